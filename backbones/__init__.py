@@ -1,0 +1,27 @@
+"""The model families. Importing this package registers every model with timm."""
+
+from __future__ import annotations
+
+from . import nat
+
+_MODULES = (nat,)
+
+
+def list_models() -> list[str]:
+    """The names of all models registered by this package, sorted."""
+    return sorted(name for module in _MODULES for name in module.default_cfgs)
+
+
+def family(name: str) -> str:
+    """The family of a model of `list_models`, for people: ``family("dinat_s_tiny")`` is ``"DiNAT_s"``.
+
+    Raises:
+        ValueError: if the name is not one of `list_models`.
+    """
+    for module in _MODULES:
+        if name in module.default_cfgs:
+            return module.family(name)
+    raise ValueError(f"{name!r} is not a model of this package; see list_models()")
+
+
+__all__ = ["family", "list_models"]

@@ -1,0 +1,88 @@
+"""What several families share and timm has no layer for. Feature maps are channels-last, ``[B, H, W, C]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import create_classifier, trunc_normal_
+from torch import nn
+
+POOLS = ("", "avg", "max", "avgmax", "catavgmax")
+
+
+class Backbone(nn.Module):
+    """Pooling, dropout and classifier over a channels-last map, with timm's methods around them.
+
+    A family calls `_init_head` in its constructor and writes ``forward_features`` (``[B, 3, H, W]`` to ``[B, h, w,
+    num_features]``). The classifier is named ``head``, as in the checkpoints that these families were published with.
+    """
+
+    output_fmt = "NHWC"
+
+    def _init_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        self.num_features = num_features
+        self.drop_rate = drop_rate
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, input_fmt=self.output_fmt
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        init_weights(self.head)
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or an Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for ``num_classes`` (0: none), and the pooling if one is given."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        like = next(self.parameters())
+        self._set_head(num_classes, pool)
+        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] == "rpb"}
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """``[B, h, w, num_features]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear layers from a normal cut at two deviations of 0.02, biases 0; other layers keep PyTorch's defaults."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth rates, linear over all blocks from 0 to ``rate``, split by level."""
+    last = max(sum(depths) - 1, 1)
+    rates = iter([rate * i / last for i in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def to_format(x: torch.Tensor, output_fmt: str) -> torch.Tensor:
+    """A channels-last map as ``"NHWC"`` or ``"NCHW"``; the latter is a view (PyTorch's channels_last memory format)."""
+    if output_fmt == "NHWC":
+        return x
+    if output_fmt == "NCHW":
+        return x.permute(0, 3, 1, 2)
+    raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')

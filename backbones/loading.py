@@ -1,0 +1,159 @@
+"""Load a model with its weights from whatever names it: a model name, a training run, a model folder, a file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+from torch import nn
+
+from . import list_models
+
+WEIGHTS = "model.safetensors"
+# What timm reads from a model folder, in its order of preference.
+_WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name given by a user turned out to be: a registered model, or a folder (and perhaps one file) of weights."""
+
+    architecture: str
+    tag: str | None = None
+    folder: Path | None = None
+    file: Path | None = None
+    config: dict[str, Any] | None = None  # of the folder: its config.json
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
+
+
+def resolve(source: str | Path) -> Source:
+    """Find out what `source` names; see `load` for what it may be and what is raised."""
+    text = str(source)
+    path = Path(text.removeprefix("local-dir:")).expanduser()
+    if not isinstance(source, Path) and not text.startswith("local-dir:") and is_model(text):
+        return _resolve_name(text)
+    if path.is_dir():
+        return _resolve_folder(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        folder = _resolve_folder(path.parent, runs=False)
+        return Source(folder.architecture, folder=path.parent, file=path, config=folder.config)
+    if path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a .safetensors file")
+    raise ValueError(f"{text!r} is no model name, folder or .safetensors file{_nearest(text)}")
+
+
+def load(source: str | Path, **kwargs: Any) -> nn.Module:
+    """Build a model in evaluation mode, with its trained weights.
+
+    Args:
+        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a folder that
+            ``foveal train`` wrote (its ``best/`` is taken); a model folder as timm writes and reads it (``config.json``
+            beside ``model.safetensors``); or one ``.safetensors`` file inside such a folder.
+        kwargs: passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
+
+    Raises:
+        ValueError: if `source` is none of these, names an unknown architecture, has no trained weights, or its weights
+            do not fit the architecture.
+        OSError: if published weights cannot be fetched.
+    """
+    found = resolve(source)
+    if found.folder is None:
+        return _load_published(found, kwargs)
+
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if found.file is not None:
+        overlay.update(source=None, file=str(found.file))
+    try:
+        model = timm.create_model(
+            f"local-dir:{found.folder}", pretrained=True, pretrained_cfg_overlay=overlay or None, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{found.file or found.folder / WEIGHTS} is damaged or no safetensors file: {error}"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"{found.folder} does not fit {found.architecture}: {_first_lines(error)}") from error
+    return model.eval()
+
+
+def unknown_model(name: str) -> ValueError:
+    """The error for a model name that is not registered, with the nearest names that are."""
+    return ValueError(f"unknown model {name!r}{_nearest(name)}")
+
+
+def _resolve_name(text: str) -> Source:
+    architecture, _, tag = text.partition(".")
+    known = get_arch_pretrained_cfgs(architecture)
+    if tag and text not in known:
+        tags = ", ".join(sorted(name.partition(".")[2] for name in known if "." in name)) or "none"
+        raise ValueError(f"{architecture} has no weights tagged {tag!r}; its tags: {tags}")
+    return Source(architecture, tag=tag or get_pretrained_cfg(architecture).tag)
+
+
+def _resolve_folder(folder: Path, runs: bool = True) -> Source:
+    if runs and (folder / "best" / "config.json").is_file():
+        folder = folder / "best"
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        unfinished = runs and (folder / "config.yaml").is_file()
+        raise ValueError(
+            f"{folder} is a training run without a finished epoch: it has no best/"
+            if unfinished
+            else f"{folder} is no model folder (it has no config.json) and no training run (it has no best/)"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from error
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str):
+        raise ValueError(f"{config_file} does not name a timm architecture; it was written by another library")
+    if not is_model(architecture):
+        raise ValueError(f"{config_file}: {unknown_model(architecture)}")
+    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+        raise ValueError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)}")
+    return Source(architecture, folder=folder, config=config)
+
+
+def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
+    cfg = get_pretrained_cfg(found.name)
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if cfg is None or not (cfg.has_weights or overlay.get("file") or overlay.get("state_dict")):
+        raise ValueError(
+            f"{found.architecture} has no published weights. Train it (foveal train classify CONFIG), or build it with "
+            f'random ones: timm.create_model("{found.architecture}")'
+        )
+    try:
+        return timm.create_model(found.name, pretrained=True, **kwargs).eval()
+    except OSError as error:
+        raise OSError(f"cannot fetch the weights of {found.name} ({_first_lines(error)}). {_by_hand(cfg)}") from error
+
+
+def _by_hand(cfg: Any) -> str:
+    """How to bring published weights to a machine that cannot reach them."""
+    if not isinstance(cfg.url, str):
+        return f"They are at https://huggingface.co/{cfg.hf_hub_id}"
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(cfg.url).path).name
+    return f"Download {cfg.url} elsewhere and put it at {cache}"
+
+
+def _nearest(name: str) -> str:
+    ours = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+    near = ours or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
+    return f"; nearest: {', '.join(near)}" if near else "; `foveal list` shows the names"
+
+
+def _first_lines(error: BaseException, count: int = 3) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) + (" ..." if len(lines) > count else "")

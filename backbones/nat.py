@@ -1,0 +1,936 @@
+"""NAT, DiNAT, DiNAT_s and their isotropic forms.
+
+Papers: Neighborhood Attention Transformer (Hassani et al., CVPR 2023, arXiv:2204.07143); Dilated Neighborhood Attention
+Transformer (Hassani and Shi, 2022, arXiv:2209.15001). Code and weights of the authors: MIT licence,
+https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written anew here; the published checkpoints load
+unchanged and give the published outputs.
+
+* **NAT** is a hierarchical transformer of four levels: an overlapping convolutional tokenizer, neighborhood attention
+  blocks, and convolutional downsamplers between the levels. **DiNAT** is NAT with a dilation per block.
+* **DiNAT_s** is Swin with neighborhood attention for window attention: patch embedding and patch merging.
+* **Isotropic** models are ViTs of 12 blocks on patches of 16, with neighborhood attention (`nat_isotropic_*`,
+  `dinat_isotropic_*`) or plain attention (`vitrpb_isotropic_*`), and a relative position bias in all of them.
+
+Parameters carry the authors' names, so a state dict of these models *is* one in the published format; see
+`checkpoint_filter_fn` for the other formats that load.
+
+Feature maps are channels-last inside, ``[B, H, W, C]``.
+"""
+
+# ruff: noqa: C408  keyword arguments of the constructors read as such in the variants' tables
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    feature_take_indices,
+    generate_default_cfgs,
+    register_model,
+)
+from torch import nn
+
+from .attention import NeighborhoodAttention2d
+from .layers import Backbone, drop_path_rates, init_weights, to_format
+
+__all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
+
+Dilations = Sequence[Sequence[int]] | str | None
+
+
+class NATBlock(nn.Module):
+    """Pre-norm neighborhood attention and MLP, each with LayerScale (if asked) and one shared stochastic depth."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, int],
+        dilation: int | str = 1,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = NeighborhoodAttention2d(
+            dim, num_heads, kernel_size, dilation, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        for name in ("gamma1", "gamma2"):
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.register_parameter(name, gamma)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attn(self.norm1(x))
+        x = x + self.drop_path(y if self.gamma1 is None else self.gamma1 * y)
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if self.gamma2 is None else self.gamma2 * y)
+
+
+class ConvTokenizer(nn.Module):
+    """Two 3x3 convolutions of stride 2 without an activation between them, then LayerNorm: stride 4."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvDownsampler(nn.Module):
+    """3x3 convolution of stride 2 to twice the channels, then LayerNorm; an odd length is rounded up."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampler: 2x2 neighbors concatenated, LayerNorm, Linear to twice the channels; odd lengths are padded
+    with zeros."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, C = x.shape
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        h, w = (H + 1) // 2, (W + 1) // 2
+        # the channel order is (column, row, C), column outermost
+        x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
+        return self.reduction(self.norm(x))
+
+
+class NATLevel(nn.Module):
+    """Blocks at one resolution, then the downsampler to the next (none after the last level)."""
+
+    def __init__(self, blocks: Sequence[NATBlock], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.downsample(self.forward_blocks(x))
+
+
+class NAT(Backbone):
+    """NAT and DiNAT. Takes images of any size.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the levels cannot keep their resolution.
+        embed_dim: channels of level 0; every further level has twice the channels of the one before.
+        depths: blocks per level.
+        num_heads: attention heads per level.
+        kernel_size: attention window, an int or (rows, columns).
+        dilations: one list per level with a dilation per block; None for 1 everywhere (NAT); or ``"auto"``: at every
+            forward, blocks of a level alternate between 1 and the largest dilation that fits its map,
+            ``max(1, min(H, W) // kernel_size)``. For square inputs that divide evenly this is the rule the published
+            lists follow: at 224 with kernel 7 it gives theirs. Where a fixed list exceeds the map, the map is padded
+            (see `NeighborhoodAttention2d`); ``"auto"`` pads only maps smaller than the kernel.
+        mlp_ratio: hidden channels of the MLP, relative to the level's.
+        qkv_bias: bias in the qkv projections.
+        layer_scale: initial value of LayerScale (``gamma1``, ``gamma2``), None for no LayerScale.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the attention projection and in the MLP.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
+        out_norm: add a LayerNorm per level, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to
+            their maps, as in the authors' detection and segmentation models.
+        interpolate_rpb: let `checkpoint_filter_fn` resample position bias tables of another kernel size.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    levels_name = "levels"  # the authors' name of the level list, part of every parameter's name
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        kernel_size: int | tuple[int, int] = 7,
+        dilations: Dilations = None,
+        mlp_ratio: float = 3.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+        interpolate_rpb: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        if len(depths) != len(num_heads):
+            raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} differ in length")
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.out_norm = out_norm
+        self.interpolate_rpb = interpolate_rpb
+        self.kernel_size = to_2tuple(kernel_size)
+
+        self.patch_embed = self._tokenizer(in_chans, embed_dim)
+        dilations = _dilations(dilations, depths)
+        rates = drop_path_rates(drop_path_rate, depths)
+        levels = []
+        self.feature_info = []
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            blocks = [
+                NATBlock(
+                    dim,
+                    num_heads[i],
+                    kernel_size,
+                    dilations[i][j],
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    layer_scale=layer_scale,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rates[i][j],
+                )
+                for j in range(depth)
+            ]
+            levels.append(NATLevel(blocks, self._downsampler(dim) if i < len(depths) - 1 else None))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.levels_name}.{i}.blocks"))
+            if out_norm:
+                self.add_module(f"norm{i}", nn.LayerNorm(dim))
+        setattr(self, self.levels_name, nn.Sequential(*levels))
+        num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.norm = nn.LayerNorm(num_features)
+        init_weights(self)
+        self._init_head(num_features, num_classes, global_pool, drop_rate)
+
+    def _tokenizer(self, in_chans: int, dim: int) -> nn.Module:
+        return ConvTokenizer(in_chans, dim)
+
+    def _downsampler(self, dim: int) -> nn.Module:
+        return ConvDownsampler(dim)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        name = self.levels_name
+        fine = [
+            (rf"^{name}\.(\d+)\.blocks\.(\d+)", None),
+            (rf"^{name}\.(\d+)\.downsample", (99999,)),
+            (r"^norm", (99999,)),
+        ]
+        return dict(stem=r"^patch_embed", blocks=rf"^{name}\.(\d+)" if coarse else fine)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for level in getattr(self, self.levels_name):
+            level.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the levels, before their downsamplers.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n levels if an int, these levels if a sequence, all if None.
+            norm: apply the final norm to the last level's map (it fits no other). A model with ``out_norm`` applies
+                its level norms instead, always.
+            stop_early: leave out the levels after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, h, w, C]``, maps). With ``stop_early`` the final
+            features are those of the last level that ran, without the final norm if that is not the last of all.
+        """
+        levels = getattr(self, self.levels_name)
+        take, last = feature_take_indices(len(levels), indices)
+        stop = last if stop_early or intermediates_only else len(levels) - 1
+        maps = []
+        x = self.patch_embed(x)
+        for i in range(stop + 1):
+            x = levels[i].forward_blocks(x)
+            if i in take:
+                if self.out_norm:
+                    y = getattr(self, f"norm{i}")(x)
+                else:
+                    y = self.norm(x) if norm and i == len(self.feature_info) - 1 else x
+                maps.append(to_format(y, output_fmt))
+            if i < stop:
+                x = levels[i].downsample(x)
+        if intermediates_only:
+            return maps
+        if stop == len(self.feature_info) - 1:
+            x = self.norm(x)
+        return x, maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        levels = getattr(self, self.levels_name)
+        take, last = feature_take_indices(len(levels), indices)
+        shortened = last < len(levels) - 1
+        setattr(self, self.levels_name, levels[: last + 1])
+        levels[last].downsample = nn.Identity()
+        if self.out_norm:
+            for i in set(range(len(levels))) - set(take):
+                delattr(self, f"norm{i}")
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
+        return self.norm(getattr(self, self.levels_name)(self.patch_embed(x)))
+
+
+class DiNATs(NAT):
+    """DiNAT_s: NAT's levels between Swin's patch embedding and patch merging. Arguments as for `NAT`."""
+
+    levels_name = "layers"
+
+    def _tokenizer(self, in_chans: int, dim: int) -> nn.Module:
+        return _patch_embed(in_chans, dim, patch_size=4)
+
+    def _downsampler(self, dim: int) -> nn.Module:
+        return PatchMerging(dim)
+
+
+class Isotropic(Backbone):
+    """The isotropic forms: blocks of one width at stride 16, without a class token or absolute positions.
+
+    Args:
+        img_size: with ``full_attention`` the only input size, an int or (height, width); position bias tables of
+            another size are resampled on load. Must be None otherwise: neighborhood attention takes any size.
+        patch_size: patches are embedded by a convolution of this size and stride; inputs are padded to a multiple.
+        depth: blocks.
+        full_attention: attend to the whole map (ViT with relative position bias) instead of ``kernel_size``.
+        dilations: a dilation per block; None for 1 everywhere; or ``"auto"`` as for `NAT`.
+        output_stride: only ``patch_size``.
+
+    The other arguments are those of `NAT`.
+
+    Raises:
+        ValueError: on arguments that do not fit together, and, with ``full_attention``, on an input of another size.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        kernel_size: int | tuple[int, int] = 7,
+        dilations: Sequence[int] | str | None = None,
+        full_attention: bool = False,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        interpolate_rpb: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != patch_size:
+            raise ValueError(f"output_stride {output_stride} is not supported: the only stride is {patch_size}")
+        if full_attention != (img_size is not None):
+            raise ValueError(f"img_size is for full attention, and needed there; got {img_size}")
+        if full_attention and dilations is not None:
+            raise ValueError(f"full attention has no dilations, got {dilations}")
+        self.in_chans = in_chans
+        self.img_size = None if img_size is None else to_2tuple(img_size)
+        if full_attention:
+            kernel_size = tuple(math.ceil(s / patch_size) for s in self.img_size)
+        self.kernel_size = to_2tuple(kernel_size)
+        # tables of full attention belong to the input size, so that asking for a size asks for resampling too
+        self.interpolate_rpb = interpolate_rpb or full_attention
+        self.grad_checkpointing = False
+
+        self.patch_embed = _patch_embed(in_chans, embed_dim, patch_size)
+        (dilations,) = _dilations(dilations if dilations in (None, "auto") else [dilations], [depth])
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.layers = nn.Sequential(
+            *(
+                NATBlock(
+                    embed_dim,
+                    num_heads,
+                    kernel_size,
+                    dilations[j],
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    layer_scale=layer_scale,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rates[j],
+                )
+                for j in range(depth)
+            )
+        )
+        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"layers.{j}") for j in range(depth)]
+        self.norm = nn.LayerNorm(embed_dim)
+        init_weights(self)
+        self._init_head(embed_dim, num_classes, global_pool, drop_rate)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        return dict(stem=r"^patch_embed", blocks=[(r"^layers\.(\d+)", None), (r"^norm", (99999,))])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.img_size is not None and tuple(x.shape[-2:]) != self.img_size:
+            height, width = self.img_size
+            raise ValueError(
+                f"input is {x.shape[-2]}x{x.shape[-1]}, this model takes {height}x{width} only: its position bias "
+                f"tables are for that size; create it with img_size=({x.shape[-2]}, {x.shape[-1]})"
+            )
+        return self.patch_embed(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps after each block. Arguments as for `NAT.forward_intermediates`; ``norm`` applies to all maps."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        stop = last if stop_early or intermediates_only else len(self.layers) - 1
+        maps = []
+        x = self._embed(x)
+        for i in range(stop + 1):
+            x = checkpoint_seq(self.layers[i : i + 1], x) if self.grad_checkpointing else self.layers[i](x)
+            if i in take:
+                maps.append(to_format(self.norm(x) if norm else x, output_fmt))
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, embed_dim]``."""
+        x = self._embed(x)
+        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
+        return self.norm(x)
+
+
+def _patch_embed(in_chans: int, dim: int, patch_size: int) -> PatchEmbed:
+    return PatchEmbed(
+        img_size=None,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=dim,
+        norm_layer=nn.LayerNorm,
+        output_fmt="NHWC",
+        strict_img_size=False,
+        dynamic_img_pad=True,
+    )
+
+
+def _dilations(dilations: Dilations, depths: Sequence[int]) -> list[list[int | str]]:
+    """One list per level with an entry per block: an int, or "auto"."""
+    if dilations is None:
+        return [[1] * depth for depth in depths]
+    if dilations == "auto":
+        return [[1 if j % 2 == 0 else "auto" for j in range(depth)] for depth in depths]
+    if isinstance(dilations, str) or any(not isinstance(level, Sequence) for level in dilations):
+        raise ValueError(f'dilations must be None, "auto" or one list per level, got {dilations!r}')
+    got = [len(level) for level in dilations]
+    if got != list(depths):
+        raise ValueError(f"dilations has {got} entries per level, depths are {list(depths)}; got {dilations!r}")
+    return [list(level) for level in dilations]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FROM_TRANSFORMERS = (
+    (r"^(dinat|nat)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.(\d+)\.layers\.(\d+)\.", r"levels.\1.blocks.\2."),
+    (r"^encoder\.levels\.(\d+)\.downsample\.", r"levels.\1.downsample."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: nn.Module, interpolate_rpb: bool | None = None
+) -> dict[str, torch.Tensor]:
+    """A checkpoint of any published format as a state dict of ``model``. Changes neither argument.
+
+    Understood are
+
+    * the authors' classification checkpoints, whose names are those of these models;
+    * their mmdetection, mmsegmentation and detectron2 checkpoints: of these the ``backbone.`` is kept. They have a norm
+      per level (``norm0`` ...) and neither final norm nor classifier, so create the model with
+      ``features_only=True, out_norm=True``;
+    * Hugging Face transformers' Nat and Dinat models (with or without classifier, and their backbones);
+    * state dicts of these models, also as wrapped by ``features_only`` or ``DistributedDataParallel``.
+
+    A classification checkpoint leaves the level norms of an ``out_norm`` model as they are: they are new there.
+
+    Args:
+        state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
+        model: the model that is to load the result.
+        interpolate_rpb: resample relative position bias tables of another kernel size, bicubically, as the authors did
+            from 7x7 to 11x11. None: as the model was told (``interpolate_rpb=`` of its constructor).
+
+    Raises:
+        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model, or
+            if a table has another size and is not to be resampled.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
+    state_dict = backbone or dict(state_dict)
+    if any(name.endswith("patch_embeddings.projection.0.weight") for name in state_dict):
+        state_dict = _from_transformers(state_dict)
+    # an index computed from the table's size, stored by the authors' ViT with relative position bias
+    state_dict = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
+
+    own = model.state_dict()
+    level_norms = {name for name in own if re.match(r"norm\d", name)}
+    if not level_norms & set(state_dict):
+        state_dict.update({name: own[name] for name in level_norms})
+    _check_names(state_dict, own, dense=bool(level_norms))
+
+    resample = model.interpolate_rpb if interpolate_rpb is None else interpolate_rpb
+    for name in state_dict:
+        if name.endswith(".rpb"):
+            state_dict[name] = _fit_rpb(name, state_dict[name], own[name], resample)
+    return state_dict
+
+
+def _from_transformers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in _FROM_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        name = re.sub(r"^hidden_states_norms\.stage(\d+)\.", lambda m: f"norm{int(m[1]) - 1}.", name)
+        if name.endswith(".layer_scale_parameters"):
+            stem = name.removesuffix("layer_scale_parameters")
+            out[stem + "gamma1"], out[stem + "gamma2"] = value[0], value[1]
+        else:
+            out[name] = value
+    for name in [name for name in out if ".attn.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        out[name.replace(".query.", ".qkv.")] = torch.cat([out.pop(part) for part in parts])
+    return out
+
+
+def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dense: bool) -> None:
+    def body(names: Any) -> set[str]:
+        return {n for n in names if not n.startswith("head.") and not (dense and n.startswith("norm."))}
+
+    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
+    if not missing and not unexpected:
+        return
+    if not dense and any(re.match(r"norm\d", name) for name in unexpected):
+        raise ValueError(
+            "the checkpoint holds the backbone of a detection or segmentation model, with a norm per level: create the "
+            "model with features_only=True, out_norm=True"
+        )
+
+    def some(names: list[str]) -> str:
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+
+
+def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) -> torch.Tensor:
+    """``table`` at the size of ``own``; both ``[heads, 2 * rows - 1, 2 * columns - 1]``."""
+    size, wanted = tuple(table.shape[-2:]), tuple(own.shape[-2:])
+    if size == wanted:
+        return table
+    if not resample:
+        raise ValueError(
+            f"{name} of the checkpoint is {size[0]}x{size[1]}, made for kernel_size {tuple(s // 2 + 1 for s in size)}; "
+            f"the model's is {wanted[0]}x{wanted[1]}, kernel_size {tuple(s // 2 + 1 for s in wanted)}. "
+            "interpolate_rpb=True resamples it"
+        )
+    return F.interpolate(table[None].float(), size=wanted, mode="bicubic", align_corners=False)[0].to(table.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SITE = "https://shi-labs.com/projects/"
+_NAT, _DINAT = "arXiv:2204.07143", "arXiv:2209.15001"
+
+
+def _cfg(path: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": _SITE + path if path else "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head",
+        "license": "mit",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        "paper_ids": _DINAT,
+        **kwargs,
+    }
+
+
+_AT_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
+_PATCH = dict(first_conv="patch_embed.proj")
+_ISOTROPIC = dict(first_conv="patch_embed.proj", pool_size=(14, 14))
+_VITRPB = dict(**_ISOTROPIC, fixed_input_size=True)
+_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.in1k": _cfg("nat/checkpoints/CLS/nat_mini.pth", paper_ids=_NAT),
+        "nat_tiny.in1k": _cfg("nat/checkpoints/CLS/nat_tiny.pth", paper_ids=_NAT),
+        "nat_small.in1k": _cfg("nat/checkpoints/CLS/nat_small.pth", paper_ids=_NAT),
+        "nat_base.in1k": _cfg("nat/checkpoints/CLS/nat_base.pth", paper_ids=_NAT),
+        "dinat_mini.in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth", hf_hub_id="shi-labs/dinat-mini-in1k-224"
+        ),
+        "dinat_tiny.in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth", hf_hub_id="shi-labs/dinat-tiny-in1k-224"
+        ),
+        "dinat_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth",
+            hf_hub_id="shi-labs/dinat-large-in22k-in1k-224",
+        ),
+        "dinat_large.in22k": _cfg("dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_384.in22k_ft_in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth",
+            hf_hub_id="shi-labs/dinat-large-in22k-in1k-384",
+            **_AT_384,
+        ),
+        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth",
+            hf_hub_id="shi-labs/dinat-large-11x11-in22k-in1k-384",
+            **_AT_384,
+        ),
+        # dinat_large.in22k with interpolated tables, not trained further: where fine-tuning at 11x11 starts from
+        "dinat_large_384_11x11.in22k": _cfg(
+            "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841, **_AT_384
+        ),
+        "dinat_s_tiny.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_tiny_in1k_224.pth", **_PATCH),
+        "dinat_s_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_small_in1k_224.pth", **_PATCH),
+        "dinat_s_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_base_in1k_224.pth", **_PATCH),
+        "dinat_s_large.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_large_in1k_224.pth", **_PATCH),
+        "dinat_s_large.in22k": _cfg(
+            "dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841, **_PATCH
+        ),
+        "dinat_s_large_384.in22k_ft_in1k": _cfg(
+            "dinat/checkpoints/imagenet1k/dinat_s_large_in1k_384.pth", **_PATCH, **_AT_384
+        ),
+        "nat_isotropic_small.in1k": _cfg("dinat/checkpoints/isotropic/nat_isotropic_small_in1k_224.pth", **_ISOTROPIC),
+        "nat_isotropic_base.in1k": _cfg("dinat/checkpoints/isotropic/nat_isotropic_base_in1k_224.pth", **_ISOTROPIC),
+        "dinat_isotropic_small.in1k": _cfg(
+            "dinat/checkpoints/isotropic/dinat_isotropic_small_in1k_224.pth", **_ISOTROPIC
+        ),
+        "dinat_isotropic_base.in1k": _cfg(
+            "dinat/checkpoints/isotropic/dinat_isotropic_base_in1k_224.pth", **_ISOTROPIC
+        ),
+        "vitrpb_isotropic_small.in1k": _cfg("dinat/checkpoints/isotropic/vitrpb_small_in1k_224.pth", **_VITRPB),
+        "vitrpb_isotropic_base.in1k": _cfg("dinat/checkpoints/isotropic/vitrpb_base_in1k_224.pth", **_VITRPB),
+        "test_foveal_nat.untrained": _cfg(paper_ids=_NAT, **_TEST),
+        "test_foveal_dinat.untrained": _cfg(**_TEST),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"NAT"``, ``"DiNAT"``, ``"DiNAT_s"`` or ``"isotropic"``."""
+    if "isotropic" in name:
+        return "isotropic"
+    if name.startswith("dinat_s_"):
+        return "DiNAT_s"
+    return "DiNAT" if "dinat" in name else "NAT"
+
+
+def _create(cls: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
+    out_indices = kwargs.pop("out_indices", 3 if cls is Isotropic else tuple(range(len(kwargs["depths"]))))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def _alternating(depths: Sequence[int], *largest: int) -> tuple[tuple[int, ...], ...]:
+    """Dilations as published: every level alternates between 1 and its largest."""
+    return tuple(tuple(1 if j % 2 == 0 else d for j in range(n)) for n, d in zip(depths, largest, strict=True))
+
+
+_D6, _D18 = (3, 4, 6, 5), (3, 4, 18, 5)
+_MINI = dict(depths=_D6, num_heads=(2, 4, 8, 16), embed_dim=64, mlp_ratio=3, drop_path_rate=0.2)
+_TINY = dict(depths=_D18, num_heads=(2, 4, 8, 16), embed_dim=64, mlp_ratio=3, drop_path_rate=0.2)
+_SMALL = dict(depths=_D18, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=2, drop_path_rate=0.3)
+_BASE = dict(depths=_D18, num_heads=(4, 8, 16, 32), embed_dim=128, mlp_ratio=2, drop_path_rate=0.5, layer_scale=1e-5)
+_LARGE = dict(depths=_D18, num_heads=(6, 12, 24, 48), embed_dim=192, mlp_ratio=2, drop_path_rate=0.35)
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Mini, 20 M parameters."""
+    return _create(NAT, "nat_mini", pretrained, **{**_MINI, **kwargs})
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Tiny, 28 M parameters."""
+    return _create(NAT, "nat_tiny", pretrained, **{**_TINY, **kwargs})
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Small, 51 M parameters; unlike DiNAT-Small it has LayerScale."""
+    return _create(NAT, "nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Base, 90 M parameters."""
+    return _create(NAT, "nat_base", pretrained, **{**_BASE, **kwargs})
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Mini, 20 M parameters."""
+    args = dict(_MINI, dilations=_alternating(_D6, 8, 4, 2, 1))
+    return _create(NAT, "dinat_mini", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Tiny, 28 M parameters."""
+    args = dict(_TINY, dilations=_alternating(_D18, 8, 4, 2, 1))
+    return _create(NAT, "dinat_tiny", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Small, 51 M parameters; unlike NAT-Small it has no LayerScale."""
+    args = dict(_SMALL, dilations=_alternating(_D18, 8, 4, 2, 1))
+    return _create(NAT, "dinat_small", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Base, 90 M parameters."""
+    args = dict(_BASE, dilations=_alternating(_D18, 8, 4, 2, 1))
+    return _create(NAT, "dinat_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large, 201 M parameters. ImageNet-22K pretraining used a drop_path_rate of 0.2."""
+    args = dict(_LARGE, dilations=_alternating(_D18, 8, 4, 2, 1))
+    return _create(NAT, "dinat_large", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large at 384."""
+    args = dict(_LARGE, dilations=_alternating(_D18, 13, 6, 3, 1))
+    return _create(NAT, "dinat_large_384", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large at 384 with kernel 11."""
+    args = dict(_LARGE, kernel_size=11, dilations=_alternating(_D18, 8, 4, 2, 1))
+    return _create(NAT, "dinat_large_384_11x11", pretrained, **{**args, **kwargs})
+
+
+_S6, _S18 = (2, 2, 6, 2), (2, 2, 18, 2)
+_S_LARGE = dict(depths=_S18, num_heads=(6, 12, 24, 48), embed_dim=192, mlp_ratio=4, drop_path_rate=0.35)
+
+
+@register_model
+def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNATs:
+    """DiNAT_s-Tiny, 28 M parameters."""
+    args = dict(depths=_S6, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.2)
+    args["dilations"] = _alternating(_S6, 8, 4, 2, 1)
+    return _create(DiNATs, "dinat_s_tiny", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNATs:
+    """DiNAT_s-Small, 50 M parameters."""
+    args = dict(depths=_S18, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.3)
+    args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
+    return _create(DiNATs, "dinat_s_small", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNATs:
+    """DiNAT_s-Base, 88 M parameters."""
+    args = dict(depths=_S18, num_heads=(4, 8, 16, 32), embed_dim=128, mlp_ratio=4, drop_path_rate=0.5)
+    args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
+    return _create(DiNATs, "dinat_s_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNATs:
+    """DiNAT_s-Large, 197 M parameters. ImageNet-22K pretraining used a drop_path_rate of 0.2."""
+    args = dict(_S_LARGE, dilations=_alternating(_S18, 8, 4, 2, 1))
+    return _create(DiNATs, "dinat_s_large", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNATs:
+    """DiNAT_s-Large at 384."""
+    args = dict(_S_LARGE, dilations=_alternating(_S18, 13, 6, 3, 1))
+    return _create(DiNATs, "dinat_s_large_384", pretrained, **{**args, **kwargs})
+
+
+_ISO_SMALL = dict(embed_dim=384, depth=12, num_heads=12, drop_path_rate=0.1)
+_ISO_BASE = dict(embed_dim=768, depth=12, num_heads=24, drop_path_rate=0.4)
+
+
+@register_model
+def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic NAT-Small, 22 M parameters."""
+    return _create(Isotropic, "nat_isotropic_small", pretrained, **{**_ISO_SMALL, **kwargs})
+
+
+@register_model
+def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic NAT-Base, 86 M parameters."""
+    return _create(Isotropic, "nat_isotropic_base", pretrained, **{**_ISO_BASE, **kwargs})
+
+
+@register_model
+def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic DiNAT-Small, 22 M parameters."""
+    args = dict(_ISO_SMALL, dilations=(1, 2) * 6)
+    return _create(Isotropic, "dinat_isotropic_small", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """Isotropic DiNAT-Base, 86 M parameters."""
+    args = dict(_ISO_BASE, dilations=(1, 2) * 6)
+    return _create(Isotropic, "dinat_isotropic_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vitrpb_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """ViT-Small with relative position bias, 22 M parameters; takes one input size, ``img_size=``."""
+    args = dict(_ISO_SMALL, full_attention=True)
+    return _create(Isotropic, "vitrpb_isotropic_small", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def vitrpb_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
+    """ViT-Base with relative position bias, 86 M parameters; takes one input size, ``img_size=``."""
+    args = dict(_ISO_BASE, full_attention=True)
+    return _create(Isotropic, "vitrpb_isotropic_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_foveal_nat(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """A very small NAT with LayerScale, for tests and demonstrations."""
+    args = dict(depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=5, layer_scale=1e-5)
+    return _create(NAT, "test_foveal_nat", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_foveal_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """A very small DiNAT, for tests and demonstrations."""
+    depths = (2, 2, 2, 1)
+    args = dict(depths=depths, num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=3)
+    args["dilations"] = _alternating(depths, 5, 2, 1, 1)
+    return _create(NAT, "test_foveal_dinat", pretrained, **{**args, **kwargs})

@@ -1,0 +1,355 @@
+"""The schema of a training recipe, and the strict loader of its YAML files.
+
+A recipe is a short YAML file. It may name other files under ``base:`` (relative to itself), which are read first; its own
+values, and then the ``key=value`` pairs of the command line, override them. Mappings merge, lists replace lists. A key that
+the schema does not know, or a value of the wrong type, is a :class:`ConfigError` that names the key, the file and the
+nearest valid key. What depends on another value is written as a fraction of it, never as a second number.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+__all__ = [
+    "AugmentConfig",
+    "ClassifyConfig",
+    "ConfigError",
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "find_config",
+    "load_config",
+    "override_value",
+    "recipe_names",
+    "save_config",
+]
+
+RECIPES = Path(__file__).parent
+COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message is meant for the user."""
+
+
+def _checked(default: Any = MISSING, *, choices: Sequence | None = None, low: float | None = None, **kwargs) -> Any:
+    """A dataclass field with the values it may take."""
+    return field(default=default, metadata={"choices": choices, "low": low}, **kwargs)
+
+
+@dataclass
+class ModelConfig:
+    """What ``timm.create_model`` is given."""
+
+    name: str = MISSING
+    pretrained: bool = False  # the published weights, by the name's tag
+    checkpoint: str | None = None  # weights to start from: a file, a timm folder or a run folder
+    num_classes: int | None = _checked(None, low=1)  # null: as many as the data have
+    drop_rate: float | None = _checked(None, low=0.0)
+    drop_path_rate: float | None = _checked(None, low=0.0)  # null: the model's own
+    grad_checkpointing: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they reach the model."""
+
+    kind: str = _checked("folder", choices=("folder", "wds", "idx", "digits"))
+    root: str | None = None  # folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files
+    train_split: str = "train"
+    val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
+    val_fraction: float = _checked(0.2, low=0.0)  # digits: share held out, stratified, the same in every run
+    classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
+    num_classes: int | None = _checked(None, low=1)  # needed by wds when `classes` is null
+    limit: int | None = _checked(None, low=1)  # idx, digits: train on the first so many images only
+    val_limit: int | None = _checked(None, low=1)  # likewise for the evaluation
+    image_size: int | None = _checked(None, low=1)  # side of the square input; null: the model's own
+    fit: str = _checked("resize", choices=("resize", "pad"))  # idx, digits: how an image gets to image_size
+    in_chans: int = _checked(3, low=1)
+    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
+    std: list[float] | None = None
+    interpolation: str | None = None  # of the evaluation; null: the model's own
+    crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
+    workers: int = _checked(8, low=0)  # folder, wds: decoding processes for each training process
+    max_bad_fraction: float = _checked(0.01, low=0.0)  # unreadable images beyond this share of an epoch stop the run
+
+
+@dataclass
+class AugmentConfig:
+    """Training-time augmentation. Mixing is by batch, as ``timm.data.Mixup`` does it."""
+
+    hflip: float = _checked(0.5, low=0.0)
+    vflip: float = _checked(0.0, low=0.0)
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # folder, wds: area of the random crop
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # folder, wds: its aspect
+    color_jitter: float = _checked(0.4, low=0.0)  # folder, wds
+    auto_augment: str | None = None  # folder, wds: for example rand-m9-mstd0.5-inc1
+    interpolation: str = "random"  # folder, wds: random, bilinear or bicubic
+    shift: float = _checked(0.0, low=0.0)  # idx, digits: largest translation as a fraction of the side
+    rotate: float = _checked(0.0, low=0.0)  # idx, digits: largest rotation in degrees
+    zoom: float = _checked(0.0, low=0.0)  # idx, digits: largest change of size, 0.1 for 0.9 to 1.1
+    erase: float = _checked(0.0, low=0.0)  # probability of random erasing
+    erase_mode: str = _checked("pixel", choices=("const", "rand", "pixel"))
+    mixup: float = _checked(0.0, low=0.0)  # alpha; 0: off
+    cutmix: float = _checked(0.0, low=0.0)  # alpha; 0: off
+    mix_prob: float = _checked(1.0, low=0.0)
+    mix_switch_prob: float = _checked(0.5, low=0.0)
+    mix_off_fraction: float = _checked(0.0, low=0.0)  # mixing is off in this last fraction of the epochs
+
+
+@dataclass
+class LossConfig:
+    name: str = _checked("cross_entropy", choices=("cross_entropy", "bce"))
+    smoothing: float = _checked(0.0, low=0.0)
+
+
+@dataclass
+class OptimConfig:
+    """Any optimizer of timm by name. Biases, norms and the model's ``no_weight_decay`` names are not decayed."""
+
+    name: str = "adamw"
+    lr: float = _checked(1e-3, low=0.0)
+    lr_batch: int | None = _checked(None, low=1)  # `lr` is for this global batch and scales linearly; null: as written
+    weight_decay: float = _checked(0.05, low=0.0)
+    betas: list[float] | None = None
+    eps: float | None = None
+    momentum: float = 0.9
+    layer_decay: float | None = None
+    clip_grad: float | None = _checked(None, low=0.0)  # largest norm of the whole gradient
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate per update. All lengths are fractions of `epochs`, all rates ratios to the peak."""
+
+    name: str = _checked("cosine", choices=("cosine", "poly", "step", "constant"))
+    epochs: int = _checked(300, low=1)
+    warmup_fraction: float = _checked(0.0, low=0.0)
+    warmup_lr_ratio: float = _checked(1e-3, low=0.0)
+    cooldown_fraction: float = _checked(0.0, low=0.0)  # further epochs at the lowest rate, after `epochs`
+    min_lr_ratio: float = _checked(0.0, low=0.0)
+    power: float = 1.0  # poly: 1 is a linear decay
+    decay_fraction: float = _checked(0.3, low=0.0)  # step: a step after each such part of the run
+    decay_rate: float = 0.1  # step
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = _checked(128, low=1)  # images for each process and forward pass
+    val_batch_size: int | None = _checked(None, low=1)  # null: batch_size
+    accumulate: int = _checked(1, low=1)  # forward passes for each update
+    amp: str = _checked("no", choices=("no", "bf16", "fp16"))
+    ema_decay: float = _checked(0.0, low=0.0)  # 0: off. When on, the averaged weights are evaluated and kept
+    ema_warmup: bool = False  # let the decay grow from 0, for short runs
+    eval_every: int = _checked(1, low=1)  # epochs; the last one is always evaluated
+    compile: bool = False
+    channels_last: bool = False
+    threads: int | None = _checked(None, low=1)  # CPU threads of PyTorch; null: as the environment has it
+
+
+@dataclass
+class ClassifyConfig:
+    """A whole classification run."""
+
+    output: str = MISSING  # run folder; when a recipe does not name it: runs/<name of the recipe>
+    resume: str = _checked(
+        "never", choices=("never", "auto")
+    )  # auto: go on from OUTPUT/last, or start when there is none
+    seed: int = _checked(0, low=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, such as ``classify/digits``."""
+    files = RECIPES.glob("*/*.yaml")
+    return sorted(f"{f.parent.name}/{f.stem}" for f in files if not f.parent.name.startswith("_"))
+
+
+def find_config(config: str | Path) -> Path:
+    """The file behind a path or a shipped recipe's name (``classify/digits``, or ``digits``).
+
+    Raises:
+        ConfigError: nothing is found; the message names the nearest recipes.
+    """
+    path = Path(config)
+    if path.is_file():
+        return path
+    name = str(config).removesuffix(".yaml")
+    found = [n for n in recipe_names() if name in (n, n.split("/", 1)[1])]
+    if len(found) == 1:
+        return RECIPES / f"{found[0]}.yaml"
+    if found:
+        raise ConfigError(f"the recipe name {name!r} is ambiguous: {', '.join(found)}")
+    names = {n.split("/", 1)[1]: n for n in recipe_names()} | {n: n for n in recipe_names()}
+    near = sorted({names[n] for n in difflib.get_close_matches(name, names, n=4)})
+    hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped are {', '.join(recipe_names())}"
+    raise ConfigError(f"no configuration file and no shipped recipe is called {str(config)!r}{hint}")
+
+
+def _read(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """The layers of a file, its bases first, each with the name to blame."""
+    path = path.resolve()
+    if path in including:
+        chain = " -> ".join(p.name for p in (*including, path))
+        raise ConfigError(f"base files include each other in a circle: {chain}")
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{including[-1]}: base file {path} does not exist") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} can't be read as YAML: {error}") from None
+    layer = OmegaConf.to_container(content) if content is not None else {}
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{path} holds a {type(layer).__name__}, not a mapping of keys to values")
+    bases = layer.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: `base` must be a file name or a list of them, not {bases!r}")
+    layers = []
+    for base in bases:
+        layers += _read(path.parent / base, (*including, path))
+    return [*layers, (str(path), layer)]
+
+
+def _override_layers(overrides: Iterable[str]) -> list[tuple[str, dict]]:
+    layers = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", key):
+            raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value")
+        try:
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{COMMAND_LINE}: {override!r} can't be read: {error}") from None
+        layers.append((COMMAND_LINE, layer))
+    return layers
+
+
+def override_value(overrides: Iterable[str], key: str) -> str | None:
+    """The text given for ``key`` on the command line, the last one if there are several; None if there is none."""
+    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
+    return values[-1] if values else None
+
+
+def _valid_keys(schema: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += _valid_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _check_keys(layer: Mapping, schema: type, source: str, root: type, prefix: str = "") -> None:
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            valid = _valid_keys(root)
+            by_leaf = {v.rsplit(".", 1)[-1]: v for v in reversed(valid)}
+            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+            near = near or [by_leaf[k] for k in difflib.get_close_matches(str(key), by_leaf, n=1, cutoff=0.5)]
+            hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(fields)}"
+            raise ConfigError(f"{source}: unknown key `{name}`; {hint}")
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: `{name}` is a section of keys, not a value ({value!r})")
+            _check_keys(value, fields[key], source, root, f"{name}.")
+
+
+def _check_values(config: Any, blame: Mapping[str, str], prefix: str = "") -> None:
+    for f in dataclasses.fields(config):
+        name, value = prefix + f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_values(value, blame, f"{name}.")
+            continue
+        source = blame.get(name, "defaults")
+        choices, low = f.metadata.get("choices"), f.metadata.get("low")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{source}: `{name}` is {value!r}, must be one of {', '.join(choices)}{hint}")
+        if low is not None and value is not None and not value >= low:
+            raise ConfigError(f"{source}: `{name}` is {value!r}, must be at least {low:g}")
+
+
+def _leaves(layer: Mapping, prefix: str = "") -> Iterable[str]:
+    for key, value in layer.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    schema: type = ClassifyConfig,
+    defaults: Mapping | None = None,
+) -> Any:
+    """Reads a recipe, its bases and the overrides into a new instance of ``schema``.
+
+    Args:
+        path: file or shipped recipe name; None for the schema's defaults alone.
+        overrides: ``key=value`` pairs, values in YAML (``augment.scale=[0.5,1]``, ``model.checkpoint=null``).
+        schema: the dataclass to fill.
+        defaults: values below those of the file.
+
+    Raises:
+        ConfigError: names the key, the file (or "command line") and the nearest valid key.
+    """
+    layers = [("defaults", dict(defaults or {}))]
+    stem = None
+    if path is not None:
+        file = find_config(path)
+        stem = file.stem
+        layers += _read(file)
+    layers += _override_layers(overrides)
+
+    config = OmegaConf.structured(schema)
+    blame: dict[str, str] = {}
+    for source, layer in layers:
+        _check_keys(layer, schema, source, schema)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            key = error.full_key or next(iter(layer), "?")
+            reason = (error.msg or str(error)).splitlines()[0]
+            raise ConfigError(f"{source}: `{key}` has a wrong value: {reason}") from None
+        blame.update(dict.fromkeys(_leaves(layer), source))
+    if stem is not None and OmegaConf.is_missing(config, "output"):
+        config.output = f"runs/{stem}"
+    source = layers[-1][0] if path is None else str(path)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{source}: no value for `{'`, `'.join(missing)}`; add e.g. {missing[0]}=...")
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error}") from None
+    _check_values(result, blame)
+    return result
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Writes a resolved configuration, every key spelled out; :func:`load_config` reads it back to the same values."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,331 @@
+"""The `foveal` command. Each subcommand imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import foveal
+
+app = typer.Typer(
+    help="Vision backbones that look closely around each point.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(help="Train a model by a recipe.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+# What a user can bring about: bad names and values, files, missing extras, failed checks. Anything else is our mistake
+# and keeps its traceback.
+_USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def command(group: typer.Typer, *names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a subcommand whose errors are one line; an int that it returns is the exit status."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with _short_errors():
+                status = function(*args, **kwargs)
+            if status:
+                raise typer.Exit(status)
+
+        return group.command(*names, **settings)(run)
+
+    return register
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    try:
+        yield
+    except _USER_ERRORS as error:
+        if os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {escape(message)}")
+        # 2: what was asked for cannot be; 1: it was attempted and failed
+        raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"foveal {foveal.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (also: FOVEAL_DEBUG=1).")] = False,
+) -> None:
+    if debug:
+        os.environ["FOVEAL_DEBUG"] = "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+@command(app, "list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'dinat_*'.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
+    names = [name for name in foveal.list_models() if fnmatch(name, pattern)]
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
+    rows = [_describe(name) for name in names]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("name", "family", "parameters", "GMACs", "input", "tags", "licence", box=None, pad_edge=False)
+    for column in (2, 3, 4):
+        table.columns[column].justify = "right"
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["family"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['macs'] / 1e9:.2f}",
+            "x".join(map(str, row["input"])),
+            ", ".join(row["tags"]) or "-",
+            row["licence"] or "-",
+        )
+    _console().print(table)
+
+
+@command(app)
+def info(
+    name: Annotated[str, typer.Argument(help="Model name, with or without a tag.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show one model: size, cost, input and preprocessing, licence and origin of its weights."""
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    from .backbones.loading import resolve
+
+    found = resolve(name)
+    if found.folder is not None:
+        raise ValueError(
+            f"{name} is a folder; info takes a model name, and the folder's README.md or config.json tells"
+        )
+    cfg = get_pretrained_cfg(found.name)
+    facts = _describe(found.name)
+    facts |= {
+        "paper": ", ".join(filter(None, [cfg.paper_name, _words(cfg.paper_ids)])),
+        "origin": cfg.origin_url,
+        "preprocessing": {
+            "interpolation": cfg.interpolation,
+            "crop": cfg.crop_pct,
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+        },
+        "classes": cfg.num_classes,
+        "weights": {
+            full.partition(".")[2]: each.url or f"https://huggingface.co/{each.hf_hub_id}"
+            for full, each in sorted(get_arch_pretrained_cfgs(found.architecture).items())
+            if "." in full and each.has_weights
+        },
+        "dilations": _dilations(found.name),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("name", found.name)
+    table.add_row("family", facts["family"])
+    table.add_row("parameters", f"{facts['parameters']:,}")
+    table.add_row("GMACs", f"{facts['macs'] / 1e9:.3f} for one image of {'x'.join(map(str, facts['input']))}")
+    table.add_row("", "matrix products, convolutions, and kernel x kernel keys for each query;")
+    table.add_row("", "normalization, activations, softmax and additions are not counted")
+    if facts["dilations"]:
+        table.add_row("dilations", "  ".join(_words(level) for level in facts["dilations"]))
+    prep = facts["preprocessing"]
+    table.add_row(
+        "preprocessing",
+        f"{prep['interpolation']}, crop {prep['crop']}, mean {_words(prep['mean'])}, std {_words(prep['std'])}",
+    )
+    table.add_row("classes", str(facts["classes"]))
+    table.add_row("licence", facts["licence"] or "-")
+    table.add_row("paper", facts["paper"] or "-")
+    table.add_row("origin", facts["origin"] or "-")
+    for tag, address in facts["weights"].items() or {"-": "none published"}.items():
+        table.add_row("weights", f"{tag}  {address}")
+    _console().print(table)
+
+
+def _describe(name: str) -> dict[str, Any]:
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    from .backbones import family
+    from .backbones.profile import profile
+
+    architecture = name.partition(".")[0]
+    cfgs = get_arch_pretrained_cfgs(architecture)
+    counted = profile(name)
+    return {
+        "name": name,
+        "family": family(architecture) if architecture in foveal.list_models() else "timm",
+        "parameters": counted.parameters,
+        "macs": counted.macs,
+        "input": list(counted.input_size),
+        "tags": sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights),
+        "licence": getattr(get_pretrained_cfg(name), "license", None),
+    }
+
+
+def _dilations(name: str) -> list[list[int | str]] | None:
+    """The dilation of every attention layer, by level (by model, where there are no levels); None without any."""
+    import timm
+    import torch
+
+    from .backbones.attention import NeighborhoodAttention2d
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    levels = [
+        [m.dilation for m in level.modules() if isinstance(m, NeighborhoodAttention2d)]
+        for level in getattr(model, "levels", [model])
+    ]
+    return levels if any(levels) else None
+
+
+# -------------------------------------------------------------------------------------------------- training and scoring
+
+
+@command(train_app, "classify")
+def train_classify(
+    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> int:
+    """Train a classifier."""
+    from .train import classify
+
+    return classify.train(config, overrides or [])
+
+
+@command(app)
+def evaluate(
+    source: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> int:
+    """Score a model on the evaluation part of its data."""
+    from .train import classify
+
+    return classify.evaluate(source, overrides or [])
+
+
+@command(app)
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    model: Annotated[str, typer.Option(help="Model name, run folder or model folder.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+) -> int:
+    """Classify images."""
+    import torch
+
+    from .backbones.loading import load
+    from .weights.images import preprocessing, read_image
+
+    net = load(model)
+    if net.num_classes < 1:
+        raise ValueError(f"{model} has no classifier")
+    transform = preprocessing(net)
+    labels = net.pretrained_cfg.get("label_names") or _imagenet_labels(net)
+    failed = 0
+    for path in images:
+        try:
+            image = read_image(path, net.pretrained_cfg["input_size"][0])
+        except OSError as error:  # the others may still be fine
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        with torch.inference_mode():
+            probabilities = net(transform(image)[None]).softmax(-1)[0]
+        best = probabilities.topk(min(top, len(probabilities)))
+        print(path)
+        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"  {100 * probability:6.2f} %  {labels[index] if labels else f'class {index}'}")
+    return 1 if failed else 0
+
+
+def _imagenet_labels(model: Any) -> list[str] | None:
+    """Names for the published classifiers, from timm's tables of ImageNet."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    names = ImageNetInfo(subset)
+    return [names.index_to_description(i) for i in range(model.num_classes)]
+
+
+@command(app)
+def export(
+    source: Annotated[str, typer.Argument(help="Model name, run folder or model folder.")],
+    to: Annotated[str, typer.Option(help="safetensors or onnx.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    image: Annotated[list[str] | None, typer.Option(help="Check on this image too; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
+) -> None:
+    """Write a model for use elsewhere, checked against the original."""
+    from .weights.export import export as write
+
+    done = write(source, to, output, images=image or [], force=force)
+    print(f"{done.folder}: {', '.join(done.files)}")
+    print(f"largest difference {done.difference:.1e} of the largest logit, on: {'; '.join(done.checked)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- bench, demo
+
+
+@command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> int:
+    """Measure speed: `foveal bench kernels`; `foveal bench --help` tells more."""
+    from .benchmarks import run
+
+    return run.main(context.args)
+
+
+@command(app)
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
+) -> None:
+    """Train on handwritten digits, evaluate, draw, export and predict: the whole way in a few minutes."""
+    from .demo import demo as run
+
+    run(output)
+
+
+def _console() -> Console:
+    # a table that is piped must not be cut to 80 columns
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")

@@ -1,0 +1,7 @@
+"""The attention operations every backbone stands on (see README.md here for layouts and the support matrix)."""
+
+from .bias import FactoredBias, TableBias
+from .dispatch import BackendError, backend
+from .neighborhood import neighborhood_attention
+
+__all__ = ["BackendError", "FactoredBias", "TableBias", "backend", "neighborhood_attention"]

@@ -1,0 +1,60 @@
+"""Relative position biases that the kernels add to the logits before the softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TableBias:
+    """One learned number per head and relative position (NAT, arXiv 2204.07143, section 3.2; MaxViT).
+
+    ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
+    their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``.
+    """
+
+    table: Tensor
+
+    def expected(self, heads: int, depth: int, kernel_size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
+        rows, columns = (2 * k - 1 for k in kernel_size)
+        return {"table": ((heads, rows, columns),)}
+
+    def cast(self, dtype: torch.dtype) -> TableBias:
+        return TableBias(self.table.to(dtype))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
+
+@dataclass(frozen=True)
+class FactoredBias:
+    """Row and column embeddings dotted with the query (HaloNet, arXiv 2103.12731; Bottleneck Transformers).
+
+    ``rows`` is ``[2*Kh - 1, D]`` or, one set per head, ``[heads, 2*Kh - 1, D]``; ``columns`` likewise with ``Kw``.
+    The bias of a key at ``t`` for the query ``q`` at ``i`` is ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]``
+    with the query as given: ``scale`` does not touch it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def expected(self, heads: int, depth: int, kernel_size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
+        rows, columns = (2 * k - 1 for k in kernel_size)
+        return {
+            "rows": ((rows, depth), (heads, rows, depth)),
+            "columns": ((columns, depth), (heads, columns, depth)),
+        }
+
+    def cast(self, dtype: torch.dtype) -> FactoredBias:
+        return FactoredBias(self.rows.to(dtype), self.columns.to(dtype))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.rows, self.columns)
+
+
+Bias = TableBias | FactoredBias

@@ -1,0 +1,91 @@
+"""Which backend runs a call: the first of the measured order that supports it, or the one asked for by name.
+
+A backend is a module with ``unsupported_reason(problem) -> str | None`` and ``forward(q, k, v, bias_tensors, problem)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+
+from .problem import Problem
+
+ENVIRONMENT = "FOVEAL_BACKEND"
+NAMES = ("reference", "tiled", "natten")
+
+# Measured order, per device type; what is not listed (mps, xpu, ...) takes "other". On CUDA no backend has been measured
+# yet, so the one that needs nothing installed and gives gradients for everything goes first.
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("tiled", "reference"),
+    "cuda": ("tiled", "natten", "reference"),
+    "other": ("tiled", "reference"),
+}
+
+_log = logging.getLogger(__name__)
+_announced: set[tuple[str, str]] = set()
+_forced: str | None = os.environ.get(ENVIRONMENT) or None
+_forced_by = f"the environment variable {ENVIRONMENT}"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for does not exist or cannot run this call."""
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Use the backend ``name`` for every call inside the block (``None``: automatic choice).
+
+    The choice is process-wide, like ``FOVEAL_BACKEND``, which is read once, at import; an explicit ``backend=``
+    argument of a call wins over both. A backend that cannot run a call raises :class:`BackendError` with its reason.
+
+    >>> with foveal.kernels.backend("reference"):
+    ...     model(images)
+    """
+    global _forced, _forced_by
+    if name is not None:
+        _check_name(name, "backend()")
+    before = _forced, _forced_by
+    _forced, _forced_by = name, "the backend() context"
+    try:
+        yield
+    finally:
+        _forced, _forced_by = before
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r} from {source}; there are {', '.join(NAMES)}")
+
+
+def choose(backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> ModuleType:
+    """The backend module for ``problem``.
+
+    Raises:
+        BackendError: the backend asked for (argument, context or environment variable) cannot run it, with its reason.
+    """
+    name, source = (requested, "the argument backend") if requested is not None else (_forced, _forced_by)
+    if name is not None:
+        _check_name(name, source)
+        if name not in backends:
+            raise BackendError(f"this operation has no backend {name!r} (asked for by {source})")
+        reason = backends[name].unsupported_reason(problem)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} (asked for by {source}) cannot run this call: {reason}")
+        return backends[name]
+    if problem.tracing:  # compilers and exporters are to see standard operators, whatever the device
+        return backends["tiled"]
+    reasons = []
+    for name in ORDER.get(problem.device, ORDER["other"]):
+        if name not in backends:
+            continue
+        reason = backends[name].unsupported_reason(problem)
+        if reason is None:
+            if (problem.device, name) not in _announced:
+                _announced.add((problem.device, name))
+                _log.info("backend %s on %s%s", name, problem.device, f" ({'; '.join(reasons)})" if reasons else "")
+            return backends[name]
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend can run this call: {'; '.join(reasons)}")

@@ -1,0 +1,158 @@
+"""The public operation: checks at the border, choice of a backend, nothing else.
+
+Layout legend: B batch, H W map, N heads, D query/key channels, V value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bias import Bias, FactoredBias, TableBias
+from ..dispatch import choose
+from ..problem import Problem
+from ..window import BOUNDARIES, Window
+from . import natten, reference, tiled
+
+BACKENDS = {"reference": reference, "tiled": tiled, "natten": natten}
+
+IntPair = int | tuple[int, int]
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: IntPair,
+    stride: IntPair = 1,
+    dilation: IntPair = 1,
+    bias: Bias | None = None,
+    boundary: str = "shift",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every point of a map to the ``kernel_size`` window around it.
+
+    Neighborhood Attention Transformer (arXiv 2204.07143), Dilated NAT (arXiv 2209.15001); with ``stride`` the windows
+    are shared by blocks of queries (Generalized Neighborhood Attention, arXiv 2504.16922; HaloNet, arXiv 2103.12731).
+    The rule that says which keys a query sees is in ``kernels/window.py``.
+
+    Args:
+        q: queries ``[B, H, W, heads, D]``, float16, bfloat16, float32 or float64, any strides.
+        k: keys, same shape, dtype and device as ``q``.
+        v: values ``[B, H, W, heads, Dv]``.
+        kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``stride`` and ``dilation``.
+        stride: queries per axis that share one window; at most ``kernel_size``.
+        dilation: distance of neighbouring keys; need not divide the map.
+        bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits.
+        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that take
+            part in the softmax) or ``"mask"`` (keys outside are left out).
+        scale: factor on ``q . k``; ``None`` is ``D ** -0.5``.
+        dropout_p: probability of dropping an attention weight. Applied whenever it is above zero, as in
+            ``torch.nn.functional.scaled_dot_product_attention``: pass 0.0 in evaluation.
+        backend: a backend's name, or ``None`` for the automatic choice.
+
+    Returns:
+        ``[B, H, W, heads, Dv]`` in the dtype of ``v``. Under autocast the inputs are cast to the autocast dtype.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit together; with ``boundary="shift"``, a map smaller than
+            ``kernel_size * dilation``.
+        TypeError: dtypes that differ or are not floating point, or options of a wrong type.
+        BackendError: the backend asked for cannot run this call.
+
+    >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
+    >>> neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
+    torch.Size([1, 14, 14, 2, 32])
+    """
+    kernel_size, stride, dilation = (
+        _pair(name, value)
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
+    _check_tensors(q, k, v)
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    for axis, length, size, step, reach in zip(
+        ("rows", "columns"), q.shape[1:3], kernel_size, stride, dilation, strict=True
+    ):
+        if step > size:
+            raise ValueError(f"stride {step} is larger than kernel_size {size} ({axis})")
+        if boundary == "shift" and size * reach > length:
+            raise ValueError(
+                f"the window of kernel_size {size} x dilation {reach} = {size * reach} does not fit the map's {length} "
+                f"{axis} (map {q.shape[1]} x {q.shape[2]}, boundary 'shift'); pad the map or take a smaller dilation"
+            )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    bias_tensors = _check_bias(bias, q, kernel_size)
+    problem = Problem(
+        shape=tuple(q.shape),
+        value_depth=v.shape[-1],
+        rows=Window(kernel_size[0], stride[0], dilation[0], boundary),
+        columns=Window(kernel_size[1], stride[1], dilation[1], boundary),
+        bias=None if bias is None else type(bias),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout_p=float(dropout_p),
+        dtype=q.dtype,
+        device=q.device.type,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias_tensors)),
+        tracing=torch.compiler.is_compiling(),
+    )
+    chosen = choose(BACKENDS, problem, backend)
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
+            return chosen.forward(q, k, v, bias_tensors, problem)
+    return chosen.forward(q, k, v, bias_tensors, problem)
+
+
+def _pair(name: str, value: IntPair) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
+    if min(pair) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return pair
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.ndim != 5:
+            raise ValueError(f"{name} must be [B, H, W, heads, D], got {t.ndim} dimensions: {tuple(t.shape)}")
+        if not t.is_floating_point() or t.dtype.itemsize < 2:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if q.shape != k.shape or q.shape[:4] != v.shape[:4]:
+        raise ValueError(
+            "q and k must have one shape, and v the same up to its last dimension, got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if min(*q.shape[1:], v.shape[4]) < 1:
+        raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
+
+
+def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> tuple[Tensor, ...]:
+    if bias is None:
+        return ()
+    if not isinstance(bias, (TableBias, FactoredBias)):
+        raise TypeError(f"bias must be a TableBias, a FactoredBias or None, got {type(bias).__name__}")
+    for name, allowed in bias.expected(q.shape[3], q.shape[4], kernel_size).items():
+        t = getattr(bias, name)
+        if tuple(t.shape) not in allowed:
+            wanted = " or ".join(str(list(shape)) for shape in allowed)
+            raise ValueError(
+                f"{type(bias).__name__}.{name} has shape {list(t.shape)}, expected {wanted} "
+                f"(heads {q.shape[3]}, kernel_size {kernel_size[0]} x {kernel_size[1]})"
+            )
+        if not t.is_floating_point() or t.dtype.itemsize < 2:
+            raise TypeError(f"{type(bias).__name__}.{name} must be floating point, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{type(bias).__name__}.{name} is on {t.device}, q on {q.device}")
+    return tuple(t.to(q.dtype) for t in bias.tensors)

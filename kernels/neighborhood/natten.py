@@ -1,0 +1,97 @@
+"""NATTEN's fused kernels, where it is installed and has the feature: no bias, boundary "shift".
+
+A ``torch.library`` operation with a fake and a gradient, so that compilers see one node. The gradient runs NATTEN's
+forward again: its backward operators are not public.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+
+@lru_cache(maxsize=1)
+def installed_version() -> str | None:
+    try:
+        return version("natten")
+    except PackageNotFoundError:
+        return None
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    found = installed_version()
+    if found is None:
+        return "natten is not installed (pip install foveal[natten])"
+    if tuple(int(x) for x in found.split(".")[:2]) < (0, 20):
+        return f"natten {found} is older than 0.20, whose interface this is"
+    if problem.bias is not None:
+        return f"NATTEN has no relative position bias since 0.20 (got {problem.bias.__name__})"
+    if problem.boundary != "shift":
+        return f"NATTEN only has boundary 'shift' (got {problem.boundary!r})"
+    if problem.dropout_p > 0:
+        return f"NATTEN has no attention dropout (got {problem.dropout_p})"
+    if problem.shape[0] == 0:
+        return "NATTEN does not take an empty batch"
+    if problem.device not in ("cpu", "cuda"):
+        return f"NATTEN runs on cpu and cuda, not on {problem.device}"
+    if problem.device == "cpu" and problem.needs_grad:
+        return "NATTEN has no gradient on a CPU"
+    if problem.device == "cuda" and problem.dtype == torch.float64:
+        return "NATTEN has no float64 kernels"
+    return None
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tensor:
+    from natten import na2d  # costs seconds to import, so only where it is used
+
+    kernel_size, stride, dilation = tuple(window[:2]), tuple(window[2:4]), tuple(window[4:])
+    return na2d(q, k, v, kernel_size=kernel_size, stride=stride, dilation=dilation, scale=scale)
+
+
+@torch.library.custom_op("foveal::natten_na2d", mutates_args=())
+def natten_na2d(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tensor:
+    # NATTEN wants contiguous inputs, and custom operators may not return an input's memory
+    return _call(q.contiguous(), k.contiguous(), v.contiguous(), window, scale).clone()
+
+
+@natten_na2d.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("foveal::natten_na2d_backward", mutates_args=())
+def natten_na2d_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = [t.detach().contiguous().requires_grad_(True) for t in (q, k, v)]
+        out = _call(*inputs, window, scale)
+    return torch.autograd.grad(out, inputs, grad.contiguous())
+
+
+@natten_na2d_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward(ctx, grad: Tensor):
+    return *natten_na2d_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale), None, None
+
+
+natten_na2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]."""
+    window = [*problem.kernel_size, *problem.stride, *problem.dilation]
+    return natten_na2d(q, k, v, window, problem.scale)

@@ -1,0 +1,50 @@
+"""Gather form of neighborhood attention: any device, any floating dtype, every option. The judge of the others.
+
+B batch, H W map, N heads, D query/key channels, V value channels, K = Kh * Kw keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bias import TableBias
+from ..problem import Problem
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """The reference runs everything."""
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]; arithmetic in at least float32."""
+    out_dtype = v.dtype
+    working = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(working), k.to(working), v.to(working)
+    bias_tensors = tuple(t.to(working) for t in bias_tensors)
+    height, width = q.shape[1:3]
+    row_at, row_in, row = problem.rows.keys(height, q.device)  # H Kh
+    column_at, column_in, column = problem.columns.keys(width, q.device)  # W Kw
+    inside = row_in[:, None, :, None] & column_in[None, :, None, :]  # H W Kh Kw
+
+    def gather(t: Tensor) -> Tensor:  # B H W N C -> B H W Kh Kw N C, zero outside the map
+        near = t[:, row_at[:, None, :, None], column_at[None, :, None, :]]
+        return near.masked_fill(~inside[None, :, :, :, :, None, None], 0.0)
+
+    logits = torch.einsum("bhwnd,bhwijnd->bhwnij", q * problem.scale, gather(k))
+    if problem.bias is TableBias:
+        (table,) = bias_tensors
+        entries = table[:, row[:, None, :, None], column[None, :, None, :]]  # N H W Kh Kw
+        logits = logits + entries.permute(1, 2, 0, 3, 4)
+    elif problem.bias is not None:
+        rows, columns = (t if t.ndim == 3 else t[None].expand(q.shape[3], -1, -1) for t in bias_tensors)
+        logits = logits + torch.einsum("bhwnd,nhid->bhwni", q, rows[:, row])[..., None]
+        logits = logits + torch.einsum("bhwnd,nwjd->bhwnj", q, columns[:, column])[..., None, :]
+    if problem.rows.boundary == "mask":
+        logits = logits.masked_fill(~inside[:, :, None], float("-inf"))
+    weights = logits.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
+    if problem.dropout_p > 0:
+        weights = F.dropout(weights, problem.dropout_p)
+    return torch.einsum("bhwnij,bhwijnd->bhwnd", weights, gather(v)).to(out_dtype)

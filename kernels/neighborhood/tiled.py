@@ -1,0 +1,3 @@
+from . import reference
+unsupported_reason = reference.unsupported_reason
+forward = reference.forward

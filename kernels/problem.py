@@ -1,0 +1,42 @@
+"""What a backend is told about a call: sizes and options, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .window import Window
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operation, as far as a backend needs it to say whether it can run it."""
+
+    shape: tuple[int, ...]  # of the queries: B, H, W, heads, D
+    value_depth: int
+    rows: Window
+    columns: Window
+    bias: type | None  # TableBias, FactoredBias or None
+    scale: float
+    dropout_p: float
+    dtype: torch.dtype
+    device: str  # "cpu", "cuda", ...
+    needs_grad: bool
+    tracing: bool  # under torch.compile, torch.export or the ONNX exporter
+
+    @property
+    def boundary(self) -> str:
+        return self.rows.boundary
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.rows.kernel_size, self.columns.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.rows.stride, self.columns.stride
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.rows.dilation, self.columns.dilation

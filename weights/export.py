@@ -1,0 +1,218 @@
+"""Write a model for use elsewhere: a folder that timm loads, or an ONNX file checked in onnxruntime."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from .._version import __version__
+from ..backbones.loading import WEIGHTS, Source, load, resolve
+from .images import preprocessing, read_image
+
+FORMATS = ("safetensors", "onnx")
+TOLERANCE = 1e-4  # of the largest logit: what an exported model may differ from the original
+_ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
+_REMOVED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder, its files, and how far its outputs are from the original's (of the largest)."""
+
+    folder: Path
+    files: list[str]
+    difference: float
+    checked: list[str] = field(default_factory=list)  # the inputs it was checked on, in words
+
+
+def export(
+    source: str | Path | nn.Module,
+    to: str,
+    output: str | Path,
+    *,
+    images: Sequence[str | Path] = (),
+    force: bool = False,
+) -> Export:
+    """Write a model to the folder `output` in the format `to`, check it there, and only then put it in place.
+
+    ``safetensors``: ``config.json``, ``model.safetensors`` and a card, README.md; ``timm.create_model("local-dir:...",
+    pretrained=True)`` loads it. ``onnx``: ``model.onnx``, input ``image`` ``[batch, C, H, W]`` at the model's input
+    size with any batch, output ``logits`` ``[batch, classes]``, and the same card and configuration beside it.
+
+    Args:
+        source: what `foveal.load` takes, or a model built by `timm.create_model`, in which case its arguments that are
+            not in its ``pretrained_cfg`` are read from what timm recorded on it.
+        images: image files to check with, besides random inputs.
+        force: write into a folder that is not empty, replacing files of the same names and no others.
+
+    Raises:
+        ValueError: for an unknown format, a source that cannot be loaded, or an output that is not empty.
+        RuntimeError: if the exported model differs by more than `TOLERANCE`; nothing is written then.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"cannot export to {to!r}; the formats are {', '.join(FORMATS)}")
+    output = Path(output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; the output is a folder")
+    if not force and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
+
+    found = None if isinstance(source, nn.Module) else resolve(source)
+    model = source.eval() if isinstance(source, nn.Module) else load(source)
+    config = _config(model, found)
+    inputs = _inputs(model, images)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        folder = Path(scratch) / "export"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write = _write_safetensors if to == "safetensors" else _write_onnx
+        difference = write(model, folder, inputs)
+        if not difference <= TOLERANCE:  # also true of NaN
+            raise RuntimeError(
+                f"the exported {config['architecture']} differs from the original by {difference:.1e} of the largest "
+                f"logit, more than {TOLERANCE:.0e}; nothing was written"
+            )
+        (folder / "README.md").write_text(_card(model, config, found, to, difference), encoding="utf-8")
+        files = sorted(path.name for path in folder.iterdir())
+        _put_in_place(folder, output)
+    return Export(output, files, difference, list(inputs))
+
+
+def _inputs(model: nn.Module, images: Sequence[str | Path]) -> dict[str, torch.Tensor]:
+    """What to check with: random batches of two sizes, and the images given. Words -> ``[B, C, H, W]``."""
+    channels, rows, columns = model.pretrained_cfg["input_size"]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {f"random, batch {n}": torch.randn(n, channels, rows, columns, generator=generator) for n in (1, 3)}
+    transform = preprocessing(model)
+    for path in images:
+        inputs[str(path)] = transform(read_image(path, channels))[None]
+    return inputs
+
+
+def _write_safetensors(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor]) -> float:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    copy = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return _largest_difference(model, lambda x: copy(x), inputs)
+
+
+def _write_onnx(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor]) -> float:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch.onnx needs it and says so less clearly
+    except ImportError as error:
+        raise ImportError(f"ONNX export needs {error.name}: pip install 'foveal[export]'") from error
+
+    file = folder / "model.onnx"
+    example = next(x for x in inputs.values() if len(x) > 1)  # a batch of 1 would be taken for a constant
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    torch.onnx.export(
+        model,
+        (example,),
+        file,
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        external_data=size > _ONNX_SINGLE_FILE,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return _largest_difference(
+        model, lambda x: torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0]), inputs
+    )
+
+
+@torch.no_grad()
+def _largest_difference(model: nn.Module, other: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """Largest error over largest value, the worst of the inputs."""
+    worst = 0.0
+    for x in inputs.values():
+        expected = model(x)
+        error = ((other(x) - expected).abs().max() / expected.abs().max()).item()
+        if not error <= worst:  # NaN must win
+            worst = error
+    return worst
+
+
+def _config(model: nn.Module, found: Source | None) -> dict[str, Any]:
+    """The ``config.json`` that timm reads back: the source folder's own, or one written from the model."""
+    if found is not None and found.config is not None:
+        return found.config
+    cfg = {k: v for k, v in dict(model.pretrained_cfg).items() if k not in _REMOVED and v is not None}
+    cfg["num_classes"] = model.num_classes
+    arguments = {
+        k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ("pretrained_cfg_overlay", "cache_dir")
+    }
+    return {
+        "architecture": model.pretrained_cfg["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": cfg,
+    }
+
+
+def _card(model: nn.Module, config: dict[str, Any], found: Source | None, to: str, difference: float) -> str:
+    cfg = {**(get_pretrained_cfg(config["architecture"]).to_dict()), **config.get("pretrained_cfg", {})}
+    channels, rows, columns = model.pretrained_cfg["input_size"]
+    parameters = sum(p.numel() for p in model.parameters())
+    trained_here = found is not None and found.folder is not None
+    weights = (
+        "trained with foveal"
+        if trained_here
+        else f"published as `{found.name}`, {cfg.get('origin_url') or 'origin not recorded'}"
+        if found is not None
+        else "as given by the caller"
+    )
+    rows_of_table = {
+        "architecture": f"`{config['architecture']}`, {parameters:,} parameters",
+        "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
+        "weights": weights,
+        "licence of the published weights": None if trained_here else cfg.get("license"),
+        "input": f"{channels} x {rows} x {columns}, mean {_text(cfg.get('mean'))}, std {_text(cfg.get('std'))}",
+        "classes": str(model.num_classes),
+        "measured": cfg.get("description"),
+        "check of this file": f"differs from the original by {difference:.1e} of the largest logit",
+    }
+    use = (
+        'import foveal, timm\n\nmodel = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()'
+        if to == "safetensors"
+        else 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
+        '(logits,) = session.run(["logits"], {"image": images})  # float32 '
+        f"[batch, {channels}, {rows}, {columns}]"
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows_of_table.items() if value)
+    return (
+        f"# {config['architecture']}\n\n| | |\n|---|---|\n{table}\n\n```python\n{use}\n```\n\n"
+        f"Written by foveal {__version__}: `foveal export SOURCE --to {to}`.\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value or "")
+
+
+def _put_in_place(folder: Path, output: Path) -> None:
+    """Move a finished folder to its name; into a folder that exists file by file, each replaced in one step."""
+    if not output.exists():
+        os.rename(folder, output)
+        return
+    for path in sorted(folder.iterdir()):
+        staged = output / f".{path.name}.new"
+        shutil.move(path, staged)
+        os.replace(staged, output / path.name)
