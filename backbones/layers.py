@@ -79,6 +79,21 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
+def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """timm's ``indices`` of `forward_intermediates` (the last n, these, or all) as a list within ``range(count)``, and
+    the largest of them."""
+    if indices is None:
+        indices = count
+    if isinstance(indices, int):
+        given = range(-indices, 0) if indices <= count else ()
+    else:
+        given = indices
+    if not given or not all(-count <= i < count for i in given):
+        raise ValueError(f"indices {indices} select nothing or leave the range of {count} maps")
+    take = [i % count for i in given]
+    return take, max(take)
+
+
 def to_format(x: torch.Tensor, output_fmt: str) -> torch.Tensor:
     """A channels-last map as ``"NHWC"`` or ``"NCHW"``; the latter is a view (PyTorch's channels_last memory format)."""
     if output_fmt == "NHWC":

@@ -24,7 +24,7 @@ _WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 @dataclass(frozen=True)
 class Source:
-    """What a name given by a user turned out to be: a registered model, or a folder (and perhaps one file) of weights."""
+    """What a user's name turned out to be: a registered model, or a folder (and perhaps one file) of weights."""
 
     architecture: str
     tag: str | None = None

@@ -33,14 +33,13 @@ from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
-    feature_take_indices,
     generate_default_cfgs,
     register_model,
 )
 from torch import nn
 
 from .attention import NeighborhoodAttention2d
-from .layers import Backbone, drop_path_rates, init_weights, to_format
+from .layers import Backbone, drop_path_rates, init_weights, take_indices, to_format
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -290,7 +289,7 @@ class NAT(Backbone):
             features are those of the last level that ran, without the final norm if that is not the last of all.
         """
         levels = getattr(self, self.levels_name)
-        take, last = feature_take_indices(len(levels), indices)
+        take, last = take_indices(len(levels), indices)
         stop = last if stop_early or intermediates_only else len(levels) - 1
         maps = []
         x = self.patch_embed(x)
@@ -315,7 +314,7 @@ class NAT(Backbone):
     ) -> list[int]:
         """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
         levels = getattr(self, self.levels_name)
-        take, last = feature_take_indices(len(levels), indices)
+        take, last = take_indices(len(levels), indices)
         shortened = last < len(levels) - 1
         setattr(self, self.levels_name, levels[: last + 1])
         levels[last].downsample = nn.Identity()
@@ -456,7 +455,7 @@ class Isotropic(Backbone):
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The maps after each block. Arguments as for `NAT.forward_intermediates`; ``norm`` applies to all maps."""
-        take, last = feature_take_indices(len(self.layers), indices)
+        take, last = take_indices(len(self.layers), indices)
         stop = last if stop_early or intermediates_only else len(self.layers) - 1
         maps = []
         x = self._embed(x)
@@ -470,7 +469,7 @@ class Isotropic(Backbone):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = feature_take_indices(len(self.layers), indices)
+        take, last = take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()

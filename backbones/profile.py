@@ -1,8 +1,8 @@
-"""Parameters and multiply-accumulates (MACs) of a model, counted on shapes alone, without memory or time for the sums.
+"""Parameters and multiply-accumulates (MACs) of a model, counted on shapes alone.
 
-What is counted: every matrix product and convolution, and for each query of neighborhood attention its ``Kh * Kw`` keys,
-once for the logits and once for the values, whatever the backend computes and masks away. What is not: normalization,
-activations, softmax, additions, pooling. One MAC is what papers of this field print as one FLOP.
+What is counted: every matrix product and convolution, and for each query of neighborhood attention its ``Kh * Kw``
+keys, once for the logits and once for the values, whatever the backend computes and masks away. What is not:
+normalization, activations, softmax, additions, pooling. One MAC is what papers of this field print as one FLOP.
 """
 
 from __future__ import annotations

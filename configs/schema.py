@@ -1,9 +1,9 @@
 """The schema of a training recipe, and the strict loader of its YAML files.
 
-A recipe is a short YAML file. It may name other files under ``base:`` (relative to itself), which are read first; its own
-values, and then the ``key=value`` pairs of the command line, override them. Mappings merge, lists replace lists. A key that
-the schema does not know, or a value of the wrong type, is a :class:`ConfigError` that names the key, the file and the
-nearest valid key. What depends on another value is written as a fraction of it, never as a second number.
+A recipe is a short YAML file. It may name other files under ``base:`` (relative to itself), which are read first; its
+own values, and then the ``key=value`` pairs of the command line, override them. Mappings merge, lists replace lists. A
+key that the schema does not know, or a value of the wrong type, is a :class:`ConfigError` that names the key, the file
+and the nearest valid key. What depends on another value is written as a fraction of it, never as a second number.
 """
 
 import dataclasses
@@ -164,9 +164,7 @@ class ClassifyConfig:
     """A whole classification run."""
 
     output: str = MISSING  # run folder; when a recipe does not name it: runs/<name of the recipe>
-    resume: str = _checked(
-        "never", choices=("never", "auto")
-    )  # auto: go on from OUTPUT/last, or start when there is none
+    resume: str = _checked("never", choices=("never", "auto"))  # auto: go on from OUTPUT/last, or start anew
     seed: int = _checked(0, low=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import foveal
+from . import __version__, list_models
 
 app = typer.Typer(
     help="Vision backbones that look closely around each point.",
@@ -69,7 +69,7 @@ def _short_errors() -> Iterator[None]:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"foveal {foveal.__version__}")
+        print(f"foveal {__version__}")
         raise typer.Exit
 
 
@@ -84,7 +84,7 @@ def _options(
         os.environ["FOVEAL_DEBUG"] = "1"
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# ---- models
 
 
 @command(app, "list")
@@ -93,7 +93,7 @@ def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
-    names = [name for name in foveal.list_models() if fnmatch(name, pattern)]
+    names = [name for name in list_models() if fnmatch(name, pattern)]
     if not names:
         raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
     rows = [_describe(name) for name in names]
@@ -190,7 +190,7 @@ def _describe(name: str) -> dict[str, Any]:
     counted = profile(name)
     return {
         "name": name,
-        "family": family(architecture) if architecture in foveal.list_models() else "timm",
+        "family": family(architecture) if architecture in list_models() else "timm",
         "parameters": counted.parameters,
         "macs": counted.macs,
         "input": list(counted.input_size),
@@ -215,7 +215,7 @@ def _dilations(name: str) -> list[list[int | str]] | None:
     return levels if any(levels) else None
 
 
-# -------------------------------------------------------------------------------------------------- training and scoring
+# ---- training and scoring
 
 
 @command(train_app, "classify")
@@ -301,7 +301,7 @@ def export(
     print(f"largest difference {done.difference:.1e} of the largest logit, on: {'; '.join(done.checked)}")
 
 
-# ----------------------------------------------------------------------------------------------------------- bench, demo
+# ---- bench, demo
 
 
 @command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

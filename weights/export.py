@@ -38,7 +38,7 @@ class Export:
 
 
 def export(
-    source: str | Path | nn.Module,
+    source: str | Path,
     to: str,
     output: str | Path,
     *,
@@ -52,8 +52,7 @@ def export(
     size with any batch, output ``logits`` ``[batch, classes]``, and the same card and configuration beside it.
 
     Args:
-        source: what `foveal.load` takes, or a model built by `timm.create_model`, in which case its arguments that are
-            not in its ``pretrained_cfg`` are read from what timm recorded on it.
+        source: what `foveal.load` takes.
         images: image files to check with, besides random inputs.
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
@@ -69,9 +68,9 @@ def export(
     if not force and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
 
-    found = None if isinstance(source, nn.Module) else resolve(source)
-    model = source.eval() if isinstance(source, nn.Module) else load(source)
-    config = _config(model, found)
+    found = resolve(source)
+    model = load(source)
+    config = found.config or _published_config(model)
     inputs = _inputs(model, images)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -149,41 +148,28 @@ def _largest_difference(model: nn.Module, other: Any, inputs: dict[str, torch.Te
     return worst
 
 
-def _config(model: nn.Module, found: Source | None) -> dict[str, Any]:
-    """The ``config.json`` that timm reads back: the source folder's own, or one written from the model."""
-    if found is not None and found.config is not None:
-        return found.config
+def _published_config(model: nn.Module) -> dict[str, Any]:
+    """The ``config.json`` that timm reads back, for a model built by its name alone."""
     cfg = {k: v for k, v in dict(model.pretrained_cfg).items() if k not in _REMOVED and v is not None}
-    cfg["num_classes"] = model.num_classes
-    arguments = {
-        k: v for k, v in getattr(model, "_model_args", {}).items() if k not in ("pretrained_cfg_overlay", "cache_dir")
-    }
     return {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": arguments,
         "pretrained_cfg": cfg,
     }
 
 
-def _card(model: nn.Module, config: dict[str, Any], found: Source | None, to: str, difference: float) -> str:
+def _card(model: nn.Module, config: dict[str, Any], found: Source, to: str, difference: float) -> str:
     cfg = {**(get_pretrained_cfg(config["architecture"]).to_dict()), **config.get("pretrained_cfg", {})}
     channels, rows, columns = model.pretrained_cfg["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
-    trained_here = found is not None and found.folder is not None
-    weights = (
-        "trained with foveal"
-        if trained_here
-        else f"published as `{found.name}`, {cfg.get('origin_url') or 'origin not recorded'}"
-        if found is not None
-        else "as given by the caller"
-    )
+    published = found.folder is None
+    weights = f"published as `{found.name}`, {cfg.get('origin_url')}" if published else f"from {found.folder}"
     rows_of_table = {
         "architecture": f"`{config['architecture']}`, {parameters:,} parameters",
         "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
         "weights": weights,
-        "licence of the published weights": None if trained_here else cfg.get("license"),
+        "licence of the published weights": cfg.get("license") if published else None,
         "input": f"{channels} x {rows} x {columns}, mean {_text(cfg.get('mean'))}, std {_text(cfg.get('std'))}",
         "classes": str(model.num_classes),
         "measured": cfg.get("description"),

@@ -68,8 +68,7 @@ def neighborhood_attention(
     torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, stride, dilation = (
-        _pair(name, value)
-        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+        _pair(name, value) for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     )
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")

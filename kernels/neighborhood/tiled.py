@@ -1,3 +1,483 @@
-from . import reference
-unsupported_reason = reference.unsupported_reason
-forward = reference.forward
+"""Neighborhood attention in plain PyTorch operations: the CPU default, and what compilers and exporters see.
+
+The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span of
+keys, of the same size for every tile, so a tile is one small dense attention with a mask: a few batched matrix
+products instead of a gather of K keys for each query.
+
+Two forms share the planning, the views and the bias:
+
+* ``_attend``: standard operators on all tiles at once. Traced through by ``torch.compile`` and the exporters; also
+  takes dropout and the factored bias.
+* ``_Chunked``: eager mode on a CPU. Walks over pieces that stay in the cache, forward and backward, and keeps nothing
+  but q, k, v and the bias for the backward.
+
+B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, R Q tiles of rows and columns,
+T T2 queries of a tile, S S2 keys of its span.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..bias import TableBias
+from ..problem import Problem
+from ..window import Window
+
+# A piece of a chunked call: about this many logits. Measured on a 2-core CPU with 2 MiB of second-level and 32 MiB of
+# third-level cache; half and twice as many cost the same, unchunked costs 1.5 to 2 times as much.
+PIECE = 1 << 20
+
+# What copying one key and value into a span costs, in units of one query-key pair. Fitted on the same machine.
+COPY_COST = 16.0
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Runs everything, on any device."""
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- planning
+
+
+class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant in every release
+    """How one axis of the dilation groups ``first:stop`` (all of ``length`` positions) is cut into tiles."""
+
+    first: int
+    stop: int
+    length: int
+    tile: int
+    tiles: int
+    before: int  # keys that the span of a tile reaches before its first query
+    after: int  # padding behind the last position, so that the last tile has a full span
+    span: int
+    ragged: int  # queries that the last tile is short of
+    runs: tuple[tuple[int, int, int], ...]  # (tile from, tile to, pattern): neighbouring tiles with equal windows
+    order: tuple[int, ...]  # the pattern of every tile
+    samples: tuple[int, ...]  # one tile of each pattern
+    masked: bool  # whether some key of a span is not for all queries of the tile
+
+
+def _cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
+    starts = [window.start(i, length) for i in range(length)]
+    tiles = -(-length // tile)
+    spans = [(t * tile, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
+    before = max(0, *(q0 - min(s) for q0, s in spans))
+    span = max(max(s) + window.kernel_size - (q0 - before) for q0, s in spans)
+    shapes: dict[tuple, int] = {}
+    runs: list[list[int]] = []
+    samples = []
+    masked = False
+    for t, (q0, s) in enumerate(spans):
+        # relative to the tile: the windows, and (boundary "mask") where the map begins and ends
+        base = q0 - before
+        edges = (max(-base, 0), min(length - base, span)) if window.boundary == "mask" else (0, span)
+        shape = (*(x - base for x in s), *edges)
+        if shape not in shapes:
+            shapes[shape] = len(shapes)
+            samples.append(t)
+            masked |= edges != (0, span) or any(x != base for x in s) or span != window.kernel_size
+        if runs and runs[-1][2] == shapes[shape]:
+            runs[-1][1] = t + 1
+        else:
+            runs.append([t, t + 1, shapes[shape]])
+    return Axis(
+        first=first,
+        stop=stop,
+        length=length,
+        tile=tile,
+        tiles=tiles,
+        before=before,
+        after=(tiles - 1) * tile + span - before - length,
+        span=span,
+        ragged=tiles * tile - length,
+        runs=tuple((start, stop, pattern) for start, stop, pattern in runs),
+        order=tuple(pattern for start, stop, pattern in runs for _ in range(start, stop)),
+        samples=tuple(samples),
+        masked=masked,
+    )
+
+
+def _cost(rows: Axis, columns: Axis) -> float:
+    pairs = rows.tiles * rows.tile * rows.span * columns.tiles * columns.tile * columns.span
+    copied = rows.tiles * rows.span * columns.tiles * columns.span
+    whole = rows.tiles == columns.tiles == 1 and rows.span == rows.length and columns.span == columns.length
+    return pairs + (0.0 if whole else COPY_COST * copied)
+
+
+@lru_cache(maxsize=1024)
+def plan(rows: Window, columns: Window, height: int, width: int) -> tuple[tuple[Axis, Axis], ...]:
+    """The tilings of a call, one for each pair of group lengths (at most four; one where the dilations divide)."""
+
+    def candidates(window: Window, extent: int) -> list[list[Axis]]:
+        d, short = window.dilation, extent % window.dilation
+        classes = [(0, d)] if short == 0 else [(0, short), (short, d)]
+        choices = []
+        for first, stop in classes:
+            length = window.group_length(extent, first)
+            if length == 0:
+                continue
+            sizes = {*range(1, min(length, 24) + 1), min(length, window.stride), length}
+            choices.append([_cut(window, first, stop, length, tile) for tile in sorted(sizes)])
+        return choices
+
+    return tuple(
+        min(((a, b) for a in row_axes for b in column_axes), key=lambda pair: _cost(*pair))
+        for row_axes in candidates(rows, height)
+        for column_axes in candidates(columns, width)
+    )
+
+
+def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int) -> tuple[tuple[Axis, Axis], ...]:
+    return plan(Window(*rows), Window(*columns), height, width)
+
+
+_compile_time_plan = torch.compiler.assume_constant_result(_compile_time_plan)
+
+
+def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(row, seen)`` of every pattern, both [P, T, S]: the bias table's row, and whether the query sees the key."""
+    tile = torch.tensor(axis.samples, device=device)[:, None, None]
+    query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.length - 1)
+    key = tile * axis.tile - axis.before + torch.arange(axis.span, device=device)
+    offset = key - window.starts(query, axis.length)
+    seen = (offset >= 0) & (offset < window.kernel_size)
+    if window.boundary == "mask":
+        seen = seen & (key >= 0) & (key < axis.length)
+    row = window.table_row(key, query).clamp(0, 2 * window.kernel_size - 2)
+    return row, seen
+
+
+def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where the query sees the key, else -inf: [P, P2, T*T2, S*S2]."""
+    seen = _pattern_index(rows, a, device)[1][:, None, :, None, :, None]
+    seen = seen & _pattern_index(columns, b, device)[1][None, :, None, :, None, :]
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.where(seen, zero, float("-inf")).reshape(
+        len(a.samples), len(b.samples), a.tile * b.tile, a.span * b.span
+    )
+
+
+_constants: dict[tuple, Tensor | tuple[Tensor, Tensor]] = {}
+
+
+def _constant(function, *key):
+    """``function(*key)``, kept between eager calls; built anew under a tracer, whose tensors must not leak out of it."""
+    if torch.compiler.is_compiling():
+        return function(*key)
+    found = _constants.get((function, *key))
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
+            found = function(*key)
+        first = found[0] if isinstance(found, tuple) else found
+        if type(first) is torch.Tensor and first.device.type != "meta":  # not a FakeTensor or another mode's product
+            if len(_constants) >= 1024:
+                _constants.clear()
+            _constants[(function, *key)] = found
+    return found
+
+
+def _pattern_bias(
+    table: Tensor | None, problem: Problem, a: Axis, b: Axis, dtype: torch.dtype, device
+) -> Tensor | None:
+    """Table and mask together for each pattern of tiles: [N or 1, P, P2, T*T2, S*S2], or None where neither is needed."""
+    mask = None
+    if a.masked or b.masked:
+        mask = _constant(_pattern_mask, problem.rows, problem.columns, a, b, dtype, device)[None]
+    if table is None:
+        return mask
+    row = _constant(_pattern_index, problem.rows, a, device)[0]
+    column = _constant(_pattern_index, problem.columns, b, device)[0]
+    bias = table.index_select(1, row.flatten()).index_select(2, column.flatten())
+    bias = bias.unflatten(2, column.shape).unflatten(1, row.shape)  # N P T S P2 T2 S2
+    bias = bias.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    return bias if mask is None else bias + mask
+
+
+# ------------------------------------------------------------------------------------------------------- views
+
+
+def _split_phases(x: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """[B, H, W, N, C] -> view [B, G, G2, N, h, w, C], padded with zeros where the dilation does not divide the map."""
+    (d, d2), (height, width) = dilation, x.shape[1:3]
+    if height % d or width % d2:
+        x = F.pad(x, (0, 0, 0, 0, 0, -width % d2, 0, -height % d))
+    return x.unflatten(2, (-1, d2)).unflatten(1, (-1, d)).permute(0, 2, 4, 5, 1, 3, 6)
+
+
+def _of_class(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """The phases and positions of one plan out of [B, G, G2, N, h, w, C]."""
+    return x[:, a.first : a.stop, b.first : b.stop, :, : a.length, : b.length]
+
+
+def _query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """[B, G, G2, N, h, w, C] -> view [B, G, G2, N, R, Q, T, T2, C]."""
+    if a.ragged or b.ragged:
+        x = F.pad(x, (0, 0, 0, b.ragged, 0, a.ragged))
+    return x.unflatten(5, (b.tiles, b.tile)).unflatten(4, (a.tiles, a.tile)).transpose(5, 6)
+
+
+def _from_query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """[B, G, G2, N, R, Q, T, T2, C] -> [B, G, G2, N, h, w, C]."""
+    return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.length, : b.length]
+
+
+def _pad_keys(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    if a.before or a.after or b.before or b.after:
+        return F.pad(x, (0, 0, b.before, b.after, a.before, a.after))
+    return x
+
+
+def _key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather where it is traced."""
+    if a.tiles == b.tiles == 1:
+        return x[:, :, :, :, None, None]
+    if torch.compiler.is_compiling():  # exporters know a gather with constant indices; views that overlap, few do
+        for dim, axis in ((5, b), (4, a)):
+            at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.tile
+            at = at + torch.arange(axis.span, device=x.device)
+            x = x.index_select(dim, at.flatten()).unflatten(dim, (axis.tiles, axis.span))
+        return x.transpose(5, 6)
+    return x.unfold(4, a.span, a.tile).unfold(5, b.span, b.tile).permute(0, 1, 2, 3, 4, 5, 7, 8, 6)
+
+
+# -------------------------------------------------------------------------------------- all tiles at once
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, plans) -> Tensor:
+    """Standard operators only. q, k, v are [B, G, G2, N, h, w, C]; returns the same layout, in full."""
+    grid: dict[int, list[Tensor]] = {}
+    full = q.shape[4:6]
+    for a, b in plans:
+        tiles = _query_tiles(_of_class(q, a, b), a, b)
+        queries = tiles.flatten(6, 7)
+        keys, values = (_key_spans(_pad_keys(_of_class(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v))
+        table = bias_tensors[0] if problem.bias is TableBias else None
+        bias = _pattern_bias(table, problem, a, b, q.dtype, q.device)
+        if bias is not None:  # N R Q T*T2 S*S2
+            for dim, axis in ((1, a), (2, b)):
+                if len(axis.runs) > 1:
+                    bias = bias.index_select(dim, torch.tensor(axis.order, device=bias.device))
+                else:
+                    bias = bias.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
+        if bias_tensors and table is None:
+            factored = _factored_bias(tiles, bias_tensors, problem, a, b)
+            bias = factored if bias is None else bias + factored
+        if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8):
+            logits = (queries * problem.scale) @ keys.transpose(-1, -2)
+            weights = (logits if bias is None else logits + bias).softmax(-1)
+            out = F.dropout(weights, problem.dropout_p) @ values
+        else:
+            batch = queries.shape[:3]
+            if bias is not None:
+                bias = bias.expand(q.shape[3], -1, -1, -1, -1).flatten(0, 2)[None]
+            out = F.scaled_dot_product_attention(
+                *(t.flatten(3, 5).flatten(0, 2) for t in (queries, keys, values)), attn_mask=bias, scale=problem.scale
+            )
+            out = out.unflatten(1, (q.shape[3], a.tiles, b.tiles)).unflatten(0, batch)
+        out = _from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b)
+        out = F.pad(out, (0, 0, 0, full[1] - b.length, 0, full[0] - a.length))
+        grid.setdefault(a.first, []).append(out)
+    rows = [row[0] if len(row) == 1 else torch.cat(row, 2) for row in grid.values()]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, a: Axis, b: Axis) -> Tensor:
+    """q . rows + q . columns for every query and key of a tile: [B, G, G2, N, R, Q, T*T2, S*S2]."""
+    sides = []
+    for embedding, window, axis, (tile_dim, query_dim) in zip(
+        bias_tensors, (problem.rows, problem.columns), (a, b), ((4, 6), (5, 7)), strict=True
+    ):
+        if embedding.ndim == 2:
+            embedding = embedding[None]
+        dots = tiles @ embedding.transpose(-1, -2)[:, None, None, None]  # B G G2 N R Q T T2 2K-1
+        row = _constant(_pattern_index, window, axis, tiles.device)[0]  # P T S
+        row = row[torch.tensor(axis.order, device=tiles.device)]  # R T S
+        shape = [1] * 9
+        shape[tile_dim], shape[query_dim], shape[8] = row.shape
+        sides.append(dots.gather(-1, row.reshape(shape).expand(*dots.shape[:8], -1)))
+    return (sides[0].unsqueeze(-1) + sides[1].unsqueeze(-2)).flatten(8, 9).flatten(6, 7)
+
+
+# ------------------------------------------------------------------------------------------- piece by piece
+
+
+def _pieces(shape: torch.Size, a: Axis, b: Axis):
+    """Slices of (batch, row phases, tile rows) of one plan, each of about PIECE logits."""
+    batch, heads = shape[0], shape[3]
+    tile_row = heads * (b.stop - b.first) * b.tiles * a.tile * b.tile * a.span * b.span
+    rows = max(1, min(a.tiles, PIECE // tile_row))
+    phases = max(1, min(a.stop - a.first, PIECE // (tile_row * rows))) if rows == a.tiles else 1
+    images = max(1, min(batch, PIECE // (tile_row * rows * phases))) if phases == a.stop - a.first else 1
+    for i in range(0, batch, images):
+        for g in range(a.first, a.stop, phases):
+            yield (
+                slice(i, min(i + images, batch)),
+                slice(g, min(g + phases, a.stop)),
+                [slice(r, min(r + rows, a.tiles)) for r in range(0, a.tiles, rows)],
+            )
+
+
+def _blocks(rows: slice, a: Axis, b: Axis):
+    """Rectangles of tiles with one pattern inside a slice of tile rows: (row slice, column slice, pattern, pattern)."""
+    for start, stop, p in a.runs:
+        start, stop = max(start, rows.start) - rows.start, min(stop, rows.stop) - rows.start
+        if start < stop:
+            for left, right, p2 in b.runs:
+                yield slice(start, stop), slice(left, right), p, p2
+
+
+def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, rows: slice, a, b) -> Tensor:
+    """softmax(scale q k^T + bias): [n, N, R, Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
+    logits = torch.empty(queries.shape[0], queries.shape[1], keys.shape[1], dtype=queries.dtype)
+    torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0.0, alpha=scale, out=logits)
+    if bias is not None:
+        heads = bias.shape[0] if bias.shape[0] > 1 else 1
+        shaped = logits.view(-1, heads, rows.stop - rows.start, b.tiles, *logits.shape[1:])
+        for r, c, p, p2 in _blocks(rows, a, b):
+            shaped[:, :, r, c] += bias[:, p, p2, None, None]
+    return torch.softmax(logits, -1, out=logits)
+
+
+def _add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> None:
+    """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
+    for i in range(0, a.span, a.tile):
+        height = min(a.tile, a.span - i)
+        for j in range(0, b.span, b.tile):
+            width = min(b.tile, b.span - j)
+            part = spans[:, :, :, :, :, :, i : i + height, j : j + width]
+            # every tile's part lands on its own cells, so the target is a view without overlap
+            at = total[:, :, :, :, rows.start * a.tile + i :, j:]
+            at = at.unfold(4, height, a.tile)[:, :, :, :, : part.shape[4]]
+            at = at.unfold(5, width, b.tile)[:, :, :, :, :, : part.shape[5]]
+            at.permute(0, 1, 2, 3, 4, 5, 7, 8, 6).add_(part)
+
+
+class _Chunked(torch.autograd.Function):
+    """Attention of all tiles, piece by piece; ``biases`` are the pattern biases of the plans (or None)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, problem, plans, *biases):
+        ctx.problem, ctx.plans = problem, plans
+        ctx.save_for_backward(q, k, v, *biases)
+        parts = [_split_phases(t, problem.dilation) for t in (q, k, v)]
+        qs, ks, vs = parts
+        batch, _, _, heads, height, width, _ = qs.shape
+        d, d2 = problem.dilation
+        out = v.new_empty(batch, height * d, width * d2, heads, v.shape[-1])
+        outs = _split_phases(out, problem.dilation)
+        for (a, b), bias in zip(plans, biases, strict=True):
+            for images, phases, groups in _pieces(qs.shape, a, b):
+                part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
+                target = outs[part]
+                tiles = _query_tiles(qs[part], a, b)
+                keys = _key_spans(_pad_keys(ks[part], a, b), a, b)
+                values = _key_spans(_pad_keys(vs[part], a, b), a, b)
+                for rows in groups:
+                    queries, some_keys, some_values = (_flat(t, rows) for t in (tiles, keys, values))
+                    weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
+                    got = torch.bmm(weights, some_values)
+                    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
+                    got = got.view(*tiles.shape[:4], -1, b.tiles, a.tile, b.tile, got.shape[-1])
+                    got = (
+                        got.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+                        if b.tiles > 1
+                        else got[:, :, :, :, :, 0].flatten(4, 5)
+                    )
+                    target[:, :, :, :, lines] = got[:, :, :, :, : lines.stop - lines.start, : b.length]
+        return out[:, : q.shape[1], : q.shape[2]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        problem, plans = ctx.problem, ctx.plans
+        q, k, v, *biases = ctx.saved_tensors
+        dilation = problem.dilation
+        qs, ks, vs, gs = (_split_phases(t, dilation) for t in (q, k, v, grad))
+        padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
+        grads = [t.new_empty(*padded, t.shape[-1]) for t in (q, k, v)]
+        dqs, dks, dvs = (_split_phases(t, dilation) for t in grads)
+        dbiases = [torch.zeros_like(bias) if bias is not None and bias.requires_grad else None for bias in biases]
+        for (a, b), bias, dbias in zip(plans, biases, dbiases, strict=True):
+            for images, phases, groups in _pieces(qs.shape, a, b):
+                part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
+                tiles, grad_tiles = _query_tiles(qs[part], a, b), _query_tiles(gs[part], a, b)
+                padded_keys, padded_values = _pad_keys(ks[part], a, b), _pad_keys(vs[part], a, b)
+                keys, values = _key_spans(padded_keys, a, b), _key_spans(padded_values, a, b)
+                key_grad = torch.zeros(padded_keys.shape, dtype=k.dtype)
+                value_grad = torch.zeros(padded_values.shape, dtype=v.dtype)
+                for rows in groups:
+                    queries, out_grad, some_keys, some_values = (
+                        _flat(t, rows) for t in (tiles, grad_tiles, keys, values)
+                    )
+                    weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
+                    dv = torch.bmm(weights.transpose(1, 2), out_grad)
+                    _add_spans(value_grad, _unflat(dv, values, rows), rows, a, b)
+                    logit_grad = torch.bmm(out_grad, some_values.transpose(1, 2)).mul_(weights)
+                    logit_grad.addcmul_(weights, logit_grad.sum(-1, keepdim=True), value=-1.0)
+                    if dbias is not None:
+                        shaped = logit_grad.view(
+                            -1, dbias.shape[0], rows.stop - rows.start, b.tiles, *weights.shape[1:]
+                        )
+                        for r, c, p, p2 in _blocks(rows, a, b):
+                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3))
+                    logit_grad.mul_(problem.scale)
+                    dq = torch.bmm(logit_grad, some_keys)
+                    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
+                    dq = dq.view(*tiles.shape[:4], -1, b.tiles, a.tile, b.tile, dq.shape[-1])
+                    dq = dq.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+                    dqs[part][:, :, :, :, lines] = dq[:, :, :, :, : lines.stop - lines.start, : b.length]
+                    dk = torch.bmm(logit_grad.transpose(1, 2), queries)
+                    _add_spans(key_grad, _unflat(dk, keys, rows), rows, a, b)
+                for target, total in ((dks, key_grad), (dvs, value_grad)):
+                    inner = total[:, :, :, :, a.before : a.before + a.length, b.before : b.before + b.length]
+                    target[part] = inner
+        dq, dk, dv = (t[:, : q.shape[1], : q.shape[2]] for t in grads)
+        return dq, dk, dv, None, None, *dbiases
+
+
+def _flat(x: Tensor, rows: slice) -> Tensor:
+    """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
+    x = x[:, :, :, :, rows]
+    return x.reshape(-1, x.shape[6] * x.shape[7], x.shape[8])
+
+
+def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
+    return x.view(*like.shape[:4], rows.stop - rows.start, *like.shape[5:8], x.shape[-1])
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]."""
+    _, height, width, _, _ = problem.shape
+    tracing = torch.compiler.is_compiling()
+    if tracing:
+        r, c = problem.rows, problem.columns
+        plans = _compile_time_plan(
+            (r.kernel_size, r.stride, r.dilation, r.boundary),
+            (c.kernel_size, c.stride, c.dilation, c.boundary),
+            operator.index(height),
+            operator.index(width),  # the plan is made for these sizes: specialise on them
+        )
+    else:
+        plans = plan(problem.rows, problem.columns, height, width)
+    table = bias_tensors[0] if problem.bias is TableBias else None
+    chunked = (
+        not tracing
+        and problem.device == "cpu"
+        and problem.dropout_p == 0
+        and (table is not None or not bias_tensors)
+        and type(q) in (Tensor, torch.nn.Parameter)
+    )
+    if chunked:
+        biases = [_pattern_bias(table, problem, a, b, q.dtype, q.device) for a, b in plans]
+        return _Chunked.apply(q, k, v, problem, plans, *biases)
+    parts = [_split_phases(t, problem.dilation) for t in (q, k, v)]
+    out = _attend(*parts, bias_tensors, problem, plans)
+    out = out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2)
+    return out[:, :height, :width]

@@ -1,0 +1,81 @@
+# Everything starts from Python 3.10+ alone: each target sets up .venv by itself, once, and again when pyproject.toml changes.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+FASHION := data/fashion-mnist
+
+.PHONY: help demo test test-slow bench fashion-mnist clean
+
+help:
+	@echo "make demo           train on handwritten digits, evaluate, draw, export, predict (set-up + 5 minutes)"
+	@echo "make test           lint and the default tests"
+	@echo "make test-slow      the tests that take minutes (wants: make fashion-mnist)"
+	@echo "make bench          measure the kernels"
+	@echo "make fashion-mnist  fetch Fashion-MNIST into $(FASHION)"
+	@echo "make clean          remove .venv and everything built; runs/ and data/ stay"
+	@echo "PYTHON=... chooses the interpreter (now: $(PYTHON))"
+
+demo: .venv/ready
+	$(BIN)/foveal demo
+
+test: .venv/ready-natten
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready-natten
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/ready-natten
+	$(BIN)/foveal bench kernels
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "foveal needs Python 3.10 or newer; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "setting up .venv (downloads PyTorch; some minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+# NATTEN is a judge in the tests and a backend on CUDA; its build looks for the torch that is installed.
+.venv/ready-natten: .venv/ready
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation 'natten>=0.21'
+	@touch $@
+
+# Debian's package dataset-fashion-mnist (MIT licence), unpacked without installing it.
+define FASHION_SHA256
+b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7  train-images-idx3-ubyte.gz
+0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056  train-labels-idx1-ubyte.gz
+cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa  t10k-images-idx3-ubyte.gz
+8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05  t10k-labels-idx1-ubyte.gz
+endef
+export FASHION_SHA256
+
+fashion-mnist: $(FASHION)/SHA256SUMS
+
+$(FASHION)/SHA256SUMS:
+	@mkdir -p $(FASHION)
+	@if [ ! -f $(FASHION)/train-images-idx3-ubyte.gz ]; then \
+	  if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then \
+	    echo "Fashion-MNIST is fetched from Debian's package dataset-fashion-mnist, and this is no Debian." >&2; \
+	    echo "Put these four files into $(FASHION)/ (https://github.com/zalandoresearch/fashion-mnist) and run this again:" >&2; \
+	    echo "$$FASHION_SHA256" | sed 's/^[^ ]*/ /' >&2; \
+	    exit 1; \
+	  fi; \
+	  set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; chmod 755 "$$scratch"; \
+	  ( cd "$$scratch"; apt-get -q -o APT::Sandbox::User=root download dataset-fashion-mnist \
+	    || { [ "$$(id -u)" = 0 ] && apt-get -q update && apt-get -q -o APT::Sandbox::User=root download dataset-fashion-mnist; } \
+	    || { echo "apt-get does not find dataset-fashion-mnist; run 'apt-get update' as root and try again" >&2; exit 1; } ); \
+	  dpkg-deb -x "$$scratch"/dataset-fashion-mnist_*.deb "$$scratch"; \
+	  cp "$$scratch"/usr/share/datasets/fashion-mnist/*-ubyte.gz $(FASHION)/; \
+	fi
+	@cd $(FASHION) && echo "$$FASHION_SHA256" > SHA256SUMS.new && sha256sum --check SHA256SUMS.new \
+	  || { rm -f SHA256SUMS.new; echo "the files in $(FASHION) are not the published ones; remove them and run this again" >&2; exit 1; }
+	@mv $(FASHION)/SHA256SUMS.new $@
+	@echo "Fashion-MNIST is in $(FASHION)"
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,88 @@
+"""The models, filled with the same parameters, answer what the published implementations answer. See README.md."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import foveal.backbones  # noqa: F401  registers the models
+import foveal.kernels
+
+HERE = Path(__file__).parent
+CASES = sorted(path.stem for path in HERE.glob("*.json"))
+LIMIT = 1e-4  # largest difference, relative to the largest golden value
+
+
+def normal(name: str, shape: list[int]) -> torch.Tensor:
+    """float32, roughly N(0, 1), depending on the name and the size alone: sums of four uniforms from PCG64."""
+    count = math.prod(shape)
+    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(4 * max(count, 1))
+    uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    values = (uniform.reshape(-1, 4).sum(1) - 2.0) * math.sqrt(3.0)
+    return torch.from_numpy(values[:count].astype(np.float32)).reshape(shape)
+
+
+def parameter(name: str, shape: list[int]) -> torch.Tensor:
+    """A value that keeps activations of order one, by the published name of the parameter."""
+    x = normal(name, shape)
+    leaf = name.rpartition(".")[2]
+    if leaf == "rpb":
+        return 0.5 * x
+    if leaf == "bias":
+        return 0.1 * x
+    if leaf.startswith("gamma"):
+        return 0.2 + 0.05 * x
+    if x.ndim == 1:  # weights of norms
+        return 1.0 + 0.1 * x
+    return x * ((0.5 if x.ndim == 4 else 1.0) / math.sqrt(x[0].numel()))
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """(description, golden tensors, model with the published parameters loaded by a user's way)"""
+    meta = json.loads((HERE / f"{request.param}.json").read_text())
+    state_dict = {name: parameter(name, shape) for name, shape in meta["spec"].items()}
+    overlay = dict(state_dict=state_dict, url="", hf_hub_id=None)
+    model = timm.create_model(meta["model"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    return meta, load_file(HERE / f"{request.param}.safetensors"), model
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_published_outputs(case, backend):
+    meta, want, model = case
+    image = normal("image:" + meta["image"], meta["input"]).requires_grad_(True)
+    with foveal.kernels.backend(backend):
+        features, maps = model.forward_intermediates(image)
+        logits = model.forward_head(features)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), image)
+        with torch.no_grad():
+            torch.testing.assert_close(model(image), logits)
+
+    def kept(name: str, x: torch.Tensor) -> torch.Tensor:
+        step = meta["step"][name]
+        return x[:, :, ::step, ::step]
+
+    errors = {"logits": error(logits, want["logits"])}
+    errors["input_grad"] = error(kept("input_grad", gradient[:, :, ::4, ::4]), want["input_grad"])
+    for i, x in enumerate(maps):
+        errors[f"feature{i}"] = error(kept(f"feature{i}", x[:, :16]), want[f"feature{i}"])
+    assert set(errors) == set(want)
+    assert max(errors.values()) < LIMIT, errors
+
+
+def test_natten_is_refused_for_the_bias(case):
+    """NATTEN has no relative position bias: a named backend says so instead of leaving it out."""
+    meta, _, model = case
+    with foveal.kernels.backend("natten"), pytest.raises(RuntimeError, match="bias"):
+        model(torch.zeros(meta["input"]))

@@ -1,0 +1,88 @@
+"""What can be wrong with data: the error that users see, and the book of images that could not be read."""
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is meant for the user."""
+
+
+class BadSamples:
+    """Counts the unreadable images of each epoch, keeps their names and reasons, and says when there are too many.
+
+    An image that cannot be decoded is skipped: the next readable one takes its place in training, and the evaluation
+    goes without it (its ``n`` says so).
+
+    Args:
+        limit: share of an epoch's images beyond which reading stops.
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.names: dict[str, str] = {}  # name -> reason, of the whole run
+        self._epoch: set[str] = set()
+        self._size = 1
+
+    def start(self, size: int) -> None:
+        """Begins a pass over ``size`` images."""
+        self._epoch, self._size = set(), size
+
+    def add(self, found: Iterable[tuple[str, str]]) -> None:
+        """Books (name, reason) pairs.
+
+        Raises:
+            DataError: more than ``limit`` of this pass could not be read; names the first of them.
+        """
+        for name, reason in found:
+            self.names[name] = reason
+            self._epoch.add(name)
+        if len(self._epoch) > self.limit * self._size:
+            first = "; ".join(f"{name} ({self.names[name]})" for name in sorted(self._epoch)[:5])
+            raise DataError(
+                f"{len(self._epoch)} of {self._size} images could not be read, more than the allowed "
+                f"{self.limit:.2%} (data.max_bad_fraction): {first}{'; ...' if len(self._epoch) > 5 else ''}"
+            )
+
+    def merge(self, names: dict[str, str]) -> None:
+        """Takes over the names found by another process."""
+        self.names.update(names)
+
+    def write(self, path: Path) -> None:
+        """Writes name and reason of every unreadable image of the run; nothing when all were readable."""
+        if not self.names:
+            return
+        temporary = Path(f"{path}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["sample", "reason"])
+            writer.writerows(sorted(self.names.items()))
+        os.replace(temporary, path)
+
+
+def check_labels(targets: torch.Tensor, num_classes: int, where: str) -> None:
+    """Raises:
+    DataError: a label lies outside ``[0, num_classes)``.
+    """
+    if targets.numel() == 0:
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"{where}: label {low if low < 0 else high} is outside 0..{num_classes - 1}")
+
+
+def check_classes(classes: Sequence[str], where: str) -> None:
+    """Raises:
+    DataError: a class name is given twice, or there are fewer than two classes.
+    """
+    twice = (
+        sorted({name for name in classes if list(classes).count(name) > 1}) if len(set(classes)) < len(classes) else []
+    )
+    if twice:
+        raise DataError(f"{where}: class names given more than once: {', '.join(twice[:5])}")
+    if len(classes) < 2:
+        raise DataError(f"{where}: a classification needs at least two classes, found {list(classes)}")

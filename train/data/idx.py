@@ -1,0 +1,90 @@
+"""The IDX files of MNIST and its kin (http://yann.lecun.com/exdb/mnist), plain or gzipped.
+
+A file is a big-endian header (two zero bytes, a type code, the number of dimensions, then each dimension as uint32)
+followed by the values, last dimension fastest. Fashion-MNIST (Xiao et al., arXiv 1708.07747, MIT licence) comes as four
+of them in Debian's package ``dataset-fashion-mnist``.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .guard import DataError
+
+UINT8 = 0x08  # the type code of unsigned bytes, the only one these data sets use
+SPLITS = {"train": "train", "val": "t10k"}
+FASHION_MNIST = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Reads an IDX file of bytes with ``ndim`` dimensions.
+
+    Returns:
+        uint8 array of the shape in the header.
+
+    Raises:
+        DataError: wrong magic number, or not as many values as the header says.
+    """
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} can't be read (damaged or cut short?): {error}") from None
+    header = 4 + 4 * ndim
+    magic = struct.pack(">BBBB", 0, 0, UINT8, ndim)
+    if content[:4] != magic:
+        raise DataError(
+            f"{path} is no IDX file of {ndim}-dimensional bytes: starts {content[:4].hex()}, not {magic.hex()}"
+        )
+    if len(content) < header:
+        raise DataError(f"{path} is cut short: {len(content)} bytes, the header alone has {header}")
+    shape = struct.unpack(f">{ndim}I", content[4:header])
+    if len(content) - header != math.prod(shape):
+        raise DataError(
+            f"{path}: the header says {shape} = {math.prod(shape)} bytes, the file holds {len(content) - header}"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _find(root: Path, name: str) -> Path:
+    for candidate in (root / name, root / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    hint = "" if root.is_dir() else f" (the folder {root} does not exist)"
+    raise DataError(
+        f"no {name} or {name}.gz in {root}{hint}; `make fashion-mnist` fetches Fashion-MNIST into data/fashion-mnist, "
+        "data.root names another folder"
+    )
+
+
+def read_split(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[N, rows, columns]`` and labels ``[N]``, both uint8, of a split (``train`` or ``val``).
+
+    Raises:
+        DataError: a missing or damaged file, or not as many labels as images.
+    """
+    if split not in SPLITS:
+        raise DataError(f"IDX files have the splits {', '.join(SPLITS)}, not {split!r}")
+    images = read_idx(_find(root, f"{SPLITS[split]}-images-idx3-ubyte"), 3)
+    labels = read_idx(_find(root, f"{SPLITS[split]}-labels-idx1-ubyte"), 1)
+    if len(images) != len(labels):
+        raise DataError(f"{root}, {split}: {len(images)} images but {len(labels)} labels")
+    if len(images) == 0:
+        raise DataError(f"{root}, {split}: the files hold no images")
+    return images, labels

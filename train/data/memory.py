@@ -1,0 +1,133 @@
+"""Small data sets that are held in memory as bytes and augmented a whole batch at a time.
+
+Decoding and augmenting image by image costs more than a step of a small model on a CPU; here the images stay uint8
+tensors and every augmentation is one batched PyTorch operation.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...configs.schema import AugmentConfig
+from .guard import check_labels
+from .order import Batch, EpochOrder, Normalize
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The 1,797 handwritten digits that scikit-learn ships (8x8, 17 grey levels), split by class with a fixed seed.
+
+    Returns:
+        ``train`` and ``val``: images uint8 ``[N, 8, 8]`` scaled to 0..255, labels ``[N]``.
+    """
+    from sklearn.datasets import load_digits as bundled
+    from sklearn.model_selection import train_test_split
+
+    digits = bundled()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, digits.target, test_size=val_fraction, stratify=digits.target, random_state=0)
+    train_images, val_images, train_labels, val_labels = parts
+    return {"train": (train_images, train_labels), "val": (val_images, val_labels)}
+
+
+def fit_images(images: np.ndarray, size: int, how: str, in_chans: int) -> torch.Tensor:
+    """Brings grey images ``[N, H, W]`` to uint8 ``[N, in_chans, size, size]``, resized or centred on black."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images))[:, None]  # [N, 1, H, W]
+    h, w = tensor.shape[-2:]
+    if how == "pad":
+        top, left = (size - h) // 2, (size - w) // 2
+        tensor = F.pad(tensor, (left, size - w - left, top, size - h - top))  # negative sides crop
+    elif (h, w) != (size, size):
+        parts = [
+            F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+            for part in tensor.split(4096)  # the float copy of the whole set need not exist at once
+        ]
+        tensor = torch.cat(parts)
+    return tensor.expand(-1, in_chans, -1, -1)
+
+
+class BatchAugment:
+    """Flips and one random affine map (shift, rotation, zoom) for each image of a batch; the outside is black.
+
+    Args:
+        config: of ``augment``: hflip, vflip, shift (fraction of the side), rotate (degrees), zoom.
+    """
+
+    def __init__(self, config: AugmentConfig):
+        self.config = config
+        self.affine = bool(config.shift or config.rotate or config.zoom)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """images: float ``[B, C, H, W]``."""
+        config, batch = self.config, len(images)
+
+        def uniform(largest: float) -> torch.Tensor:
+            return (torch.rand(batch) * 2 - 1) * largest
+
+        if config.hflip:
+            images = torch.where(self._chance(config.hflip, images), images.flip(-1), images)
+        if config.vflip:
+            images = torch.where(self._chance(config.vflip, images), images.flip(-2), images)
+        if self.affine:
+            angle, zoom = uniform(math.radians(config.rotate)), 1 / (1 + uniform(config.zoom))
+            cos, sin = zoom * angle.cos(), zoom * angle.sin()
+            x, y = uniform(2 * config.shift), uniform(2 * config.shift)  # the grid spans [-1, 1]
+            theta = torch.stack([torch.stack([cos, -sin, x], -1), torch.stack([sin, cos, y], -1)], 1)
+            grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+            images = F.grid_sample(images, grid, align_corners=False)
+        return images
+
+    @staticmethod
+    def _chance(probability: float, images: torch.Tensor) -> torch.Tensor:
+        return (torch.rand(len(images), 1, 1, 1) < probability).to(images.device)
+
+
+class MemoryLoader:
+    """Batches of a data set in memory.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        targets: ``[N]``, class indices.
+        num_classes: labels must lie in ``[0, num_classes)``.
+        order: which images make which batch.
+        normalize: from bytes to what the model reads.
+        augment: None for evaluation.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        targets: np.ndarray,
+        num_classes: int,
+        order: EpochOrder,
+        normalize: Normalize,
+        augment: AugmentConfig | None = None,
+    ):
+        self.targets = torch.from_numpy(targets.astype(np.int64))
+        check_labels(self.targets, num_classes, "labels")
+        self.images = images
+        self.order = order
+        self.normalize = normalize
+        self.augment = BatchAugment(augment) if augment is not None else None
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def batches(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch from the ``start``-th on."""
+        self.order.set(epoch, start)
+        for indices in self.order:
+            index = torch.as_tensor(indices)
+            images = self.images[index].to(self.normalize.device).float().div_(255)
+            if self.augment is not None:
+                images = self.augment(images)
+            yield Batch(self.normalize(images), self.targets[index].to(self.normalize.device))

@@ -1,0 +1,87 @@
+"""What all loaders share: which sample comes when, for which process, and the last steps before the model."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from timm.data.random_erasing import RandomErasing
+
+from .guard import DataError
+
+
+class Batch(NamedTuple):
+    """images: normalised float ``[B, C, H, W]``; targets: int64 ``[B]``; both on the device."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+
+
+class EpochOrder:
+    """Batches of indices: a batch sampler whose order depends on seed and epoch alone, so that it can be resumed.
+
+    In training all processes get equally many full batches and the rest of the epoch is dropped. In evaluation every
+    sample belongs to exactly one process, once; the last batch may be short.
+
+    Args:
+        samples: size of the data set.
+        batch_size: of each process.
+        train: shuffled, full batches.
+        rank, world: this process and the number of processes.
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world: int = 1):
+        if train and samples < batch_size * world:
+            raise DataError(
+                f"{samples} training images don't fill one batch of {batch_size} x {world} process(es); "
+                "lower train.batch_size"
+            )
+        self.samples, self.batch_size = samples, batch_size
+        self.train, self.seed, self.rank, self.world = train, seed, rank, world
+        self.start, self.number = 0, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, for this process."""
+        if self.train:
+            return self.samples // (self.batch_size * self.world)
+        mine = len(range(self.rank, self.samples, self.world))
+        return -(-mine // self.batch_size)
+
+    def set(self, epoch: int, start: int = 0) -> None:
+        """The next iteration gives this epoch, from its ``start``-th batch on."""
+        self.number, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.train:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.number)
+            order = torch.randperm(self.samples, generator=generator)
+        else:
+            order = torch.arange(self.samples)
+        mine = order[self.rank :: self.world]
+        for batch in range(self.start, len(self)):
+            yield mine[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+
+class Normalize:
+    """(image - mean) / std by channel, and in training random erasing afterwards (Zhong et al., arXiv 1708.04896).
+
+    Args:
+        mean, std: of values in [0, 1], one per channel.
+        erase: probability; 0 for evaluation.
+    """
+
+    def __init__(
+        self, mean: list[float], std: list[float], device: torch.device, erase: float = 0.0, erase_mode: str = "pixel"
+    ):
+        self.device = device
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self.erase = RandomErasing(erase, mode=erase_mode, device=device) if erase else None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """images: float in [0, 1], ``[B, C, H, W]``."""
+        images = (images - self.mean) / self.std
+        return self.erase(images) if self.erase is not None else images
+
+    def undo(self, images: torch.Tensor) -> torch.Tensor:
+        """Back to uint8 ``[B, C, H, W]`` on the CPU, for figures."""
+        return ((images * self.std + self.mean) * 255).round().clamp(0, 255).byte().cpu()
