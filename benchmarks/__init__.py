@@ -1,0 +1,1 @@
+"""Benchmarks: real layer shapes and whole models beside their peers, in one run (`foveal bench`)."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class TableBias:
-    """One learned number per head and relative position (NAT, arXiv 2204.07143, section 3.2; MaxViT).
+    """One learned number per head and relative position (NAT, arXiv 2204.07143; MaxViT, arXiv 2204.01697).
 
     ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
     their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``.
@@ -22,9 +21,6 @@ class TableBias:
         rows, columns = (2 * k - 1 for k in kernel_size)
         return {"table": ((heads, rows, columns),)}
 
-    def cast(self, dtype: torch.dtype) -> TableBias:
-        return TableBias(self.table.to(dtype))
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.table,)
@@ -35,8 +31,8 @@ class FactoredBias:
     """Row and column embeddings dotted with the query (HaloNet, arXiv 2103.12731; Bottleneck Transformers).
 
     ``rows`` is ``[2*Kh - 1, D]`` or, one set per head, ``[heads, 2*Kh - 1, D]``; ``columns`` likewise with ``Kw``.
-    The bias of a key at ``t`` for the query ``q`` at ``i`` is ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]``
-    with the query as given: ``scale`` does not touch it.
+    The bias of a key at ``t`` for the query ``q`` at ``i`` is
+    ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]`` with the query as given: ``scale`` does not touch it.
     """
 
     rows: Tensor
@@ -48,9 +44,6 @@ class FactoredBias:
             "rows": ((rows, depth), (heads, rows, depth)),
             "columns": ((columns, depth), (heads, columns, depth)),
         }
-
-    def cast(self, dtype: torch.dtype) -> FactoredBias:
-        return FactoredBias(self.rows.to(dtype), self.columns.to(dtype))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

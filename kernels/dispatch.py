@@ -1,6 +1,7 @@
 """Which backend runs a call: the first of the measured order that supports it, or the one asked for by name.
 
-A backend is a module with ``unsupported_reason(problem) -> str | None`` and ``forward(q, k, v, bias_tensors, problem)``.
+A backend is a module with ``unsupported_reason(problem) -> str | None`` and
+``forward(q, k, v, bias_tensors, problem)``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .problem import Problem
 ENVIRONMENT = "FOVEAL_BACKEND"
 NAMES = ("reference", "tiled", "natten")
 
-# Measured order, per device type; what is not listed (mps, xpu, ...) takes "other". On CUDA no backend has been measured
-# yet, so the one that needs nothing installed and gives gradients for everything goes first.
+# Measured order, per device type; what is not listed (mps, xpu, ...) takes "other". On CUDA nothing has been measured
+# yet, so the backend that needs nothing installed and gives gradients for everything goes first.
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("tiled", "reference"),
     "cuda": ("tiled", "natten", "reference"),

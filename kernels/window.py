@@ -9,9 +9,9 @@ group, so at the positions ``t * d + g``. The ``s`` queries of a stride group sh
     start = clamp(min(lead, L - 1), left, L - 1 - right) - left      boundary "shift"
     start = lead - left                                             boundary "zero", "mask"
 
-Sources: Neighborhood Attention Transformer (arXiv 2204.07143, section 3.1), Dilated NAT (arXiv 2209.15001, section 3.1),
-Generalized Neighborhood Attention (arXiv 2504.16922, section 3) for the stride, HaloNet (arXiv 2103.12731,
-section 2.2) for blocks with a halo.
+Sources: Neighborhood Attention Transformer (arXiv 2204.07143) for the window, Dilated NAT (arXiv 2209.15001) for the
+dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks with
+a halo.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def neighborhood_attention(
         stride: queries per axis that share one window; at most ``kernel_size``.
         dilation: distance of neighbouring keys; need not divide the map.
         bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits.
-        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that take
-            part in the softmax) or ``"mask"`` (keys outside are left out).
+        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that
+            take part in the softmax) or ``"mask"`` (keys outside are left out).
         scale: factor on ``q . k``; ``None`` is ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight. Applied whenever it is above zero, as in
             ``torch.nn.functional.scaled_dot_product_attention``: pass 0.0 in evaluation.

@@ -31,6 +31,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
 
     def gather(t: Tensor) -> Tensor:  # B H W N C -> B H W Kh Kw N C, zero outside the map
         near = t[:, row_at[:, None, :, None], column_at[None, :, None, :]]
+        if problem.boundary == "shift":
+            return near
         return near.masked_fill(~inside[None, :, :, :, :, None, None], 0.0)
 
     logits = torch.einsum("bhwnd,bhwijnd->bhwnij", q * problem.scale, gather(k))
@@ -42,7 +44,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         rows, columns = (t if t.ndim == 3 else t[None].expand(q.shape[3], -1, -1) for t in bias_tensors)
         logits = logits + torch.einsum("bhwnd,nhid->bhwni", q, rows[:, row])[..., None]
         logits = logits + torch.einsum("bhwnd,nwjd->bhwnj", q, columns[:, column])[..., None, :]
-    if problem.rows.boundary == "mask":
+    if problem.boundary == "mask":
         logits = logits.masked_fill(~inside[:, :, None], float("-inf"))
     weights = logits.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
     if problem.dropout_p > 0:

@@ -1,7 +1,7 @@
 """Neighborhood attention in plain PyTorch operations: the CPU default, and what compilers and exporters see.
 
-The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span of
-keys, of the same size for every tile, so a tile is one small dense attention with a mask: a few batched matrix
+The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span
+of keys, of the same size for every tile, so a tile is one small dense attention with a mask: a few batched matrix
 products instead of a gather of K keys for each query.
 
 Two forms share the planning, the views and the bias:
@@ -35,7 +35,7 @@ from ..window import Window
 PIECE = 1 << 20
 
 # What copying one key and value into a span costs, in units of one query-key pair. Fitted on the same machine.
-COPY_COST = 16.0
+COPY_COST = 32.0
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -168,7 +168,7 @@ _constants: dict[tuple, Tensor | tuple[Tensor, Tensor]] = {}
 
 
 def _constant(function, *key):
-    """``function(*key)``, kept between eager calls; built anew under a tracer, whose tensors must not leak out of it."""
+    """``function(*key)``, kept between eager calls; built anew under a tracer: its tensors must not leak out of it."""
     if torch.compiler.is_compiling():
         return function(*key)
     found = _constants.get((function, *key))
@@ -186,7 +186,7 @@ def _constant(function, *key):
 def _pattern_bias(
     table: Tensor | None, problem: Problem, a: Axis, b: Axis, dtype: torch.dtype, device
 ) -> Tensor | None:
-    """Table and mask together for each pattern of tiles: [N or 1, P, P2, T*T2, S*S2], or None where neither is needed."""
+    """Table and mask together for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None where neither is needed."""
     mask = None
     if a.masked or b.masked:
         mask = _constant(_pattern_mask, problem.rows, problem.columns, a, b, dtype, device)[None]
@@ -338,8 +338,7 @@ def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: fl
     logits = torch.empty(queries.shape[0], queries.shape[1], keys.shape[1], dtype=queries.dtype)
     torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0.0, alpha=scale, out=logits)
     if bias is not None:
-        heads = bias.shape[0] if bias.shape[0] > 1 else 1
-        shaped = logits.view(-1, heads, rows.stop - rows.start, b.tiles, *logits.shape[1:])
+        shaped = logits.view(-1, bias.shape[0], rows.stop - rows.start, b.tiles, *logits.shape[1:])
         for r, c, p, p2 in _blocks(rows, a, b):
             shaped[:, :, r, c] += bias[:, p, p2, None, None]
     return torch.softmax(logits, -1, out=logits)
@@ -359,6 +358,14 @@ def _add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> N
             at.permute(0, 1, 2, 3, 4, 5, 7, 8, 6).add_(part)
 
 
+def _store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None:
+    """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in [B, G, G2, N, h, w, C]."""
+    tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, b.tiles, a.tile, b.tile, tiles.shape[-1])
+    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
+    tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+    target[:, :, :, :, lines] = tiles[:, :, :, :, : lines.stop - lines.start, : b.length]
+
+
 class _Chunked(torch.autograd.Function):
     """Attention of all tiles, piece by piece; ``biases`` are the pattern biases of the plans (or None)."""
 
@@ -375,22 +382,13 @@ class _Chunked(torch.autograd.Function):
         for (a, b), bias in zip(plans, biases, strict=True):
             for images, phases, groups in _pieces(qs.shape, a, b):
                 part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
-                target = outs[part]
                 tiles = _query_tiles(qs[part], a, b)
                 keys = _key_spans(_pad_keys(ks[part], a, b), a, b)
                 values = _key_spans(_pad_keys(vs[part], a, b), a, b)
                 for rows in groups:
                     queries, some_keys, some_values = (_flat(t, rows) for t in (tiles, keys, values))
                     weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
-                    got = torch.bmm(weights, some_values)
-                    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
-                    got = got.view(*tiles.shape[:4], -1, b.tiles, a.tile, b.tile, got.shape[-1])
-                    got = (
-                        got.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-                        if b.tiles > 1
-                        else got[:, :, :, :, :, 0].flatten(4, 5)
-                    )
-                    target[:, :, :, :, lines] = got[:, :, :, :, : lines.stop - lines.start, : b.length]
+                    _store(outs[part], torch.bmm(weights, some_values), rows, a, b)
         return out[:, : q.shape[1], : q.shape[2]]
 
     @staticmethod
@@ -403,7 +401,10 @@ class _Chunked(torch.autograd.Function):
         padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
         grads = [t.new_empty(*padded, t.shape[-1]) for t in (q, k, v)]
         dqs, dks, dvs = (_split_phases(t, dilation) for t in grads)
-        dbiases = [torch.zeros_like(bias) if bias is not None and bias.requires_grad else None for bias in biases]
+        dbiases = [  # summed over everything but the pattern, so in at least float32
+            torch.zeros(bias.shape, dtype=torch.promote_types(bias.dtype, torch.float32)) if needed else None
+            for bias, needed in zip(biases, ctx.needs_input_grad[5:], strict=True)
+        ]
         for (a, b), bias, dbias in zip(plans, biases, dbiases, strict=True):
             for images, phases, groups in _pieces(qs.shape, a, b):
                 part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
@@ -426,19 +427,16 @@ class _Chunked(torch.autograd.Function):
                             -1, dbias.shape[0], rows.stop - rows.start, b.tiles, *weights.shape[1:]
                         )
                         for r, c, p, p2 in _blocks(rows, a, b):
-                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3))
+                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3), dtype=dbias.dtype)
                     logit_grad.mul_(problem.scale)
-                    dq = torch.bmm(logit_grad, some_keys)
-                    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
-                    dq = dq.view(*tiles.shape[:4], -1, b.tiles, a.tile, b.tile, dq.shape[-1])
-                    dq = dq.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-                    dqs[part][:, :, :, :, lines] = dq[:, :, :, :, : lines.stop - lines.start, : b.length]
+                    _store(dqs[part], torch.bmm(logit_grad, some_keys), rows, a, b)
                     dk = torch.bmm(logit_grad.transpose(1, 2), queries)
                     _add_spans(key_grad, _unflat(dk, keys, rows), rows, a, b)
                 for target, total in ((dks, key_grad), (dvs, value_grad)):
                     inner = total[:, :, :, :, a.before : a.before + a.length, b.before : b.before + b.length]
                     target[part] = inner
         dq, dk, dv = (t[:, : q.shape[1], : q.shape[2]] for t in grads)
+        dbiases = [d if d is None else d.to(bias.dtype) for d, bias in zip(dbiases, biases, strict=True)]
         return dq, dk, dv, None, None, *dbiases
 
 
