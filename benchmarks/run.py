@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
 
 
 def median_ms(calls: dict[str, Callable[[], object]], rounds: int, slow: float = 1.0) -> dict[str, float]:
-    """Median milliseconds of each call, in interleaved rounds; a call above ``slow`` seconds is timed three times only."""
+    """Median milliseconds of each call, in interleaved rounds; one that takes over ``slow`` seconds gets three only."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # warm-up

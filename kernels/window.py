@@ -10,8 +10,8 @@ group, so at the positions ``t * d + g``. The ``s`` queries of a stride group sh
     start = lead - left                                             boundary "zero", "mask"
 
 Sources: Neighborhood Attention Transformer (arXiv 2204.07143) for the window, Dilated NAT (arXiv 2209.15001) for the
-dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks with
-a halo.
+dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks
+with a halo.
 """
 
 from __future__ import annotations

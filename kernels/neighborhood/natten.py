@@ -68,7 +68,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tenso
 def natten_na2d_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    # Inside a custom operator autograd is switched off below the reach of enable_grad; NATTEN's forward has to record.
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
         inputs = [t.detach().contiguous().requires_grad_(True) for t in (q, k, v)]
         out = _call(*inputs, window, scale)
     return torch.autograd.grad(out, inputs, grad.contiguous())

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bias import TableBias
 from ..problem import Problem
@@ -359,7 +358,7 @@ def _add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> N
 
 
 def _store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None:
-    """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in [B, G, G2, N, h, w, C]."""
+    """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in the map."""
     tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, b.tiles, a.tile, b.tile, tiles.shape[-1])
     lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
     tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
@@ -392,8 +391,11 @@ class _Chunked(torch.autograd.Function):
         return out[:, : q.shape[1], : q.shape[2]]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True: saying nothing would leave out the terms through q, k and v
+            raise RuntimeError(
+                "backend 'tiled' gives first derivatives only on a CPU; for create_graph=True use backend='reference'"
+            )
         problem, plans = ctx.problem, ctx.plans
         q, k, v, *biases = ctx.saved_tensors
         dilation = problem.dilation

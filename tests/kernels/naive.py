@@ -1,0 +1,56 @@
+"""Neighborhood attention as slow loops over numbers, written from the formula and sharing no code with foveal."""
+
+import math
+
+import torch
+
+
+def window(x, length, kernel_size, stride, dilation, boundary):
+    """[(position or None, table row)] of the keys of the query at x; None is a position outside the map."""
+    group, i = x % dilation, x // dilation
+    members = [p for p in range(length) if p % dilation == group]
+    lead = (i // stride) * stride + stride // 2
+    left = kernel_size // 2
+    right = kernel_size - 1 - left
+    if boundary == "shift":
+        lead = min(lead, len(members) - 1)
+        while lead - left < 0:
+            lead += 1
+        while lead + right > len(members) - 1:
+            lead -= 1
+    keys = []
+    for t in range(lead - left, lead - left + kernel_size):
+        keys.append((members[t] if 0 <= t < len(members) else None, t - i + kernel_size - 1))
+    return keys
+
+
+def attention(q, k, v, kernel_size, stride, dilation, boundary, table=None, factors=None, scale=None):
+    """q, k: [B, H, W, N, D], v: [B, H, W, N, V], all float64; loops over every query and key."""
+    batch, height, width, heads, depth = q.shape
+    scale = depth**-0.5 if scale is None else scale
+    out = torch.zeros(batch, height, width, heads, v.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        for n in range(heads):
+            for y in range(height):
+                rows = window(y, height, kernel_size[0], stride[0], dilation[0], boundary)
+                for x in range(width):
+                    columns = window(x, width, kernel_size[1], stride[1], dilation[1], boundary)
+                    query = q[b, y, x, n]
+                    logits, values = [], []
+                    for ky, row in rows:
+                        for kx, column in columns:
+                            outside = ky is None or kx is None
+                            if outside and boundary == "mask":
+                                continue
+                            logit = 0.0 if outside else scale * float(query @ k[b, ky, kx, n])
+                            if table is not None:
+                                logit += float(table[n, row, column])
+                            if factors is not None:
+                                logit += float(query @ factors[0][row]) + float(query @ factors[1][column])
+                            logits.append(logit)
+                            values.append(torch.zeros_like(v[0, 0, 0, 0]) if outside else v[b, ky, kx, n])
+                    top = max(logits)
+                    weights = [math.exp(z - top) for z in logits]
+                    total = sum(weights)
+                    out[b, y, x, n] = sum(w / total * value for w, value in zip(weights, values, strict=True))
+    return out

@@ -1,0 +1,672 @@
+"""neighborhood_attention: reference against slow loops, tiled against reference, both against NATTEN."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from foveal.kernels import BackendError, FactoredBias, TableBias, backend, neighborhood_attention
+from foveal.kernels.neighborhood import natten as natten_backend
+from foveal.kernels.neighborhood import tiled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import naive
+
+NATTEN = natten_backend.installed_version()
+needs_natten = pytest.mark.skipif(NATTEN is None, reason="natten is not installed (make test installs it)")
+
+
+def inputs(shape, value_depth=None, kernel_size=(3, 3), bias=None, dtype=torch.float32, seed=0):
+    """(leaves, bias object): q, k, v and the bias tensors as leaves that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
+
+    leaves = [leaf(*shape), leaf(*shape), leaf(*shape[:4], value_depth or shape[4])]
+    rows, columns = (2 * k - 1 for k in kernel_size)
+    if bias == "table":
+        leaves.append(leaf(shape[3], rows, columns))
+        return leaves, TableBias(leaves[3])
+    if bias == "factored":
+        leaves += [leaf(rows, shape[4]), leaf(columns, shape[4])]
+        return leaves, FactoredBias(leaves[3], leaves[4])
+    if bias == "factored-per-head":
+        leaves += [leaf(shape[3], rows, shape[4]), leaf(shape[3], columns, shape[4])]
+        return leaves, FactoredBias(leaves[3], leaves[4])
+    return leaves, None
+
+
+def with_gradients(leaves, bias, name, **options):
+    """Output and the gradients of all leaves."""
+    out = neighborhood_attention(*leaves[:3], bias=bias, backend=name, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, weight)]
+
+
+def relative_error(got, want):
+    """Largest difference over the largest value; NaN and infinity count as wrong."""
+    assert got.shape == want.shape
+    if got.numel() == 0:
+        return 0.0
+    assert torch.isfinite(got).all()
+    got, want = got.detach(), want.detach()
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30))
+
+
+# ------------------------------------------------------------------------------- the reference against loops
+
+
+@pytest.mark.parametrize("boundary", ["shift", "zero", "mask"])
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "dilation"),
+    [((7, 6), (3, 3), (1, 1), (1, 1)), ((9, 7), (4, 3), (2, 3), (2, 1)), ((7, 11), (3, 2), (1, 2), (2, 3))],
+    ids=["h7w6-k3", "h9w7-k4x3-s2x3-d2x1", "h7w11-k3x2-s1x2-d2x3"],
+)
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_against_loops(name, size, kernel_size, stride, dilation, bias, boundary):
+    leaves, rule = inputs((2, *size, 2, 4), 3, kernel_size, bias, torch.float64)
+    options = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "boundary": boundary}
+    got = neighborhood_attention(*leaves[:3], bias=rule, backend=name, **options)
+    with torch.no_grad():
+        want = naive.attention(
+            *leaves[:3],
+            **options,
+            table=leaves[3] if bias == "table" else None,
+            factors=leaves[3:] if bias == "factored" else None,
+        )
+    assert relative_error(got, want) < 1e-12
+
+
+# ------------------------------------------------------------------------------ tiled against the reference
+
+
+@st.composite
+def calls(draw):
+    """Options of a call, its map and its bias: any sizes that the rule allows."""
+    boundary = draw(st.sampled_from(["shift", "shift", "zero", "mask"]))
+    options: dict = {"kernel_size": [], "stride": [], "dilation": [], "boundary": boundary}
+    size = []
+    for _ in range(2):
+        kernel_size = draw(st.integers(1, 8))
+        dilation = draw(st.integers(1, 4))
+        shortest = kernel_size * dilation if boundary == "shift" else 1
+        options["kernel_size"].append(kernel_size)
+        options["stride"].append(draw(st.integers(1, kernel_size)))
+        options["dilation"].append(dilation)
+        size.append(draw(st.integers(shortest, max(shortest, 14) + draw(st.sampled_from([0, 0, 5, 17])))))
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.0, 0.3, 1.0, -0.5]))
+    shape = (draw(st.integers(0, 3)), *size, draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 7])))
+    bias = draw(st.sampled_from([None, "table", "table", "factored", "factored-per-head"]))
+    return shape, draw(st.sampled_from([1, 5, 8])), bias, options
+
+
+@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiled.PIECE, 64, 3000]))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tiled_equals_reference(call, dtype, piece):
+    shape, value_depth, bias, options = call
+    leaves, rule = inputs(shape, value_depth, options["kernel_size"], bias, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "PIECE", piece)  # small pieces: several slices of batch, phases and tile rows
+        got = with_gradients(leaves, rule, "tiled", **options)
+    want = with_gradients(leaves, rule, "reference", **options)
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    scale = max(float(t.detach().abs().max()) for t in want if t.numel()) if shape[0] else 1.0
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        # relative to the gradient, or to the largest of the call where all of it cancels (scale 0, one key)
+        if b.numel() and float(b.detach().abs().max()) < 1e-6 * scale:
+            assert float((a - b).detach().abs().max()) < limit * scale, index
+        else:
+            assert relative_error(a.detach(), b.detach()) < limit, index
+
+
+@given(calls())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_all_at_once_equals_piece_by_piece(call):
+    """The form that compilers and exporters see, run eagerly (a tensor subclass takes it), against the chunked one."""
+
+    class Plain(torch.Tensor):
+        pass
+
+    shape, value_depth, bias, options = call
+    leaves, rule = inputs(shape, value_depth, options["kernel_size"], bias, torch.float64)
+    want = neighborhood_attention(*leaves[:3], bias=rule, backend="tiled", **options)
+    got = neighborhood_attention(*(t.as_subclass(Plain) for t in leaves[:3]), bias=rule, backend="tiled", **options)
+    assert relative_error(got.detach().as_subclass(torch.Tensor), want.detach()) < 1e-12
+
+
+DINAT_LAYERS = [(56, 2, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2), (7, 16, 1)]
+
+
+@pytest.mark.parametrize(("size", "heads", "dilation"), DINAT_LAYERS, ids=lambda x: str(x))
+def test_layers_of_dinat(size, heads, dilation):
+    leaves, rule = inputs((1, size, size, heads, 32), None, (7, 7), "table")
+    got = with_gradients(leaves, rule, "tiled", kernel_size=7, dilation=dilation)
+    want = with_gradients(leaves, rule, "reference", kernel_size=7, dilation=dilation)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((4, 5), {"kernel_size": (3, 2)}),
+        ((5, 3), {"kernel_size": (2, 3), "stride": (2, 1), "dilation": (2, 1)}),
+        ((3, 4), {"kernel_size": (4, 3), "boundary": "zero", "stride": (2, 2)}),
+        ((3, 4), {"kernel_size": (4, 2), "boundary": "mask", "dilation": (1, 2)}),
+    ],
+    ids=["shift", "shift-s2-d2", "zero", "mask"],
+)
+def test_gradcheck(name, bias, size, options):
+    leaves, _ = inputs((1, *size, 2, 1), 2, options["kernel_size"], bias, torch.float64)
+
+    def call(q, k, v, *tensors):
+        rule = None if bias is None else TableBias(*tensors) if bias == "table" else FactoredBias(*tensors)
+        return neighborhood_attention(q, k, v, bias=rule, backend=name, **options)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_second_derivative_belongs_to_the_reference():
+    leaves, _ = inputs((1, 4, 4, 1, 2), None, (3, 3), None, torch.float64)
+
+    def call(q, k, v, name="reference"):
+        return neighborhood_attention(q, k, v, kernel_size=3, backend=name)
+
+    assert torch.autograd.gradgradcheck(call, leaves)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(call(*leaves, name="tiled").sum(), leaves[0], create_graph=True)
+
+
+# --------------------------------------------------------------------------------------------- low precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+def test_low_precision_is_as_good_as_eager(dtype, bias):
+    """Error against float64 at most twice (gradients: three times) that of eager PyTorch in the same dtype."""
+    options = {"kernel_size": 5, "dilation": 2}
+    exact, _ = inputs((2, 14, 15, 2, 16), None, (5, 5), bias, torch.float64)
+    exact = [t.detach().to(dtype).double().requires_grad_(True) for t in exact]  # the same values, exactly
+    low = [t.detach().to(dtype).requires_grad_(True) for t in exact]
+
+    def rule_of(leaves):
+        return None if bias is None else TableBias(leaves[3]) if bias == "table" else FactoredBias(*leaves[3:])
+
+    want = with_gradients(exact, rule_of(exact), "reference", **options)
+    got = with_gradients(low, rule_of(low), "tiled", **options)
+    eager = eager_gather(low, bias, **options)
+    for index, (a, e, w) in enumerate(zip(got, eager, want, strict=True)):
+        assert a.dtype == dtype
+        assert relative_error(a, w) <= (2 if index == 0 else 3) * relative_error(e, w), index
+
+
+def eager_gather(leaves, bias, kernel_size, dilation):
+    """Plain PyTorch in the dtype of its inputs, as a user would write it: gather, matmul, softmax, matmul."""
+    from foveal.kernels.window import Window
+
+    q, k, v = leaves[:3]
+    rule = Window(kernel_size, 1, dilation)
+    rows, _, row = rule.keys(q.shape[1])
+    columns, _, column = rule.keys(q.shape[2])
+    near_k, near_v = (t[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4) for t in (k, v))
+    logits = torch.einsum("bhwnd,bhwknd->bhwnk", q * q.shape[-1] ** -0.5, near_k)
+    if bias == "table":
+        logits = logits + leaves[3][:, row[:, None, :, None], column[None, :, None, :]].permute(1, 2, 0, 3, 4).flatten(
+            3
+        )
+    elif bias == "factored":
+        by_row = torch.einsum("bhwnd,hid->bhwni", q, leaves[3][row])
+        by_column = torch.einsum("bhwnd,wjd->bhwnj", q, leaves[4][column])
+        logits = logits + (by_row[..., None] + by_column[..., None, :]).flatten(-2)
+    out = torch.einsum("bhwnk,bhwknd->bhwnd", logits.softmax(-1), near_v)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, weight)]
+
+
+# --------------------------------------------------------------------------------------------- against NATTEN
+
+
+@needs_natten
+@pytest.mark.parametrize("name", ["reference", "tiled", "natten"])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "dilation"),
+    [
+        ((14, 14), (7, 7), (1, 1), (1, 1)),
+        ((14, 14), (7, 7), (1, 1), (2, 2)),
+        ((15, 17), (5, 3), (1, 1), (2, 4)),
+        ((13, 11), (4, 6), (1, 1), (1, 1)),
+        ((17, 19), (4, 3), (2, 3), (3, 2)),
+        ((16, 15), (6, 5), (3, 2), (2, 1)),
+        ((12, 13), (3, 2), (3, 2), (4, 5)),
+        ((11, 23), (2, 8), (2, 3), (5, 2)),
+    ],
+    ids=lambda x: "x".join(map(str, x)),
+)
+def test_against_natten(name, size, kernel_size, stride, dilation):
+    import natten
+
+    q, k, v = (t.detach() for t in inputs((2, *size, 2, 8))[0])
+    options = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    want = natten.na2d(q, k, v, **options)
+    got = neighborhood_attention(q, k, v, backend=name, **options)
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(neighborhood_attention(q, k, v, scale=0.7, backend=name, **options), want) > 1e-3
+
+
+@needs_natten
+def test_compilers_see_natten_as_one_node():
+    q, k, v = (t.detach() for t in inputs((1, 8, 9, 2, 8))[0])
+    options = {"kernel_size": 3, "dilation": 2, "scale": 0.5, "backend": "natten"}
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q, k, v: neighborhood_attention(q, k, v, **options), fullgraph=True, backend=keep)
+    torch.testing.assert_close(compiled(q, k, v), neighborhood_attention(q, k, v, **options))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called == ["foveal.natten_na2d.default"] or called == ["foveal.natten_na2d"], called
+
+
+@needs_natten
+def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
+    """The custom operators, with a differentiable function in NATTEN's place: it has no gradient on a CPU, and its CPU
+    path (flex_attention) cannot run under the modes of ``opcheck``."""
+
+    def stand_in(q, k, v, window, scale):
+        options = {"kernel_size": tuple(window[:2]), "stride": tuple(window[2:4]), "dilation": tuple(window[4:])}
+        return neighborhood_attention(q, k, v, scale=scale, backend="reference", **options)
+
+    monkeypatch.setattr(natten_backend, "_call", stand_in)
+    leaves, _ = inputs((1, 6, 7, 2, 4), None, (3, 3), None, torch.float64)
+    arguments = (*leaves, [3, 3, 1, 1, 2, 2], 0.5)
+    torch.library.opcheck(natten_backend.natten_na2d, arguments)
+    got = torch.autograd.grad(natten_backend.natten_na2d(*arguments).square().sum(), leaves)
+    want = torch.autograd.grad(stand_in(*arguments).square().sum(), leaves)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("bias", "options", "reason"),
+    [
+        ("table", {}, "no relative position bias"),
+        (None, {"boundary": "zero"}, "boundary 'shift'"),
+        (None, {"dropout_p": 0.1}, "dropout"),
+        ("grad", {}, "no gradient on a CPU"),
+    ],
+)
+@needs_natten
+def test_natten_says_why_it_cannot(bias, options, reason):
+    leaves, rule = inputs((1, 6, 6, 1, 4), None, (3, 3), bias if bias == "table" else None)
+    if bias != "grad":
+        leaves = [t.detach() for t in leaves]
+        rule = TableBias(leaves[3]) if bias == "table" else None
+    with pytest.raises(BackendError, match=reason):
+        neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, backend="natten", **options)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_dropout_drops_weights_and_keeps_the_mean(name):
+    """With all values 1 the output is the sum of the kept weights: mean 1, and each query sees 0 or more of them."""
+    torch.manual_seed(0)
+    q = torch.zeros(64, 8, 8, 2, 4)
+    v = torch.ones(64, 8, 8, 2, 1)
+    out = neighborhood_attention(q, q, v, kernel_size=3, dropout_p=0.4, backend=name)
+    assert abs(float(out.mean()) - 1) < 0.01
+    counts = out * 0.6 * 9  # kept keys out of 9
+    torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
+    assert abs(float(counts.var()) - 9 * 0.4 * 0.6) < 0.1
+    torch.manual_seed(0)
+    leaves, rule = inputs((1, 6, 6, 1, 4), None, (3, 3), "table")
+    grads = torch.autograd.grad(
+        neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, dropout_p=0.5, backend=name).sum(), leaves
+    )
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_batch_of_none(name):
+    leaves, rule = inputs((0, 7, 7, 2, 4), 3, (3, 3), "table")
+    out, *grads = with_gradients(leaves, rule, name, kernel_size=3, dilation=2)
+    assert out.shape == (0, 7, 7, 2, 3)
+    assert not grads[3].any()
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_strides_of_the_inputs_do_not_matter(name):
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 9, 8, 3, 2, 4, generator=generator)
+    views = packed.unbind(3)
+    first = torch.randn(2, 2, 4, 9, 8, generator=generator).permute(0, 3, 4, 1, 2)
+    flipped = torch.randn(2, 9, 16, 2, 4, generator=generator)[:, :, ::2]
+    expanded = torch.randn(1, 1, 8, 2, 4, generator=generator).expand(2, 9, 8, 2, 4)
+    for q, k, v in (views, (first, views[1], flipped), (expanded, first, views[0]), (flipped, expanded, expanded)):
+        got = neighborhood_attention(q, k, v, kernel_size=3, dilation=2, backend=name)
+        want = neighborhood_attention(
+            q.contiguous(), k.contiguous(), v.contiguous(), kernel_size=3, dilation=2, backend=name
+        )
+        torch.testing.assert_close(got, want)
+
+
+def test_inputs_are_not_changed():
+    leaves, rule = inputs((1, 9, 9, 2, 4), None, (3, 3), "table")
+    before = [t.detach().clone() for t in leaves]
+    with_gradients(leaves, rule, "tiled", kernel_size=3)
+    for a, b in zip(leaves, before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_like_the_functional_operators():
+    leaves, rule = inputs((1, 8, 8, 2, 8), None, (3, 3), "table")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule)
+        mixed = neighborhood_attention(leaves[0].bfloat16(), *leaves[1:3], kernel_size=3, bias=rule)
+    assert out.dtype == mixed.dtype == torch.bfloat16
+    want = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule)
+    assert relative_error(out.detach(), want.detach()) < 0.05
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    assert [g.dtype for g in grads] == [torch.float32] * 4
+
+
+def test_plans_made_in_inference_mode_serve_training():
+    leaves, rule = inputs((1, 11, 13, 2, 4), None, (3, 3), "table")
+    tiled._constants.clear()
+    with torch.inference_mode():
+        neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+    with_gradients(leaves, rule, "tiled", kernel_size=3)
+
+
+def test_fake_tensors_leave_nothing_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tiled._constants.clear()
+    with FakeTensorMode():
+        q = torch.empty(1, 11, 12, 2, 4)
+        assert neighborhood_attention(q, q, q, kernel_size=3).shape == q.shape
+    leaves, rule = inputs((1, 11, 12, 2, 4), None, (3, 3), "table")
+    with_gradients(leaves, rule, "tiled", kernel_size=3)
+
+
+def test_meta_tensors_give_the_shape():
+    q = torch.empty(2, 14, 15, 2, 8, device="meta")
+    table = torch.empty(2, 5, 5, device="meta")
+    out = neighborhood_attention(q, q, q[..., :3], kernel_size=3, dilation=2, bias=TableBias(table))
+    assert out.device.type == "meta" and out.shape == (2, 14, 15, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------ compile and export
+
+
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 3, "dilation": 2}, {"kernel_size": (4, 3), "stride": 2, "boundary": "zero"}],
+    ids=["shift-d2", "zero-s2"],
+)
+def test_compile_without_graph_breaks(bias, options):
+    torch._dynamo.reset()
+    kernel_size = (3, 3) if options["kernel_size"] == 3 else options["kernel_size"]
+    seen = []
+
+    def count(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def call(q, k, v, *tensors):
+        rule = None if bias is None else TableBias(*tensors) if bias == "table" else FactoredBias(*tensors)
+        return neighborhood_attention(q, k, v, bias=rule, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend=count)
+    for size in ((9, 11), (12, 8), (9, 11), (12, 8)):
+        leaves, rule = inputs((2, *size, 2, 4), None, kernel_size, bias)
+        got = compiled(*leaves)
+        weight = torch.ones_like(got)
+        want = neighborhood_attention(*leaves[:3], bias=rule, backend="reference", **options)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(
+            torch.autograd.grad(got, leaves, weight), torch.autograd.grad(want, leaves, weight), strict=True
+        ):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        if size == (12, 8):
+            graphs = len(seen)
+    assert len(seen) == graphs == 2  # one graph for each shape, none for a shape seen before
+
+
+def test_compile_with_the_default_compiler():
+    torch._dynamo.reset()
+    leaves, _ = inputs((2, 10, 9, 2, 8), None, (3, 3), "table")
+
+    def call(q, k, v, table):
+        return neighborhood_attention(q, k, v, kernel_size=3, dilation=3, bias=TableBias(table))
+
+    torch.use_deterministic_algorithms(False)  # Inductor has no index_put for it; the poison is tested elsewhere
+    got = torch.compile(call, fullgraph=True)(*leaves)
+    want = call(*leaves)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), leaves), torch.autograd.grad(want.square().sum(), leaves), strict=True
+    ):
+        assert relative_error(a, b) < 1e-4
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, heads=2, **options):
+        super().__init__()
+        kernel_size = options["kernel_size"]
+        rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.table = torch.nn.Parameter(torch.randn(heads, 2 * rows - 1, 2 * columns - 1))
+        self.options = options
+
+    def forward(self, q, k, v):
+        return neighborhood_attention(q, k, v, bias=TableBias(self.table), **self.options)
+
+
+EXPORTS = [
+    {"kernel_size": 3, "dilation": 2},
+    {"kernel_size": (5, 4), "dilation": (2, 3)},
+    {"kernel_size": 6, "stride": 2, "boundary": "mask"},
+]
+
+
+@pytest.mark.parametrize("options", EXPORTS, ids=["k3-d2", "k5x4-d2x3", "k6-s2-mask"])
+def test_export_with_a_free_batch(options):
+    module = Attention(**options).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(module, tuple(tensors(2, 13, 17, 2, 4)), dynamic_shapes=({0: batch},) * 3)
+    for count in (1, 5):
+        x = tensors(count, 13, 17, 2, 4)
+        torch.testing.assert_close(program.module()(*x), module(*x))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in")) or "sym" in name for name in names), names
+
+
+@pytest.mark.parametrize("options", EXPORTS, ids=["k3-d2", "k5x4-d2x3", "k6-s2-mask"])
+def test_onnx_equals_eager(options, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    torch.use_deterministic_algorithms(False)
+    module = Attention(**options).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    path = tmp_path / "attention.onnx"
+    # three tensors: the exporter takes one object given three times for one input
+    torch.onnx.export(
+        module,
+        tuple(tensors(2, 13, 17, 2, 4)),
+        str(path),
+        dynamo=True,
+        dynamic_shapes=({0: batch},) * 3,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for count in (1, 4):
+        x, y, z = tensors(count, 13, 17, 2, 4)
+        names = [i.name for i in session.get_inputs()]
+        got = session.run(None, dict(zip(names, (x.numpy(), y.numpy(), z.numpy()), strict=True)))[0]
+        assert relative_error(torch.from_numpy(got), module(x, y, z).detach()) < 1e-5
+
+
+# -------------------------------------------------------------------------------------- dispatch and bad input
+
+
+def tensors(*shape, **options):
+    return [torch.randn(*shape, **options) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (tensors(1, 6, 6, 1, 4), {"kernel_size": 7}, ValueError, r"kernel_size 7 x dilation 1 = 7 .* map's 6 rows"),
+        (tensors(1, 20, 13, 1, 4), {"kernel_size": 7, "dilation": 2}, ValueError, r"7 x dilation 2 = 14 .* 13 columns"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "stride": 4}, ValueError, "stride 4 is larger than kernel_size 3"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, -1)}, ValueError, r"got \(3, -1\)"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dilation": 0}, ValueError, "dilation must be at least 1"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3.0}, TypeError, "kernel_size must be an int"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, 3, 3)}, TypeError, "pair"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": True}, TypeError, "kernel_size must be an int"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "boundary": "wrap"}, ValueError, "boundary 'wrap' is not one of"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dropout_p": 1.0}, ValueError, "dropout_p"),
+        (tensors(9, 9, 1, 4), {"kernel_size": 3}, ValueError, r"q must be \[B, H, W, heads, D\], got 4 dimensions"),
+        (tensors(1, 9, 9, 0, 4), {"kernel_size": 3}, ValueError, "only the batch may be empty"),
+        (tensors(1, 0, 9, 1, 4), {"kernel_size": 3, "boundary": "zero"}, ValueError, "only the batch may be empty"),
+        (
+            tensors(1, 9, 9, 1, 4, device="meta")[:2] + tensors(1, 9, 9, 1, 4)[:1],
+            {"kernel_size": 3},
+            ValueError,
+            "one device",
+        ),
+        (
+            [*tensors(1, 9, 9, 1, 4)[:2], torch.randn(1, 9, 8, 1, 4)],
+            {"kernel_size": 3},
+            ValueError,
+            r"v \(1, 9, 8, 1, 4\)",
+        ),
+        (
+            [torch.randn(1, 9, 9, 1, 5), *tensors(1, 9, 9, 1, 4)[:2]],
+            {"kernel_size": 3},
+            ValueError,
+            r"q \(1, 9, 9, 1, 5\), k \(1, 9, 9, 1, 4\)",
+        ),
+        (
+            [*tensors(1, 9, 9, 1, 4)[:2], torch.randn(1, 9, 9, 1, 4).double()],
+            {"kernel_size": 3},
+            TypeError,
+            "one dtype, got torch.float32, torch.float32 and torch.float64",
+        ),
+        ([torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)] * 3, {"kernel_size": 3}, TypeError, "got torch.int32"),
+        (
+            tensors(1, 9, 9, 2, 4),
+            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 6))},
+            ValueError,
+            r"TableBias.table has shape \[2, 5, 6\], expected \[2, 5, 5\]",
+        ),
+        (
+            tensors(1, 9, 9, 2, 4),
+            {"kernel_size": (3, 5), "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4))},
+            ValueError,
+            r"FactoredBias.columns has shape \[5, 4\], expected \[9, 4\] or \[2, 9, 4\]",
+        ),
+        (
+            tensors(1, 9, 9, 2, 4),
+            {"kernel_size": 3, "bias": torch.zeros(2, 5, 5)},
+            TypeError,
+            "TableBias, a FactoredBias",
+        ),
+        (
+            tensors(1, 9, 9, 2, 4),
+            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, dtype=torch.int64))},
+            TypeError,
+            "must be floating point",
+        ),
+        (
+            tensors(1, 9, 9, 2, 4),
+            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, device="meta"))},
+            ValueError,
+            "table is on meta, q on cpu",
+        ),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "unknown backend 'cutlass'"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        neighborhood_attention(*arguments, **options)
+
+
+def test_smallest_map_that_fits():
+    q, k, v = tensors(1, 14, 21, 1, 4)
+    out = neighborhood_attention(q, k, v, kernel_size=7, dilation=(2, 3))
+    torch.testing.assert_close(
+        out, neighborhood_attention(q, k, v, kernel_size=7, dilation=(2, 3), backend="reference")
+    )
+
+
+def test_backend_context_and_argument():
+    q, k, v = tensors(1, 6, 6, 1, 4)
+    with pytest.raises(BackendError, match=r"unknown backend 'fast' from backend\(\)"), backend("fast"):
+        pass
+    with backend("natten"):
+        with pytest.raises(
+            BackendError, match=r"'natten' \(asked for by the backend\(\) context\) cannot run this call"
+        ):
+            neighborhood_attention(q, k, v, kernel_size=3, boundary="mask")
+        neighborhood_attention(q, k, v, kernel_size=3, boundary="mask", backend="tiled")  # the argument wins
+        with backend(None):
+            neighborhood_attention(q, k, v, kernel_size=3, boundary="mask")
+    neighborhood_attention(q, k, v, kernel_size=3, boundary="mask")
+
+
+def test_missing_natten_is_a_reason(monkeypatch):
+    monkeypatch.setattr(natten_backend, "installed_version", lambda: None)
+    with pytest.raises(BackendError, match="natten is not installed"):
+        neighborhood_attention(*tensors(1, 6, 6, 1, 4), kernel_size=3, backend="natten")
+    monkeypatch.setattr(natten_backend, "installed_version", lambda: "0.17.5")
+    with pytest.raises(BackendError, match=r"0\.17\.5 is older than 0\.20"):
+        neighborhood_attention(*tensors(1, 6, 6, 1, 4), kernel_size=3, backend="natten")
+
+
+def test_backend_from_the_environment():
+    code = (
+        "import torch; from foveal.kernels import *; q = torch.randn(1, 6, 6, 1, 4)\n"
+        "try: neighborhood_attention(q, q, q, kernel_size=3)\n"
+        "except BackendError as e: print(e)\n"
+    )
+    for name, message in (("cutlass", "unknown backend 'cutlass' from the environment"), ("reference", "")):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "FOVEAL_BACKEND": name},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert message in run.stdout and bool(message) == bool(run.stdout.strip())
+
+
+def test_threads_share_the_plans():
+    leaves = tensors(2, 19, 17, 2, 4)
+    tiled._constants.clear()
+    want = neighborhood_attention(*leaves, kernel_size=3, backend="reference")
+    results = []
+    workers = [
+        threading.Thread(target=lambda: results.append(neighborhood_attention(*leaves, kernel_size=3)))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for got in results:
+        torch.testing.assert_close(got, want)
