@@ -153,6 +153,10 @@ def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Te
     return row, seen
 
 
+def _pattern_order(axis: Axis, device: torch.device) -> Tensor:
+    return torch.tensor(axis.order, device=device)
+
+
 def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where the query sees the key, else -inf: [P, P2, T*T2, S*S2]."""
     seen = _pattern_index(rows, a, device)[1][:, None, :, None, :, None]
@@ -262,7 +266,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         if bias is not None:  # N R Q T*T2 S*S2
             for dim, axis in ((1, a), (2, b)):
                 if len(axis.runs) > 1:
-                    bias = bias.index_select(dim, torch.tensor(axis.order, device=bias.device))
+                    bias = bias.index_select(dim, _constant(_pattern_order, axis, bias.device))
                 else:
                     bias = bias.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
         if bias_tensors and table is None:
@@ -297,7 +301,7 @@ def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Pro
             embedding = embedding[None]
         dots = tiles @ embedding.transpose(-1, -2)[:, None, None, None]  # B G G2 N R Q T T2 2K-1
         row = _constant(_pattern_index, window, axis, tiles.device)[0]  # P T S
-        row = row[torch.tensor(axis.order, device=tiles.device)]  # R T S
+        row = row[_constant(_pattern_order, axis, tiles.device)]  # R T S
         shape = [1] * 9
         shape[tile_dim], shape[query_dim], shape[8] = row.shape
         sides.append(dots.gather(-1, row.reshape(shape).expand(*dots.shape[:8], -1)))
