@@ -82,7 +82,7 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
         raise ValueError(
             f"{found.file or found.folder / WEIGHTS} is damaged or no safetensors file: {error}"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{found.folder} does not fit {found.architecture}: {_first_lines(error)}") from error
     return model.eval()
 
@@ -102,8 +102,11 @@ def _resolve_name(text: str) -> Source:
 
 
 def _resolve_folder(folder: Path, runs: bool = True) -> Source:
-    if runs and (folder / "best" / "config.json").is_file():
-        folder = folder / "best"
+    # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
+    for best in ("best", "best.old"):
+        if runs and (folder / best / "config.json").is_file():
+            folder = folder / best
+            break
     config_file = folder / "config.json"
     if not config_file.is_file():
         unfinished = runs and (folder / "config.yaml").is_file()

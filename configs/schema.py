@@ -155,7 +155,6 @@ class TrainConfig:
     ema_warmup: bool = False  # let the decay grow from 0, for short runs
     eval_every: int = _checked(1, low=1)  # epochs; the last one is always evaluated
     compile: bool = False
-    channels_last: bool = False
     threads: int | None = _checked(None, low=1)  # CPU threads of PyTorch; null: as the environment has it
 
 

@@ -128,9 +128,7 @@ def info(
 
     found = resolve(name)
     if found.folder is not None:
-        raise ValueError(
-            f"{name} is a folder; info takes a model name, and the folder's README.md or config.json tells"
-        )
+        raise ValueError(f"{name} is a folder of {found.architecture}; info takes a model name")
     cfg = get_pretrained_cfg(found.name)
     facts = _describe(found.name)
     facts |= {
@@ -208,10 +206,8 @@ def _dilations(name: str) -> list[list[int | str]] | None:
 
     with torch.device("meta"):
         model = timm.create_model(name)
-    levels = [
-        [m.dilation for m in level.modules() if isinstance(m, NeighborhoodAttention2d)]
-        for level in getattr(model, "levels", [model])
-    ]
+    parts = getattr(model, model.levels_name) if hasattr(model, "levels_name") else [model]
+    levels = [[m.dilation for m in part.modules() if isinstance(m, NeighborhoodAttention2d)] for part in parts]
     return levels if any(levels) else None
 
 
@@ -247,42 +243,18 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
 ) -> int:
     """Classify images."""
-    import torch
+    from .weights.predict import predict as classify
 
-    from .backbones.loading import load
-    from .weights.images import preprocessing, read_image
-
-    net = load(model)
-    if net.num_classes < 1:
-        raise ValueError(f"{model} has no classifier")
-    transform = preprocessing(net)
-    labels = net.pretrained_cfg.get("label_names") or _imagenet_labels(net)
     failed = 0
-    for path in images:
-        try:
-            image = read_image(path, net.pretrained_cfg["input_size"][0])
-        except OSError as error:  # the others may still be fine
-            print(f"error: {error}", file=sys.stderr)
+    for path, answers in classify(model, images, top):
+        if isinstance(answers, OSError):
+            print(f"error: {answers}", file=sys.stderr)
             failed += 1
             continue
-        with torch.inference_mode():
-            probabilities = net(transform(image)[None]).softmax(-1)[0]
-        best = probabilities.topk(min(top, len(probabilities)))
         print(path)
-        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"  {100 * probability:6.2f} %  {labels[index] if labels else f'class {index}'}")
+        for label, probability in answers:
+            print(f"  {100 * probability:6.2f} %  {label}")
     return 1 if failed else 0
-
-
-def _imagenet_labels(model: Any) -> list[str] | None:
-    """Names for the published classifiers, from timm's tables of ImageNet."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset(model)
-    if not subset:
-        return None
-    names = ImageNetInfo(subset)
-    return [names.index_to_description(i) for i in range(model.num_classes)]
 
 
 @command(app)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._version import __version__
 from ..backbones.loading import WEIGHTS, Source, load, resolve
@@ -119,17 +120,20 @@ def _write_onnx(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor])
     file = folder / "model.onnx"
     example = next(x for x in inputs.values() if len(x) > 1)  # a batch of 1 would be taken for a constant
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    torch.onnx.export(
-        model,
-        (example,),
-        file,
-        dynamo=True,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        external_data=size > _ONNX_SINGLE_FILE,
-        verbose=False,
-    )
+    # One kernel throughout: attention kernels differ in the strides of their output, and the exporter traces with one
+    # and decomposes with another, where a view of the traced strides then fails.
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.onnx.export(
+            model,
+            (example,),
+            file,
+            dynamo=True,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            external_data=size > _ONNX_SINGLE_FILE,
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return _largest_difference(
         model, lambda x: torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0]), inputs
@@ -172,7 +176,7 @@ def _card(model: nn.Module, config: dict[str, Any], found: Source, to: str, diff
         "licence of the published weights": cfg.get("license") if published else None,
         "input": f"{channels} x {rows} x {columns}, mean {_text(cfg.get('mean'))}, std {_text(cfg.get('std'))}",
         "classes": str(model.num_classes),
-        "measured": cfg.get("description"),
+        "measured": _measured(found),
         "check of this file": f"differs from the original by {difference:.1e} of the largest logit",
     }
     use = (
@@ -189,12 +193,31 @@ def _card(model: nn.Module, config: dict[str, Any], found: Source, to: str, diff
     )
 
 
+def _measured(found: Source) -> str | None:
+    """The score that the training run of these weights recorded, if they come from one."""
+    if found.folder is None or found.folder.name not in ("best", "best.old"):
+        return None
+    summary = found.folder.parent / "summary.json"
+    if not summary.is_file():
+        return None
+    score = json.loads(summary.read_text(encoding="utf-8"))
+    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after {score['epochs']} epochs"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _text(value: Any) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value or "")
 
 
 def _put_in_place(folder: Path, output: Path) -> None:
     """Move a finished folder to its name; into a folder that exists file by file, each replaced in one step."""
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
     if not output.exists():
         os.rename(folder, output)
         return

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from multiprocessing import Value
@@ -48,9 +49,7 @@ def scan_folder(root: Path, split: str) -> list[str]:
         raise DataError(f"no images: {folder} has no class folders")
     empty = [n for n in names if not _has_image(folder / n, extensions)]
     if len(empty) == len(names):
-        raise DataError(
-            f"no images in {folder}: none of its {len(names)} folders has a file like {', '.join(extensions)}"
-        )
+        raise DataError(f"no images in {folder}: its {len(names)} folders hold no file like {', '.join(extensions)}")
     if empty:
         raise DataError(f"class folders without an image in {folder}: {', '.join(empty[:10])}")
     return names
@@ -76,7 +75,7 @@ class FolderImages(Dataset):
         nested = set(present) - {classes[label] for _, label in self.reader.samples}
         if nested:
             raise DataError(
-                f"{root / split}: images must lie directly in their class folder; not so in {sorted(nested)[:10]}"
+                f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
             )
         self.transform, self.mode, self.train = transform, mode, train
 
@@ -190,6 +189,12 @@ def collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, Found]:
     return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), labels, found
 
 
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a worker that obeyed it would break the run it should only stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class FileLoader:
     """Batches of image files, decoded in ``workers`` processes and normalised on the device.
 
@@ -216,6 +221,7 @@ class FileLoader:
             dataset,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=normalize.device.type == "cuda",
             persistent_workers=workers > 0 and not self.streaming,
             **batches,

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,9 +80,7 @@ def check_classes(classes: Sequence[str], where: str) -> None:
     """Raises:
     DataError: a class name is given twice, or there are fewer than two classes.
     """
-    twice = (
-        sorted({name for name in classes if list(classes).count(name) > 1}) if len(set(classes)) < len(classes) else []
-    )
+    twice = sorted(name for name, count in Counter(classes).items() if count > 1)
     if twice:
         raise DataError(f"{where}: class names given more than once: {', '.join(twice[:5])}")
     if len(classes) < 2:

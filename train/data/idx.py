@@ -50,7 +50,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     magic = struct.pack(">BBBB", 0, 0, UINT8, ndim)
     if content[:4] != magic:
         raise DataError(
-            f"{path} is no IDX file of {ndim}-dimensional bytes: starts {content[:4].hex()}, not {magic.hex()}"
+            f"{path} is no IDX file of bytes in {ndim} dimensions: starts {content[:4].hex()}, not {magic.hex()}"
         )
     if len(content) < header:
         raise DataError(f"{path} is cut short: {len(content)} bytes, the header alone has {header}")
@@ -59,7 +59,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         raise DataError(
             f"{path}: the header says {shape} = {math.prod(shape)} bytes, the file holds {len(content) - header}"
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()  # writable
 
 
 def _find(root: Path, name: str) -> Path:

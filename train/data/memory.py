@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...configs.schema import AugmentConfig
-from .guard import check_labels
+from .guard import DataError, check_labels
 from .order import Batch, EpochOrder, Normalize
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -27,6 +27,8 @@ def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]
     from sklearn.datasets import load_digits as bundled
     from sklearn.model_selection import train_test_split
 
+    if not 0 < val_fraction < 1:
+        raise DataError(f"data.val_fraction is {val_fraction}, must lie between 0 and 1")
     digits = bundled()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     parts = train_test_split(images, digits.target, test_size=val_fraction, stratify=digits.target, random_state=0)

@@ -1,0 +1,101 @@
+"""`foveal demo`: train, evaluate, draw, export and predict on real handwritten digits, in a few minutes on a CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+
+from .backbones.loading import load
+from .train import classify
+from .train.data.memory import load_digits
+from .weights.export import TOLERANCE, export
+from .weights.images import preprocessing, read_image
+from .weights.predict import predict
+
+RECIPE = "classify/digits"
+VAL_FRACTION = 0.2
+
+
+def demo(output: Path) -> None:
+    """Run all steps into a new folder: `output`, or, if that exists, the next free name after it.
+
+    Raises:
+        RuntimeError: if a step fails; the message names it.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    output = _free(output)
+    run = output / "run"
+    start = time.monotonic()
+
+    console.rule(f"1. train {RECIPE} (1,797 handwritten digits, a fifth held out)")
+    _check("training", classify.train(RECIPE, [f"output={run}"]))
+
+    console.rule("2. evaluate the best epoch on the held-out digits")
+    _check("evaluation", classify.evaluate(str(run), []))
+
+    console.rule("3. export")
+    digit, label = _write_digit(output / "digit.png")
+    for to in ("safetensors", "onnx"):
+        done = export(run, to, output / to, images=[digit])
+        console.print(f"{done.folder}: {', '.join(done.files)}")
+        console.print(f"differs from the trained model by {done.difference:.1e} of the largest logit")
+    _check_timm(run, output / "safetensors", digit)
+    console.print(f'timm.create_model("local-dir:{output / "safetensors"}", pretrained=True) agrees on {digit.name}')
+
+    console.rule(f"4. predict a held-out digit, a {label}")
+    for path, answers in predict(run, [digit], top=3):
+        console.print(path)
+        for answer, probability in answers:
+            console.print(f"  {100 * probability:6.2f} %  {answer}")
+
+    console.rule(f"done in {time.monotonic() - start:.0f} s")
+    for path, what in {
+        run / "predictions.png": "held-out digits, the mistakes marked",
+        run / "curves.png": "loss and accuracy by epoch",
+        run / "metrics.csv": "the same as numbers",
+        run / "best": "the best epoch, a folder that timm loads",
+        output / "safetensors": "the same, exported with a card",
+        output / "onnx": "for onnxruntime",
+    }.items():
+        if not path.exists():
+            raise RuntimeError(f"the demo did not write {path}")
+        console.print(f"{path!s:40} {what}")
+    console.print(f"\ntry: foveal predict {digit} --model {run}")
+
+
+def _free(output: Path) -> Path:
+    candidate, n = output, 1
+    while candidate.exists():
+        n += 1
+        candidate = output.with_name(f"{output.name}-{n}")
+    return candidate
+
+
+def _check(step: str, status: int) -> None:
+    if status:
+        raise RuntimeError(f"the {step} ended with status {status}")
+
+
+def _write_digit(path: Path) -> tuple[Path, int]:
+    """The first held-out digit as an image file, and what it shows."""
+    images, labels = load_digits(VAL_FRACTION)["val"]
+    Image.fromarray(np.asarray(images[0], dtype=np.uint8)).save(path)
+    return path, int(labels[0])
+
+
+@torch.no_grad()
+def _check_timm(run: Path, folder: Path, digit: Path) -> None:
+    """What timm alone makes of the exported folder must be what was trained."""
+    trained = load(run)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    image = preprocessing(trained)(read_image(digit, trained.pretrained_cfg["input_size"][0]))[None]
+    expected, got = trained(image), loaded(image)
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"timm's model differs from the trained one by {difference:.1e} of the largest logit")

@@ -1,0 +1,158 @@
+"""Everything that `load` takes, and what it says about everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from foveal.backbones import loading
+from timm.models import save_for_hf
+
+import foveal
+
+NAME = "test_foveal_dinat"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Path]:
+    """A model with other weights than those of a fresh one, and the run folder that holds it."""
+    torch.manual_seed(7)
+    model = timm.create_model(NAME, num_classes=4, in_chans=1, kernel_size=3).eval()
+    run = tmp_path_factory.mktemp("run")
+    arguments = {"in_chans": 1, "kernel_size": 3}
+    save_for_hf(model, str(run / "best"), model_args=arguments, safe_serialization=True)
+    return model, run
+
+
+@pytest.fixture
+def folder(trained: tuple[torch.nn.Module, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained[1] / "best", tmp_path / "model"))
+
+
+def answer(model: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model(torch.randn(1, 1, 64, 64, generator=generator))
+
+
+@pytest.mark.parametrize("what", ["run", "run as text", "best", "local-dir", "file"])
+def test_sources(what: str, trained: tuple[torch.nn.Module, Path]) -> None:
+    model, run = trained
+    source = {
+        "run": run,
+        "run as text": str(run),
+        "best": run / "best",
+        "local-dir": f"local-dir:{run / 'best'}",
+        "file": run / "best" / "model.safetensors",
+    }[what]
+    loaded = foveal.load(source)
+    assert not loaded.training
+    assert torch.equal(answer(loaded), answer(model))
+
+
+def test_a_file_is_that_file(folder: Path) -> None:
+    """Not the model.safetensors beside it."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    other = {name: tensor + 0.01 for name, tensor in state.items()}
+    safetensors.torch.save_file(other, folder / "averaged.safetensors")
+    loaded = foveal.load(folder / "averaged.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in other.items())
+
+
+def test_the_last_best_of_a_killed_run(trained: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    shutil.copytree(trained[1] / "best", tmp_path / "best.old")
+    assert torch.equal(answer(foveal.load(tmp_path)), answer(trained[0]))
+
+
+def test_arguments_go_to_timm(trained: tuple[torch.nn.Module, Path]) -> None:
+    assert foveal.load(trained[1], num_classes=9).num_classes == 9
+
+
+def test_a_published_file_by_name(tmp_path: Path) -> None:
+    model = timm.create_model("nat_mini")
+    file = tmp_path / "nat_mini.pth"
+    torch.save(model.state_dict(), file)
+    loaded = foveal.load("nat_mini", pretrained_cfg_overlay={"file": str(file)})
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_a_name_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=rf"{NAME} has no published weights.*train classify.*timm.create_model"):
+        foveal.load(NAME)
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", refuse)
+    with pytest.raises(OSError, match=r"nat_tiny\.in1k.*no route to host.*Download https://.*nat_tiny\.pth.*put it at"):
+        foveal.load("nat_tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dinat_tinny", "nearest: dinat_tiny"),
+        ("runs/nothing", "'runs/nothing' is no model name, folder or .safetensors file"),
+        ("dinat_tiny.in2k", "no weights tagged 'in2k'; its tags: in1k"),
+        ("resnet81", "nearest: resnet"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        foveal.load(name)
+
+
+def test_folders_that_are_none_of_ours(folder: Path, tmp_path: Path) -> None:
+    def refused(message: str, source: Path = folder) -> None:
+        with pytest.raises(ValueError, match=message):
+            foveal.load(source)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(r"no model folder \(it has no config.json\)", empty)
+    (empty / "config.yaml").touch()
+    refused("a training run without a finished epoch", empty)
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "note.txt").touch()
+    refused("neither a folder nor a .safetensors file", folder / "note.txt")
+
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": "dinat_tinny"}))
+    refused("unknown model 'dinat_tinny'; nearest: dinat_tiny")
+    (folder / "config.json").write_text(json.dumps({"model_type": "dinat", "architectures": ["DinatModel"]}))
+    refused("does not name a timm architecture; it was written by another library")
+    (folder / "config.json").write_text("{")
+    refused("is not JSON")
+
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": "test_foveal_nat", "model_args": {}}))
+    refused("does not fit test_foveal_nat")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    refused("damaged or no safetensors file")
+    (folder / "model.safetensors").unlink()
+    refused("has no weights: none of model.safetensors")
+
+
+def test_pickled_code_is_not_run(folder: Path) -> None:
+    """timm falls back to pytorch_model.bin; what is not plain tensors must be refused."""
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (folder / "executed",))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": Payload()}, folder / "pytorch_model.bin")
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
+        loading.load(folder)
+    assert not (folder / "executed").exists()

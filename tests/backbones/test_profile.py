@@ -1,0 +1,96 @@
+"""Counts of parameters and MACs against the numbers the authors print, and against sums written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from foveal.backbones.profile import profile
+
+# Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.
+PUBLISHED = {
+    "nat_mini": ("2.7", 20),
+    "nat_tiny": ("4.3", 28),
+    "nat_small": ("7.8", 51),
+    "nat_base": ("13.7", 90),
+    "dinat_mini": ("2.7", 20),
+    "dinat_tiny": ("4.3", 28),
+    "dinat_small": ("7.8", 51),
+    "dinat_base": ("13.7", 90),
+    "dinat_s_tiny": ("4.5", 28),
+    "dinat_s_small": ("8.7", 50),
+    "dinat_s_base": ("15.4", 88),
+    "dinat_s_large": ("34.5", 197),
+    "nat_isotropic_small": ("4.3", 22),
+    "dinat_isotropic_small": ("4.3", 22),
+    "vitrpb_isotropic_small": ("4.6", 22),
+    "nat_isotropic_base": ("16.9", 86),
+    "dinat_isotropic_base": ("16.9", 86),
+    "vitrpb_isotropic_base": ("17.5", 86),
+}
+# These four were printed by a counter that adds to the MACs 5 per normalized value, 1 per biased logit and 1 per pooled
+# value; the first of them with the classifier of ImageNet-22K.
+PUBLISHED_WITH_NORMS = {
+    "dinat_large.in22k": "30.6",
+    "dinat_large_384": "89.7",
+    "dinat_large_384_11x11": "92.4",
+    "dinat_s_large_384": "101.5",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures_to_their_printed_digit(name: str) -> None:
+    gmacs, millions = PUBLISHED[name]
+    counted = profile(name)
+    assert f"{counted.macs / 1e9:.1f}" == gmacs
+    # some are printed rounded down (86.47, 86.63 M as 86)
+    assert abs(counted.parameters / 1e6 - millions) < 0.7
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_NORMS)
+def test_published_figures_of_the_large_models(name: str) -> None:
+    depths, dim = [3, 4, 18, 5] if "dinat_s" not in name else [2, 2, 18, 2], 192
+    counted = profile(name)
+    side, kernel = counted.input_size[1] // 4, 11 if "11x11" in name else 7
+    normalized = side**2 * dim  # after the tokenizer
+    logits = 0
+    for i, depth in enumerate(depths):
+        positions, channels = (side >> i) ** 2, dim << i
+        normalized += 2 * depth * positions * channels
+        logits += depth * positions * (channels // 32) * kernel**2
+        if i < 3:  # of the downsampler: 4 C before the merging of DiNAT_s, 2 C after the convolution of DiNAT
+            normalized += positions // 4 * channels * (4 if "dinat_s" in name else 2)
+    pooled = positions * channels
+    normalized += pooled
+    assert f"{(counted.macs + 5 * normalized + logits + pooled) / 1e9:.1f}" == PUBLISHED_WITH_NORMS[name]
+
+
+def test_the_sum_for_dinat_tiny() -> None:
+    k, macs = 7, 112**2 * 27 * 32 + 56**2 * 9 * 32 * 64
+    for i, depth in enumerate((3, 4, 18, 5)):
+        positions, channels = (56 >> i) ** 2, 64 << i
+        block = 4 * channels**2 + 2 * k**2 * channels + 2 * 3 * channels**2  # qkv and proj; logits and values; MLP
+        macs += depth * positions * block
+        if i < 3:
+            macs += positions // 4 * 9 * channels * 2 * channels
+    macs += 512 * 1000
+    counted = profile("dinat_tiny")
+    assert (counted.macs, counted.input_size) == (macs, (3, 224, 224))
+    assert counted.parameters == sum(p.numel() for p in timm.create_model("dinat_tiny").parameters())
+
+
+def test_other_inputs_and_arguments() -> None:
+    whole = profile("test_foveal_nat", 128)
+    assert whole.input_size == (3, 128, 128)
+    assert profile("test_foveal_nat", (64, 128)).macs < whole.macs
+    grey = profile("test_foveal_nat", in_chans=1, num_classes=0)
+    assert grey.input_size[0] == 1
+    assert grey.parameters < profile("test_foveal_nat").parameters
+
+
+def test_the_operation_is_back_after_a_failed_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.backbones import attention
+
+    original = attention.neighborhood_attention
+    with pytest.raises(ValueError, match="size"):
+        profile("vitrpb_isotropic_small", (32, 33))
+    assert attention.neighborhood_attention is original

@@ -1,0 +1,179 @@
+"""The `foveal` command: every subcommand, and one line with the right exit status for every mistake of a user."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from typer.testing import CliRunner
+
+import foveal
+from foveal.cli import app
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model answers by the brightness of a grey image: "dark" or "bright"."""
+    model = timm.create_model("test_foveal_nat", num_classes=2, in_chans=1, global_pool="avg")
+    model.pretrained_cfg |= {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm.bias.fill_(1.0)  # the features are constant; the answer is the bias of the classifier
+        model.head.bias.copy_(torch.tensor([0.0, 3.0]))
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    labels = {"label_names": ["dark", "bright"]}
+    save_for_hf(model, str(folder / "best"), model_config=labels, model_args={"in_chans": 1}, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "x.png"
+    Image.fromarray(np.full((8, 8), 200, dtype=np.uint8)).save(path)
+    return path
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.stdout) == (0, f"foveal {foveal.__version__}\n")
+
+
+def test_list() -> None:
+    result = call("list", "dinat_[mt]*")
+    assert result.exit_code == 0
+    rows = result.stdout.splitlines()
+    assert [row.split()[0] for row in rows[1:]] == ["dinat_mini", "dinat_tiny"]
+    assert rows[2].split() == ["dinat_tiny", "DiNAT", "27.90", "M", "4.30", "3x224x224", "in1k", "mit"]
+    (row,) = json.loads(call("list", "nat_mini", "--json").stdout)
+    assert row == {
+        "name": "nat_mini",
+        "family": "NAT",
+        "parameters": row["parameters"],
+        "macs": row["macs"],
+        "input": [3, 224, 224],
+        "tags": ["in1k"],
+        "licence": "mit",
+    }
+    assert (f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.1f}") == ("19.98", "2.7")  # as published
+
+
+def test_info() -> None:
+    text = call("info", "dinat_s_tiny").stdout
+    for part in (
+        f"{sum(p.numel() for p in timm.create_model('dinat_s_tiny').parameters()):,}",
+        "4.491",
+        "1, 8  1, 4  1, 2, 1, 2, 1, 2  1, 1",
+        "mit",
+        "arXiv:2209.15001",
+        "in1k  https://",
+    ):
+        assert part in text
+    facts = json.loads(call("info", "dinat_large.in22k", "--json").stdout)
+    assert facts["classes"] == 21841
+    assert set(facts["weights"]) == {"in22k", "in22k_ft_in1k"}
+
+
+def test_predict(run: Path, image: Path) -> None:
+    result = call("predict", image, "--model", run, "--top", 5)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [str(image), "   95.26 %  bright", "    4.74 %  dark"]
+
+
+def test_predict_goes_on_after_a_bad_image(run: Path, image: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    result = call("predict", bad, image, "--model", run, "--top", 1)
+    assert result.exit_code == 1
+    assert "bright" in result.stdout
+    assert f"error: {bad}: not a readable image" in result.stderr
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    result = call("export", run, "--to", "safetensors", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "README.md, config.json, model.safetensors" in result.stdout
+    assert "largest difference 0.0e+00" in result.stdout
+
+
+def test_train_and_evaluate_pass_on_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.train import classify
+
+    calls = []
+    monkeypatch.setattr(classify, "train", lambda config, overrides: calls.append((config, overrides)) or 130)
+    monkeypatch.setattr(classify, "evaluate", lambda source, overrides: calls.append((source, overrides)) or 0)
+    assert call("train", "classify", "digits", "schedule.epochs=2", "augment.scale=[0.5,1]").exit_code == 130
+    assert call("evaluate", "runs/digits").exit_code == 0
+    assert calls == [("digits", ["schedule.epochs=2", "augment.scale=[0.5,1]"]), ("runs/digits", [])]
+
+
+def test_train_refuses_an_unknown_recipe() -> None:
+    assert call("train", "classify", "digitz").exit_code == 1
+
+
+def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.benchmarks import run as bench
+
+    calls = []
+    monkeypatch.setattr(bench, "main", lambda arguments: calls.append(arguments) or 0)
+    assert call("bench", "kernels", "--help", "--repeat", 3).exit_code == 0
+    assert calls == [["kernels", "--help", "--repeat", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["list", "zebra*"], 2, "no model matches 'zebra*'"),
+        (["info", "dinat_tinny"], 2, "nearest: dinat_tiny"),
+        (["info", "dinat_tiny.in2k"], 2, "its tags: in1k"),
+        (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no published weights. Train it"),
+        (["predict", "x.png", "--model", "runs/none"], 2, "'runs/none' is no model name"),
+        (["export", "test_foveal_nat", "--to", "coreml", "--output", "x"], 2, "the formats are safetensors, onnx"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], status: int, message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["predict"], ["export", "x"], ["list", "--nothing"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEAL_DEBUG", "1")
+    assert isinstance(call("info", "dinat_tinny").exception, ValueError)
+    monkeypatch.setenv("FOVEAL_DEBUG", "0")
+    assert isinstance(call("info", "dinat_tinny").exception, SystemExit)
+    monkeypatch.delenv("FOVEAL_DEBUG")
+    assert isinstance(call("--debug", "info", "dinat_tinny").exception, ValueError)
+
+
+def test_importing_foveal_stays_light() -> None:
+    heavy = "{'matplotlib', 'accelerate', 'onnx', 'onnxruntime', 'sklearn', 'tensorboard', 'omegaconf'}"
+    code = f"import sys, foveal; print(sorted({heavy} & sys.modules.keys()), 'foveal.train' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "foveal", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"foveal {foveal.__version__}\n"

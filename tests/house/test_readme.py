@@ -1,0 +1,59 @@
+"""The examples of the README run as they stand, one after the other, and its figures are those of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from foveal.backbones import list_models
+from foveal.backbones.profile import profile
+from typer.testing import CliRunner
+
+from foveal.cli import app
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_examples_run() -> None:
+    assert len(EXAMPLES) == 4
+    names: dict = {}
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 10)
+    assert names["out"].shape == names["v"].shape
+    # the comment behind the shapes is what a reader believes
+    (comment,) = re.findall(r"shapes = .*# (\[.*\])", README)
+    assert str(names["shapes"]) == comment
+
+
+def test_the_commands_exist() -> None:
+    lines = [line for line in README.splitlines() if line.startswith("foveal ")]
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        path = words[:2] if words[0] == "train" else words[:1]
+        result = CliRunner().invoke(app, [*path, "--help"])
+        assert result.exit_code == 0, line
+        for option in (w for w in words if w.startswith("--")):
+            assert option in result.stdout, line
+
+
+ROWS = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d.]+) M \| ([\d.]+) \|", README, re.MULTILINE)
+
+
+def test_every_published_model_has_a_row() -> None:
+    assert {row[0] for row in ROWS} == {name for name in list_models() if not name.startswith("test_")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_figures_of_a_row(row: tuple[str, str, str, str]) -> None:
+    name, side, parameters, gmacs = row
+    counted = profile(name)
+    assert (str(counted.input_size[1]), f"{counted.parameters / 1e6:.2f}", f"{counted.macs / 1e9:.2f}") == (
+        side,
+        parameters,
+        gmacs,
+    )

@@ -1,0 +1,259 @@
+"""Checkpoints that are cut, foreign, or meet a full disk: nothing is half loaded, nothing good is lost."""
+
+import errno
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from foveal.train import checkpoint
+from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
+from foveal.train.classify import train
+
+from .conftest import QUICK
+
+
+def tiny(**kwargs) -> torch.nn.Module:
+    sizes = {"depths": (1, 1), "num_heads": (1, 2), "dilations": ((1,), (1,))}
+    return timm.create_model("test_foveal_dinat", in_chans=1, **{"num_classes": 10, **sizes, **kwargs})
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def fill_with(text: str):
+    return lambda folder: (folder / "file").write_text(text)
+
+
+# Writing
+
+
+def test_folder_is_replaced(tmp_path):
+    folder = tmp_path / "last"
+    write_folder(folder, fill_with("one"))
+    write_folder(folder, fill_with("two"))
+    assert (folder / "file").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_kill_between_the_renames_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "last"
+    write_folder(folder, fill_with("one"))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name.endswith(".tmp"):
+            raise KeyboardInterrupt  # nothing after this point runs, as with a kill
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, fill_with("two"))
+    monkeypatch.undo()
+    assert not folder.exists()
+    assert (newest(folder) / "file").read_text() == "one"
+    write_folder(folder, fill_with("three"))
+    assert (newest(folder) / "file").read_text() == "three"
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_no_space_keeps_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "last"
+    write_folder(folder, fill_with("one"))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; .*last from before is intact"):
+        write_folder(folder, fill_with("two"))
+    assert (folder / "file").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.fixture
+def small_files():
+    """The system refuses files beyond 100 kB, as it refuses any on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_safetensors_that_do_not_fit(tmp_path, small_files):
+    with pytest.raises(CheckpointError, match=r"could not be written: .*there was none before"):
+        write_folder(tmp_path / "best", lambda folder: checkpoint.save_model(folder, tiny(embed_dim=64), {}, []))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trainer_state_that_does_not_fit(tmp_path, small_files):
+    state = {"format": 1, "tensor": torch.zeros(100_000)}
+    with pytest.raises(CheckpointError, match="could not be written"):
+        write_folder(tmp_path / "last", lambda folder: checkpoint.save_trainer(folder, state))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_on_a_full_disk_says_so(quick, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert train(quick, [f"output={run}", "schedule.epochs=1"]) == 0
+    before = (run / "last" / "trainer.pt").read_bytes()
+
+    def full(folder, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_trainer", full)
+    assert train(quick, [f"output={run}", "schedule.epochs=2", "resume=auto"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No space left on device" in said
+    assert "from before is intact" in said
+    assert (run / "last" / "trainer.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert train(quick, [f"output={run}", "schedule.epochs=2", "resume=auto"]) == 0
+
+
+# Reading
+
+
+FOREIGN = {"stem.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("w.pth", b"", "can't be read"),
+        ("w.pth", b"this is no checkpoint", "can't be read"),
+        ("w.pth", bytes(range(256)), "can't be read"),
+        ("w.pth", {"epoch": 3}, "holds no model weights"),
+        ("w.pth", [1, 2], "holds no model weights"),
+        ("w.pth", {"state_dict": FOREIGN}, "not a checkpoint of this model"),
+        ("w.safetensors", b"", "can't be read"),
+        ("w.safetensors", b"this is no checkpoint", "can't be read"),
+        ("w.safetensors", safetensors.torch.save(FOREIGN), "not a checkpoint of this model"),
+    ],
+)
+def test_foreign_files(tmp_path, name, content, says):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load_initial(model, path)
+    assert str(path) in str(caught.value)
+    assert same(before, model.state_dict())
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    path = tmp_path / "evil.pth"
+    torch.save({"a": Path("x")}, path)  # any class beyond tensors and plain values
+    with pytest.raises(CheckpointError, match="can't be read as a checkpoint"):
+        load_initial(tiny(), path)
+
+
+def test_truncated_weights(tmp_path):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="can't be read as safetensors"):
+        load_initial(tiny(), path)
+
+
+def test_weights_of_another_size(tmp_path):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(tiny(embed_dim=32).state_dict(), path)
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=r"have another shape \(.* for "):
+        load_initial(model, path)
+    assert same(before, model.state_dict())
+
+
+def test_weights_with_the_same_head_and_with_another(tmp_path):
+    source = tiny()
+    for suffix, save in ((".pth", torch.save), (".safetensors", safetensors.torch.save_file)):
+        path = tmp_path / f"w{suffix}"
+        save({"model": source.state_dict()} if suffix == ".pth" else source.state_dict(), path)
+        model = tiny()
+        assert load_initial(model, path) == []
+        assert same(source.state_dict(), model.state_dict())
+        other = tiny(num_classes=3)
+        head = other.head.weight.clone()
+        assert load_initial(other, path) == ["head.weight", "head.bias"]
+        assert torch.equal(other.head.weight, head)
+        assert torch.equal(other.norm.weight, source.norm.weight)
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_initial(tiny(), tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="holds neither"):
+        load_initial(tiny(), tmp_path)
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_epoch")
+    (folder / "quick.yaml").write_text(QUICK)
+    assert train(folder / "quick.yaml", [f"output={folder / 'run'}", "schedule.epochs=1"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(one_epoch, tmp_path) -> Path:
+    return Path(shutil.copytree(one_epoch, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("trainer.pt", lambda b: b[: len(b) // 2], "trainer.pt can't be read as a checkpoint"),
+        ("trainer.pt", lambda b: b"x", "trainer.pt can't be read as a checkpoint"),
+        ("trainer.pt", None, "trainer.pt can't be read as a checkpoint"),
+        ("model.safetensors", lambda b: b[:1000], "model.safetensors can't be read as safetensors"),
+        ("model.safetensors", None, "model.safetensors can't be read as safetensors"),
+    ],
+)
+def test_resume_of_a_damaged_checkpoint(stopped, quick, capsys, name, damage, says):
+    file = stopped / "last" / name
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
+    csv = (stopped / "metrics.csv").read_bytes()
+    assert train(quick, [f"output={stopped}", "resume=auto"]) == 1
+    assert says in " ".join(capsys.readouterr().out.split()).replace(" last", "last")
+    assert (stopped / "metrics.csv").read_bytes() == csv
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "model.name=test_foveal_nat",
+            "belongs to another run: model was 'test_foveal_dinat', is now 'test_foveal_nat'",
+        ),
+        ("optim.name=sgd", "belongs to another run: optim.name was 'adamw', is now 'sgd'"),
+        ("train.ema_decay=0.9", "belongs to another run: averaging was False, is now True"),
+        ("train.batch_size=32", "updates per epoch were 8, are now 16"),
+    ],
+)
+def test_resume_of_another_run(stopped, quick, capsys, override, says):
+    assert train(quick, [f"output={stopped}", "resume=auto", override]) == 1
+    assert says in " ".join(capsys.readouterr().out.split())
+
+
+def test_resume_finds_the_old_folder(stopped, quick):
+    (stopped / "last").rename(stopped / "last.old")
+    assert train(quick, [f"output={stopped}", "resume=auto"]) == 0
+    assert len((stopped / "metrics.csv").read_text().splitlines()) == 3

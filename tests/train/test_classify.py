@@ -1,0 +1,299 @@
+"""Runs from beginning to end: what they leave behind, and that they can be repeated, stopped and gone on with."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from foveal.configs.schema import load_config
+from foveal.train import classify
+from foveal.train.classify import evaluate, train
+from foveal.train.engine import create_optimizer, create_schedule
+
+from .conftest import QUICK
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[tuple[str, ...]]:
+    return [(r["epoch"], r["lr"], r["train_loss"], r["val_loss"], r["top1"]) for r in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run with averaged weights and mixing."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "quick.yaml"
+    recipe.write_text(QUICK)
+    more = ["train.ema_decay=0.99", "train.ema_warmup=true", "augment.mixup=0.2", "augment.mix_off_fraction=0.5"]
+    assert train(recipe, [f"output={folder / 'run'}", "seed=1", *more]) == 0
+    return folder / "run"
+
+
+def test_what_a_run_leaves(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "tensorboard", "environment.json"),
+        *("summary.json", "best", "last"),
+    }
+    assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
+    last = {p.name for p in (finished / "last").iterdir()}
+    assert last == {"config.json", "model.safetensors", "raw.safetensors", "trainer.pt"}
+    assert [r["epoch"] for r in rows(finished)] == ["1", "2"]
+    assert json.loads((finished / "environment.json").read_text())["versions"]["torch"]
+    state = torch.load(finished / "last" / "trainer.pt", weights_only=True)
+    assert state["state"]["epoch"] == 2
+    assert load_config(finished / "config.yaml").augment.mixup == 0.2
+
+
+def test_timm_loads_the_run(finished):
+    model = timm.create_model(f"local-dir:{finished / 'best'}", pretrained=True)
+    cfg = model.pretrained_cfg
+    assert tuple(cfg["input_size"]) == (1, 32, 32)
+    assert (cfg["num_classes"], list(cfg["mean"]), cfg["crop_pct"]) == (10, [0.3], 1.0)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    config = json.loads((finished / "best" / "config.json").read_text())
+    assert config["label_names"] == [str(i) for i in range(10)]
+
+
+def test_evaluate_gives_the_recorded_accuracy(finished, tmp_path):
+    best = max(rows(finished), key=lambda r: float(r["top1"]))
+    for source in (finished, finished / "best"):
+        assert evaluate(str(source), [f"output={tmp_path / 'result.json'}"]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["n"] == 360
+        assert result["top1"] == float(best["top1"])
+        assert result["loss"] == pytest.approx(float(best["val_loss"]), rel=1e-6)
+
+
+def test_evaluate_a_folder_of_timm(finished, tmp_path):
+    """A bare model folder is scored when the overrides say on what."""
+    shutil.copytree(finished / "best", tmp_path / "model")
+    data = ["data.kind=digits", "data.in_chans=1", f"output={tmp_path / 'result.json'}"]
+    assert evaluate(str(tmp_path / "model"), data) == 0
+    best = max(float(r["top1"]) for r in rows(finished))
+    assert json.loads((tmp_path / "result.json").read_text())["top1"] == best
+
+
+@pytest.mark.parametrize("source", ["no_such_model", "runs/none"])
+def test_evaluate_says_what_is_missing(source, capsys):
+    assert evaluate(source, ["data.kind=digits"]) == 1
+    assert source.split("/")[0] in capsys.readouterr().out
+
+
+def test_same_seed_same_metrics(quick, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert train(quick, [f"output={tmp_path / name}", f"seed={seed}"]) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_a_run_is_not_overwritten(quick, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(quick, [f"output={run}", "schedule.epochs=1"]) == 0
+    before = (run / "last" / "model.safetensors").read_bytes()
+    assert train(quick, [f"output={run}"]) == 1
+    assert "already holds a run: resume=auto goes on with it, output=FOLDER names another" in capsys.readouterr().out
+    assert (run / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_resumed_equals_uninterrupted(quick, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit."""
+    options = ["schedule.epochs=3", "train.ema_decay=0.9", "augment.mixup=0.2", "train.accumulate=2"]
+    assert train(quick, [f"output={tmp_path / 'whole'}", *options]) == 0
+
+    original, stops = classify.Task.train_step, {3, 8, 11}  # batches: 8 an epoch
+    calls = []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        if len(calls) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model, batch, epoch)
+
+    monkeypatch.setattr(classify.Task, "train_step", step)
+    codes = [train(quick, [f"output={tmp_path / 'parts'}", "resume=auto", *options]) for _ in range(4)]
+    assert codes == [130, 130, 130, 0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (
+        timm.models.load_state_dict(str(tmp_path / n / "last/model.safetensors")) for n in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_resume_of_a_finished_run_changes_nothing(quick, tmp_path):
+    run = tmp_path / "run"
+    assert train(quick, [f"output={run}", "schedule.epochs=1"]) == 0
+    before = losses(run)
+    assert train(quick, [f"output={run}", "schedule.epochs=1", "resume=auto"]) == 0
+    assert losses(run) == before
+
+
+def test_ctrl_c_saves_and_exits_130(folder_recipe, make_images, tmp_path):
+    """A real signal to a real run and its workers, as a terminal sends it."""
+    run = tmp_path / "run"
+    options = [f"output={run}", f"data.root={make_images()}", "data.workers=2"]
+    code = "import sys; from foveal.train.classify import train; sys.exit(train(sys.argv[1], sys.argv[2:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder_recipe), *options, "schedule.epochs=1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(600):
+        if (run / "metrics.csv").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "resume=auto" in output
+    assert "Traceback" not in output
+    epochs = [int(r["epoch"]) for r in rows(run)]
+    assert epochs == list(range(1, len(epochs) + 1))
+    assert train(folder_recipe, [*options, f"schedule.epochs={len(epochs) + 2}", "resume=auto"]) == 0
+    assert [int(r["epoch"]) for r in rows(run)] == list(range(1, len(epochs) + 3))
+
+
+def test_sigterm_saves_and_exits_143(quick, tmp_path, monkeypatch):
+    def step(self, model, batch, epoch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return model(batch.images).square().mean()
+
+    monkeypatch.setattr(classify.Task, "train_step", step)
+    assert train(quick, [f"output={tmp_path / 'run'}"]) == 143
+    assert (tmp_path / "run/last/trainer.pt").exists()
+
+
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(quick, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    original, calls = classify.Task.train_step, []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        loss = original(self, model, batch, epoch)
+        return loss * float("nan") if len(calls) == 11 else loss  # the third batch of the second epoch
+
+    monkeypatch.setattr(classify.Task, "train_step", step)
+    assert train(quick, [f"output={run}"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the loss became nan at epoch 2, step 3 of 8" in said
+    assert "last (end of epoch 1) is intact" in said
+    state = torch.load(run / "last" / "trainer.pt", weights_only=True)
+    assert state["state"]["epoch"] == 1
+    tensors = timm.models.load_state_dict(str(run / "last" / "model.safetensors"))
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert len(rows(run)) == 1
+
+
+def test_fine_tuning_from_a_run_with_other_classes(finished, folder_recipe, make_images, tmp_path, capsys):
+    root = make_images()
+    options = [f"data.root={root}", f"output={tmp_path / 'tuned'}", f"model.checkpoint={finished}", "data.in_chans=1"]
+    assert train(folder_recipe, [*options, "model.kwargs.dilations=[[2],[1]]"]) == 0
+    assert "so new: head.weight, head.bias" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.name=dinat_minni", "there is no model 'dinat_minni'; nearest: dinat_mini"),
+        ("model.kwargs.colour=red", "can't be created with"),
+        ("model.num_classes=5", "model.num_classes is 5, but the data have 10 classes"),
+        ("optim.name=adamww", "'adamww' can't be made"),
+        ("train.batch_size=4096", "512 training images don't fill one batch of 4096"),
+        ("train.accumulate=100", "an epoch has 8 batches, fewer than train.accumulate=100"),
+        ("data.val_fraction=1.5", "must lie between 0 and 1"),
+        ("data.in_chans=2", "images have 1 (grey) or 3 (RGB) channels"),
+        ("data.mean=[0.1,0.2]", "data.mean has 2 values, data.in_chans is 1"),
+        ("data.classes=[a,b]", "is outside 0..1"),
+        ("optim.lrr=1", "unknown key `optim.lrr`; did you mean `optim.lr`?"),
+    ],
+)
+def test_mistakes_are_one_clear_line(quick, tmp_path, capsys, override, says):
+    assert train(quick, [f"output={tmp_path / 'run'}", override]) == 1
+    said = capsys.readouterr().out
+    assert says in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_odd_batches_cannot_be_mixed(quick, tmp_path, capsys):
+    assert train(quick, [f"output={tmp_path / 'run'}", "augment.mixup=0.5", "train.batch_size=33"]) == 1
+    assert "train.batch_size=33 is odd" in capsys.readouterr().out
+
+
+def test_two_processes_count_every_sample_once(quick, tmp_path):
+    """Through accelerate and gloo, on the CPU: 359 held-out samples, whatever divides them."""
+    run = tmp_path / "run"
+    code = tmp_path / "go.py"
+    code.write_text("import sys; from foveal.train.classify import train; sys.exit(train(sys.argv[1], sys.argv[2:]))")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [f"output={run}", "schedule.epochs=1", "data.val_limit=359", "train.val_batch_size=50"]
+    done = subprocess.run(
+        [*launch, str(code), str(quick), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    assert evaluate(str(run), [f"output={tmp_path / 'one.json'}"]) == 0
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["n"] == 359
+    assert one["top1"] == float(rows(run)[0]["top1"])
+    assert one["loss"] == pytest.approx(float(rows(run)[0]["val_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.amp=bf16"],
+        ["train.amp=fp16"],
+        ["schedule.name=step", "optim.name=sgd", "optim.lr=0.01"],
+        ["schedule.name=poly", "schedule.cooldown_fraction=1"],
+        ["loss.name=bce", "loss.smoothing=0.1", "augment.cutmix=1"],
+        ["model.grad_checkpointing=true", "optim.layer_decay=0.8", "optim.betas=[0.9,0.95]", "optim.eps=1e-7"],
+        ["optim.clip_grad=1.0", "optim.name=muon", "train.eval_every=2", "schedule.epochs=3"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_train(quick, tmp_path, options):
+    run = tmp_path / "run"
+    assert train(quick, [f"output={run}", "schedule.epochs=1", "data.limit=64", "train.batch_size=32", *options]) == 0
+    found = rows(run)
+    assert all(float(r["train_loss"]) > 0 for r in found)
+    assert found[-1]["top1"] != ""
+    assert len(found) == {"schedule.name=poly": 2, "optim.clip_grad=1.0": 3}.get(options[0], 1)
+
+
+def test_published_learning_rates():
+    """Warm-up, peak, end and cooldown of the ImageNet recipe; half the global batch halves them all."""
+    config = load_config("classify/dinat_tiny")
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), config.optim, global_batch=512)
+    updates = 10  # an epoch
+    schedule, epochs = create_schedule(optimizer, config.schedule, updates)
+    assert epochs == 310
+
+    def rate(epoch: float) -> float:
+        schedule.step_update(round(epoch * updates))
+        return 2 * optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(1e-6)
+    assert rate(10) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rate(20) == pytest.approx(1e-3, rel=0.02)
+    assert rate(150) == pytest.approx((1e-3 + 5e-6) / 2, rel=1e-3)
+    assert rate(300) == rate(309) == pytest.approx(5e-6)

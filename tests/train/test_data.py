@@ -1,0 +1,343 @@
+"""Data sets good and bad: what is read, and what is said when it can't be."""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foveal.configs.schema import AugmentConfig, load_config
+from foveal.train.classify import train
+from foveal.train.data import BadSamples, DataError, build_data, find_classes
+from foveal.train.data.idx import read_idx, read_split
+from foveal.train.data.memory import BatchAugment, fit_images, load_digits
+from foveal.train.data.order import EpochOrder, Normalize
+from PIL import Image
+
+CPU = torch.device("cpu")
+MODEL_CFG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
+
+
+def build(*overrides: str, **kwargs):
+    config = load_config(None, ["output=o", "model.name=m", "train.batch_size=20", "data.workers=0", *overrides])
+    classes = find_classes(config.data)
+    return build_data(config, classes, MODEL_CFG, device=CPU, **kwargs), classes
+
+
+# IDX files
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    root = tmp_path / "idx"
+    root.mkdir()
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 60), ("t10k", 25)):
+        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (root / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (root / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return root
+
+
+def test_idx_plain_and_gzipped(idx_folder):
+    images, labels = read_split(idx_folder, "val")
+    assert images.shape == (25, 28, 28)
+    assert labels.tolist() == [i % 10 for i in range(25)]
+    data, classes = build("data.kind=idx", f"data.root={idx_folder}", "data.in_chans=1", "data.fit=pad")
+    assert (len(classes), data.train.batches, data.val.batches) == (10, 3, 2)
+    first = next(data.val.epoch(0))
+    assert first.images.shape == (20, 1, 32, 32)
+    inside = first.images[0, 0, 2:30, 2:30] * 0.25 + 0.5
+    assert torch.allclose(inside, torch.from_numpy(images[0]) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda b: b[:-5], "the header says .* the file holds"),
+        (lambda b: b[:6], "cut short"),
+        (lambda b: b"PNG!" + b[4:], "is no IDX file"),
+        (lambda b: b"", "is no IDX file"),
+    ],
+)
+def test_idx_damaged(tmp_path, damage, says):
+    path = tmp_path / "x-images-idx3-ubyte"
+    path.write_bytes(damage(idx(np.zeros((2, 3, 3), np.uint8))))
+    with pytest.raises(DataError, match=says):
+        read_idx(path, 3)
+
+
+def test_idx_gzip_cut_short(tmp_path):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(idx(np.arange(200, dtype=np.uint8)))[:-12])
+    with pytest.raises(DataError, match="cut short"):
+        read_idx(path, 1)
+
+
+def test_idx_counts_disagree(idx_folder):
+    (idx_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(24, np.uint8))))
+    with pytest.raises(DataError, match="25 images but 24 labels"):
+        read_split(idx_folder, "val")
+
+
+def test_idx_missing_says_how_to_get_it(tmp_path):
+    with pytest.raises(DataError, match=r"make fashion-mnist.*data\.root"):
+        read_split(tmp_path / "nowhere", "train")
+
+
+def test_idx_label_out_of_range(idx_folder):
+    (idx_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(25, 10, np.uint8))))
+    with pytest.raises(DataError, match=r"label 10 is outside 0\.\.9"):
+        build("data.kind=idx", f"data.root={idx_folder}", "data.in_chans=1")
+
+
+# Digits and batched augmentation
+
+
+def test_digits_are_split_by_class_and_always_the_same():
+    first, second = load_digits(0.2), load_digits(0.2)
+    assert (len(first["train"][0]), len(first["val"][0])) == (1437, 360)
+    assert all(np.array_equal(first[s][i], second[s][i]) for s in first for i in (0, 1))
+    counts = np.bincount(first["val"][1])
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    assert first["train"][0].max() == 255
+
+
+def test_resize_and_pad():
+    image = np.zeros((1, 8, 8), np.uint8)
+    image[0, 3:5, 3:5] = 255
+    resized = fit_images(image, 16, "resize", 3)
+    assert resized.shape == (1, 3, 16, 16)
+    assert resized[0, :, 7:9, 7:9].min() > 200
+    padded = fit_images(image, 12, "pad", 1)
+    assert torch.equal(padded[0, 0, 2:10, 2:10], torch.from_numpy(image[0]))
+    assert padded.sum() == image.astype(int).sum()
+
+
+def test_augment_leaves_unaugmented_images_alone():
+    images = torch.rand(4, 1, 9, 9)
+    assert torch.equal(BatchAugment(AugmentConfig(hflip=0.0))(images), images)
+    assert torch.equal(BatchAugment(AugmentConfig(hflip=1.0))(images), images.flip(-1))
+    assert torch.equal(BatchAugment(AugmentConfig(hflip=0.0, vflip=1.0))(images), images.flip(-2))
+
+
+def test_augment_moves_within_its_limits():
+    torch.manual_seed(0)
+    images = torch.zeros(256, 1, 32, 32)
+    images[:, :, 15:17, 15:17] = 1
+    moved = BatchAugment(AugmentConfig(hflip=0.0, shift=0.125))(images)
+    y = (moved * torch.arange(32.0).view(-1, 1)).sum((1, 2, 3)) / moved.sum((1, 2, 3)) - 15.5
+    assert 3.0 < y.abs().max() <= 4.001  # an eighth of 32
+    assert y.std() > 1.5
+    turned = BatchAugment(AugmentConfig(hflip=0.0, rotate=10.0))(images)
+    assert torch.allclose(turned.sum((1, 2, 3)), images.sum((1, 2, 3)), rtol=0.05)
+
+
+def test_erasing_only_in_training():
+    torch.manual_seed(0)
+    images = torch.full((32, 1, 16, 16), 0.5)
+    kept = Normalize([0.5], [0.25], CPU)(images)
+    assert kept.abs().max() == 0
+    erased = Normalize([0.5], [0.25], CPU, erase=1.0)(images)
+    assert (erased.flatten(1).abs().amax(1) > 0).all()
+
+
+# Order
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_order_covers_every_sample_once(world):
+    seen = [i for rank in range(world) for b in EpochOrder(17, 4, train=False, rank=rank, world=world) for i in b]
+    assert sorted(seen) == list(range(17))
+
+
+def test_training_order():
+    orders = [EpochOrder(50, 8, train=True, seed=1, rank=r, world=2) for r in range(2)]
+    assert [len(o) for o in orders] == [3, 3]
+    seen = [i for o in orders for b in o for i in b]
+    assert len(seen) == len(set(seen)) == 48
+    again = EpochOrder(50, 8, train=True, seed=1, rank=0, world=2)
+    whole = list(again)
+    again.set(0, 1)
+    assert list(again) == whole[1:]
+    again.set(1)
+    assert list(again) != whole
+
+
+# Folders
+
+
+def test_folder(make_images):
+    root = make_images()
+    data, classes = build(f"data.root={root}", "augment.erase=0.5")
+    assert classes == ["blue", "red"]
+    batches = list(data.train.epoch(0))
+    assert [tuple(b.images.shape) for b in batches] == [(20, 3, 32, 32)] * 5
+    val = list(data.val.epoch(0))
+    targets = torch.cat([b.targets for b in val])
+    images = torch.cat([b.images for b in val])
+    assert targets.tolist() == [0] * 10 + [1] * 10
+    assert torch.equal(images.mean((2, 3))[:, [2, 0]].argmax(1), targets)  # blue has the larger blue channel
+
+
+def test_folder_with_workers_gives_the_same_evaluation(make_images):
+    root = make_images(val=15)
+    one, two = (next(build(f"data.root={root}", f"data.workers={w}")[0].val.epoch(0)) for w in (0, 2))
+    assert torch.equal(one.images, two.images)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda root: (root / "train" / "green").mkdir(), "class folders without an image.*green"),
+        (lambda root: (root / "val").rename(root / "test"), "no folder 'val' in .*it has test, train"),
+        (lambda root: root.rename(root.with_name("elsewhere")), "the data folder .* does not exist"),
+        (lambda root: [p.rename(p.with_suffix(".txt")) for p in root.rglob("train/*/*.png")], "no images in .*train"),
+        (lambda root: (root / "val" / "red").rename(root / "val" / "pink"), r"classes that are not among.*pink"),
+        (lambda root: (root / "train" / "red").rename(root / "train" / "blue" / "x"), "at least two classes"),
+    ],
+)
+def test_folder_mistakes(make_images, break_it, says):
+    root = make_images(train=2, val=2)
+    break_it(root)
+    with pytest.raises(DataError, match=says):
+        build(f"data.root={root}", "train.batch_size=2")
+
+
+def test_folder_nested_images(make_images):
+    root = make_images(train=2, val=2)
+    (root / "train" / "red" / "deeper").mkdir()
+    for path in (root / "train" / "red").glob("*.png"):
+        path.rename(path.parent / "deeper" / path.name)
+    with pytest.raises(DataError, match=r"directly in their class folder.*red"):
+        build(f"data.root={root}", "train.batch_size=2")
+
+
+def test_corrupt_image_is_skipped_counted_and_named(make_images, folder_recipe, tmp_path, capsys):
+    root = make_images(train=100, val=100)
+    bad = [root / "train" / "red" / "003.png", root / "val" / "blue" / "007.png"]
+    bad[0].write_bytes(bad[0].read_bytes()[:60])
+    bad[1].write_text("this is no image")
+    run = tmp_path / "run"
+    assert train(folder_recipe, [f"data.root={root}", f"output={run}"]) == 0, capsys.readouterr().out
+    book = (run / "bad_samples.csv").read_text()
+    assert book.startswith("sample,reason\n")
+    assert all(str(path) in book for path in bad)
+    assert len(book.splitlines()) == 3
+    assert json.loads((run / "summary.json").read_text())["n"] == 199
+
+
+def test_too_many_corrupt_images_stop_the_run(make_images, folder_recipe, tmp_path, capsys):
+    root = make_images(train=100)
+    for name in ("010", "020", "030"):
+        (root / "train" / "red" / f"{name}.png").write_bytes(b"")
+    assert train(folder_recipe, [f"data.root={root}", f"output={tmp_path / 'run'}"]) == 1
+    said = "".join(capsys.readouterr().out.split())
+    assert "3of200images" in said
+    assert "1.00%" in said
+    assert "020.png" in said
+
+
+def test_bad_samples_count_each_name_once():
+    bad = BadSamples(0.01)
+    bad.start(200)
+    for _ in range(5):
+        bad.add([("a", "x"), ("b", "x")])
+    with pytest.raises(DataError, match=r"3 of 200 images.*a \(x\); b \(x\); c \(y\)"):
+        bad.add([("c", "y")])
+
+
+# Shards
+
+
+def write_shard(path: Path, samples: list[tuple[str, bytes, str]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, image, label in samples:
+            for suffix, content in (("png", image), ("cls", label.encode())):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    pytest.importorskip("webdataset", reason="the webdataset extra is not installed")
+    root = tmp_path / "shards"
+    root.mkdir()
+    splits = {}
+    for split, count in (("train", 4), ("val", 3)):
+        names = [f"{split}-{i:02}.tar" for i in range(count)]
+        for number, name in enumerate(names):
+            samples = []
+            for i in range(30):
+                label = (number + i) % 2
+                pixels = np.full((40, 40, 3), 40, np.uint8)
+                pixels[..., 2 * label] = 200
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                samples.append((f"{number}{i:03}", buffer.getvalue(), str(label)))
+            if split == "val" and number == 1:
+                samples[5] = ("broken", b"no image", "1")
+            write_shard(root / name, samples)
+        info = {"name": split, "num_samples": 30 * count, "filenames": names, "shard_lengths": [30] * count}
+        splits[split] = info
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+WDS = ("data.kind=wds", "data.num_classes=2", "data.max_bad_fraction=0.03")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards(shards, workers):
+    data, _ = build(*WDS, f"data.root={shards}", f"data.workers={workers}")
+    assert (data.train.samples, data.train.batches) == (120, 6)
+    batches = list(data.train.epoch(0))
+    assert [len(b.targets) for b in batches] == [20] * 6
+    for batch in batches:
+        assert torch.equal(batch.images.mean((2, 3))[:, [0, 2]].argmax(1), batch.targets)
+    assert sum(len(b.targets) for b in data.val.epoch(0)) == 89
+    assert [name.rsplit("/", 1)[1] for name in data.bad.names] == ["val-01.tar:broken"]
+
+
+def test_shards_are_divided_between_processes(shards):
+    parts = [build(*WDS, f"data.root={shards}", rank=rank, world=2)[0] for rank in range(2)]
+    counts = [sum(len(b.targets) for b in part.val.epoch(0)) for part in parts]
+    assert counts == [60, 29]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.num_classes=null", "WebDataset shards don't tell their classes"),
+        ("data.train_split=nope", "split 'nope'"),
+        ("data.workers=5", r"4 shards can't feed 1 process\(es\) x 5 data.workers"),
+        ("data.train_split='gone-{00..02}.tar|90'", "3 of 3 shards don't exist"),
+    ],
+)
+def test_shard_mistakes(shards, override, says):
+    with pytest.raises(DataError, match=says):
+        build(*WDS, f"data.root={shards}", override)
+
+
+def test_shard_label_out_of_range(shards):
+    data, _ = build(*WDS, f"data.root={shards}", "data.classes=[a,b]")
+    data.train.num_classes = 1
+    with pytest.raises(DataError, match=r"label 1 is outside 0\.\.0"):
+        list(data.train.epoch(0))

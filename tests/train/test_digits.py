@@ -1,0 +1,21 @@
+"""The recipe of the demonstration, shortened: what it shows is learned, by the model it names."""
+
+import json
+
+import pytest
+from foveal.train.classify import train
+
+
+def test_digits_are_learned_in_a_few_epochs(tmp_path):
+    assert train("digits", [f"output={tmp_path / 'run'}", "schedule.epochs=6", "train.threads=1"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["n"] == 360
+    assert summary["top1"] >= 85  # 97 and more after the recipe's own length
+
+
+@pytest.mark.slow
+def test_digits_recipe(tmp_path):
+    assert train("digits", [f"output={tmp_path / 'run'}"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["top1"] >= 97
+    assert summary["seconds"] < 180

@@ -1,0 +1,135 @@
+"""Export: what is written loads elsewhere and gives the same answers; what fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import foveal.weights.export as exporting
+import numpy as np
+import pytest
+import timm
+import torch
+from foveal.backbones.loading import load
+from foveal.weights.export import export
+from foveal.weights.images import preprocessing, read_image
+from PIL import Image
+from timm.models import save_for_hf
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as training leaves it, with a model that crops windows, pads maps and dilates."""
+    torch.manual_seed(3)
+    model = timm.create_model(
+        "test_foveal_dinat", num_classes=5, in_chans=1, embed_dim=32, depths=(2, 1), num_heads=(1, 2), dilations="auto"
+    )
+    model.pretrained_cfg |= {"input_size": (1, 32, 32), "mean": (0.3,), "std": (0.4,), "crop_pct": 1.0}
+    folder = tmp_path_factory.mktemp("run")
+    arguments = {"in_chans": 1, "embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "dilations": "auto"}
+    labels = {"label_names": list("abcde")}
+    save_for_hf(model, str(folder / "best"), model_config=labels, model_args=arguments, safe_serialization=True)
+    (folder / "summary.json").write_text(json.dumps({"top1": 98.5, "n": 360, "epochs": 40}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_safetensors_folder_is_loaded_by_timm_alone(run: Path, image: Path, tmp_path: Path) -> None:
+    done = export(run, "safetensors", tmp_path / "a" / "model", images=[image])
+    assert done.files == ["README.md", "config.json", "model.safetensors"]
+    assert done.difference == 0.0
+    assert str(image) in done.checked
+    model = timm.create_model(f"local-dir:{done.folder}", pretrained=True).eval()
+    original = load(run)
+    assert model.pretrained_cfg["label_names"] == list("abcde")
+    x = preprocessing(original)(read_image(image, 1))[None]
+    with torch.no_grad():
+        assert torch.equal(model(x), original(x))
+    card = (done.folder / "README.md").read_text()
+    assert "top-1 98.50 % on 360 held-out images" in card
+    assert "arXiv:2209.15001" in card
+    # readable for whom the folder is readable, whatever the writer of the tensors does
+    assert stat.S_IMODE((done.folder / "model.safetensors").stat().st_mode) == stat.S_IMODE(
+        (done.folder / "config.json").stat().st_mode
+    )
+
+
+def test_onnx_for_any_batch(run: Path, image: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra foveal[export] is not installed")
+    done = export(run, "onnx", tmp_path / "onnx", images=[image])
+    assert done.files == ["README.md", "config.json", "model.onnx"]
+    assert done.difference < 1e-4
+    session = onnxruntime.InferenceSession(str(done.folder / "model.onnx"))
+    model = load(run)
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 1, 32, 32, generator=torch.Generator().manual_seed(batch))
+        (logits,) = session.run(["logits"], {"image": x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    (output / "config.json").write_text("old")
+    with pytest.raises(ValueError, match=r"is not empty.*--force"):
+        export(run, "safetensors", output)
+    assert (output / "config.json").read_text() == "old"
+    export(run, "safetensors", output, force=True)
+    assert (output / "mine.txt").read_text() == "keep"
+    assert json.loads((output / "config.json").read_text())["architecture"] == "test_foveal_dinat"
+    assert sorted(p.name for p in output.iterdir()) == ["README.md", "config.json", "mine.txt", "model.safetensors"]
+    with pytest.raises(ValueError, match="is a file; the output is a folder"):
+        export(run, "safetensors", output / "mine.txt")
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+def test_a_difference_leaves_nothing(
+    difference: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_largest_difference", lambda *_: difference)
+    with pytest.raises(RuntimeError, match=r"differs from the original by .* nothing was written"):
+        export(run, "safetensors", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_difference_is_the_worst_one() -> None:
+    model = torch.nn.Identity()
+    inputs = {"good": torch.ones(1, 2), "bad": torch.tensor([[2.0, 4.0]])}
+    assert exporting._largest_difference(model, lambda x: x, inputs) == 0.0
+    assert exporting._largest_difference(model, lambda x: x + (x > 3), inputs) == pytest.approx(0.25)
+    assert np.isnan(exporting._largest_difference(model, lambda x: x * float("nan"), inputs))
+
+
+def test_refusals(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot export to 'tflite'; the formats are safetensors, onnx"):
+        export(run, "tflite", tmp_path / "x")
+    with pytest.raises(ValueError, match="no published weights"):
+        export("test_foveal_nat", "onnx", tmp_path / "x")
+    with pytest.raises(OSError, match=r"absent\.png: no such file"):
+        export(run, "safetensors", tmp_path / "x", images=[tmp_path / "absent.png"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.new("RGBA", (4, 6), (255, 0, 0, 128)).save(path)
+    assert (read_image(path, 1).mode, read_image(path, 3).mode) == ("L", "RGB")
+    with pytest.raises(ValueError, match="takes 4 channels; image files have 1 or 3"):
+        read_image(path, 4)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(OSError, match=r"x\.png: not a readable image"):
+        read_image(path, 3)
+    # a photo taken with the camera on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 6)).save(tmp_path / "y.jpg", exif=exif)
+    assert read_image(tmp_path / "y.jpg", 3).size == (6, 4)

@@ -1,0 +1,219 @@
+"""Checkpoints: folders that timm loads, plus the state of the trainer, written so that a kill never costs the old one.
+
+A checkpoint folder holds ``config.json`` and ``model.safetensors`` as ``timm.create_model("local-dir:FOLDER",
+pretrained=True)`` reads them: the weights that were evaluated, so the averaged ones when averaging is on. ``last/``
+also holds ``trainer.pt`` (read with ``weights_only=True``) and, with averaging, the weights being trained in
+``raw.safetensors``. A folder is written under a temporary name, synced to disk and renamed; between the two renames the
+old one stands as ``NAME.old``, where :func:`newest` finds it.
+"""
+
+import inspect
+import os
+import pickle
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+RAW = "raw.safetensors"
+TRAINER = "trainer.pt"
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where published files put the tensors
+# what reading a file of anything at all as a checkpoint was seen to raise
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError),
+    *(struct.error, pickle.UnpicklingError, SafetensorError),
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message is meant for the user."""
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces ``folder`` by what ``fill`` writes, or leaves it as it was.
+
+    Raises:
+        CheckpointError: nothing could be written (a full disk, say); the temporary folder is gone, the old one stands.
+    """
+    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = newest(folder)
+        raise CheckpointError(
+            f"the checkpoint {folder} could not be written: {error}; "
+            + (f"{kept} from before is intact" if kept else "there was none before")
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """``folder``, or ``folder.old`` when a kill came between the two renames, or None."""
+    for candidate in (folder, folder.with_name(f"{folder.name}.old")):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], classes: list[str]) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` of ``model`` into an existing folder, in timm's format."""
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": list(classes)},
+        model_args=dict(model_args),
+        safe_serialization=True,
+    )
+
+
+def save_raw(folder: Path, model: nn.Module) -> None:
+    """Writes the weights being trained beside the averaged ones."""
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / RAW)
+
+
+def save_trainer(folder: Path, state: dict[str, Any]) -> None:
+    """Writes the trainer's state: tensors and plain Python values only."""
+    with (folder / TRAINER).open("wb") as file:
+        torch.save(state, file)
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Raises:
+    CheckpointError: the file is missing, damaged, or not a trainer's state.
+    """
+    path = folder / TRAINER
+    state = _read_pickle(path)
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise CheckpointError(f"{path} is not the state of a training run of this program")
+    return state
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} can't be read as a checkpoint: {reason}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a PyTorch file (loaded with ``weights_only=True``), by name.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or one that holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except UNREADABLE as error:
+            raise CheckpointError(f"{path} can't be read as safetensors: {error}") from None
+    content = _read_pickle(path)
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds no model weights (a mapping of names to tensors)")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def find_weights(source: str | Path) -> Path:
+    """The weights file behind a file, a timm folder, or a run folder (its ``best/``)."""
+    path = Path(source)
+    if path.is_dir():
+        for folder in filter(None, (path, newest(path / "best"))):
+            for name in (WEIGHTS, "pytorch_model.bin"):
+                if (folder / name).is_file():
+                    return folder / name
+        raise CheckpointError(f"{path} holds neither {WEIGHTS} nor pytorch_model.bin, nor best/ with one")
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint {path} does not exist")
+    return path
+
+
+def _differences(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    own = model.state_dict()
+    lines = []
+    missing, foreign = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing:
+        lines.append(f"{len(missing)} of {len(own)} tensors are missing ({', '.join(missing[:3])})")
+    if foreign:
+        lines.append(f"{len(foreign)} are foreign ({', '.join(foreign[:3])})")
+    if shapes:
+        pairs = (f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in shapes[:3])
+        lines.append(f"{len(shapes)} have another shape ({', '.join(pairs)})")
+    return lines
+
+
+def load_exact(model: nn.Module, path: Path) -> None:
+    """Loads a file whose names and shapes must be the model's own; nothing is loaded unless all of it fits."""
+    tensors = read_tensors(path)
+    differences = _differences(tensors, model)
+    if differences:
+        raise CheckpointError(f"{path} is not a checkpoint of this model: {'; '.join(differences)}")
+    model.load_state_dict(tensors)
+
+
+def load_initial(model: nn.Module, source: str | Path) -> list[str]:
+    """Loads weights to start from, in any key format the model family knows; a head of other classes is left out.
+
+    Returns:
+        the names of the tensors that keep their initial values: empty, or those of the classifier.
+
+    Raises:
+        CheckpointError: unreadable, or not of this model; the model is untouched.
+    """
+    path = find_weights(source)
+    tensors = read_tensors(path)
+    if _differences(tensors, model):
+        family = sys.modules[type(model).__module__]
+        remap = getattr(family, "checkpoint_filter_fn", None)
+        if remap is not None:
+            arguments = (tensors, model) if len(inspect.signature(remap).parameters) > 1 else (tensors,)
+            try:
+                tensors = dict(remap(*arguments))
+            except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
+                raise CheckpointError(f"{path} is not a checkpoint of this model: {error!r}") from None
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    own = model.state_dict()
+    dropped = [
+        name
+        for name in own
+        if name.rpartition(".")[0] in heads and name in tensors and tensors[name].shape != own[name].shape
+    ]
+    tensors |= {name: own[name] for name in dropped}
+    differences = _differences(tensors, model)
+    if differences:
+        raise CheckpointError(f"{path} is not a checkpoint of this model: {'; '.join(differences)}")
+    model.load_state_dict(tensors)
+    return dropped

@@ -1,0 +1,345 @@
+"""``foveal train classify`` and ``foveal evaluate``: from a recipe to a trained, measured, loadable classifier."""
+
+import difflib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value, save_config
+from . import checkpoint, plots
+from .data import Data, DataError, build_data, find_classes
+from .engine import Interrupted, NonFiniteLoss, State, Trainer
+from .scoring import Score, score
+
+USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss)
+RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
+EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
+
+
+def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
+    """Creates the recipe's model with timm.
+
+    Raises:
+        ConfigError: unknown name, arguments it does not take, or fewer outputs than classes.
+    """
+    outputs = config.num_classes or classes
+    if outputs < classes:
+        raise ConfigError(f"model.num_classes is {outputs}, but the data have {classes} classes")
+    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    arguments = {key: value for key, value in rates.items() if value is not None} | config.kwargs
+    local = config.name.startswith("local-dir:")
+    if not local and not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
+        raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
+    try:
+        model = timm.create_model(
+            config.name, pretrained=config.pretrained, num_classes=outputs, in_chans=in_chans, **arguments
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
+    """Makes the model say how its images were prepared, and forget where other weights of its name came from."""
+    cfg = model.pretrained_cfg
+    kept = ("architecture", "classifier", "first_conv", "fixed_input_size", "min_input_size")
+    model.pretrained_cfg = {key: cfg[key] for key in kept if cfg.get(key) is not None}
+    model.pretrained_cfg |= preprocessing | {"num_classes": model.num_classes}
+
+
+class Task:
+    """What classification brings to the engine: step, evaluation, and the folder that users load."""
+
+    def __init__(self, config: ClassifyConfig, classes: list[str], data: Data, num_classes: int, epochs: int):
+        self.config, self.classes, self.data, self.num_classes = config, classes, data, num_classes
+        augment, smoothing = config.augment, config.loss.smoothing
+        self.mix = None
+        if augment.mixup > 0 or augment.cutmix > 0:
+            if config.train.batch_size % 2:
+                raise ConfigError(f"mixup and cutmix pair images: train.batch_size={config.train.batch_size} is odd")
+            self.mix = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
+        self.mix_until = epochs - round(augment.mix_off_fraction * epochs)
+        if config.loss.name == "bce":
+            self.hard = BinaryCrossEntropy(smoothing=smoothing)
+            self.soft = BinaryCrossEntropy(smoothing=0.0)  # the mixed targets are smoothed already
+        else:
+            self.hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+            self.soft = SoftTargetCrossEntropy()
+
+    def train_step(self, model: nn.Module, batch, epoch: int) -> torch.Tensor:
+        images, targets = batch
+        loss = self.hard
+        if self.mix is not None and epoch < self.mix_until:
+            images, targets = self.mix(images, targets)
+            loss = self.soft
+        return loss(model(images).float(), targets)
+
+    def evaluate(self, model: nn.Module, on_batch=None) -> dict[str, float]:
+        result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, on_batch=on_batch)
+        return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+
+    def save_weights(self, folder: Path, model: nn.Module) -> None:
+        arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
+        checkpoint.save_model(folder, model, arguments, self.classes)
+
+
+def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides.
+
+    Returns:
+        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C, 143 after SIGTERM, both
+        with everything saved for ``resume=auto``.
+    """
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    output = "the run folder"
+    try:
+        config = load_config(config_path, overrides)
+        output = config.output
+        _train(config, console)
+    except USER_ERRORS as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        console.print(f"[bold red]error:[/] writing {output} or reading data: {escape(str(error))}", soft_wrap=True)
+        return 1
+    except Interrupted as stop:
+        console.print(f"[yellow]stopped[/]; `resume=auto` goes on from {output}/last", highlight=False, soft_wrap=True)
+        return stop.code
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped[/] at once; what was saved before is intact")
+        return 130
+    return 0
+
+
+def _train(config: ClassifyConfig, console: Console) -> None:
+    run = Path(config.output)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
+    try:
+        accelerator = Accelerator(mixed_precision=config.train.amp)
+    except ValueError as error:
+        raise ConfigError(f"train.amp={config.train.amp}: {error}") from None
+    if config.resume == "never" and any((run / name).exists() for name in RUN_FILES):
+        raise ConfigError(f"{run} already holds a run: resume=auto goes on with it, output=FOLDER names another")
+    set_seed(config.seed)
+    classes = find_classes(config.data)
+    model = build_model(config.model, len(classes), config.data.in_chans)
+    data = build_data(
+        config,
+        classes,
+        model.pretrained_cfg,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    describe(model, data.preprocessing)
+    new_head = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
+    config.data.classes = classes  # so that an evaluation needs no training folder
+    schedule = config.schedule
+    epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
+    task = Task(config, classes, data, model.num_classes, epochs)
+    set_seed(config.seed, device_specific=True)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
+    trainer = Trainer(
+        accelerator,
+        model,
+        data,
+        run=run,
+        optim=config.optim,
+        schedule=schedule,
+        train=config.train,
+        train_step=task.train_step,
+        evaluate=task.evaluate,
+        save_weights=task.save_weights,
+        monitor="top1",
+        identity={
+            "model": config.model.name,
+            "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
+            "classes": len(classes),
+            "data.kind": config.data.kind,
+            "optim.name": config.optim.name,
+            "averaging": config.train.ema_decay > 0,
+        },
+        console=console,
+    )
+    resumed = config.resume == "auto" and trainer.resume()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    size = "x".join(map(str, data.preprocessing["input_size"]))
+    console.print(
+        f"{config.model.name}, {parameters:.2f} M parameters, input {size}; "
+        f"{data.train.samples:,} training and {data.val.samples:,} held-out images, {len(classes)} classes; "
+        f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads",
+        highlight=False,
+    )
+    if new_head:
+        console.print(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new_head)}")
+    if resumed:
+        console.print(f"resumed at epoch {trainer.state.epoch + 1}, update {trainer.state.step + 1}", highlight=False)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+        _write_json(run / "environment.json", environment(accelerator))
+    state = trainer.fit()
+    checkpoint.load_exact(trainer.raw, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
+    result = score(trainer.raw, data.val, task.num_classes, amp=config.train.amp, keep=EXAMPLES)
+    if accelerator.is_main_process:
+        _finish(run, config, task, state, result, parameters, console)
+    accelerator.end_training()
+
+
+def _finish(
+    run: Path, config: ClassifyConfig, task: Task, state: State, result: Score, parameters: float, console: Console
+) -> None:
+    """Curves, the best model's predictions, and the summary."""
+    best = state.best
+    plots.curves(state.history, run / "curves.png", f"{config.model.name} on {config.data.kind}")
+    plots.predictions(result, task.classes, run / "predictions.png", f"{config.model.name}, epoch {best['epoch']}")
+    summary = {
+        "model": config.model.name,
+        "parameters": round(parameters * 1e6),
+        "best_epoch": best["epoch"],
+        "top1": best["top1"],
+        "top5": best["top5"],
+        "loss": best["val_loss"],
+        "n": result.n,
+        "epochs": state.epoch,
+        "seconds": state.seconds,
+        "images_per_second": max(row["images_per_second"] for row in state.history),
+    }
+    _write_json(run / "summary.json", summary)
+    console.print(
+        f"[bold green]done[/]: top-1 {best['top1']:.2f} % (epoch {best['epoch']}) after {state.seconds:,.0f} s; "
+        f"{run}/best, curves.png, predictions.png",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    names = ("foveal", "torch", "torchvision", "timm", "accelerate", "numpy")
+    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "gpu": gpu,
+        "processes": accelerator.num_processes,
+        "backend": os.environ.get("FOVEAL_BACKEND"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
+    """Scores a trained run (its ``best/``), a checkpoint folder inside it, a model folder, or a model name.
+
+    For a run the recipe is the one saved with it; for the others the overrides say what the data are. ``output=FILE``
+    writes the result as JSON.
+
+    Returns:
+        exit code: 0 done, 1 refused or failed, 130 after Ctrl-C.
+    """
+    console = Console()
+    try:
+        _evaluate(source, list(overrides), console)
+    except USER_ERRORS as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped[/]")
+        return 130
+    return 0
+
+
+def _evaluate(source: str, overrides: list[str], console: Console) -> None:
+    file = override_value(overrides, "output")
+    overrides = [o for o in overrides if not o.startswith("output=")]
+    folder = Path(source)
+    weights = None
+    if (folder / "config.yaml").is_file():
+        weights = checkpoint.newest(folder / "best")
+        if weights is None:
+            raise checkpoint.CheckpointError(f"{folder} has no best/: no epoch of this run was evaluated")
+        config = load_config(folder / "config.yaml", overrides)
+    elif folder.is_dir() and (folder.resolve().parent / "config.yaml").is_file():
+        weights, config = folder, load_config(folder.resolve().parent / "config.yaml", overrides)
+    else:
+        local = folder.is_dir()
+        name = f"local-dir:{folder}" if local else source
+        own = override_value(overrides, "model.checkpoint") is None
+        defaults = {"output": "-", "model": {"name": name, "pretrained": own}}
+        config = load_config(None, overrides, defaults=defaults)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    device = Accelerator().device
+    if weights is not None:
+        config.model.pretrained = False
+    data_config = config.data
+    if data_config.kind == "folder" and data_config.classes is None:
+        data_config.train_split = data_config.val_split
+    classes = find_classes(data_config)
+    model = build_model(config.model, len(classes), data_config.in_chans)
+    if weights is not None:
+        checkpoint.load_exact(model, checkpoint.find_weights(weights))
+    elif config.model.checkpoint is not None:
+        new = checkpoint.load_initial(model, config.model.checkpoint)
+        if new:
+            raise checkpoint.CheckpointError(f"{config.model.checkpoint} has another number of classes ({new[0]})")
+    data = build_data(config, classes, model.pretrained_cfg, device=device, train=False)
+    result = score(model.to(device), data.val, model.num_classes, amp=config.train.amp)
+    table = Table(title=f"{source}: {config.data.kind}, {data.preprocessing['input_size'][-1]} px")
+    row = {"top-1 %": f"{result.top1:.2f}", "top-5 %": f"{result.top5:.2f}", "loss": f"{result.loss:.4f}"}
+    row |= {"n": f"{result.n:,}", "images/s": f"{result.images_per_second:,.0f}"}
+    for name in row:
+        table.add_column(name, justify="right")
+    table.add_row(*row.values())
+    console.print(table)
+    if data.bad.names:
+        console.print(
+            f"[yellow]{len(data.bad.names)} unreadable images left out:[/] {', '.join(sorted(data.bad.names)[:5])}"
+        )
+    if file is not None:
+        figures = ("top1", "top5", "loss", "n", "images_per_second")
+        content = {"source": source, "model": config.model.name} | {name: getattr(result, name) for name in figures}
+        _write_json(Path(file), content | {"unreadable": data.bad.names})

@@ -1,0 +1,84 @@
+"""Figures of a run: its curves, and held-out predictions with the mistakes marked."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, also where there is no display
+import matplotlib.pyplot as plt
+
+from .scoring import Example, Score
+
+RIGHT, WRONG = "#1b7837", "#b2182b"  # told apart by colour-blind readers too; the symbol says the same
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss, accuracy and learning rate by epoch, from the rows of ``metrics.csv``."""
+    epochs = [row["epoch"] for row in history]
+    scored = [row for row in history if row["top1"] is not None]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+    left.plot(epochs, [row["train_loss"] for row in history], label="training (with its augmentation)")
+    left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
+    left.set(xlabel="epoch", ylabel="loss")
+    left.legend()
+    middle.plot([row["epoch"] for row in scored], [row["top1"] for row in scored], color=RIGHT, label="held out, top-1")
+    if scored:
+        best = max(scored, key=lambda row: row["top1"])
+        middle.plot(best["epoch"], best["top1"], "o", color=RIGHT, label=f"best {best['top1']:.2f} %")
+    middle.set(xlabel="epoch", ylabel="accuracy, %")
+    middle.legend(loc="lower right")
+    right.plot(epochs, [row["lr"] for row in history], color="0.3")
+    right.set(xlabel="epoch", ylabel="learning rate")
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def predictions(score: Score, classes: list[str], path: Path, title: str, columns: int = 10, rows: int = 4) -> None:
+    """Held-out images with the model's answer: mistakes first, framed red with a cross; the rest green with a tick."""
+    size = columns * rows
+    wrong = score.wrong[: size // 2]
+    examples = wrong + score.right[: size - len(wrong)]
+    rows = -(-len(examples) // columns)
+    long_names = max(len(name) for name in classes) > 4
+    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, (1.9 if long_names else 1.7) * rows + 0.6))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, example in zip(axes.flat, examples, strict=False):
+        _example(axis, example, classes, long_names)
+    mistakes = round(score.n * (1 - score.top1 / 100))
+    shown = f"{len(wrong)} of its {mistakes} mistakes (✗ red), then right answers (✓ green)"
+    figure.suptitle(f"{title}: {score.top1:.2f} % of {score.n:,} held-out images right\n{shown}", fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: bool) -> None:
+    hit = example.predicted == example.target
+    image = example.image.permute(1, 2, 0).numpy()
+    if image.shape[-1] == 1:
+        axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    else:
+        axis.imshow(image, interpolation="nearest")
+    axis.set_axis_on()
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(color=RIGHT if hit else WRONG, linewidth=1 if hit else 3)
+    text = f"{'✓' if hit else '✗'} {classes[example.predicted]}"
+    if not hit:
+        text += f"{chr(10) if long_names else ', '}is {classes[example.target]}"
+    axis.set_title(
+        text, color=RIGHT if hit else WRONG, fontsize=8 if long_names else 9, fontweight=None if hit else "bold"
+    )
+    axis.set_xlabel(f"{example.probability:.0%}", fontsize=7, labelpad=2)

@@ -1,0 +1,60 @@
+"""Classify image files with a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from ..backbones.loading import load
+from .images import preprocessing, read_image
+
+
+def predict(
+    source: str | Path, images: Sequence[str | Path], top: int = 5
+) -> Iterator[tuple[str, list[tuple[str, float]] | OSError]]:
+    """The most probable classes of each image, prepared as the model's ``pretrained_cfg`` says.
+
+    Args:
+        source: what `foveal.load` takes.
+        top: how many classes; at most as many as the model has.
+
+    Yields:
+        the path, and (label, probability) pairs, the most probable first; or, for an image that cannot be read, the
+        error, since the others may still be fine. A class without a known name is ``class INDEX``.
+
+    Raises:
+        ValueError: if `source` cannot be loaded or has no classifier.
+    """
+    model = load(source)
+    if model.num_classes < 1:
+        raise ValueError(f"{source} has no classifier")
+    transform = preprocessing(model)
+    labels = _labels(model)
+    channels = model.pretrained_cfg["input_size"][0]
+    for path in images:
+        try:
+            image = read_image(path, channels)
+        except OSError as error:
+            yield str(path), error
+            continue
+        with torch.inference_mode():
+            probabilities = model(transform(image)[None]).softmax(-1)[0]
+        best = probabilities.topk(min(top, len(probabilities)))
+        answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        yield str(path), [(labels[i] if labels else f"class {i}", p) for i, p in answers]
+
+
+def _labels(model: nn.Module) -> Sequence[str] | None:
+    """The names that came with the weights, else timm's of the ImageNet the classifier has the size of."""
+    names = model.pretrained_cfg.get("label_names")
+    if names:
+        return names
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(model.num_classes)]
