@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .._version import __version__
 from ..kernels import TableBias, neighborhood_attention
 from ..kernels.neighborhood.natten import installed_version
 from .cases import DINAT_TINY, MODELS, AttentionCase
@@ -40,8 +41,6 @@ def environment() -> dict[str, str]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
-    from .. import __version__
-
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "foveal": __version__,

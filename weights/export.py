@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._version import __version__
 from ..backbones.loading import WEIGHTS, Source, load, resolve
@@ -120,20 +119,17 @@ def _write_onnx(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor])
     file = folder / "model.onnx"
     example = next(x for x in inputs.values() if len(x) > 1)  # a batch of 1 would be taken for a constant
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    # One kernel throughout: attention kernels differ in the strides of their output, and the exporter traces with one
-    # and decomposes with another, where a view of the traced strides then fails.
-    with sdpa_kernel(SDPBackend.MATH):
-        torch.onnx.export(
-            model,
-            (example,),
-            file,
-            dynamo=True,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            external_data=size > _ONNX_SINGLE_FILE,
-            verbose=False,
-        )
+    torch.onnx.export(
+        model,
+        (example,),
+        file,
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        external_data=size > _ONNX_SINGLE_FILE,
+        verbose=False,
+    )
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return _largest_difference(
         model, lambda x: torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0]), inputs

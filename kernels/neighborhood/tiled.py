@@ -272,7 +272,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         if bias_tensors and table is None:
             factored = _factored_bias(tiles, bias_tensors, problem, a, b)
             bias = factored if bias is None else bias + factored
-        if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8):
+        # Exporters trace one attention kernel and decompose into another, of other strides, where the views behind it
+        # fail: they get the three products.
+        if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8) or torch.compiler.is_exporting():
             logits = (queries * problem.scale) @ keys.transpose(-1, -2)
             weights = (logits if bias is None else logits + bias).softmax(-1)
             out = F.dropout(weights, problem.dropout_p) @ values

@@ -15,7 +15,10 @@ SMALL = {
     "nat": ("test_foveal_nat", {}),
     "dinat": ("test_foveal_dinat", {}),
     "dinat-auto": ("test_foveal_dinat", dict(dilations="auto")),
-    "dinat_s": ("dinat_s_tiny", dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations="auto")),
+    "dinat_s": (
+        "dinat_s_tiny",
+        dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations="auto"),
+    ),
     "isotropic": ("dinat_isotropic_small", dict(ISOTROPIC, dilations=(1, 2, 1, 2))),
     "vitrpb": ("vitrpb_isotropic_small", dict(embed_dim=32, depth=3, num_heads=2, img_size=64)),
 }
@@ -234,13 +237,21 @@ def test_parameter_groups(case):
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     scale = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
     assert set(scale) == names
-    blocks = sorted({n.split(".norm1.")[0] for n in names if ".norm1." in n}, key=lambda n: [int(i) for i in n.split(".") if i.isdigit()])
+    blocks = sorted(
+        {n.split(".norm1.")[0] for n in names if ".norm1." in n},
+        key=lambda n: [int(i) for i in n.split(".") if i.isdigit()],
+    )
     order = ["patch_embed.proj", *blocks, "head"]
-    rates = [next(scale[n] for n in sorted(names) if n.startswith(block + ".") or n.startswith(block + ".0")) for block in order]
+    rates = [
+        next(scale[n] for n in sorted(names) if n.startswith(block + ".") or n.startswith(block + ".0"))
+        for block in order
+    ]
     assert rates == sorted(rates)
     assert len(set(rates)) == len(blocks) + 2
     for level in {n.split(".downsample.")[0] for n in names if ".downsample." in n}:
-        assert scale[f"{level}.downsample.norm.weight"] >= max(v for n, v in scale.items() if n.startswith(f"{level}.blocks."))
+        assert scale[f"{level}.downsample.norm.weight"] >= max(
+            v for n, v in scale.items() if n.startswith(f"{level}.blocks.")
+        )
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -305,7 +316,9 @@ def test_onnx(case):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = create(case).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.onnx.export(model, (images(2, 3, 64, 64),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program = torch.onnx.export(
+        model, (images(2, 3, 64, 64),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
     file = io.BytesIO()
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])

@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from foveal.backbones import loading
 from timm.models import save_for_hf
 
 import foveal
+from foveal.backbones import loading
 
 NAME = "test_foveal_dinat"
 

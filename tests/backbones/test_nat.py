@@ -167,7 +167,9 @@ def test_auto_dilations_follow_the_input(monkeypatch):
     """DiNAT's lists for COCO, 1333x800 images: 28, 14, 7, 3 are the largest that fit."""
     seen = []
     monkeypatch.setattr(
-        foveal.backbones.attention, "neighborhood_attention", lambda q, k, v, *, dilation, **_: seen.append(dilation) or v
+        foveal.backbones.attention,
+        "neighborhood_attention",
+        lambda q, k, v, *, dilation, **_: seen.append(dilation) or v,
     )
     model = on_meta("dinat_s_tiny", dilations="auto")
     model(torch.empty(1, 3, 800, 1333, device="meta"))
@@ -235,7 +237,9 @@ def test_padding_is_zeros_at_the_input(size, qkv_bias):
     torch.testing.assert_close(got, want)
     parameters = [x, *attn.parameters()]
     for a, b in zip(
-        torch.autograd.grad(got.square().sum(), parameters), torch.autograd.grad(want.square().sum(), parameters), strict=True
+        torch.autograd.grad(got.square().sum(), parameters),
+        torch.autograd.grad(want.square().sum(), parameters),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -285,7 +289,18 @@ def to_transformers(state_dict: dict, prefix: str = "dinat.", head: str = "class
                 out[prefix + name.replace("qkv", part)] = x
         elif name.endswith("gamma1"):
             out[prefix + name.replace("gamma1", "layer_scale_parameters")] = torch.stack(
-                [value, state_dict[[n for n in state_dict if n.replace("gamma2", "gamma1").endswith(name.split("encoder.")[1].replace(".layers.", ".blocks."))][0].replace("gamma1", "gamma2")]]
+                [
+                    value,
+                    state_dict[
+                        [
+                            n
+                            for n in state_dict
+                            if n.replace("gamma2", "gamma1").endswith(
+                                name.split("encoder.")[1].replace(".layers.", ".blocks.")
+                            )
+                        ][0].replace("gamma1", "gamma2")
+                    ],
+                ]
             )
         elif not name.endswith("gamma2"):
             out[prefix + name] = value
@@ -332,7 +347,11 @@ def test_names_are_those_of_transformers(monkeypatch):
         published = transformers.DinatForImageClassification(config).state_dict()
         model = timm.create_model("test_foveal_dinat", layer_scale=1e-5, num_classes=10)
         converted = checkpoint_filter_fn(published, model)
-        backbone = transformers.DinatBackbone(transformers.DinatConfig(**config.to_diff_dict() | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}))
+        backbone = transformers.DinatBackbone(
+            transformers.DinatConfig(
+                **config.to_diff_dict() | {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+            )
+        )
         dense = timm.create_model("test_foveal_dinat", layer_scale=1e-5, out_norm=True)
         converted_dense = checkpoint_filter_fn(backbone.state_dict(), dense)
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import timm
+
 from foveal.backbones.profile import profile
 
 # Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.
@@ -27,13 +28,12 @@ PUBLISHED = {
     "dinat_isotropic_base": ("16.9", 86),
     "vitrpb_isotropic_base": ("17.5", 86),
 }
-# These four were printed by a counter that adds to the MACs 5 per normalized value, 1 per biased logit and 1 per pooled
-# value; the first of them with the classifier of ImageNet-22K.
-PUBLISHED_WITH_NORMS = {
-    "dinat_large.in22k": "30.6",
-    "dinat_large_384": "89.7",
-    "dinat_large_384_11x11": "92.4",
-    "dinat_s_large_384": "101.5",
+# These four are printed 0.2 to 0.5 % higher than the sum of products; by what rule is not published.
+PUBLISHED_HIGHER = {
+    "dinat_large.in22k_ft_in1k": 30.6,
+    "dinat_large_384": 89.7,
+    "dinat_large_384_11x11": 92.4,
+    "dinat_s_large_384": 101.5,
 }
 
 
@@ -46,22 +46,9 @@ def test_published_figures_to_their_printed_digit(name: str) -> None:
     assert abs(counted.parameters / 1e6 - millions) < 0.7
 
 
-@pytest.mark.parametrize("name", PUBLISHED_WITH_NORMS)
+@pytest.mark.parametrize("name", PUBLISHED_HIGHER)
 def test_published_figures_of_the_large_models(name: str) -> None:
-    depths, dim = [3, 4, 18, 5] if "dinat_s" not in name else [2, 2, 18, 2], 192
-    counted = profile(name)
-    side, kernel = counted.input_size[1] // 4, 11 if "11x11" in name else 7
-    normalized = side**2 * dim  # after the tokenizer
-    logits = 0
-    for i, depth in enumerate(depths):
-        positions, channels = (side >> i) ** 2, dim << i
-        normalized += 2 * depth * positions * channels
-        logits += depth * positions * (channels // 32) * kernel**2
-        if i < 3:  # of the downsampler: 4 C before the merging of DiNAT_s, 2 C after the convolution of DiNAT
-            normalized += positions // 4 * channels * (4 if "dinat_s" in name else 2)
-    pooled = positions * channels
-    normalized += pooled
-    assert f"{(counted.macs + 5 * normalized + logits + pooled) / 1e9:.1f}" == PUBLISHED_WITH_NORMS[name]
+    assert 0.995 <= profile(name).macs / 1e9 / PUBLISHED_HIGHER[name] < 1
 
 
 def test_the_sum_for_dinat_tiny() -> None:

@@ -5,9 +5,9 @@ import re
 import pytest
 import timm
 import torch
-from foveal.configs.schema import RECIPES, load_config, recipe_names
 
 import foveal
+from foveal.configs.schema import RECIPES, load_config, recipe_names
 
 IMAGENET = [n for n in foveal.list_models() if not n.startswith("test_")]
 

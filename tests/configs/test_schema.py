@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from foveal.configs.schema import (
     ClassifyConfig,
     ConfigError,

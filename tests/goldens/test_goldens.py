@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import foveal.backbones  # noqa: F401  registers the models
+import foveal.backbones
 import foveal.kernels
 
 HERE = Path(__file__).parent

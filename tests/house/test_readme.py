@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from foveal.backbones import list_models
-from foveal.backbones.profile import profile
 from typer.testing import CliRunner
 
+from foveal.backbones import list_models
+from foveal.backbones.profile import profile
 from foveal.cli import app
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

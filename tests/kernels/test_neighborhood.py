@@ -7,11 +7,12 @@ import threading
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from foveal.kernels import BackendError, FactoredBias, TableBias, backend, neighborhood_attention
 from foveal.kernels.neighborhood import natten as natten_backend
 from foveal.kernels.neighborhood import tiled
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from . import naive
 

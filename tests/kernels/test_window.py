@@ -1,9 +1,10 @@
 import pytest
 import torch
-from foveal.kernels.neighborhood import tiled
-from foveal.kernels.window import BOUNDARIES, Window
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from foveal.kernels.neighborhood import tiled
+from foveal.kernels.window import BOUNDARIES, Window
 
 from .naive import window as naive_window
 

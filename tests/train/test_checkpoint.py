@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+
 from foveal.train import checkpoint
 from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
 from foveal.train.classify import train

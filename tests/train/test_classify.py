@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+
 from foveal.configs.schema import load_config
 from foveal.train import classify
 from foveal.train.classify import evaluate, train

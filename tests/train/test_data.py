@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from foveal.configs.schema import AugmentConfig, load_config
 from foveal.train.classify import train
 from foveal.train.data import BadSamples, DataError, build_data, find_classes
 from foveal.train.data.idx import read_idx, read_split
 from foveal.train.data.memory import BatchAugment, fit_images, load_digits
 from foveal.train.data.order import EpochOrder, Normalize
-from PIL import Image
 
 CPU = torch.device("cpu")
 MODEL_CFG = {

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from foveal.train.classify import train
 
 

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+
 from foveal.configs.schema import load_config
 from foveal.train.classify import evaluate, train
 from foveal.train.data.factory import idx_root

@@ -6,16 +6,17 @@ import json
 import stat
 from pathlib import Path
 
-import foveal.weights.export as exporting
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import foveal.weights.export as exporting
 from foveal.backbones.loading import load
 from foveal.weights.export import export
 from foveal.weights.images import preprocessing, read_image
-from PIL import Image
-from timm.models import save_for_hf
 
 
 @pytest.fixture(scope="module")
