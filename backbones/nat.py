@@ -17,8 +17,6 @@ Parameters carry the authors' names, so a state dict of these models *is* one in
 Feature maps are channels-last inside, ``[B, H, W, C]``.
 """
 
-# ruff: noqa: C408  keyword arguments of the constructors read as such in the variants' tables
-
 from __future__ import annotations
 
 import math

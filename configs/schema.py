@@ -76,7 +76,6 @@ class DataConfig:
     limit: int | None = _checked(None, low=1)  # idx, digits: train on the first so many images only
     val_limit: int | None = _checked(None, low=1)  # likewise for the evaluation
     image_size: int | None = _checked(None, low=1)  # side of the square input; null: the model's own
-    fit: str = _checked("resize", choices=("resize", "pad"))  # idx, digits: how an image gets to image_size
     in_chans: int = _checked(3, low=1)
     mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
     std: list[float] | None = None

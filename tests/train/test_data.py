@@ -16,7 +16,7 @@ from foveal.configs.schema import AugmentConfig, load_config
 from foveal.train.classify import train
 from foveal.train.data import BadSamples, DataError, build_data, find_classes
 from foveal.train.data.idx import read_idx, read_split
-from foveal.train.data.memory import BatchAugment, fit_images, load_digits
+from foveal.train.data.memory import BatchAugment, load_digits, resize_images
 from foveal.train.data.order import EpochOrder, Normalize
 
 CPU = torch.device("cpu")
@@ -59,12 +59,11 @@ def test_idx_plain_and_gzipped(idx_folder):
     images, labels = read_split(idx_folder, "val")
     assert images.shape == (25, 28, 28)
     assert labels.tolist() == [i % 10 for i in range(25)]
-    data, classes = build("data.kind=idx", f"data.root={idx_folder}", "data.in_chans=1", "data.fit=pad")
+    data, classes = build("data.kind=idx", f"data.root={idx_folder}", "data.in_chans=1", "data.image_size=28")
     assert (len(classes), data.train.batches, data.val.batches) == (10, 3, 2)
     first = next(data.val.epoch(0))
-    assert first.images.shape == (20, 1, 32, 32)
-    inside = first.images[0, 0, 2:30, 2:30] * 0.25 + 0.5
-    assert torch.allclose(inside, torch.from_numpy(images[0]) / 255, atol=1e-6)
+    assert first.images.shape == (20, 1, 28, 28)
+    assert torch.allclose(first.images[0, 0] * 0.25 + 0.5, torch.from_numpy(images[0]) / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +119,13 @@ def test_digits_are_split_by_class_and_always_the_same():
     assert first["train"][0].max() == 255
 
 
-def test_resize_and_pad():
+def test_resize():
     image = np.zeros((1, 8, 8), np.uint8)
     image[0, 3:5, 3:5] = 255
-    resized = fit_images(image, 16, "resize", 3)
+    resized = resize_images(image, 16, 3)
     assert resized.shape == (1, 3, 16, 16)
     assert resized[0, :, 7:9, 7:9].min() > 200
-    padded = fit_images(image, 12, "pad", 1)
-    assert torch.equal(padded[0, 0, 2:10, 2:10], torch.from_numpy(image[0]))
-    assert padded.sum() == image.astype(int).sum()
+    assert torch.equal(resize_images(image, 8, 1)[0, 0], torch.from_numpy(image[0]))
 
 
 def test_augment_leaves_unaugmented_images_alone():

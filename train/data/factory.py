@@ -140,7 +140,7 @@ def _memory(config, classes, preprocessing, bad, device, splits, rank, world) ->
         limit = data.limit if train else data.val_limit
         images, targets = (array[:limit] for array in arrays[split])
         loaders[split] = memory.MemoryLoader(
-            memory.fit_images(images, size, data.fit, in_chans),
+            memory.resize_images(images, size, in_chans),
             targets,
             len(classes),
             _order(config, len(images), train, rank, world),

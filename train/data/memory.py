@@ -36,14 +36,10 @@ def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]
     return {"train": (train_images, train_labels), "val": (val_images, val_labels)}
 
 
-def fit_images(images: np.ndarray, size: int, how: str, in_chans: int) -> torch.Tensor:
-    """Brings grey images ``[N, H, W]`` to uint8 ``[N, in_chans, size, size]``, resized or centred on black."""
+def resize_images(images: np.ndarray, size: int, in_chans: int) -> torch.Tensor:
+    """Brings grey images ``[N, H, W]`` to uint8 ``[N, in_chans, size, size]``."""
     tensor = torch.from_numpy(np.ascontiguousarray(images))[:, None]  # [N, 1, H, W]
-    h, w = tensor.shape[-2:]
-    if how == "pad":
-        top, left = (size - h) // 2, (size - w) // 2
-        tensor = F.pad(tensor, (left, size - w - left, top, size - h - top))  # negative sides crop
-    elif (h, w) != (size, size):
+    if tensor.shape[-2:] != (size, size):
         parts = [
             F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
             for part in tensor.split(4096)  # the float copy of the whole set need not exist at once
