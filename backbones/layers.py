@@ -84,10 +84,9 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
     the largest of them."""
     if indices is None:
         indices = count
+    given = indices
     if isinstance(indices, int):
         given = range(-indices, 0) if indices <= count else ()
-    else:
-        given = indices
     if not given or not all(-count <= i < count for i in given):
         raise ValueError(f"indices {indices} select nothing or leave the range of {count} maps")
     take = [i % count for i in given]
