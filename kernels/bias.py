@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TableBias:
     """One learned number per head and relative position (NAT, arXiv 2204.07143; MaxViT, arXiv 2204.01697).
 
@@ -26,7 +26,7 @@ class TableBias:
         return (self.table,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FactoredBias:
     """Row and column embeddings dotted with the query (HaloNet, arXiv 2103.12731; Bottleneck Transformers).
 

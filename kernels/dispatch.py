@@ -27,8 +27,10 @@ ORDER: Mapping[str, tuple[str, ...]] = {
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
-_forced: str | None = os.environ.get(ENVIRONMENT) or None
-_forced_by = f"the environment variable {ENVIRONMENT}"
+# (name or None, who asked), the last one counts
+_forced: list[tuple[str | None, str]] = [
+    (os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}")
+]
 
 
 class BackendError(RuntimeError):
@@ -45,15 +47,15 @@ def backend(name: str | None) -> Iterator[None]:
     >>> with foveal.kernels.backend("reference"):
     ...     model(images)
     """
-    global _forced, _forced_by
     if name is not None:
         _check_name(name, "backend()")
-    before = _forced, _forced_by
-    _forced, _forced_by = name, "the backend() context"
+    entry = (name, "the backend() context")
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced, _forced_by = before
+        # its own entry, not the last one: blocks of several threads may end in any order
+        del _forced[max(i for i, other in enumerate(_forced) if other is entry)]
 
 
 def _check_name(name: str, source: str) -> None:
@@ -67,7 +69,7 @@ def choose(backends: Mapping[str, ModuleType], problem: Problem, requested: str 
     Raises:
         BackendError: the backend asked for (argument, context or environment variable) cannot run it, with its reason.
     """
-    name, source = (requested, "the argument backend") if requested is not None else (_forced, _forced_by)
+    name, source = (requested, "the argument backend") if requested is not None else _forced[-1]
     if name is not None:
         _check_name(name, source)
         if name not in backends:

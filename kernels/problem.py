@@ -9,6 +9,11 @@ import torch
 from .window import Window
 
 
+def tracing() -> bool:
+    """Whether a compiler or exporter records the operators of this call instead of running them once."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of an operation, as far as a backend needs it to say whether it can run it."""
@@ -23,7 +28,7 @@ class Problem:
     dtype: torch.dtype
     device: str  # "cpu", "cuda", ...
     needs_grad: bool
-    tracing: bool  # under torch.compile, torch.export or the ONNX exporter
+    tracing: bool  # under torch.compile, torch.export, torch.jit.trace or an ONNX exporter
 
     @property
     def boundary(self) -> str:

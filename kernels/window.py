@@ -48,11 +48,6 @@ class Window:
         """Keys after the leader of an unmoved window."""
         return self.kernel_size - 1 - self.left
 
-    @property
-    def extent(self) -> int:
-        """The shortest axis on which ``boundary="shift"`` is defined."""
-        return self.kernel_size * self.dilation
-
     def group_length(self, length: int, group: int = 0) -> int:
         """Positions congruent to ``group`` modulo the dilation on an axis of ``length``."""
         return (length - group + self.dilation - 1) // self.dilation

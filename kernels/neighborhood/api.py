@@ -5,12 +5,14 @@ Layout legend: B batch, H W map, N heads, D query/key channels, V value channels
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
 from ..bias import Bias, FactoredBias, TableBias
 from ..dispatch import choose
-from ..problem import Problem
+from ..problem import Problem, tracing
 from ..window import BOUNDARIES, Window
 from . import natten, reference, tiled
 
@@ -46,7 +48,7 @@ def neighborhood_attention(
         kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``stride`` and ``dilation``.
         stride: queries per axis that share one window; at most ``kernel_size``.
         dilation: distance of neighbouring keys; need not divide the map.
-        bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits.
+        bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits, in at least float32.
         boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that
             take part in the softmax) or ``"mask"`` (keys outside are left out).
         scale: factor on ``q . k``; ``None`` is ``D ** -0.5``.
@@ -73,7 +75,8 @@ def neighborhood_attention(
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
     _check_tensors(q, k, v)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+    if autocast and torch.float64 not in (q.dtype, k.dtype, v.dtype):  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
@@ -102,10 +105,10 @@ def neighborhood_attention(
         dtype=q.dtype,
         device=q.device.type,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias_tensors)),
-        tracing=torch.compiler.is_compiling(),
+        tracing=tracing(),
     )
     chosen = choose(BACKENDS, problem, backend)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+    if autocast:
         with torch.autocast(q.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
             return chosen.forward(q, k, v, bias_tensors, problem)
     return chosen.forward(q, k, v, bias_tensors, problem)
@@ -117,11 +120,13 @@ def _pair(name: str, value: IntPair) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
     if min(pair) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return pair
+    return operator.index(pair[0]), operator.index(pair[1])  # under a tracer: a constant, as the plan needs it
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.ndim != 5:
             raise ValueError(f"{name} must be [B, H, W, heads, D], got {t.ndim} dimensions: {tuple(t.shape)}")
         if not t.is_floating_point() or t.dtype.itemsize < 2:
@@ -154,4 +159,4 @@ def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> t
             raise TypeError(f"{type(bias).__name__}.{name} must be floating point, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{type(bias).__name__}.{name} is on {t.device}, q on {q.device}")
-    return tuple(t.to(q.dtype) for t in bias.tensors)
+    return bias.tensors

@@ -6,6 +6,7 @@ forward again: its backward operators are not public.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,7 +28,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     found = installed_version()
     if found is None:
         return "natten is not installed (pip install foveal[natten])"
-    if tuple(int(x) for x in found.split(".")[:2]) < (0, 20):
+    major, minor = re.match(r"(\d+)\.(\d+)", found).groups()
+    if (int(major), int(minor)) < (0, 20):
         return f"natten {found} is older than 0.20, whose interface this is"
     if problem.bias is not None:
         return f"NATTEN has no relative position bias since 0.20 (got {problem.bias.__name__})"
@@ -41,8 +43,15 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"NATTEN runs on cpu and cuda, not on {problem.device}"
     if problem.device == "cpu" and problem.needs_grad:
         return "NATTEN has no gradient on a CPU"
-    if problem.device == "cuda" and problem.dtype == torch.float64:
+    if problem.dtype == torch.float64:
         return "NATTEN has no float64 kernels"
+    if min(problem.kernel_size) < 2:
+        return f"NATTEN needs a kernel_size of at least 2 (got {problem.kernel_size})"
+    depth = problem.shape[4]
+    if problem.value_depth != depth:
+        return f"NATTEN needs values as deep as the queries (got {problem.value_depth} and {depth})"
+    if depth % 8 or (problem.device == "cpu" and depth & (depth - 1)):
+        return f"NATTEN needs a depth that is a multiple of 8, on a CPU a power of two (got {depth})"
     return None
 
 
@@ -55,8 +64,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> T
 
 @torch.library.custom_op("foveal::natten_na2d", mutates_args=())
 def natten_na2d(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tensor:
-    # NATTEN wants contiguous inputs, and custom operators may not return an input's memory
-    return _call(q.contiguous(), k.contiguous(), v.contiguous(), window, scale).clone()
+    return _call(q.contiguous(), k.contiguous(), v.contiguous(), window, scale)
 
 
 @natten_na2d.register_fake

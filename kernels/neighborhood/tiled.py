@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bias import TableBias
-from ..problem import Problem
+from ..problem import Problem, tracing
 from ..window import Window
 
 # A piece of a chunked call: about this many logits. Measured on a 2-core CPU with 2 MiB of second-level and 32 MiB of
@@ -35,6 +35,9 @@ PIECE = 1 << 20
 
 # What copying one key and value into a span costs, in units of one query-key pair. Fitted on the same machine.
 COPY_COST = 32.0
+
+# Masks and indices kept between calls, for all shapes together; a DiNAT's layers take less than one MiB.
+CONSTANT_BYTES = 128 << 20
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -106,8 +109,9 @@ def _cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
 def _cost(rows: Axis, columns: Axis) -> float:
     pairs = rows.tiles * rows.tile * rows.span * columns.tiles * columns.tile * columns.span
     copied = rows.tiles * rows.span * columns.tiles * columns.span
+    patterns = len(rows.samples) * len(columns.samples) * rows.tile * rows.span * columns.tile * columns.span
     whole = rows.tiles == columns.tiles == 1 and rows.span == rows.length and columns.span == columns.length
-    return pairs + (0.0 if whole else COPY_COST * copied)
+    return pairs + patterns + (0.0 if whole else COPY_COST * copied)
 
 
 @lru_cache(maxsize=1024)
@@ -153,34 +157,34 @@ def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Te
     return row, seen
 
 
-def _pattern_order(axis: Axis, device: torch.device) -> Tensor:
-    return torch.tensor(axis.order, device=device)
+def _pattern_order(axis: Axis, device: torch.device) -> tuple[Tensor]:
+    return (torch.tensor(axis.order, device=device),)
 
 
-def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pattern_mask(
+    rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor]:
     """0 where the query sees the key, else -inf: [P, P2, T*T2, S*S2]."""
     seen = _pattern_index(rows, a, device)[1][:, None, :, None, :, None]
     seen = seen & _pattern_index(columns, b, device)[1][None, :, None, :, None, :]
     zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.where(seen, zero, float("-inf")).reshape(
-        len(a.samples), len(b.samples), a.tile * b.tile, a.span * b.span
-    )
+    mask = torch.where(seen, zero, float("-inf"))
+    return (mask.reshape(len(a.samples), len(b.samples), a.tile * b.tile, a.span * b.span),)
 
 
-_constants: dict[tuple, Tensor | tuple[Tensor, Tensor]] = {}
+_constants: dict[tuple, tuple[Tensor, ...]] = {}
 
 
-def _constant(function, *key):
+def _constant(function, *key) -> tuple[Tensor, ...]:
     """``function(*key)``, kept between eager calls; built anew under a tracer: its tensors must not leak out of it."""
-    if torch.compiler.is_compiling():
+    if tracing():
         return function(*key)
     found = _constants.get((function, *key))
     if found is None:
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
             found = function(*key)
-        first = found[0] if isinstance(found, tuple) else found
-        if type(first) is torch.Tensor and first.device.type != "meta":  # not a FakeTensor or another mode's product
-            if len(_constants) >= 1024:
+        if all(type(t) is Tensor and t.device.type != "meta" for t in found):  # no FakeTensor or other mode's product
+            if sum(t.nbytes for kept in (*_constants.values(), found) for t in kept) > CONSTANT_BYTES:
                 _constants.clear()
             _constants[(function, *key)] = found
     return found
@@ -192,7 +196,7 @@ def _pattern_bias(
     """Table and mask together for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None where neither is needed."""
     mask = None
     if a.masked or b.masked:
-        mask = _constant(_pattern_mask, problem.rows, problem.columns, a, b, dtype, device)[None]
+        mask = _constant(_pattern_mask, problem.rows, problem.columns, a, b, dtype, device)[0][None]
     if table is None:
         return mask
     row = _constant(_pattern_index, problem.rows, a, device)[0]
@@ -241,7 +245,7 @@ def _key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
     """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather where it is traced."""
     if a.tiles == b.tiles == 1:
         return x[:, :, :, :, None, None]
-    if torch.compiler.is_compiling():  # exporters know a gather with constant indices; views that overlap, few do
+    if tracing():  # exporters know a gather with constant indices; views that overlap, few do
         for dim, axis in ((5, b), (4, a)):
             at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.tile
             at = at + torch.arange(axis.span, device=x.device)
@@ -256,32 +260,33 @@ def _key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, plans) -> Tensor:
     """Standard operators only. q, k, v are [B, G, G2, N, h, w, C]; returns the same layout, in full."""
     grid: dict[int, list[Tensor]] = {}
-    full = q.shape[4:6]
+    full, working = q.shape[4:6], _working(q.dtype)
+    bias_tensors = tuple(t.to(working) for t in bias_tensors)
     for a, b in plans:
         tiles = _query_tiles(_of_class(q, a, b), a, b)
         queries = tiles.flatten(6, 7)
         keys, values = (_key_spans(_pad_keys(_of_class(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v))
         table = bias_tensors[0] if problem.bias is TableBias else None
-        bias = _pattern_bias(table, problem, a, b, q.dtype, q.device)
+        bias = _pattern_bias(table, problem, a, b, working, q.device)
         if bias is not None:  # N R Q T*T2 S*S2
             for dim, axis in ((1, a), (2, b)):
                 if len(axis.runs) > 1:
-                    bias = bias.index_select(dim, _constant(_pattern_order, axis, bias.device))
+                    bias = bias.index_select(dim, _constant(_pattern_order, axis, bias.device)[0])
                 else:
                     bias = bias.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
         if bias_tensors and table is None:
-            factored = _factored_bias(tiles, bias_tensors, problem, a, b)
+            factored = _factored_bias(tiles.to(working), bias_tensors, problem, a, b)
             bias = factored if bias is None else bias + factored
         # Exporters trace one attention kernel and decompose into another, of other strides, where the views behind it
         # fail: they get the three products.
         if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8) or torch.compiler.is_exporting():
-            logits = (queries * problem.scale) @ keys.transpose(-1, -2)
-            weights = (logits if bias is None else logits + bias).softmax(-1)
+            logits = (queries.to(working) * problem.scale) @ keys.to(working).transpose(-1, -2)
+            weights = (logits if bias is None else logits + bias).softmax(-1).to(values.dtype)
             out = F.dropout(weights, problem.dropout_p) @ values
         else:
             batch = queries.shape[:3]
             if bias is not None:
-                bias = bias.expand(q.shape[3], -1, -1, -1, -1).flatten(0, 2)[None]
+                bias = bias.to(q.dtype).expand(q.shape[3], -1, -1, -1, -1).flatten(0, 2)[None]
             out = F.scaled_dot_product_attention(
                 *(t.flatten(3, 5).flatten(0, 2) for t in (queries, keys, values)), attn_mask=bias, scale=problem.scale
             )
@@ -303,7 +308,7 @@ def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Pro
             embedding = embedding[None]
         dots = tiles @ embedding.transpose(-1, -2)[:, None, None, None]  # B G G2 N R Q T T2 2K-1
         row = _constant(_pattern_index, window, axis, tiles.device)[0]  # P T S
-        row = row[_constant(_pattern_order, axis, tiles.device)]  # R T S
+        row = row[_constant(_pattern_order, axis, tiles.device)[0]]  # R T S
         shape = [1] * 9
         shape[tile_dim], shape[query_dim], shape[8] = row.shape
         sides.append(dots.gather(-1, row.reshape(shape).expand(*dots.shape[:8], -1)))
@@ -340,7 +345,7 @@ def _blocks(rows: slice, a: Axis, b: Axis):
 
 def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, rows: slice, a, b) -> Tensor:
     """softmax(scale q k^T + bias): [n, N, R, Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
-    logits = torch.empty(queries.shape[0], queries.shape[1], keys.shape[1], dtype=queries.dtype)
+    logits = queries.new_empty(queries.shape[0], queries.shape[1], keys.shape[1])
     torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0.0, alpha=scale, out=logits)
     if bias is not None:
         shaped = logits.view(-1, bias.shape[0], rows.stop - rows.start, b.tiles, *logits.shape[1:])
@@ -372,14 +377,17 @@ def _store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention of all tiles, piece by piece; ``biases`` are the pattern biases of the plans (or None)."""
+    """Attention of all tiles, piece by piece; ``biases`` are the pattern biases of the plans (or None).
+
+    The output is that of the map padded to a multiple of the dilation.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, problem, plans, *biases):
         ctx.problem, ctx.plans = problem, plans
         ctx.save_for_backward(q, k, v, *biases)
-        parts = [_split_phases(t, problem.dilation) for t in (q, k, v)]
-        qs, ks, vs = parts
+        working = _working(q.dtype)
+        qs, ks, vs = (_split_phases(t, problem.dilation) for t in (q, k, v))
         batch, _, _, heads, height, width, _ = qs.shape
         d, d2 = problem.dilation
         out = v.new_empty(batch, height * d, width * d2, heads, v.shape[-1])
@@ -391,10 +399,10 @@ class _Chunked(torch.autograd.Function):
                 keys = _key_spans(_pad_keys(ks[part], a, b), a, b)
                 values = _key_spans(_pad_keys(vs[part], a, b), a, b)
                 for rows in groups:
-                    queries, some_keys, some_values = (_flat(t, rows) for t in (tiles, keys, values))
+                    queries, some_keys, some_values = (_flat(t, rows, working) for t in (tiles, keys, values))
                     weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
                     _store(outs[part], torch.bmm(weights, some_values), rows, a, b)
-        return out[:, : q.shape[1], : q.shape[2]]
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -404,13 +412,14 @@ class _Chunked(torch.autograd.Function):
             )
         problem, plans = ctx.problem, ctx.plans
         q, k, v, *biases = ctx.saved_tensors
+        working = _working(q.dtype)
         dilation = problem.dilation
         qs, ks, vs, gs = (_split_phases(t, dilation) for t in (q, k, v, grad))
         padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
         grads = [t.new_empty(*padded, t.shape[-1]) for t in (q, k, v)]
         dqs, dks, dvs = (_split_phases(t, dilation) for t in grads)
-        dbiases = [  # summed over everything but the pattern, so in at least float32
-            torch.zeros(bias.shape, dtype=torch.promote_types(bias.dtype, torch.float32)) if needed else None
+        dbiases = [
+            torch.zeros_like(bias) if needed else None
             for bias, needed in zip(biases, ctx.needs_input_grad[5:], strict=True)
         ]
         for (a, b), bias, dbias in zip(plans, biases, dbiases, strict=True):
@@ -419,11 +428,12 @@ class _Chunked(torch.autograd.Function):
                 tiles, grad_tiles = _query_tiles(qs[part], a, b), _query_tiles(gs[part], a, b)
                 padded_keys, padded_values = _pad_keys(ks[part], a, b), _pad_keys(vs[part], a, b)
                 keys, values = _key_spans(padded_keys, a, b), _key_spans(padded_values, a, b)
-                key_grad = torch.zeros(padded_keys.shape, dtype=k.dtype)
-                value_grad = torch.zeros(padded_values.shape, dtype=v.dtype)
+                key_grad, value_grad = (
+                    torch.zeros(t.shape, dtype=working, device=t.device) for t in (padded_keys, padded_values)
+                )
                 for rows in groups:
                     queries, out_grad, some_keys, some_values = (
-                        _flat(t, rows) for t in (tiles, grad_tiles, keys, values)
+                        _flat(t, rows, working) for t in (tiles, grad_tiles, keys, values)
                     )
                     weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
                     dv = torch.bmm(weights.transpose(1, 2), out_grad)
@@ -435,7 +445,7 @@ class _Chunked(torch.autograd.Function):
                             -1, dbias.shape[0], rows.stop - rows.start, b.tiles, *weights.shape[1:]
                         )
                         for r, c, p, p2 in _blocks(rows, a, b):
-                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3), dtype=dbias.dtype)
+                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3))
                     logit_grad.mul_(problem.scale)
                     _store(dqs[part], torch.bmm(logit_grad, some_keys), rows, a, b)
                     dk = torch.bmm(logit_grad.transpose(1, 2), queries)
@@ -444,13 +454,17 @@ class _Chunked(torch.autograd.Function):
                     inner = total[:, :, :, :, a.before : a.before + a.length, b.before : b.before + b.length]
                     target[part] = inner
         dq, dk, dv = (t[:, : q.shape[1], : q.shape[2]] for t in grads)
-        dbiases = [d if d is None else d.to(bias.dtype) for d, bias in zip(dbiases, biases, strict=True)]
         return dq, dk, dv, None, None, *dbiases
 
 
-def _flat(x: Tensor, rows: slice) -> Tensor:
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """What logits and sums are held in: a float16 logit overflows at 65,504, and bfloat16 has three digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _flat(x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
-    x = x[:, :, :, :, rows]
+    x = x[:, :, :, :, rows].to(dtype)
     return x.reshape(-1, x.shape[6] * x.shape[7], x.shape[8])
 
 
@@ -460,30 +474,37 @@ def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
     """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]."""
-    _, height, width, _, _ = problem.shape
-    tracing = torch.compiler.is_compiling()
-    if tracing:
+    height, width = (operator.index(n) for n in problem.shape[1:3])  # tracers: the plan is for this size, a constant
+    if torch.compiler.is_compiling():
         r, c = problem.rows, problem.columns
         plans = _compile_time_plan(
             (r.kernel_size, r.stride, r.dilation, r.boundary),
             (c.kernel_size, c.stride, c.dilation, c.boundary),
-            operator.index(height),
-            operator.index(width),  # the plan is made for these sizes: specialise on them
+            height,
+            width,
         )
     else:
         plans = plan(problem.rows, problem.columns, height, width)
     table = bias_tensors[0] if problem.bias is TableBias else None
+    rows, columns = plans[0]
+    large = rows.tile * rows.span * columns.tile * columns.span > PIECE  # one tile alone is more than a piece
     chunked = (
-        not tracing
+        not problem.tracing
+        and not torch._C._are_functorch_transforms_active()  # grad and vmap of torch.func want standard operators
         and problem.device == "cpu"
+        and not (large and problem.bias is None)  # plain attention: fused, and without the logits in memory
         and problem.dropout_p == 0
         and (table is not None or not bias_tensors)
         and type(q) in (Tensor, torch.nn.Parameter)
     )
     if chunked:
-        biases = [_pattern_bias(table, problem, a, b, q.dtype, q.device) for a, b in plans]
-        return _Chunked.apply(q, k, v, problem, plans, *biases)
+        table = None if table is None else table.to(_working(q.dtype))
+        biases = [_pattern_bias(table, problem, a, b, _working(q.dtype), q.device) for a, b in plans]
+        return _crop(_Chunked.apply(q, k, v, problem, plans, *biases), height, width)
     parts = [_split_phases(t, problem.dilation) for t in (q, k, v)]
     out = _attend(*parts, bias_tensors, problem, plans)
-    out = out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2)
-    return out[:, :height, :width]
+    return _crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    return x if tuple(x.shape[1:3]) == (height, width) else x[:, :height, :width].contiguous()

@@ -15,7 +15,7 @@ def windows(draw):
     rule = Window(
         kernel_size, draw(st.integers(1, kernel_size)), draw(st.integers(1, 4)), draw(st.sampled_from(BOUNDARIES))
     )
-    shortest = rule.extent if rule.boundary == "shift" else 1
+    shortest = rule.kernel_size * rule.dilation if rule.boundary == "shift" else 1
     return rule, draw(st.integers(shortest, shortest + 30))
 
 
