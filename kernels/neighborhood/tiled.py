@@ -17,6 +17,7 @@ T T2 queries of a tile, S S2 keys of its span.
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,8 +34,9 @@ from ..window import Window
 # third-level cache; half and twice as many cost the same, unchunked costs 1.5 to 2 times as much.
 PIECE = 1 << 20
 
-# What copying one key and value into a span costs, in units of one query-key pair. Fitted on the same machine.
-COPY_COST = 32.0
+# What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair. Fitted
+# on the same machine.
+COPY_COST = 64.0
 
 # Masks and indices kept between calls, for all shapes together; a DiNAT's layers take less than one MiB.
 CONSTANT_BYTES = 128 << 20
@@ -111,7 +113,7 @@ def _cost(rows: Axis, columns: Axis) -> float:
     copied = rows.tiles * rows.span * columns.tiles * columns.span
     patterns = len(rows.samples) * len(columns.samples) * rows.tile * rows.span * columns.tile * columns.span
     whole = rows.tiles == columns.tiles == 1 and rows.span == rows.length and columns.span == columns.length
-    return pairs + patterns + (0.0 if whole else COPY_COST * copied)
+    return pairs if whole else pairs + patterns + COPY_COST * copied
 
 
 @lru_cache(maxsize=1024)
@@ -322,9 +324,13 @@ def _pieces(shape: torch.Size, a: Axis, b: Axis):
     """Slices of (batch, row phases, tile rows) of one plan, each of about PIECE logits."""
     batch, heads = shape[0], shape[3]
     tile_row = heads * (b.stop - b.first) * b.tiles * a.tile * b.tile * a.span * b.span
-    rows = max(1, min(a.tiles, PIECE // tile_row))
-    phases = max(1, min(a.stop - a.first, PIECE // (tile_row * rows))) if rows == a.tiles else 1
-    images = max(1, min(batch, PIECE // (tile_row * rows * phases))) if phases == a.stop - a.first else 1
+
+    def share(count: int, logits: int) -> int:  # of `count` units, those that make one of equal pieces
+        return -(-count // max(1, min(count, round(count * logits / PIECE))))
+
+    rows = share(a.tiles, tile_row)
+    phases = share(a.stop - a.first, tile_row * rows) if rows == a.tiles else 1
+    images = share(batch, tile_row * rows * phases) if phases == a.stop - a.first else 1
     for i in range(0, batch, images):
         for g in range(a.first, a.stop, phases):
             yield (
@@ -343,9 +349,33 @@ def _blocks(rows: slice, a: Axis, b: Axis):
                 yield slice(start, stop), slice(left, right), p, p2
 
 
-def _probabilities(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, rows: slice, a, b) -> Tensor:
-    """softmax(scale q k^T + bias): [n, N, R, Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
-    logits = queries.new_empty(queries.shape[0], queries.shape[1], keys.shape[1])
+class _Scratch:
+    """Memory that the pieces of one call share: fresh pages for each would cost as much as the arithmetic on them."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype, self.held = like, dtype, {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; the one of the same name before it is given up."""
+        count = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < count:
+            self.held[name] = self.like.new_empty(count, dtype=self.dtype)
+        return self.held[name][:count].view(shape)
+
+    def flat(self, name: str, x: Tensor, rows: slice) -> Tensor:
+        """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
+        x = x[:, :, :, :, rows]
+        return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
+
+    def bmm(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return torch.bmm(x, y, out=self(name, x.shape[0], x.shape[1], y.shape[2]))
+
+
+def _probabilities(
+    scratch: _Scratch, queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, rows: slice, a: Axis, b: Axis
+) -> Tensor:
+    """softmax(scale q k^T + bias): [n*N*R*Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
+    logits = scratch("weights", queries.shape[0], queries.shape[1], keys.shape[1])
     torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0.0, alpha=scale, out=logits)
     if bias is not None:
         shaped = logits.view(-1, bias.shape[0], rows.stop - rows.start, b.tiles, *logits.shape[1:])
@@ -386,7 +416,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, q, k, v, problem, plans, *biases):
         ctx.problem, ctx.plans = problem, plans
         ctx.save_for_backward(q, k, v, *biases)
-        working = _working(q.dtype)
+        scratch = _Scratch(q, _working(q.dtype))
         qs, ks, vs = (_split_phases(t, problem.dilation) for t in (q, k, v))
         batch, _, _, heads, height, width, _ = qs.shape
         d, d2 = problem.dilation
@@ -399,9 +429,9 @@ class _Chunked(torch.autograd.Function):
                 keys = _key_spans(_pad_keys(ks[part], a, b), a, b)
                 values = _key_spans(_pad_keys(vs[part], a, b), a, b)
                 for rows in groups:
-                    queries, some_keys, some_values = (_flat(t, rows, working) for t in (tiles, keys, values))
-                    weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
-                    _store(outs[part], torch.bmm(weights, some_values), rows, a, b)
+                    q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
+                    weights = _probabilities(scratch, q_, k_, bias, problem.scale, rows, a, b)
+                    _store(outs[part], scratch.bmm("out", weights, v_), rows, a, b)
         return out
 
     @staticmethod
@@ -412,7 +442,7 @@ class _Chunked(torch.autograd.Function):
             )
         problem, plans = ctx.problem, ctx.plans
         q, k, v, *biases = ctx.saved_tensors
-        working = _working(q.dtype)
+        scratch = _Scratch(q, _working(q.dtype))
         dilation = problem.dilation
         qs, ks, vs, gs = (_split_phases(t, dilation) for t in (q, k, v, grad))
         padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
@@ -429,16 +459,15 @@ class _Chunked(torch.autograd.Function):
                 padded_keys, padded_values = _pad_keys(ks[part], a, b), _pad_keys(vs[part], a, b)
                 keys, values = _key_spans(padded_keys, a, b), _key_spans(padded_values, a, b)
                 key_grad, value_grad = (
-                    torch.zeros(t.shape, dtype=working, device=t.device) for t in (padded_keys, padded_values)
+                    scratch(n, *t.shape).zero_() for n, t in (("dk", padded_keys), ("dv", padded_values))
                 )
                 for rows in groups:
-                    queries, out_grad, some_keys, some_values = (
-                        _flat(t, rows, working) for t in (tiles, grad_tiles, keys, values)
-                    )
-                    weights = _probabilities(queries, some_keys, bias, problem.scale, rows, a, b)
-                    dv = torch.bmm(weights.transpose(1, 2), out_grad)
+                    named = (("q", tiles), ("k", keys), ("v", values), ("grad", grad_tiles))
+                    q_, k_, v_, grad_ = (scratch.flat(name, t, rows) for name, t in named)
+                    weights = _probabilities(scratch, q_, k_, bias, problem.scale, rows, a, b)
+                    dv = scratch.bmm("keys", weights.transpose(1, 2), grad_)
                     _add_spans(value_grad, _unflat(dv, values, rows), rows, a, b)
-                    logit_grad = torch.bmm(out_grad, some_values.transpose(1, 2)).mul_(weights)
+                    logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2)).mul_(weights)
                     logit_grad.addcmul_(weights, logit_grad.sum(-1, keepdim=True), value=-1.0)
                     if dbias is not None:
                         shaped = logit_grad.view(
@@ -447,8 +476,8 @@ class _Chunked(torch.autograd.Function):
                         for r, c, p, p2 in _blocks(rows, a, b):
                             dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3))
                     logit_grad.mul_(problem.scale)
-                    _store(dqs[part], torch.bmm(logit_grad, some_keys), rows, a, b)
-                    dk = torch.bmm(logit_grad.transpose(1, 2), queries)
+                    _store(dqs[part], scratch.bmm("out", logit_grad, k_), rows, a, b)
+                    dk = scratch.bmm("keys", logit_grad.transpose(1, 2), q_)
                     _add_spans(key_grad, _unflat(dk, keys, rows), rows, a, b)
                 for target, total in ((dks, key_grad), (dvs, value_grad)):
                     inner = total[:, :, :, :, a.before : a.before + a.length, b.before : b.before + b.length]
@@ -460,12 +489,6 @@ class _Chunked(torch.autograd.Function):
 def _working(dtype: torch.dtype) -> torch.dtype:
     """What logits and sums are held in: a float16 logit overflows at 65,504, and bfloat16 has three digits."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _flat(x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
-    x = x[:, :, :, :, rows].to(dtype)
-    return x.reshape(-1, x.shape[6] * x.shape[7], x.shape[8])
 
 
 def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
