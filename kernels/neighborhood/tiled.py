@@ -326,7 +326,7 @@ def _pieces(shape: torch.Size, a: Axis, b: Axis):
     tile_row = heads * (b.stop - b.first) * b.tiles * a.tile * b.tile * a.span * b.span
 
     def share(count: int, logits: int) -> int:  # of `count` units, those that make one of equal pieces
-        return -(-count // max(1, min(count, round(count * logits / PIECE))))
+        return max(1, -(-count // max(1, min(count, round(count * logits / PIECE)))))
 
     rows = share(a.tiles, tile_row)
     phases = share(a.stop - a.first, tile_row * rows) if rows == a.tiles else 1
