@@ -66,7 +66,7 @@ class Backbone(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Linear layers from a normal cut at two deviations of 0.02, biases 0; other layers keep PyTorch's defaults."""
     for m in module.modules():
-        if isinstance(m, nn.Linear):
+        if isinstance(m, nn.Linear) and not m.weight.is_meta:
             trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import difflib
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
+import huggingface_hub
+import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from torch import nn
 
 from . import list_models
 
 WEIGHTS = "model.safetensors"
-# What timm reads from a model folder, in its order of preference.
+# What a model folder may hold its weights in, in timm's order of preference.
 _WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_HUB_FILES = (WEIGHTS, "pytorch_model.bin")  # and what a repository on the hub may
+_TIMEOUT = 4  # seconds to find out that a server is out of reach
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Source:
 def resolve(source: str | Path) -> Source:
     """Find out what `source` names; see `load` for what it may be and what is raised."""
     text = str(source)
+    if not text.strip():
+        raise ValueError("the model name is empty; `foveal list` shows the names")
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if not isinstance(source, Path) and not text.startswith("local-dir:") and is_model(text):
         return _resolve_name(text)
@@ -71,20 +80,43 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
     if found.folder is None:
         return _load_published(found, kwargs)
 
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if found.file is not None:
-        overlay.update(source=None, file=str(found.file))
+    file = found.file or next(found.folder / name for name in _WEIGHT_FILES if (found.folder / name).is_file())
+    return _build(f"local-dir:{found.folder}", found.architecture, file, kwargs)
+
+
+def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights of a file. timm gets tensors: older versions read pickles that run code."""
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    overlay |= {"source": None, "file": None, "state_dict": _read(file)}
     try:
-        model = timm.create_model(
-            f"local-dir:{found.folder}", pretrained=True, pretrained_cfg_overlay=overlay or None, **kwargs
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{found.file or found.folder / WEIGHTS} is damaged or no safetensors file: {error}"
-        ) from error
+        model = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{found.folder} does not fit {found.architecture}: {_first_lines(error)}") from error
+        raise ValueError(f"{file} does not fit {architecture}: {_first_lines(error)}") from error
+    model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not hold the tensors twice
     return model.eval()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The tensors of a file, safetensors or a pickle of nothing else."""
+    try:
+        if file.suffix == ".safetensors":
+            state = safetensors.torch.load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged, or holds more than tensors and is not read for safety; save the weights as "
+            f"{WEIGHTS} instead"
+        ) from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds no named tensors")
+    return clean_state_dict(state)
 
 
 def unknown_model(name: str) -> ValueError:
@@ -137,18 +169,56 @@ def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
             f"{found.architecture} has no published weights. Train it (foveal train classify CONFIG), or build it with "
             f'random ones: timm.create_model("{found.architecture}")'
         )
-    try:
+    if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
         return timm.create_model(found.name, pretrained=True, **kwargs).eval()
-    except OSError as error:
-        raise OSError(f"cannot fetch the weights of {found.name} ({_first_lines(error)}). {_by_hand(cfg)}") from error
+    file = Path(overlay["file"]) if overlay.get("file") else _fetch(found.name, cfg)
+    return _build(found.name, found.architecture, file, kwargs)
 
 
-def _by_hand(cfg: Any) -> str:
-    """How to bring published weights to a machine that cannot reach them."""
-    if not isinstance(cfg.url, str):
-        return f"They are at https://huggingface.co/{cfg.hf_hub_id}"
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(cfg.url).path).name
-    return f"Download {cfg.url} elsewhere and put it at {cache}"
+def _fetch(name: str, cfg: Any) -> Path:
+    """The file of published weights: from the caches of torch.hub and the Hugging Face hub, else from either's server.
+
+    Raises:
+        OSError: if it is in neither cache and no server answers; the message says where to put it by hand.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(cfg.url).path).name if cfg.url else None
+    if cached is not None and cached.is_file():
+        return cached
+    repository, _, revision = (cfg.hf_hub_id or "").partition("@")
+    names = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
+    for file in names if repository else ():
+        path = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(path, str):
+            return Path(path)
+
+    failures = []
+    if cached is not None:
+        try:
+            _probe(cfg.url)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(cfg.url, str(cached), progress=False)
+            return cached
+        except OSError as error:
+            failures.append(f"{cfg.url}: {_first_lines(error)}")
+    for file in names if repository else ():
+        address = huggingface_hub.hf_hub_url(repository, file, revision=revision or None)
+        try:
+            _probe(address)  # the hub's own client tries again for a minute
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
+        except OSError as error:
+            failures.append(f"{address}: {_first_lines(error)}")
+            if not isinstance(error, HTTPError):
+                break  # no server, so no other file of it
+    advice = (
+        f"Download {cfg.url} elsewhere and put it at {cached}" if cached else f"See https://huggingface.co/{repository}"
+    )
+    raise OSError(f"cannot fetch the weights of {name} ({'; '.join(failures)}). {advice}")
+
+
+def _probe(address: str) -> None:
+    """Raise OSError quickly if an address is out of reach or has nothing."""
+    with urlopen(Request(address, method="HEAD", headers={"User-Agent": "foveal"}), timeout=_TIMEOUT):
+        pass
 
 
 def _nearest(name: str) -> str:

@@ -8,6 +8,8 @@ and the nearest valid key. What depends on another value is written as a fractio
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +45,24 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message is meant for the user."""
 
 
-def _checked(default: Any = MISSING, *, choices: Sequence | None = None, low: float | None = None, **kwargs) -> Any:
-    """A dataclass field with the values it may take."""
-    return field(default=default, metadata={"choices": choices, "low": low}, **kwargs)
+def _checked(
+    default: Any = MISSING,
+    *,
+    choices: Sequence | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    items: int | None = None,
+) -> Any:
+    """A dataclass field with the values it may take: ``low`` to ``high`` with the ends, ``above`` to ``below`` without;
+    for a list these hold for each item, and ``items`` is their number."""
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"choices": choices, "bounds": bounds, "items": items})
+
+
+def _probability(default: float) -> Any:
+    return _checked(default, low=0.0, high=1.0)
 
 
 @dataclass
@@ -56,8 +73,8 @@ class ModelConfig:
     pretrained: bool = False  # the published weights, by the name's tag
     checkpoint: str | None = None  # weights to start from: a file, a timm folder or a run folder
     num_classes: int | None = _checked(None, low=1)  # null: as many as the data have
-    drop_rate: float | None = _checked(None, low=0.0)
-    drop_path_rate: float | None = _checked(None, low=0.0)  # null: the model's own
+    drop_rate: float | None = _checked(None, low=0.0, below=1.0)
+    drop_path_rate: float | None = _checked(None, low=0.0, below=1.0)  # null: the model's own
     grad_checkpointing: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
 
@@ -70,7 +87,7 @@ class DataConfig:
     root: str | None = None  # folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files
     train_split: str = "train"
     val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
-    val_fraction: float = _checked(0.2, low=0.0)  # digits: share held out, stratified, the same in every run
+    val_fraction: float = _checked(0.2, above=0.0, below=1.0)  # digits: share held out, stratified, fixed
     classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
     num_classes: int | None = _checked(None, low=1)  # needed by wds when `classes` is null
     limit: int | None = _checked(None, low=1)  # idx, digits: train on the first so many images only
@@ -78,19 +95,19 @@ class DataConfig:
     image_size: int | None = _checked(None, low=1)  # side of the square input; null: the model's own
     in_chans: int = _checked(3, low=1)
     mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
-    std: list[float] | None = None
+    std: list[float] | None = _checked(None, above=0.0)
     interpolation: str | None = None  # of the evaluation; null: the model's own
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
     workers: int = _checked(8, low=0)  # folder, wds: decoding processes for each training process
-    max_bad_fraction: float = _checked(0.01, low=0.0)  # unreadable images beyond this share of an epoch stop the run
+    max_bad_fraction: float = _probability(0.01)  # unreadable images beyond this share of an epoch stop the run
 
 
 @dataclass
 class AugmentConfig:
     """Training-time augmentation. Mixing is by batch, as ``timm.data.Mixup`` does it."""
 
-    hflip: float = _checked(0.5, low=0.0)
-    vflip: float = _checked(0.0, low=0.0)
+    hflip: float = _probability(0.5)
+    vflip: float = _probability(0.0)
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # folder, wds: area of the random crop
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # folder, wds: its aspect
     color_jitter: float = _checked(0.4, low=0.0)  # folder, wds
@@ -99,19 +116,19 @@ class AugmentConfig:
     shift: float = _checked(0.0, low=0.0)  # idx, digits: largest translation as a fraction of the side
     rotate: float = _checked(0.0, low=0.0)  # idx, digits: largest rotation in degrees
     zoom: float = _checked(0.0, low=0.0)  # idx, digits: largest change of size, 0.1 for 0.9 to 1.1
-    erase: float = _checked(0.0, low=0.0)  # probability of random erasing
+    erase: float = _probability(0.0)  # probability of random erasing
     erase_mode: str = _checked("pixel", choices=("const", "rand", "pixel"))
     mixup: float = _checked(0.0, low=0.0)  # alpha; 0: off
     cutmix: float = _checked(0.0, low=0.0)  # alpha; 0: off
-    mix_prob: float = _checked(1.0, low=0.0)
-    mix_switch_prob: float = _checked(0.5, low=0.0)
-    mix_off_fraction: float = _checked(0.0, low=0.0)  # mixing is off in this last fraction of the epochs
+    mix_prob: float = _probability(1.0)
+    mix_switch_prob: float = _probability(0.5)
+    mix_off_fraction: float = _probability(0.0)  # mixing is off in this last fraction of the epochs
 
 
 @dataclass
 class LossConfig:
     name: str = _checked("cross_entropy", choices=("cross_entropy", "bce"))
-    smoothing: float = _checked(0.0, low=0.0)
+    smoothing: float = _checked(0.0, low=0.0, below=1.0)
 
 
 @dataclass
@@ -119,14 +136,14 @@ class OptimConfig:
     """Any optimizer of timm by name. Biases, norms and the model's ``no_weight_decay`` names are not decayed."""
 
     name: str = "adamw"
-    lr: float = _checked(1e-3, low=0.0)
+    lr: float = _checked(1e-3, above=0.0)
     lr_batch: int | None = _checked(None, low=1)  # `lr` is for this global batch and scales linearly; null: as written
     weight_decay: float = _checked(0.05, low=0.0)
-    betas: list[float] | None = None
-    eps: float | None = None
+    betas: list[float] | None = _checked(None, low=0.0, below=1.0, items=2)
+    eps: float | None = _checked(None, above=0.0)
     momentum: float = 0.9
     layer_decay: float | None = None
-    clip_grad: float | None = _checked(None, low=0.0)  # largest norm of the whole gradient
+    clip_grad: float | None = _checked(None, above=0.0)  # largest norm of the whole gradient
 
 
 @dataclass
@@ -135,12 +152,12 @@ class ScheduleConfig:
 
     name: str = _checked("cosine", choices=("cosine", "poly", "step", "constant"))
     epochs: int = _checked(300, low=1)
-    warmup_fraction: float = _checked(0.0, low=0.0)
-    warmup_lr_ratio: float = _checked(1e-3, low=0.0)
+    warmup_fraction: float = _probability(0.0)
+    warmup_lr_ratio: float = _probability(1e-3)
     cooldown_fraction: float = _checked(0.0, low=0.0)  # further epochs at the lowest rate, after `epochs`
-    min_lr_ratio: float = _checked(0.0, low=0.0)
+    min_lr_ratio: float = _probability(0.0)
     power: float = 1.0  # poly: 1 is a linear decay
-    decay_fraction: float = _checked(0.3, low=0.0)  # step: a step after each such part of the run
+    decay_fraction: float = _checked(0.3, above=0.0, high=1.0)  # step: a step after each such part of the run
     decay_rate: float = 0.1  # step
 
 
@@ -150,7 +167,7 @@ class TrainConfig:
     val_batch_size: int | None = _checked(None, low=1)  # null: batch_size
     accumulate: int = _checked(1, low=1)  # forward passes for each update
     amp: str = _checked("no", choices=("no", "bf16", "fp16"))
-    ema_decay: float = _checked(0.0, low=0.0)  # 0: off. When on, the averaged weights are evaluated and kept
+    ema_decay: float = _checked(0.0, low=0.0, below=1.0)  # 0: off. When on, the averaged weights are evaluated and kept
     ema_warmup: bool = False  # let the decay grow from 0, for short runs
     eval_every: int = _checked(1, low=1)  # epochs; the last one is always evaluated
     compile: bool = False
@@ -163,7 +180,7 @@ class ClassifyConfig:
 
     output: str = MISSING  # run folder; when a recipe does not name it: runs/<name of the recipe>
     resume: str = _checked("never", choices=("never", "auto"))  # auto: go on from OUTPUT/last, or start anew
-    seed: int = _checked(0, low=0)
+    seed: int = _checked(0, low=0, below=2**32)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -278,13 +295,27 @@ def _check_values(config: Any, blame: Mapping[str, str], prefix: str = "") -> No
             _check_values(value, blame, f"{name}.")
             continue
         source = blame.get(name, "defaults")
-        choices, low = f.metadata.get("choices"), f.metadata.get("low")
+        choices, bounds, items = (f.metadata.get(key) for key in ("choices", "bounds", "items"))
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: `{name}` is {value!r}, must be one of {', '.join(choices)}{hint}")
-        if low is not None and value is not None and not value >= low:
-            raise ConfigError(f"{source}: `{name}` is {value!r}, must be at least {low:g}")
+        if items is not None and value is not None and len(value) != items:
+            raise ConfigError(f"{source}: `{name}` is {value!r}, must have {items} items")
+        for number in value if isinstance(value, list) else [value]:
+            _check_number(number, bounds or {}, f"{source}: `{name}` is {value!r}")
+
+
+def _check_number(value: Any, bounds: Mapping[str, float | None], blame: str) -> None:
+    if not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{blame}, must be a finite number")
+    tests = {"low": (operator.ge, "at least"), "above": (operator.gt, "above")}
+    tests |= {"high": (operator.le, "at most"), "below": (operator.lt, "below")}
+    limits = [(*tests[key], limit) for key, limit in bounds.items() if limit is not None]
+    if not all(holds(value, limit) for holds, _, limit in limits):
+        raise ConfigError(f"{blame}, must be {' and '.join(f'{words} {limit:g}' for _, words, limit in limits)}")
 
 
 def _leaves(layer: Mapping, prefix: str = "") -> Iterable[str]:

@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, list_models
+from .kernels import BackendError
+from .weights.export import ExportError
 
 app = typer.Typer(
     help="Vision backbones that look closely around each point.",
@@ -30,7 +32,7 @@ app.add_typer(train_app, name="train")
 
 # What a user can bring about: bad names and values, files, missing extras, failed checks. Anything else is our mistake
 # and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+_USER_ERRORS = (ValueError, OSError, ImportError, BackendError, ExportError)
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
-    names = [name for name in list_models() if fnmatch(name, pattern)]
+    names = [name for name in list_models() if fnmatch(name, pattern.lower())]
     if not names:
         raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
     rows = [_describe(name) for name in names]
@@ -239,12 +241,18 @@ def evaluate(
 @command(app)
 def predict(
     images: Annotated[list[str], typer.Argument(help="Image files.")],
-    model: Annotated[str, typer.Option(help="Model name, run folder or model folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model name, run folder or model folder.", show_default="the newest run under runs/"),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
 ) -> int:
     """Classify images."""
     from .weights.predict import predict as classify
 
+    if model is None:
+        model = _newest_run()
+        print(f"model: {model}", file=sys.stderr)
     failed = 0
     for path, answers in classify(model, images, top):
         if isinstance(answers, OSError):
@@ -255,6 +263,17 @@ def predict(
         for label, probability in answers:
             print(f"  {100 * probability:6.2f} %  {label}")
     return 1 if failed else 0
+
+
+def _newest_run() -> str:
+    """The run under ./runs that wrote its best/ last."""
+    best = sorted(Path("runs").rglob("best/config.json"), key=lambda file: file.stat().st_mtime)
+    if not best:
+        raise ValueError(
+            "no trained model under runs/: train one (`make demo` or `foveal train classify digits`), or name one "
+            "with --model"
+        )
+    return str(best[-1].parent.parent)
 
 
 @command(app)
@@ -287,11 +306,11 @@ def bench(context: typer.Context) -> int:
 @command(app)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
-) -> None:
+) -> int:
     """Train on handwritten digits, evaluate, draw, export and predict: the whole way in a few minutes."""
     from .demo import demo as run
 
-    run(output)
+    return run(output)
 
 
 def _console() -> Console:

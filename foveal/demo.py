@@ -14,7 +14,7 @@ from rich.console import Console
 from .backbones.loading import load
 from .train import classify
 from .train.data.memory import load_digits
-from .weights.export import TOLERANCE, export
+from .weights.export import TOLERANCE, ExportError, export
 from .weights.images import preprocessing, read_image
 from .weights.predict import predict
 
@@ -22,22 +22,32 @@ RECIPE = "classify/digits"
 VAL_FRACTION = 0.2
 
 
-def demo(output: Path) -> None:
+def demo(output: Path) -> int:
     """Run all steps into a new folder: `output`, or, if that exists, the next free name after it.
 
+    Returns:
+        0, or the status of the training or the evaluation that failed; they have said why.
+
     Raises:
-        RuntimeError: if a step fails; the message names it.
+        OSError: if the folder cannot be written.
+        ExportError: if what was exported does not answer as the trained model does.
     """
     console = Console(soft_wrap=True, highlight=False)
     output = _free(output)
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror}") from error
     run = output / "run"
     start = time.monotonic()
 
     console.rule(f"1. train {RECIPE} (1,797 handwritten digits, a fifth held out)")
-    _check("training", classify.train(RECIPE, [f"output={run}"]))
+    if status := classify.train(RECIPE, [f"output={run}"]):
+        return status
 
     console.rule("2. evaluate the best epoch on the held-out digits")
-    _check("evaluation", classify.evaluate(str(run), []))
+    if status := classify.evaluate(str(run), []):
+        return status
 
     console.rule("3. export")
     digit, label = _write_digit(output / "digit.png")
@@ -67,6 +77,7 @@ def demo(output: Path) -> None:
             raise RuntimeError(f"the demo did not write {path}")
         console.print(f"{path!s:40} {what}")
     console.print(f"\ntry: foveal predict {digit} --model {run}")
+    return 0
 
 
 def _free(output: Path) -> Path:
@@ -75,11 +86,6 @@ def _free(output: Path) -> Path:
         n += 1
         candidate = output.with_name(f"{output.name}-{n}")
     return candidate
-
-
-def _check(step: str, status: int) -> None:
-    if status:
-        raise RuntimeError(f"the {step} ended with status {status}")
 
 
 def _write_digit(path: Path) -> tuple[Path, int]:
@@ -98,4 +104,4 @@ def _check_timm(run: Path, folder: Path, digit: Path) -> None:
     expected, got = trained(image), loaded(image)
     difference = ((got - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"timm's model differs from the trained one by {difference:.1e} of the largest logit")
+        raise ExportError(f"timm's model differs from the trained one by {difference:.1e} of the largest logit")

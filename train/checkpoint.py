@@ -111,7 +111,8 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     """
     path = folder / TRAINER
     state = _read_pickle(path)
-    if not isinstance(state, dict) or state.get("format") != 1:
+    needed = {"state", "losses", "identity", "shape", "optimizer", "scaler", "random"}
+    if not isinstance(state, dict) or state.get("format") != 1 or not needed <= set(state):
         raise CheckpointError(f"{path} is not the state of a training run of this program")
     return state
 
@@ -120,7 +121,9 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own text goes on with the advice to load unsafely
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+        reason = reason.split(" (1) In PyTorch")[0].split(" In PyTorch 2.6")[0]
         raise CheckpointError(f"{path} can't be read as a checkpoint: {reason}") from None
 
 

@@ -183,8 +183,12 @@ def _train(config: ClassifyConfig, console: Console) -> None:
         identity={
             "model": config.model.name,
             "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
-            "classes": len(classes),
+            "classes": classes,
             "data.kind": config.data.kind,
+            "data.val_fraction": config.data.val_fraction,
+            "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
+            "loss": json.dumps(vars(config.loss), sort_keys=True),
+            "seed": config.seed,
             "optim.name": config.optim.name,
             "averaging": config.train.ema_decay > 0,
         },
@@ -201,6 +205,10 @@ def _train(config: ClassifyConfig, console: Console) -> None:
     )
     if new_head:
         console.print(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new_head)}")
+    if resumed and trainer.state.epoch >= trainer.epochs and (run / "summary.json").exists():
+        console.print(f"{run} is finished: {trainer.epochs} epochs; nothing to do", highlight=False, soft_wrap=True)
+        accelerator.end_training()
+        return
     if resumed:
         console.print(f"resumed at epoch {trainer.state.epoch + 1}, update {trainer.state.step + 1}", highlight=False)
     if accelerator.is_main_process:
@@ -220,6 +228,7 @@ def _finish(
 ) -> None:
     """Curves, the best model's predictions, and the summary."""
     best = state.best
+    last = state.history[-1]  # the last epoch is always evaluated
     plots.curves(state.history, run / "curves.png", f"{config.model.name} on {config.data.kind}")
     plots.predictions(result, task.classes, run / "predictions.png", f"{config.model.name}, epoch {best['epoch']}")
     summary = {
@@ -227,6 +236,7 @@ def _finish(
         "parameters": round(parameters * 1e6),
         "best_epoch": best["epoch"],
         "top1": best["top1"],
+        "last_top1": last["top1"],
         "top5": best["top5"],
         "loss": best["val_loss"],
         "n": result.n,
@@ -236,7 +246,8 @@ def _finish(
     }
     _write_json(run / "summary.json", summary)
     console.print(
-        f"[bold green]done[/]: top-1 {best['top1']:.2f} % (epoch {best['epoch']}) after {state.seconds:,.0f} s; "
+        f"[bold green]done[/]: held-out top-1 {last['top1']:.2f} % at the last epoch, {best['top1']:.2f} % at the best "
+        f"({best['epoch']}), after {state.seconds:,.0f} s; "
         f"{run}/best, curves.png, predictions.png",
         highlight=False,
         soft_wrap=True,

@@ -27,6 +27,10 @@ _ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, s
 _REMOVED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture")
 
 
+class ExportError(RuntimeError):
+    """An exported model does not answer as the original does."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What was written: the folder, its files, and how far its outputs are from the original's (of the largest)."""
@@ -57,22 +61,37 @@ def export(
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
-        ValueError: for an unknown format, a source that cannot be loaded, or an output that is not empty.
-        RuntimeError: if the exported model differs by more than `TOLERANCE`; nothing is written then.
+        ValueError: for an unknown format, a source that cannot be loaded, or an output that is not empty or the source.
+        OSError: if the output cannot be written; the message names it.
+        ExportError: if the exported model differs by more than `TOLERANCE`; nothing is written then.
     """
+    to = to.lower()
     if to not in FORMATS:
         raise ValueError(f"cannot export to {to!r}; the formats are {', '.join(FORMATS)}")
     output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; the output is a folder")
+    found = resolve(source)
+    if found.folder is not None and output.resolve() in (found.folder.resolve(), _path(source).resolve()):
+        raise ValueError(f"{output} is what is exported; choose another folder")
     if not force and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
 
-    found = resolve(source)
     model = load(source)
     config = found.config or _published_config(model)
     inputs = _inputs(model, images)
 
+    try:
+        difference, files = _write(model, config, found, to, output, inputs)
+    except OSError as error:  # it names a temporary folder, if anything
+        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+    return Export(output, files, difference, list(inputs))
+
+
+def _write(
+    model: nn.Module, config: dict[str, Any], found: Source, to: str, output: Path, inputs: dict[str, torch.Tensor]
+) -> tuple[float, list[str]]:
+    """Write and check under a temporary name, then rename. Returns the largest difference and the file names."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         folder = Path(scratch) / "export"
@@ -81,14 +100,18 @@ def export(
         write = _write_safetensors if to == "safetensors" else _write_onnx
         difference = write(model, folder, inputs)
         if not difference <= TOLERANCE:  # also true of NaN
-            raise RuntimeError(
+            raise ExportError(
                 f"the exported {config['architecture']} differs from the original by {difference:.1e} of the largest "
                 f"logit, more than {TOLERANCE:.0e}; nothing was written"
             )
         (folder / "README.md").write_text(_card(model, config, found, to, difference), encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
         _put_in_place(folder, output)
-    return Export(output, files, difference, list(inputs))
+    return difference, files
+
+
+def _path(source: str | Path) -> Path:
+    return Path(str(source).removeprefix("local-dir:")).expanduser()
 
 
 def _inputs(model: nn.Module, images: Sequence[str | Path]) -> dict[str, torch.Tensor]:

@@ -41,8 +41,14 @@ def predict(
         except OSError as error:
             yield str(path), error
             continue
+        try:
+            prepared = transform(image)
+        except (ValueError, MemoryError, ArithmeticError) as error:  # a strip of one pixel grows with its long side
+            reason = f"cannot be resized from {image.width}x{image.height}: {error or type(error).__name__}"
+            yield str(path), OSError(f"{path}: {reason}")
+            continue
         with torch.inference_mode():
-            probabilities = model(transform(image)[None]).softmax(-1)[0]
+            probabilities = model(prepared[None]).softmax(-1)[0]
         best = probabilities.topk(min(top, len(probabilities)))
         answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         yield str(path), [(labels[i] if labels else f"class {i}", p) for i, p in answers]

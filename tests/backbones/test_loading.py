@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import pytest
 import safetensors.torch
@@ -87,15 +88,64 @@ def test_a_name_without_weights_is_refused() -> None:
         foveal.load(NAME)
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Empty caches, no network, and the addresses that were asked for."""
+    asked: list[str] = []
 
-    def refuse(*args, **kwargs):
+    def refuse(request, **kwargs):
+        asked.append(request.full_url)
         raise URLError("no route to host")
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", refuse)
-    with pytest.raises(OSError, match=r"nat_tiny\.in1k.*no route to host.*Download https://.*nat_tiny\.pth.*put it at"):
-        foveal.load("nat_tiny")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(loading, "urlopen", refuse)
+    return asked
+
+
+def test_weights_that_cannot_be_fetched(caches: list[str]) -> None:
+    """Each server is asked once, and the advice names a place where the file is then found."""
+    with pytest.raises(OSError, match=r"dinat_mini\.in1k.*no route to host.*Download https://.*put it at") as caught:
+        foveal.load("dinat_mini")
+    url, hub = caches
+    assert url.endswith("/dinat_mini_in1k_224.pth")
+    assert "shi-labs/dinat-mini-in1k-224" in hub
+    assert url in str(caught.value)
+    assert hub in str(caught.value)
+
+    place = Path(str(caught.value).rpartition("put it at ")[2])
+    model = timm.create_model("dinat_mini")
+    place.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), place)
+    loaded = foveal.load("dinat_mini")
+    assert torch.equal(loaded.head.weight, model.head.weight)
+    assert len(caches) == 2
+
+
+def test_where_published_weights_are_looked_for(
+    caches: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cfg = timm.models.get_pretrained_cfg("dinat_mini")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file, **_: f"{repository}/{file}")
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, place, **_: Path(place).touch())
+    name = Path(cfg.url).name
+
+    def no_url(request, **kwargs):
+        if request.full_url == cfg.url or request.full_url.endswith("model.safetensors"):
+            raise HTTPError(request.full_url, 404, "not found", {}, None)
+        return contextlib.nullcontext()
+
+    # the hub, and there the file that it has
+    monkeypatch.setattr(loading, "urlopen", no_url)
+    assert loading._fetch("dinat_mini", cfg) == Path("shi-labs/dinat-mini-in1k-224/pytorch_model.bin")
+    # before it the address of the authors
+    monkeypatch.setattr(loading, "urlopen", lambda *_, **__: contextlib.nullcontext())
+    place = loading._fetch("dinat_mini", cfg)
+    assert place == tmp_path / "hub" / "checkpoints" / name
+    place.unlink()
+    # before both what the hub's cache has
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file, **__: f"cache/{file}")
+    assert loading._fetch("dinat_mini", cfg) == Path("cache/model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +155,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("runs/nothing", "'runs/nothing' is no model name, folder or .safetensors file"),
         ("dinat_tiny.in2k", "no weights tagged 'in2k'; its tags: in1k"),
         ("resnet81", "nearest: resnet"),
+        ("", "the model name is empty"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -143,16 +194,43 @@ def test_folders_that_are_none_of_ours(folder: Path, tmp_path: Path) -> None:
     refused("has no weights: none of model.safetensors")
 
 
-def test_pickled_code_is_not_run(folder: Path) -> None:
-    """timm falls back to pytorch_model.bin; what is not plain tensors must be refused."""
-    import pickle
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_a_pickle_of_tensors(name: str, trained: tuple[torch.nn.Module, Path], folder: Path, monkeypatch) -> None:
+    """timm, which reads pickles with code in some versions, is not asked to read anything."""
 
+    def refuse(*args, **kwargs):
+        raise AssertionError("timm opens a file")
+
+    for reader in ("_builder.load_state_dict", "_builder.load_state_dict_from_path", "_hub.load_state_dict"):
+        monkeypatch.setattr(f"timm.models.{reader}", refuse)
+    read, safe = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, **k: safe.append(k["weights_only"]) or read(*a, **k))
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, folder / name)
+    loaded = foveal.load(folder)
+    assert torch.equal(answer(loaded), answer(trained[0]))
+    assert safe == [True]
+    assert loaded.pretrained_cfg["state_dict"] is None
+
+
+def test_files_without_tensors(folder: Path) -> None:
+    safetensors.torch.save_file({}, folder / "model.safetensors")  # timm would go on to the network
+    with pytest.raises(ValueError, match="holds no named tensors"):
+        foveal.load(folder)
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_pickled_code_is_not_run(folder: Path, wrap: bool) -> None:
     class Payload:
         def __reduce__(self):
             return (Path.touch, (folder / "executed",))
 
     (folder / "model.safetensors").unlink()
-    torch.save({"state_dict": Payload()}, folder / "pytorch_model.bin")
-    with pytest.raises((ValueError, pickle.UnpicklingError)):
-        loading.load(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save({"state_dict": Payload()} if wrap else Payload(), file)
+    with pytest.raises(ValueError, match=r"more than tensors.*save the weights as model\.safetensors"):
+        foveal.load(folder)
+    with pytest.raises(ValueError, match="more than tensors"):
+        foveal.load("nat_mini", pretrained_cfg_overlay={"file": str(file)})
     assert not (folder / "executed").exists()

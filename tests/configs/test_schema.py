@@ -131,3 +131,26 @@ def test_every_default_is_of_its_type():
     assert isinstance(config, ClassifyConfig)
     for section in dataclasses.fields(config):
         assert hasattr(config, section.name)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("augment.hflip=7", "`augment.hflip` is 7.0, must be at least 0 and at most 1"),
+        ("loss.smoothing=1.5", "must be at least 0 and below 1"),
+        ("optim.lr=.inf", "must be a finite number"),
+        ("optim.lr=0", "must be above 0"),
+        ("optim.clip_grad=0", "must be above 0"),
+        ("optim.betas=[0.9]", "must have 2 items"),
+        ("optim.betas=[0.9, 1.0]", "must be at least 0 and below 1"),
+        ("model.drop_path_rate=2", "must be at least 0 and below 1"),
+        ("train.ema_decay=1.5", "must be at least 0 and below 1"),
+        ("data.std=[0.0]", "must be above 0"),
+        ("seed=5000000000", "must be at least 0 and below"),
+    ],
+)
+def test_values_out_of_range(override, says):
+    with pytest.raises(ConfigError) as raised:
+        load_config("digits", [override])
+    assert says in str(raised.value)
+    assert str(raised.value).startswith("command line: `" + override.split("=")[0])

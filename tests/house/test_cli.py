@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 
 import foveal
 from foveal.cli import app
+from foveal.kernels import BackendError
 
 
 def call(*arguments: Any) -> Any:
@@ -53,7 +56,7 @@ def test_version() -> None:
 
 
 def test_list() -> None:
-    result = call("list", "dinat_[mt]*")
+    result = call("list", "DINAT_[mt]*")
     assert result.exit_code == 0
     rows = result.stdout.splitlines()
     assert [row.split()[0] for row in rows[1:]] == ["dinat_mini", "dinat_tiny"]
@@ -102,8 +105,56 @@ def test_predict_goes_on_after_a_bad_image(run: Path, image: Path, tmp_path: Pat
     assert f"error: {bad}: not a readable image" in result.stderr
 
 
+def test_predict_goes_on_after_a_bomb(run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (100, 100)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    result = call("predict", tmp_path / "large.png", image, "--model", run, "--top", 1)
+    assert result.exit_code == 1
+    assert "bright" in result.stdout
+    assert result.stderr.startswith(f"error: {tmp_path / 'large.png'}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_predict_takes_the_newest_run(run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing = call("predict", image)
+    assert nothing.exit_code == 2
+    assert "`make demo` or `foveal train classify digits`" in nothing.stderr
+    assert "--model" in nothing.stderr
+    assert nothing.stderr.count("\n") == 1
+    for age, name in enumerate(["digits", "demo/run", "unfinished"]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if name != "unfinished":
+            shutil.copytree(run / "best", tmp_path / "runs" / name / "best")
+            os.utime(tmp_path / "runs" / name / "best" / "config.json", (1000 * age, 1000 * age))
+    result = call("predict", image)
+    assert (result.exit_code, result.stderr) == (0, "model: runs/demo/run\n")
+    assert "bright" in result.stdout
+
+
+def test_demo_into_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call("demo", "--output", tmp_path / "file" / "demo")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: cannot write {tmp_path / 'file' / 'demo'}: Not a directory\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.benchmarks import run as bench
+
+    def fail(error: Exception) -> Any:
+        def main(arguments):
+            raise error
+
+        monkeypatch.setattr(bench, "main", main)
+        return call("bench")
+
+    assert isinstance(fail(RuntimeError("ours")).exception, RuntimeError)
+    assert fail(BackendError("no such backend")).stderr == "error: no such backend\n"
+
+
 def test_export(run: Path, tmp_path: Path) -> None:
-    result = call("export", run, "--to", "safetensors", "--output", tmp_path / "out")
+    result = call("export", run, "--to", "SafeTensors", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "README.md, config.json, model.safetensors" in result.stdout
     assert "largest difference 0.0e+00" in result.stdout
@@ -137,6 +188,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "status", "message"),
     [
         (["list", "zebra*"], 2, "no model matches 'zebra*'"),
+        (["info", ""], 2, "the model name is empty"),
         (["info", "dinat_tinny"], 2, "nearest: dinat_tiny"),
         (["info", "dinat_tiny.in2k"], 2, "its tags: in1k"),
         (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no published weights. Train it"),

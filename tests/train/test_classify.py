@@ -215,7 +215,7 @@ def test_fine_tuning_from_a_run_with_other_classes(finished, folder_recipe, make
         ("optim.name=adamww", "'adamww' can't be made"),
         ("train.batch_size=4096", "512 training images don't fill one batch of 4096"),
         ("train.accumulate=100", "an epoch has 8 batches, fewer than train.accumulate=100"),
-        ("data.val_fraction=1.5", "must lie between 0 and 1"),
+        ("data.val_fraction=1.5", "must be above 0 and below 1"),
         ("data.in_chans=2", "images have 1 (grey) or 3 (RGB) channels"),
         ("data.mean=[0.1,0.2]", "data.mean has 2 values, data.in_chans is 1"),
         ("data.classes=[a,b]", "is outside 0..1"),
@@ -298,3 +298,15 @@ def test_published_learning_rates():
     assert rate(20) == pytest.approx(1e-3, rel=0.02)
     assert rate(150) == pytest.approx((1e-3 + 5e-6) / 2, rel=1e-3)
     assert rate(300) == rate(309) == pytest.approx(5e-6)
+
+
+def test_resume_refuses_other_preprocessing_and_leaves_a_finished_run_alone(tmp_path, capsys):
+    run = tmp_path / "run"
+    options = [f"output={run}", "schedule.epochs=1", "train.threads=1", "data.limit=128", "data.val_limit=64"]
+    assert train("digits", options) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert train("digits", [*options, "resume=auto", "data.image_size=64"]) == 1
+    assert "belongs to another run: preprocessing was" in capsys.readouterr().out.replace("\n", " ")
+    assert train("digits", [*options, "resume=auto"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

@@ -339,3 +339,15 @@ def test_shard_label_out_of_range(shards):
     data.train.num_classes = 1
     with pytest.raises(DataError, match=r"label 1 is outside 0\.\.0"):
         list(data.train.epoch(0))
+
+
+def test_values_of_unusual_image_files(tmp_path):
+    """16 bits are scaled, transparency lies over black, and what has no known range is refused."""
+    from foveal.backbones.images import to_mode
+
+    deep = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
+    assert np.asarray(to_mode(deep, 1)).tolist() == [[0, 1, 255]]
+    clear = Image.fromarray(np.array([[[255, 255, 255, 0], [200, 100, 0, 255]]], np.uint8), "RGBA")
+    assert np.asarray(to_mode(clear, 3)).tolist() == [[[0, 0, 0], [200, 100, 0]]]
+    with pytest.raises(ValueError, match="whose range is not known"):
+        to_mode(Image.fromarray(np.zeros((2, 2), np.float32)), 1)

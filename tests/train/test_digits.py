@@ -18,5 +18,5 @@ def test_digits_are_learned_in_a_few_epochs(tmp_path):
 def test_digits_recipe(tmp_path):
     assert train("digits", [f"output={tmp_path / 'run'}"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["top1"] >= 97
+    assert summary["last_top1"] >= 97  # the best epoch was chosen on the images that it is scored on
     assert summary["seconds"] < 180

@@ -97,7 +97,7 @@ def test_a_difference_leaves_nothing(
     difference: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "_largest_difference", lambda *_: difference)
-    with pytest.raises(RuntimeError, match=r"differs from the original by .* nothing was written"):
+    with pytest.raises(exporting.ExportError, match=r"differs from the original by .* nothing was written"):
         export(run, "safetensors", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -113,11 +113,44 @@ def test_the_difference_is_the_worst_one() -> None:
 def test_refusals(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot export to 'tflite'; the formats are safetensors, onnx"):
         export(run, "tflite", tmp_path / "x")
+    for output in (run, run / "best", run / ".." / run.name):
+        with pytest.raises(ValueError, match="is what is exported; choose another folder"):
+            export(run, "safetensors", output, force=True)
     with pytest.raises(ValueError, match="no published weights"):
         export("test_foveal_nat", "onnx", tmp_path / "x")
     with pytest.raises(OSError, match=r"absent\.png: no such file"):
         export(run, "safetensors", tmp_path / "x", images=[tmp_path / "absent.png"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prefix: str, dir: Path):
+        raise PermissionError(13, "Permission denied", str(dir / f"{prefix}abc"))
+
+    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(OSError, match=r"^cannot write .*model: Permission denied$"):
+        export(run, "SafeTensors", tmp_path / "model")
+
+
+def test_values_of_images(tmp_path: Path) -> None:
+    """16 bits are scaled, what is transparent is black, and what has no known range is refused."""
+    deep = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for channels in (1, 3):
+        got = np.asarray(read_image(tmp_path / "deep.png", channels)).reshape(4, channels)
+        assert got.tolist() == [[value] * channels for value in (0, 1, 128, 255)]
+    Image.new("RGBA", (1, 1), (200, 100, 50, 128)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png", 3).getpixel((0, 0)) == (100, 50, 25)
+    Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match=r"float\.tiff: not a readable image: .*mode F|mode.*F"):
+        read_image(tmp_path / "float.tiff", 3)
+
+
+def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (100, 100)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(OSError, match=r"x\.png: not a readable image: .*decompression bomb"):
+        read_image(tmp_path / "x.png", 1)
 
 
 def test_images(tmp_path: Path) -> None:

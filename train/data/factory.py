@@ -16,7 +16,7 @@ from .guard import BadSamples, DataError, check_classes
 from .order import EpochOrder, Normalize
 
 Loader = memory.MemoryLoader | files.FileLoader
-MODES = {1: "L", 3: "RGB"}
+CHANNELS = (1, 3)
 
 
 @dataclass
@@ -107,7 +107,7 @@ def build_data(
         DataError: data that are missing, damaged or out of range.
     """
     data = config.data
-    if data.in_chans not in MODES:
+    if data.in_chans not in CHANNELS:
         raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
     preprocessing = _preprocessing(data, model_cfg)
     bad = BadSamples(data.max_bad_fraction)
@@ -175,18 +175,18 @@ def _files(config, classes, preprocessing, bad, device, splits, rank, world) -> 
     }
     loaders = {}
     for split in splits:
-        train, mode = split == "train", MODES[data.in_chans]
+        train = split == "train"
         name = data.train_split if train else data.val_split
         transform = transforms[split]()
         if data.kind == "folder":
-            dataset = files.FolderImages(_root(data), name, classes, transform, mode, train)
+            dataset = files.FolderImages(_root(data), name, classes, transform, data.in_chans, train)
             samples = len(dataset)
         else:
             dataset = files.ShardImages(
                 str(_root(data)),
                 name,
                 transform,
-                mode,
+                data.in_chans,
                 train=train,
                 seed=config.seed,
                 rank=rank,

@@ -15,6 +15,7 @@ from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ...backbones.images import to_mode
 from .guard import BadSamples, DataError, check_labels
 from .order import Batch, EpochOrder, Normalize
 
@@ -26,9 +27,9 @@ Found = list[tuple[str, str]]  # (name, reason) of unreadable images
 Item = tuple[torch.Tensor | None, int, Found]
 
 
-def _decode(file: io.IOBase, mode: str) -> Image.Image:
+def _decode(file: io.IOBase, channels: int) -> Image.Image:
     with Image.open(file) as image:
-        return image.convert(mode)  # decodes
+        return to_mode(image, channels)  # decodes
 
 
 def scan_folder(root: Path, split: str) -> list[str]:
@@ -65,7 +66,7 @@ class FolderImages(Dataset):
     Items are (uint8 ``[C, H, W]`` or None, label, unreadable images met on the way).
     """
 
-    def __init__(self, root: Path, split: str, classes: list[str], transform: Callable, mode: str, train: bool):
+    def __init__(self, root: Path, split: str, classes: list[str], transform: Callable, channels: int, train: bool):
         present = scan_folder(root, split)
         unknown = sorted(set(present) - set(classes))
         if unknown:
@@ -77,7 +78,7 @@ class FolderImages(Dataset):
             raise DataError(
                 f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
             )
-        self.transform, self.mode, self.train = transform, mode, train
+        self.transform, self.channels, self.train = transform, channels, train
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -89,7 +90,7 @@ class FolderImages(Dataset):
             try:
                 file, label = self.reader[position]
                 with file:
-                    image = _decode(file, self.mode)
+                    image = _decode(file, self.channels)
             except UNREADABLE as error:
                 found.append((self.reader.filename(position, absolute=True), f"{type(error).__name__}: {error}"))
                 continue
@@ -109,7 +110,7 @@ class ShardImages(IterableDataset):
         root: str,
         split: str,
         transform: Callable,
-        mode: str,
+        channels: int,
         *,
         train: bool,
         seed: int,
@@ -133,7 +134,7 @@ class ShardImages(IterableDataset):
             raise DataError(
                 f"{len(self.shards)} shards can't feed {world} process(es) x {max(workers, 1)} data.workers; lower it"
             )
-        self.transform, self.mode, self.train, self.seed = transform, mode, train, seed
+        self.transform, self.channels, self.train, self.seed = transform, channels, train, seed
         self.rank, self.world = rank, world
         self.number = Value("q", 0)  # shared, since workers hold copies of this object
 
@@ -164,7 +165,7 @@ class ShardImages(IterableDataset):
                 try:
                     name = next(k for k in ("jpg", "jpeg", "png", "webp") if k in sample)
                     label = int(sample["cls"])
-                    image = _decode(io.BytesIO(sample[name]), self.mode)
+                    image = _decode(io.BytesIO(sample[name]), self.channels)
                 except (*UNREADABLE, KeyError, StopIteration) as error:
                     reason = f"{type(error).__name__}: {error}"
                     found.append((f"{sample.get('__url__')}:{sample.get('__key__')}", reason))

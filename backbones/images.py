@@ -1,0 +1,32 @@
+"""One way from an image file's pixels to what a model reads. Pillow only."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+MODES = {1: "L", 3: "RGB"}
+_SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Bring an image to 8 bits in 1 (grey) or 3 (RGB) channels.
+
+    16-bit grey is divided by 257, so that 0 .. 65,535 becomes 0 .. 255 (``Image.convert`` alone would cut it off at
+    255). Transparency is composited over black.
+
+    Raises:
+        ValueError: another number of channels, or 32-bit integer or float pixels, whose range the file does not tell.
+    """
+    if channels not in MODES:
+        raise ValueError(f"the model takes {channels} channels; image files have 1 or 3")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise ValueError(f"pixels are {kind} (mode {image.mode}), whose range is not known; save 8 or 16 bits")
+    if image.mode in _SIXTEEN:
+        values = image.convert("I")  # the only mode for which every order of bytes has a conversion
+        # point() on mode I takes only value * scale + offset and truncates: half a step rounds to the nearest
+        image = values.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert(MODES[channels])
