@@ -22,6 +22,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+from ..backbones.loading import load, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value, save_config
 from . import checkpoint, plots
 from .data import Data, DataError, build_data, find_classes
@@ -291,7 +292,7 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
     console = Console()
     try:
         _evaluate(source, list(overrides), console)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, ValueError) as error:  # the latter from loading
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except OSError as error:
@@ -316,11 +317,9 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     elif folder.is_dir() and (folder.resolve().parent / "config.yaml").is_file():
         weights, config = folder, load_config(folder.resolve().parent / "config.yaml", overrides)
     else:
-        local = folder.is_dir()
-        name = f"local-dir:{folder}" if local else source
-        own = override_value(overrides, "model.checkpoint") is None
-        defaults = {"output": "-", "model": {"name": name, "pretrained": own}}
-        config = load_config(None, overrides, defaults=defaults)
+        resolve(source)  # what is neither a folder of ours nor a model's name is said before the data are looked for
+        name = f"local-dir:{folder}" if folder.is_dir() else source
+        config = load_config(None, overrides, defaults={"output": "-", "model": {"name": name}})
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     device = Accelerator().device
@@ -330,7 +329,13 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     if data_config.kind == "folder" and data_config.classes is None:
         data_config.train_split = data_config.val_split
     classes = find_classes(data_config)
-    model = build_model(config.model, len(classes), data_config.in_chans)
+    if weights is None and config.model.checkpoint is None:
+        # with the classifier it was trained with: a new one for other classes would answer at random
+        model = load(source, in_chans=data_config.in_chans)
+        if model.num_classes != len(classes):
+            raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
+    else:
+        model = build_model(config.model, len(classes), data_config.in_chans)
     if weights is not None:
         checkpoint.load_exact(model, checkpoint.find_weights(weights))
     elif config.model.checkpoint is not None:
