@@ -21,10 +21,10 @@ demo: .venv/ready
 test: .venv/ready-natten
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
+	$(BIN)/pytest  # not python -m pytest: with this folder on the path, transformers takes our kernels/ for its own
 
 test-slow: .venv/ready-natten
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 bench: .venv/ready-natten
 	$(BIN)/foveal bench kernels
