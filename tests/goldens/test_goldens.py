@@ -45,7 +45,7 @@ def parameter(name: str, shape: list[int]) -> torch.Tensor:
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     assert got.shape == want.shape
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+    return float((got.detach().double() - want.double()).abs().max() / want.double().abs().max())
 
 
 @pytest.fixture(scope="module", params=CASES)
