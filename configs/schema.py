@@ -25,6 +25,7 @@ __all__ = [
     "ClassifyConfig",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
@@ -129,6 +130,17 @@ class AugmentConfig:
 class LossConfig:
     name: str = _checked("cross_entropy", choices=("cross_entropy", "bce"))
     smoothing: float = _checked(0.0, low=0.0, below=1.0)
+    auxiliary: float = _checked(0.0, low=0.0)  # weight of the loss of the model's auxiliary head; 0: it is not trained
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher's answers to the same images, beside the labels (DeiT, arXiv 2012.12877, section 4)."""
+
+    teacher: str | None = None  # what `foveal.load` takes: a name with published weights, a run, a folder; null: none
+    alpha: float = _probability(0.5)  # weight of the teacher's part; the labels' is 1 - alpha
+    kind: str = _checked("hard", choices=("hard", "soft"))  # learn its decision, or its distribution
+    temperature: float = _checked(1.0, above=0.0)  # soft: divides both sides' logits
 
 
 @dataclass
@@ -185,6 +197,7 @@ class ClassifyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

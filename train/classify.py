@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -60,6 +61,80 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
     return model
 
 
+def prepare_heads(model: nn.Module, config: ClassifyConfig) -> None:
+    """Makes a model's further head answer in training when the recipe has a loss for it.
+
+    Raises:
+        ConfigError: the recipe weighs an auxiliary head that the model does not have.
+    """
+    if config.loss.auxiliary > 0:
+        if not hasattr(model, "set_auxiliary_training"):
+            raise ConfigError(f"loss.auxiliary={config.loss.auxiliary:g}: {config.model.name} has no auxiliary head")
+        try:
+            model.set_auxiliary_training(True)
+        except ValueError as error:
+            raise ConfigError(f"loss.auxiliary={config.loss.auxiliary:g}: {error}") from None
+    elif getattr(model, "auxiliary_training", False):
+        raise ConfigError(
+            f"{config.model.name} was made with an auxiliary head, and loss.auxiliary=0 would not train it: give it a "
+            "weight, or leave the head out of model.kwargs"
+        )
+    if config.distill.teacher is not None and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # its second head learns from the teacher; another model's only head does
+
+
+class Teacher:
+    """A frozen model of the same classes that answers to the student's images, prepared as it was trained to see them.
+
+    Args:
+        source: what `foveal.load` takes.
+        num_classes: outputs of the student.
+        preprocessing: how the student's images are made (mean, std, input_size), as `build_data` states it.
+
+    Raises:
+        ConfigError: the teacher cannot be loaded, or has other classes.
+    """
+
+    def __init__(self, source: str, num_classes: int, preprocessing: dict[str, Any], device: torch.device):
+        channels = preprocessing["input_size"][0]
+        try:
+            self.model = load(source, in_chans=channels).to(device).requires_grad_(False)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"distill.teacher: {error}") from None
+        if self.model.num_classes != num_classes:
+            raise ConfigError(
+                f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"
+            )
+        cfg = self.model.pretrained_cfg
+
+        def column(values: Sequence[float]) -> torch.Tensor:
+            # a teacher of coloured images that is given grey ones: its channels' mean, as timm sums its first filters
+            values = values if len(values) == channels else [sum(values) / len(values)] * channels
+            return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+        mean, std = column(preprocessing["mean"]), column(preprocessing["std"])
+        own_mean, own_std = column(cfg["mean"]), column(cfg["std"])
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+        self.size = tuple(cfg["input_size"][1:]) if cfg.get("fixed_input_size") else None
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """The student's batch ``[B, C, H, W]`` to logits ``[B, num_classes]``, float32."""
+        images = images * self.scale + self.shift
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
+        return self.model(images).float()
+
+
+def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
+    """Cross entropy with the teacher's decision (``"hard"``), or the Kullback-Leibler divergence from its distribution
+    times the squared temperature (``"soft"``: Hinton et al., arXiv 1503.02531); both a mean over the batch."""
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher.argmax(1))
+    student, teacher = ((x / temperature).log_softmax(1) for x in (logits, teacher))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
     """Makes the model say how its images were prepared, and forget where other weights of its name came from."""
     cfg = model.pretrained_cfg
@@ -71,8 +146,17 @@ def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
 class Task:
     """What classification brings to the engine: step, evaluation, and the folder that users load."""
 
-    def __init__(self, config: ClassifyConfig, classes: list[str], data: Data, num_classes: int, epochs: int):
+    def __init__(
+        self,
+        config: ClassifyConfig,
+        classes: list[str],
+        data: Data,
+        num_classes: int,
+        epochs: int,
+        teacher: Teacher | None = None,
+    ):
         self.config, self.classes, self.data, self.num_classes = config, classes, data, num_classes
+        self.teacher = teacher
         augment, smoothing = config.augment, config.loss.smoothing
         self.mix = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -100,7 +184,16 @@ class Task:
         if self.mix is not None and epoch < self.mix_until:
             images, targets = self.mix(images, targets)
             loss = self.soft
-        return loss(model(images).float(), targets)
+        output = model(images)
+        logits, extra = output if isinstance(output, tuple) else (output, output)
+        total = loss(logits.float(), targets)
+        if self.config.loss.auxiliary > 0:
+            total = total + self.config.loss.auxiliary * loss(extra.float(), targets)
+        if self.teacher is not None:
+            distill = self.config.distill
+            taught = distillation_loss(extra.float(), self.teacher(images), distill.kind, distill.temperature)
+            total = (1 - distill.alpha) * total + distill.alpha * taught
+        return total
 
     def evaluate(self, model: nn.Module, on_batch=None) -> dict[str, float]:
         result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, on_batch=on_batch)
@@ -162,11 +255,15 @@ def _train(config: ClassifyConfig, console: Console) -> None:
         world=accelerator.num_processes,
     )
     describe(model, data.preprocessing)
+    prepare_heads(model, config)
+    teacher = None
+    if config.distill.teacher is not None:
+        teacher = Teacher(config.distill.teacher, model.num_classes, data.preprocessing, accelerator.device)
     new_head = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
     config.data.classes = classes  # so that an evaluation needs no training folder
     schedule = config.schedule
     epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
-    task = Task(config, classes, data, model.num_classes, epochs)
+    task = Task(config, classes, data, model.num_classes, epochs, teacher)
     set_seed(config.seed, device_specific=True)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     trainer = Trainer(
@@ -189,6 +286,7 @@ def _train(config: ClassifyConfig, console: Console) -> None:
             "data.val_fraction": config.data.val_fraction,
             "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
             "loss": json.dumps(vars(config.loss), sort_keys=True),
+            "distillation": json.dumps(vars(config.distill), sort_keys=True),
             "seed": config.seed,
             "optim.name": config.optim.name,
             "averaging": config.train.ema_decay > 0,

@@ -1,0 +1,119 @@
+"""Models with a second head: the auxiliary loss, and learning from a teacher."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from foveal.configs.schema import ClassifyConfig, ConfigError
+from foveal.train.classify import Task, Teacher, distillation_loss, prepare_heads, train
+
+from .conftest import QUICK
+
+
+class TwoHeads(torch.nn.Module):
+    """The convention: a pair in training and only when asked, else logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.other = torch.nn.Linear(12, 4), torch.nn.Linear(12, 4)
+        self.asked = False
+
+    def set_auxiliary_training(self, enable=True):
+        self.asked = enable
+
+    set_distilled_training = set_auxiliary_training
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return (self.head(x), self.other(x)) if self.asked and self.training else self.head(x)
+
+
+def recipe(**sections) -> ClassifyConfig:
+    config = ClassifyConfig(output="-")
+    config.model.name = "two_heads"
+    for section, values in sections.items():
+        for key, value in values.items():
+            setattr(getattr(config, section), key, value)
+    return config
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 3, 2, 2, generator=generator), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def test_auxiliary_head_is_weighed():
+    torch.manual_seed(0)
+    model, (images, targets) = TwoHeads(), batch()
+    config = recipe(loss=dict(auxiliary=0.4))
+    prepare_heads(model, config)
+    got = Task(config, list("abcd"), None, 4, 1).train_step(model, (images, targets), 0)
+    x = images.flatten(1)
+    want = F.cross_entropy(model.head(x), targets) + 0.4 * F.cross_entropy(model.other(x), targets)
+    torch.testing.assert_close(got, want)
+    assert not isinstance(model.eval()(images), tuple)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_distillation(kind, heads):
+    """The second head learns from the teacher where there is one, else the only head."""
+    torch.manual_seed(0)
+    model, (images, targets) = TwoHeads(), batch()
+    config = recipe(distill=dict(teacher="x", alpha=0.3, kind=kind, temperature=2.0))
+    if heads == 2:
+        prepare_heads(model, config)
+    answers = torch.randn(6, 4)
+    got = Task(config, list("abcd"), None, 4, 1, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    x = images.flatten(1)
+    taught = model.other(x) if heads == 2 else model.head(x)
+    if kind == "hard":
+        part = F.cross_entropy(taught, answers.argmax(1))
+    else:
+        p, q = (answers / 2).softmax(1), (taught / 2).softmax(1)
+        part = 4 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(got, 0.7 * F.cross_entropy(model.head(x), targets) + 0.3 * part)
+    torch.testing.assert_close(distillation_loss(taught, answers, kind, 2.0), part)
+
+
+def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
+    torch.manual_seed(0)
+    trained = timm.create_model("test_foveal_dinat", num_classes=4).eval()
+    trained.pretrained_cfg |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "num_classes": 4}
+    timm.models.save_for_hf(trained, tmp_path, safe_serialization=True)
+    seen_by_student = {"input_size": (3, 32, 32), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    teacher = Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"))
+    raw = torch.rand(2, 3, 32, 32)
+
+    def normalized(mean, std):
+        return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    got = teacher(normalized(seen_by_student["mean"], seen_by_student["std"]))
+    want = trained(normalized((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not got.requires_grad
+    with pytest.raises(ConfigError, match="has 4 classes, the model has 5"):
+        Teacher(str(tmp_path), 5, seen_by_student, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"distill.teacher: .*no_such"):
+        Teacher("no_such", 4, seen_by_student, torch.device("cpu"))
+
+
+def test_a_run_teaches_another(tmp_path, capsys):
+    """From a recipe: the teacher is a run; resuming with another kind of teaching is refused."""
+    path = tmp_path / "quick.yaml"
+    path.write_text(QUICK)
+    options = ["schedule.epochs=1", "data.limit=128", "data.val_limit=64"]
+    assert train(path, [f"output={tmp_path / 'teacher'}", *options]) == 0
+    taught = [f"output={tmp_path / 'student'}", *options, f"distill.teacher={tmp_path / 'teacher'}"]
+    assert train(path, taught) == 0
+    capsys.readouterr()
+    assert train(path, [*taught, "resume=auto", "distill.kind=soft"]) == 1
+    assert "belongs to another run: distillation was" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_an_auxiliary_head_that_is_not_there(tmp_path, capsys):
+    path = tmp_path / "quick.yaml"
+    path.write_text(QUICK)
+    assert train(path, [f"output={tmp_path / 'run'}", "loss.auxiliary=0.4"]) == 1
+    assert "loss.auxiliary=0.4: test_foveal_dinat has no auxiliary head" in capsys.readouterr().out
