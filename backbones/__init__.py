@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import nat
+from . import ascan, care, halonet, maxvit, nat, overlock
 
-_MODULES = (nat,)
+_MODULES = (nat, halonet, care, maxvit, overlock, ascan)
 
 
 def list_models() -> list[str]:

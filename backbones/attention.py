@@ -5,11 +5,20 @@ Layout: x is ``[B, H, W, C]``; q, k and v are ``[B, H, W, heads, D]`` with ``C =
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import operator
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
+from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
-from ..kernels import TableBias, neighborhood_attention
+from ..kernels import FactoredBias, TableBias, neighborhood_aggregate, neighborhood_attention
+from ..kernels.problem import tracing
+from ..kernels.window import Window
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -111,3 +120,488 @@ class NeighborhoodAttention2d(nn.Module):
         if bottom:
             qkv = torch.cat([qkv, fill.expand(B, bottom, W + right, C)], dim=1)
         return qkv
+
+
+class RelativePositionTable(nn.Module):
+    """A relative position bias table for windows of one size, that can be read for windows of another.
+
+    The parameter has timm's name and orientation (``RelPosBiasTf``): ``[heads, 2 * rows - 1, 2 * columns - 1]``, the
+    entry for a key ``t`` and a query ``i`` at ``t - i + size - 1``.
+
+    Args:
+        num_heads: heads.
+        window_size: (rows, columns).
+    """
+
+    def __init__(self, num_heads: int, window_size: tuple[int, int]) -> None:
+        super().__init__()
+        rows, columns = (2 * size - 1 for size in window_size)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, rows, columns).normal_(std=0.02))
+        self._kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        rows, columns = self.relative_position_bias_table.shape[1:]
+        return (rows + 1) // 2, (columns + 1) // 2
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Resample the parameter to windows of another size, in place."""
+        table = self.relative_position_bias_table
+        resampled = resample_table(table.detach(), window_size).clone()
+        self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
+        self._kept = None
+
+    def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
+        """The table for windows of ``window_size``, differentiable; kept between calls that need no gradient."""
+        table = self.relative_position_bias_table
+        if window_size == self.window_size:
+            return table
+        needs_grad = torch.is_grad_enabled() and table.requires_grad
+        # Whether the kept one still holds is found by comparing all values, so that no way of writing to the parameter
+        # is missed. On other devices that would wait for the device.
+        plain = type(table) in (torch.Tensor, nn.Parameter) and table.device.type == "cpu"
+        if needs_grad or not plain or tracing() or torch._C._are_functorch_transforms_active():
+            return resample_table(table, window_size)
+        kept = self._kept  # read once: other threads may replace it
+        if kept is None or kept[0] != window_size or kept[1].dtype != table.dtype or not torch.equal(kept[1], table):
+            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode take no part in any backward
+                copy = table.clone()
+                # a parameter, as backends keep what they make of one; inside the tuple it is none of this module
+                kept = window_size, copy, nn.Parameter(resample_table(copy, window_size), requires_grad=False)
+            self._kept = kept
+        return kept[2]
+
+
+def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
+    """A table ``[heads, 2 * h - 1, 2 * w - 1]`` for windows of another size ``(rows, columns)``.
+
+    Linear per axis between points whose distances grow geometrically from the centre, where the table is known best
+    (BEiT's way, which timm follows for a checkpoint of another window size; ``timm.layers.resize_rel_pos_bias_table``
+    gives the same up to rounding). If one axis changes, both are resampled, as there.
+    """
+    size = tuple(2 * length - 1 for length in window_size)
+    if tuple(table.shape[1:]) == size:
+        return table
+    out = table.to(torch.promote_types(table.dtype, torch.float32))
+    for dim, target in ((1, size[0]), (2, size[1])):
+        lower, upper, weight = _interpolation(operator.index(table.shape[dim]), operator.index(target))
+        shape = (-1, 1) if dim == 1 else (-1,)
+        weight = torch.tensor(weight, dtype=out.dtype, device=out.device).view(shape)
+        lower, upper = (torch.tensor(i, device=out.device) for i in (lower, upper))
+        out = torch.lerp(out.index_select(dim, lower), out.index_select(dim, upper), weight)
+    return out.to(table.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _interpolation(source: int, target: int) -> tuple[list[int], list[int], list[float]]:
+    """For each of ``target`` positions the two source positions around it and the weight of the upper one."""
+    steps, reach = source // 2, target // 2
+    low, high = 1.01, 1.5  # the ratio at which the outermost points meet the ends of the target, as far as it may go
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**steps) / (1 - ratio) > reach:
+            high = ratio
+        else:
+            low = ratio
+    distances = list(itertools.accumulate(ratio**i for i in range(steps)))
+    points = [-d for d in reversed(distances)] + [0.0] + distances
+    lower, upper, weights = [], [], []
+    for x in range(-reach, reach + 1):
+        b = min(bisect.bisect_left(points, x), source - 1)
+        a = max(b - 1, 0)
+        lower.append(a)
+        upper.append(b)
+        weights.append(0.0 if a == b else min((x - points[a]) / (points[b] - points[a]), 1.0))
+    return lower, upper, weights
+
+
+class PartitionAttention2d(nn.Module):
+    """Multi-head attention inside the parts of a map, with relative position bias (MaxViT, arXiv:2204.01697, sections
+    3.2 and 3.3).
+
+    The parts are the windows of ``partition_size`` neighbors (``"block"``), or sets of ``partition_size`` positions
+    that are spread evenly over the map, ``ceil(length / size)`` apart (``"grid"``). Where the size does not divide the
+    map, the parts at the right and the bottom are smaller: the map counts as padded up to a multiple, and what the
+    padding holds is no key of any query.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        partition_size: (rows, columns) of a part; the size that the bias table is for.
+        kind: ``"block"`` or ``"grid"``.
+        parts: None for parts of ``partition_size`` whatever the map; or into how many windows an axis is cut, so that
+            their size follows the map, ``ceil(length / parts)``, and the table is resampled (`resample_table`).
+        attn_drop: dropout probability on the attention weights.
+        proj_drop: dropout probability on the output.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        partition_size: tuple[int, int],
+        kind: str,
+        *,
+        parts: int | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        if kind not in ("block", "grid"):
+            raise ValueError(f'kind must be "block" or "grid", got {kind!r}')
+        self.kind = kind
+        self.parts = parts
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.rel_pos = RelativePositionTable(num_heads, partition_size)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def extra_repr(self) -> str:
+        size = f"partition_size={self.rel_pos.window_size}" if self.parts is None else f"parts={self.parts}"
+        return f"{self.kind}, {size}, num_heads={self.num_heads}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, C]`` to the same shape, for any H and W."""
+        B, H, W, C = x.shape
+        size = self.rel_pos.window_size
+        if self.parts is not None:
+            size = -(-H // self.parts), -(-W // self.parts)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        x = neighborhood_attention(
+            q,
+            k,
+            v,
+            kernel_size=size,
+            stride=size,
+            dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
+            bias=TableBias(self.rel_pos(size)),
+            boundary="mask",
+            scale=self.scale,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
+
+
+class RelativeEmbedding(nn.Module):
+    """Learned vectors for the row and the column offsets from query to key, ``[2 * window - 1, D]`` each, shared by the
+    heads; the names are those of timm's checkpoints."""
+
+    def __init__(self, window: int, depth: int, std: float) -> None:
+        super().__init__()
+        self.height_rel = nn.Parameter(torch.empty(2 * window - 1, depth))
+        self.width_rel = nn.Parameter(torch.empty(2 * window - 1, depth))
+        for table in (self.height_rel, self.width_rel):
+            trunc_normal_(table, std=std)
+
+
+class HaloAttention2d(nn.Module):
+    """Blocked local attention with a halo (HaloNet, arXiv:2103.12731, section 2), on ``[B, C, H, W]`` as a convolution.
+
+    The map is cut into blocks, and all queries of a block attend to the block and a halo around it, with a position
+    bias of row and column embeddings dotted with the query. There is no output projection. Any map size: the blocks
+    begin at the top left, the last ones may be cut, and what a window shows outside the map is as ``boundary`` says.
+
+    With ``stride`` 2 the queries are those of every second row and column, beginning with the first, and an odd length
+    is halved upwards; keys and values keep the full resolution. The operation wants a query at every key, so the
+    missing ones are filled in and their answers dropped: such a layer computes four times what it needs.
+
+    Parameters carry timm's names and shapes (``q``, ``kv``, ``pos_embed``). The embedding tables are timm's, read by
+    ``key - query + window - 1`` with the key counted from the window's corner and the query from its block's, so that
+    the first ``halo_size`` rows are never read.
+
+    Args:
+        dim: input channels.
+        dim_out: output channels, those of all value heads; None for ``dim``.
+        stride: 1, or 2 for every second query.
+        num_heads: heads; must divide ``dim_out``.
+        head_dim: channels of a query or key head; None for ``dim_out // num_heads``.
+        block_size: side of a block.
+        halo_size: positions that a window reaches beyond its block, on each side.
+        qkv_bias: learn biases in the projections.
+        boundary: ``"mask"`` leaves positions outside the map out of the softmax, as the paper; ``"zero"`` lets them
+            take part with keys and values of zero, as timm's published weights were trained.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        *,
+        stride: int = 1,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        block_size: int = 8,
+        halo_size: int = 3,
+        qkv_bias: bool = False,
+        boundary: str = "mask",
+    ) -> None:
+        super().__init__()
+        dim_out = dim if dim_out is None else dim_out
+        if dim_out % num_heads:
+            raise ValueError(f"dim_out {dim_out} is not divisible by num_heads {num_heads}")
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        if block_size < 1 or halo_size < 0:
+            raise ValueError(
+                f"block_size must be at least 1 and halo_size 0, got block_size {block_size}, halo_size {halo_size}"
+            )
+        if boundary not in ("mask", "zero"):
+            raise ValueError(f'boundary must be "mask" or "zero", got {boundary!r}')
+        self.stride = stride
+        self.num_heads = num_heads
+        self.head_dim = dim_out // num_heads if head_dim is None else head_dim
+        self.value_dim = dim_out // num_heads
+        self.block_size = block_size
+        self.halo_size = halo_size
+        self.boundary = boundary
+        self.scale = self.head_dim**-0.5
+        # what timm's module can do besides, see `from_timm`
+        self.scale_bias = False
+        self.dense_offsets = False
+        self.avg_pool = False
+
+        keys = num_heads * self.head_dim
+        self.q = nn.Conv2d(dim, keys, 1, stride=stride, bias=qkv_bias)
+        self.kv = nn.Conv2d(dim, keys + dim_out, 1, bias=qkv_bias)  # by heads: the key of a head, then its value
+        self.pos_embed = RelativeEmbedding(block_size + 2 * halo_size, self.head_dim, self.scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of the projections from a cut normal of deviation ``dim ** -0.5``, biases as PyTorch's."""
+        for conv in (self.q, self.kv):
+            trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
+
+    @classmethod
+    def from_timm(cls, module: HaloAttn) -> HaloAttention2d:
+        """timm's module as one of this class, with the same answers, that holds the same parameters (not copies).
+
+        Kept from timm, where it differs: keys of zero outside the map; with stride 2 an average pool behind the
+        attention, if asked for or if the block is odd, else position offsets that count strided queries one by one
+        (the third query of a block, at its fifth position, is offset by two). The pool halves an odd length
+        downwards where timm takes the map, that is, where both sides are multiples of the block; upwards elsewhere.
+        """
+        with torch.device("meta"):
+            new = cls(
+                module.q.in_channels,
+                module.dim_out_v,
+                stride=module.block_stride,
+                num_heads=module.num_heads,
+                head_dim=module.dim_head_qk,
+                block_size=module.block_size,
+                halo_size=module.halo_size,
+                boundary="zero",
+            )
+        new.q, new.kv, new.pos_embed = module.q, module.kv, module.pos_embed
+        new.scale = module.scale
+        new.scale_bias = module.scale_pos_embed
+        new.dense_offsets = module.block_stride > 1
+        new.avg_pool = not isinstance(module.pool, nn.Identity)
+        new.training = module.training
+        return new
+
+    def extra_repr(self) -> str:
+        return (
+            f"block_size={self.block_size}, halo_size={self.halo_size}, num_heads={self.num_heads}, "
+            f"stride={2 if self.avg_pool else self.stride}, boundary={self.boundary}"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, dim, H, W]`` to ``[B, dim_out, h, w]`` in PyTorch's channels_last memory format."""
+        height, width = x.shape[2:]
+        # views, contiguous where x is in the channels_last memory format; converting it first gained nothing
+        q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim))
+        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim + self.value_dim))
+        k, v = kv.split((self.head_dim, self.value_dim), -1)
+        if self.stride > 1:
+            q = self._spread(self._spread(q, 1, height), 2, width)
+
+        # the operation reads row `key - query + window - 1`, both counted from one origin
+        tables = (F.pad(t[self.halo_size :], (0, 0, 0, self.halo_size)) for t in self._tables())
+        window = self.block_size + 2 * self.halo_size
+        x = neighborhood_attention(
+            q,
+            k,
+            v,
+            kernel_size=(window, window),
+            stride=self.block_size,
+            bias=FactoredBias(*tables),
+            boundary=self.boundary,
+            scale=self.scale,
+        )
+        if self.stride > 1:
+            x = self._collect(self._collect(x, 1, height), 2, width)
+        x = x.flatten(3).permute(0, 3, 1, 2)
+        if self.avg_pool:
+            up = height % self.block_size > 0 or width % self.block_size > 0
+            x = F.avg_pool2d(x, 2, ceil_mode=up, count_include_pad=False)
+        return x
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = self.scale if self.scale_bias else 1.0
+        return factor * self.pos_embed.height_rel, factor * self.pos_embed.width_rel
+
+    def _spread(self, q: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        """Strided queries at places of the full axis, where `_collect` finds them; any of them at the others."""
+        at = torch.arange(length, device=q.device)
+        if self.dense_offsets:  # the queries of a block at its first positions
+            few = self.block_size // self.stride
+            block = torch.div(at, self.block_size, rounding_mode="floor")
+            at = block * few + (at % self.block_size).clamp(max=few - 1)
+            return q.index_select(dim, at.clamp(max=q.shape[dim] - 1))
+        return q.index_select(dim, torch.div(at, self.stride, rounding_mode="floor"))
+
+    def _collect(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        """The answers to the queries that `_spread` was given."""
+        at = torch.arange(-(-length // self.stride), device=x.device)
+        if self.dense_offsets:
+            few = self.block_size // self.stride
+            at = torch.div(at, few, rounding_mode="floor") * self.block_size + at % few
+            return x.index_select(dim, at)
+        return x.index_select(dim, at * self.stride)
+
+
+def context_mixing(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj: nn.Conv2d,
+    tables: Sequence[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Context-mixing dynamic convolution (OverLoCK's ContMix, arXiv:2502.20087).
+
+    Each position compares its query with S pooled positions of the context, and a linear map of these S affinities
+    gives it the weights of a convolution of its own, one kernel for each head and table: with a relative position bias
+    and a softmax over the kernel, the window shifted inside the map at the borders.
+
+    The linear map is applied to the pooled keys before the queries meet them, which is the same product in another
+    order: the S affinities of a position are never formed.
+
+    Args:
+        q: queries ``[B, H, W, heads, D]``.
+        k: keys ``[B, S, heads, D]``.
+        v: values ``[B, H, W, C]``. Each table's kernel mixes an equal share of the channels, in the order of
+            ``tables``; a share is split by heads.
+        proj: the map from affinities to logits, a 1x1 convolution from S channels to the kernels' sizes, one kernel
+            after the other.
+        tables: position biases ``[heads, 2 * K - 1, 2 * K - 1]``, one for each kernel of K x K.
+        scale: of the affinities.
+
+    Returns:
+        ``[B, H, W, C]``.
+    """
+    H, W, heads = q.shape[1:4]
+    sizes = [(table.shape[-1] + 1) // 2 for table in tables]
+    q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # B heads HW D
+    k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
+    shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
+    kernels = proj.weight.flatten(1).split([size * size for size in sizes])  # K*K S
+    biases = proj.bias.split([size * size for size in sizes])
+    mixed = []
+    for size, table, kernel, bias, share in zip(sizes, tables, kernels, biases, shares, strict=True):
+        logits = q @ (k @ kernel.t()) + (bias + expand_table(table, H, W))  # B heads HW K*K
+        weights = logits.softmax(-1).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4)
+        mixed.append(neighborhood_aggregate(weights, share, kernel_size=(size, size)))
+    return torch.stack(mixed, dim=3).flatten(3)
+
+
+def expand_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A position bias ``[heads, 2 * K - 1, 2 * K - 1]`` as every position of a map meets it, the window shifted inside
+    the map: ``[heads, height * width, K * K]``."""
+    K = (table.shape[-1] + 1) // 2
+    rows, columns = (_table_rows(K, length, table.device) for length in (height, width))
+    table = table.index_select(1, rows).index_select(2, columns)
+    return table.unflatten(2, (width, K)).unflatten(1, (height, K)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+_kept_rows: dict[tuple, torch.Tensor] = {}
+
+
+def _table_rows(K: int, length: int, device: torch.device) -> torch.Tensor:
+    """The table's row for every position of an axis and every key of its window, ``[length * K]``; kept between eager
+    calls."""
+    if tracing():
+        return torch.tensor(_row_list(K, operator.index(length)), device=device)
+    key = (K, length, device)
+    found = _kept_rows.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
+            found = torch.tensor(_row_list(K, length), device=device)
+        if type(found) is torch.Tensor:  # no other mode's product
+            if len(_kept_rows) >= 256:
+                _kept_rows.clear()
+            _kept_rows[key] = found
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _row_list(K: int, length: int) -> list[int]:
+    window = Window(K)
+    return [window.start(i, length) - i + K - 1 + t for i in range(length) for t in range(K)]
+
+
+class FullAttention2d(nn.Module):
+    """Multi-head attention over the whole map, with relative position bias: neighborhood attention with the map as its
+    kernel.
+
+    The bias table is for maps of ``map_size`` and taken as it is there; for maps of another size it is resampled
+    (`RelativePositionTable`).
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        map_size: (rows, columns) that the bias table is for; None for no position bias.
+        attn_drop: dropout probability on the attention weights.
+        proj_drop: dropout probability on the output.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int] | None,
+        *,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        if map_size is not None and min(map_size) < 1:
+            raise ValueError(f"map_size must be at least 1, got {map_size}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.rel_pos = None if map_size is None else RelativePositionTable(num_heads, map_size)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, C]`` to the same shape, for any H and W."""
+        B, H, W, C = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        x = neighborhood_attention(
+            q,
+            k,
+            v,
+            kernel_size=(H, W),
+            bias=None if self.rel_pos is None else TableBias(self.rel_pos((H, W))),
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(x.reshape(B, H, W, C)))

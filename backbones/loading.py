@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import pickle
@@ -102,7 +103,9 @@ def _read(file: Path) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             state = safetensors.torch.load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            # training scripts put their arguments beside the tensors; a Namespace only holds attributes
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -165,9 +168,10 @@ def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
     cfg = get_pretrained_cfg(found.name)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if cfg is None or not (cfg.has_weights or overlay.get("file") or overlay.get("state_dict")):
+        notes = " ".join(["", *(cfg.notes or ())]) if cfg is not None else ""
         raise ValueError(
-            f"{found.architecture} has no published weights. Train it (foveal train classify CONFIG), or build it with "
-            f'random ones: timm.create_model("{found.architecture}")'
+            f"{found.architecture} has no weights to fetch. Train it (foveal train classify CONFIG), or build it with "
+            f'random ones: timm.create_model("{found.architecture}").{notes}'
         )
     if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
         return timm.create_model(found.name, pretrained=True, **kwargs).eval()
@@ -222,8 +226,12 @@ def _probe(address: str) -> None:
 
 
 def _nearest(name: str) -> str:
+    def closeness(candidates: list[str]) -> float:  # of the best, which comes first
+        return difflib.SequenceMatcher(None, name, candidates[0]).ratio() if candidates else 0.0
+
     ours = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-    near = ours or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
+    others = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
+    near = ours if closeness(ours) >= closeness(others) else others
     return f"; nearest: {', '.join(near)}" if near else "; `foveal list` shows the names"
 
 

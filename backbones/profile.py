@@ -1,8 +1,9 @@
 """Parameters and multiply-accumulates (MACs) of a model, counted on shapes alone.
 
-What is counted: every matrix product and convolution, and for each query of neighborhood attention its ``Kh * Kw``
-keys, once for the logits and once for the values, whatever the backend computes and masks away. What is not:
-normalization, activations, softmax, additions, pooling. One MAC is what papers of this field print as one FLOP.
+What is counted: every matrix product and convolution; for each query of neighborhood attention its ``Kh * Kw`` keys,
+once for the logits and once for the values; for neighborhood aggregation its ``Kh * Kw`` values; whatever the backend
+computes and masks away. What is not: normalization, activations, softmax, additions, pooling, resampling. One MAC is
+what papers of this field print as one FLOP.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import attention
@@ -55,21 +57,28 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
 
 @contextmanager
 def _neighborhood_macs() -> Iterator[list[int]]:
-    """Answer neighborhood attention by shape and note its MACs, one entry per call.
+    """Answer the neighborhood operations by shape and note their MACs, one entry per call.
 
     A backend is free to compute more than the windows hold (tiles with a mask), and none of them has to run on tensors
-    without data, so the operation itself is set aside while counting.
+    without data, so the operations themselves are set aside while counting.
     """
     macs: list[int] = []
 
-    def count(q, k, v, *, kernel_size, **_):  # q, k [B, H, W, heads, D]; v [B, H, W, heads, Dv]
-        queries = q.shape[:-1].numel()
-        macs.append(queries * kernel_size[0] * kernel_size[1] * (q.shape[-1] + v.shape[-1]))
+    def attend(q, k, v, *, kernel_size, **_):  # q, k [B, H, W, heads, D]; v [B, H, W, heads, Dv]
+        rows, columns = to_2tuple(kernel_size)
+        macs.append(q.shape[:-1].numel() * rows * columns * (q.shape[-1] + v.shape[-1]))
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-    original = attention.neighborhood_attention
-    attention.neighborhood_attention = count
+    def aggregate(weights, v, **_):  # weights [B, H, W, heads, Kh * Kw]; v [B, H, W, heads, D]
+        macs.append(weights.numel() * v.shape[-1])
+        return torch.empty_like(v)
+
+    stand_ins = {"neighborhood_attention": attend, "neighborhood_aggregate": aggregate}
+    originals = {name: getattr(attention, name) for name in stand_ins}
+    for name, stand_in in stand_ins.items():
+        setattr(attention, name, stand_in)
     try:
         yield macs
     finally:
-        attention.neighborhood_attention = original
+        for name, original in originals.items():
+            setattr(attention, name, original)

@@ -33,5 +33,82 @@ DINAT_TINY = (
     AttentionCase("level 3", 7, 16, 1),
 )
 
-# (ours, the peer that does the same job at the same cost, batch, input size)
-MODELS = (("dinat_tiny", "swin_tiny_patch4_window7_224", 8, 224),)
+
+@dataclass(frozen=True)
+class AggregateCase:
+    """One neighborhood aggregation: ``[batch, rows, columns, heads, depth]``, kernel x kernel keys."""
+
+    layer: str
+    rows: int
+    columns: int
+    heads: int
+    depth: int
+    kernel_size: int
+    batch: int = 8
+
+    @property
+    def id(self) -> str:
+        return f"{self.rows}x{self.columns} k{self.kernel_size} depth {self.depth}"
+
+
+# OverLoCK-XT (arXiv 2502.20087): both kernels of its stages at 224, one also with heads twice as deep, and stage
+# 3 at the sizes of segmentation and detection.
+OVERLOCK_XT = (
+    AggregateCase("stage 3, 224", 14, 14, 8, 16, 13),
+    AggregateCase("stage 3, 224", 14, 14, 8, 16, 5),
+    AggregateCase("stage 3, 224", 14, 14, 8, 32, 13),
+    AggregateCase("stage 4, 224", 7, 7, 12, 14, 7),
+    AggregateCase("stage 4, 224", 7, 7, 12, 14, 5),
+    AggregateCase("stage 3, 448", 28, 28, 8, 16, 13, 2),
+    AggregateCase("stage 3, 448", 28, 28, 8, 16, 5, 2),
+    AggregateCase("stage 3, 800x1216", 50, 76, 8, 16, 13, 1),
+    AggregateCase("stage 3, 800x1216", 50, 76, 8, 16, 5, 1),
+)
+
+
+@dataclass(frozen=True)
+class HaloCase:
+    """The distinct halo attention layers of one of timm's models at an input size."""
+
+    model: str
+    size: int
+    batch: int = 4
+
+    @property
+    def id(self) -> str:
+        return f"{self.model} {self.size}"
+
+
+HALO = (HaloCase("halonet26t", 256), HaloCase("halonet26t", 512), HaloCase("halonet50ts", 256))
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model and the peer that does the same job at the same cost.
+
+    ``same``: the peer holds the same parameters under the same names; they are copied and the answers compared.
+    ``unfold``: the peer is the same model with its neighborhood aggregation done by unfolding.
+    """
+
+    ours: str
+    peer: str
+    batch: int
+    size: int
+    same: bool = False
+    unfold: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.ours
+
+    @property
+    def peer_name(self) -> str:
+        return f"{self.peer} by unfold" if self.unfold else self.peer
+
+
+MODELS = (
+    ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 8, 224),
+    ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 4, 224, same=True),
+    ModelCase("overlock_xt", "overlock_xt", 4, 224, same=True, unfold=True),
+    ModelCase("halo26t", "halonet26t", 4, 256, same=True),
+)

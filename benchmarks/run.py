@@ -1,6 +1,7 @@
-"""`foveal bench kernels|models`: ours and the peers on the same inputs, in one process, as one table and one CSV.
+"""`foveal bench kernels|aggregate|halo|models`: ours and peers on the same inputs, in one process, one table, one CSV.
 
-A backend is only timed after its answer has been compared with the reference. Timings are medians of interleaved
+Nothing is timed before its answer, and its gradients, have been compared with the other's, except for a peer that is a
+different model. Timings are medians of interleaved
 rounds; memory is the rise of the process's resident set above what it held before the call.
 """
 
@@ -16,20 +17,39 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from timm.layers.halo_attn import HaloAttn
 from torch import Tensor
 
 from .._version import __version__
-from ..kernels import TableBias, neighborhood_attention
+from ..backbones import attention
+from ..backbones.attention import HaloAttention2d
+from ..kernels import TableBias, neighborhood_aggregate, neighborhood_attention
 from ..kernels.neighborhood.natten import installed_version
-from .cases import DINAT_TINY, MODELS, AttentionCase
+from .cases import (
+    DINAT_TINY,
+    HALO,
+    MODELS,
+    OVERLOCK_XT,
+    AggregateCase,
+    AttentionCase,
+    HaloCase,
+    ModelCase,
+)
 
 TOLERANCE = 1e-5  # float32, relative to the largest value
+MODEL_TOLERANCE = 1e-4  # the same, of a whole model
 
 
 def environment() -> dict[str, str]:
@@ -88,37 +108,9 @@ def extra_memory_mib(call: Callable[[], object]) -> float:
     return max(peak - before, 0) / 1024
 
 
-# --------------------------------------------------------------------------------------------------- kernels
+# ----------------------------------------------------------------------------------------------- comparisons
 
-
-def _attention_calls(case: AttentionCase, with_bias: bool) -> tuple[dict[str, Callable], dict[str, Callable]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    shape = (case.batch, case.size, case.size, case.heads, case.depth)
-    q, k, v, grad = (normal(*shape) for _ in range(4))
-    table = normal(case.heads, *(2 * (2 * case.kernel_size - 1,)))
-    options = {"kernel_size": case.kernel_size, "dilation": case.dilation}
-    leaves = [t.clone().requires_grad_(True) for t in (q, k, v, table)]
-
-    def forward(backend: str) -> Tensor:
-        with torch.no_grad():
-            bias = TableBias(table) if with_bias else None
-            return neighborhood_attention(q, k, v, bias=bias, backend=backend, **options)
-
-    def both(backend: str) -> tuple[Tensor, ...]:
-        q, k, v, table = leaves
-        bias = TableBias(table) if with_bias else None
-        out = neighborhood_attention(q, k, v, bias=bias, backend=backend, **options)
-        return torch.autograd.grad(out, leaves if with_bias else leaves[:3], grad)
-
-    names = {"tiled": "tiled", "gather": "reference"}
-    fwd = {name: lambda b=b: forward(b) for name, b in names.items()}
-    if not with_bias and installed_version() is not None:
-        fwd["natten"] = lambda: forward("natten")
-    return fwd, {name: lambda b=b: both(b) for name, b in names.items()}
+Calls = dict[str, Callable[[], object]]
 
 
 def _agrees(got, want, limit: float) -> bool:
@@ -127,85 +119,244 @@ def _agrees(got, want, limit: float) -> bool:
     return all(float((a - b).abs().max() / b.abs().max()) <= limit for a, b in pairs)
 
 
-def kernel_rows(cases: tuple[AttentionCase, ...], rounds: int, console: Console) -> list[dict[str, object]]:
-    rows = []
-    for case in cases:
-        for with_bias in (False, True):
-            fwd, both = _attention_calls(case, with_bias)
-            wrong = [n for n in fwd if not _agrees(fwd[n](), fwd["gather"](), TOLERANCE)]
-            wrong += [n for n in both if not _agrees(both[n](), both["gather"](), TOLERANCE)]
-            if wrong:
-                raise RuntimeError(
-                    f"{case.id}, bias {with_bias}: {', '.join(wrong)} differs from the reference; not timed"
-                )
-            forward, forward_backward = median_ms(fwd, rounds), median_ms(both, rounds)
-            for name in fwd:
-                rows.append(
-                    {
-                        "layer": case.layer,
-                        "map": case.id,
-                        "heads": case.heads,
-                        "bias": "table" if with_bias else "none",
-                        "backend": name,
-                        "forward_ms": round(forward[name], 2),
-                        "forward_backward_ms": round(forward_backward[name], 2) if name in both else "",
-                        "forward_extra_mib": round(extra_memory_mib(fwd[name]), 1),
-                        "forward_backward_extra_mib": round(extra_memory_mib(both[name]), 1) if name in both else "",
-                        "times_natten": round(forward["natten"] / forward[name], 1) if "natten" in forward else "",
-                        "times_gather": round(forward["gather"] / forward[name], 1),
-                    }
-                )
-            console.print(f"[dim]{case.id} bias={'table' if with_bias else 'none'} done[/dim]")
+def check(name: str, forward: Calls, both: Calls, judge: str, limit: float = TOLERANCE) -> None:
+    """Compare what all calls return with what ``judge`` returns.
+
+    Raises:
+        RuntimeError: one of them differs by more than ``limit`` of the largest value.
+    """
+    for what, calls in (("forward", forward), ("forward and backward", both)):
+        want = calls[judge]()
+        wrong = [other for other, call in calls.items() if other != judge and not _agrees(call(), want, limit)]
+        if wrong:
+            raise RuntimeError(f"{name}, {what}: {', '.join(wrong)} differs from {judge}; not timed")
+
+
+def measure(
+    labels: dict[str, object], forward: Calls, both: Calls, rounds: int, column: str, memory: bool = True
+) -> dict[str, dict[str, object]]:
+    """One row for each call: the labels, its name under ``column``, milliseconds and, if wanted, MiB."""
+    times, times_both = median_ms(forward, rounds), median_ms(both, rounds)
+    rows = {}
+    for name in forward:
+        row = {**labels, column: name, "forward_ms": round(times[name], 2), "forward_backward_ms": ""}
+        if name in both:
+            row["forward_backward_ms"] = round(times_both[name], 2)
+        if memory:
+            row["forward_extra_mib"] = round(extra_memory_mib(forward[name]), 1)
+            row["forward_backward_extra_mib"] = round(extra_memory_mib(both[name]), 1) if name in both else ""
+        rows[name] = row
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------- models
+def beside_peer(rows: dict[str, dict[str, object]], peer: str) -> list[dict[str, object]]:
+    """The rows with each figure as a share of the peer's."""
+    for row in rows.values():
+        figures = [key for key in row if key.endswith(("_ms", "_mib"))]
+        for key in figures:
+            below = rows[peer][key]
+            row[f"{key.rpartition('_')[0]}_over_peer"] = round(row[key] / below, 3) if below else ""
+    return list(rows.values())
 
 
-def model_rows(models, rounds: int, console: Console) -> list[dict[str, object]]:
-    import timm
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-    from .. import backbones  # noqa: F401  registers ours
 
+def _modes(
+    call: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], grad: Tensor, parameters: Sequence[Tensor] = ()
+) -> tuple[Callable[[], Tensor], Callable[[], tuple[Tensor, ...]]]:
+    """``call`` on the tensors: forward alone, and with the gradients of all of them and of the parameters."""
+    leaves = [t.detach().clone().requires_grad_(True) for t in tensors]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(tensors)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(leaves), [*leaves, *parameters], grad)
+
+    return forward, both
+
+
+# -------------------------------------------------------------------------------------------------- sections
+
+
+def kernel_rows(case: AttentionCase, rounds: int) -> list[dict[str, object]]:
+    """Neighborhood attention: ours, the gather that any user could write, and NATTEN where it can."""
+    shape = (case.batch, case.size, case.size, case.heads, case.depth)
+    q, k, v, grad = (_normal(*shape, seed=i) for i in range(4))
+    table = _normal(case.heads, *(2 * (2 * case.kernel_size - 1,)), seed=4)
     rows = []
-    for ours, peer, batch, size in models:
-        x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-        nets = {name: timm.create_model(name).eval() for name in (ours, peer)}
+    for with_bias in (False, True):
 
-        def inference(net, x=x) -> Tensor:
-            with torch.inference_mode():
+        def call(tensors: list[Tensor], backend: str, with_bias: bool = with_bias) -> Tensor:
+            bias = TableBias(tensors[3]) if with_bias else None
+            options = {"kernel_size": case.kernel_size, "dilation": case.dilation}
+            return neighborhood_attention(*tensors[:3], bias=bias, backend=backend, **options)
+
+        tensors = [q, k, v, table] if with_bias else [q, k, v]
+        forward, both = {}, {}
+        for name, backend in (("tiled", "tiled"), ("gather", "reference"), ("natten", "natten")):
+            if name == "natten" and (with_bias or installed_version() is None):
+                continue
+            forward[name], both[name] = _modes(partial(call, backend=backend), tensors, grad)
+        both.pop("natten", None)  # it has no gradient on a CPU
+        check(f"{case.id}, bias {with_bias}", forward, both, "gather")
+        labels = {"layer": case.layer, "map": case.id, "heads": case.heads, "bias": "table" if with_bias else "none"}
+        found = measure(labels, forward, both, rounds, "backend")
+        for row in found.values():
+            for peer in ("natten", "gather"):
+                known = peer in found
+                row[f"times_{peer}"] = round(found[peer]["forward_ms"] / row["forward_ms"], 1) if known else ""
+        rows += found.values()
+    return rows
+
+
+def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int, int]) -> Tensor:
+    """Neighborhood aggregation as it is done without a kernel for it, boundary "shift", odd kernels, on
+    [B, H, W, heads, D]: all windows inside the map unfolded, and the outer ones repeated for the border."""
+    rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    batch, height, width, heads, depth = v.shape
+    windows = F.unfold(v.permute(0, 3, 4, 1, 2).flatten(1, 2), (rows, columns))
+    windows = windows.unflatten(-1, (height - rows + 1, width - columns + 1))
+    windows = F.pad(windows, (columns // 2, columns // 2, rows // 2, rows // 2), mode="replicate")
+    windows = windows.reshape(batch, heads, depth, rows * columns, height, width)
+    return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
+
+
+def aggregate_rows(case: AggregateCase, rounds: int) -> list[dict[str, object]]:
+    """Neighborhood aggregation: ours and the unfolded windows."""
+    lead = (case.batch, case.rows, case.columns, case.heads)
+    weights = _normal(*lead, case.kernel_size**2).softmax(-1)
+    v, grad = (_normal(*lead, case.depth, seed=seed) for seed in (1, 2))
+    forward, both = {}, {}
+    for name, function in (("tiled", neighborhood_aggregate), ("unfold", unfold_aggregate)):
+
+        def call(tensors: list[Tensor], function=function) -> Tensor:
+            return function(*tensors, kernel_size=case.kernel_size)
+
+        forward[name], both[name] = _modes(call, [weights, v], grad)
+    check(case.id, forward, both, "unfold")
+    labels = {"layer": case.layer, "batch": case.batch, "map": case.id, "heads": case.heads}
+    return beside_peer(measure(labels, forward, both, rounds, "backend"), "unfold")
+
+
+def halo_layers(case: HaloCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
+    """timm's halo attention modules and the shapes that they are given, each kind once."""
+    with torch.device("meta"):
+        net = timm.create_model(case.model).eval()
+    found: dict[str, tuple[HaloAttn, tuple[int, ...]]] = {}
+
+    def note(module: HaloAttn, inputs: tuple[Tensor], output: Tensor) -> None:
+        rows, columns = inputs[0].shape[2:]
+        stride = inputs[0].shape[2] // output.shape[2]
+        label = f"{rows}x{columns} b{module.block_size} h{module.halo_size} s{stride}, {module.dim_out_v} channels"
+        found.setdefault(label, (module, tuple(inputs[0].shape)))
+
+    for module in net.modules():
+        if isinstance(module, HaloAttn):
+            module.register_forward_hook(note)
+    net(torch.empty(case.batch, 3, case.size, case.size, device="meta"))
+    return found
+
+
+def halo_rows(case: HaloCase, rounds: int) -> list[dict[str, object]]:
+    """Halo attention with its projections: timm's module and ours on the same parameters."""
+    rows = []
+    for label, (module, shape) in halo_layers(case).items():
+        module = module.to_empty(device="cpu").train()
+        module._forward_hooks.clear()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.normal_(std=p.shape[1] ** -0.5, generator=generator)
+        nets = {"foveal": HaloAttention2d.from_timm(module), "timm": module}
+        x = _normal(*shape, seed=1)
+        with torch.no_grad():
+            grad = torch.randn_like(module(x))
+        parameters = list(module.parameters())
+        forward, both = {}, {}
+        for name, net in nets.items():
+
+            def call(tensors: list[Tensor], net=net) -> Tensor:
+                return net(tensors[0])
+
+            forward[name], both[name] = _modes(call, [x], grad, parameters)
+        check(f"{case.id}, {label}", forward, both, "timm", 10 * TOLERANCE)
+        labels = {"model": case.model, "input": case.size, "batch": case.batch, "layer": label}
+        rows += beside_peer(measure(labels, forward, both, rounds, "module"), "timm")
+    return rows
+
+
+@contextmanager
+def _by_unfold(active: bool) -> Iterator[None]:
+    """The models' neighborhood aggregation done by unfolding."""
+    ours = attention.neighborhood_aggregate
+    if active:
+        attention.neighborhood_aggregate = unfold_aggregate
+    try:
+        yield
+    finally:
+        attention.neighborhood_aggregate = ours
+
+
+def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
+    """Whole models, inference and a training step without the optimiser."""
+    x = _normal(case.batch, 3, case.size, case.size)
+    nets = {case.ours: timm.create_model(case.ours).eval(), case.peer_name: timm.create_model(case.peer).eval()}
+    ours, peer = nets.values()
+    if case.same:
+        ours.load_state_dict(peer.state_dict())
+    forward, both = {}, {}
+    for name, net in nets.items():
+        unfold = case.unfold and net is peer
+
+        def inference(net=net, unfold=unfold) -> Tensor:
+            with torch.inference_mode(), _by_unfold(unfold):
                 return net(x)
 
-        def training(net, x=x) -> None:
+        def training(net=net, unfold=unfold) -> Tensor:
             net.zero_grad(set_to_none=True)
-            net(x).square().mean().backward()
+            with _by_unfold(unfold):
+                loss = net(x).square().mean()
+            loss.backward()
+            return loss.detach()
 
-        forward = median_ms({name: lambda net=net: inference(net) for name, net in nets.items()}, rounds)
-        both = median_ms({name: lambda net=net: training(net) for name, net in nets.items()}, max(3, rounds // 3))
-        for name in nets:
-            rows.append(
-                {
-                    "model": name,
-                    "input": f"{batch}x3x{size}x{size}",
-                    "forward_ms": round(forward[name], 1),
-                    "forward_backward_ms": round(both[name], 1),
-                    "forward_over_peer": round(forward[name] / forward[peer], 3),
-                    "forward_backward_over_peer": round(both[name] / both[peer], 3),
-                }
-            )
-        console.print(f"[dim]{ours} beside {peer} done[/dim]")
-    return rows
+        forward[name], both[name] = inference, training
+    if case.same:
+        check(case.id, forward, both, case.peer_name, MODEL_TOLERANCE)
+    labels = {"input": f"{case.batch}x3x{case.size}x{case.size}"}
+    rows = measure(labels, forward, both, rounds, "model", memory=False)
+    return beside_peer(rows, case.peer_name)
+
+
+@dataclass(frozen=True)
+class Section:
+    """What `foveal bench NAME` measures: each case gives some rows."""
+
+    cases: tuple[Any, ...]
+    rows: Callable[[Any, int], list[dict[str, object]]]
+
+
+SECTIONS = {
+    "kernels": Section(DINAT_TINY, kernel_rows),
+    "aggregate": Section(OVERLOCK_XT, aggregate_rows),
+    "halo": Section(HALO, halo_rows),
+    "models": Section(MODELS, model_rows),
+}
 
 
 # ----------------------------------------------------------------------------------------------------- shell
 
 
+TEXT = ("layer", "map", "backend", "model", "module")
+
+
 def print_table(title: str, rows: list[dict[str, object]], console: Console) -> None:
     table = Table(title=title)
     for key in rows[0]:
-        table.add_column(
-            key.replace("_", " "), justify="left" if key in ("layer", "map", "backend", "model") else "right"
-        )
+        table.add_column(key.replace("_", " "), justify="left" if key in TEXT else "right")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)
@@ -228,21 +379,20 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="foveal bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("kernels", "models"))
+    parser.add_argument("what", choices=tuple(SECTIONS))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; the median is printed (default 15)")
     parser.add_argument("--only", help="cases whose name holds this text, such as 56x56")
     parser.add_argument("--csv", type=Path, help="also write the table here")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     warnings.filterwarnings("ignore", module="torch.nn.attention.flex_attention")  # NATTEN's CPU path, on every call
-    if options.what == "kernels":
-        chosen = tuple(case for case in DINAT_TINY if not options.only or options.only in case.id)
-        rows = kernel_rows(chosen, options.rounds, console) if chosen else []
-    else:
-        chosen = tuple(model for model in MODELS if not options.only or options.only in model[0])
-        rows = model_rows(chosen, options.rounds, console) if chosen else []
+    section, rows = SECTIONS[options.what], []
+    for case in section.cases:
+        if not options.only or options.only in case.id:
+            rows += section.rows(case, options.rounds)
+            console.print(f"[dim]{case.id} done[/dim]")
     if not rows:
         console.print(f"no case of 'foveal bench {options.what}' holds {options.only!r}")
         return 2

@@ -6,7 +6,8 @@ commands that use them.
 
 from ._version import __version__
 from .backbones import list_models
+from .backbones.halonet import replace_attention
 from .backbones.loading import load
 from .kernels import backend
 
-__all__ = ["__version__", "backend", "list_models", "load"]
+__all__ = ["__version__", "backend", "list_models", "load", "replace_attention"]

@@ -122,6 +122,7 @@ def list_command(
 def info(
     name: Annotated[str, typer.Argument(help="Model name, with or without a tag.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print its family's model card instead.")] = False,
 ) -> None:
     """Show one model: size, cost, input and preprocessing, licence and origin of its weights."""
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
@@ -131,6 +132,9 @@ def info(
     found = resolve(name)
     if found.folder is not None:
         raise ValueError(f"{name} is a folder of {found.architecture}; info takes a model name")
+    if card:
+        print(_card(found.architecture), end="")
+        return
     cfg = get_pretrained_cfg(found.name)
     facts = _describe(found.name)
     facts |= {
@@ -149,6 +153,7 @@ def info(
             if "." in full and each.has_weights
         },
         "dilations": _dilations(found.name),
+        "notes": list(cfg.notes or ()),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -176,6 +181,8 @@ def info(
     table.add_row("origin", facts["origin"] or "-")
     for tag, address in facts["weights"].items() or {"-": "none published"}.items():
         table.add_row("weights", f"{tag}  {address}")
+    for note in facts["notes"]:
+        table.add_row("note", note)
     _console().print(table)
 
 
@@ -197,6 +204,18 @@ def _describe(name: str) -> dict[str, Any]:
         "tags": sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights),
         "licence": getattr(get_pretrained_cfg(name), "license", None),
     }
+
+
+def _card(architecture: str) -> str:
+    """The model card of a model's family, Markdown."""
+    from importlib.resources import files
+
+    from timm.models import model_entrypoint
+
+    if architecture not in list_models():
+        raise ValueError(f"{architecture} is timm's; this package has cards for its own models")
+    family = model_entrypoint(architecture).__module__.rpartition(".")[2]
+    return (files("foveal.weights") / "cards" / f"{family}.md").read_text(encoding="utf-8")
 
 
 def _dilations(name: str) -> list[list[int | str]] | None:
@@ -297,7 +316,7 @@ def export(
 
 @command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Measure speed: `foveal bench kernels`; `foveal bench --help` tells more."""
+    """Measure speed: `foveal bench kernels`, `aggregate`, `halo` or `models`; `foveal bench --help` tells more."""
     from .benchmarks import run
 
     return run.main(context.args)

@@ -1,7 +1,8 @@
 """The attention operations every backbone stands on (see README.md here for layouts and the support matrix)."""
 
+from .aggregate import neighborhood_aggregate
 from .bias import FactoredBias, TableBias
 from .dispatch import BackendError, backend
 from .neighborhood import neighborhood_attention
 
-__all__ = ["BackendError", "FactoredBias", "TableBias", "backend", "neighborhood_attention"]
+__all__ = ["BackendError", "FactoredBias", "TableBias", "backend", "neighborhood_aggregate", "neighborhood_attention"]

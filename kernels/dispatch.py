@@ -1,7 +1,7 @@
 """Which backend runs a call: the first of the measured order that supports it, or the one asked for by name.
 
 A backend is a module with ``unsupported_reason(problem) -> str | None`` and
-``forward(q, k, v, bias_tensors, problem)``.
+``forward(*tensors, problem)``.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _check_name(name: str, source: str) -> None:
         raise BackendError(f"unknown backend {name!r} from {source}; there are {', '.join(NAMES)}")
 
 
-def choose(backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> ModuleType:
-    """The backend module for ``problem``.
+def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> ModuleType:
+    """The backend module for ``problem``, a call of ``operation``.
 
     Raises:
         BackendError: the backend asked for (argument, context or environment variable) cannot run it, with its reason.
@@ -73,7 +73,9 @@ def choose(backends: Mapping[str, ModuleType], problem: Problem, requested: str 
     if name is not None:
         _check_name(name, source)
         if name not in backends:
-            raise BackendError(f"this operation has no backend {name!r} (asked for by {source})")
+            raise BackendError(
+                f"{operation} has no backend {name!r} (asked for by {source}); it has {', '.join(backends)}"
+            )
         reason = backends[name].unsupported_reason(problem)
         if reason is not None:
             raise BackendError(f"backend {name!r} (asked for by {source}) cannot run this call: {reason}")

@@ -18,17 +18,18 @@ def tracing() -> bool:
 class Problem:
     """One call of an operation, as far as a backend needs it to say whether it can run it."""
 
-    shape: tuple[int, ...]  # of the queries: B, H, W, heads, D
+    shape: tuple[int, ...]  # B, H, W, heads, D of the queries; of the values where there are none
     value_depth: int
     rows: Window
     columns: Window
-    bias: type | None  # TableBias, FactoredBias or None
-    scale: float
-    dropout_p: float
     dtype: torch.dtype
     device: str  # "cpu", "cuda", ...
     needs_grad: bool
     tracing: bool  # under torch.compile, torch.export, torch.jit.trace or an ONNX exporter
+    # of attention alone
+    bias: type | None = None  # TableBias, FactoredBias or None
+    scale: float = 1.0
+    dropout_p: float = 0.0
 
     @property
     def boundary(self) -> str:

@@ -7,6 +7,7 @@ also holds ``trainer.pt`` (read with ``weights_only=True``) and, with averaging,
 old one stands as ``NAME.old``, where :func:`newest` finds it.
 """
 
+import argparse
 import inspect
 import os
 import pickle
@@ -119,7 +120,9 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # published files hold the arguments of their training beside the tensors; a Namespace only holds attributes
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         # torch's own text goes on with the advice to load unsafely
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")

@@ -90,12 +90,21 @@ class Teacher:
         source: what `foveal.load` takes.
         num_classes: outputs of the student.
         preprocessing: how the student's images are made (mean, std, input_size), as `build_data` states it.
+        classes: names of the student's classes. A teacher that has one of them elsewhere is refused; one that knows
+            them by other names, or by none, is trusted.
 
     Raises:
         ConfigError: the teacher cannot be loaded, or has other classes.
     """
 
-    def __init__(self, source: str, num_classes: int, preprocessing: dict[str, Any], device: torch.device):
+    def __init__(
+        self,
+        source: str,
+        num_classes: int,
+        preprocessing: dict[str, Any],
+        device: torch.device,
+        classes: Sequence[str] = (),
+    ):
         channels = preprocessing["input_size"][0]
         try:
             self.model = load(source, in_chans=channels).to(device).requires_grad_(False)
@@ -106,6 +115,10 @@ class Teacher:
                 f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"
             )
         cfg = self.model.pretrained_cfg
+        places = {name: i for i, name in enumerate(cfg.get("label_names") or ())}
+        for i, name in enumerate(classes):
+            if places.get(name, i) != i:
+                raise ConfigError(f"distill.teacher: class {name!r} is number {places[name]} of {source}, here {i}")
 
         def column(values: Sequence[float]) -> torch.Tensor:
             # a teacher of coloured images that is given grey ones: its channels' mean, as timm sums its first filters
@@ -191,7 +204,8 @@ class Task:
             total = total + self.config.loss.auxiliary * loss(extra.float(), targets)
         if self.teacher is not None:
             distill = self.config.distill
-            taught = distillation_loss(extra.float(), self.teacher(images), distill.kind, distill.temperature)
+            student = logits if self.config.loss.auxiliary > 0 else extra  # an auxiliary head is not the one to teach
+            taught = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)
             total = (1 - distill.alpha) * total + distill.alpha * taught
         return total
 
@@ -258,7 +272,8 @@ def _train(config: ClassifyConfig, console: Console) -> None:
     prepare_heads(model, config)
     teacher = None
     if config.distill.teacher is not None:
-        teacher = Teacher(config.distill.teacher, model.num_classes, data.preprocessing, accelerator.device)
+        source = config.distill.teacher
+        teacher = Teacher(source, model.num_classes, data.preprocessing, accelerator.device, classes)
     new_head = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
     config.data.classes = classes  # so that an evaluation needs no training folder
     schedule = config.schedule

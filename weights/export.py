@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -53,7 +54,8 @@ def export(
 
     ``safetensors``: ``config.json``, ``model.safetensors`` and a card, README.md; ``timm.create_model("local-dir:...",
     pretrained=True)`` loads it. ``onnx``: ``model.onnx``, input ``image`` ``[batch, C, H, W]`` at the model's input
-    size with any batch, output ``logits`` ``[batch, classes]``, and the same card and configuration beside it.
+    size with any batch, output ``logits`` ``[batch, classes]``, and the same card and configuration beside it; a model
+    with a `reparameterize` method is written in that form.
 
     Args:
         source: what `foveal.load` takes.
@@ -141,9 +143,11 @@ def _write_onnx(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor])
 
     file = folder / "model.onnx"
     example = next(x for x in inputs.values() if len(x) > 1)  # a batch of 1 would be taken for a constant
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # the branches and norms that only training needs are folded away; what is compared is the model as it was loaded
+    deployed = copy.deepcopy(model).reparameterize() if hasattr(model, "reparameterize") else model
+    size = sum(p.numel() * p.element_size() for p in deployed.parameters())
     torch.onnx.export(
-        model,
+        deployed,
         (example,),
         file,
         dynamo=True,

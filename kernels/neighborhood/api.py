@@ -5,20 +5,17 @@ Layout legend: B batch, H W map, N heads, D query/key channels, V value channels
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 
 from ..bias import Bias, FactoredBias, TableBias
+from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import choose
 from ..problem import Problem, tracing
-from ..window import BOUNDARIES, Window
+from ..window import Window
 from . import natten, reference, tiled
 
 BACKENDS = {"reference": reference, "tiled": tiled, "natten": natten}
-
-IntPair = int | tuple[int, int]
 
 
 def neighborhood_attention(
@@ -70,27 +67,18 @@ def neighborhood_attention(
     torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, stride, dilation = (
-        _pair(name, value) for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+        pair(name, value) for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     )
-    if boundary not in BOUNDARIES:
-        raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
     _check_tensors(q, k, v)
-    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
-    if autocast and torch.float64 not in (q.dtype, k.dtype, v.dtype):  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    cast = autocast_enabled(q)
+    if cast:
+        q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    for axis, length, size, step, reach in zip(
-        ("rows", "columns"), q.shape[1:3], kernel_size, stride, dilation, strict=True
-    ):
+    check_window(tuple(q.shape[1:3]), kernel_size, dilation, boundary)
+    for axis, size, step in zip(("rows", "columns"), kernel_size, stride, strict=True):
         if step > size:
             raise ValueError(f"stride {step} is larger than kernel_size {size} ({axis})")
-        if boundary == "shift" and size * reach > length:
-            raise ValueError(
-                f"the window of kernel_size {size} x dilation {reach} = {size * reach} does not fit the map's {length} "
-                f"{axis} (map {q.shape[1]} x {q.shape[2]}, boundary 'shift'); pad the map or take a smaller dilation"
-            )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     bias_tensors = _check_bias(bias, q, kernel_size)
@@ -107,30 +95,16 @@ def neighborhood_attention(
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias_tensors)),
         tracing=tracing(),
     )
-    chosen = choose(BACKENDS, problem, backend)
-    if autocast:
+    chosen = choose("neighborhood_attention", BACKENDS, problem, backend)
+    if cast:
         with torch.autocast(q.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
             return chosen.forward(q, k, v, bias_tensors, problem)
     return chosen.forward(q, k, v, bias_tensors, problem)
 
 
-def _pair(name: str, value: IntPair) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in pair):
-        raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
-    if min(pair) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(pair[0]), operator.index(pair[1])  # under a tracer: a constant, as the plan needs it
-
-
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.ndim != 5:
-            raise ValueError(f"{name} must be [B, H, W, heads, D], got {t.ndim} dimensions: {tuple(t.shape)}")
-        if not t.is_floating_point() or t.dtype.itemsize < 2:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        check_tensor(name, t, "[B, H, W, heads, D]")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     if q.shape != k.shape or q.shape[:4] != v.shape[:4]:

@@ -7,9 +7,9 @@ products instead of a gather of K keys for each query.
 Two forms share the planning, the views and the bias:
 
 * ``_attend``: standard operators on all tiles at once. Traced through by ``torch.compile`` and the exporters; also
-  takes dropout and the factored bias.
+  takes dropout.
 * ``_Chunked``: eager mode on a CPU. Walks over pieces that stay in the cache, forward and backward, and keeps nothing
-  but q, k, v and the bias for the backward.
+  but q, k, v and the bias for the backward, but for small calls (below) the probabilities.
 
 B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, R Q tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span.
@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..bias import TableBias
+from ..bias import FactoredBias, TableBias
 from ..problem import Problem, tracing
 from ..window import Window
 
@@ -209,6 +211,35 @@ def _pattern_bias(
     return bias if mask is None else bias + mask
 
 
+# Parameters that were expanded without a gradient: (call, copy of the table, expansion). The expansion is used again
+# only while the table's numbers equal the copy's. Identity and version would not do: `.data.copy_()` and NumPy views
+# change a parameter behind both. The comparison costs 1 us.
+_expanded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_expanding = threading.Lock()
+
+
+def _patterns(table: Tensor | None, problem: Problem, plans: tuple[tuple[Axis, Axis], ...]) -> list[Tensor | None]:
+    """``_pattern_bias`` of each plan, without a gradient; of a table that is a parameter kept between calls in eval."""
+    working, device = _working(problem.dtype), torch.device(problem.device)
+    keep = type(table) is torch.nn.Parameter and not problem.needs_grad
+    call = (problem.rows, problem.columns, problem.shape[1:3], working, table.dtype) if keep else None
+    if keep:
+        found = _expanded.get(table)
+        if found is not None and found[0] == call and torch.equal(found[1], table):
+            return found[2]
+    with torch.inference_mode(False), torch.no_grad():
+        copy = table.detach().clone() if keep else None  # before: what another thread writes meanwhile shows next time
+        source = copy if keep else table
+        source = None if source is None else source.to(working)
+        patterns = [_pattern_bias(source, problem, a, b, working, device) for a, b in plans]
+    if keep:
+        with _expanding:
+            if sum(t.nbytes for kept in (*(e[2] for e in _expanded.values()), patterns) for t in kept) > CONSTANT_BYTES:
+                _expanded.clear()
+            _expanded[table] = (call, copy, patterns)
+    return patterns
+
+
 # ------------------------------------------------------------------------------------------------------- views
 
 
@@ -218,6 +249,15 @@ def _split_phases(x: Tensor, dilation: tuple[int, int]) -> Tensor:
     if height % d or width % d2:
         x = F.pad(x, (0, 0, 0, 0, 0, -width % d2, 0, -height % d))
     return x.unflatten(2, (-1, d2)).unflatten(1, (-1, d)).permute(0, 2, 4, 5, 1, 3, 6)
+
+
+def _take(x: Tensor, index: dict[int, slice]) -> Tensor:
+    """``x`` indexed with a slice for each of some dimensions: one operator for each that cuts something off."""
+    shape = x.shape
+    for dim, cut in index.items():
+        if cut.stop - cut.start < shape[dim]:
+            x = x.narrow(dim, cut.start, cut.stop - cut.start)
+    return x
 
 
 def _of_class(x: Tensor, a: Axis, b: Axis) -> Tensor:
@@ -320,17 +360,19 @@ def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Pro
 # ------------------------------------------------------------------------------------------- piece by piece
 
 
-def _pieces(shape: torch.Size, a: Axis, b: Axis):
-    """Slices of (batch, row phases, tile rows) of one plan, each of about PIECE logits."""
+def _share(count: int, logits: int, piece: int) -> int:
+    """Of ``count`` units of ``logits`` each, those that make one of equal pieces."""
+    return max(1, -(-count // max(1, min(count, round(count * logits / piece)))))
+
+
+def _pieces(shape: tuple[int, ...], a: Axis, b: Axis, piece: int | None = None):
+    """Slices of (batch, row phases, tile rows) of one plan, each of about ``piece`` (by default PIECE) logits."""
     batch, heads = shape[0], shape[3]
+    piece = PIECE if piece is None else piece
     tile_row = heads * (b.stop - b.first) * b.tiles * a.tile * b.tile * a.span * b.span
-
-    def share(count: int, logits: int) -> int:  # of `count` units, those that make one of equal pieces
-        return max(1, -(-count // max(1, min(count, round(count * logits / PIECE)))))
-
-    rows = share(a.tiles, tile_row)
-    phases = share(a.stop - a.first, tile_row * rows) if rows == a.tiles else 1
-    images = share(batch, tile_row * rows * phases) if phases == a.stop - a.first else 1
+    rows = _share(a.tiles, tile_row, piece)
+    phases = _share(a.stop - a.first, tile_row * rows, piece) if rows == a.tiles else 1
+    images = _share(batch, tile_row * rows * phases, piece) if phases == a.stop - a.first else 1
     for i in range(0, batch, images):
         for g in range(a.first, a.stop, phases):
             yield (
@@ -338,6 +380,17 @@ def _pieces(shape: torch.Size, a: Axis, b: Axis):
                 slice(g, min(g + phases, a.stop)),
                 [slice(r, min(r + rows, a.tiles)) for r in range(0, a.tiles, rows)],
             )
+
+
+def _parts(shape: tuple[int, ...], a: Axis, b: Axis, piece: int):
+    """``(part, heads, groups)``: slices of [B, G, G2, N, h, w, C] by dimension, of its heads, of tile rows."""
+    phase_row = (b.stop - b.first) * a.tiles * b.tiles * a.tile * b.tile * a.span * b.span
+    share = _share(shape[3], phase_row, piece)
+    for first in range(0, shape[3], share):
+        heads = slice(first, min(first + share, shape[3]))
+        for images, phases, groups in _pieces((*shape[:3], heads.stop - first, *shape[4:]), a, b, piece):
+            part = (images, phases, slice(b.first, b.stop), heads, slice(0, a.length), slice(0, b.length))
+            yield dict(enumerate(part)), heads, groups
 
 
 def _blocks(rows: slice, a: Axis, b: Axis):
@@ -360,78 +413,220 @@ class _Scratch:
         count = math.prod(shape)
         if name not in self.held or self.held[name].numel() < count:
             self.held[name] = self.like.new_empty(count, dtype=self.dtype)
-        return self.held[name][:count].view(shape)
+        return _take(self.held[name], {0: slice(0, count)}).view(shape)
 
     def flat(self, name: str, x: Tensor, rows: slice) -> Tensor:
         """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
-        x = x[:, :, :, :, rows]
+        x = _take(x, {4: rows})
         return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
 
-    def bmm(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        return torch.bmm(x, y, out=self(name, x.shape[0], x.shape[1], y.shape[2]))
+    def bmm(self, name: str, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+        out = self(name, x.shape[0], x.shape[1], y.shape[2])
+        return torch.baddbmm(out, x, y, beta=0.0, alpha=factor, out=out)
+
+    def spans(self, name: str, x: Tensor, a: Axis, b: Axis) -> Tensor:
+        """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C], a view; of a padded copy where spans reach out."""
+        if a.before or a.after or b.before or b.after:
+            whole = self(name, *_padded_shape(x, a, b))
+            whole.zero_()
+            _inner(whole, a, b).copy_(x)
+            x = whole
+        return _key_spans(x, a, b)
 
 
-def _probabilities(
-    scratch: _Scratch, queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, rows: slice, a: Axis, b: Axis
-) -> Tensor:
-    """softmax(scale q k^T + bias): [n*N*R*Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
-    logits = scratch("weights", queries.shape[0], queries.shape[1], keys.shape[1])
-    torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0.0, alpha=scale, out=logits)
-    if bias is not None:
-        shaped = logits.view(-1, bias.shape[0], rows.stop - rows.start, b.tiles, *logits.shape[1:])
-        for r, c, p, p2 in _blocks(rows, a, b):
-            shaped[:, :, r, c] += bias[:, p, p2, None, None]
-    return torch.softmax(logits, -1, out=logits)
+def _padded_shape(x: Tensor, a: Axis, b: Axis) -> tuple[int, ...]:
+    return *x.shape[:4], a.before + a.length + a.after, b.before + b.length + b.after, x.shape[6]
+
+
+def _inner(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """The map in its padded form [B, G, G2, N, h, w, C]."""
+    return _take(x, {4: slice(a.before, a.before + a.length), 5: slice(b.before, b.before + b.length)})
+
+
+def _offsets(window: Window, axis: Axis) -> tuple[int, int, int]:
+    """Which rows of a bias table the T + S - 1 offsets between a query and a key of a tile are: ``(before, first,
+    count)``, ``before`` that the table lacks, since no query sees so far, then ``count`` from its row ``first`` on."""
+    first = window.kernel_size - axis.before - axis.tile
+    last = min(first + axis.tile + axis.span - 1, 2 * window.kernel_size - 1)
+    return max(-first, 0), max(first, 0), last - max(first, 0)
+
+
+def _sum_offsets(x: Tensor) -> Tensor:
+    """[N, T, S, Z] -> [N, T + S - 1, Z]: the sums over all pairs of query t and key s with the same T - 1 - t + s."""
+    n, t, s, z = x.shape
+    m = t + s - 1
+    shifted = x.new_zeros(n, t, m, z)
+    shifted.as_strided(x.shape, (t * m * z, (m - 1) * z, z, 1), (t - 1) * z).copy_(x)
+    return shifted.sum(1)
+
+
+class _PieceBias:
+    """The bias of one plan during a walk over its pieces, and the sum of its gradients.
+
+    The table stands in ``patterns``, with the mask. The factored bias of a piece is a product of its queries with
+    ``embedding`` [N or 1, M, D]: the rows of both embeddings for the M = T + S - 1 + T2 + S2 - 1 offsets between the
+    queries and keys of a tile, which are the same for every tile.
+    """
+
+    def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: tuple[Tensor, ...]):
+        self.problem, self.a, self.b, self.patterns, self.embedding = problem, a, b, patterns, None
+        if problem.bias is FactoredBias:
+            sides = []
+            for t, window, axis in zip(tensors, (problem.rows, problem.columns), (a, b), strict=True):
+                before, first, count = _offsets(window, axis)
+                side = (t if t.ndim == 3 else t[None]).to(_working(problem.dtype)).narrow(1, first, count)
+                after = axis.tile + axis.span - 1 - before - count
+                sides.append(F.pad(side, (0, 0, before, after)) if before or after else side)
+            heads = max(len(t) for t in sides)
+            self.embedding = torch.cat([t.expand(heads, -1, -1) for t in sides], 1)
+        self.grad: Tensor | None = None  # of the embedding, or of the table as [N, T*T2, S*S2]
+
+    def probabilities(self, scratch: _Scratch, q: Tensor, k: Tensor, heads: slice, rows: slice) -> Tensor:
+        """softmax(scale q k^T + bias): [n*N*R*Q, T*T2, S*S2] from the flattened tiles [n*N*R*Q, ..., C]."""
+        tiles = (rows.stop - rows.start) * self.b.tiles
+        logits = scratch("weights", q.shape[0], q.shape[1], k.shape[1])
+        if self.embedding is not None:
+            embedding = self._of(heads, q.shape[0], tiles)
+            dots = scratch("dots", q.shape[0], q.shape[1], embedding.shape[1])
+            torch.bmm(self._joined(q), embedding.transpose(1, 2), out=self._joined(dots))
+            by_row, by_column = self._by_key(dots)
+            torch.add(by_row[..., None], by_column[..., None, :], out=logits.view(*by_row.shape, self.b.span))
+        beta = 0.0 if self.embedding is None else 1.0
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=beta, alpha=self.problem.scale, out=logits)
+        if self.patterns is not None:
+            patterns = self.patterns if self.patterns.shape[0] == 1 else self.patterns[heads]
+            shaped = logits.view(-1, patterns.shape[0], rows.stop - rows.start, self.b.tiles, *logits.shape[1:])
+            for r, c, p, p2 in _blocks(rows, self.a, self.b):
+                shaped[:, :, r, c].add_(patterns[:, p, p2, None, None])
+        return torch.softmax(logits, -1, out=logits)
+
+    def add_grad(self, scratch: _Scratch, q: Tensor, dq: Tensor, logit_grad: Tensor, heads: slice, rows: slice) -> None:
+        """Take in the gradient of the logits of a piece, and add to ``dq`` what comes through the factored bias."""
+        tiles = (rows.stop - rows.start) * self.b.tiles
+        if self.embedding is not None:
+            if self.grad is None:
+                self.grad = torch.zeros_like(self.embedding)
+            embedding = self._of(heads, q.shape[0], tiles)
+            dots = scratch("dots", q.shape[0], q.shape[1], embedding.shape[1]).zero_()
+            by_row, by_column = self._by_key(dots)
+            shaped = logit_grad.view(*by_row.shape, self.b.span)
+            torch.sum(shaped, -1, out=by_row)
+            torch.sum(shaped, -2, out=by_column)
+            dots, q, dq = (self._joined(t) for t in (dots, q, dq))
+            if len(self.embedding) == 1:
+                self.grad.baddbmm_(dots.transpose(1, 2), q)
+            else:
+                products = (dots.transpose(1, 2) @ q).view(-1, heads.stop - heads.start, tiles, *embedding.shape[1:])
+                self.grad[heads] += products.sum(2).sum(0)
+            dq.baddbmm_(dots, embedding)
+        elif self.problem.bias is TableBias:
+            if self.grad is None:
+                self.grad = logit_grad.new_zeros(self.problem.shape[3], *logit_grad.shape[1:])
+            shaped = logit_grad.view(-1, heads.stop - heads.start, tiles, *logit_grad.shape[1:])
+            shaped = shaped.sum(2) if tiles > 1 else shaped[:, :, 0]  # one sum over both is 15 times slower
+            self.grad[heads] += shaped.sum(0)
+
+    def add_to(self, grads: list[Tensor | None]) -> None:
+        """Add the sum to the gradients of the bias tensors; None stands for one that is not wanted."""
+        if self.grad is None:  # no bias, or no piece: an empty batch
+            return
+        a, b, windows = self.a, self.b, (self.problem.rows, self.problem.columns)
+        if self.embedding is not None:
+            sides = self.grad.split((a.tile + a.span - 1, b.tile + b.span - 1), 1)
+            for grad, side, window, axis in zip(grads, sides, windows, (a, b), strict=True):
+                if grad is not None:
+                    before, first, count = _offsets(window, axis)
+                    side = side[:, before : before + count]
+                    grad.narrow(-2, first, count).add_(side if grad.ndim == 3 else side.sum(0))
+        elif grads[0] is not None:
+            x = self.grad.view(-1, a.tile, b.tile, a.span, b.span).transpose(2, 3)
+            x = _sum_offsets(x.reshape(*x.shape[:3], -1))
+            x = _sum_offsets(x.reshape(-1, b.tile, b.span, 1)).view(*x.shape[:2], -1)
+            (before, first, count), (before2, first2, count2) = map(_offsets, windows, (a, b))
+            x = x[:, before : before + count, before2 : before2 + count2]
+            grads[0][:, first : first + count, first2 : first2 + count2] += x
+
+    def _of(self, heads: slice, count: int, tiles: int) -> Tensor:
+        """The embedding for ``count`` = n*N*R*Q tiles: one for all, [1, M, D], or one for each, [n*N*R*Q, M, D]."""
+        if len(self.embedding) == 1:
+            return self.embedding
+        some = self.embedding[heads]
+        return some[None, :, None].expand(count // (len(some) * tiles), -1, tiles, -1, -1).flatten(0, 2)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """[n*N*R*Q, T*T2, C], as one matrix [1, n*N*R*Q*T*T2, C] where there is one embedding for all."""
+        return x.view(1, -1, x.shape[2]) if len(self.embedding) == 1 else x
+
+    def _by_key(self, dots: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [n, T, T2, S] and [n, T, T2, S2] of [n, T*T2, M]: the entries for query t and key s, T - 1 - t + s."""
+        (n, queries, m), (a, b) = dots.shape, (self.a, self.b)
+        rows = dots.as_strided(
+            (n, a.tile, b.tile, a.span), (queries * m, b.tile * m - 1, m, 1), dots.storage_offset() + a.tile - 1
+        )
+        first = a.tile + a.span - 1 + b.tile - 1
+        columns = dots.as_strided(
+            (n, a.tile, b.tile, b.span), (queries * m, b.tile * m, m - 1, 1), dots.storage_offset() + first
+        )
+        return rows, columns
 
 
 def _add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> None:
     """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
+    *lead, line, cell, step = total.stride()
     for i in range(0, a.span, a.tile):
         height = min(a.tile, a.span - i)
         for j in range(0, b.span, b.tile):
             width = min(b.tile, b.span - j)
-            part = spans[:, :, :, :, :, :, i : i + height, j : j + width]
+            part = _take(spans, {6: slice(i, i + height), 7: slice(j, j + width)})
             # every tile's part lands on its own cells, so the target is a view without overlap
-            at = total[:, :, :, :, rows.start * a.tile + i :, j:]
-            at = at.unfold(4, height, a.tile)[:, :, :, :, : part.shape[4]]
-            at = at.unfold(5, width, b.tile)[:, :, :, :, :, : part.shape[5]]
-            at.permute(0, 1, 2, 3, 4, 5, 7, 8, 6).add_(part)
+            first = total.storage_offset() + (rows.start * a.tile + i) * line + j * cell
+            total.as_strided(part.shape, (*lead, a.tile * line, b.tile * cell, line, cell, step), first).add_(part)
 
 
 def _store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None:
     """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in the map."""
     tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, b.tiles, a.tile, b.tile, tiles.shape[-1])
     lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
-    tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-    target[:, :, :, :, lines] = tiles[:, :, :, :, : lines.stop - lines.start, : b.length]
+    target = _take(target, {4: lines})
+    if target.shape[4:6] == (tiles.shape[4] * a.tile, b.tiles * b.tile):  # no ragged tile: one strided copy
+        target.unflatten(5, (b.tiles, b.tile)).unflatten(4, (-1, a.tile)).transpose(5, 6).copy_(tiles)
+    else:
+        tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+        target.copy_(_take(tiles, {4: slice(0, target.shape[4]), 5: slice(0, b.length)}))
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention of all tiles, piece by piece; ``biases`` are the pattern biases of the plans (or None).
+    """Attention of all tiles, piece by piece; ``patterns`` are the ``_pattern_bias`` of the plans.
 
     The output is that of the map padded to a multiple of the dilation.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, problem, plans, *biases):
-        ctx.problem, ctx.plans = problem, plans
-        ctx.save_for_backward(q, k, v, *biases)
+    def forward(ctx, q, k, v, problem, plans, patterns, *tensors):
+        ctx.problem, ctx.plans, ctx.patterns = problem, plans, patterns
+        # what is one piece keeps its probabilities: a fifth of the time of a backward, for at most 4 bytes x PIECE
+        logits = sum(_logits(problem, a, b) for a, b in plans)
+        keep = problem.needs_grad and problem.bias is not FactoredBias and logits <= PIECE
+        kept = []
         scratch = _Scratch(q, _working(q.dtype))
         qs, ks, vs = (_split_phases(t, problem.dilation) for t in (q, k, v))
         batch, _, _, heads, height, width, _ = qs.shape
         d, d2 = problem.dilation
         out = v.new_empty(batch, height * d, width * d2, heads, v.shape[-1])
         outs = _split_phases(out, problem.dilation)
-        for (a, b), bias in zip(plans, biases, strict=True):
-            for images, phases, groups in _pieces(qs.shape, a, b):
-                part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
-                tiles = _query_tiles(qs[part], a, b)
-                keys = _key_spans(_pad_keys(ks[part], a, b), a, b)
-                values = _key_spans(_pad_keys(vs[part], a, b), a, b)
+        for (a, b), pattern in zip(plans, patterns, strict=True):
+            bias = _PieceBias(problem, a, b, pattern, tensors)
+            for part, heads, groups in _parts(qs.shape, a, b, _piece(problem, a, b)):
+                tiles = _query_tiles(_take(qs, part), a, b)
+                keys, values = (scratch.spans(n, _take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
                 for rows in groups:
                     q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
-                    weights = _probabilities(scratch, q_, k_, bias, problem.scale, rows, a, b)
-                    _store(outs[part], scratch.bmm("out", weights, v_), rows, a, b)
+                    weights = bias.probabilities(scratch, q_, k_, heads, rows)
+                    _store(_take(outs, part), scratch.bmm("out", weights, v_), rows, a, b)
+                    if keep:
+                        kept.append(weights)
+                        del scratch.held["weights"]
+        ctx.save_for_backward(q, k, v, *kept, *tensors)
         return out
 
     @staticmethod
@@ -441,49 +636,71 @@ class _Chunked(torch.autograd.Function):
                 "backend 'tiled' gives first derivatives only on a CPU; for create_graph=True use backend='reference'"
             )
         problem, plans = ctx.problem, ctx.plans
-        q, k, v, *biases = ctx.saved_tensors
-        scratch = _Scratch(q, _working(q.dtype))
+        q, k, v, *saved = ctx.saved_tensors
+        first = len(saved) - (len(ctx.needs_input_grad) - 6)
+        kept, tensors = iter(saved[:first]), saved[first:]
+        working = _working(q.dtype)
+        scratch = _Scratch(q, working)
         dilation = problem.dilation
         qs, ks, vs, gs = (_split_phases(t, dilation) for t in (q, k, v, grad))
         padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
         grads = [t.new_empty(*padded, t.shape[-1]) for t in (q, k, v)]
         dqs, dks, dvs = (_split_phases(t, dilation) for t in grads)
-        dbiases = [
-            torch.zeros_like(bias) if needed else None
-            for bias, needed in zip(biases, ctx.needs_input_grad[5:], strict=True)
+        bias_grads = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, working)) if needed else None
+            for t, needed in zip(tensors, ctx.needs_input_grad[6:], strict=True)
         ]
-        for (a, b), bias, dbias in zip(plans, biases, dbiases, strict=True):
-            for images, phases, groups in _pieces(qs.shape, a, b):
-                part = (images, phases, slice(b.first, b.stop), slice(None), slice(a.length), slice(b.length))
-                tiles, grad_tiles = _query_tiles(qs[part], a, b), _query_tiles(gs[part], a, b)
-                padded_keys, padded_values = _pad_keys(ks[part], a, b), _pad_keys(vs[part], a, b)
-                keys, values = _key_spans(padded_keys, a, b), _key_spans(padded_values, a, b)
-                key_grad, value_grad = (
-                    scratch(n, *t.shape).zero_() for n, t in (("dk", padded_keys), ("dv", padded_values))
-                )
+        for (a, b), pattern in zip(plans, ctx.patterns, strict=True):
+            bias = _PieceBias(problem, a, b, pattern, tensors)
+            apart = (a.span, b.span, a.before, b.before) == (a.tile, b.tile, 0, 0)  # every key is in one span only
+            for part, heads, groups in _parts(qs.shape, a, b, _piece(problem, a, b)):
+                tiles, grad_tiles = _query_tiles(_take(qs, part), a, b), _query_tiles(_take(gs, part), a, b)
+                keys, values = (scratch.spans(n, _take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
+                targets = [_take(t, part) for t in (dks, dvs)]
+                sums = [
+                    None if apart else scratch(n, *_padded_shape(t, a, b)).zero_()
+                    for n, t in zip(("all dk", "all dv"), targets, strict=True)
+                ]
                 for rows in groups:
                     named = (("q", tiles), ("k", keys), ("v", values), ("grad", grad_tiles))
                     q_, k_, v_, grad_ = (scratch.flat(name, t, rows) for name, t in named)
-                    weights = _probabilities(scratch, q_, k_, bias, problem.scale, rows, a, b)
-                    dv = scratch.bmm("keys", weights.transpose(1, 2), grad_)
-                    _add_spans(value_grad, _unflat(dv, values, rows), rows, a, b)
-                    logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2)).mul_(weights)
-                    logit_grad.addcmul_(weights, logit_grad.sum(-1, keepdim=True), value=-1.0)
-                    if dbias is not None:
-                        shaped = logit_grad.view(
-                            -1, dbias.shape[0], rows.stop - rows.start, b.tiles, *weights.shape[1:]
-                        )
-                        for r, c, p, p2 in _blocks(rows, a, b):
-                            dbias[:, p, p2] += shaped[:, :, r, c].sum((0, 2, 3))
-                    logit_grad.mul_(problem.scale)
-                    _store(dqs[part], scratch.bmm("out", logit_grad, k_), rows, a, b)
-                    dk = scratch.bmm("keys", logit_grad.transpose(1, 2), q_)
-                    _add_spans(key_grad, _unflat(dk, keys, rows), rows, a, b)
-                for target, total in ((dks, key_grad), (dvs, value_grad)):
-                    inner = total[:, :, :, :, a.before : a.before + a.length, b.before : b.before + b.length]
-                    target[part] = inner
+                    weights = next(kept, None)
+                    if weights is None:
+                        weights = bias.probabilities(scratch, q_, k_, heads, rows)
+                    logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2))
+                    torch.ops.aten._softmax_backward_data.out(
+                        logit_grad, weights, -1, logit_grad.dtype, grad_input=logit_grad
+                    )
+                    # from here on, each product takes the place of the factor that is not needed again
+                    dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
+                    dq = scratch.bmm("grad", logit_grad, k_, problem.scale)
+                    bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
+                    _store(_take(dqs, part), dq, rows, a, b)
+                    dk = scratch.bmm("k", logit_grad.transpose(1, 2), q_, problem.scale)
+                    for spans, like, target, total in zip((dk, dv), (keys, values), targets, sums, strict=True):
+                        if apart:
+                            _store(target, spans, rows, a, b)
+                        else:
+                            _add_spans(total, _unflat(spans, like, rows), rows, a, b)
+                if not apart:
+                    for target, total in zip(targets, sums, strict=True):
+                        target.copy_(_inner(total, a, b))
+            bias.add_to(bias_grads)
         dq, dk, dv = (t[:, : q.shape[1], : q.shape[2]] for t in grads)
-        return dq, dk, dv, None, None, *dbiases
+        bias_grads = (None if g is None else g.to(t.dtype) for g, t in zip(bias_grads, tensors, strict=True))
+        return dq, dk, dv, None, None, None, *bias_grads
+
+
+def _logits(problem: Problem, a: Axis, b: Axis) -> int:
+    """Query-key pairs of one plan."""
+    tiles = problem.shape[0] * problem.shape[3] * (a.stop - a.first) * (b.stop - b.first) * a.tiles * b.tiles
+    return tiles * a.tile * b.tile * a.span * b.span
+
+
+def _piece(problem: Problem, a: Axis, b: Axis) -> int:
+    """Logits of a piece of one plan. Fewer with the factored bias, where the layers are few and their memory counts
+    (HaloNet): about a quarter of all at most, so that even a small map is never unfolded as a whole."""
+    return PIECE if problem.bias is not FactoredBias else max(1, min(PIECE, _logits(problem, a, b)) // 4)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -517,13 +734,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         and problem.device == "cpu"
         and not (large and problem.bias is None)  # plain attention: fused, and without the logits in memory
         and problem.dropout_p == 0
-        and (table is not None or not bias_tensors)
         and type(q) in (Tensor, torch.nn.Parameter)
     )
     if chunked:
-        table = None if table is None else table.to(_working(q.dtype))
-        biases = [_pattern_bias(table, problem, a, b, _working(q.dtype), q.device) for a, b in plans]
-        return _crop(_Chunked.apply(q, k, v, problem, plans, *biases), height, width)
+        patterns = _patterns(table, problem, plans)
+        return _crop(_Chunked.apply(q, k, v, problem, plans, patterns, *bias_tensors), height, width)
     parts = [_split_phases(t, problem.dilation) for t in (q, k, v)]
     out = _attend(*parts, bias_tensors, problem, plans)
     return _crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)

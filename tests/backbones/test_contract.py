@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -11,26 +12,73 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import foveal.backbones
 
+
+class Case(NamedTuple):
+    """A small model, and what is particular to its family."""
+
+    name: str
+    arguments: dict
+    levels: bool = True  # maps at strides 4, 8, 16 and 32
+    any_size: bool = True
+    rounds_up: bool = True  # an odd length is halved upwards; else downwards, as published
+    plain_head: bool = True  # pooling and one Linear
+    hooks: bool = True  # the modules that feature_info names give the feature maps
+    level_norms: bool = True  # takes out_norm=True
+    attention_dropout: bool = True  # takes attn_drop_rate and proj_drop_rate
+    tables: str | tuple[str, ...] | None = "rpb"  # what the names of its position biases end in, None without any
+
+
 ISOTROPIC = dict(embed_dim=32, depth=4, num_heads=2, kernel_size=3)
 SMALL = {
-    "nat": ("test_foveal_nat", {}),
-    "dinat": ("test_foveal_dinat", {}),
-    "dinat-auto": ("test_foveal_dinat", dict(dilations="auto")),
-    "dinat_s": (
+    "nat": Case("test_foveal_nat", {}),
+    "dinat": Case("test_foveal_dinat", {}),
+    "dinat-auto": Case("test_foveal_dinat", dict(dilations="auto")),
+    "dinat_s": Case(
         "dinat_s_tiny",
         dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, dilations="auto"),
     ),
-    "isotropic": ("dinat_isotropic_small", dict(ISOTROPIC, dilations=(1, 2, 1, 2))),
-    "vitrpb": ("vitrpb_isotropic_small", dict(embed_dim=32, depth=3, num_heads=2, img_size=64)),
+    "isotropic": Case("dinat_isotropic_small", dict(ISOTROPIC, dilations=(1, 2, 1, 2)), levels=False),
+    "vitrpb": Case(
+        "vitrpb_isotropic_small",
+        dict(embed_dim=32, depth=3, num_heads=2, img_size=64),
+        levels=False,
+        any_size=False,
+    ),
+    "ascan": Case("test_foveal_ascan", {}, tables="relative_position_bias_table"),
+    "care": Case("test_foveal_care", {}, rounds_up=False, plain_head=False, attention_dropout=False, tables=None),
+    "halonet": Case("test_foveal_halonet", {}, attention_dropout=False, tables="_rel"),
+    "overlock": Case(
+        "test_foveal_overlock",
+        {},
+        plain_head=False,
+        attention_dropout=False,
+        tables=("rpb1", "rpb2"),
+    ),
+    "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
-LEVELS = ["nat", "dinat", "dinat-auto", "dinat_s"]  # networks of several levels
-ANY_SIZE = [*LEVELS, "isotropic"]
+LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels
+ANY_SIZE = [name for name, case in SMALL.items() if case.any_size]
+NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norms]
+NAT_LIKE = [name for name in SMALL if name in ("nat", "dinat", "dinat-auto", "dinat_s", "isotropic", "vitrpb")]
 
 
 def create(case: str, **kwargs) -> torch.nn.Module:
-    name, arguments = SMALL[case]
     torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 10, **arguments, **kwargs})
+    return timm.create_model(SMALL[case].name, **{"num_classes": 10, **SMALL[case].arguments, **kwargs})
+
+
+def channels(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """Channels of a map as `forward_features` gives it."""
+    return x.shape[-1 if model.output_fmt == "NHWC" else 1]
+
+
+def to_nchw(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else x
+
+
+def halve(length: int, stride: int, up: bool) -> int:
+    """A length after a network's strides, at least one."""
+    return max(1, -(-length // stride) if up else length // stride)
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -39,7 +87,7 @@ def images(*shape: int) -> torch.Tensor:
 
 def test_every_small_model_is_covered():
     small = {name for name in foveal.backbones.list_models() if name.startswith("test_foveal_")}
-    assert small <= {name for name, _ in SMALL.values()}
+    assert small <= {case.name for case in SMALL.values()}
     for name in small:
         with torch.device("meta"):
             assert 1e5 < sum(p.numel() for p in timm.create_model(name).parameters()) < 1e6
@@ -50,13 +98,15 @@ def test_forward(case):
     model = create(case).eval()
     x = images(2, 3, 64, 64)
     features = model.forward_features(x)
-    assert features.shape[-1] == model.num_features
-    assert model.output_fmt == "NHWC"
+    assert model.output_fmt in ("NHWC", "NCHW")
+    assert channels(model, features) == model.num_features
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size)
-    assert model.get_classifier() is model.head
     assert model.forward_head(features).shape == (2, 10)
-    torch.testing.assert_close(model(x), model.head(pooled))
+    torch.testing.assert_close(model(x), model.forward_head(features))
+    if SMALL[case].plain_head:
+        assert model.get_classifier() is model.head
+        torch.testing.assert_close(model(x), model.head(pooled))
     assert torch.isfinite(model(x)).all()
     assert model(images(0, 3, 64, 64)).shape == (0, 10)
 
@@ -64,12 +114,13 @@ def test_forward(case):
 @pytest.mark.parametrize("case", ANY_SIZE)
 @pytest.mark.parametrize("size", [(37, 61), (28, 28), (32, 32), (1, 1), (4, 90)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_any_input_size(case, size):
-    """Down to maps of one position; strides round up."""
+    """Down to maps of one position."""
     model = create(case).eval()
     _, maps = model.forward_intermediates(images(2, 3, *size))
     for x, info in zip(maps, model.feature_info, strict=True):
         stride = info["reduction"]
-        assert x.shape == (2, info["num_chs"], -(-size[0] // stride), -(-size[1] // stride))
+        up = SMALL[case].rounds_up
+        assert x.shape == (2, info["num_chs"], halve(size[0], stride, up), halve(size[1], stride, up))
         assert torch.isfinite(x).all()
 
 
@@ -82,7 +133,8 @@ def test_one_input_size():
 
 @pytest.mark.parametrize("case", SMALL)
 def test_training_reaches_every_parameter(case):
-    model = create(case, drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1).train()
+    more = dict(proj_drop_rate=0.1, attn_drop_rate=0.1) if SMALL[case].attention_dropout else {}
+    model = create(case, drop_rate=0.1, drop_path_rate=0.1, **more).train()
     x = images(4, 3, 64, 64).requires_grad_(True)
     model(x).square().sum().backward()
     assert x.grad.abs().max() > 0
@@ -109,10 +161,15 @@ def test_features_only(case):
     whole = create(case, num_classes=10).eval()
     model = create(case, features_only=True).eval()
     assert model.feature_info.reduction() == [4, 8, 16, 32]
-    assert model.feature_info.channels() == [16, 32, 64, 128]
+    widths = [info["num_chs"] for info in whole.feature_info]
+    assert model.feature_info.channels() == widths
     maps = model(x)
-    for y, channels, stride in zip(maps, [16, 32, 64, 128], [4, 8, 16, 32], strict=True):
-        assert y.shape == (2, channels, 64 // stride, 96 // stride)
+    for y, width, stride in zip(maps, widths, [4, 8, 16, 32], strict=True):
+        assert y.shape == (2, width, 64 // stride, 96 // stride)
+    some = create(case, features_only=True, out_indices=(1, 3)).eval()
+    assert (some.feature_info.reduction(), some.feature_info.channels()) == ([8, 32], [widths[1], widths[3]])
+    if not SMALL[case].hooks:
+        return
     # the modules that feature_info names give these maps
     outputs = {}
     for info in whole.feature_info:
@@ -121,7 +178,7 @@ def test_features_only(case):
     whole.load_state_dict({k.removeprefix("model."): v for k, v in model.state_dict().items()}, strict=False)
     whole(x)
     for y, info in zip(maps, whole.feature_info, strict=True):
-        torch.testing.assert_close(outputs[info["module"]].permute(0, 3, 1, 2), y)
+        torch.testing.assert_close(to_nchw(whole, outputs[info["module"]]), y)
 
 
 def test_features_only_isotropic():
@@ -132,7 +189,7 @@ def test_features_only_isotropic():
 
 @pytest.mark.parametrize("case", LEVELS)
 def test_pruned_models_have_no_unused_parameters(case):
-    for arguments in (dict(out_indices=(1, 2)), dict(out_indices=(1, 2), out_norm=True)):
+    for arguments in (dict(out_indices=(1, 2)), dict(out_indices=(1, 2), out_norm=True))[: 1 + SMALL[case].level_norms]:
         model = create(case, features_only=True, **arguments).train()
         sum(y.square().sum() for y in model(images(2, 3, 64, 64))).backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -147,12 +204,14 @@ def test_forward_intermediates(case):
     torch.testing.assert_close(features, model.forward_features(x))
     assert len(maps) == count
 
-    last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NHWC")
-    torch.testing.assert_close(last[0], features)
+    last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(last[0], to_nchw(model, features))
+    other = model.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+    torch.testing.assert_close([y.permute(0, 3, 1, 2) for y in other], maps)
     some = model.forward_intermediates(x, indices=[0, -2], intermediates_only=True)
     torch.testing.assert_close(some, [maps[0], maps[-2]])
     end, some = model.forward_intermediates(x, indices=[0], stop_early=True)
-    assert end.shape[1:3] == maps[0].shape[2:]
+    assert to_nchw(model, end).shape[2:] == maps[0].shape[2:]
     torch.testing.assert_close(some, [maps[0]])
 
     for wrong in ([count], [-count - 1], count + 1, 0, -1, []):
@@ -170,10 +229,10 @@ def test_prune_intermediate_layers(case):
     assert model.prune_intermediate_layers([0, 1]) == [0, 1]
     torch.testing.assert_close(model.forward_intermediates(x, indices=[0, 1], intermediates_only=True), maps)
     assert model.num_classes == 0
-    assert model(x).shape[-1] == model.num_features == model.feature_info[1]["num_chs"]
+    assert channels(model, model(x)) == model.num_features == model.feature_info[1]["num_chs"]
 
 
-@pytest.mark.parametrize("case", LEVELS)
+@pytest.mark.parametrize("case", [name for name in NORMS if name in NAT_LIKE])
 def test_level_norms(case):
     model = create(case, out_norm=True).eval()
     for i, info in enumerate(model.feature_info):
@@ -193,28 +252,26 @@ def test_level_norms(case):
 def test_classifier(case):
     model = create(case).eval()
     x = images(2, 3, 64, 64)
-    height, width = model.forward_features(x).shape[1:3]
+    features = model.forward_features(x)
     model.reset_classifier(7)
     assert (model(x).shape, model.num_classes) == ((2, 7), 7)
     model.reset_classifier(0)
-    assert model(x).shape == (2, model.num_features)
+    assert model(x).shape == (2, model.head_hidden_size)
     model.reset_classifier(5, "max")
     assert model(x).shape == (2, 5)
-    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
-    torch.testing.assert_close(pooled, model.forward_features(x).amax((1, 2)))
+    assert create(case, num_classes=0)(x).shape == (2, model.head_hidden_size)
+    assert create(case, num_classes=4, in_chans=1)(x[:, :1]).shape == (2, 4)
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(5, "median")
+    if not SMALL[case].plain_head:
+        return
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, to_nchw(model, features).amax((2, 3)))
     model.reset_classifier(5, "catavgmax")
     assert (model(x).shape, model.head_hidden_size) == ((2, 5), 2 * model.num_features)
     model.reset_classifier(0, "")
-    assert model(x).shape == (2, height, width, model.num_features)
-    assert create(case, num_classes=0)(x).shape == (2, model.num_features)
-    assert create(case, num_classes=0, global_pool="")(x).shape == (2, height, width, model.num_features)
-    with pytest.raises(ValueError, match="global_pool"):
-        model.reset_classifier(5, "median")
-
-
-@pytest.mark.parametrize("case", SMALL)
-def test_input_channels(case):
-    assert create(case, in_chans=1)(images(1, 1, 64, 64)).shape == (1, 10)
+    assert model(x).shape == features.shape
+    assert create(case, num_classes=0, global_pool="")(x).shape == features.shape
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -229,8 +286,10 @@ def test_other_output_strides_are_refused(case):
 def test_parameter_groups(case):
     model = create(case)
     names = {name for name, _ in model.named_parameters()}
-    tables = {name for name in names if name.endswith("rpb")}
-    assert model.no_weight_decay() == tables != set()
+    suffix = SMALL[case].tables
+    tables = set() if suffix is None else {name for name in names if name.endswith(suffix)}
+    assert model.no_weight_decay() == tables
+    assert bool(tables) == (suffix is not None)
     free, decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     assert all(p.ndim > 1 for p in decayed["params"])
     assert len(free["params"]) + len(decayed["params"]) == len(names)
@@ -239,6 +298,13 @@ def test_parameter_groups(case):
     named = {id(p): name for name, p in model.named_parameters()}
     scale = {named[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert set(scale) == names
+    first = scale[model.default_cfg["first_conv"] + ".weight"]
+    last = model.default_cfg["classifier"]
+    last = scale[(last if isinstance(last, str) else last[0]) + ".weight"]
+    assert (first, last) == (min(scale.values()), max(scale.values()))
+    assert len(set(scale.values())) >= len(model.feature_info) + 1
+    if case not in NAT_LIKE:
+        return
     blocks = sorted(
         {n.split(".norm1.")[0] for n in names if ".norm1." in n},
         key=lambda n: [int(i) for i in n.split(".") if i.isdigit()],
@@ -259,7 +325,11 @@ def test_config(case):
     for key in ("license", "paper_ids", "first_conv", "classifier", "input_size", "crop_pct", "interpolation"):
         assert model.default_cfg[key], key
     assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
-    assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
+    classifier, name = model.get_classifier(), model.default_cfg["classifier"]
+    if isinstance(name, str):
+        assert model.get_submodule(name) is classifier
+    else:  # two heads
+        assert [model.get_submodule(each) for each in name] == list(classifier)
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -269,7 +339,7 @@ def test_autocast(case):
     want = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x)
-        small = create(case).eval()(images(1, 3, 28, 28)) if case != "vitrpb" else None
+        small = create(case).eval()(images(1, 3, 28, 28)) if SMALL[case].any_size else None
     assert got.dtype == torch.bfloat16
     assert (got - want).abs().max() < 0.05 * want.abs().max()
     assert small is None or small.dtype == torch.bfloat16
@@ -294,6 +364,8 @@ def test_compile(case):
 @pytest.mark.parametrize("case", SMALL)
 def test_compile_to_code(case):
     model = create(case).eval()
+    if hasattr(model, "reparameterize"):  # what is deployed
+        model.reparameterize()
     torch._dynamo.reset()
     x = images(2, 3, 64, 64)
     with torch.no_grad():

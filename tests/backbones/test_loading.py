@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shutil
@@ -84,7 +85,7 @@ def test_a_published_file_by_name(tmp_path: Path) -> None:
 
 
 def test_a_name_without_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"{NAME} has no published weights.*train classify.*timm.create_model"):
+    with pytest.raises(ValueError, match=rf"{NAME} has no weights to fetch.*train classify.*timm.create_model"):
         foveal.load(NAME)
 
 
@@ -207,7 +208,8 @@ def test_a_pickle_of_tensors(name: str, trained: tuple[torch.nn.Module, Path], f
     monkeypatch.setattr(torch, "load", lambda *a, **k: safe.append(k["weights_only"]) or read(*a, **k))
     state = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, folder / name)
+    arguments = argparse.Namespace(model="x", lr=1e-3)  # as training scripts leave them there
+    torch.save({"state_dict": {f"module.{key}": v for key, v in state.items()}, "args": arguments}, folder / name)
     loaded = foveal.load(folder)
     assert torch.equal(answer(loaded), answer(trained[0]))
     assert safe == [True]

@@ -54,7 +54,7 @@ DILATIONS = {
 }
 DROP_PATH = {"mini": 0.2, "tiny": 0.2, "small": 0.3, "base": 0.5, "large": 0.35}
 LAYER_SCALE = {"nat_small", "nat_base", "dinat_base"}
-MODELS = [name for name in foveal.backbones.list_models() if not name.startswith("test_")]
+MODELS = sorted(name for name in foveal.backbones.nat.default_cfgs if not name.startswith("test_"))
 
 
 def on_meta(name: str, **kwargs) -> nn.Module:

@@ -90,6 +90,22 @@ def test_info() -> None:
     assert set(facts["weights"]) == {"in22k", "in22k_ft_in1k"}
 
 
+@pytest.mark.parametrize("name", [name for name in foveal.list_models() if name.startswith("test_")])
+def test_every_family_has_a_card(name: str) -> None:
+    """Source, licence, differences and how they were checked, for the family of each model."""
+    result = call("info", name, "--card")
+    assert result.exit_code == 0
+    for part in ("arXiv", "## Variants", "## Differences", "## Verified"):
+        assert part in result.stdout
+    assert any(licence in result.stdout for licence in ("Apache-2.0", "MIT", "licence"))
+
+
+def test_what_users_must_know_is_said() -> None:
+    assert "reconstruction" in call("info", "ascan_tiny").stdout
+    assert "no licence" in call("info", "care_s0").stdout
+    assert call("info", "resnet18", "--card").exit_code == 2
+
+
 def test_predict(run: Path, image: Path) -> None:
     result = call("predict", image, "--model", run, "--top", 5)
     assert result.exit_code == 0
@@ -191,7 +207,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", ""], 2, "the model name is empty"),
         (["info", "dinat_tinny"], 2, "nearest: dinat_tiny"),
         (["info", "dinat_tiny.in2k"], 2, "its tags: in1k"),
-        (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no published weights. Train it"),
+        (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no weights to fetch. Train it"),
         (["predict", "x.png", "--model", "runs/none"], 2, "'runs/none' is no model name"),
         (["export", "test_foveal_nat", "--to", "coreml", "--output", "x"], 2, "the formats are safetensors, onnx"),
     ],

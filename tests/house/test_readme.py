@@ -18,7 +18,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     names: dict = {}
     for example in EXAMPLES:
         exec(compile(example, "README.md", "exec"), names)

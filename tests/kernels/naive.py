@@ -54,3 +54,38 @@ def attention(q, k, v, kernel_size, stride, dilation, boundary, table=None, fact
                     total = sum(weights)
                     out[b, y, x, n] = sum(w / total * value for w, value in zip(weights, values, strict=True))
     return out
+
+
+def aggregate(weights, v, kernel_size, dilation, boundary):
+    """weights: [B, H, W, N, Kh * Kw], v: [B, H, W, N, D], both float64; loops over every query and key."""
+    batch, height, width, heads, _ = v.shape
+    out = torch.zeros_like(v)
+    for y in range(height):
+        rows = window(y, height, kernel_size[0], 1, dilation[0], boundary)
+        for x in range(width):
+            columns = window(x, width, kernel_size[1], 1, dilation[1], boundary)
+            for b in range(batch):
+                for n in range(heads):
+                    for i, (ky, _) in enumerate(rows):
+                        for j, (kx, _) in enumerate(columns):
+                            if ky is not None and kx is not None:
+                                out[b, y, x, n] += weights[b, y, x, n, i * kernel_size[1] + j] * v[b, ky, kx, n]
+    return out
+
+
+def logits(q, k, kernel_size, dilation, table=None):
+    """q, k: [B, H, W, N, D], float64, boundary "shift" -> [B, H, W, N, Kh * Kw]."""
+    batch, height, width, heads, _ = q.shape
+    out = torch.zeros(batch, height, width, heads, kernel_size[0] * kernel_size[1], dtype=torch.float64)
+    for y in range(height):
+        rows = window(y, height, kernel_size[0], 1, dilation[0], "shift")
+        for x in range(width):
+            columns = window(x, width, kernel_size[1], 1, dilation[1], "shift")
+            for b in range(batch):
+                for n in range(heads):
+                    for i, (ky, row) in enumerate(rows):
+                        for j, (kx, column) in enumerate(columns):
+                            logit = q[b, y, x, n] @ k[b, ky, kx, n]
+                            bias = 0.0 if table is None else table[n, row, column]
+                            out[b, y, x, n, i * kernel_size[1] + j] = logit + bias
+    return out

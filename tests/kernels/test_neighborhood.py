@@ -158,6 +158,170 @@ def test_layers_of_dinat(size, heads, dilation):
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+HALO = {"kernel_size": (14, 14), "stride": 8}
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "options"),
+    [
+        ((2, 16, 24, 3, 8), "factored", {**HALO, "boundary": "zero"}),
+        ((1, 16, 16, 4, 16), "factored-per-head", {**HALO, "boundary": "mask"}),
+        ((2, 21, 13, 2, 8), "factored", {**HALO, "boundary": "mask"}),
+        ((1, 5, 7, 2, 8), "factored", {**HALO, "boundary": "zero"}),
+        ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
+        ((1, 17, 22, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
+        ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "dilation": (2, 3), "boundary": "mask"}),
+        ((1, 17, 22, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "dilation": (3, 4), "boundary": "mask"}),
+        ((1, 4, 22, 3, 8), "table", {"kernel_size": (7, 7), "dilation": (1, 4), "boundary": "mask"}),
+    ],
+    ids=[
+        "halo-zero",
+        "halo-mask-per-head",
+        "halo-ragged",
+        "halo-less-than-a-block",
+        "window",
+        "window-ragged",
+        "grid",
+        "grid-uneven",
+        "grid-small",
+    ],
+)
+@pytest.mark.parametrize("piece", [tiled.PIECE, 20000])
+def test_layers_of_halonet_and_maxvit(shape, bias, options, piece, monkeypatch):
+    monkeypatch.setattr(tiled, "PIECE", piece)
+    leaves, rule = inputs(shape, 12, options["kernel_size"], bias)
+    got = with_gradients(leaves, rule, "tiled", **options)
+    want = with_gradients(leaves, rule, "reference", **options)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+def peak_bytes(call):
+    """Most memory that PyTorch holds at once during a call, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(("size", "heads", "depth"), [(16, 4, 32), (32, 8, 16)], ids=["map16", "map32"])
+def test_halo_attention_takes_a_third_of_timms_memory(size, heads, depth):
+    """Beyond inputs, output and gradients; the projections are replaced by their results."""
+    from timm.layers.halo_attn import HaloAttn
+
+    channels = heads * depth
+    module = HaloAttn(channels, num_heads=heads, block_size=8, halo_size=3)
+    q, kv = (torch.randn(1, size, size, n * channels, requires_grad=True) for n in (1, 2))
+    module.q, module.kv = (torch.nn.Identity() for _ in range(2))
+    module.q.forward, module.kv.forward = (lambda _, t=t: t.permute(0, 3, 1, 2) for t in (q, kv))
+    tables = module.pos_embed.height_rel, module.pos_embed.width_rel
+    weight = torch.randn(1, size, size, channels)
+
+    def theirs():
+        return module(torch.empty(1, channels, size, size)).permute(0, 2, 3, 1)
+
+    def ours():
+        k, v = kv.unflatten(-1, (heads, 2 * depth)).split(depth, -1)
+        shifted = (torch.nn.functional.pad(t[3:], (0, 0, 0, 3)) for t in tables)
+        options = {**HALO, "boundary": "zero", "bias": FactoredBias(*shifted)}
+        return neighborhood_attention(q.unflatten(-1, (heads, depth)), k, v, **options).flatten(3)
+
+    def infer(attend):
+        with torch.no_grad():
+            return [attend()]
+
+    def train(attend):
+        out = attend()
+        return [out, *torch.autograd.grad(out, (q, kv, *tables), weight)]
+
+    for step in (infer, train):
+        got, want = step(ours), step(theirs)
+        assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+        results = sum(t.nbytes for t in got)
+        mine, timms = (peak_bytes(lambda f=f, step=step: step(f)) - results for f in (ours, theirs))
+        assert 0 < mine <= timms / 3, step.__name__
+
+
+@pytest.mark.parametrize("bias", ["table", "factored", "factored-per-head"])
+def test_only_inputs_are_kept_for_the_backward(bias, monkeypatch):
+    if bias == "table":  # more than one piece: small calls keep their probabilities
+        monkeypatch.setattr(tiled, "PIECE", 10000)
+    leaves, rule = inputs((2, 16, 16, 2, 8), None, (6, 6), bias)
+    inputs_at = {t.untyped_storage().data_ptr() for t in leaves}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        neighborhood_attention(*leaves[:3], kernel_size=6, stride=4, boundary="zero", bias=rule, backend="tiled")
+    assert len(kept) == len(leaves)
+    assert {t.untyped_storage().data_ptr() for t in kept} <= inputs_at
+
+
+def test_table_is_expanded_once_in_eval_and_never_stale(monkeypatch):
+    expansions = []
+    expand = tiled._pattern_bias
+    monkeypatch.setattr(tiled, "_pattern_bias", lambda *a: expansions.append(a) or expand(*a))
+    module = Attention(kernel_size=4, stride=4, boundary="mask")
+    x = tensors(2, 8, 8, 2, 8)
+
+    def check(expected, calls=2, table=None, **options):
+        expansions.clear()
+        want_table = TableBias((module.table if table is None else table).detach().clone())
+        want = neighborhood_attention(*x, bias=want_table, backend="reference", **module.options)
+        for _ in range(calls):
+            with torch.inference_mode(options.get("inference", False)), torch.no_grad():
+                torch.testing.assert_close(module(*x), want)
+        assert len(expansions) == expected
+
+    tiled._expanded.clear()
+    check(1)
+    check(0, inference=True)
+    module.table.data.copy_(torch.randn(2, 7, 7))  # neither identity nor version changes
+    check(1)
+    module.table.detach().numpy()[0, 3, 3] += 1
+    check(1)
+    module.load_state_dict({"table": torch.randn(2, 7, 7)})
+    check(1)
+    module.table.data = torch.randn(2, 7, 7)
+    check(1)
+    torch.nn.init.zeros_(module.table)
+    check(1, inference=True)
+    check(0)
+    module.options["dilation"] = 2
+    check(1)
+    module.double()
+    x = tensors(2, 8, 8, 2, 8, dtype=torch.float64)
+    check(1)
+    module.table.data.fill_(float("nan"))  # unequal to itself: expanded every time
+    expansions.clear()
+    with torch.no_grad():
+        assert module(*x).isnan().any() and module(*x).isnan().any()
+    assert len(expansions) == 2
+    module.table.data.normal_()
+
+    module(*x).sum().backward()  # with gradients nothing is kept
+    tiled._expanded.clear()
+    module(*x)
+    assert not len(tiled._expanded)
+    check(1)
+    assert len(tiled._expanded) == 1
+    del module.table
+    assert not len(tiled._expanded)
+
+
+def test_kept_expansions_are_bounded(monkeypatch):
+    x = tensors(1, 8, 8, 2, 8)
+    modules = [Attention(kernel_size=4, stride=4, boundary="mask").requires_grad_(False) for _ in range(5)]
+    tiled._expanded.clear()
+    modules[0](*x)
+    (size,) = (sum(t.nbytes for t in kept) for _, _, kept in tiled._expanded.values())
+    monkeypatch.setattr(tiled, "CONSTANT_BYTES", 3 * size)
+    for module in modules:
+        module(*x)
+        assert len(tiled._expanded) <= 3
+
+
 @pytest.mark.parametrize("name", ["reference", "tiled"])
 @pytest.mark.parametrize("bias", [None, "table", "factored"])
 @pytest.mark.parametrize(

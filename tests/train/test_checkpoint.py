@@ -1,5 +1,6 @@
 """Checkpoints that are cut, foreign, or meet a full disk: nothing is half loaded, nothing good is lost."""
 
+import argparse
 import errno
 import os
 import resource
@@ -160,6 +161,12 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     torch.save({"a": Path("x")}, path)  # any class beyond tensors and plain values
     with pytest.raises(CheckpointError, match="can't be read as a checkpoint"):
         load_initial(tiny(), path)
+
+
+def test_arguments_beside_the_tensors(tmp_path):
+    path = tmp_path / "published.pth.tar"
+    torch.save({"state_dict": tiny().state_dict(), "args": argparse.Namespace(lr=1e-3)}, path)
+    assert load_initial(tiny(), path) == []
 
 
 def test_truncated_weights(tmp_path):

@@ -1,12 +1,13 @@
 """Models with a second head: the auxiliary loss, and learning from a teacher."""
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 
 from foveal.configs.schema import ClassifyConfig, ConfigError
-from foveal.train.classify import Task, Teacher, distillation_loss, prepare_heads, train
+from foveal.train.classify import Task, Teacher, distillation_loss, evaluate, prepare_heads, train
 
 from .conftest import QUICK
 
@@ -77,13 +78,26 @@ def test_distillation(kind, heads):
     torch.testing.assert_close(distillation_loss(taught, answers, kind, 2.0), part)
 
 
+def test_the_teacher_leaves_the_auxiliary_head_alone():
+    torch.manual_seed(0)
+    model, (images, targets) = TwoHeads(), batch()
+    config = recipe(loss=dict(auxiliary=0.4), distill=dict(teacher="x", alpha=0.3))
+    prepare_heads(model, config)
+    answers = torch.randn(6, 4)
+    got = Task(config, list("abcd"), None, 4, 1, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    x = images.flatten(1)
+    labels = F.cross_entropy(model.head(x), targets) + 0.4 * F.cross_entropy(model.other(x), targets)
+    torch.testing.assert_close(got, 0.7 * labels + 0.3 * F.cross_entropy(model.head(x), answers.argmax(1)))
+
+
 def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
     torch.manual_seed(0)
     trained = timm.create_model("test_foveal_dinat", num_classes=4).eval()
     trained.pretrained_cfg |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "num_classes": 4}
-    timm.models.save_for_hf(trained, tmp_path, safe_serialization=True)
+    labels = dict(label_names=["ape", "bee", "cat", "dog"])
+    timm.models.save_for_hf(trained, tmp_path, model_config=labels, safe_serialization=True)
     seen_by_student = {"input_size": (3, 32, 32), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    teacher = Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"))
+    teacher = Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"), ["ape", "bee", "cat", "dog"])
     raw = torch.rand(2, 3, 32, 32)
 
     def normalized(mean, std):
@@ -95,6 +109,8 @@ def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
     assert not got.requires_grad
     with pytest.raises(ConfigError, match="has 4 classes, the model has 5"):
         Teacher(str(tmp_path), 5, seen_by_student, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"distill.teacher: class 'bee' is number 1 of .*, here 0"):
+        Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"), ["bee", "ape", "cat", "dog"])
     with pytest.raises(ConfigError, match=r"distill.teacher: .*no_such"):
         Teacher("no_such", 4, seen_by_student, torch.device("cpu"))
 
@@ -110,6 +126,37 @@ def test_a_run_teaches_another(tmp_path, capsys):
     capsys.readouterr()
     assert train(path, [*taught, "resume=auto", "distill.kind=soft"]) == 1
     assert "belongs to another run: distillation was" in capsys.readouterr().out.replace("\n", " ")
+
+
+SECOND_HEAD = """\
+model: {name: %s, kwargs: %s}
+data: {kind: digits, image_size: 32, in_chans: 1, mean: [0.3], std: [0.37], limit: 128, val_limit: 64}
+augment: {hflip: 0.0}
+schedule: {epochs: 1}
+train: {batch_size: 32, threads: 1, ema_decay: 0.9}
+"""
+
+
+def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
+    """An auxiliary head, which is part of what is saved; and a distillation head that learns from that run."""
+    overlock, care = tmp_path / "overlock.yaml", tmp_path / "care.yaml"
+    overlock.write_text(SECOND_HEAD % ("test_foveal_overlock", "{aux_head: true}"))
+    care.write_text(SECOND_HEAD % ("test_foveal_care", "{}"))
+    run = tmp_path / "run"
+    assert train(overlock, [f"output={run}"]) == 1
+    assert "give it a weight, or leave the head out of model.kwargs" in " ".join(capsys.readouterr().out.split())
+    assert train(overlock, [f"output={run}", "loss.auxiliary=0.4"]) == 0
+    saved = safetensors.torch.load_file(run / "best" / "model.safetensors")
+    assert "aux_head.2.weight" in saved
+    assert evaluate(str(run)) == 0
+    assert train(care, [f"output={tmp_path / 'taught'}", f"distill.teacher={run}"]) == 0
+    first, second = (
+        safetensors.torch.load_file(tmp_path / "taught" / "last" / "model.safetensors")[f"{name}.fc.bias"]
+        for name in ("head", "dist_head")
+    )
+    assert (first != 0).any()
+    assert (second != 0).any()
+    assert not torch.equal(first, second)
 
 
 def test_an_auxiliary_head_that_is_not_there(tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     for output in (run, run / "best", run / ".." / run.name):
         with pytest.raises(ValueError, match="is what is exported; choose another folder"):
             export(run, "safetensors", output, force=True)
-    with pytest.raises(ValueError, match="no published weights"):
+    with pytest.raises(ValueError, match="no weights to fetch"):
         export("test_foveal_nat", "onnx", tmp_path / "x")
     with pytest.raises(OSError, match=r"absent\.png: no such file"):
         export(run, "safetensors", tmp_path / "x", images=[tmp_path / "absent.png"])

@@ -1,0 +1,531 @@
+"""AsCAN: convolutional blocks first, transformer blocks last. A reconstruction.
+
+Paper: AsCAN: Asymmetric Convolution-Attention Networks for Efficient Recognition and Generation (Kag et al., NeurIPS
+2024, arXiv:2411.04967). **This is a reconstruction: the paper's code and weights are not public; the layout is ours;
+the figures it was made to match (55 M parameters and 7.7 GMACs, 98 M and 16.7, 173 M and 30.7) are remembered, not
+verified against the paper.**
+
+What the paper's abstract and overview figure state: a convolutional stem, four stages of convolutional (C) and
+transformer (T) blocks, distributed asymmetrically, with more C early and more T late; plain attention in the T blocks;
+pooling and a classifier. What the rest is here:
+
+* the grammar: a string of ``C`` and ``T`` for each stage, see `AsCAN`;
+* C is FusedMBConv (EfficientNetV2, arXiv:2104.00298): 3x3 convolution to ``expansion`` times the width, squeeze and
+  excitation, 1x1 convolution back, and a residual;
+* T is a pre-norm transformer block: attention over the whole map with relative position bias, and an MLP;
+* every stage halves the map: a C at its start has stride 2, in the 3x3 convolution and in a 1x1 convolution for the
+  residual; before a T at its start comes a 3x3 convolution of stride 2 with a norm.
+
+Feature maps are channels-last between the blocks, ``[B, H, W, C]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, SqueezeExcite, get_act_layer, get_norm_layer, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .attention import FullAttention2d, RelativePositionTable, resample_table
+from .layers import Backbone, drop_path_rates, init_weights, take_indices, to_format
+
+__all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
+
+NORMS = ("batchnorm2d", "groupnorm1", "layernorm2d")
+ACTIVATIONS = ("gelu", "hard_swish", "relu", "silu")
+POSITIONS = ("bias", "none")
+
+
+class ConvNormAct(nn.Module):
+    """Convolution (an odd length is halved upwards by stride 2), norm, and activation if one is named; NCHW."""
+
+    def __init__(
+        self, in_chs: int, out_chs: int, kernel_size: int, stride: int, norm_layer: str, act_layer: str | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+        self.norm = get_norm_layer(norm_layer)(out_chs)
+        self.act = nn.Identity() if act_layer is None else get_act_layer(act_layer)()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def reparameterize(self) -> None:
+        """Fold a BatchNorm into the convolution, in place."""
+        bn = self.norm
+        if getattr(bn, "running_var", None) is not None:  # synchronized and frozen ones, too
+            self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
+                self.conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+            self.conv.bias.requires_grad_(self.conv.weight.requires_grad)
+            self.norm = nn.Identity()
+
+
+class ConvBlock(nn.Module):
+    """C: FusedMBConv. ``[B, H, W, in_chs]`` to ``[B, H', W', dim]``; with stride 2 lengths are halved upwards."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        dim: int,
+        stride: int,
+        expansion: float,
+        se_ratio: float,
+        norm_layer: str,
+        act_layer: str,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden, squeezed = int(dim * expansion), int(dim * se_ratio)
+        self.expand = ConvNormAct(in_chs, hidden, 3, stride, norm_layer, act_layer)
+        act = get_act_layer(act_layer)
+        self.se = SqueezeExcite(hidden, rd_channels=squeezed, act_layer=act) if squeezed else nn.Identity()
+        self.project = ConvNormAct(hidden, dim, 1, 1, norm_layer)
+        straight = stride == 1 and in_chs == dim
+        self.shortcut = nn.Identity() if straight else ConvNormAct(in_chs, dim, 1, stride, norm_layer)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 3, 1, 2)
+        y = self.project(self.se(self.expand(x)))
+        return (self.shortcut(x) + self.drop_path(y)).permute(0, 2, 3, 1)
+
+
+class TransformerBlock(nn.Module):
+    """T: pre-norm attention over the whole map and MLP. ``[B, H, W, dim]`` to the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int] | None,
+        mlp_ratio: float,
+        act_layer: str,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = FullAttention2d(dim, num_heads, map_size, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class AsCANStage(nn.Module):
+    """Blocks at one resolution; ``downsample`` halves the map before a stage that begins with T."""
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class AsCAN(Backbone):
+    """AsCAN, a reconstruction: see the head of this file. Takes images of any size.
+
+    Args:
+        img_size: the size trained at, an int or (height, width). Position bias tables are for the maps of this size,
+            and taken as they are there; for other maps they are resampled, see `set_input_size`.
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the stages cannot keep their resolution.
+        stages: for each of the four stages its blocks, a string of ``C`` and ``T``, such as ``"CCT"``.
+        embed_dims: channels per stage.
+        stem_width: channels of the stem's two 3x3 convolutions, the first of stride 2.
+        expansion: hidden channels of a C block, relative to ``embed_dims``.
+        se_ratio: channels of its squeeze and excitation, relative to ``embed_dims``; 0 for none.
+        mlp_ratio: hidden channels of the MLP of a T block, relative to ``embed_dims``.
+        head_dim: channels of an attention head; divides the channels of every stage that has a T.
+        norm_layer: norm of stem, C blocks and downsamplers: ``"batchnorm2d"``, ``"groupnorm1"`` or ``"layernorm2d"``.
+            T blocks have LayerNorm.
+        act_layer: activation of all: ``"gelu"``, ``"hard_swish"``, ``"relu"`` or ``"silu"``.
+        position: ``"bias"``, relative position bias tables, or ``"none"``.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the attention projection and in the MLP.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
+        out_norm: add a LayerNorm per stage, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to
+            their maps, for dense prediction.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        stages: Sequence[str] = ("CC", "CC", "CCTTTTT", "CTTTTTT"),
+        embed_dims: Sequence[int] = (80, 160, 320, 640),
+        stem_width: int = 64,
+        expansion: float = 4.0,
+        se_ratio: float = 0.25,
+        mlp_ratio: float = 4.0,
+        head_dim: int = 32,
+        norm_layer: str = "batchnorm2d",
+        act_layer: str = "gelu",
+        position: str = "bias",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        _check_layout(stages, embed_dims, head_dim)
+        for name, value, choices in (
+            ("norm_layer", norm_layer, NORMS),
+            ("act_layer", act_layer, ACTIVATIONS),
+            ("position", position, POSITIONS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        self.in_chans = in_chans
+        self.img_size = _image_size(img_size)
+        self.out_norm = out_norm
+        self.reparameterized = False
+
+        self.stem = nn.Sequential(
+            ConvNormAct(in_chans, stem_width, 3, 2, norm_layer, act_layer),
+            ConvNormAct(stem_width, stem_width, 3, 1, norm_layer, act_layer),
+        )
+        rates = drop_path_rates(drop_path_rate, [len(stage) for stage in stages])
+        modules = []
+        self.feature_info = []
+        before = stem_width
+        for i, (stage, dim) in enumerate(zip(stages, embed_dims, strict=True)):
+            stride = 4 * 2**i
+            downsample = ConvNormAct(before, dim, 3, 2, norm_layer) if stage[0] == "T" else None
+            blocks = []
+            for j, kind in enumerate(stage):
+                if kind == "C":
+                    options = (expansion, se_ratio, norm_layer, act_layer)
+                    blocks.append(ConvBlock(before, dim, 2 if j == 0 else 1, *options, drop_path=rates[i][j]))
+                else:
+                    block = TransformerBlock(
+                        dim,
+                        dim // head_dim,
+                        _map_size(self.img_size, stride) if position == "bias" else None,
+                        mlp_ratio,
+                        act_layer,
+                        proj_drop=proj_drop_rate,
+                        attn_drop=attn_drop_rate,
+                        drop_path=rates[i][j],
+                    )
+                    blocks.append(block)
+                before = dim
+            modules.append(AsCANStage(downsample, blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
+            if out_norm:
+                self.add_module(f"norm{i}", nn.LayerNorm(dim))
+        self.stages = nn.Sequential(*modules)
+        self.norm = nn.LayerNorm(before)
+        init_weights(self)
+        self._init_head(before, num_classes, global_pool, drop_rate)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample the position bias tables, for good, to the maps of another size of image.
+
+        Without it, images of another size than ``img_size`` work just as well; their tables are then resampled in
+        passing. It is for training on at another size. The tables become new parameters; make the optimizer afterwards.
+
+        Raises:
+            ValueError: on a size that is no positive int or pair of them; the model is untouched.
+        """
+        self.img_size = _image_size(img_size)
+        for stage, info in zip(self.stages, self.feature_info, strict=False):  # there may be fewer stages: pruned
+            for module in stage.modules():
+                if isinstance(module, RelativePositionTable):
+                    module.set_window_size(_map_size(self.img_size, info["reduction"]))
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
+        return {name for name, _ in self.named_parameters() if _is_table(name)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
+        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the stages.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n stages if an int, these stages if a sequence, all if None.
+            norm: apply the final norm to the last stage's map (it fits no other). A model with ``out_norm`` applies
+                its stage norms instead, always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, h, w, C]``, maps). With ``stop_early`` the final
+            features are those of the last stage that ran, without the final norm if that is not the last of all.
+        """
+        take, last = take_indices(len(self.stages), indices)
+        stop = last if stop_early or intermediates_only else len(self.stages) - 1
+        final = len(self.feature_info) - 1
+        maps = []
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for i in range(stop + 1):
+            x = self.stages[i](x)
+            if i in take:
+                y = self.norm(x) if norm and i == final and not self.out_norm else x
+                y = getattr(self, f"norm{i}")(y) if self.out_norm else y
+                maps.append(to_format(y, output_fmt))
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if stop == final else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        if self.out_norm:
+            for i in set(range(len(self.stages))) - set(take):
+                delattr(self, f"norm{i}")
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
+        return self.norm(self.stages(self.stem(x).permute(0, 2, 3, 1)))
+
+    def reparameterize(self) -> AsCAN:
+        """Fold every BatchNorm into the convolution before it, in place, for inference.
+
+        The outputs are those of evaluation mode up to rounding; in training mode, too, there is no BatchNorm anymore.
+        Repeating it changes nothing. The state dict then has other names, and fits only a model that was
+        reparameterized as well.
+
+        Returns:
+            The model itself.
+        """
+        for module in self.modules():
+            if isinstance(module, ConvNormAct):
+                module.reparameterize()
+        self.reparameterized = True
+        return self
+
+
+def _image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = tuple(to_2tuple(img_size))
+    if len(size) != 2 or not all(isinstance(length, int) and length > 0 for length in size):
+        raise ValueError(f"img_size must be a positive int or a pair (rows, columns) of them, got {img_size!r}")
+    return size
+
+
+def _map_size(img_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
+
+
+def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: int) -> None:
+    if isinstance(stages, str) or len(stages) != 4 or not all(isinstance(stage, str) for stage in stages):
+        raise ValueError(f"stages must be four strings, the blocks of each stage, got {stages!r}")
+    for i, stage in enumerate(stages):
+        if not stage or set(stage) - set("CT"):
+            raise ValueError(f"a stage is a string of C and T with at least one of them; stage {i} is {stage!r}")
+    if len(embed_dims) != 4:
+        raise ValueError(f"embed_dims must have four entries, one for each stage, got {tuple(embed_dims)}")
+    for i, (stage, dim) in enumerate(zip(stages, embed_dims, strict=True)):
+        if "T" in stage and dim % head_dim:
+            raise ValueError(f"embed_dims[{i}] = {dim} is not divisible by head_dim {head_dim}, and stage {i} has a T")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(".relative_position_bias_table")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint of these models as a state dict of ``model``. Changes neither argument.
+
+    There are no published checkpoints. Understood are state dicts of these models, also as wrapped by ``features_only``
+    or ``DistributedDataParallel``, and position bias tables for another ``img_size``, which are resampled. Norms that
+    the other kind of model does not have, those of ``out_norm`` or the final one, stay as they are.
+
+    Args:
+        state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
+        model: the model that is to load the result.
+
+    Raises:
+        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    state_dict = dict(state_dict)
+    own = model.state_dict()
+
+    norms = {f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")} & set(own)
+    if not norms & set(state_dict):
+        state_dict.update({name: own[name] for name in norms})
+    if not any(name.startswith(("norm.", "head.")) for name in state_dict):  # of features_only
+        state_dict.update({name: own[name] for name in ("norm.weight", "norm.bias")})
+    missing = sorted(name for name in set(own) - set(state_dict) if not name.startswith("head."))
+    unexpected = sorted(name for name in set(state_dict) - set(own) if not name.startswith("head."))
+    if missing or unexpected:
+        folded = "stem.0.norm.weight" not in state_dict and "stem.0.conv.bias" in state_dict
+        raise ValueError(
+            "the checkpoint is of a reparameterized model: make the model, call reparameterize(), then load_state_dict"
+            if folded and not model.reparameterized
+            else f"the checkpoint is not of this model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    for name in state_dict:
+        if _is_table(name):
+            rows, columns = own[name].shape[1:]
+            state_dict[name] = resample_table(state_dict[name], ((rows + 1) // 2, (columns + 1) // 2))
+    return state_dict
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NOTES = (
+    "A reconstruction: the paper's code and weights are not public; the layout is ours; the figures it was made to "
+    "match are remembered, not verified against the paper.",
+)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0.conv",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": None,
+        "paper_ids": "arXiv:2411.04967",
+        "notes": _NOTES,
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ascan_tiny.untrained": _cfg(),
+        "ascan_base.untrained": _cfg(),
+        "ascan_large.untrained": _cfg(),
+        "test_foveal_ascan.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"AsCAN"``."""
+    return "AsCAN"
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> AsCAN:
+    return build_model_with_cfg(
+        AsCAN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def ascan_tiny(pretrained: bool = False, **kwargs: Any) -> AsCAN:
+    """AsCAN-Tiny, 55.5 M parameters. A reconstruction, not verified against the paper."""
+    stages = ("CC", "CC", "CC" + 5 * "T", "C" + 6 * "T")
+    args = dict(stages=stages, embed_dims=(80, 160, 320, 640), drop_path_rate=0.3)
+    return _create("ascan_tiny", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def ascan_base(pretrained: bool = False, **kwargs: Any) -> AsCAN:
+    """AsCAN-Base, 98.4 M parameters. A reconstruction, not verified against the paper."""
+    stages = ("CC", "CCCCT", "CCC" + 10 * "T", "C" + 6 * "T")
+    args = dict(stages=stages, embed_dims=(96, 192, 384, 768), drop_path_rate=0.4)
+    return _create("ascan_base", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def ascan_large(pretrained: bool = False, **kwargs: Any) -> AsCAN:
+    """AsCAN-Large, 173.4 M parameters. A reconstruction, not verified against the paper."""
+    stages = ("CCC", "CCCCT", "CC" + 13 * "T", "C" + 6 * "T")
+    args = dict(stages=stages, embed_dims=(128, 256, 512, 1024), drop_path_rate=0.5)
+    return _create("ascan_large", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_foveal_ascan(pretrained: bool = False, **kwargs: Any) -> AsCAN:
+    """A very small AsCAN, for tests and demonstrations."""
+    args = dict(
+        img_size=64, stages=("C", "CT", "CT", "TT"), embed_dims=(16, 16, 32, 64), stem_width=16, expansion=2, head_dim=8
+    )
+    return _create("test_foveal_ascan", pretrained, **{**args, **kwargs})

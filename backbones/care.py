@@ -1,0 +1,599 @@
+"""CARE: convolution and linear attention, decoupled and fused twice.
+
+Paper: CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction (Zhou et al., CVPR
+2025, arXiv:2411.16170). The authors' repository, https://github.com/zhouyuan888888/CARE-Transformer, carries no
+licence, neither for the code nor for the weights. Written anew here; checkpoints in the authors' format load unchanged
+and give the published outputs.
+
+A block splits its channels in four equal parts. The first is a memory that passes by; the others go through a global
+operation (a pair of strip convolutions in the first two stages, linear attention in the last two), a 3x3 and a 7x7
+depthwise convolution. One interaction (an inverted residual without a residual around the whole) fuses the three,
+another one fuses the result with the memory.
+
+The network ends in two classifiers, one of which the authors trained by distillation. Their mean is the answer.
+
+Parameters carry the authors' names. Feature maps are ``[B, C, H, W]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import nn
+
+from .layers import POOLS, Backbone, drop_path_rates, init_weights, take_indices
+
+__all__ = ["CARE", "checkpoint_filter_fn", "family"]
+
+
+class TokenMixer(nn.Module):
+    """The memory, a global operation, a 3x3 and a 7x7 depthwise convolution, each on a quarter of the channels.
+
+    Args:
+        dim: channels.
+        head_dim: channels per head of the linear attention; None for strip convolutions in its place.
+    """
+
+    def __init__(self, dim: int, head_dim: int | None) -> None:
+        super().__init__()
+        part = dim // 4
+        self.head_dim = head_dim
+        if head_dim is None:
+            self.dwconvatt_1 = nn.Conv2d(part, part, (11, 1), padding=(5, 0), groups=part)
+            self.dwconvatt_2 = nn.Conv2d(part, part, (1, 11), padding=(0, 5), groups=part)
+        else:
+            if part % head_dim:
+                raise ValueError(f"{part} channels of attention (embed_dim {dim}) are not divisible by {head_dim=}")
+            self.qk = nn.Conv2d(part, 2 * part, 1)
+        self.dwconv1 = nn.Conv2d(part, part, 3, padding=1, groups=part)
+        self.dwconv2 = nn.Conv2d(part, part, 7, padding=3, groups=part)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, C, H, W]`` to the memory ``[B, C / 4, H, W]`` and the features ``[B, 3 * C / 4, H, W]``."""
+        memory, a, b, c = x.chunk(4, dim=1)
+        if self.head_dim is None:
+            a = self.dwconvatt_1(a) + self.dwconvatt_2(a)
+        else:
+            a = linear_attention(self.qk(a), a, self.head_dim)
+        return memory, torch.cat([a, self.dwconv1(b), self.dwconv2(c)], dim=1)
+
+
+def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Attention without a softmax, linear in the number of positions: with ``q, k = elu(qk) + 1``,
+    ``q (k^T v / N) / (q . mean(k) + 1e-6)`` over the N positions of the map.
+
+    The sums over positions are taken in float32 at least, also under autocast.
+
+    Args:
+        qk: ``[B, 2 * C, H, W]``, queries first.
+        v: ``[B, C, H, W]``.
+        head_dim: consecutive channels of a head; divides C.
+
+    Returns:
+        ``[B, C, H, W]`` in the dtype of ``v``.
+    """
+    B, C, H, W = v.shape
+    dtype = v.dtype
+    wide = torch.promote_types(torch.promote_types(dtype, qk.dtype), torch.float32)
+    device = v.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return linear_attention(qk.to(wide), v.to(wide), head_dim).to(dtype)
+    # positions come last: [B, heads, head_dim, N]
+    q, k = (F.elu(qk.to(wide)) + 1.0).reshape(B, 2, C // head_dim, head_dim, H * W).unbind(1)
+    v = v.to(wide).reshape(B, C // head_dim, head_dim, H * W)
+    vk = v @ k.mT / (H * W)
+    z = k.mean(-1).unsqueeze(-2) @ q + 1e-6
+    return (vk @ q / z).reshape(B, C, H, W).to(dtype)
+
+
+class Interaction(nn.Module):
+    """The dual interaction: fuses the features among themselves, then with the memory.
+
+    Args:
+        dim: channels.
+        ratios: hidden channels of the two, relative to theirs (three quarters of ``dim``, and ``dim``).
+        project: bring the output back to ``dim`` channels and add the input; without, there are ``ratios[1] * dim``.
+    """
+
+    def __init__(self, dim: int, ratios: tuple[int, int], project: bool = True) -> None:
+        super().__init__()
+        features = dim // 4 * 3
+        hidden = features * ratios[0]
+        self.inter1_norm = nn.BatchNorm2d(features)
+        self.inter1_fc1 = nn.Conv2d(features, hidden, 1)
+        self.inter1_conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.inter1_fc2 = nn.Conv2d(hidden, features, 1)
+        hidden = dim * ratios[1]
+        self.inter2_norm = nn.BatchNorm2d(dim)
+        self.inter2_fc1 = nn.Conv2d(dim, hidden, 1)
+        self.inter2_conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.inter2_fc2 = nn.Conv2d(hidden, dim, 1) if project else None
+
+    def forward(self, memory: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.inter1_fc2(self.inter1_conv(F.gelu(self.inter1_fc1(self.inter1_norm(x)))))
+        x = torch.cat([memory, x], dim=1)
+        y = self.inter2_conv(F.gelu(self.inter2_fc1(self.inter2_norm(x))))
+        return y if self.inter2_fc2 is None else x + self.inter2_fc2(y)
+
+
+class CAREBlock(nn.Module):
+    """Token mixer and interaction with LayerScale and stochastic depth around both.
+
+    ``expand`` makes it the last block of the network, which widens to ``ratios[1] * dim`` channels for the classifiers
+    and has neither LayerScale nor a residual.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratios: tuple[int, int],
+        head_dim: int | None,
+        drop_path: float = 0.0,
+        expand: bool = False,
+    ) -> None:
+        super().__init__()
+        self.token_mixer = TokenMixer(dim, head_dim)
+        self.inter_layer = Interaction(dim, ratios, project=not expand)
+        self.register_parameter("gamma", None if expand else nn.Parameter(torch.full((dim,), 1e-6)))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 and not expand else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inter_layer(*self.token_mixer(x))
+        return y if self.gamma is None else x + self.drop_path(self.gamma[:, None, None] * y)
+
+
+class CAREStage(nn.Module):
+    """BatchNorm and a 2x2 convolution of stride 2 (none before the first stage), then blocks."""
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[CAREBlock]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.downsample is not None:
+            x = self.downsample(_at_least(x, 2))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Append zeros at the bottom and the right of maps smaller than ``size``, of which nothing would be left."""
+    bottom, right = max(0, size - x.shape[-2]), max(0, size - x.shape[-1])
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+class CAREHead(nn.Module):
+    """GELU, LayerNorm and Linear over the last axis."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(F.gelu(x)))
+
+
+class CARE(Backbone):
+    """CARE Transformer. Takes images of any size.
+
+    The stem and the downsamplers do not pad: a length that they do not divide loses its remainder at the bottom and
+    the right, as in the authors' code. Where nothing would be left, the input is padded with just enough zeros.
+
+    The memory format is that of the input; ``torch.channels_last`` is the faster one on a CPU.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes of both classifiers, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the stages cannot keep their resolution.
+        embed_dims: channels per stage, divisible by 4.
+        depths: blocks per stage.
+        ratios: per stage the expansion of the two interactions. The last block of the last stage has
+            ``ratios[-1][1] * embed_dims[-1]`` output channels.
+        head_dims: per stage the channels of an attention head; None for strip convolutions in place of attention.
+        drop_rate: dropout before the classifiers.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0. The last block itself has
+            no residual, and so none.
+        out_norm: add a LayerNorm per stage, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to
+            their maps, for dense prediction. This is ours: the authors published no such models.
+
+    Attributes:
+        distilled_training: see `set_distilled_training`.
+        reparameterized: see `reparameterize`.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    output_fmt = "NCHW"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        embed_dims: Sequence[int] = (32, 64, 128, 256),
+        depths: Sequence[int] = (2, 4, 8, 4),
+        ratios: Sequence[tuple[int, int]] = ((2, 2), (2, 4), (4, 4), (4, 4)),
+        head_dims: Sequence[int | None] = (None, None, 16, 32),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        lengths = {"embed_dims": len(embed_dims), "ratios": len(ratios), "head_dims": len(head_dims)}
+        if set(lengths.values()) != {len(depths)}:
+            raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
+        if any(dim % 4 for dim in embed_dims):
+            raise ValueError(f"embed_dims must be divisible by 4, got {tuple(embed_dims)}")
+        if min(depths) < 1:
+            raise ValueError(f"depths must be at least 1, got {tuple(depths)}")
+        self.in_chans = in_chans
+        self.out_norm = out_norm
+        self.distilled_training = False
+        self.reparameterized = False
+
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, embed_dims[0], 4, stride=4), nn.BatchNorm2d(embed_dims[0]))
+        rates = drop_path_rates(drop_path_rate, depths)
+        last = (len(depths) - 1, depths[-1] - 1)
+        stages = []
+        self.feature_info = []
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            downsample = None
+            if i > 0:
+                before = embed_dims[i - 1]
+                downsample = nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, dim, 2, stride=2))
+            blocks = [
+                CAREBlock(dim, ratios[i], head_dims[i], drop_path=rates[i][j], expand=(i, j) == last)
+                for j in range(depth)
+            ]
+            stages.append(CAREStage(downsample, blocks))
+            channels = dim * ratios[i][1] if i == last[0] else dim
+            self.feature_info.append(dict(num_chs=channels, reduction=4 * 2**i, module=f"stages.{i}"))
+            if out_norm:
+                self.add_module(f"norm{i}", LayerNorm2d(channels))
+        self.stages = nn.Sequential(*stages)
+        init_weights(self)
+        self._init_head(self.feature_info[-1]["num_chs"], num_classes, global_pool, drop_rate)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        for name in ("head", "dist_head"):
+            head = CAREHead(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+            init_weights(head)
+            setattr(self, name, head)
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        """The two classifiers, the distilled one second: Linears, or Identities without classes."""
+        return (self.head.fc, self.dist_head.fc) if self.num_classes else (self.head, self.dist_head)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both classifiers, norms included, by new ones for ``num_classes`` (0: none), and the pooling if one
+        is given."""
+        super().reset_classifier(num_classes, global_pool)
+        like = next(self.parameters())
+        self.dist_head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Let `forward` return the pair (logits, distilled logits) in training mode instead of their mean."""
+        self.distilled_training = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        fine = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm\d", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
+        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the stages.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n stages if an int, these stages if a sequence, all if None.
+            norm: without effect, there is no final norm. A model with ``out_norm`` applies its stage norms, always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
+            features are those of the last stage that ran.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
+        take, last = take_indices(len(self.stages), indices)
+        stop = last if stop_early or intermediates_only else len(self.stages) - 1
+        maps = []
+        x = self._stem(x)
+        for i in range(stop + 1):
+            x = self.stages[i](x)
+            if i in take:
+                y = getattr(self, f"norm{i}")(x) if self.out_norm else x
+                maps.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        if self.out_norm:
+            for i in set(range(len(self.stages))) - set(take):
+                delattr(self, f"norm{i}")
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(_at_least(x, 4))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
+        return self.stages(self._stem(x))
+
+    def forward_head(
+        self, x: torch.Tensor, pre_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
+        x = self.head_drop(self.global_pool(x))
+        if pre_logits or not self.num_classes:
+            return x
+        if self.global_pool.is_identity():  # the classifiers take the channels last
+            x = x.permute(0, 2, 3, 1)
+        logits, distilled = self.head(x), self.dist_head(x)
+        if self.global_pool.is_identity():
+            logits, distilled = logits.permute(0, 3, 1, 2), distilled.permute(0, 3, 1, 2)
+        if self.training and self.distilled_training:
+            return logits, distilled
+        return (logits + distilled) / 2
+
+    def reparameterize(self) -> CARE:
+        """Fold every BatchNorm into the convolution beside it, in place, for inference.
+
+        The outputs are those of evaluation mode up to rounding; in training mode, too, there is no BatchNorm anymore.
+        All of them stand beside a convolution without padding, so that folding is exact up to the border. Repeating it
+        changes nothing. `checkpoint_filter_fn` exchanges state dicts between both forms.
+
+        Returns:
+            The model itself.
+        """
+        if not self.reparameterized:
+            whole = self.state_dict()
+            folded = fold_batch_norms(whole)
+            for name in whole:
+                if name.endswith(".running_var"):  # BatchNorms, synchronized and frozen ones, too
+                    self.set_submodule(name.removesuffix(".running_var"), nn.Identity())
+            self.load_state_dict(folded)
+            self.reparameterized = True
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_EPS = nn.BatchNorm2d(1).eps
+
+
+def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of `CARE` as one of `CARE.reparameterize`; nothing is changed. Computed in float64.
+
+    Raises:
+        ValueError: if something that belongs to a BatchNorm of it is missing.
+    """
+    out = dict(state_dict)
+    for name in state_dict:
+        if not name.endswith(".running_var"):
+            continue
+        bn = name.removesuffix(".running_var")
+        if bn == "stem.1":  # the only one that follows its convolution
+            conv = "stem.0"
+        elif bn.endswith(".downsample.0"):
+            conv = bn.removesuffix("0") + "1"
+        else:
+            conv = bn.removesuffix("norm") + "fc1"
+        needed = [f"{bn}.{leaf}" for leaf in _BATCH_NORM[:4]] + [f"{conv}.weight", f"{conv}.bias"]
+        missing = [each for each in needed if each not in out]
+        if missing:
+            raise ValueError(f"the checkpoint is not of this model: {name} cannot be folded without {_some(missing)}")
+        gain, offset, mean, var, weight, bias = (out[each] for each in needed)
+        for leaf in _BATCH_NORM:
+            out.pop(f"{bn}.{leaf}", None)
+        scale = gain.double() * (var.double() + _EPS).rsqrt()
+        shift = offset.double() - mean.double() * scale
+        if bn == "stem.1":
+            w = weight.double() * scale[:, None, None, None]
+            b = bias.double() * scale + shift
+        else:
+            w = weight.double() * scale[:, None, None]
+            b = bias.double() + (weight.double() * shift[:, None, None]).sum((1, 2, 3))
+        out[f"{conv}.weight"], out[f"{conv}.bias"] = w.to(weight.dtype), b.to(bias.dtype)
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint as a state dict of ``model``. Changes neither argument.
+
+    Understood are the authors' checkpoints, whose names are those of these models, and state dicts of these models,
+    also as wrapped by ``features_only`` or ``DistributedDataParallel``. A model that was reparameterized takes the
+    others' folded. A model that was not takes a reparameterized checkpoint with BatchNorms that do nothing: the answers
+    are the same, but training would go on from neutral statistics.
+
+    The norms of an ``out_norm`` model stay as they are if the checkpoint has none: they are new there.
+
+    Args:
+        state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
+        model: the model that is to load the result.
+
+    Raises:
+        ValueError: if the parameter names (the classifiers' aside, which timm handles) are not those of the model.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    state_dict = dict(state_dict)
+    own = model.state_dict()
+
+    batch_norms = [name.removesuffix(".running_var") for name in own if name.endswith(".running_var")]
+    if not batch_norms:
+        state_dict = fold_batch_norms(state_dict)
+    elif not any(f"{bn}.{leaf}" in state_dict for bn in batch_norms for leaf in _BATCH_NORM):  # a reparameterized one
+        neutral = (torch.ones_like, torch.zeros_like, torch.zeros_like, torch.ones_like, torch.zeros_like)
+        for bn in batch_norms:
+            for leaf, fill in zip(_BATCH_NORM, neutral, strict=True):
+                state_dict[f"{bn}.{leaf}"] = fill(own[f"{bn}.{leaf}"])
+            state_dict[f"{bn}.running_var"] -= _EPS
+
+    norms = {name for name in own if name.startswith("norm")}
+    if not norms & set(state_dict):
+        state_dict.update({name: own[name] for name in norms})
+    if not model.num_classes:
+        state_dict = {name: value for name, value in state_dict.items() if not _of_head(name)}
+    missing = sorted(name for name in set(own) - set(state_dict) if not _of_head(name))
+    unexpected = sorted(name for name in set(state_dict) - set(own) if not _of_head(name))
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint is not of this model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    return state_dict
+
+
+def _of_head(name: str) -> bool:
+    return name.startswith(("head.", "dist_head."))
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NOTES = (
+    "The authors' repository carries no licence, neither for their code nor for their weights.",
+    "Their weights are on Google Drive only and not fetched: download CARETrans_S*.pth.tar from the folder linked in "
+    "their repository and pass pretrained=True, pretrained_cfg_overlay=dict(file=PATH).",
+)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": ("head.fc", "dist_head.fc"),
+        "license": "none stated",
+        "origin_url": "https://github.com/zhouyuan888888/CARE-Transformer",
+        "paper_ids": "arXiv:2411.16170",
+        "notes": _NOTES,
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "care_s0.in1k": _cfg(),
+        "care_s1.in1k": _cfg(),
+        "care_s2.in1k": _cfg(),
+        "test_foveal_care.untrained": _cfg(
+            input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None, notes=None
+        ),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"CARE"``."""
+    return "CARE"
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> CARE:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
+    return build_model_with_cfg(
+        CARE,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def care_s0(pretrained: bool = False, **kwargs: Any) -> CARE:
+    """CARE-S0, 7.3 M parameters."""
+    args = dict(embed_dims=(32, 64, 128, 256), depths=(2, 4, 8, 4), ratios=((2, 2), (2, 4), (4, 4), (4, 4)))
+    return _create("care_s0", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def care_s1(pretrained: bool = False, **kwargs: Any) -> CARE:
+    """CARE-S1, 9.6 M parameters."""
+    args = dict(embed_dims=(32, 64, 128, 256), depths=(3, 6, 10, 6), ratios=((2, 4), (2, 4), (4, 4), (4, 4)))
+    return _create("care_s1", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def care_s2(pretrained: bool = False, **kwargs: Any) -> CARE:
+    """CARE-S2, 19.5 M parameters."""
+    args = dict(embed_dims=(32, 64, 192, 384), depths=(3, 6, 10, 6), ratios=((4, 4), (4, 4), (4, 4), (4, 4)))
+    return _create("care_s2", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_foveal_care(pretrained: bool = False, **kwargs: Any) -> CARE:
+    """A very small CARE, for tests and demonstrations."""
+    args = dict(embed_dims=(16, 16, 32, 64), depths=(1, 1, 2, 2), ratios=((2, 2),) * 4, head_dims=(None, None, 4, 8))
+    return _create("test_foveal_care", pretrained, **{**args, **kwargs})

@@ -1,0 +1,560 @@
+"""HaloNet, and timm's convolutional hybrids with its attention.
+
+Paper: Scaling Local Self-Attention for Parameter Efficient Visual Backbones (Vaswani et al., CVPR 2021,
+arXiv:2103.12731). Its authors published neither code nor weights.
+
+* **HaloNet** (``halo_h0`` ... ``halo_h7``) is a ResNet with blocked local attention in place of every 3x3 convolution.
+  Written from the paper's table; the parameter counts are the paper's. No trained weights exist.
+* **Hybrids** (``halo26t``, ``halo50ts`` ...) are timm's own networks, `timm.models.byobnet.ByobNet` with timm's
+  configurations (Apache-2.0), in which `replace_attention` has put this package's attention. Their parameters, their
+  answers and their methods are timm's, so timm's published weights load; they take any input size besides, need a
+  fraction of the memory, and are named like timm's without "net".
+
+Feature maps are ``[B, C, H, W]``, in PyTorch's channels_last memory format behind the first attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, get_norm_act_layer
+from timm.layers.halo_attn import HaloAttn
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
+from timm.models.byoanet import model_cfgs
+from timm.models.byobnet import ByobNet
+from torch import nn
+
+from .attention import HaloAttention2d
+from .layers import Backbone, drop_path_rates, take_indices, to_format
+
+__all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
+
+
+class HaloBlock(nn.Module):
+    """Bottleneck of a 1x1 convolution to ``dim``, halo attention with values of ``value_dim``, and a 1x1 convolution to
+    ``out_dim``, each with batch norm; the shortcut is projected where the shape changes or ``project`` asks for it."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        value_dim: int,
+        out_dim: int,
+        *,
+        stride: int,
+        num_heads: int,
+        block_size: int,
+        halo_size: int,
+        boundary: str,
+        act_layer: str,
+        project: bool,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.conv1_1x1 = ConvNormAct(in_dim, dim, 1, act_layer=act_layer)
+        self.self_attn = HaloAttention2d(
+            dim,
+            value_dim,
+            stride=stride,
+            num_heads=num_heads,
+            head_dim=dim // num_heads,
+            block_size=block_size,
+            halo_size=halo_size,
+            boundary=boundary,
+        )
+        self.post_attn = get_norm_act_layer("batchnorm2d", act_layer)(value_dim)
+        self.conv3_1x1 = ConvNormAct(value_dim, out_dim, 1, apply_act=False)
+        self.shortcut = ConvNormAct(in_dim, out_dim, 1, stride=stride, apply_act=False) if project else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.act = create_act_layer(act_layer, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.post_attn(self.self_attn(self.conv1_1x1(x)))
+        y = self.drop_path(self.conv3_1x1(y))
+        return self.act(y + self.shortcut(x))
+
+
+class HaloNet(Backbone):
+    """HaloNet. Takes images of any size.
+
+    The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens the values alone and ``out_ratio`` the
+    blocks' outputs alone: with both, the parameter counts are those of the paper.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the stages cannot keep their resolution.
+        widths: channels of queries and keys per stage, a multiple of ``num_heads``.
+        depths: blocks per stage.
+        num_heads: attention heads, in every stage.
+        block_size: the paper's b.
+        halo_size: the paper's h.
+        value_ratio: the paper's r_v, channels of the values over those of the queries.
+        out_ratio: the paper's r_b, channels of a block's output over those of the queries.
+        num_features: the paper's d_f, channels of a last 1x1 convolution; None for no such convolution.
+        stem_dim: channels of the stem, a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2.
+        boundary: what attention sees outside the map: ``"mask"`` nothing, as in the paper; ``"zero"`` keys and values
+            of zero, as in timm.
+        act_layer: activation, by timm's name.
+        zero_init_last: begin with blocks that are their shortcuts (the last batch norm's weights are 0).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
+        out_norm: add a LayerNorm over the channels per stage, ``norm0`` ..., that `forward_intermediates` and
+            ``features_only`` apply to their maps.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    output_fmt = "NCHW"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (3, 3, 7, 3),
+        num_heads: int = 8,
+        block_size: int = 8,
+        halo_size: int = 3,
+        value_ratio: float = 1.0,
+        out_ratio: float = 1.0,
+        num_features: int | None = None,
+        stem_dim: int = 64,
+        boundary: str = "mask",
+        act_layer: str = "relu",
+        zero_init_last: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        if len(widths) != len(depths):
+            raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
+        if any(width % num_heads for width in widths):
+            raise ValueError(f"widths {tuple(widths)} are not all divisible by num_heads {num_heads}")
+        self.in_chans = in_chans
+        self.out_norm = out_norm
+        self.grad_checkpointing = False
+
+        stem = OrderedDict(
+            conv1=ConvNormAct(in_chans, stem_dim, 7, stride=2, act_layer=act_layer),
+            pool=nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.stem = nn.Sequential(stem)
+        rates = drop_path_rates(drop_path_rate, depths)
+        stages = []
+        self.feature_info = []
+        dim = stem_dim
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            blocks = []
+            for j in range(depth):
+                block = HaloBlock(
+                    dim,
+                    width,
+                    int(width * value_ratio),
+                    int(width * out_ratio),
+                    stride=2 if i > 0 and j == 0 else 1,
+                    num_heads=num_heads,
+                    block_size=block_size,
+                    halo_size=halo_size,
+                    boundary=boundary,
+                    act_layer=act_layer,
+                    project=j == 0,
+                    drop_path=rates[i][j],
+                )
+                blocks.append(block)
+                dim = int(width * out_ratio)
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+        if num_features is None:
+            self.final_conv = nn.Identity()
+        else:
+            self.final_conv = ConvNormAct(dim, num_features, 1, act_layer=act_layer)
+            dim = num_features
+            self.feature_info[-1] |= dict(num_chs=dim, module="final_conv")
+        if out_norm:
+            for i, info in enumerate(self.feature_info):
+                self.add_module(f"norm{i}", LayerNorm2d(info["num_chs"]))
+        self._init_weights(zero_init_last)
+        self._init_head(dim, num_classes, global_pool, drop_rate)
+
+    def _init_weights(self, zero_init_last: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d) and not m.weight.is_meta:
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for m in self.modules():
+            if isinstance(m, HaloAttention2d) and not m.q.weight.is_meta:
+                m.reset_parameters()  # not those of other convolutions
+            if isinstance(m, HaloBlock) and zero_init_last:
+                nn.init.zeros_(m.conv3_1x1.bn.weight)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position embeddings."""
+        return {name for name, _ in self.named_parameters() if name.endswith("_rel")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return dict(stem=r"^stem", blocks=[(blocks, None), (r"^final_conv|^norm", (99999,))])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Stage ``i``; the final convolution belongs to the last one."""
+        x = checkpoint_seq(self.stages[i], x) if self.grad_checkpointing else self.stages[i](x)
+        return self.final_conv(x) if i == len(self.feature_info) - 1 else x
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the stages, the last one behind the final convolution.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n stages if an int, these stages if a sequence, all if None.
+            norm: changes nothing, there is no final norm. A model with ``out_norm`` applies its level norms, always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
+            features are those of the last stage that ran.
+        """
+        take, last = take_indices(len(self.stages), indices)
+        stop = last if stop_early or intermediates_only else len(self.stages) - 1
+        maps = []
+        x = self.stem(x)
+        for i in range(stop + 1):
+            x = self._stage(i, x)
+            if i in take:
+                y = getattr(self, f"norm{i}")(x) if self.out_norm else x
+                maps.append(to_format(y.permute(0, 2, 3, 1), output_fmt))
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        if self.out_norm:
+            for i in set(range(len(self.stages))) - set(take):
+                delattr(self, f"norm{i}")
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.final_conv = nn.Identity()
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
+        x = self.stem(x)
+        for i in range(len(self.stages)):
+            x = self._stage(i, x)
+        return x
+
+
+def replace_attention(model: nn.Module) -> dict[str, str]:
+    """Put this package's halo attention in place of every `timm.layers.halo_attn.HaloAttn` of a model.
+
+    Answers and gradients stay what they were, on the same parameters: the new modules hold the old ones' (shared, not
+    copied), so names, state dicts, devices, dtypes, ``requires_grad``, training mode and a running optimizer stay
+    valid. What changes is that no unfolded windows are made, and that any map size works, not multiples of the block
+    alone. Classes derived from timm's are left alone, as are hooks: those on a replaced module itself are lost.
+
+    Args:
+        model: any module, changed in place.
+
+    Returns:
+        What was replaced: the module's name to a line that describes it; empty if there was nothing.
+
+    Raises:
+        ValueError: if ``model`` itself is the attention, which has no parent to be replaced in; make the new one with
+            `HaloAttention2d.from_timm`.
+    """
+    if type(model) is HaloAttn:
+        raise ValueError("the model is itself a HaloAttn; HaloAttention2d.from_timm(module) makes the new module")
+    new: dict[HaloAttn, HaloAttention2d] = {}  # a module used in two places stays one
+    replaced = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is HaloAttn:
+            if module not in new:
+                new[module] = HaloAttention2d.from_timm(module)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new[module])
+            replaced[name] = new[module].extra_repr()
+    return replaced
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint of a `HaloNet` as a state dict of ``model``. Changes neither argument.
+
+    Nobody has published weights of HaloNet, so this only unwraps: checkpoints under ``state_dict`` or ``model``, names
+    that begin with ``module.`` or ``model.``. A checkpoint without level norms leaves those of an ``out_norm`` model.
+    The hybrids' checkpoints are timm's and need nothing.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    level_norms = {name: value for name, value in model.state_dict().items() if name.startswith("norm")}
+    return {**level_norms, **state_dict}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PAPER = "arXiv:2103.12731"
+_UNPUBLISHED = (
+    "no weights are published, by the authors or by timm",
+    "written from the paper's table, with its parameter counts; heads (8 in every stage), activation (ReLU) and the "
+    "shortcuts (projected in the first block of a stage) are this package's choice",
+)
+_HYBRID = "timm's network, weights and answers, with this package's attention: any input size, less memory"
+_FIXED = (
+    "timm's network, weights and answers, with this package's halo attention; its other attention layers are timm's "
+    "and take one input size, img_size="
+)
+
+
+def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (math.ceil(size / 32), math.ceil(size / 32)),
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1.conv",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": _PAPER,
+        "notes": _UNPUBLISHED,
+        **kwargs,
+    }
+
+
+def _timm_cfg(name: str, notes: str = _HYBRID) -> dict[str, Any]:
+    """timm's own entry for the weights ``name``, found at the same address."""
+    cfg = get_pretrained_cfg(name)
+    kept = (
+        "url hf_hub_id num_classes input_size pool_size fixed_input_size crop_pct interpolation mean std first_conv "
+        "classifier license"
+    )
+    return {
+        **{key: getattr(cfg, key) for key in kept.split()},
+        "origin_url": "https://github.com/huggingface/pytorch-image-models",
+        "paper_ids": _PAPER,
+        "notes": (notes,),
+    }
+
+
+# our name: timm's configuration, timm's weights
+_HYBRIDS = {
+    "halo26t": ("halonet26t", "halonet26t.a1h_in1k"),
+    "halo50ts": ("halonet50ts", "halonet50ts.a1h_in1k"),
+    "sehalo33ts": ("sehalonet33ts", "sehalonet33ts.ra2_in1k"),
+    "eca_haloext26ts": ("eca_halonext26ts", "eca_halonext26ts.c1_in1k"),
+    "haloregz_b": ("haloregnetz_b", "haloregnetz_b.ra3_in1k"),
+    "lamhalobot50ts_256": ("lamhalobotnet50ts", "lamhalobotnet50ts_256.a1h_in1k"),
+    "halo2bot50ts_256": ("halo2botnet50ts", "halo2botnet50ts_256.a1h_in1k"),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "halo_h0.untrained": _cfg(256),
+        "halo_h1.untrained": _cfg(256),
+        "halo_h2.untrained": _cfg(256),
+        "halo_h3.untrained": _cfg(320),
+        "halo_h4.untrained": _cfg(384),
+        "halo_h5.untrained": _cfg(448),
+        "halo_h6.untrained": _cfg(512),
+        "halo_h7.untrained": _cfg(600),
+        **{
+            f"{name}.{weights.partition('.')[2]}": _timm_cfg(weights, _FIXED if name.endswith("_256") else _HYBRID)
+            for name, (_, weights) in _HYBRIDS.items()
+        },
+        "test_foveal_halonet.untrained": _cfg(64, notes=()),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"HaloNet"``, or ``"HaloNet hybrid"`` for timm's networks."""
+    return "HaloNet hybrid" if name in _HYBRIDS else "HaloNet"
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> HaloNet:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
+    return build_model_with_cfg(
+        HaloNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def _byobnet(**kwargs: Any) -> ByobNet:
+    model = ByobNet(**kwargs)
+    replace_attention(model)
+    return model
+
+
+def _create_hybrid(variant: str, pretrained: bool, **kwargs: Any) -> ByobNet:
+    return build_model_with_cfg(
+        _byobnet,
+        variant,
+        pretrained,
+        model_cfg=model_cfgs[_HYBRIDS[variant][0]],
+        feature_cfg=dict(flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def halo_h0(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H0, 5.5 M parameters, for 256 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 7, 3), block_size=8, halo_size=3, out_ratio=0.5)
+    return _create("halo_h0", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h1(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H1, 8.1 M parameters, for 256 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 10, 3), block_size=8, halo_size=3, out_ratio=1.0)
+    return _create("halo_h1", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h2(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H2, 9.4 M parameters, for 256 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 11, 3), block_size=8, halo_size=3, out_ratio=1.25)
+    return _create("halo_h2", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h3(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H3, 11.8 M parameters, for 320 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 12, 3), block_size=10, halo_size=3, out_ratio=1.5, num_features=1024)
+    return _create("halo_h3", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h4(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H4, 19.1 M parameters, for 384 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 12, 3), block_size=12, halo_size=2, out_ratio=3.0, num_features=1280)
+    return _create("halo_h4", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h5(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H5, 30.7 M parameters, for 448 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 23, 3), block_size=14, halo_size=2, value_ratio=2.5, out_ratio=2.0, num_features=1536)
+    return _create("halo_h5", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h6(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H6, 43.5 M parameters, for 512 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 24, 3), block_size=8, halo_size=4, value_ratio=3.0, out_ratio=2.75, num_features=1536)
+    return _create("halo_h6", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo_h7(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """HaloNet-H7, 67.4 M parameters, for 600 pixels. No weights are published."""
+    args = dict(depths=(3, 3, 26, 3), block_size=10, halo_size=3, value_ratio=4.0, out_ratio=3.5, num_features=2048)
+    return _create("halo_h7", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def halo26t(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's halonet26t, 12.5 M parameters: halo attention at the end of stage 3 and in stage 4 of a ResNet-26-T."""
+    return _create_hybrid("halo26t", pretrained, **kwargs)
+
+
+@register_model
+def halo50ts(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's halonet50ts, 22.7 M parameters: halo attention in stages 2 to 4 of a ResNet-50-T with SiLU."""
+    return _create_hybrid("halo50ts", pretrained, **kwargs)
+
+
+@register_model
+def sehalo33ts(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's sehalonet33ts, 13.7 M parameters: halo attention in stages 2 to 4 of an SE-ResNet-33-T with SiLU."""
+    return _create_hybrid("sehalo33ts", pretrained, **kwargs)
+
+
+@register_model
+def eca_haloext26ts(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's eca_halonext26ts, 10.8 M parameters: halo attention in stages 3 and 4 of an ECA-ResNeXt-26-T with SiLU."""
+    return _create_hybrid("eca_haloext26ts", pretrained, **kwargs)
+
+
+@register_model
+def haloregz_b(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's haloregnetz_b, 11.7 M parameters: halo attention in stages 3 and 4 of a RegNetZ."""
+    return _create_hybrid("haloregz_b", pretrained, **kwargs)
+
+
+@register_model
+def lamhalobot50ts_256(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's lamhalobotnet50ts_256, 22.6 M parameters: lambda, halo and bottleneck attention in stages 2, 3 and 4. The
+    last takes one input size, ``img_size=``."""
+    return _create_hybrid("lamhalobot50ts_256", pretrained, **kwargs)
+
+
+@register_model
+def halo2bot50ts_256(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """timm's halo2botnet50ts_256, 22.6 M parameters: halo attention in stages 2 and 3, bottleneck attention in stage 4.
+    The last takes one input size, ``img_size=``."""
+    return _create_hybrid("halo2bot50ts_256", pretrained, **kwargs)
+
+
+@register_model
+def test_foveal_halonet(pretrained: bool = False, **kwargs: Any) -> HaloNet:
+    """A very small HaloNet, for tests and demonstrations."""
+    args = dict(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=2, block_size=4, halo_size=1, stem_dim=16)
+    args |= dict(value_ratio=1.5, out_ratio=2.0, num_features=96, zero_init_last=False)
+    return _create("test_foveal_halonet", pretrained, **{**args, **kwargs})

@@ -1,0 +1,675 @@
+"""MaxViT.
+
+Paper: MaxViT: Multi-Axis Vision Transformer (Tu et al., ECCV 2022, arXiv:2204.01697). Code and weights of the authors:
+Apache-2.0, https://github.com/google-research/maxvit; timm holds them converted to PyTorch (``maxvit_*_tf_*``), and
+those load here unchanged and give timm's outputs.
+
+A convolutional stem of stride 2, then four stages of blocks. A block is an MBConv (the first of a stage halves the
+map), attention inside windows (block attention) and attention across a grid over the whole map (grid attention), each
+attention with its own MLP. The stem and MBConv are timm's; the attention is written anew, on this package's operation.
+
+timm's models take the size they were made for, or multiples of it. These take any: see ``partition`` of `MaxViT`.
+
+Where timm gives five feature maps (``features_only``), with the stem's at stride 2, these give the four of the stages.
+
+Feature maps are ``[B, C, H, W]`` at the borders of a stage, in PyTorch's channels_last memory format, so that the
+attention's ``[B, H, W, C]`` is a view of the same memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
+from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .attention import PartitionAttention2d, RelativePositionTable, resample_table
+from .layers import POOLS, drop_path_rates, take_indices, to_format
+
+__all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
+
+_CONV = MaxxVitConvCfg(norm_eps=1e-3, act_layer="gelu_tanh", padding="same")  # TensorFlow's, as published
+_NORM_EPS = 1e-5
+_PARTITION_RATIO = 32  # image size over partition size, as published: the last map is one window
+_TABLE = "relative_position_bias_table"
+
+
+class GELU(nn.Module):
+    """The tanh form of GELU, in place where no gradient needs its input: MBConv's maps are the largest of all, and on a
+    CPU the memory for one more costs as much as the activation itself. Takes only what the layer before made anew."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+class AvgPoolSame(nn.Module):
+    """2x2 average pooling of stride 2. An odd length is padded with a zero that counts, as in timm's `AvgPool2dSame`,
+    which copies the others, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bottom, right = (size % 2 for size in x.shape[-2:])
+        return F.avg_pool2d(F.pad(x, (0, right, 0, bottom)) if bottom or right else x, 2)
+
+
+class PartitionBlock(nn.Module):
+    """Pre-norm partition attention and MLP, each with stochastic depth, on ``[B, H, W, C]``."""
+
+    def __init__(
+        self,
+        attn: PartitionAttention2d,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU, drop=proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class MaxViTBlock(nn.Module):
+    """MBConv, block attention, grid attention (section 3.3, figure 2), on ``[B, C, H, W]``."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        dim: int,
+        stride: int,
+        head_dim: int,
+        partition_size: tuple[int, int],
+        parts: int | None,
+        mlp_ratio: float,
+        proj_drop: float,
+        attn_drop: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.conv = MbConvBlock(in_chs, dim, stride=stride, cfg=_CONV, drop_path=drop_path)
+        self.conv.norm1.act, self.conv.norm2.act = GELU(), GELU()
+        if stride == 2:
+            self.conv.shortcut.pool = AvgPoolSame()
+        for kind in ("block", "grid"):
+            attn = PartitionAttention2d(
+                dim, dim // head_dim, partition_size, kind, parts=parts, attn_drop=attn_drop, proj_drop=proj_drop
+            )
+            self.add_module(f"attn_{kind}", PartitionBlock(attn, dim, mlp_ratio, proj_drop, drop_path))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1)
+        return self.attn_grid(self.attn_block(x)).permute(0, 3, 1, 2)
+
+
+class MaxViTStage(nn.Module):
+    """Blocks at one resolution; the first halves the map before it, an odd length upwards."""
+
+    def __init__(self, blocks: Sequence[MaxViTBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class MaxViT(nn.Module):
+    """MaxViT. Takes images of any size.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the stages cannot keep their resolution.
+        img_size: the image size, an int or (rows, columns), that ``partition_size`` follows from: 1/32 of it, rounded
+            down, at least 1. No other size is refused.
+        partition_size: positions per window and points of the grid along an axis, an int or (rows, columns), in all
+            stages; None for what ``img_size`` says. The position bias tables are for this size; those of a checkpoint
+            for another are resampled on load.
+        partition: what happens to images of a size other than ``img_size``. ``"fixed"``: windows and grids keep
+            ``partition_size``; where it does not divide a map, the ones at the right and the bottom are smaller
+            (timm's answer where timm gives one, multiples of the size). ``"scaled"``: a map keeps the number of windows
+            instead, 8, 4, 2 and 1 along an axis from the first stage to the last; their size follows the map, and the
+            tables are resampled to it (timm's answer for a model of that ``img_size`` with these weights).
+        depths: blocks per stage.
+        dims: channels per stage.
+        stem_width: channels of the stem.
+        head_dim: channels per attention head.
+        mlp_ratio: hidden channels of the MLP, relative to the stage's.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the attention projection and in the MLP.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
+        out_norm: add a LayerNorm per stage, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to
+            their maps, for detection and segmentation.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    output_fmt = "NCHW"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        img_size: int | tuple[int, int] = 224,
+        partition_size: int | tuple[int, int] | None = None,
+        partition: str = "fixed",
+        depths: Sequence[int] = (2, 2, 5, 2),
+        dims: Sequence[int] = (64, 128, 256, 512),
+        stem_width: int = 64,
+        head_dim: int = 32,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        if len(depths) != len(dims):
+            raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
+        if any(dim % head_dim for dim in dims):
+            raise ValueError(f"dims {tuple(dims)} are not all divisible by head_dim {head_dim}")
+        if partition not in ("fixed", "scaled"):
+            raise ValueError(f'partition must be "fixed" or "scaled", got {partition!r}')
+        self.in_chans = in_chans
+        self.partition = partition
+        self.out_norm = out_norm
+        self.drop_rate = drop_rate
+        self.img_size, self.partition_size = _sizes(img_size, partition_size)
+
+        self.stem = Stem(
+            in_chans,
+            stem_width,
+            padding=_CONV.padding,
+            bias=True,
+            act_layer=_CONV.act_layer,
+            norm_layer=_CONV.norm_layer,
+            norm_eps=_CONV.norm_eps,
+        )
+        self.stem.norm1.act = GELU()
+        rates = drop_path_rates(drop_path_rate, depths)
+        stages = []
+        self.feature_info = []
+        for i, depth in enumerate(depths):
+            stride = 4 * 2**i
+            blocks = [
+                MaxViTBlock(
+                    (stem_width if i == 0 else dims[i - 1]) if j == 0 else dims[i],
+                    dims[i],
+                    stride=2 if j == 0 else 1,
+                    head_dim=head_dim,
+                    partition_size=self.partition_size,
+                    parts=_PARTITION_RATIO // stride if partition == "scaled" else None,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=rates[i][j],
+                )
+                for j in range(depth)
+            ]
+            stages.append(MaxViTStage(blocks))
+            self.feature_info.append(dict(num_chs=dims[i], reduction=stride, module=f"stages.{i}"))
+            if out_norm:
+                self.add_module(f"norm{i}", nn.LayerNorm(dims[i], eps=_NORM_EPS))
+        self.stages = nn.Sequential(*stages)
+        _init_weights(self)
+        self.num_features = self.embed_dim = dims[-1]
+        self._set_head(num_classes, global_pool, dims[-1])
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        partition_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Make this a model for another image size: set the windows and resample the position bias tables, in place.
+
+        The tables become new parameters; make the optimizer afterwards.
+
+        Args:
+            img_size: int or (rows, columns); None for the one before.
+            partition_size: int or (rows, columns); None for 1/32 of ``img_size``, rounded down.
+        """
+        img_size = self.img_size if img_size is None else img_size
+        self.img_size, self.partition_size = _sizes(img_size, partition_size)
+        for module in self.modules():
+            if isinstance(module, RelativePositionTable):
+                module.set_window_size(self.partition_size)
+        if hasattr(self, "_model_args"):  # with what timm (from 1.0.30 on) makes this model again from its saved files
+            self._model_args = {**self._model_args, "img_size": self.img_size, "partition_size": self.partition_size}
+            self._traits = {**self._traits, "img_size": self.img_size}
+
+    def reparameterize(self) -> MaxViT:
+        """Fold the batch norms into the convolutions beside them, for deployment; in place, once and for all.
+
+        The outputs in evaluation mode stay the same up to rounding. The names of the parameters do not: such a model
+        neither loads published checkpoints nor should it be trained. Idempotent.
+
+        Returns:
+            self.
+        """
+        _fold(self.stem.conv1, self.stem, "norm1")
+        for module in list(self.modules()):
+            if isinstance(module, MbConvBlock):
+                _fold(module.conv1_1x1, module, "norm1")
+                _fold(module.conv2_kxk, module, "norm2")
+                _fold_before(module.conv1_1x1, module, "pre_norm")
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith(_TABLE)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^norm", (99999,))] if coarse else fine)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def _set_head(self, num_classes: int, global_pool: str, hidden_size: int | None) -> None:
+        pools = [pool for pool in POOLS if pool != "catavgmax"]  # the head's norm is for as many channels as the map's
+        if global_pool not in pools:
+            raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head = NormMlpClassifierHead(
+            self.num_features,
+            num_classes,
+            hidden_size=hidden_size,
+            pool_type=global_pool,
+            drop_rate=self.drop_rate,
+            norm_layer=partial(LayerNorm2d, eps=_NORM_EPS),
+        )
+        self.head_hidden_size = self.head.num_features
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, the last layer of the head: a Linear (a 1x1 Conv2d without pooling), or an Identity."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for ``num_classes`` (0: none), and the pooling if one is given. The norm
+        and the hidden layer of the head keep their weights."""
+        old, like = self.head, next(self.parameters())
+        self._set_head(num_classes, self.global_pool if global_pool is None else global_pool, old.hidden_size)
+        head = self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+        head.norm = old.norm
+        with torch.no_grad():  # Linear and 1x1 Conv2d, as the pooling asks for, differ in shape alone
+            for new, kept in zip(head.pre_logits.parameters(), old.pre_logits.parameters(), strict=True):
+                new.copy_(kept.view_as(new))
+                new.requires_grad_(kept.requires_grad)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the stages.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n stages if an int, these stages if a sequence, all if None.
+            norm: of no effect: MaxViT has no norm over its last map. A model with ``out_norm`` applies its stage norms
+                always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
+            features are those of the last stage that ran.
+        """
+        take, last = take_indices(len(self.stages), indices)
+        stop = last if stop_early or intermediates_only else len(self.stages) - 1
+        maps = []
+        x = self._stem(x)
+        for i in range(stop + 1):
+            x = self.stages[i](x)
+            if i in take:
+                y = x.permute(0, 2, 3, 1)
+                maps.append(to_format(getattr(self, f"norm{i}")(y) if self.out_norm else y, output_fmt))
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list. There
+        is no final norm for ``prune_norm`` to remove."""
+        take, last = take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        if self.out_norm:
+            for i in set(range(len(self.stages))) - set(take):
+                delattr(self, f"norm{i}")
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self._set_head(0, "", None)
+            self.head.norm = nn.Identity()
+            self.head.train(self.training)
+        return take
+
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
+        return self.stages(self._stem(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``: pooled,
+        normalized, through the hidden layer and tanh."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _sizes(
+    img_size: int | tuple[int, int], partition_size: int | tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Image and partition size as pairs."""
+    img_size = tuple(to_2tuple(img_size))
+    if len(img_size) != 2 or min(img_size) < 1:
+        raise ValueError(f"img_size must be a positive int or a pair (rows, columns) of them, got {img_size}")
+    if partition_size is None:
+        return img_size, tuple(max(1, size // _PARTITION_RATIO) for size in img_size)
+    partition_size = tuple(to_2tuple(partition_size))
+    if len(partition_size) != 2 or min(partition_size) < 1:
+        raise ValueError(f"partition_size must be a positive int or a pair (rows, columns), got {partition_size}")
+    return img_size, partition_size
+
+
+def _init_weights(model: nn.Module) -> None:
+    """timm's: convolutions by their fan-out (EfficientNet), Linear layers Xavier-uniform (ViT), biases 0 or nearly."""
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=math.sqrt(2.0 / fan_out))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if "mlp" in name:
+                nn.init.normal_(m.bias, std=1e-6)
+            else:
+                nn.init.zeros_(m.bias)
+
+
+def _fold(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
+    """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
+    norm = getattr(parent, name)
+    if isinstance(norm, nn.BatchNorm2d):
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        setattr(parent, name, norm.act)
+
+
+def _fold_before(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
+    """Fold the batch norm ``name`` of ``parent``, if it still stands, into the 1x1 convolution after it."""
+    norm = getattr(parent, name)
+    if isinstance(norm, nn.BatchNorm2d):
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        with torch.no_grad():
+            conv.bias += conv.weight[:, :, 0, 0] @ shift
+            conv.weight *= scale[:, None, None]
+        setattr(parent, name, nn.Identity())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint of timm's ``maxvit_*_tf_*`` or of these models as a state dict of ``model``. Changes neither.
+
+    The names are the same. Position bias tables for another partition size are resampled, as timm does; the layers of
+    the head change between Linear and 1x1 Conv2d as the pooling asks. A checkpoint without stage norms leaves those of
+    an ``out_norm`` model as they are: they are new there.
+
+    Args:
+        state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``; the prefixes of
+            ``DistributedDataParallel``, ``features_only`` and detectors (``module.``, ``model.``, ``backbone.``) go.
+        model: the model that is to load the result.
+
+    Raises:
+        ValueError: if the parameter names (the head's aside, which timm handles) are not those of the model.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
+    state_dict = backbone or dict(state_dict)
+
+    own = model.state_dict()
+    level_norms = {name for name in own if re.match(r"norm\d", name)}
+    if not level_norms & set(state_dict):
+        state_dict.update({name: own[name] for name in level_norms})
+    _check_names(state_dict, own)
+    for name, value in state_dict.items():
+        if name.endswith(_TABLE):
+            rows, columns = ((size + 1) // 2 for size in own[name].shape[1:])
+            state_dict[name] = resample_table(value, (rows, columns))
+        elif name.startswith("head.") and name in own and value.numel() == own[name].numel():
+            state_dict[name] = value.reshape(own[name].shape)
+    return state_dict
+
+
+def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    def body(names: Any) -> set[str]:
+        return {n for n in names if not n.startswith("head.")}
+
+    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
+    if not missing and not unexpected:
+        return
+    if any(re.match(r"norm\d", name) for name in unexpected):
+        raise ValueError("the checkpoint has a norm per stage: create the model with features_only=True, out_norm=True")
+
+    def some(names: list[str]) -> str:
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SOURCE = dict(origin_url="https://github.com/google-research/maxvit", paper_ids="arXiv:2204.01697")
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    """timm's own entry for the same weights, but for the image size: it is not the only one here."""
+    size, resolution, tag = re.fullmatch(r"maxvit_(\w+)_(\d+)\.(\w+)", name).groups()
+    cfg = get_pretrained_cfg(f"maxvit_{size}_tf_{resolution}.{tag}").to_dict()
+    return {**cfg, "architecture": None, "tag": None, "fixed_input_size": False, **_SOURCE}
+
+
+_TAGS = (
+    *(
+        f"maxvit_{size}_{resolution}.in1k"
+        for size in ("tiny", "small", "base", "large")
+        for resolution in (224, 384, 512)
+    ),
+    *(f"maxvit_{size}_224.in21k" for size in ("base", "large", "xlarge")),
+    *(f"maxvit_{size}_{res}.in21k_ft_in1k" for size in ("base", "large", "xlarge") for res in (384, 512)),
+)
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{name: _cfg(name) for name in _TAGS},
+        "test_foveal_maxvit.untrained": {
+            **_cfg("maxvit_tiny_224.in1k"),
+            **dict(hf_hub_id=None, input_size=(3, 64, 64), pool_size=(2, 2)),
+        },
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"MaxViT"``."""
+    return "MaxViT"
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> MaxViT:
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
+    return build_model_with_cfg(
+        MaxViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+# depths, widths and stochastic depth: table 1 of the paper and the authors' configurations
+_TINY = dict(stem_width=64, depths=(2, 2, 5, 2), dims=(64, 128, 256, 512), drop_path_rate=0.2)
+_SMALL = dict(stem_width=64, depths=(2, 2, 5, 2), dims=(96, 192, 384, 768), drop_path_rate=0.3)
+_BASE = dict(stem_width=64, depths=(2, 6, 14, 2), dims=(96, 192, 384, 768), drop_path_rate=0.4)
+_LARGE = dict(stem_width=128, depths=(2, 6, 14, 2), dims=(128, 256, 512, 1024), drop_path_rate=0.6)
+# its stochastic depth is not published; MaxViT-L's here
+_XLARGE = dict(stem_width=192, depths=(2, 6, 14, 2), dims=(192, 384, 768, 1536), drop_path_rate=0.6)
+
+
+@register_model
+def maxvit_tiny_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Tiny, 31 M parameters, for 224 x 224."""
+    return _create("maxvit_tiny_224", pretrained, **{**_TINY, "img_size": 224, **kwargs})
+
+
+@register_model
+def maxvit_tiny_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Tiny, 31 M parameters, for 384 x 384."""
+    return _create("maxvit_tiny_384", pretrained, **{**_TINY, "img_size": 384, **kwargs})
+
+
+@register_model
+def maxvit_tiny_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Tiny, 31 M parameters, for 512 x 512."""
+    return _create("maxvit_tiny_512", pretrained, **{**_TINY, "img_size": 512, **kwargs})
+
+
+@register_model
+def maxvit_small_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Small, 69 M parameters, for 224 x 224."""
+    return _create("maxvit_small_224", pretrained, **{**_SMALL, "img_size": 224, **kwargs})
+
+
+@register_model
+def maxvit_small_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Small, 69 M parameters, for 384 x 384."""
+    return _create("maxvit_small_384", pretrained, **{**_SMALL, "img_size": 384, **kwargs})
+
+
+@register_model
+def maxvit_small_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Small, 69 M parameters, for 512 x 512."""
+    return _create("maxvit_small_512", pretrained, **{**_SMALL, "img_size": 512, **kwargs})
+
+
+@register_model
+def maxvit_base_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Base, 120 M parameters, for 224 x 224."""
+    return _create("maxvit_base_224", pretrained, **{**_BASE, "img_size": 224, **kwargs})
+
+
+@register_model
+def maxvit_base_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Base, 120 M parameters, for 384 x 384."""
+    return _create("maxvit_base_384", pretrained, **{**_BASE, "img_size": 384, **kwargs})
+
+
+@register_model
+def maxvit_base_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Base, 120 M parameters, for 512 x 512."""
+    return _create("maxvit_base_512", pretrained, **{**_BASE, "img_size": 512, **kwargs})
+
+
+@register_model
+def maxvit_large_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Large, 212 M parameters, for 224 x 224."""
+    return _create("maxvit_large_224", pretrained, **{**_LARGE, "img_size": 224, **kwargs})
+
+
+@register_model
+def maxvit_large_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Large, 212 M parameters, for 384 x 384."""
+    return _create("maxvit_large_384", pretrained, **{**_LARGE, "img_size": 384, **kwargs})
+
+
+@register_model
+def maxvit_large_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-Large, 212 M parameters, for 512 x 512."""
+    return _create("maxvit_large_512", pretrained, **{**_LARGE, "img_size": 512, **kwargs})
+
+
+@register_model
+def maxvit_xlarge_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-XLarge, 475 M parameters, for 224 x 224."""
+    return _create("maxvit_xlarge_224", pretrained, **{**_XLARGE, "img_size": 224, **kwargs})
+
+
+@register_model
+def maxvit_xlarge_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-XLarge, 475 M parameters, for 384 x 384."""
+    return _create("maxvit_xlarge_384", pretrained, **{**_XLARGE, "img_size": 384, **kwargs})
+
+
+@register_model
+def maxvit_xlarge_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """MaxViT-XLarge, 475 M parameters, for 512 x 512."""
+    return _create("maxvit_xlarge_512", pretrained, **{**_XLARGE, "img_size": 512, **kwargs})
+
+
+@register_model
+def test_foveal_maxvit(pretrained: bool = False, **kwargs: Any) -> MaxViT:
+    """A very small MaxViT, for tests and demonstrations."""
+    args = dict(stem_width=16, depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), head_dim=16, img_size=64)
+    return _create("test_foveal_maxvit", pretrained, **{**args, **kwargs})

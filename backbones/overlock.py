@@ -1,0 +1,850 @@
+"""OverLoCK: overview first, look closely next.
+
+Paper: OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels (Lou and Yu, CVPR 2025,
+arXiv:2502.20087). Code and weights of the authors: Apache-2.0, https://github.com/LMMMEng/OverLoCK. Written anew here;
+the published checkpoints load unchanged and give the published outputs.
+
+Three networks in one. The base-net encodes the image up to stride 16 (``blocks1`` to ``blocks3``); the overview-net
+looks at the whole at stride 32 and gives a context (``blocks4``); the focus-net looks again at strides 16 and 32
+(``sub_blocks3``, ``sub_blocks4``), led by this context, which goes along as further channels of the map. Its blocks mix
+by ContMix: a convolution whose kernel each position derives from its affinities to the pooled context.
+
+The large depthwise convolutions are trained with smaller, dilated ones beside them (`DilatedReparam`), which
+`OverLoCK.reparameterize` folds away.
+
+Parameters carry the authors' names. Feature maps are ``[B, C, H, W]``, on a CPU in the channels_last memory format, in
+which depthwise convolutions are several times as fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm2d, create_classifier, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from torch import nn
+
+from .attention import context_mixing
+from .layers import POOLS, Backbone, drop_path_rates, take_indices
+
+__all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
+
+# (kernel, dilation) of the branches beside a large kernel
+BRANCHES = {
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+POOLED = 7  # the context is compared with as 7x7 pooled positions
+
+
+class DilatedReparam(nn.Module):
+    """A large depthwise convolution and smaller, dilated ones beside it, each with a BatchNorm, summed (UniRepLKNet,
+    arXiv:2311.15599).
+
+    Without batch statistics all of them are one convolution. In evaluation mode its kernel is put together at every
+    forward, which costs little beside the convolution; `reparameterize` does so once and for all.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(f"kernel_size must be one of {tuple(BRANCHES)}, got {kernel_size}")
+        self.kernel_size = kernel_size
+        self.reparameterized = False
+        self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        self.origin_bn = nn.BatchNorm2d(dim)
+        for k, d in BRANCHES[kernel_size]:
+            conv = nn.Conv2d(dim, dim, k, padding=d * (k - 1) // 2, dilation=d, groups=dim, bias=False)
+            self.add_module(f"dil_conv_k{k}_{d}", conv)
+            self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(dim))
+        branches, places = (
+            [],
+            [],
+        )  # of each tap of the branches, one after the other: its branch, its place in the kernel
+        for i, (k, d) in enumerate(((kernel_size, 1), *BRANCHES[kernel_size])):
+            at = [kernel_size // 2 + d * (j - k // 2) for j in range(k)]
+            branches += [i] * k**2
+            places += [row * kernel_size + column for row in at for column in at]
+        self.register_buffer("branch_of_tap", torch.tensor(branches), persistent=False)
+        self.register_buffer("place_of_tap", torch.tensor(places), persistent=False)
+
+    def branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The pairs of convolution and norm that are summed."""
+        names = [(f"dil_conv_k{k}_{d}", f"dil_bn_k{k}_{d}") for k, d in BRANCHES[self.kernel_size]]
+        return [(self.lk_origin, self.origin_bn), *((getattr(self, a), getattr(self, b)) for a, b in names)]
+
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight ``[C, 1, K, K]`` and bias ``[C]`` of the one convolution that equals all branches with the norms'
+        running statistics; differentiable."""
+        convs, norms = zip(*self.branches(), strict=True)
+        gain, offset, mean, var = (
+            torch.stack([getattr(bn, name) for bn in norms])
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gain * (var + norms[0].eps).rsqrt()  # branches, C
+        taps = torch.cat([conv.weight.flatten(1) for conv in convs], 1)
+        taps = taps * scale.t().index_select(1, self.branch_of_tap)
+        kernel = taps.new_zeros(len(taps), self.kernel_size**2).index_add(1, self.place_of_tap, taps)
+        return kernel.unflatten(1, (1, self.kernel_size, self.kernel_size)), (offset - mean * scale).sum(0)
+
+    def reparameterize(self) -> None:
+        """Become the one convolution, in place."""
+        if self.reparameterized:
+            return
+        weight, bias = copy.deepcopy(self).double().folded()
+        old = self.lk_origin
+        with torch.device("meta"):
+            conv = nn.Conv2d(old.in_channels, old.in_channels, old.kernel_size, padding=old.padding, groups=old.groups)
+        conv.weight = nn.Parameter(weight.detach().to(old.weight.dtype))
+        conv.bias = nn.Parameter(bias.detach().to(old.weight.dtype))
+        names = [name for name, _ in self.named_children()]
+        for name in [*names, "branch_of_tap", "place_of_tap"]:
+            delattr(self, name)
+        self.lk_origin = conv
+        self.reparameterized = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.reparameterized:
+            return self.lk_origin(x)
+        if self.training:
+            return sum(bn(conv(x)) for conv, bn in self.branches())
+        weight, bias = self.folded()
+        return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=len(bias))
+
+
+class ResDWConv(nn.Conv2d):
+    """3x3 depthwise convolution with a residual."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+class LayerScale(nn.Module):
+    """A factor and an offset per channel."""
+
+    def __init__(self, dim: int, init_value: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), float(init_value)))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias.view(-1, 1, 1), x, self.weight.view(-1, 1, 1))
+
+
+class GRN(nn.Module):
+    """Global response normalization (ConvNeXt V2, arXiv:2301.00808)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        response = response / (response.mean(1, keepdim=True) + 1e-6)
+        return torch.addcmul(self.beta, x, self.gamma * response + 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze and excitation with an eighth of the channels inside, at least 16."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        inner = max(16, dim // 8)
+        self.proj = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, inner, 1), nn.GELU(), nn.Conv2d(inner, dim, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.proj(x)
+
+
+class RepConvBlock(nn.Module):
+    """The block of the base-net and the overview-net: large-kernel convolution and MLP in one residual branch.
+
+    With ``layer_scale`` (its initial value), the scale sits on the identity path, not on the branch.
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int, mlp_ratio: float, layer_scale: float | None, drop_path: float
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.dwconv = ResDWConv(dim)
+        self.proj = nn.Sequential(
+            LayerNorm2d(dim),
+            DilatedReparam(dim, kernel_size),
+            nn.BatchNorm2d(dim),
+            SqueezeExcite(dim),
+            nn.Conv2d(dim, hidden, 1),
+            nn.GELU(),
+            ResDWConv(hidden),
+            GRN(hidden),
+            nn.Conv2d(hidden, dim, 1),
+            DropPath(drop_path) if drop_path > 0 else nn.Identity(),
+        )
+        self.ls = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dwconv(x)
+        return self.ls(x) + self.proj(x)
+
+
+class ContMixBlock(nn.Module):
+    """The block of the focus-net: ContMix, led by the context, and an MLP.
+
+    The map is that of the features and, behind their channels, of the context: ``[B, dim + context_dim, H, W]``.
+
+    Args:
+        dim: channels of the features.
+        context_dim: channels of the context.
+        kernel_sizes: of the two dynamic convolutions, the smaller first; each mixes half of the features' channels.
+            A map with a side shorter than the larger one is resized for ContMix, and the result averaged back.
+        num_heads: heads of each of the two.
+        mlp_ratio: hidden channels of the MLP, relative to ``dim``.
+        layer_scale: initial value of the scales on the identity paths.
+        drop_path: stochastic depth.
+        first: the context comes as it is. In all other blocks it is renewed by the initial one, both scaled.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        kernel_sizes: tuple[int, int],
+        num_heads: int,
+        mlp_ratio: float,
+        layer_scale: float,
+        drop_path: float,
+        first: bool,
+    ) -> None:
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(f"{dim} channels do not split into two halves of {num_heads} heads")
+        self.dims = dim, context_dim
+        self.kernel_size = max(kernel_sizes)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5  # as published: the heads of q and k have half of these channels
+        both, hidden = dim + context_dim, int(dim * mlp_ratio)
+
+        self.x_scale = None if first else LayerScale(context_dim)
+        self.h_scale = None if first else LayerScale(context_dim)
+        self.dwconv1 = ResDWConv(both)
+        self.norm1 = LayerNorm2d(both)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(both, both, 3, padding=1, groups=both),
+            nn.BatchNorm2d(both),
+            nn.GELU(),
+            nn.Conv2d(both, dim, 1),
+            GRN(dim),
+        )
+        self.weight_query = nn.Sequential(nn.Conv2d(dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2))
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
+        )
+        self.weight_proj = nn.Conv2d(POOLED**2, sum(k * k for k in kernel_sizes), 1)
+        for i, k in enumerate(kernel_sizes, 1):
+            self.register_parameter(f"rpb{i}", nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)))
+        self.dyconv_proj = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.lepe = nn.Sequential(DilatedReparam(dim, self.kernel_size), nn.BatchNorm2d(dim))
+        self.se_layer = SqueezeExcite(dim)
+        self.gate = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, both, 1))
+
+        self.dwconv2 = ResDWConv(both)
+        self.norm2 = LayerNorm2d(both)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(both, hidden, 1), nn.GELU(), ResDWConv(hidden), GRN(hidden), nn.Conv2d(hidden, both, 1)
+        )
+        self.ls1 = LayerScale(both, layer_scale)
+        self.ls2 = LayerScale(both, layer_scale)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[B, dim + context_dim, H, W]`` to the same; ``initial``: the context that the focus-net began with,
+        ``[B, context_dim, H, W]``."""
+        if self.x_scale is not None:
+            x, context = x.split(self.dims, 1)
+            x = torch.cat([x, self.x_scale(context) + self.h_scale(initial)], 1)
+        x = self.dwconv1(x)
+        both = self.norm1(x)
+        y = self.fusion(both)
+        mixed = self.dyconv_proj(self._mix(y, both)) + self.lepe(y)
+        x = self.ls1(x) + self.drop_path(self.proj(self.gate(y) * self.se_layer(mixed)))
+        x = self.dwconv2(x)
+        return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _mix(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+        """ContMix of ``x`` ``[B, dim, H, W]`` with kernels from ``both`` ``[B, dim + context_dim, H, W]``."""
+        H, W = x.shape[2:]
+        small = min(H, W) < self.kernel_size
+        if small:
+            size = _enlarged(H, W, self.kernel_size)
+            x, both = (F.interpolate(t, size=size, mode="bilinear", align_corners=False) for t in (x, both))
+        features, context = both.split(self.dims, 1)
+        q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
+        v = x.permute(0, 2, 3, 1)
+        x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(x, (H, W)) if small else x
+
+
+def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
+    """The size with a shorter side of ``least`` and the longer one in proportion, rounded down as the authors do."""
+    if height < width:
+        return least, int(least / height * width)
+    return max(int(least / width * height), least), least
+
+
+class ContextDownsample(nn.Module):
+    """3x3 convolutions of stride 2 with BatchNorm, one for the features and one for the context behind them."""
+
+    def __init__(self, dim: int, dim_out: int, context_dim: int) -> None:
+        super().__init__()
+        self.dims = dim, context_dim
+        self.x_proj = _conv_bn(dim, dim_out, 2)
+        self.h_proj = _conv_bn(context_dim, context_dim, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, context = x.split(self.dims, 1)
+        return torch.cat([self.x_proj(x), self.h_proj(context)], 1)
+
+
+def _conv_bn(dim: int, dim_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(dim, dim_out, 3, stride, 1, bias=False), nn.BatchNorm2d(dim_out))
+
+
+class OverLoCK(Backbone):
+    """OverLoCK. Takes images of any size.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
+        output_stride: only 32; the stages cannot keep their resolution.
+        embed_dims: channels of the features at strides 4, 8, 16 and 32. The context has a quarter of the last.
+        depths: blocks of the base-net at strides 4, 8, 16 and of the overview-net.
+        sub_depths: blocks of the focus-net at strides 16 and 32.
+        num_heads: of the focus-net's blocks at strides 16 and 32, for each of the two kernels. (The authors' code
+            takes half of these numbers and doubles them.)
+        kernel_sizes: large kernels at strides 4, 8, 16 and 32.
+        small_kernel_size: of the other dynamic convolution of the focus-net's blocks.
+        mlp_ratio: hidden channels of the base-net's and the overview-net's MLPs, relative to the features'.
+        sub_mlp_ratio: likewise for the focus-net.
+        head_width: channels of the head's hidden layer.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the focus-net's last block; the rate grows linearly from 0, through the
+            base-net, the overview-net and the focus-net.
+        aux_head: add a classifier on the context and train it, see `set_auxiliary_training`. The authors trained with
+            one, at a weight of 0.4.
+        out_norm: add the norms of the authors' detection and segmentation models, ``extra_norm``, and ``h_proj``, by
+            which the last map takes in the overview-net's. `forward_intermediates` and ``features_only`` apply them.
+
+    Attributes:
+        auxiliary_training: see `set_auxiliary_training`.
+        reparameterized: see `reparameterize`.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+    """
+
+    output_fmt = "NCHW"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        embed_dims: Sequence[int] = (56, 112, 256, 336),
+        depths: Sequence[int] = (2, 2, 3, 2),
+        sub_depths: Sequence[int] = (6, 2),
+        num_heads: Sequence[int] = (8, 12),
+        kernel_sizes: Sequence[int] = (17, 15, 13, 7),
+        small_kernel_size: int = 5,
+        mlp_ratio: float = 4.0,
+        sub_mlp_ratio: float = 3.0,
+        head_width: int = 1024,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        aux_head: bool = False,
+        out_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if output_stride != 32:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        given = dict(embed_dims=(embed_dims, 4), depths=(depths, 4), kernel_sizes=(kernel_sizes, 4))
+        given.update(sub_depths=(sub_depths, 2), num_heads=(num_heads, 2))
+        for name, (values, count) in given.items():
+            if len(values) != count or min(values) < 1:
+                raise ValueError(f"{name} must be {count} numbers of at least 1, got {tuple(values)}")
+        if embed_dims[3] % 4:
+            raise ValueError(f"the last of embed_dims must be divisible by 4, got {tuple(embed_dims)}")
+        self.in_chans = in_chans
+        self.out_norm = out_norm
+        self.grad_checkpointing = False
+        self.reparameterized = False
+        context_dim = embed_dims[3] // 4
+        dims = *embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim
+
+        half = embed_dims[0] // 2
+        stem = [(in_chans, half, 2), (half, half, 1), (half, embed_dims[0], 2), (embed_dims[0], embed_dims[0], 1)]
+        stem = [layer for arguments in stem for layer in (*_conv_bn(*arguments), nn.GELU())]
+        self.patch_embed1 = nn.Sequential(*stem[:-1])
+        for i in (2, 3, 4):
+            self.add_module(f"patch_embed{i}", _conv_bn(embed_dims[i - 2], embed_dims[i - 1], 2))
+        self.high_level_proj = nn.Conv2d(embed_dims[3], context_dim, 1)
+        self.patch_embedx = ContextDownsample(embed_dims[2], embed_dims[3], context_dim)
+
+        rates = drop_path_rates(drop_path_rate, [*depths, *sub_depths])
+        for i in range(4):
+            scale = 1.0 if i >= 2 else None
+            blocks = [RepConvBlock(embed_dims[i], kernel_sizes[i], mlp_ratio, scale, rate) for rate in rates[i]]
+            self.add_module(f"blocks{i + 1}", nn.Sequential(*blocks))
+        for i in (2, 3):
+            blocks = [
+                ContMixBlock(
+                    embed_dims[i],
+                    context_dim,
+                    (small_kernel_size, kernel_sizes[i]),
+                    num_heads[i - 2],
+                    sub_mlp_ratio,
+                    layer_scale=1.0,
+                    drop_path=rate,
+                    first=i == 2 and j == 0,
+                )
+                for j, rate in enumerate(rates[i + 2])
+            ]
+            self.add_module(f"sub_blocks{i + 1}", nn.ModuleList(blocks))
+        if out_norm:
+            self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in (*dims, embed_dims[3]))
+            self.h_proj = nn.Sequential(nn.Conv2d(embed_dims[3], dims[3], 1), LayerScale(dims[3], 1e-5))
+        modules = ("blocks1", "blocks2", f"sub_blocks3.{sub_depths[0] - 1}", f"sub_blocks4.{sub_depths[1] - 1}")
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=module)
+            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
+        ]
+
+        hidden = nn.Conv2d(dims[3], head_width, 1, bias=False)
+        self.head = nn.Sequential(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
+        self.aux_head = None
+        if aux_head:
+            self.aux_head = nn.Sequential(nn.BatchNorm2d(embed_dims[3]), nn.AdaptiveAvgPool2d(1), nn.Identity())
+        self.auxiliary_training = aux_head
+        self._init_head(dims[3], num_classes, global_pool, drop_rate)
+        _init_weights(self)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        hidden = self.head[0]
+        width = hidden.out_channels if isinstance(hidden, nn.Conv2d) else self.num_features
+        self.head[3], self.head[4] = create_classifier(width, num_classes, global_pool, use_conv=True)
+        self.head_hidden_size = width * self.head[3].feat_mult()
+        _init_weights(self.head[4])
+        if self.aux_head is not None:
+            width = self.aux_head[0].num_features
+            self.aux_head[2] = nn.Conv2d(width, num_classes, 1) if num_classes else nn.Identity()
+            _init_weights(self.aux_head[2])
+
+    @property
+    def global_pool(self) -> nn.Module:
+        """The pooling layer, between the head's hidden layer and its classifier."""
+        return self.head[3]
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a 1x1 convolution, or an Identity without classes."""
+        return self.head[4]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, the auxiliary one too, by a new one for ``num_classes`` (0: none), and the pooling if
+        one is given. The head's hidden layer stays."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.aux_head is not None:
+            like = next(self.parameters())
+            self.aux_head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def set_auxiliary_training(self, enable: bool = True) -> None:
+        """Let `forward` return the pair (logits, auxiliary logits) in training mode.
+
+        Raises:
+            ValueError: if the model was made without an auxiliary head.
+        """
+        if enable and self.aux_head is None:
+            raise ValueError("this model has no auxiliary head: create it with aux_head=True")
+        self.auxiliary_training = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("rpb1", "rpb2")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates: in the order of computation."""
+        dense = (r"^(?:extra_norm|h_proj)", (99999,))
+        if coarse:
+            blocks = r"^(?:patch_embed|blocks)([1-4])\."
+            focus = [(r"^(?:high_level_proj|sub_blocks3)", (3,)), (r"^(?:patch_embedx|sub_blocks4)", (4,)), dense]
+        else:
+            blocks = [(r"^patch_embed([2-4])\.", (0,)), (r"^blocks([1-4])\.(\d+)", None)]
+            focus = [
+                (r"^high_level_proj", (3, 0)),
+                (r"^patch_embedx", (4, 0)),
+                (r"^sub_blocks([34])\.(\d+)", None),
+                dense,
+            ]
+        return dict(stem=r"^patch_embed1", blocks=blocks, focus=focus)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
+        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
+        self.grad_checkpointing = enable
+
+    def _rep_blocks(self, blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
+
+    def _contmix_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, context) if self.grad_checkpointing else block(x, context)
+        return x
+
+    def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        maps, overview = [self._rep_blocks(self.blocks1, self.patch_embed1(x))], None
+        if last >= 1:
+            maps.append(self._rep_blocks(self.blocks2, self.patch_embed2(maps[0])))
+        if last >= 2:
+            x = self._rep_blocks(self.blocks3, self.patch_embed3(maps[1]))
+            overview = self._rep_blocks(self.blocks4, self.patch_embed4(x))
+            context = self.high_level_proj(overview)
+            near = F.interpolate(context, size=x.shape[2:], mode="bilinear", align_corners=False)
+            maps.append(self._contmix_blocks(self.sub_blocks3, torch.cat([x, near], 1), near))
+        if last >= 3:
+            maps.append(self._contmix_blocks(self.sub_blocks4, self.patch_embedx(maps[2]), context))
+        return maps, overview
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps that the authors' detection and segmentation models are built on: of the base-net's first two
+        stages and of the focus-net's two, these with the context behind the features' channels.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n maps if an int, these maps if a sequence, all if None.
+            norm: without effect, there is no final norm. A model with ``out_norm`` applies its norms, always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
+            features are those of the last stage that ran.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
+        take, last = take_indices(len(self.feature_info), indices)
+        maps, overview = self._stages(x, last if stop_early or intermediates_only else len(self.feature_info) - 1)
+        taken = [self._normalized(i, maps[i], overview) for i in sorted(take)]
+        if output_fmt == "NHWC":
+            taken = [y.permute(0, 2, 3, 1) for y in taken]
+        return taken if intermediates_only else (maps[-1], taken)
+
+    def _normalized(self, i: int, x: torch.Tensor, overview: torch.Tensor | None) -> torch.Tensor:
+        if not self.out_norm:
+            return x
+        x = self.extra_norm[i](x)
+        return x + self.h_proj(self.extra_norm[4](overview)) if i == 3 else x
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self.feature_info), indices)
+        unused = [
+            [],
+            ["patch_embed2", "blocks2"],
+            ["patch_embed3", "patch_embed4", "blocks3", "blocks4", "high_level_proj", "sub_blocks3"],
+            ["patch_embedx", "sub_blocks4"],
+        ]
+        for name in [name for names in unused[last + 1 :] for name in names]:
+            delattr(self, name)
+        self.feature_info = self.feature_info[: last + 1]
+        if self.out_norm:
+            for i in range(5):
+                if min(i, 3) not in take:
+                    self.extra_norm[i] = nn.Identity()
+            if 3 not in take:
+                self.h_proj = nn.Identity()
+        if prune_head or last < 3:
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.head = nn.Sequential(*(nn.Identity() for _ in self.head))
+            self._drop_aux_head()
+            self._set_head(0, "")
+        return take
+
+    def _drop_aux_head(self) -> None:
+        self.aux_head = None
+        self.auxiliary_training = False
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the last map, context included, ``[B, num_features, h, w]``."""
+        return self._stages(x, len(self.feature_info) - 1)[0][-1]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
+        x = self.head_drop(self.head[:4](x))
+        if not pre_logits:
+            x = self.head[4](x)
+        return x if self.global_pool.is_identity() else x.flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``; see also `set_auxiliary_training`."""
+        maps, overview = self._stages(x, len(self.feature_info) - 1)
+        logits = self.forward_head(maps[-1])
+        if self.training and self.auxiliary_training:
+            return logits, self.aux_head(overview).flatten(1)
+        return logits
+
+    def reparameterize(self) -> OverLoCK:
+        """Fold the branches of every large convolution into it, and drop the auxiliary head, in place, for inference.
+
+        The outputs are those of evaluation mode up to rounding. This is the form of the authors' ``_reparam``
+        checkpoints, with all other BatchNorms in place. Repeating it changes nothing.
+
+        Returns:
+            The model itself.
+        """
+        for module in self.modules():
+            if isinstance(module, DilatedReparam):
+                module.reparameterize()
+        self._drop_aux_head()
+        self.reparameterized = True
+        return self
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Convolutions from a normal cut at two deviations of 0.02, biases 0, as the authors do."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d) and not m.weight.is_meta:
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint of any published format as a state dict of ``model``.
+
+    Understood are
+
+    * the authors' classification checkpoints, whose names are those of these models;
+    * their re-parameterised ones: **a model that is not yet in that form is brought into it**, in place, by
+      `OverLoCK.reparameterize`. The other way round, a reparameterized model takes the other checkpoints folded;
+    * their mmdetection and mmsegmentation checkpoints: of these the ``backbone.`` is kept. They have ``extra_norm`` and
+      ``h_proj`` and no classifier, so create the model with ``features_only=True, out_norm=True``;
+    * state dicts of these models, also as wrapped by ``features_only`` or ``DistributedDataParallel``.
+
+    ``aux_head.*``, which the authors' training leaves in their checkpoints, is dropped if the model has no such head,
+    and its classifier is left as it is if its number of classes differs. A classification checkpoint leaves
+    ``extra_norm`` and ``h_proj`` of an ``out_norm`` model as they are: they are new there.
+
+    Args:
+        state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``. Not changed.
+        model: the model that is to load the result.
+
+    Raises:
+        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    for prefix in ("module.", "model."):
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
+    state_dict = backbone or dict(state_dict)
+
+    folded = any(name.endswith(".lk_origin.bias") for name in state_dict)
+    if folded and not model.reparameterized:
+        if model.aux_head is not None:
+            raise ValueError("the checkpoint is re-parameterised, it has no auxiliary head: leave out aux_head=True")
+        model.reparameterize()
+    elif model.reparameterized and not folded:
+        state_dict = _fold_branches(state_dict)
+
+    own = model.state_dict()
+    if model.aux_head is None:
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("aux_head.")}
+    else:
+        for name in ("aux_head.2.weight", "aux_head.2.bias"):
+            if name in own and name in state_dict and own[name].shape != state_dict[name].shape:
+                state_dict[name] = own[name]
+    dense = {name for name in own if _of_dense(name)}
+    if not dense & set(state_dict):
+        state_dict.update({name: own[name] for name in dense})
+    _check_names(state_dict, own, bool(dense))
+    return state_dict
+
+
+def _fold_branches(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict as one of a reparameterized model; the argument is not changed."""
+    out = dict(state_dict)
+    for name in state_dict:
+        if not name.endswith(".lk_origin.weight"):
+            continue
+        prefix = name.removesuffix("lk_origin.weight")
+        inner = {n[len(prefix) :]: out.pop(n) for n in state_dict if n.startswith(prefix)}
+        weight = inner["lk_origin.weight"]
+        block = DilatedReparam(weight.shape[0], weight.shape[-1]).to(weight)
+        block.load_state_dict(inner)
+        block.reparameterize()
+        out.update({prefix + n: value for n, value in block.state_dict().items()})
+    return out
+
+
+def _of_dense(name: str) -> bool:
+    return name.startswith(("extra_norm.", "h_proj."))
+
+
+def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dense: bool) -> None:
+    def body(names: Iterable[str]) -> set[str]:
+        classifier = r"head\." if dense else r"head\.4\."
+        return {n for n in names if not re.match(classifier, n)}
+
+    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
+    if not missing and not unexpected:
+        return
+    if not dense and any(_of_dense(name) for name in unexpected):
+        raise ValueError(
+            "the checkpoint holds the backbone of a detection or segmentation model, with norms of its own: create the "
+            "model with features_only=True, out_norm=True"
+        )
+
+    def some(names: list[str]) -> str:
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NOTES = (
+    "Fold the training branches before inference or export: model.reparameterize(). The published parameter counts are "
+    "those of that form.",
+)
+
+
+def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{file}.pth" if file else "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.925,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed1.0",
+        "classifier": "head.4",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/LMMMEng/OverLoCK",
+        "paper_ids": "arXiv:2502.20087",
+        "notes": _NOTES,
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "overlock_xt.in1k": _cfg("overlock_xt_in1k_224"),
+        "overlock_xt.in1k_reparam": _cfg("overlock_xt_in1k_224_reparam", notes=()),
+        "overlock_t.in1k": _cfg("overlock_t_in1k_224", crop_pct=0.95),
+        "overlock_t.in1k_reparam": _cfg("overlock_t_in1k_224_reparam", crop_pct=0.95, notes=()),
+        "overlock_s.in1k": _cfg("overlock_s_in1k_224", crop_pct=0.95),
+        "overlock_s.in1k_reparam": _cfg("overlock_s_in1k_224_reparam", crop_pct=0.95, notes=()),
+        "overlock_b.in1k": _cfg("overlock_b_in1k_224", crop_pct=0.975),
+        "overlock_b.in1k_reparam": _cfg("overlock_b_in1k_224_reparam", crop_pct=0.975, notes=()),
+        "test_foveal_overlock.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), origin_url=None),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"OverLoCK"``."""
+    return "OverLoCK"
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> OverLoCK:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        OverLoCK,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-XT, 17 M parameters, reparameterized 16 M."""
+    args = dict(embed_dims=(56, 112, 256, 336), depths=(2, 2, 3, 2), sub_depths=(6, 2), num_heads=(8, 12))
+    return _create("overlock_xt", pretrained, **{**args, "drop_path_rate": 0.1, **kwargs})
+
+
+@register_model
+def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-T, 34 M parameters, reparameterized 33 M."""
+    args = dict(embed_dims=(64, 128, 256, 512), depths=(4, 4, 6, 2), sub_depths=(12, 2), num_heads=(8, 16))
+    return _create("overlock_t", pretrained, **{**args, "drop_path_rate": 0.15, **kwargs})
+
+
+@register_model
+def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-S, 58 M parameters, reparameterized 56 M."""
+    args = dict(embed_dims=(64, 128, 320, 512), depths=(6, 6, 8, 3), sub_depths=(16, 3), num_heads=(16, 32))
+    return _create("overlock_s", pretrained, **{**args, "drop_path_rate": 0.4, **kwargs})
+
+
+@register_model
+def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-B, 97 M parameters, reparameterized 95 M."""
+    args = dict(embed_dims=(80, 160, 384, 576), depths=(8, 8, 10, 4), sub_depths=(20, 4), num_heads=(12, 18))
+    return _create("overlock_b", pretrained, **{**args, "drop_path_rate": 0.5, **kwargs})
+
+
+@register_model
+def test_foveal_overlock(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """A very small OverLoCK, for tests and demonstrations."""
+    args = dict(embed_dims=(16, 24, 32, 48), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_heads=(2, 4))
+    args |= dict(kernel_sizes=(7, 7, 7, 7), mlp_ratio=2.0, sub_mlp_ratio=2.0, head_width=64)
+    return _create("test_foveal_overlock", pretrained, **{**args, **kwargs})

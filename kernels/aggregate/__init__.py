@@ -1,0 +1,5 @@
+"""Neighborhood aggregation: one folder for the operation, one file for each backend."""
+
+from .api import neighborhood_aggregate
+
+__all__ = ["neighborhood_aggregate"]

@@ -1,0 +1,277 @@
+"""Neighborhood aggregation in plain PyTorch operations: the CPU default, and what compilers and exporters see.
+
+The map is cut into tiles of queries with one span of keys each, as for attention (``neighborhood/tiled.py``). With
+``M``, the matrix of a tile, queries by keys of the span, that holds the weights and zeros elsewhere, there are three
+products, each the derivative of another:
+
+* ``apply``: ``M @ values``, the aggregation;
+* ``dots``: ``queries @ keys^T``, read where the windows lie: the logits of attention, the gradient of the weights;
+* ``spread``: ``M^T @ queries``, added up over the spans: the gradient of the values.
+
+Whole maps and whole rows are tiles like any other; the planner takes the cheapest.
+
+Two forms: standard operators on all tiles at once, which compilers and exporters trace through, and, in eager mode on a
+CPU, a walk over pieces that stay in the cache, which keeps nothing but its two inputs for the backward.
+
+B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, G G2 dilation phases of rows and columns,
+R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..neighborhood import tiled as tiling
+from ..neighborhood.tiled import Axis
+from ..problem import Problem
+from ..window import Window
+
+# What copying one key and value into a span costs, in units of one query-key pair; fitted on a 2-core CPU.
+COPY_COST = 32.0
+FILL_COST = 2.0  # one weight of a map that the tiles do not divide
+
+Plans = tuple[tuple[Axis, Axis], ...]
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Runs everything, on any device."""
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- planning
+
+
+def _cost(rows: Axis, columns: Axis, kernel_area: int) -> float:
+    queries = rows.tiles * rows.tile * columns.tiles * columns.tile
+    copied = rows.tiles * rows.span * columns.tiles * columns.span
+    filled = queries * kernel_area if rows.ragged or columns.ragged else 0  # the weights are copied to be filled up
+    return queries * rows.span * columns.span + COPY_COST * copied + FILL_COST * filled
+
+
+@lru_cache(maxsize=1024)
+def plan(rows: Window, columns: Window, height: int, width: int) -> Plans:
+    """The tilings of a call, one for each pair of group lengths (at most four; one where the dilations divide)."""
+    kernel_area = rows.kernel_size * columns.kernel_size
+
+    def candidates(window: Window, extent: int) -> list[list[Axis]]:
+        d, short = window.dilation, extent % window.dilation
+        classes = [(0, d)] if short == 0 else [(0, short), (short, d)]
+        choices = []
+        for first, stop in classes:
+            length = window.group_length(extent, first)
+            if length == 0:
+                continue
+            sizes = {*range(1, min(length, 24) + 1), length}
+            choices.append([tiling._cut(window, first, stop, length, tile) for tile in sorted(sizes)])
+        return choices
+
+    return tuple(
+        min(((a, b) for a in row_axes for b in column_axes), key=lambda pair: _cost(*pair, kernel_area))
+        for row_axes in candidates(rows, height)
+        for column_axes in candidates(columns, width)
+    )
+
+
+def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int) -> Plans:
+    return plan(Window(*rows), Window(*columns), height, width)
+
+
+_compile_time_plan = torch.compiler.assume_constant_result(_compile_time_plan)
+
+
+def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.device) -> tuple[Tensor]:
+    """Where the keys of each query lie in the span of its tile, for every pattern of tiles: [P, P2, T*T2, K]."""
+    sides = []
+    for window, axis in ((rows, a), (columns, b)):
+        tile = torch.tensor(axis.samples, device=device)[:, None] * axis.tile
+        query = (tile + torch.arange(axis.tile, device=device)).clamp(max=axis.length - 1)
+        start = window.starts(query, axis.length) - (tile - axis.before)
+        sides.append(start[..., None] + torch.arange(window.kernel_size, device=device))  # P T Kh
+    row, column = sides
+    places = row[:, None, :, None, :, None] * b.span + column[None, :, None, :, None, :]
+    return (places.flatten(4, 5).flatten(2, 3).contiguous(),)
+
+
+# -------------------------------------------------------------------------------------- all tiles at once
+
+
+def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans) -> Tensor:
+    """``apply`` or ``dots`` in standard operators; x, y and the answer are [B, G, G2, N, h, w, C]."""
+    grid: dict[int, list[Tensor]] = {}
+    for a, b in plans:
+        places = tiling._constant(_places, problem.rows, problem.columns, a, b, x.device)[0]
+        for dim, axis in ((0, a), (1, b)):
+            places = places.index_select(dim, tiling._constant(tiling._pattern_order, axis, x.device)[0])
+        keys = tiling._key_spans(tiling._pad_keys(tiling._of_class(y, a, b), a, b), a, b).flatten(6, 7)
+        tiles = tiling._query_tiles(tiling._of_class(x, a, b), a, b).flatten(6, 7)
+        places = places.expand(*tiles.shape[:4], -1, -1, -1, -1)
+        if name == "apply":
+            matrix = tiles.new_zeros(*tiles.shape[:7], a.span * b.span).scatter(-1, places, tiles)
+            out = matrix @ keys
+        else:
+            out = (tiles @ keys.transpose(-1, -2)).gather(-1, places)
+        out = tiling._from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b)
+        out = F.pad(out, (0, 0, 0, y.shape[5] - b.length, 0, y.shape[4] - a.length))
+        grid.setdefault(a.first, []).append(out)
+    rows = [row[0] if len(row) == 1 else torch.cat(row, 2) for row in grid.values()]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+# ------------------------------------------------------------------------------------------- piece by piece
+
+
+class _Walk:
+    """The three products piece by piece, on maps [B, H, W, N, C]. Key positions outside the map hold zeros."""
+
+    def __init__(self, like: Tensor, problem: Problem, plans: Plans) -> None:
+        self.like, self.problem, self.plans = like, problem, plans
+        self.scratch = tiling._Scratch(like, tiling._working(like.dtype))
+
+    def phases(self, *maps: Tensor) -> list[Tensor]:
+        return [tiling._split_phases(x, self.problem.dilation) for x in maps]
+
+    def empty(self, depth: int) -> Tensor:
+        """A map of the padded size that the phases want, uninitialised."""
+        (d, d2), (batch, height, width, heads, _) = self.problem.dilation, self.like.shape
+        return self.like.new_empty(batch, height + -height % d, width + -width % d2, heads, depth)
+
+    def cropped(self, padded: Tensor) -> Tensor:
+        return tiling._crop(padded, *self.like.shape[1:3])
+
+    def pieces(self, phases: Tensor) -> Iterator[tuple]:
+        """(plan of the rows, plan of the columns, where the piece lies in [B, G, G2, N, h, w, C], its tile rows)."""
+        for a, b in self.plans:
+            for part, _, groups in tiling._parts(phases.shape, a, b, tiling.PIECE):
+                yield a, b, tuple(part.values()), groups
+
+    def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: Axis, b: Axis) -> Iterator[tuple]:
+        """(matrices, weights, where the weights lie in the matrices) of each rectangle of tiles of one pattern."""
+        places = tiling._constant(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)[0]
+        places = places.unflatten(2, (a.tile, b.tile))
+        for r, c, p, p2 in tiling._blocks(rows, a, b):
+            part = weights[:, :, :, :, r, c]
+            yield matrix[:, :, :, :, r, c], part, places[p, p2].expand(part.shape)
+
+    def matrices(self, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> Tensor:
+        """Weights of some tile rows of [B, G, G2, N, R, Q, T, T2, K] among zeros: [B*G*G2*N*R*Q, T*T2, S*S2]."""
+        tiles = tiles[:, :, :, :, rows]
+        matrix = self.scratch("matrix", *tiles.shape[:8], a.span * b.span).zero_()
+        for target, part, places in self.blocks(matrix, tiles, rows, a, b):
+            target.scatter_(-1, places, part.to(matrix.dtype))
+        return matrix.view(-1, a.tile * b.tile, a.span * b.span)
+
+    def apply(self, weights: Tensor, v: Tensor) -> Tensor:
+        out = self.empty(v.shape[-1])
+        ws, vs, outs = self.phases(weights, v, out)
+        for a, b, part, groups in self.pieces(vs):
+            tiles, spans = tiling._query_tiles(ws[part], a, b), self.scratch.spans("padded", vs[part], a, b)
+            for rows in groups:
+                matrix, values = self.matrices(tiles, rows, a, b), self.scratch.flat("keys", spans, rows)
+                tiling._store(outs[part], self.scratch.bmm("out", matrix, values), rows, a, b)
+        return self.cropped(out)
+
+    def dots(self, q: Tensor, k: Tensor) -> Tensor:
+        kernel_area = math.prod(self.problem.kernel_size)
+        out = self.empty(kernel_area)
+        qs, ks, outs = self.phases(q, k, out)
+        for a, b, part, groups in self.pieces(qs):
+            tiles, spans = tiling._query_tiles(qs[part], a, b), self.scratch.spans("padded", ks[part], a, b)
+            # read straight into the output where its tiles are views of it
+            targets = None
+            if out.dtype == self.scratch.dtype and not (a.ragged or b.ragged):
+                targets = tiling._query_tiles(outs[part], a, b)
+            for rows in groups:
+                queries, keys = self.scratch.flat("queries", tiles, rows), self.scratch.flat("keys", spans, rows)
+                shape = (*tiles.shape[:4], rows.stop - rows.start, *tiles.shape[5:8])
+                products = self.scratch.bmm("matrix", queries, keys.transpose(1, 2)).view(*shape, -1)
+                read = self.scratch("out", *shape, kernel_area) if targets is None else targets[:, :, :, :, rows]
+                for source, target, places in self.blocks(products, read, rows, a, b):
+                    torch.gather(source, -1, places, out=target)
+                if targets is None:
+                    tiling._store(outs[part], read, rows, a, b)
+        return self.cropped(out)
+
+    def spread(self, weights: Tensor, q: Tensor) -> Tensor:
+        out = self.empty(q.shape[-1])
+        ws, qs, outs = self.phases(weights, q, out)
+        for a, b, part, groups in self.pieces(qs):
+            weight_tiles, tiles = (tiling._query_tiles(t[part], a, b) for t in (ws, qs))
+            total = self.scratch("padded", *tiling._padded_shape(outs[part], a, b)).zero_()
+            for rows in groups:
+                matrix, queries = self.matrices(weight_tiles, rows, a, b), self.scratch.flat("queries", tiles, rows)
+                spans = self.scratch.bmm("spans", matrix.transpose(1, 2), queries)
+                shape = (*tiles.shape[:4], rows.stop - rows.start, b.tiles, a.span, b.span, tiles.shape[-1])
+                tiling._add_spans(total, spans.view(shape), rows, a, b)
+            outs[part] = tiling._inner(total, a, b)
+        return self.cropped(out)
+
+
+class _Product(torch.autograd.Function):
+    """One of the walks, by name; the gradients are two other walks, so that derivatives of every order exist."""
+
+    @staticmethod
+    def forward(ctx, name, x, y, problem, plans):
+        ctx.call = name, problem, plans
+        ctx.save_for_backward(x, y)
+        return getattr(_Walk(y, problem, plans), name)(x, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        name, problem, plans = ctx.call
+        x, y = ctx.saved_tensors
+        of_x, of_y = {
+            "apply": (("dots", grad, y), ("spread", x, grad)),  # x weights, y values
+            "dots": (("apply", grad, y), ("spread", grad, x)),  # x queries, y keys
+            "spread": (("dots", y, grad), ("apply", x, grad)),  # x weights, y queries
+        }[name]
+        return (
+            None,
+            _Product.apply(*of_x, problem, plans) if ctx.needs_input_grad[1] else None,
+            _Product.apply(*of_y, problem, plans) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+def _run(name: str, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
+    height, width = (operator.index(n) for n in problem.shape[1:3])  # tracers: the plan is for this size, a constant
+    if torch.compiler.is_compiling():
+        r, c = problem.rows, problem.columns
+        plans = _compile_time_plan(
+            (r.kernel_size, r.stride, r.dilation, r.boundary),
+            (c.kernel_size, c.stride, c.dilation, c.boundary),
+            height,
+            width,
+        )
+    else:
+        plans = plan(problem.rows, problem.columns, height, width)
+    piecewise = (
+        not problem.tracing
+        and not torch._C._are_functorch_transforms_active()  # grad and vmap of torch.func want standard operators
+        and problem.device == "cpu"
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, y))
+    )
+    if piecewise:
+        return _Product.apply(name, x, y, problem, plans)
+    working = tiling._working(y.dtype)
+    phases = (tiling._split_phases(t.to(working), problem.dilation) for t in (x, y))
+    out = _all_at_once(name, *phases, problem, plans)
+    out = tiling._crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)
+    return out.to(y.dtype)
+
+
+def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, Kh*Kw] x [B, H, W, N, D] -> [B, H, W, N, D]."""
+    return _run("apply", weights, v, problem)
+
+
+def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] -> [B, H, W, N, Kh*Kw]: ``q . k`` for the keys of every window."""
+    return _run("dots", q, k, problem)

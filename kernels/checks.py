@@ -1,0 +1,59 @@
+"""What every operation checks and normalises at its border."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from .window import BOUNDARIES
+
+IntPair = int | tuple[int, int]
+
+
+def pair(name: str, value: IntPair) -> tuple[int, int]:
+    """An int or a pair of them as (rows, columns)."""
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in both):
+        raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
+    if min(both) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return operator.index(both[0]), operator.index(both[1])  # under a tracer: a constant, as the plan needs it
+
+
+def check_tensor(name: str, t: Tensor, layout: str) -> None:
+    """Five dimensions of a floating type that arithmetic knows; ``layout`` is what the message calls them."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.ndim != 5:
+        raise ValueError(f"{name} must be {layout}, got {t.ndim} dimensions: {tuple(t.shape)}")
+    if not t.is_floating_point() or t.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
+def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], boundary: str) -> None:
+    """The boundary's name, and that a window which is moved inside finds room in a map of ``size``."""
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
+    if boundary != "shift":
+        return
+    for axis, length, keys, step in zip(("rows", "columns"), size, kernel_size, dilation, strict=True):
+        if keys * step > length:
+            raise ValueError(
+                f"the window of kernel_size {keys} x dilation {step} = {keys * step} does not fit the map's {length} "
+                f"{axis} (map {size[0]} x {size[1]}, boundary 'shift'); pad the map or take a smaller dilation"
+            )
+
+
+def autocast_enabled(t: Tensor) -> bool:
+    """Whether autocast is on for the device of ``t``."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the dtype of autocast, which leaves float64 alone."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t.to(dtype) for t in tensors)

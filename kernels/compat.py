@@ -1,0 +1,135 @@
+"""``na2d_qk`` and ``na2d_av`` as NATTEN had them up to 0.17, for code that was written against them.
+
+NATTEN 0.20 removed the unfused operations, relative position biases and its CPU kernels. Models that work on the
+attention weights between the two products (OverLoCK, NAT and DiNAT as published) therefore ask for NATTEN 0.17 and the
+PyTorch of its time. These two functions take its place, on any device, with gradients::
+
+    from foveal.kernels.compat import na2d_av, na2d_qk
+
+    attn = na2d_qk(scale * query, key, kernel_size=7, dilation=2, rpb=rpb).softmax(-1)
+    out = na2d_av(attn, value, kernel_size=7, dilation=2)
+
+Layout here, unlike in the rest of this package: ``[B, heads, H, W, D]``. Names, order and defaults of the arguments are
+NATTEN's. As there, ``na2d_qk`` does not scale: that is the caller's. Unlike there, the kernel may be even, and sizes
+that do not fit are a ``ValueError`` with the sizes. For new code :func:`~foveal.kernels.neighborhood_attention` does
+both products and the softmax at once, faster and in less memory.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .aggregate import neighborhood_aggregate
+from .aggregate.api import check_area, neighborhood_logits
+from .checks import IntPair, autocast_enabled, check_tensor, pair
+from .window import Window
+
+
+def na2d_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntPair,
+    dilation: IntPair = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: bool | tuple[bool, bool] | None = False,
+    rpb: Tensor | None = None,
+) -> Tensor:
+    """The logits of neighborhood attention: ``query . key`` for every key in the window, plus ``rpb``.
+
+    Args:
+        query: ``[B, heads, H, W, D]``, scaled by the caller; float16, bfloat16, float32 or float64, any strides.
+        key: same shape, dtype and device.
+        kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
+        dilation: distance of neighbouring keys.
+        additional_keys: not supported: keys that every query sees beside its window.
+        is_causal: not supported: windows that look back only.
+        rpb: relative position bias, ``[heads, 2 * Kh - 1, 2 * Kw - 1]``.
+
+    Returns:
+        ``[B, heads, H, W, Kh * Kw]`` in the dtype of ``key``, keys row by row. Under autocast the inputs are cast.
+
+    Raises:
+        NotImplementedError: ``additional_keys`` or ``is_causal``.
+        ValueError, TypeError, BackendError: as :func:`~foveal.kernels.neighborhood_attention`.
+    """
+    _refuse("additional_keys", additional_keys, is_causal)
+    kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
+    _check(query=query, key=key)
+    if query.shape != key.shape:
+        raise ValueError(f"query and key must have one shape, got {tuple(query.shape)} and {tuple(key.shape)}")
+    if rpb is not None:
+        _check_rpb(rpb, query, kernel_size)
+    q, k = (t.permute(0, 2, 3, 1, 4) for t in (query, key))
+    logits = neighborhood_logits(q, k, kernel_size=kernel_size, dilation=dilation).permute(0, 3, 1, 2, 4)
+    if rpb is None:
+        return logits
+    table = rpb.to(logits.dtype)
+    for dim, (length, size, step) in enumerate(zip(query.shape[2:4], kernel_size, dilation, strict=True)):
+        # [heads, ..] -> [heads, H, Kh, ..] -> [heads, H, Kh, W, Kw]
+        row = Window(size, 1, step).keys(length, table.device)[2]
+        table = table.index_select(1 + 2 * dim, row.flatten()).unflatten(1 + 2 * dim, tuple(row.shape))
+    return logits + table.transpose(2, 3).flatten(3)
+
+
+def na2d_av(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: IntPair,
+    dilation: IntPair = 1,
+    additional_values: Tensor | None = None,
+    is_causal: bool | tuple[bool, bool] | None = False,
+) -> Tensor:
+    """The output of neighborhood attention: the values of every window, weighted with ``attn``.
+
+    Args:
+        attn: ``[B, heads, H, W, Kh * Kw]``, any weights, keys row by row; dtypes as in :func:`na2d_qk`.
+        value: ``[B, heads, H, W, D]``, same dtype and device.
+        kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
+        dilation: distance of neighbouring keys.
+        additional_values: not supported, as ``additional_keys`` of :func:`na2d_qk`.
+        is_causal: not supported.
+
+    Returns:
+        ``[B, heads, H, W, D]`` in the dtype of ``value``. Under autocast the inputs are cast to the autocast dtype.
+
+    Raises:
+        NotImplementedError: ``additional_values`` or ``is_causal``.
+        ValueError, TypeError, BackendError: as :func:`~foveal.kernels.neighborhood_aggregate`.
+    """
+    _refuse("additional_values", additional_values, is_causal)
+    kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
+    _check(attn=attn, value=value)
+    if attn.shape[:4] != value.shape[:4]:
+        raise ValueError(
+            "attn and value must have one shape up to the last dimension, got "
+            f"{tuple(attn.shape)} and {tuple(value.shape)}"
+        )
+    check_area("attn", attn, kernel_size)
+    weights, v = (t.permute(0, 2, 3, 1, 4) for t in (attn, value))
+    out = neighborhood_aggregate(weights, v, kernel_size=kernel_size, dilation=dilation)
+    return out.permute(0, 3, 1, 2, 4)
+
+
+def _refuse(name: str, additional: Tensor | None, is_causal: bool | tuple[bool, bool] | None) -> None:
+    if additional is not None:
+        raise NotImplementedError(f"{name} (got shape {list(additional.shape)}) is not supported; leave it None")
+    if is_causal is not None and is_causal is not False and (is_causal is True or any(is_causal)):
+        raise NotImplementedError(f"is_causal={is_causal} is not supported; windows look both ways")
+
+
+def _check(**tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        check_tensor(name, t, "[B, heads, H, W, D]")
+
+
+def _check_rpb(rpb: Tensor, query: Tensor, kernel_size: tuple[int, int]) -> None:
+    expected = (query.shape[1], *(2 * k - 1 for k in kernel_size))
+    if tuple(rpb.shape) != expected:
+        raise ValueError(
+            f"rpb has shape {list(rpb.shape)}, expected {list(expected)} "
+            f"(heads {query.shape[1]}, kernel_size {kernel_size[0]} x {kernel_size[1]})"
+        )
+    if not autocast_enabled(query) and rpb.dtype != query.dtype:
+        raise TypeError(f"query, key and rpb must have one dtype, got {query.dtype} and {rpb.dtype} (rpb)")
+    if rpb.device != query.device:
+        raise ValueError(f"rpb is on {rpb.device}, query on {query.device}")

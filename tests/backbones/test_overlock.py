@@ -1,0 +1,315 @@
+"""OverLoCK: its three forms, its checkpoints, its dense design, and the mixing itself. Published outputs: goldens."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from foveal.backbones import attention
+from foveal.backbones.attention import context_mixing, expand_table
+from foveal.backbones.overlock import BRANCHES, DilatedReparam, _enlarged, checkpoint_filter_fn
+
+NAME = "test_foveal_overlock"
+
+
+def create(name: str = NAME, **kwargs) -> torch.nn.Module:
+    """A model with nothing at its neutral value."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 10, **kwargs}).eval()
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.add_(0.1 * torch.randn_like(value)).abs_() if "var" in key else value.add_(
+                0.1 * torch.randn_like(value)
+            )
+    return model
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def from_file(path, state_dict, **kwargs) -> torch.nn.Module:
+    torch.save(state_dict, path)
+    overlay = dict(file=str(path), num_classes=10)
+    return timm.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{"num_classes": 10, **kwargs}
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "without_aux", "folded"),
+    [
+        ("overlock_xt", 17.31, 16.97, 16.45),
+        ("overlock_t", 34.99, 34.48, 33.47),
+        ("overlock_s", 58.31, 57.80, 56.16),
+        ("overlock_b", 98.01, 97.43, 94.94),
+    ],
+)
+def test_parameter_counts(name, training, without_aux, folded):
+    def millions(model):
+        return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+
+    with torch.device("meta"):
+        model = timm.create_model(name, aux_head=True)
+        assert millions(timm.create_model(name)) == pytest.approx(without_aux, abs=0.011)
+    assert millions(model) == training
+    assert millions(model.reparameterize()) == folded
+
+
+@pytest.mark.parametrize("kernel_size", BRANCHES)
+def test_branches_fold_into_one_convolution(kernel_size):
+    torch.manual_seed(0)
+    block = DilatedReparam(8, kernel_size).double()
+    for bn in (bn for _, bn in block.branches()):
+        for value in (bn.weight.data, bn.bias.data, bn.running_mean, bn.running_var):
+            value.uniform_(0.5, 2)
+    x = torch.randn(2, 8, 19, 23, dtype=torch.double)
+    block.eval()
+    want = sum(bn(conv(x)) for conv, bn in block.branches())
+    torch.testing.assert_close(block(x), want)
+    block.reparameterize()
+    assert set(block.state_dict()) == {"lk_origin.weight", "lk_origin.bias"}
+    torch.testing.assert_close(block(x), want)
+
+
+def test_branches_see_the_batch_in_training():
+    torch.manual_seed(0)
+    block = DilatedReparam(4, 7).train()
+    x = torch.randn(3, 4, 9, 9)
+    want = sum(F.batch_norm(conv(x), None, None, training=True) for conv, _ in block.branches())
+    torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
+    assert all(bn.num_batches_tracked == 1 for _, bn in block.branches())
+
+
+def test_reparameterize(monkeypatch):
+    model = create(aux_head=True)
+    x = images(2, 3, 128, 96)
+    small = model(x[:, :, :40, :50])
+    with monkeypatch.context() as patch:
+        patch.setattr(DilatedReparam, "forward", lambda self, x: sum(bn(conv(x)) for conv, bn in self.branches()))
+        want = model(x)
+    assert model.reparameterize() is model
+    assert (model(x) - want).abs().max() < 1e-5 * want.abs().max()
+    torch.testing.assert_close(model(x[:, :, :40, :50]), small)
+    assert model.aux_head is None and not model.auxiliary_training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.testing.assert_close(model.reparameterize().state_dict(), before)
+    model.train()(x)  # trains on, without the branches
+
+
+def test_both_published_forms_load(tmp_path):
+    """The authors' training leaves its auxiliary head in the checkpoint; the other form has neither it nor branches."""
+    model = create(aux_head=True)
+    x = images(2, 3, 64, 64)
+    want = model(x)
+    training = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {"aux_head.2.weight", "blocks1.0.proj.1.dil_conv_k5_1.weight"} < set(training)
+    plain = from_file(tmp_path / "training.pth", {"state_dict": training})
+    assert plain.aux_head is None and not plain.reparameterized
+    torch.testing.assert_close(plain(x), want)
+    whole = from_file(tmp_path / "training.pth", training, aux_head=True)
+    torch.testing.assert_close(whole.aux_head.state_dict(), model.aux_head.state_dict())
+
+    folded = copy.deepcopy(model).reparameterize().state_dict()
+    assert not any("bn" in name or "dil_" in name or "aux" in name for name in folded)
+    deployed = from_file(tmp_path / "folded.pth", folded)
+    assert deployed.reparameterized
+    torch.testing.assert_close(deployed(x), want, rtol=1e-4, atol=1e-5)
+    # a model in that form takes the other one folded
+    other = create().reparameterize()
+    other.load_state_dict(checkpoint_filter_fn(training, other))
+    torch.testing.assert_close(other(x), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no auxiliary head"):
+        from_file(tmp_path / "folded.pth", folded, aux_head=True)
+
+
+def test_other_classes_and_channels(tmp_path):
+    training = create(aux_head=True).state_dict()
+    model = from_file(tmp_path / "weights.pth", training, num_classes=7, in_chans=1, aux_head=True)
+    logits, auxiliary = model.train()(images(2, 1, 64, 64))
+    assert (logits.shape, auxiliary.shape) == ((2, 7), (2, 7))
+    torch.testing.assert_close(model.blocks4[0].proj[8].weight, training["blocks4.0.proj.8.weight"])
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    state_dict = create().state_dict()
+    del state_dict["high_level_proj.bias"]
+    with pytest.raises(ValueError, match=r"missing 1 \(high_level_proj.bias\), unexpected none"):
+        from_file(tmp_path / "weights.pth", state_dict)
+
+
+def test_dense_design(tmp_path):
+    dense = create(out_norm=True)
+    assert [norm.normalized_shape[0] for norm in dense.extra_norm] == [16, 24, 44, 60, 48]
+    x = images(2, 3, 128, 96)
+    raw, overview = dense._stages(x)
+    want = [norm(y) for norm, y in zip(dense.extra_norm, raw, strict=False)]
+    want[3] = want[3] + dense.h_proj(dense.extra_norm[4](overview))
+    torch.testing.assert_close(dense.forward_intermediates(x, intermediates_only=True), want)
+    torch.testing.assert_close(dense(x), dense.forward_head(raw[3]))  # the classifier does not see the norms
+
+    # as the authors' detection and segmentation checkpoints have it
+    published = {f"backbone.{n}": v for n, v in dense.state_dict().items() if not n.startswith("head.")}
+    published["neck.lateral_convs.0.weight"] = torch.zeros(1)
+    model = from_file(tmp_path / "dense.pth", {"state_dict": published}, features_only=True, out_norm=True)
+    torch.testing.assert_close(model(x), want)
+    some = from_file(tmp_path / "dense.pth", published, features_only=True, out_norm=True, out_indices=(0, 2))
+    torch.testing.assert_close(some(x), [want[0], want[2]])
+    with pytest.raises(ValueError, match="out_norm=True"):
+        from_file(tmp_path / "dense.pth", published, features_only=True)
+    # a classification checkpoint starts a dense model
+    model = from_file(tmp_path / "cls.pth", create(aux_head=True).state_dict(), features_only=True, out_norm=True)
+    assert float(model.model.h_proj[1].weight.detach().max()) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("t", [64, 128, 384, 640]), ("s", [64, 128, 448, 640]), ("b", [80, 160, 528, 720])],
+)
+def test_dense_channels(name, channels):
+    with torch.device("meta"):
+        model = timm.create_model(f"overlock_{name}", features_only=True, out_norm=True)
+    assert model.feature_info.channels() == channels
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_auxiliary_head_trains_when_asked():
+    x = images(2, 3, 64, 64)
+    model = create(aux_head=True).train()
+    logits, auxiliary = model(x)
+    assert logits.shape == auxiliary.shape == (2, 10)
+    auxiliary.sum().backward()
+    assert model.aux_head[2].weight.grad is not None and model.head[4].weight.grad is None
+    model.set_auxiliary_training(False)
+    assert model(x).shape == (2, 10)
+    model.set_auxiliary_training()
+    assert model.eval()(x).shape == (2, 10)
+    model.reset_classifier(3)
+    assert [y.shape for y in model.train()(x)] == [(2, 3), (2, 3)]
+    plain = create().train()
+    assert plain(x).shape == (2, 10)
+    plain.set_auxiliary_training(False)
+    with pytest.raises(ValueError, match="aux_head=True"):
+        plain.set_auxiliary_training()
+
+
+def test_head_with_other_pooling():
+    x = images(2, 3, 64, 96)
+    model = create(global_pool="catavgmax")
+    assert (model(x).shape, model.head_hidden_size, model.num_features) == ((2, 10), 128, 60)
+    model.reset_classifier(10, "")
+    assert model(x).shape == (2, 10, 2, 3)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 64, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(kernel_sizes=(7, 7, 7, 9)), r"kernel_size must be one of \(7, 13, 15, 17\), got 9"),
+        (dict(depths=(1, 1, 1)), r"depths must be 4 numbers of at least 1, got \(1, 1, 1\)"),
+        (dict(num_heads=(2, 5)), "48 channels do not split into two halves of 5 heads"),
+        (dict(embed_dims=(16, 24, 32, 46)), r"divisible by 4, got \(16, 24, 32, 46\)"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create(**arguments)
+
+
+def test_gradients_reach_the_branches_in_evaluation():
+    """Frozen statistics, as detectors are trained."""
+    model = create()
+    model(images(2, 3, 64, 64)).square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_small_maps_are_enlarged_in_proportion():
+    assert _enlarged(12, 20, 13) == (13, 21)
+    assert _enlarged(20, 12, 13) == (21, 13)
+    assert _enlarged(6, 10, 7) == (7, 11)
+    assert _enlarged(1, 1, 7) == (7, 7)
+    for least in (7, 13):
+        for height in range(1, least):
+            for width in range(1, 40):
+                for size in (_enlarged(height, width, least), _enlarged(width, height, least)):
+                    assert min(size) == least
+
+
+def naive_mixing(q, k, v, proj, tables, scale):
+    """As published: affinities, then the projection, then each position's window gathered."""
+    H, W, heads = q.shape[1:4]
+    affinity = scale * torch.einsum("bhwnd,bsnd->bhwns", q, k)
+    logits = F.linear(affinity, proj.weight.flatten(1), proj.bias)
+    shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
+    out = torch.empty_like(torch.stack(shares, 3))
+    first = 0
+    for i, table in enumerate(tables):
+        K = (table.shape[-1] + 1) // 2
+        for h in range(H):
+            for w in range(W):
+                top, left = (min(max(x - K // 2, 0), L - K) for x, L in ((h, H), (w, W)))
+                bias = table[:, top - h + K - 1 :, left - w + K - 1 :][:, :K, :K].flatten(1)
+                weights = (logits[:, h, w, :, first : first + K * K] + bias).softmax(-1)
+                window = shares[i][:, top : top + K, left : left + K].flatten(1, 2)
+                out[:, h, w, i] = torch.einsum("bnk,bknd->bnd", weights, window)
+        first += K * K
+    return out.flatten(3)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (9, 8), (7, 12)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_context_mixing(size):
+    torch.manual_seed(0)
+    H, W = size
+    q, k = torch.randn(2, H, W, 2, 4, dtype=torch.double), torch.randn(2, 9, 2, 4, dtype=torch.double)
+    v = torch.randn(2, H, W, 12, dtype=torch.double)
+    proj = torch.nn.Conv2d(9, 25 + 49, 1).double()
+    tables = [torch.randn(2, 2 * K - 1, 2 * K - 1, dtype=torch.double) for K in (5, 7)]
+    inputs = [q, k, v, *tables]
+    results = []
+    for mix in (context_mixing, naive_mixing):
+        leaves = [t.clone().requires_grad_(True) for t in inputs]
+        y = mix(*leaves[:3], proj, leaves[3:], 0.3)
+        gradients = torch.autograd.grad(y.square().sum(), [*leaves, proj.weight, proj.bias])
+        results.append([y, *gradients])
+    torch.testing.assert_close(*results)
+
+
+def test_expanded_tables_are_not_tied_to_the_mode_that_made_them():
+    table = torch.randn(2, 9, 9)
+    with torch.inference_mode():
+        want = expand_table(table, 11, 6)
+    table.requires_grad_(True)
+    got = expand_table(table, 11, 6)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    assert table.grad.sum() == math.prod(got.shape)
+
+
+def unfolded(weights, v, *, kernel_size):
+    """The authors' fallback: every window, and at the borders the outermost ones again."""
+    _, H, W, heads, D = v.shape
+    K = kernel_size[0]
+    windows = F.unfold(v.permute(0, 3, 4, 1, 2).flatten(1, 2), K).unflatten(2, (H - K + 1, W - K + 1))
+    windows = F.pad(windows, [K // 2] * 4, mode="replicate").unflatten(1, (heads, D, K * K))
+    return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
+
+
+def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    logits = model(x)
+    logits.square().sum().backward()
+    return logits.detach()
+
+
+def test_unfolding_gives_the_same(monkeypatch):
+    model = create()
+    x = images(1, 3, 128, 128)
+    want = step(model, x)
+    gradient = model.sub_blocks3[0].weight_proj.weight.grad.clone()
+    monkeypatch.setattr(attention, "neighborhood_aggregate", unfolded)
+    torch.testing.assert_close(step(model, x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.sub_blocks3[0].weight_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)
