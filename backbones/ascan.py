@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
-from .layers import Backbone, drop_path_rates, init_weights, take_indices, to_format
+from .layers import Backbone, drop_path_rates, init_weights, misfit, take_indices, to_format, unwrap
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 
@@ -408,13 +408,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    state_dict = dict(state_dict)
+    state_dict = unwrap(state_dict)
     own = model.state_dict()
 
     norms = {f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")} & set(own)
@@ -426,20 +420,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     unexpected = sorted(name for name in set(state_dict) - set(own) if not name.startswith("head."))
     if missing or unexpected:
         folded = "stem.0.norm.weight" not in state_dict and "stem.0.conv.bias" in state_dict
-        raise ValueError(
-            "the checkpoint is of a reparameterized model: make the model, call reparameterize(), then load_state_dict"
-            if folded and not model.reparameterized
-            else f"the checkpoint is not of this model: missing {_some(missing)}, unexpected {_some(unexpected)}"
-        )
+        if folded and not model.reparameterized:
+            raise ValueError(
+                "the checkpoint is of a reparameterized model: make the model, call reparameterize(), then "
+                "load_state_dict"
+            )
+        raise misfit(missing, unexpected)
     for name in state_dict:
         if _is_table(name):
             rows, columns = own[name].shape[1:]
             state_dict[name] = resample_table(state_dict[name], ((rows + 1) // 2, (columns + 1) // 2))
     return state_dict
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

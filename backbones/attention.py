@@ -21,6 +21,12 @@ from ..kernels.problem import tracing
 from ..kernels.window import Window
 
 
+def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """The shape of a map ``[B, H, W, C]``, with H and W as ints where torch.jit.trace has sizes as tensors."""
+    B, H, W, C = x.shape
+    return B, operator.index(H), operator.index(W), C
+
+
 class NeighborhoodAttention2d(nn.Module):
     """Multi-head neighborhood attention with relative position bias (NAT, arXiv:2204.07143, section 3.1; the dilation:
     DiNAT, arXiv:2209.15001, section 3.1).
@@ -88,7 +94,7 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
-        B, H, W, C = x.shape
+        B, H, W, C = _sizes(x)
         rows, columns = self.kernel_size
         dilation = max(1, min(H // rows, W // columns)) if self.dilation == "auto" else self.dilation
 
@@ -141,7 +147,7 @@ class RelativePositionTable(nn.Module):
 
     @property
     def window_size(self) -> tuple[int, int]:
-        rows, columns = self.relative_position_bias_table.shape[1:]
+        rows, columns = map(operator.index, self.relative_position_bias_table.shape[1:])
         return (rows + 1) // 2, (columns + 1) // 2
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
@@ -271,7 +277,7 @@ class PartitionAttention2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
-        B, H, W, C = x.shape
+        B, H, W, C = _sizes(x)
         size = self.rel_pos.window_size
         if self.parts is not None:
             size = -(-H // self.parts), -(-W // self.parts)
@@ -503,7 +509,7 @@ def context_mixing(
         ``[B, H, W, C]``.
     """
     H, W, heads = q.shape[1:4]
-    sizes = [(table.shape[-1] + 1) // 2 for table in tables]
+    sizes = [_kernel_size(table) for table in tables]
     q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # B heads HW D
     k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
     shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
@@ -520,10 +526,14 @@ def context_mixing(
 def expand_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A position bias ``[heads, 2 * K - 1, 2 * K - 1]`` as every position of a map meets it, the window shifted inside
     the map: ``[heads, height * width, K * K]``."""
-    K = (table.shape[-1] + 1) // 2
+    K = _kernel_size(table)
     rows, columns = (_table_rows(K, length, table.device) for length in (height, width))
     table = table.index_select(1, rows).index_select(2, columns)
     return table.unflatten(2, (width, K)).unflatten(1, (height, K)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def _kernel_size(table: torch.Tensor) -> int:
+    return (operator.index(table.shape[-1]) + 1) // 2  # an int where torch.jit.trace has sizes as tensors
 
 
 _kept_rows: dict[tuple, torch.Tensor] = {}
@@ -594,7 +604,7 @@ class FullAttention2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
-        B, H, W, C = x.shape
+        B, H, W, C = _sizes(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,

@@ -27,7 +27,7 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from .layers import POOLS, Backbone, drop_path_rates, init_weights, take_indices
+from .layers import Backbone, check_head, drop_path_rates, init_weights, misfit, take_indices, unwrap
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -271,10 +271,7 @@ class CARE(Backbone):
         self._init_head(self.feature_info[-1]["num_chs"], num_classes, global_pool, drop_rate)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -437,7 +434,9 @@ def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         needed = [f"{bn}.{leaf}" for leaf in _BATCH_NORM[:4]] + [f"{conv}.weight", f"{conv}.bias"]
         missing = [each for each in needed if each not in out]
         if missing:
-            raise ValueError(f"the checkpoint is not of this model: {name} cannot be folded without {_some(missing)}")
+            raise ValueError(
+                f"the checkpoint is not of this model: {name} cannot be folded without {', '.join(missing)}"
+            )
         gain, offset, mean, var, weight, bias = (out[each] for each in needed)
         for leaf in _BATCH_NORM:
             out.pop(f"{bn}.{leaf}", None)
@@ -470,13 +469,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: if the parameter names (the classifiers' aside, which timm handles) are not those of the model.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    state_dict = dict(state_dict)
+    state_dict = unwrap(state_dict)
     own = model.state_dict()
 
     batch_norms = [name.removesuffix(".running_var") for name in own if name.endswith(".running_var")]
@@ -497,18 +490,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     missing = sorted(name for name in set(own) - set(state_dict) if not _of_head(name))
     unexpected = sorted(name for name in set(state_dict) - set(own) if not _of_head(name))
     if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint is not of this model: missing {_some(missing)}, unexpected {_some(unexpected)}"
-        )
+        raise misfit(missing, unexpected)
     return state_dict
 
 
 def _of_head(name: str) -> bool:
     return name.startswith(("head.", "dist_head."))
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

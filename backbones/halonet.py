@@ -4,7 +4,7 @@ Paper: Scaling Local Self-Attention for Parameter Efficient Visual Backbones (Va
 arXiv:2103.12731). Its authors published neither code nor weights.
 
 * **HaloNet** (``halo_h0`` ... ``halo_h7``) is a ResNet with blocked local attention in place of every 3x3 convolution.
-  Written from the paper's table; the parameter counts are the paper's. No trained weights exist.
+  Written from the paper's table of sizes, as public implementations have it. No trained weights exist.
 * **Hybrids** (``halo26t``, ``halo50ts`` ...) are timm's own networks, `timm.models.byobnet.ByobNet` with timm's
   configurations (Apache-2.0), in which `replace_attention` has put this package's attention. Their parameters, their
   answers and their methods are timm's, so timm's published weights load; they take any input size besides, need a
@@ -36,7 +36,7 @@ from timm.models.byobnet import ByobNet
 from torch import nn
 
 from .attention import HaloAttention2d
-from .layers import Backbone, drop_path_rates, take_indices, to_format
+from .layers import Backbone, drop_path_rates, take_indices, to_format, unwrap
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -89,7 +89,7 @@ class HaloNet(Backbone):
     """HaloNet. Takes images of any size.
 
     The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens the values alone and ``out_ratio`` the
-    blocks' outputs alone: with both, the parameter counts are those of the paper.
+    blocks' outputs alone: widening whole bottlenecks would give the larger models two to three times the parameters.
 
     Args:
         in_chans: image channels.
@@ -275,6 +275,13 @@ class HaloNet(Backbone):
             self.reset_classifier(0, "")
         return take
 
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``; without
+        pooling, to maps of these."""
+        if pre_logits or self.global_pool.pool_type:
+            return super().forward_head(x, pre_logits)
+        return self.head(self.head_drop(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
         x = self.stem(x)
@@ -327,12 +334,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     that begin with ``module.`` or ``model.``. A checkpoint without level norms leaves those of an ``out_norm`` model.
     The hybrids' checkpoints are timm's and need nothing.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    state_dict = unwrap(state_dict)
     level_norms = {name: value for name, value in model.state_dict().items() if name.startswith("norm")}
     return {**level_norms, **state_dict}
 
@@ -344,8 +346,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 _PAPER = "arXiv:2103.12731"
 _UNPUBLISHED = (
     "no weights are published, by the authors or by timm",
-    "written from the paper's table, with its parameter counts; heads (8 in every stage), activation (ReLU) and the "
-    "shortcuts (projected in the first block of a stage) are this package's choice",
+    "written from the paper's table of sizes, as public implementations have it, its parameter counts not confirmed; "
+    "heads (8 in every stage), activation (ReLU) and the shortcuts (projected in the first block of a stage) are this "
+    "package's choice",
 )
 _HYBRID = "timm's network, weights and answers, with this package's attention: any input size, less memory"
 _FIXED = (

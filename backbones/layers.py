@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import create_classifier, trunc_normal_
@@ -27,10 +28,7 @@ class Backbone(nn.Module):
         self._set_head(num_classes, global_pool)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, input_fmt=self.output_fmt
@@ -61,6 +59,39 @@ class Backbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
+
+
+def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS) -> None:
+    """Raise a ValueError for a pooling that is not one of ``pools``, or a negative number of classes."""
+    if global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
+
+
+def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, as a new dict with the names of a bare model.
+
+    Taken off are a ``state_dict`` or ``model`` around the tensors, and the prefixes of ``DistributedDataParallel`` and
+    ``features_only``. Of a detector or segmentor, the ``backbone.`` is kept.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    for prefix in ("module.", "model."):
+        if checkpoint and all(name.startswith(prefix) for name in checkpoint):
+            checkpoint = {name[len(prefix) :]: value for name, value in checkpoint.items()}
+    backbone = {name[9:]: value for name, value in checkpoint.items() if name.startswith("backbone.")}
+    return backbone or dict(checkpoint)
+
+
+def misfit(missing: Sequence[str], unexpected: Sequence[str]) -> ValueError:
+    """The error for a checkpoint with other names than the model's."""
+
+    def some(names: Sequence[str]) -> str:
+        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
+
+    return ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
 
 
 def init_weights(module: nn.Module) -> None:

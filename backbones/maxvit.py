@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
-from .layers import POOLS, drop_path_rates, take_indices, to_format
+from .layers import POOLS, check_head, drop_path_rates, misfit, take_indices, to_format, unwrap
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -302,10 +302,7 @@ class MaxViT(nn.Module):
 
     def _set_head(self, num_classes: int, global_pool: str, hidden_size: int | None) -> None:
         pools = [pool for pool in POOLS if pool != "catavgmax"]  # the head's norm is for as many channels as the map's
-        if global_pool not in pools:
-            raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        check_head(num_classes, global_pool, pools)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.head = NormMlpClassifierHead(
@@ -439,7 +436,7 @@ def _init_weights(model: nn.Module) -> None:
 def _fold(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
     norm = getattr(parent, name)
-    if isinstance(norm, nn.BatchNorm2d):
+    if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
@@ -449,7 +446,7 @@ def _fold(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
 def _fold_before(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the 1x1 convolution after it."""
     norm = getattr(parent, name)
-    if isinstance(norm, nn.BatchNorm2d):
+    if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
         with torch.no_grad():
@@ -478,14 +475,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: if the parameter names (the head's aside, which timm handles) are not those of the model.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
-    state_dict = backbone or dict(state_dict)
+    state_dict = unwrap(state_dict)
 
     own = model.state_dict()
     level_norms = {name for name in own if re.match(r"norm\d", name)}
@@ -511,10 +501,7 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
     if any(re.match(r"norm\d", name) for name in unexpected):
         raise ValueError("the checkpoint has a norm per stage: create the model with features_only=True, out_norm=True")
 
-    def some(names: list[str]) -> str:
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
-
-    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+    raise misfit(missing, unexpected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from timm.models import (
 from torch import nn
 
 from .attention import NeighborhoodAttention2d
-from .layers import Backbone, drop_path_rates, init_weights, take_indices, to_format
+from .layers import Backbone, drop_path_rates, init_weights, misfit, take_indices, to_format, unwrap
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -556,14 +556,7 @@ def checkpoint_filter_fn(
         ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model, or
             if a table has another size and is not to be resampled.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
-    state_dict = backbone or dict(state_dict)
+    state_dict = unwrap(state_dict)
     if any(name.endswith("patch_embeddings.projection.0.weight") for name in state_dict):
         state_dict = _from_transformers(state_dict)
     # an index computed from the table's size, stored by the authors' ViT with relative position bias
@@ -612,10 +605,7 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
             "model with features_only=True, out_norm=True"
         )
 
-    def some(names: list[str]) -> str:
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
-
-    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+    raise misfit(missing, unexpected)
 
 
 def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, genera
 from torch import nn
 
 from .attention import context_mixing
-from .layers import POOLS, Backbone, drop_path_rates, take_indices
+from .layers import Backbone, check_head, drop_path_rates, misfit, take_indices, unwrap
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -65,16 +65,6 @@ class DilatedReparam(nn.Module):
             conv = nn.Conv2d(dim, dim, k, padding=d * (k - 1) // 2, dilation=d, groups=dim, bias=False)
             self.add_module(f"dil_conv_k{k}_{d}", conv)
             self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(dim))
-        branches, places = (
-            [],
-            [],
-        )  # of each tap of the branches, one after the other: its branch, its place in the kernel
-        for i, (k, d) in enumerate(((kernel_size, 1), *BRANCHES[kernel_size])):
-            at = [kernel_size // 2 + d * (j - k // 2) for j in range(k)]
-            branches += [i] * k**2
-            places += [row * kernel_size + column for row in at for column in at]
-        self.register_buffer("branch_of_tap", torch.tensor(branches), persistent=False)
-        self.register_buffer("place_of_tap", torch.tensor(places), persistent=False)
 
     def branches(self) -> list[tuple[nn.Module, nn.Module]]:
         """The pairs of convolution and norm that are summed."""
@@ -85,30 +75,28 @@ class DilatedReparam(nn.Module):
         """Weight ``[C, 1, K, K]`` and bias ``[C]`` of the one convolution that equals all branches with the norms'
         running statistics; differentiable."""
         convs, norms = zip(*self.branches(), strict=True)
-        gain, offset, mean, var = (
-            torch.stack([getattr(bn, name) for bn in norms])
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gain * (var + norms[0].eps).rsqrt()  # branches, C
-        taps = torch.cat([conv.weight.flatten(1) for conv in convs], 1)
-        taps = taps * scale.t().index_select(1, self.branch_of_tap)
-        kernel = taps.new_zeros(len(taps), self.kernel_size**2).index_add(1, self.place_of_tap, taps)
-        return kernel.unflatten(1, (1, self.kernel_size, self.kernel_size)), (offset - mean * scale).sum(0)
+        scales = [bn.weight * (bn.running_var + bn.eps).rsqrt() for bn in norms]
+        kernel, *others = (conv.weight * scale.view(-1, 1, 1, 1) for conv, scale in zip(convs, scales, strict=True))
+        for (k, d), other in zip(BRANCHES[self.kernel_size], others, strict=True):
+            reach = d * (k // 2)
+            taps = slice(self.kernel_size // 2 - reach, self.kernel_size // 2 + reach + 1, d)
+            kernel[:, :, taps, taps] += other
+        return kernel, sum(bn.bias - bn.running_mean * scale for bn, scale in zip(norms, scales, strict=True))
 
     def reparameterize(self) -> None:
-        """Become the one convolution, in place."""
+        """Become the one convolution, in place; frozen if the large one is."""
         if self.reparameterized:
             return
         weight, bias = copy.deepcopy(self).double().folded()
         old = self.lk_origin
         with torch.device("meta"):
             conv = nn.Conv2d(old.in_channels, old.in_channels, old.kernel_size, padding=old.padding, groups=old.groups)
-        conv.weight = nn.Parameter(weight.detach().to(old.weight.dtype))
-        conv.bias = nn.Parameter(bias.detach().to(old.weight.dtype))
-        names = [name for name, _ in self.named_children()]
-        for name in [*names, "branch_of_tap", "place_of_tap"]:
+        trained = old.weight.requires_grad
+        conv.weight = nn.Parameter(weight.detach().to(old.weight.dtype), requires_grad=trained)
+        conv.bias = nn.Parameter(bias.detach().to(old.weight.dtype), requires_grad=trained)
+        for name in [name for name, _ in self.named_children()]:
             delattr(self, name)
-        self.lk_origin = conv
+        self.lk_origin = conv.train(self.training)
         self.reparameterized = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +105,7 @@ class DilatedReparam(nn.Module):
         if self.training:
             return sum(bn(conv(x)) for conv, bn in self.branches())
         weight, bias = self.folded()
-        return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=len(bias))
+        return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=self.lk_origin.groups)
 
 
 class ResDWConv(nn.Conv2d):
@@ -348,8 +336,10 @@ class OverLoCK(Backbone):
             base-net, the overview-net and the focus-net.
         aux_head: add a classifier on the context and train it, see `set_auxiliary_training`. The authors trained with
             one, at a weight of 0.4.
-        out_norm: add the norms of the authors' detection and segmentation models, ``extra_norm``, and ``h_proj``, by
-            which the last map takes in the overview-net's. `forward_intermediates` and ``features_only`` apply them.
+        out_norm: add the norms of the authors' detection and segmentation models, ``extra_norm``.
+            `forward_intermediates` and ``features_only`` apply them.
+        out_overview: with ``out_norm``, let the last map take in the overview-net's, by a fifth norm and ``h_proj``.
+            The authors' detection models do, their segmentation models do not.
 
     Attributes:
         auxiliary_training: see `set_auxiliary_training`.
@@ -380,6 +370,7 @@ class OverLoCK(Backbone):
         drop_path_rate: float = 0.0,
         aux_head: bool = False,
         out_norm: bool = False,
+        out_overview: bool = True,
     ) -> None:
         super().__init__()
         if output_stride != 32:
@@ -427,8 +418,11 @@ class OverLoCK(Backbone):
                 for j, rate in enumerate(rates[i + 2])
             ]
             self.add_module(f"sub_blocks{i + 1}", nn.ModuleList(blocks))
+        self.h_proj = None
         if out_norm:
-            self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in (*dims, embed_dims[3]))
+            self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
+        if out_norm and out_overview:
+            self.extra_norm.append(LayerNorm2d(embed_dims[3]))
             self.h_proj = nn.Sequential(nn.Conv2d(embed_dims[3], dims[3], 1), LayerScale(dims[3], 1e-5))
         modules = ("blocks1", "blocks2", f"sub_blocks3.{sub_depths[0] - 1}", f"sub_blocks4.{sub_depths[1] - 1}")
         self.feature_info = [
@@ -446,10 +440,7 @@ class OverLoCK(Backbone):
         _init_weights(self)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        check_head(num_classes, global_pool)
         self.num_classes = num_classes
         hidden = self.head[0]
         width = hidden.out_channels if isinstance(hidden, nn.Conv2d) else self.num_features
@@ -575,7 +566,7 @@ class OverLoCK(Backbone):
         if not self.out_norm:
             return x
         x = self.extra_norm[i](x)
-        return x + self.h_proj(self.extra_norm[4](overview)) if i == 3 else x
+        return x if i < 3 or self.h_proj is None else x + self.h_proj(self.extra_norm[4](overview))
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -592,17 +583,19 @@ class OverLoCK(Backbone):
             delattr(self, name)
         self.feature_info = self.feature_info[: last + 1]
         if self.out_norm:
-            for i in range(5):
-                if min(i, 3) not in take:
-                    self.extra_norm[i] = nn.Identity()
             if 3 not in take:
-                self.h_proj = nn.Identity()
+                self._drop_overview()
+            for i in set(range(4)) - set(take):
+                self.extra_norm[i] = nn.Identity()
         if prune_head or last < 3:
             self.num_features = self.feature_info[last]["num_chs"]
             self.head = nn.Sequential(*(nn.Identity() for _ in self.head))
             self._drop_aux_head()
             self._set_head(0, "")
         return take
+
+    def _drop_overview(self) -> None:
+        self.extra_norm, self.h_proj = self.extra_norm[:4], None
 
     def _drop_aux_head(self) -> None:
         self.aux_head = None
@@ -667,7 +660,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     * their re-parameterised ones: **a model that is not yet in that form is brought into it**, in place, by
       `OverLoCK.reparameterize`. The other way round, a reparameterized model takes the other checkpoints folded;
     * their mmdetection and mmsegmentation checkpoints: of these the ``backbone.`` is kept. They have ``extra_norm`` and
-      ``h_proj`` and no classifier, so create the model with ``features_only=True, out_norm=True``;
+      no classifier, so create the model with ``features_only=True, out_norm=True``. Those for segmentation have no
+      ``h_proj``: **the model is brought into that form**, ``out_overview=False``;
     * state dicts of these models, also as wrapped by ``features_only`` or ``DistributedDataParallel``.
 
     ``aux_head.*``, which the authors' training leaves in their checkpoints, is dropped if the model has no such head,
@@ -681,14 +675,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    for prefix in ("module.", "model."):
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    backbone = {name[9:]: value for name, value in state_dict.items() if name.startswith("backbone.")}
-    state_dict = backbone or dict(state_dict)
+    state_dict = unwrap(state_dict)
 
     folded = any(name.endswith(".lk_origin.bias") for name in state_dict)
     if folded and not model.reparameterized:
@@ -698,12 +685,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     elif model.reparameterized and not folded:
         state_dict = _fold_branches(state_dict)
 
+    segmentation = "extra_norm.3.weight" in state_dict and not any(_of_overview(name) for name in state_dict)
+    if segmentation and model.h_proj is not None:
+        model._drop_overview()
+
     own = model.state_dict()
     if model.aux_head is None:
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("aux_head.")}
     else:
         for name in ("aux_head.2.weight", "aux_head.2.bias"):
-            if name in own and name in state_dict and own[name].shape != state_dict[name].shape:
+            if name in state_dict and name not in own:  # a model without classes
+                del state_dict[name]
+            elif name in state_dict and own[name].shape != state_dict[name].shape:
                 state_dict[name] = own[name]
     dense = {name for name in own if _of_dense(name)}
     if not dense & set(state_dict):
@@ -732,6 +725,10 @@ def _of_dense(name: str) -> bool:
     return name.startswith(("extra_norm.", "h_proj."))
 
 
+def _of_overview(name: str) -> bool:
+    return name.startswith(("extra_norm.4.", "h_proj."))
+
+
 def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dense: bool) -> None:
     def body(names: Iterable[str]) -> set[str]:
         classifier = r"head\." if dense else r"head\.4\."
@@ -746,10 +743,7 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
             "model with features_only=True, out_norm=True"
         )
 
-    def some(names: list[str]) -> str:
-        return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
-
-    raise ValueError(f"the checkpoint is not of this model: missing {some(missing)}, unexpected {some(unexpected)}")
+    raise misfit(missing, unexpected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

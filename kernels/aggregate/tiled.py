@@ -1,6 +1,6 @@
 """Neighborhood aggregation in plain PyTorch operations: the CPU default, and what compilers and exporters see.
 
-The map is cut into tiles of queries with one span of keys each, as for attention (``neighborhood/tiled.py``). With
+The map is cut into tiles of queries with one span of keys each, as for attention (``kernels/tiling.py``). With
 ``M``, the matrix of a tile, queries by keys of the span, that holds the weights and zeros elsewhere, there are three
 products, each the derivative of another:
 
@@ -20,24 +20,19 @@ R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..neighborhood import tiled as tiling
-from ..neighborhood.tiled import Axis
+from .. import tiling
 from ..problem import Problem
+from ..tiling import Axis, Plans
 from ..window import Window
 
 # What copying one key and value into a span costs, in units of one query-key pair; fitted on a 2-core CPU.
 COPY_COST = 32.0
 FILL_COST = 2.0  # one weight of a map that the tiles do not divide
-
-Plans = tuple[tuple[Axis, Axis], ...]
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -45,45 +40,12 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- planning
-
-
-def _cost(rows: Axis, columns: Axis, kernel_area: int) -> float:
-    queries = rows.tiles * rows.tile * columns.tiles * columns.tile
-    copied = rows.tiles * rows.span * columns.tiles * columns.span
-    filled = queries * kernel_area if rows.ragged or columns.ragged else 0  # the weights are copied to be filled up
-    return queries * rows.span * columns.span + COPY_COST * copied + FILL_COST * filled
-
-
-@lru_cache(maxsize=1024)
-def plan(rows: Window, columns: Window, height: int, width: int) -> Plans:
-    """The tilings of a call, one for each pair of group lengths (at most four; one where the dilations divide)."""
-    kernel_area = rows.kernel_size * columns.kernel_size
-
-    def candidates(window: Window, extent: int) -> list[list[Axis]]:
-        d, short = window.dilation, extent % window.dilation
-        classes = [(0, d)] if short == 0 else [(0, short), (short, d)]
-        choices = []
-        for first, stop in classes:
-            length = window.group_length(extent, first)
-            if length == 0:
-                continue
-            sizes = {*range(1, min(length, 24) + 1), length}
-            choices.append([tiling._cut(window, first, stop, length, tile) for tile in sorted(sizes)])
-        return choices
-
-    return tuple(
-        min(((a, b) for a in row_axes for b in column_axes), key=lambda pair: _cost(*pair, kernel_area))
-        for row_axes in candidates(rows, height)
-        for column_axes in candidates(columns, width)
-    )
-
-
-def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int) -> Plans:
-    return plan(Window(*rows), Window(*columns), height, width)
-
-
-_compile_time_plan = torch.compiler.assume_constant_result(_compile_time_plan)
+def _cost(a: Axis, b: Axis) -> float:
+    """Of the tiles of one group, in query-key pairs."""
+    copied = a.tiles * a.span * b.tiles * b.span
+    weights = a.tiles * a.tile * a.keys * b.tiles * b.tile * b.keys
+    filled = weights if a.ragged or b.ragged else 0  # the weights are copied to be filled up
+    return tiling.pairs(a, b) + COPY_COST * copied + FILL_COST * filled
 
 
 def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.device) -> tuple[Tensor]:
@@ -103,25 +65,24 @@ def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.devic
 
 
 def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans) -> Tensor:
-    """``apply`` or ``dots`` in standard operators; x, y and the answer are [B, G, G2, N, h, w, C]."""
-    grid: dict[int, list[Tensor]] = {}
+    """``apply`` or ``dots`` in standard operators; maps [B, H, W, N, C]."""
+    outs = []
+    dtype, working = y.dtype, tiling.working_dtype(y.dtype)
+    x, y = (tiling.split_phases(t.to(working), problem.dilation) for t in (x, y))
     for a, b in plans:
-        places = tiling._constant(_places, problem.rows, problem.columns, a, b, x.device)[0]
+        places = tiling.constant(_places, problem.rows, problem.columns, a, b, x.device)[0]
         for dim, axis in ((0, a), (1, b)):
-            places = places.index_select(dim, tiling._constant(tiling._pattern_order, axis, x.device)[0])
-        keys = tiling._key_spans(tiling._pad_keys(tiling._of_class(y, a, b), a, b), a, b).flatten(6, 7)
-        tiles = tiling._query_tiles(tiling._of_class(x, a, b), a, b).flatten(6, 7)
+            places = places.index_select(dim, tiling.constant(tiling.pattern_order, axis, x.device)[0])
+        keys = tiling.key_spans(tiling.pad_keys(tiling.of_class(y, a, b), a, b), a, b).flatten(6, 7)
+        tiles = tiling.query_tiles(tiling.of_class(x, a, b), a, b).flatten(6, 7)
         places = places.expand(*tiles.shape[:4], -1, -1, -1, -1)
         if name == "apply":
             matrix = tiles.new_zeros(*tiles.shape[:7], a.span * b.span).scatter(-1, places, tiles)
             out = matrix @ keys
         else:
             out = (tiles @ keys.transpose(-1, -2)).gather(-1, places)
-        out = tiling._from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b)
-        out = F.pad(out, (0, 0, 0, y.shape[5] - b.length, 0, y.shape[4] - a.length))
-        grid.setdefault(a.first, []).append(out)
-    rows = [row[0] if len(row) == 1 else torch.cat(row, 2) for row in grid.values()]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        outs.append(tiling.from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b))
+    return tiling.join(outs, plans, problem).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------- piece by piece
@@ -132,10 +93,10 @@ class _Walk:
 
     def __init__(self, like: Tensor, problem: Problem, plans: Plans) -> None:
         self.like, self.problem, self.plans = like, problem, plans
-        self.scratch = tiling._Scratch(like, tiling._working(like.dtype))
+        self.scratch = tiling.Scratch(like, tiling.working_dtype(like.dtype))
 
     def phases(self, *maps: Tensor) -> list[Tensor]:
-        return [tiling._split_phases(x, self.problem.dilation) for x in maps]
+        return [tiling.split_phases(x, self.problem.dilation) for x in maps]
 
     def empty(self, depth: int) -> Tensor:
         """A map of the padded size that the phases want, uninitialised."""
@@ -143,19 +104,19 @@ class _Walk:
         return self.like.new_empty(batch, height + -height % d, width + -width % d2, heads, depth)
 
     def cropped(self, padded: Tensor) -> Tensor:
-        return tiling._crop(padded, *self.like.shape[1:3])
+        return tiling.crop(padded, *self.like.shape[1:3])
 
     def pieces(self, phases: Tensor) -> Iterator[tuple]:
         """(plan of the rows, plan of the columns, where the piece lies in [B, G, G2, N, h, w, C], its tile rows)."""
         for a, b in self.plans:
-            for part, _, groups in tiling._parts(phases.shape, a, b, tiling.PIECE):
+            for part, _, groups in tiling.parts(phases.shape, a, b, tiling.PIECE):
                 yield a, b, tuple(part.values()), groups
 
     def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: Axis, b: Axis) -> Iterator[tuple]:
         """(matrices, weights, where the weights lie in the matrices) of each rectangle of tiles of one pattern."""
-        places = tiling._constant(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)[0]
+        places = tiling.constant(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)[0]
         places = places.unflatten(2, (a.tile, b.tile))
-        for r, c, p, p2 in tiling._blocks(rows, a, b):
+        for r, c, p, p2 in tiling.blocks(rows, a, b):
             part = weights[:, :, :, :, r, c]
             yield matrix[:, :, :, :, r, c], part, places[p, p2].expand(part.shape)
 
@@ -171,10 +132,10 @@ class _Walk:
         out = self.empty(v.shape[-1])
         ws, vs, outs = self.phases(weights, v, out)
         for a, b, part, groups in self.pieces(vs):
-            tiles, spans = tiling._query_tiles(ws[part], a, b), self.scratch.spans("padded", vs[part], a, b)
+            tiles, spans = tiling.query_tiles(ws[part], a, b), self.scratch.spans("padded", vs[part], a, b)
             for rows in groups:
                 matrix, values = self.matrices(tiles, rows, a, b), self.scratch.flat("keys", spans, rows)
-                tiling._store(outs[part], self.scratch.bmm("out", matrix, values), rows, a, b)
+                tiling.store(outs[part], self.scratch.bmm("out", matrix, values), rows, a, b)
         return self.cropped(out)
 
     def dots(self, q: Tensor, k: Tensor) -> Tensor:
@@ -182,11 +143,11 @@ class _Walk:
         out = self.empty(kernel_area)
         qs, ks, outs = self.phases(q, k, out)
         for a, b, part, groups in self.pieces(qs):
-            tiles, spans = tiling._query_tiles(qs[part], a, b), self.scratch.spans("padded", ks[part], a, b)
+            tiles, spans = tiling.query_tiles(qs[part], a, b), self.scratch.spans("padded", ks[part], a, b)
             # read straight into the output where its tiles are views of it
             targets = None
             if out.dtype == self.scratch.dtype and not (a.ragged or b.ragged):
-                targets = tiling._query_tiles(outs[part], a, b)
+                targets = tiling.query_tiles(outs[part], a, b)
             for rows in groups:
                 queries, keys = self.scratch.flat("queries", tiles, rows), self.scratch.flat("keys", spans, rows)
                 shape = (*tiles.shape[:4], rows.stop - rows.start, *tiles.shape[5:8])
@@ -195,21 +156,21 @@ class _Walk:
                 for source, target, places in self.blocks(products, read, rows, a, b):
                     torch.gather(source, -1, places, out=target)
                 if targets is None:
-                    tiling._store(outs[part], read, rows, a, b)
+                    tiling.store(outs[part], read, rows, a, b)
         return self.cropped(out)
 
     def spread(self, weights: Tensor, q: Tensor) -> Tensor:
         out = self.empty(q.shape[-1])
         ws, qs, outs = self.phases(weights, q, out)
         for a, b, part, groups in self.pieces(qs):
-            weight_tiles, tiles = (tiling._query_tiles(t[part], a, b) for t in (ws, qs))
-            total = self.scratch("padded", *tiling._padded_shape(outs[part], a, b)).zero_()
+            weight_tiles, tiles = (tiling.query_tiles(t[part], a, b) for t in (ws, qs))
+            total = self.scratch("padded", *tiling.padded_shape(outs[part], a, b)).zero_()
             for rows in groups:
                 matrix, queries = self.matrices(weight_tiles, rows, a, b), self.scratch.flat("queries", tiles, rows)
                 spans = self.scratch.bmm("spans", matrix.transpose(1, 2), queries)
                 shape = (*tiles.shape[:4], rows.stop - rows.start, b.tiles, a.span, b.span, tiles.shape[-1])
-                tiling._add_spans(total, spans.view(shape), rows, a, b)
-            outs[part] = tiling._inner(total, a, b)
+                tiling.add_spans(total, spans.view(shape), rows, a, b)
+            outs[part] = tiling.inner(total, a, b)
         return self.cropped(out)
 
 
@@ -241,30 +202,10 @@ class _Product(torch.autograd.Function):
 
 
 def _run(name: str, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
-    height, width = (operator.index(n) for n in problem.shape[1:3])  # tracers: the plan is for this size, a constant
-    if torch.compiler.is_compiling():
-        r, c = problem.rows, problem.columns
-        plans = _compile_time_plan(
-            (r.kernel_size, r.stride, r.dilation, r.boundary),
-            (c.kernel_size, c.stride, c.dilation, c.boundary),
-            height,
-            width,
-        )
-    else:
-        plans = plan(problem.rows, problem.columns, height, width)
-    piecewise = (
-        not problem.tracing
-        and not torch._C._are_functorch_transforms_active()  # grad and vmap of torch.func want standard operators
-        and problem.device == "cpu"
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, y))
-    )
-    if piecewise:
+    plans = tiling.plan_of(problem, _cost)
+    if tiling.piecewise(problem, x, y):
         return _Product.apply(name, x, y, problem, plans)
-    working = tiling._working(y.dtype)
-    phases = (tiling._split_phases(t.to(working), problem.dilation) for t in (x, y))
-    out = _all_at_once(name, *phases, problem, plans)
-    out = tiling._crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)
-    return out.to(y.dtype)
+    return _all_at_once(name, x, y, problem, plans)
 
 
 def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:

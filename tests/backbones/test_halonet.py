@@ -349,7 +349,7 @@ def test_hybrids_compile_and_export(name):
     ],
 )
 def test_parameter_counts(name, millions):
-    """Of the paper's table, and of timm's results."""
+    """Those of the card; of the hybrids, timm's."""
     with torch.device("meta"):
         model = timm.create_model(name)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
@@ -416,13 +416,26 @@ def test_only_values_and_outputs_are_widened():
 
 
 def test_boundary():
-    """The default is the paper's mask: appending a border of zeros at the image's end changes only what is near it."""
+    """The default is to mask, and it matters."""
     model = timm.create_model("test_foveal_halonet")
     assert {m.boundary for m in model.modules() if isinstance(m, HaloAttention2d)} == {"mask"}
     other = timm.create_model("test_foveal_halonet", boundary="zero").eval()
     other.load_state_dict(model.state_dict())
     x = images(1, 3, 64, 64)
     assert error(other(x), model.eval()(x)) > 1e-3
+
+
+def test_map_of_logits():
+    """Without pooling, the classifier answers at every position; its mean is the answer behind an average pool."""
+    pooled = filled(timm.create_model("test_foveal_halonet", num_classes=10))
+    model = timm.create_model("test_foveal_halonet", num_classes=10, global_pool="").eval()
+    model.load_state_dict(pooled.state_dict())
+    x = images(2, 3, 64, 96)
+    logits = model(x)
+    assert logits.shape == (2, 10, 2, 3)
+    torch.testing.assert_close(logits.mean((2, 3)), pooled(x), rtol=1e-4, atol=1e-5)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 96, 2, 3)
 
 
 def test_blocks_begin_as_their_shortcuts():

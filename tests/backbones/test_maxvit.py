@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table
+from timm.layers import convert_sync_batchnorm, resize_rel_pos_bias_table
 from timm.models import get_pretrained_cfg, maxxvit, save_for_hf
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 import foveal.backbones
@@ -452,6 +453,15 @@ def test_reparameterize():
         close(folded(x), model(x))
         with torch.no_grad():
             close(folded(x), model(x))
+
+
+@pytest.mark.parametrize("other", [freeze_batch_norm_2d, convert_sync_batchnorm])
+def test_other_batch_norms_fold_too(other):
+    model = ours()
+    folded = other(copy.deepcopy(model)).eval().reparameterize()
+    assert not [name for name, _ in folded.named_buffers() if name.endswith("running_var")]
+    x = images(1, 3, 64, 64)
+    close(folded(x), model(x))
 
 
 def test_nothing_given_is_written_to():

@@ -100,6 +100,35 @@ def test_reparameterize(monkeypatch):
     model.train()(x)  # trains on, without the branches
 
 
+def test_reparameterized_models_stay_frozen_and_in_their_mode():
+    model = create(aux_head=True).requires_grad_(False)
+    model.sub_blocks4.requires_grad_(True)
+    model.reparameterize()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("sub_blocks4.")}
+    assert not any(module.training for module in model.modules())
+
+
+def test_made_without_memory():
+    """On the meta device, materialized, and filled by a state dict: nothing beside it is needed."""
+    model = create()
+    x = images(1, 3, 64, 64)
+    with torch.device("meta"):
+        assigned, filled = timm.create_model(NAME, num_classes=10), timm.create_model(NAME, num_classes=10)
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    filled.to_empty(device="cpu").load_state_dict(model.state_dict())
+    for other in (assigned, filled):
+        torch.testing.assert_close(other.eval()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace():
+    model = create().reparameterize()
+    x = images(2, 3, 96, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x[:1])(x), model(x))
+
+
 def test_both_published_forms_load(tmp_path):
     """The authors' training leaves its auxiliary head in the checkpoint; the other form has neither it nor branches."""
     model = create(aux_head=True)
@@ -132,6 +161,8 @@ def test_other_classes_and_channels(tmp_path):
     logits, auxiliary = model.train()(images(2, 1, 64, 64))
     assert (logits.shape, auxiliary.shape) == ((2, 7), (2, 7))
     torch.testing.assert_close(model.blocks4[0].proj[8].weight, training["blocks4.0.proj.8.weight"])
+    headless = from_file(tmp_path / "weights.pth", training, num_classes=0, aux_head=True)
+    torch.testing.assert_close(headless.aux_head[0].weight, training["aux_head.0.weight"])
 
 
 def test_other_checkpoints_are_refused(tmp_path):
@@ -163,6 +194,25 @@ def test_dense_design(tmp_path):
     # a classification checkpoint starts a dense model
     model = from_file(tmp_path / "cls.pth", create(aux_head=True).state_dict(), features_only=True, out_norm=True)
     assert float(model.model.h_proj[1].weight.detach().max()) == pytest.approx(1e-5)
+
+
+def test_segmentation_form(tmp_path):
+    """The authors' segmentation models have four norms and do not add the overview-net's map."""
+    dense = create(out_norm=True, out_overview=False)
+    assert len(dense.extra_norm) == 4 and dense.h_proj is None
+    x = images(2, 3, 128, 96)
+    want = [norm(y) for norm, y in zip(dense.extra_norm, dense._stages(x)[0], strict=True)]
+    torch.testing.assert_close(dense.forward_intermediates(x, intermediates_only=True), want)
+    published = {f"backbone.{n}": v for n, v in dense.state_dict().items() if not n.startswith("head.")}
+    assert not any(name.startswith(("backbone.h_proj", "backbone.extra_norm.4")) for name in published)
+    for arguments in (dict(), dict(out_overview=False)):
+        model = from_file(tmp_path / "dense.pth", published, features_only=True, out_norm=True, **arguments)
+        torch.testing.assert_close(model(x), want)
+    some = from_file(tmp_path / "dense.pth", published, features_only=True, out_norm=True, out_indices=(1, 3))
+    torch.testing.assert_close(some(x), [want[1], want[3]])
+    detection = create(out_norm=True).state_dict()
+    with pytest.raises(ValueError, match=r"extra_norm\.4"):
+        from_file(tmp_path / "dense.pth", detection, out_norm=True, out_overview=False)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from foveal.kernels import BackendError, FactoredBias, TableBias, backend, dispatch, neighborhood_attention
+from foveal.kernels import BackendError, FactoredBias, TableBias, backend, dispatch, neighborhood_attention, tiling
 from foveal.kernels.neighborhood import natten as natten_backend
 from foveal.kernels.neighborhood import tiled
 
@@ -108,13 +108,13 @@ def calls(draw):
     return shape, draw(st.sampled_from([1, 5, 8])), bias, options
 
 
-@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiled.PIECE, 64, 3000]))
+@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.PIECE, 64, 3000]))
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tiled_equals_reference(call, dtype, piece):
     shape, value_depth, bias, options = call
     leaves, rule = inputs(shape, value_depth, options["kernel_size"], bias, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "PIECE", piece)  # small pieces: several slices of batch, phases and tile rows
+        patch.setattr(tiling, "PIECE", piece)  # small pieces: several slices of batch, phases and tile rows
         got = with_gradients(leaves, rule, "tiled", **options)
     want = with_gradients(leaves, rule, "reference", **options)
     limit = 1e-5 if dtype == torch.float32 else 1e-12
@@ -186,9 +186,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         "grid-small",
     ],
 )
-@pytest.mark.parametrize("piece", [tiled.PIECE, 20000])
+@pytest.mark.parametrize("piece", [tiling.PIECE, 20000])
 def test_layers_of_halonet_and_maxvit(shape, bias, options, piece, monkeypatch):
-    monkeypatch.setattr(tiled, "PIECE", piece)
+    monkeypatch.setattr(tiling, "PIECE", piece)
     leaves, rule = inputs(shape, 12, options["kernel_size"], bias)
     got = with_gradients(leaves, rule, "tiled", **options)
     want = with_gradients(leaves, rule, "reference", **options)
@@ -248,7 +248,7 @@ def test_halo_attention_takes_a_third_of_timms_memory(size, heads, depth):
 @pytest.mark.parametrize("bias", ["table", "factored", "factored-per-head"])
 def test_only_inputs_are_kept_for_the_backward(bias, monkeypatch):
     if bias == "table":  # more than one piece: small calls keep their probabilities
-        monkeypatch.setattr(tiled, "PIECE", 10000)
+        monkeypatch.setattr(tiling, "PIECE", 10000)
     leaves, rule = inputs((2, 16, 16, 2, 8), None, (6, 6), bias)
     inputs_at = {t.untyped_storage().data_ptr() for t in leaves}
     kept = []
@@ -316,10 +316,14 @@ def test_kept_expansions_are_bounded(monkeypatch):
     tiled._expanded.clear()
     modules[0](*x)
     (size,) = (sum(t.nbytes for t in kept) for _, _, kept in tiled._expanded.values())
-    monkeypatch.setattr(tiled, "CONSTANT_BYTES", 3 * size)
+    monkeypatch.setattr(tiling, "CONSTANT_BYTES", 3 * size)
     for module in modules:
         module(*x)
         assert len(tiled._expanded) <= 3
+    tiled._expanded.clear()
+    monkeypatch.setattr(tiling, "CONSTANT_BYTES", size - 1)
+    modules[0](*x)  # too large on its own
+    assert not len(tiled._expanded)
 
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
@@ -561,7 +565,7 @@ def test_output_is_contiguous_and_may_be_changed_in_place(size):
 def test_default_device_does_not_leak_in():
     leaves, rule = inputs((1, 9, 11, 2, 4), None, (3, 3), "table")
     want = with_gradients(leaves, rule, "tiled", kernel_size=3, dilation=2)
-    tiled._constants.clear()
+    tiling._constants.clear()
     with torch.device("meta"):
         out = neighborhood_attention(*leaves[:3], bias=rule, kernel_size=3, dilation=2, backend="tiled")
         grads = torch.autograd.grad(out, leaves, torch.ones(out.shape, device="cpu"))
@@ -639,9 +643,33 @@ def test_autocast_casts_like_the_functional_operators():
             neighborhood_attention(leaves[0], *double[1:], kernel_size=3)
 
 
+@pytest.mark.parametrize("bias", [None, "table", "factored", "factored-per-head"])
+def test_autocast_around_the_backward_changes_nothing(bias):
+    """A common habit: `loss.backward()` inside the autocast block."""
+    leaves, rule = inputs((1, 9, 8, 2, 4), None, (3, 3), bias)
+    out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, backend="tiled")
+    want = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("chosen", range(4))
+def test_a_subclass_among_the_inputs_gets_standard_operators(chosen):
+    class Plain(torch.Tensor):
+        pass
+
+    leaves, _ = inputs((1, 9, 8, 2, 4), None, (3, 3), "table")
+    want = neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+    leaves[chosen] = leaves[chosen].detach().as_subclass(Plain)
+    got = neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+    assert type(got) is Plain
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
+
+
 def test_plans_made_in_inference_mode_serve_training():
     leaves, rule = inputs((1, 11, 13, 2, 4), None, (3, 3), "table")
-    tiled._constants.clear()
+    tiling._constants.clear()
     with torch.inference_mode():
         neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
     with_gradients(leaves, rule, "tiled", kernel_size=3)
@@ -650,12 +678,18 @@ def test_plans_made_in_inference_mode_serve_training():
 def test_fake_tensors_leave_nothing_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tiled._constants.clear()
+    tiling._constants.clear()
     with FakeTensorMode():
         q = torch.empty(1, 11, 12, 2, 4)
         assert neighborhood_attention(q, q, q, kernel_size=3).shape == q.shape
     leaves, rule = inputs((1, 11, 12, 2, 4), None, (3, 3), "table")
     with_gradients(leaves, rule, "tiled", kernel_size=3)
+
+    module, x = Attention(kernel_size=3), tensors(1, 11, 12, 2, 4)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):  # real inputs and parameters, results without numbers
+            module(*x)
+        assert type(module(*x)) is torch.Tensor
 
 
 def test_meta_tensors_give_the_shape():
@@ -668,11 +702,14 @@ def test_meta_tensors_give_the_shape():
 # ------------------------------------------------------------------------------------------ compile and export
 
 
-@pytest.mark.parametrize("bias", [None, "table", "factored"])
 @pytest.mark.parametrize(
-    "options",
-    [{"kernel_size": 3, "dilation": 2}, {"kernel_size": (4, 3), "stride": 2, "boundary": "zero"}],
-    ids=["shift-d2", "zero-s2"],
+    ("bias", "options"),
+    [
+        ("table", {"kernel_size": 3, "dilation": 2}),
+        ("factored", {"kernel_size": (4, 3), "stride": 2, "boundary": "zero"}),
+        (None, {"kernel_size": (4, 3), "stride": 2, "boundary": "mask"}),
+    ],
+    ids=["table-shift-d2", "factored-zero-s2", "none-mask-s2"],
 )
 def test_compile_without_graph_breaks(bias, options):
     torch._dynamo.reset()
@@ -778,7 +815,7 @@ def test_export_with_a_free_batch(options):
     assert all(name.startswith(("aten.", "<built-in")) or "sym" in name for name in names), names
 
 
-@pytest.mark.parametrize("options", EXPORTS, ids=["k3-d2", "k5x4-d2x3", "k6-s2-mask"])
+@pytest.mark.parametrize("options", EXPORTS[1:], ids=["k5x4-d2x3", "k6-s2-mask"])
 def test_onnx_equals_eager(options, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
@@ -958,20 +995,19 @@ def test_backend_from_the_environment():
         "try: neighborhood_attention(q, q, q, kernel_size=3)\n"
         "except BackendError as e: print(e)\n"
     )
-    for name, message in (("cutlass", "unknown backend 'cutlass' from the environment"), ("reference", "")):
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "FOVEAL_BACKEND": name},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert message in run.stdout and bool(message) == bool(run.stdout.strip())
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FOVEAL_BACKEND": "cutlass"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "unknown backend 'cutlass' from the environment" in run.stdout
 
 
 def test_threads_share_the_plans():
     leaves = tensors(2, 19, 17, 2, 4)
-    tiled._constants.clear()
+    tiling._constants.clear()
     want = neighborhood_attention(*leaves, kernel_size=3, backend="reference")
     results = []
     workers = [

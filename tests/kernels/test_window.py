@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveal.kernels import tiling
 from foveal.kernels.neighborhood import tiled
 from foveal.kernels.window import BOUNDARIES, Window
 
@@ -47,7 +48,7 @@ def test_integer_and_tensor_rule_agree(case):
 def test_every_tile_spans_the_windows_of_its_queries(case, tile):
     rule, length = case
     group = rule.group_length(length)
-    axis = tiled._cut(rule, 0, 1, group, min(tile, group))
+    axis = tiling.cut(rule, 0, 1, group, min(tile, group))
     assert axis.tiles * axis.tile == group + axis.ragged
     assert min(axis.before, axis.after, axis.ragged) >= 0
     for i in range(group):
@@ -62,7 +63,7 @@ def test_shared_windows_of_blocks():
     rule = Window(7, stride=7)
     position, _, _ = rule.keys(28)
     assert position[:, 0].tolist() == [x // 7 * 7 for x in range(28)]
-    ((rows, columns),) = tiled.plan(rule, rule, 28, 28)
+    ((rows, columns),) = tiling.plan(rule, rule, 28, 28, tiled._cost)
     assert rows.span == columns.span == 7 and not rows.masked and not columns.masked
 
 
@@ -77,6 +78,6 @@ def test_halo_window():
 def test_plan_covers_every_position_once(length, dilation):
     rule = Window(2, dilation=dilation)
     covered = []
-    for rows, _ in tiled.plan(rule, Window(1), length, 1):
+    for rows, _ in tiling.plan(rule, Window(1), length, 1, tiled._cost):
         covered += [i * dilation + g for g in range(rows.first, rows.stop) for i in range(rows.length)]
     assert sorted(covered) == list(range(length))

@@ -1,0 +1,383 @@
+"""What the ``tiled`` backends of both operations stand on: a map cut into tiles of queries with spans of keys.
+
+The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span
+of keys, of the same size for every tile, so what a tile does is a few dense matrix products.
+
+* the plan of a call: which tiles (``Axis``, ``plan_of``), and the constants that follow from it (``constant``);
+* maps as views of phases, tiles and spans;
+* the walk over pieces of a map, in memory that they share (``parts``, ``Scratch``).
+
+B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, h w positions of a group,
+R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import Problem, tracing
+from .window import Window
+
+# A piece of a walk: about this many query-key pairs. Measured on a 2-core CPU with 2 MiB of second-level and 32 MiB of
+# third-level cache; half and twice as many cost the same, unchunked costs 1.5 to 2 times as much.
+PIECE = 1 << 20
+
+# Masks and indices kept between calls, for all shapes together; a DiNAT's layers take less than one MiB.
+CONSTANT_BYTES = 128 << 20
+
+
+# ---------------------------------------------------------------------------------------------------- planning
+
+
+class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant in every release
+    """How one axis of the dilation groups ``first:stop`` (all of ``length`` positions) is cut into tiles."""
+
+    first: int
+    stop: int
+    length: int
+    tile: int
+    tiles: int
+    before: int  # keys that the span of a tile reaches before its first query
+    after: int  # padding behind the last position, so that the last tile has a full span
+    span: int
+    ragged: int  # queries that the last tile is short of
+    runs: tuple[tuple[int, int, int], ...]  # (tile from, tile to, pattern): neighbouring tiles with equal windows
+    order: tuple[int, ...]  # the pattern of every tile
+    samples: tuple[int, ...]  # one tile of each pattern
+    keys: int  # of the window of one query
+    masked: bool  # whether some key of a span is not for all queries of the tile
+
+
+def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
+    starts = [window.start(i, length) for i in range(length)]
+    tiles = -(-length // tile)
+    spans = [(t * tile, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
+    before = max(0, *(q0 - min(s) for q0, s in spans))
+    span = max(max(s) + window.kernel_size - (q0 - before) for q0, s in spans)
+    shapes: dict[tuple, int] = {}
+    runs: list[list[int]] = []
+    samples = []
+    masked = False
+    for t, (q0, s) in enumerate(spans):
+        # relative to the tile: the windows, and (boundary "mask") where the map begins and ends
+        base = q0 - before
+        edges = (max(-base, 0), min(length - base, span)) if window.boundary == "mask" else (0, span)
+        shape = (*(x - base for x in s), *edges)
+        if shape not in shapes:
+            shapes[shape] = len(shapes)
+            samples.append(t)
+            masked |= edges != (0, span) or any(x != base for x in s) or span != window.kernel_size
+        if runs and runs[-1][2] == shapes[shape]:
+            runs[-1][1] = t + 1
+        else:
+            runs.append([t, t + 1, shapes[shape]])
+    return Axis(
+        first=first,
+        stop=stop,
+        length=length,
+        tile=tile,
+        tiles=tiles,
+        before=before,
+        after=(tiles - 1) * tile + span - before - length,
+        span=span,
+        ragged=tiles * tile - length,
+        runs=tuple((start, stop, pattern) for start, stop, pattern in runs),
+        order=tuple(pattern for start, stop, pattern in runs for _ in range(start, stop)),
+        samples=tuple(samples),
+        keys=window.kernel_size,
+        masked=masked,
+    )
+
+
+Plans = tuple[tuple[Axis, Axis], ...]
+Cost = Callable[[Axis, Axis], float]
+
+
+def pairs(a: Axis, b: Axis) -> int:
+    """Query-key pairs of all tiles of one dilation group."""
+    return a.tiles * a.tile * a.span * b.tiles * b.tile * b.span
+
+
+@lru_cache(maxsize=1024)
+def plan(rows: Window, columns: Window, height: int, width: int, cost: Cost) -> Plans:
+    """The cheapest tilings, one for each pair of group lengths (at most four; one where the dilations divide)."""
+
+    def candidates(window: Window, extent: int) -> list[list[Axis]]:
+        d, short = window.dilation, extent % window.dilation
+        classes = [(0, d)] if short == 0 else [(0, short), (short, d)]
+        choices = []
+        for first, stop in classes:
+            length = window.group_length(extent, first)
+            if length == 0:
+                continue
+            sizes = {*range(1, min(length, 24) + 1), min(length, window.stride), length}
+            choices.append([cut(window, first, stop, length, tile) for tile in sorted(sizes)])
+        return choices
+
+    return tuple(
+        min(((a, b) for a in row_axes for b in column_axes), key=lambda pair: cost(*pair))
+        for row_axes in candidates(rows, height)
+        for column_axes in candidates(columns, width)
+    )
+
+
+def _size(problem: Problem) -> tuple[int, int]:
+    """H and W as constants: under a tracer too, a plan is for one size."""
+    return operator.index(problem.shape[1]), operator.index(problem.shape[2])
+
+
+@torch.compiler.assume_constant_result
+def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int, cost: Cost) -> Plans:
+    return plan(Window(*rows), Window(*columns), height, width, cost)
+
+
+def plan_of(problem: Problem, cost: Cost) -> Plans:
+    """``plan`` of a call; under a compiler a constant of the compiled code."""
+    height, width = _size(problem)
+    r, c = problem.rows, problem.columns
+    if torch.compiler.is_compiling():
+        return _compile_time_plan(
+            (r.kernel_size, r.stride, r.dilation, r.boundary),
+            (c.kernel_size, c.stride, c.dilation, c.boundary),
+            height,
+            width,
+            cost,
+        )
+    return plan(r, c, height, width, cost)
+
+
+def piecewise(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether a call may walk over pieces: eager mode on a CPU, plain tensors. All else gets standard operators, which
+    tracers, the transforms of ``torch.func`` and the subclasses of tensors know how to treat."""
+    return (
+        not problem.tracing
+        and not torch._C._are_functorch_transforms_active()
+        and problem.device == "cpu"
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and sums are held in: a float16 logit overflows at 65,504, and bfloat16 has three digits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+_constants: dict[tuple, tuple[Tensor, ...]] = {}
+
+
+def constant(function: Callable[..., tuple[Tensor, ...]], *key) -> tuple[Tensor, ...]:
+    """``function(*key)``, kept between eager calls; built anew under a tracer: its tensors must not leak out of it."""
+    if tracing():
+        return function(*key)
+    found = _constants.get((function, *key))
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
+            found = function(*key)
+        if may_keep(found):
+            if size_of(found, *_constants.values()) > CONSTANT_BYTES:
+                _constants.clear()
+            _constants[(function, *key)] = found
+    return found
+
+
+def size_of(*kept: tuple[Tensor | None, ...]) -> int:
+    """Bytes of some tuples of tensors."""
+    return sum(t.nbytes for tensors in kept for t in tensors if t is not None)
+
+
+def may_keep(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether tensors may outlive the call: numbers, no FakeTensor or other mode's product, and not too many."""
+    plain = all(t is None or (type(t) is Tensor and t.device.type != "meta") for t in tensors)
+    return plain and size_of(tensors) <= CONSTANT_BYTES
+
+
+def pattern_order(axis: Axis, device: torch.device) -> tuple[Tensor]:
+    """The pattern of every tile of an axis."""
+    return (torch.tensor(axis.order, device=device),)
+
+
+# ------------------------------------------------------------------------------------------------------- views
+
+
+def split_phases(x: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """[B, H, W, N, C] -> view [B, G, G2, N, h, w, C], padded with zeros where the dilation does not divide the map."""
+    (d, d2), (height, width) = dilation, x.shape[1:3]
+    if height % d or width % d2:
+        x = F.pad(x, (0, 0, 0, 0, 0, -width % d2, 0, -height % d))
+    return x.unflatten(2, (-1, d2)).unflatten(1, (-1, d)).permute(0, 2, 4, 5, 1, 3, 6)
+
+
+def take(x: Tensor, index: dict[int, slice]) -> Tensor:
+    """``x`` indexed with a slice for each of some dimensions: one operator for each that cuts something off."""
+    shape = x.shape
+    for dim, cut in index.items():
+        if cut.stop - cut.start < shape[dim]:
+            x = x.narrow(dim, cut.start, cut.stop - cut.start)
+    return x
+
+
+def of_class(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """The phases and positions of one plan out of [B, G, G2, N, h, w, C]."""
+    return x[:, a.first : a.stop, b.first : b.stop, :, : a.length, : b.length]
+
+
+def query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """[B, G, G2, N, h, w, C] -> view [B, G, G2, N, R, Q, T, T2, C]."""
+    if a.ragged or b.ragged:
+        x = F.pad(x, (0, 0, 0, b.ragged, 0, a.ragged))
+    return x.unflatten(5, (b.tiles, b.tile)).unflatten(4, (a.tiles, a.tile)).transpose(5, 6)
+
+
+def from_query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """[B, G, G2, N, R, Q, T, T2, C] -> [B, G, G2, N, h, w, C]."""
+    return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.length, : b.length]
+
+
+def pad_keys(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """[B, G, G2, N, h, w, C] with zeros around it, as far as spans reach out."""
+    if a.before or a.after or b.before or b.after:
+        return F.pad(x, (0, 0, b.before, b.after, a.before, a.after))
+    return x
+
+
+def key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather where it is traced."""
+    if a.tiles == b.tiles == 1:
+        return x[:, :, :, :, None, None]
+    if tracing():  # exporters know a gather with constant indices; views that overlap, few do
+        for dim, axis in ((5, b), (4, a)):
+            at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.tile
+            at = at + torch.arange(axis.span, device=x.device)
+            x = x.index_select(dim, at.flatten()).unflatten(dim, (axis.tiles, axis.span))
+        return x.transpose(5, 6)
+    return x.unfold(4, a.span, a.tile).unfold(5, b.span, b.tile).permute(0, 1, 2, 3, 4, 5, 7, 8, 6)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """[B, H + ., W + ., N, C] -> contiguous [B, H, W, N, C]."""
+    return x if tuple(x.shape[1:3]) == (height, width) else x[:, :height, :width].contiguous()
+
+
+def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
+    """The answers of the plans, [B, G, G2, N, h, w, C] of their classes of phases, as one map [B, H, W, N, C]."""
+    height, width = _size(problem)
+    longest = [max(axis.length for axis in side) for side in zip(*plans, strict=True)]
+    grid: dict[int, list[Tensor]] = {}
+    for (a, b), out in zip(plans, outs, strict=True):
+        out = F.pad(out, (0, 0, 0, longest[1] - b.length, 0, longest[0] - a.length))
+        grid.setdefault(a.first, []).append(out)
+    rows = [row[0] if len(row) == 1 else torch.cat(row, 2) for row in grid.values()]
+    out = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    return crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)
+
+
+# ------------------------------------------------------------------------------------------- piece by piece
+
+
+def _share(count: int, logits: int, piece: int) -> int:
+    """Of ``count`` units of ``logits`` each, those that make one of equal pieces."""
+    return max(1, -(-count // max(1, min(count, round(count * logits / piece)))))
+
+
+def parts(shape: tuple[int, ...], a: Axis, b: Axis, piece: int) -> Iterator[tuple[dict, slice, list[slice]]]:
+    """``(part, heads, groups)``: slices of [B, G, G2, N, h, w, C] by dimension, its heads, and the slices of its tile
+    rows, of about ``piece`` query-key pairs each. As much as fits is taken of tile rows, heads, phases and images."""
+    batch, heads = shape[0], shape[3]
+    phase_row = (b.stop - b.first) * pairs(a, b)
+    heads_each = _share(heads, phase_row, piece)
+    for n in range(0, heads, heads_each):
+        some = slice(n, min(n + heads_each, heads))
+        tile_row = (some.stop - n) * phase_row // a.tiles
+        rows = _share(a.tiles, tile_row, piece)
+        phases = _share(a.stop - a.first, tile_row * rows, piece) if rows == a.tiles else 1
+        images = _share(batch, tile_row * rows * phases, piece) if phases == a.stop - a.first else 1
+        groups = [slice(r, min(r + rows, a.tiles)) for r in range(0, a.tiles, rows)]
+        for i in range(0, batch, images):
+            for g in range(a.first, a.stop, phases):
+                part = (slice(i, min(i + images, batch)), slice(g, min(g + phases, a.stop)), slice(b.first, b.stop))
+                yield dict(enumerate((*part, some, slice(0, a.length), slice(0, b.length)))), some, groups
+
+
+def blocks(rows: slice, a: Axis, b: Axis) -> Iterator[tuple[slice, slice, int, int]]:
+    """Rectangles of tiles with one pattern inside a slice of tile rows: (row slice, column slice, pattern, pattern)."""
+    for start, stop, p in a.runs:
+        start, stop = max(start, rows.start) - rows.start, min(stop, rows.stop) - rows.start
+        if start < stop:
+            for left, right, p2 in b.runs:
+                yield slice(start, stop), slice(left, right), p, p2
+
+
+class Scratch:
+    """Memory that the pieces of one call share: fresh pages for each would cost as much as the arithmetic on them."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype, self.held = like, dtype, {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; the one of the same name before it is given up."""
+        count = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < count:
+            self.held[name] = self.like.new_empty(count, dtype=self.dtype)
+        return take(self.held[name], {0: slice(0, count)}).view(shape)
+
+    def flat(self, name: str, x: Tensor, rows: slice) -> Tensor:
+        """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
+        x = take(x, {4: rows})
+        return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
+
+    def bmm(self, name: str, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+        """``factor * x @ y``. With ``out=`` also because autocast, which may surround a backward, leaves that alone."""
+        out = self(name, x.shape[0], x.shape[1], y.shape[2])
+        return torch.baddbmm(out, x, y, beta=0.0, alpha=factor, out=out)
+
+    def spans(self, name: str, x: Tensor, a: Axis, b: Axis) -> Tensor:
+        """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C], a view; of a padded copy where spans reach out."""
+        if a.before or a.after or b.before or b.after:
+            whole = self(name, *padded_shape(x, a, b))
+            whole.zero_()
+            inner(whole, a, b).copy_(x)
+            x = whole
+        return key_spans(x, a, b)
+
+
+def padded_shape(x: Tensor, a: Axis, b: Axis) -> tuple[int, ...]:
+    """Of ``pad_keys(x, a, b)``."""
+    return *x.shape[:4], a.before + a.length + a.after, b.before + b.length + b.after, x.shape[6]
+
+
+def inner(x: Tensor, a: Axis, b: Axis) -> Tensor:
+    """The map in its padded form [B, G, G2, N, h, w, C]."""
+    return take(x, {4: slice(a.before, a.before + a.length), 5: slice(b.before, b.before + b.length)})
+
+
+def add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> None:
+    """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
+    *lead, line, cell, step = total.stride()
+    for i in range(0, a.span, a.tile):
+        height = min(a.tile, a.span - i)
+        for j in range(0, b.span, b.tile):
+            width = min(b.tile, b.span - j)
+            part = take(spans, {6: slice(i, i + height), 7: slice(j, j + width)})
+            # every tile's part lands on its own cells, so the target is a view without overlap
+            first = total.storage_offset() + (rows.start * a.tile + i) * line + j * cell
+            total.as_strided(part.shape, (*lead, a.tile * line, b.tile * cell, line, cell, step), first).add_(part)
+
+
+def store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None:
+    """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in the map."""
+    tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, b.tiles, a.tile, b.tile, tiles.shape[-1])
+    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
+    target = take(target, {4: lines})
+    if target.shape[4:6] == (tiles.shape[4] * a.tile, b.tiles * b.tile):  # no ragged tile: one strided copy
+        target.unflatten(5, (b.tiles, b.tile)).unflatten(4, (-1, a.tile)).transpose(5, 6).copy_(tiles)
+    else:
+        tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+        target.copy_(take(tiles, {4: slice(0, target.shape[4]), 5: slice(0, b.length)}))
