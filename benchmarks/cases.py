@@ -79,7 +79,13 @@ class HaloCase:
         return f"{self.model} {self.size}"
 
 
-HALO = (HaloCase("halonet26t", 256), HaloCase("halonet26t", 512), HaloCase("halonet50ts", 256))
+HALO = (
+    HaloCase("halonet_h1", 256, 2),
+    HaloCase("halonet_h1", 512, 2),
+    HaloCase("halonet26t", 256),
+    HaloCase("halonet26t", 512),
+    HaloCase("halonet50ts", 256),
+)
 
 
 @dataclass(frozen=True)
