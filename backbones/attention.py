@@ -18,6 +18,7 @@ from torch import nn
 
 from ..kernels import FactoredBias, TableBias, neighborhood_aggregate, neighborhood_attention
 from ..kernels.problem import tracing
+from ..kernels.tiling import constant
 from ..kernels.window import Window
 
 
@@ -527,7 +528,7 @@ def expand_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A position bias ``[heads, 2 * K - 1, 2 * K - 1]`` as every position of a map meets it, the window shifted inside
     the map: ``[heads, height * width, K * K]``."""
     K = _kernel_size(table)
-    rows, columns = (_table_rows(K, length, table.device) for length in (height, width))
+    rows, columns = (constant(_table_rows, K, length, table.device)[0] for length in (height, width))
     table = table.index_select(1, rows).index_select(2, columns)
     return table.unflatten(2, (width, K)).unflatten(1, (height, K)).transpose(2, 3).flatten(3).flatten(1, 2)
 
@@ -536,30 +537,9 @@ def _kernel_size(table: torch.Tensor) -> int:
     return (operator.index(table.shape[-1]) + 1) // 2  # an int where torch.jit.trace has sizes as tensors
 
 
-_kept_rows: dict[tuple, torch.Tensor] = {}
-
-
-def _table_rows(K: int, length: int, device: torch.device) -> torch.Tensor:
-    """The table's row for every position of an axis and every key of its window, ``[length * K]``; kept between eager
-    calls."""
-    if tracing():
-        return torch.tensor(_row_list(K, operator.index(length)), device=device)
-    key = (K, length, device)
-    found = _kept_rows.get(key)
-    if found is None:
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
-            found = torch.tensor(_row_list(K, length), device=device)
-        if type(found) is torch.Tensor:  # no other mode's product
-            if len(_kept_rows) >= 256:
-                _kept_rows.clear()
-            _kept_rows[key] = found
-    return found
-
-
-@torch.compiler.assume_constant_result
-def _row_list(K: int, length: int) -> list[int]:
-    window = Window(K)
-    return [window.start(i, length) - i + K - 1 + t for i in range(length) for t in range(K)]
+def _table_rows(K: int, length: int, device: torch.device) -> tuple[torch.Tensor]:
+    """The table's row for every position of an axis and every key of its window, ``[length * K]``."""
+    return (Window(K).keys(length, device)[2].flatten(),)
 
 
 class FullAttention2d(nn.Module):

@@ -1,8 +1,8 @@
 """`foveal bench kernels|aggregate|halo|models`: ours and peers on the same inputs, in one process, one table, one CSV.
 
 Nothing is timed before its answer, and its gradients, have been compared with the other's, except for a peer that is a
-different model. Timings are medians of interleaved
-rounds; memory is the rise of the process's resident set above what it held before the call.
+different model. Timings are medians of interleaved rounds; memory is the rise of the process's resident set above what
+it held before the call.
 """
 
 from __future__ import annotations

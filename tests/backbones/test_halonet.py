@@ -305,7 +305,7 @@ def test_hybrids_at_any_size(name, size):
 @pytest.mark.parametrize("name", ["halo26t", "haloregz_b"])
 @pytest.mark.filterwarnings("ignore")
 def test_hybrids_compile_and_export(name):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     model = filled(timm.create_model(name, **NARROW[name]))
     x = images(2, 3, 100, 72)
     want = model(x)
