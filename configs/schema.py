@@ -25,6 +25,11 @@ __all__ = [
     "ClassifyConfig",
     "ConfigError",
     "DataConfig",
+    "DenseOptimConfig",
+    "DetectAugmentConfig",
+    "DetectConfig",
+    "DetectDataConfig",
+    "DetectModelConfig",
     "DistillConfig",
     "LossConfig",
     "ModelConfig",
@@ -60,6 +65,12 @@ def _checked(
     for a list these hold for each item, and ``items`` is their number."""
     bounds = {"low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata={"choices": choices, "bounds": bounds, "items": items})
+
+
+def _checked_list(default: list, **bounds: Any) -> Any:
+    """The same for a list that is not empty of values."""
+    checked = _checked(None, **bounds)
+    return field(default_factory=default.copy, metadata=checked.metadata)
 
 
 def _probability(default: float) -> Any:
@@ -159,10 +170,17 @@ class OptimConfig:
 
 
 @dataclass
+class DenseOptimConfig(OptimConfig):
+    """The same for a detector or a segmenter."""
+
+    backbone_lr_ratio: float = _checked(1.0, low=0.0)  # the backbone's rate over that of the rest
+
+
+@dataclass
 class ScheduleConfig:
     """Learning rate per update. All lengths are fractions of `epochs`, all rates ratios to the peak."""
 
-    name: str = _checked("cosine", choices=("cosine", "poly", "step", "constant"))
+    name: str = _checked("cosine", choices=("cosine", "poly", "step", "multistep", "constant"))
     epochs: int = _checked(300, low=1)
     warmup_fraction: float = _probability(0.0)
     warmup_lr_ratio: float = _probability(1e-3)
@@ -170,7 +188,8 @@ class ScheduleConfig:
     min_lr_ratio: float = _probability(0.0)
     power: float = 1.0  # poly: 1 is a linear decay
     decay_fraction: float = _checked(0.3, above=0.0, high=1.0)  # step: a step after each such part of the run
-    decay_rate: float = 0.1  # step
+    decay_rate: float = 0.1  # step, multistep
+    milestones: list[float] = field(default_factory=list)  # multistep: a step after each such part of `epochs`
 
 
 @dataclass
@@ -178,6 +197,7 @@ class TrainConfig:
     batch_size: int = _checked(128, low=1)  # images for each process and forward pass
     val_batch_size: int | None = _checked(None, low=1)  # null: batch_size
     accumulate: int = _checked(1, low=1)  # forward passes for each update
+    steps_per_epoch: int | None = _checked(None, low=1)  # updates that count as an epoch; null: one pass over the data
     amp: str = _checked("no", choices=("no", "bf16", "fp16"))
     ema_decay: float = _checked(0.0, low=0.0, below=1.0)  # 0: off. When on, the averaged weights are evaluated and kept
     ema_warmup: bool = False  # let the decay grow from 0, for short runs
@@ -190,6 +210,7 @@ class TrainConfig:
 class ClassifyConfig:
     """A whole classification run."""
 
+    task: str = _checked("classify", choices=("classify",))  # so that a run's config.yaml says what it is of
     output: str = MISSING  # run folder; when a recipe does not name it: runs/<name of the recipe>
     resume: str = _checked("never", choices=("never", "auto"))  # auto: go on from OUTPUT/last, or start anew
     seed: int = _checked(0, low=0, below=2**32)
@@ -203,14 +224,88 @@ class ClassifyConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass
+class DetectModelConfig:
+    """What ``heads.build.build_detector`` is given."""
+
+    name: str = MISSING  # the backbone: any name that timm creates with features_only
+    head: str = _checked("mask_rcnn", choices=("mask_rcnn", "faster_rcnn", "retinanet", "fcos"))
+    neck: str = _checked("fpn", choices=("fpn", "a3fpn"))
+    pretrained: bool = False  # the backbone's published weights, by the name's tag
+    checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
+    frozen_stages: int = _checked(-1, low=-1)  # this many stages and the stem stay as they are; -1: all learn
+    norm_eval: bool = False  # the backbone's batch norms keep their statistics
+    sync_bn: bool = False  # batch norms of the whole detector over all processes
+    drop_path_rate: float | None = _checked(None, low=0.0, below=1.0)  # null: the backbone's own
+    grad_checkpointing: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
+    neck_kwargs: dict[str, Any] = field(default_factory=dict)
+    head_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of torchvision's detector
+
+
+@dataclass
+class DetectDataConfig:
+    """Annotations in COCO's format, and the folders of their images; all paths are below ``root``."""
+
+    kind: str = _checked("coco", choices=("coco", "digits"))  # digits: composites, written to `root` when not there
+    root: str | None = None
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    limit: int | None = _checked(None, low=1)  # the first so many training images only
+    val_limit: int | None = _checked(None, low=1)
+    digits_train: int = _checked(400, low=1)  # digits: how many composites to write, ...
+    digits_val: int = _checked(100, low=1)
+    digits_size: int = _checked(128, low=32)  # ... of which side
+    keep_empty: bool = False  # train on images without objects too
+    in_chans: int = _checked(3, low=1)
+    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the backbone's own
+    std: list[float] | None = _checked(None, above=0.0)
+    short_side: int = _checked(800, low=1)  # evaluation: the short side is brought to this, ...
+    max_size: int = _checked(1333, low=1)  # ... unless the long one came to more than this
+    workers: int = _checked(4, low=0)  # decoding processes for each training process
+    max_bad_fraction: float = _probability(0.01)  # unreadable images beyond this share of an epoch stop the run
+
+
+@dataclass
+class DetectAugmentConfig:
+    """Training-time augmentation."""
+
+    hflip: float = _probability(0.5)
+    vflip: float = _probability(0.0)
+    short_sides: list[int] = _checked_list([800], low=1)  # the short side is brought to one of these
+    sampling: str = _checked("choice", choices=("choice", "range"))  # range: any length between the two of short_sides
+    max_size: int = _checked(1333, low=1)  # limit of the long side
+    crop_prob: float = _probability(0.0)  # share of images that are resized, cropped and resized again (as DETR does)
+    crop_short_sides: list[int] = _checked_list([400, 500, 600], low=1)  # the first size
+    crop: list[int] = _checked_list([384, 600], low=1, items=2)  # least and largest side of the crop
+
+
+@dataclass
+class DetectConfig:
+    """A whole detection run."""
+
+    task: str = _checked("detect", choices=("detect",))
+    output: str = MISSING  # run folder; when a recipe does not name it: runs/detect/<name of the recipe>
+    resume: str = _checked("never", choices=("never", "auto"))  # auto: go on from OUTPUT/last, or start anew
+    seed: int = _checked(0, low=0, below=2**32)
+    model: DetectModelConfig = field(default_factory=DetectModelConfig)
+    data: DetectDataConfig = field(default_factory=DetectDataConfig)
+    augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
+    optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, such as ``classify/digits``."""
     files = RECIPES.glob("*/*.yaml")
     return sorted(f"{f.parent.name}/{f.stem}" for f in files if not f.parent.name.startswith("_"))
 
 
-def find_config(config: str | Path) -> Path:
-    """The file behind a path or a shipped recipe's name (``classify/digits``, or ``digits``).
+def find_config(config: str | Path, task: str | None = None) -> Path:
+    """The file behind a path or a shipped recipe's name: ``classify/digits``, or ``digits`` where ``task`` is given.
 
     Raises:
         ConfigError: nothing is found; the message names the nearest recipes.
@@ -220,6 +315,8 @@ def find_config(config: str | Path) -> Path:
         return path
     name = str(config).removesuffix(".yaml")
     found = [n for n in recipe_names() if name in (n, n.split("/", 1)[1])]
+    if task is not None and f"{task}/{name}" in found:
+        found = [f"{task}/{name}"]
     if len(found) == 1:
         return RECIPES / f"{found[0]}.yaml"
     if found:
@@ -356,9 +453,10 @@ def load_config(
         ConfigError: names the key, the file (or "command line") and the nearest valid key.
     """
     layers = [("defaults", dict(defaults or {}))]
+    task = next((f.default for f in dataclasses.fields(schema) if f.name == "task"), None)
     stem = None
     if path is not None:
-        file = find_config(path)
+        file = find_config(path, task)
         stem = file.stem
         layers += _read(file)
     layers += _override_layers(overrides)
@@ -375,7 +473,7 @@ def load_config(
             raise ConfigError(f"{source}: `{key}` has a wrong value: {reason}") from None
         blame.update(dict.fromkeys(_leaves(layer), source))
     if stem is not None and OmegaConf.is_missing(config, "output"):
-        config.output = f"runs/{stem}"
+        config.output = f"runs/{stem}" if task in (None, "classify") else f"runs/{task}/{stem}"
     source = layers[-1][0] if path is None else str(path)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

@@ -2,11 +2,7 @@
 
 import difflib
 import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,14 +18,13 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 from ..backbones.loading import load, resolve
-from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value, save_config
+from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value
 from . import checkpoint, plots
-from .data import Data, DataError, build_data, find_classes
-from .engine import Interrupted, NonFiniteLoss, State, Trainer
-from .scoring import Score, score
+from .data import Data, build_data, find_classes
+from .engine import State
+from .run import USER_ERRORS, run_recipe, write_json
+from .scoring import score
 
-USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss)
-RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
 
@@ -159,17 +152,24 @@ def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
 class Task:
     """What classification brings to the engine: step, evaluation, and the folder that users load."""
 
+    metrics = ("val_loss", "top1", "top5")
+    monitor = "top1"
+
     def __init__(
-        self,
-        config: ClassifyConfig,
-        classes: list[str],
-        data: Data,
-        num_classes: int,
-        epochs: int,
-        teacher: Teacher | None = None,
+        self, config: ClassifyConfig, model: nn.Module, classes: list[str], data: Data, teacher: Teacher | None = None
     ):
-        self.config, self.classes, self.data, self.num_classes = config, classes, data, num_classes
-        self.teacher = teacher
+        self.config, self.model, self.classes, self.data, self.teacher = config, model, classes, data, teacher
+        self.num_classes, self.notes = model.num_classes, []
+        self.identity = {
+            "model": config.model.name,
+            "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
+            "classes": classes,
+            "data.kind": config.data.kind,
+            "data.val_fraction": config.data.val_fraction,
+            "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
+            "loss": json.dumps(vars(config.loss), sort_keys=True),
+            "distillation": json.dumps(vars(config.distill), sort_keys=True),
+        }
         augment, smoothing = config.augment, config.loss.smoothing
         self.mix = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -181,8 +181,10 @@ class Task:
                 prob=augment.mix_prob,
                 switch_prob=augment.mix_switch_prob,
                 label_smoothing=smoothing,
-                num_classes=num_classes,
+                num_classes=self.num_classes,
             )
+        schedule = config.schedule
+        epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
         self.mix_until = epochs - round(augment.mix_off_fraction * epochs)
         if config.loss.name == "bce":
             self.hard = BinaryCrossEntropy(smoothing=smoothing)
@@ -211,53 +213,49 @@ class Task:
 
     def evaluate(self, model: nn.Module, on_batch=None) -> dict[str, float]:
         result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, on_batch=on_batch)
-        return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+        return {"val_loss": result.loss, "top1": result.top1, "top5": result.top5}
 
     def save_weights(self, folder: Path, model: nn.Module) -> None:
         arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
         checkpoint.save_model(folder, model, arguments, self.classes)
 
+    def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
+        """Nothing to draw: one figure of the best epoch's predictions at the end tells all."""
+
+    def headline(self, row: dict[str, Any]) -> str:
+        return f"loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f} %"
+
+    def describe(self) -> str:
+        size = "x".join(map(str, self.data.preprocessing["input_size"]))
+        return f"{self.config.model.name}, input {size}, {len(self.classes)} classes"
+
+    def finish(self, run: Path, state: State, model: nn.Module, draw: bool) -> dict[str, Any]:
+        """Curves, the best model's predictions, and its figures."""
+        result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, keep=EXAMPLES)
+        best, last, name = state.best, state.history[-1], self.config.model.name  # the last epoch is always evaluated
+        if draw:
+            title = f"{name} on {self.config.data.kind}"
+            plots.curves(state.history, run / "curves.png", title, {"top1": "top-1, %"}, self.monitor)
+            plots.predictions(result, self.classes, run / "predictions.png", f"{name}, epoch {best['epoch']}")
+        return {
+            "model": name,
+            "best_epoch": best["epoch"],
+            "top1": best["top1"],
+            "last_top1": last["top1"],
+            "top5": best["top5"],
+            "loss": best["val_loss"],
+            "n": result.n,
+        }
+
 
 def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides.
-
-    Returns:
-        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C, 143 after SIGTERM, both
-        with everything saved for ``resume=auto``.
-    """
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    output = "the run folder"
-    try:
-        config = load_config(config_path, overrides)
-        output = config.output
-        _train(config, console)
-    except USER_ERRORS as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except OSError as error:  # a full disk, a folder without permission
-        console.print(f"[bold red]error:[/] writing {output} or reading data: {escape(str(error))}", soft_wrap=True)
-        return 1
-    except Interrupted as stop:
-        console.print(f"[yellow]stopped[/]; `resume=auto` goes on from {output}/last", highlight=False, soft_wrap=True)
-        return stop.code
-    except KeyboardInterrupt:
-        console.print("[yellow]stopped[/] at once; what was saved before is intact")
-        return 130
-    return 0
+    """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides; the exit
+    code is that of `run.run_recipe`."""
+    return run_recipe(config_path, overrides, ClassifyConfig, build_task)
 
 
-def _train(config: ClassifyConfig, console: Console) -> None:
-    run = Path(config.output)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
-    try:
-        accelerator = Accelerator(mixed_precision=config.train.amp)
-    except ValueError as error:
-        raise ConfigError(f"train.amp={config.train.amp}: {error}") from None
-    if config.resume == "never" and any((run / name).exists() for name in RUN_FILES):
-        raise ConfigError(f"{run} already holds a run: resume=auto goes on with it, output=FOLDER names another")
-    set_seed(config.seed)
+def build_task(config: ClassifyConfig, accelerator: Accelerator) -> Task:
+    """The model, the data and what else a recipe asks for, the model on the CPU and with its initial weights."""
     classes = find_classes(config.data)
     model = build_model(config.model, len(classes), config.data.in_chans)
     data = build_data(
@@ -276,121 +274,10 @@ def _train(config: ClassifyConfig, console: Console) -> None:
         teacher = Teacher(source, model.num_classes, data.preprocessing, accelerator.device, classes)
     new_head = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
     config.data.classes = classes  # so that an evaluation needs no training folder
-    schedule = config.schedule
-    epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
-    task = Task(config, classes, data, model.num_classes, epochs, teacher)
-    set_seed(config.seed, device_specific=True)
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
-    trainer = Trainer(
-        accelerator,
-        model,
-        data,
-        run=run,
-        optim=config.optim,
-        schedule=schedule,
-        train=config.train,
-        train_step=task.train_step,
-        evaluate=task.evaluate,
-        save_weights=task.save_weights,
-        monitor="top1",
-        identity={
-            "model": config.model.name,
-            "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
-            "classes": classes,
-            "data.kind": config.data.kind,
-            "data.val_fraction": config.data.val_fraction,
-            "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
-            "loss": json.dumps(vars(config.loss), sort_keys=True),
-            "distillation": json.dumps(vars(config.distill), sort_keys=True),
-            "seed": config.seed,
-            "optim.name": config.optim.name,
-            "averaging": config.train.ema_decay > 0,
-        },
-        console=console,
-    )
-    resumed = config.resume == "auto" and trainer.resume()
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    size = "x".join(map(str, data.preprocessing["input_size"]))
-    console.print(
-        f"{config.model.name}, {parameters:.2f} M parameters, input {size}; "
-        f"{data.train.samples:,} training and {data.val.samples:,} held-out images, {len(classes)} classes; "
-        f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads",
-        highlight=False,
-    )
+    task = Task(config, model, classes, data, teacher)
     if new_head:
-        console.print(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new_head)}")
-    if resumed and trainer.state.epoch >= trainer.epochs and (run / "summary.json").exists():
-        console.print(f"{run} is finished: {trainer.epochs} epochs; nothing to do", highlight=False, soft_wrap=True)
-        accelerator.end_training()
-        return
-    if resumed:
-        console.print(f"resumed at epoch {trainer.state.epoch + 1}, update {trainer.state.step + 1}", highlight=False)
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
-        _write_json(run / "environment.json", environment(accelerator))
-    state = trainer.fit()
-    checkpoint.load_exact(trainer.raw, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
-    result = score(trainer.raw, data.val, task.num_classes, amp=config.train.amp, keep=EXAMPLES)
-    if accelerator.is_main_process:
-        _finish(run, config, task, state, result, parameters, console)
-    accelerator.end_training()
-
-
-def _finish(
-    run: Path, config: ClassifyConfig, task: Task, state: State, result: Score, parameters: float, console: Console
-) -> None:
-    """Curves, the best model's predictions, and the summary."""
-    best = state.best
-    last = state.history[-1]  # the last epoch is always evaluated
-    plots.curves(state.history, run / "curves.png", f"{config.model.name} on {config.data.kind}")
-    plots.predictions(result, task.classes, run / "predictions.png", f"{config.model.name}, epoch {best['epoch']}")
-    summary = {
-        "model": config.model.name,
-        "parameters": round(parameters * 1e6),
-        "best_epoch": best["epoch"],
-        "top1": best["top1"],
-        "last_top1": last["top1"],
-        "top5": best["top5"],
-        "loss": best["val_loss"],
-        "n": result.n,
-        "epochs": state.epoch,
-        "seconds": state.seconds,
-        "images_per_second": max(row["images_per_second"] for row in state.history),
-    }
-    _write_json(run / "summary.json", summary)
-    console.print(
-        f"[bold green]done[/]: held-out top-1 {last['top1']:.2f} % at the last epoch, {best['top1']:.2f} % at the best "
-        f"({best['epoch']}), after {state.seconds:,.0f} s; "
-        f"{run}/best, curves.png, predictions.png",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
-    names = ("foveal", "torch", "torchvision", "timm", "accelerate", "numpy")
-    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
-        "gpu": gpu,
-        "processes": accelerator.num_processes,
-        "backend": os.environ.get("FOVEAL_BACKEND"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+        task.notes.append(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new_head)}")
+    return task
 
 
 def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
@@ -471,4 +358,4 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     if file is not None:
         figures = ("top1", "top5", "loss", "n", "images_per_second")
         content = {"source": source, "model": config.model.name} | {name: getattr(result, name) for name in figures}
-        _write_json(Path(file), content | {"unreadable": data.bad.names})
+        write_json(Path(file), content | {"unreadable": data.bad.names})

@@ -11,11 +11,11 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +72,31 @@ class StopSignals:
         self.code = 128 + number
 
 
+class Task(Protocol):
+    """What is trained, and what its loop cannot know."""
+
+    model: nn.Module  # on the CPU when the run begins
+    data: Data
+    metrics: tuple[str, ...]  # what `evaluate` answers, in the order of metrics.csv
+    monitor: str  # the one whose largest value marks the best epoch
+    identity: dict[str, Any]  # what must not change between a run and its continuation
+
+    def train_step(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
+        """The loss of a batch, a scalar; runs under the chosen precision."""
+
+    def evaluate(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Metrics:
+        """Runs on every process, with the same answer; calls ``on_batch`` with the images done after each batch."""
+
+    def save_weights(self, folder: Path, model: nn.Module) -> None:
+        """Writes what a user loads into an existing folder."""
+
+    def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
+        """After an evaluation, on the main process: pictures, say. ``epoch`` counts from 1."""
+
+    def headline(self, row: dict[str, Any]) -> str:
+        """The metrics of a row in a few words."""
+
+
 @dataclass
 class State:
     """Where a run stands. ``step`` counts the updates done in epoch ``epoch`` (both from 0)."""
@@ -87,20 +112,24 @@ class State:
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
-    """timm's optimizer ``config.name``, its rate scaled linearly from ``lr_batch`` to the global batch."""
+    """timm's optimizer ``config.name``, its rate scaled linearly from ``lr_batch`` to the global batch.
+
+    A model with ``parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)`` divides its parameters itself; of
+    another, biases, norms and what it names are not decayed.
+    """
     extra = {"betas": tuple(config.betas)} if config.betas is not None else {}
     if config.eps is not None:
         extra["eps"] = config.eps
     lr = config.lr * (global_batch / config.lr_batch if config.lr_batch else 1)
     try:
+        parameters: Any = model
+        if hasattr(model, "parameter_groups"):
+            ratio = getattr(config, "backbone_lr_ratio", 1.0)
+            parameters = model.parameter_groups(config.weight_decay, config.layer_decay, ratio)
+        else:
+            extra["layer_decay"] = config.layer_decay
         return create_optimizer_v2(
-            model,
-            opt=config.name,
-            lr=lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            **extra,
+            parameters, opt=config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
         )
     except (AssertionError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"optim: {config.name!r} can't be made: {error}") from None
@@ -111,7 +140,13 @@ def create_schedule(
 ) -> tuple[Scheduler, int]:
     """The learning rate by update, and the number of epochs including the cooldown."""
     total = config.epochs * updates_per_epoch
-    lr = max(group["lr"] for group in optimizer.param_groups)
+    if (config.name == "multistep") != bool(config.milestones):
+        raise ConfigError(
+            f"schedule: name={config.name} with milestones={config.milestones}: multistep, only, has them"
+        )
+    if any(not 0 < part < 1 for part in config.milestones):
+        raise ConfigError(f"schedule.milestones={config.milestones} are not parts of the run, between 0 and 1")
+    lr = max(group["lr"] for group in optimizer.param_groups)  # each group's own, times its lr_scale, from here on
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.name,
@@ -120,6 +155,7 @@ def create_schedule(
         warmup_lr=config.warmup_lr_ratio * lr,
         min_lr=config.min_lr_ratio * lr,
         decay_epochs=max(1, round(config.decay_fraction * total)),
+        decay_milestones=[round(part * total) + 1 for part in config.milestones],  # timm's count from 1
         decay_rate=config.power if config.name == "poly" else config.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -153,44 +189,34 @@ class Trainer:
 
     Args:
         run: the run folder.
-        train_step: ``(model, batch, epoch) -> loss``, a scalar tensor; runs under the chosen precision.
-        evaluate: ``(model, on_batch) -> metrics``; must hold the key ``monitor``. Runs on every process.
-        save_weights: ``(folder, model)`` writes what a user loads.
-        monitor: the metric whose largest value marks the best epoch.
-        identity: what must not change between a run and its continuation.
+        task: what is trained (`Task`).
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
-        data: Data,
+        task: Task,
         *,
         run: Path,
         optim: OptimConfig,
         schedule: ScheduleConfig,
         train: TrainConfig,
-        train_step: Callable[[nn.Module, Any, int], Tensor],
-        evaluate: Callable[[nn.Module, Callable[[int], None]], Metrics],
-        save_weights: Callable[[Path, nn.Module], None],
-        monitor: str,
-        identity: dict[str, Any],
         console: Console,
     ):
-        self.accelerator, self.data, self.run_folder, self.config = accelerator, data, run, train
-        self.train_step, self.evaluate, self.save_weights = train_step, evaluate, save_weights
-        self.monitor, self.identity, self.console = monitor, identity, console
+        self.accelerator, self.run_folder, self.config = accelerator, run, train
+        self.task, self.data, self.console = task, task.data, console
         self.main = accelerator.is_main_process
         self.clip_grad = optim.clip_grad
-        self.steps = data.train.batches // train.accumulate  # updates in an epoch
+        # updates in an epoch
+        self.steps = train.steps_per_epoch or self.data.train.batches // train.accumulate
         if self.steps == 0:
             raise ConfigError(
-                f"an epoch has {data.train.batches} batches, fewer than train.accumulate={train.accumulate}"
+                f"an epoch has {self.data.train.batches} batches, fewer than train.accumulate={train.accumulate}"
             )
         self.images_per_step = train.batch_size * train.accumulate * accelerator.num_processes
-        optimizer = create_optimizer(model, optim, self.images_per_step)
+        optimizer = create_optimizer(task.model, optim, self.images_per_step)
         self.scheduler, self.epochs = create_schedule(optimizer, schedule, self.steps)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.raw = accelerator.unwrap_model(self.model)
         self.forward = torch.compile(self.model) if train.compile else self.model
         self.ema = ModelEmaV3(self.raw, decay=train.ema_decay, use_warmup=train.ema_warmup) if train.ema_decay else None
@@ -213,7 +239,7 @@ class Trainer:
         if folder is None:
             return False
         saved = checkpoint.read_trainer(folder)
-        for key, value in self.identity.items():
+        for key, value in self.task.identity.items():
             if saved["identity"].get(key) != value:
                 raise checkpoint.CheckpointError(
                     f"{folder} belongs to another run: {key} was {saved['identity'].get(key)!r}, is now {value!r}"
@@ -255,7 +281,7 @@ class Trainer:
         )
         with StopSignals() as self.signals, Progress(*columns, console=self.console, disable=not self.main) as bar:
             done = state.epoch * self.steps + state.step
-            self.bar, self.task = bar, bar.add_task("", total=self.epochs * self.steps, completed=done, note="")
+            self.bar, self.bar_task = bar, bar.add_task("", total=self.epochs * self.steps, completed=done, note="")
             try:
                 while state.epoch < self.epochs:
                     self._epoch(log)
@@ -270,7 +296,7 @@ class Trainer:
 
     def _epoch(self, log: SummaryWriter | None) -> None:
         state = self.state
-        self.bar.update(self.task, description=f"epoch {state.epoch + 1}/{self.epochs}")
+        self.bar.update(self.bar_task, description=f"epoch {state.epoch + 1}/{self.epochs}")
         start = time.perf_counter()
         try:
             self._train()
@@ -289,24 +315,25 @@ class Trainer:
             "epoch": state.epoch + 1,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "train_loss": total / count,
-            "val_loss": metrics.get("loss"),
-            "top1": metrics.get("top1"),
-            "top5": metrics.get("top5"),
+            **{name: metrics.get(name) for name in self.task.metrics},
             "images_per_second": self.steps * self.images_per_step / training,
             "seconds": state.seconds,
         }
         state.history.append(row)
-        best = due and (state.best is None or row[self.monitor] > state.best[self.monitor])
+        monitor = self.task.monitor
+        best = due and (state.best is None or row[monitor] > state.best[monitor])
         if best:
             state.best = row
         state.epoch, state.step = state.epoch + 1, 0
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
         if best and self.main:
             weights = self.evaluated
-            checkpoint.write_folder(self.run_folder / "best", lambda folder: self.save_weights(folder, weights))
+            checkpoint.write_folder(self.run_folder / "best", lambda folder: self.task.save_weights(folder, weights))
         self._save_last()
         if self.main:
-            self._log(row, log, best)
+            self._log(row, log, due, best)
+            if due:
+                self.task.on_epoch(self.run_folder, self.evaluated, state.epoch)
         if self._asked_to_stop() and state.epoch < self.epochs:
             raise Interrupted(self.signals.code or 130)
 
@@ -317,7 +344,7 @@ class Trainer:
         device = self.accelerator.device
         loss_sum = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
         first_bad = torch.full((), -1, device=device)
-        batches = self.data.train.epoch(state.epoch, state.step * accumulate)
+        batches = self._batches()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         began, first = time.perf_counter(), state.step
         while state.step < self.steps:
@@ -326,7 +353,7 @@ class Trainer:
                 last = part + 1 == accumulate
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
                     with self.accelerator.autocast():
-                        loss = self.train_step(self.forward, batch, state.epoch)
+                        loss = self.task.train_step(self.forward, batch, state.epoch)
                     self.accelerator.backward(loss / accumulate)
                 value = loss.detach()
                 loss_sum += value
@@ -344,15 +371,27 @@ class Trainer:
             if state.step % self.check_every == 0 or state.step == self.steps:
                 self._check_finite(int(first_bad), float(value))
                 speed = (state.step - first) * self.images_per_step / (time.perf_counter() - began)
-                self.bar.update(self.task, note=f"loss {float(value):.3f}  {speed:,.0f} img/s")
+                self.bar.update(self.bar_task, note=f"loss {float(value):.3f}  {speed:,.0f} img/s")
                 stop = state.step < self.steps and self._asked_to_stop()
-            self.bar.update(self.task, completed=updates)
+            self.bar.update(self.bar_task, completed=updates)
             if stop or state.step == self.steps:
                 state.loss_sum += float(loss_sum)
                 state.loss_count += (state.step - first) * accumulate
             if stop:
                 raise Interrupted(self.signals.code or 130)
         batches.close()
+
+    def _batches(self) -> Iterator[Any]:
+        """Training batches from where the run stands: an epoch's own pass over the data, or, with ``steps_per_epoch``,
+        one pass after the other whatever the epoch."""
+        state, accumulate = self.state, self.config.accumulate
+        if self.config.steps_per_epoch is None:
+            yield from self.data.train.epoch(state.epoch, state.step * accumulate)
+            return
+        number, start = divmod((state.epoch * self.steps + state.step) * accumulate, self.data.train.batches)
+        while True:
+            yield from self.data.train.epoch(number, start)
+            number, start = number + 1, 0
 
     def _check_finite(self, step: int, value: float) -> None:
         bad = torch.tensor([step if step >= 0 else self.steps], device=self.accelerator.device)
@@ -378,11 +417,11 @@ class Trainer:
             if self.signals.code and self.accelerator.num_processes == 1:  # others may be inside a collective
                 raise Interrupted(self.signals.code)
 
-        self.bar.update(self.task, note="evaluating")
+        self.bar.update(self.bar_task, note="evaluating")
         if self.accelerator.num_processes > 1:
             for buffer in self.evaluated.buffers():  # what every process evaluates is what the first one saves
                 buffer.copy_(broadcast(buffer.data))
-        return self.evaluate(self.evaluated, on_batch)
+        return self.task.evaluate(self.evaluated, on_batch)
 
     def _save_last(self) -> None:
         state = self.state
@@ -400,7 +439,7 @@ class Trainer:
             "format": 1,
             "state": plain,
             "losses": losses,
-            "identity": self.identity,
+            "identity": self.task.identity,
             "shape": {"updates per epoch": self.steps, "processes": self.accelerator.num_processes},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"updates": state.epoch * self.steps + state.step},  # the rate is a function of it
@@ -409,7 +448,7 @@ class Trainer:
         }
 
         def fill(folder: Path) -> None:
-            self.save_weights(folder, self.evaluated)
+            self.task.save_weights(folder, self.evaluated)
             if self.ema is not None:
                 checkpoint.save_raw(folder, self.raw)
             checkpoint.save_trainer(folder, saved)
@@ -418,14 +457,14 @@ class Trainer:
         write_csv(self.run_folder / "metrics.csv", state.history)
         self.accelerator.wait_for_everyone()
 
-    def _log(self, row: dict[str, Any], log: SummaryWriter, best: bool) -> None:
+    def _log(self, row: dict[str, Any], log: SummaryWriter, due: bool, best: bool) -> None:
         for key, value in row.items():
             if key not in ("epoch", "seconds") and value is not None:
                 log.add_scalar(key, value, row["epoch"])
         log.flush()
         text = f"epoch {row['epoch']:>3}/{self.epochs}  loss {row['train_loss']:.4f}"
-        if row["top1"] is not None:
-            text += f"  held out: loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f} %{' *' if best else '  '}"
+        if due:
+            text += f"  held out: {self.task.headline(row)}{' *' if best else '  '}"
         self.console.print(
             f"{text}  {row['images_per_second']:,.0f} img/s  {row['seconds']:,.0f} s", highlight=False, soft_wrap=True
         )

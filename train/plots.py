@@ -21,20 +21,27 @@ def _save(figure: plt.Figure, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss, accuracy and learning rate by epoch, from the rows of ``metrics.csv``."""
+def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[str, str], monitor: str) -> None:
+    """Loss, metrics and learning rate by epoch, from the rows of ``metrics.csv``.
+
+    Args:
+        shown: the names of metrics to draw, with what a reader calls each.
+        monitor: the one whose largest value is marked.
+    """
     epochs = [row["epoch"] for row in history]
-    scored = [row for row in history if row["top1"] is not None]
+    scored = [row for row in history if row[monitor] is not None]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     left.plot(epochs, [row["train_loss"] for row in history], label="training (with its augmentation)")
-    left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
+    if "val_loss" in history[0]:
+        left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend()
-    middle.plot([row["epoch"] for row in scored], [row["top1"] for row in scored], color=RIGHT, label="held out, top-1")
-    if scored:
-        best = max(scored, key=lambda row: row["top1"])
-        middle.plot(best["epoch"], best["top1"], "o", color=RIGHT, label=f"best {best['top1']:.2f} %")
-    middle.set(xlabel="epoch", ylabel="accuracy, %")
+    for (name, label), colour in zip(shown.items(), (RIGHT, "#2166ac", "#b2182b", "0.3"), strict=False):
+        middle.plot([row["epoch"] for row in scored], [row[name] for row in scored], color=colour, label=label)
+        if name == monitor and scored:
+            best = max(scored, key=lambda row: row[monitor])
+            middle.plot(best["epoch"], best[monitor], "o", color=colour, label=f"best {best[monitor]:.2f}")
+    middle.set(xlabel="epoch", ylabel="held out")
     middle.legend(loc="lower right")
     right.plot(epochs, [row["lr"] for row in history], color="0.3")
     right.set(xlabel="epoch", ylabel="learning rate")

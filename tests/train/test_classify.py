@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from foveal.configs.schema import load_config
+from foveal.configs.schema import ConfigError, DenseOptimConfig, ScheduleConfig, load_config
 from foveal.train import classify
 from foveal.train.classify import evaluate, train
 from foveal.train.engine import create_optimizer, create_schedule
@@ -298,6 +298,53 @@ def test_published_learning_rates():
     assert rate(20) == pytest.approx(1e-3, rel=0.02)
     assert rate(150) == pytest.approx((1e-3 + 5e-6) / 2, rel=1e-3)
     assert rate(300) == rate(309) == pytest.approx(5e-6)
+
+
+def test_rates_by_part_of_the_model_and_milestones():
+    """Two groups of one model, and a step at each milestone; the ratio between the groups stays."""
+
+    class Model(torch.nn.Linear):
+        def parameter_groups(self, weight_decay, layer_decay, backbone_lr_ratio):
+            assert (weight_decay, layer_decay) == (0.1, 0.7)
+            body = {"params": [self.weight], "weight_decay": weight_decay, "lr_scale": backbone_lr_ratio}
+            return [body, {"params": [self.bias], "weight_decay": 0.0}]
+
+    optim = DenseOptimConfig(lr=1e-2, lr_batch=16, weight_decay=0.1, layer_decay=0.7, backbone_lr_ratio=0.1)
+    optimizer = create_optimizer(Model(2, 2), optim, global_batch=8)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    schedule = ScheduleConfig(name="multistep", epochs=12, milestones=[8 / 12, 11 / 12])
+    scheduler, epochs = create_schedule(optimizer, schedule, 5)
+    assert epochs == 12
+    for update, factor in ((0, 1), (39, 1), (40, 0.1), (54, 0.1), (55, 0.01)):
+        if update:
+            scheduler.step_update(update)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([5e-4 * factor, 5e-3 * factor]), update
+    for name, milestones in (("multistep", []), ("cosine", [0.5]), ("multistep", [8])):
+        with pytest.raises(ConfigError, match="milestones"):
+            create_schedule(optimizer, ScheduleConfig(name=name, milestones=milestones), 5)
+
+
+def test_epochs_of_so_many_updates(quick, tmp_path):
+    """Epochs that are no pass over the data: the passes follow each other, and a stop in one changes nothing."""
+    options = ["train.steps_per_epoch=5", "schedule.epochs=4"]  # 20 updates, of 8 for a pass
+    assert train(quick, [f"output={tmp_path / 'whole'}", *options]) == 0
+    assert len(rows(tmp_path / "whole")) == 4
+    run, original, calls = tmp_path / "parts", classify.Task.train_step, []
+
+    def step(self, model, batch, epoch):
+        calls.append(batch.targets.tolist())
+        if len(calls) == 12:  # in the second pass and the third epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, batch, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify.Task, "train_step", step)
+        assert train(quick, [f"output={run}", *options]) == 143
+        assert train(quick, [f"output={run}", *options, "resume=auto"]) == 0
+    assert len(calls) == 20
+    assert calls[:8] != calls[8:16]
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_resume_refuses_other_preprocessing_and_leaves_a_finished_run_alone(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Models with a second head: the auxiliary loss, and learning from a teacher."""
 
+from types import SimpleNamespace
+
 import pytest
 import safetensors.torch
 import timm
@@ -11,6 +13,8 @@ from foveal.train.classify import Task, Teacher, distillation_loss, evaluate, pr
 
 from .conftest import QUICK
 
+DATA = SimpleNamespace(preprocessing={})
+
 
 class TwoHeads(torch.nn.Module):
     """The convention: a pair in training and only when asked, else logits."""
@@ -18,7 +22,7 @@ class TwoHeads(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.head, self.other = torch.nn.Linear(12, 4), torch.nn.Linear(12, 4)
-        self.asked = False
+        self.asked, self.num_classes = False, 4
 
     def set_auxiliary_training(self, enable=True):
         self.asked = enable
@@ -49,7 +53,7 @@ def test_auxiliary_head_is_weighed():
     model, (images, targets) = TwoHeads(), batch()
     config = recipe(loss=dict(auxiliary=0.4))
     prepare_heads(model, config)
-    got = Task(config, list("abcd"), None, 4, 1).train_step(model, (images, targets), 0)
+    got = Task(config, model, list("abcd"), DATA).train_step(model, (images, targets), 0)
     x = images.flatten(1)
     want = F.cross_entropy(model.head(x), targets) + 0.4 * F.cross_entropy(model.other(x), targets)
     torch.testing.assert_close(got, want)
@@ -66,7 +70,7 @@ def test_distillation(kind, heads):
     if heads == 2:
         prepare_heads(model, config)
     answers = torch.randn(6, 4)
-    got = Task(config, list("abcd"), None, 4, 1, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: answers).train_step(model, (images, targets), 0)
     x = images.flatten(1)
     taught = model.other(x) if heads == 2 else model.head(x)
     if kind == "hard":
@@ -84,7 +88,7 @@ def test_the_teacher_leaves_the_auxiliary_head_alone():
     config = recipe(loss=dict(auxiliary=0.4), distill=dict(teacher="x", alpha=0.3))
     prepare_heads(model, config)
     answers = torch.randn(6, 4)
-    got = Task(config, list("abcd"), None, 4, 1, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: answers).train_step(model, (images, targets), 0)
     x = images.flatten(1)
     labels = F.cross_entropy(model.head(x), targets) + 0.4 * F.cross_entropy(model.other(x), targets)
     torch.testing.assert_close(got, 0.7 * labels + 0.3 * F.cross_entropy(model.head(x), answers.argmax(1)))

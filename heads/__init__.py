@@ -1,0 +1,1 @@
+"""Dense prediction on the backbones: feature pyramids, detectors and segmenters."""

@@ -1,0 +1,171 @@
+"""What every training command does around its task: a recipe in, a run folder and an exit code out."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.markup import escape
+
+from ..configs.schema import ConfigError, load_config, save_config
+from . import checkpoint, engine
+from .data import DataError
+from .engine import Interrupted, NonFiniteLoss, State, Trainer
+
+USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss)
+RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
+
+
+class Task(engine.Task):
+    """What a command brings: beside what the loop needs, its words and figures."""
+
+    notes: list[str]  # what the user is told once, at the beginning
+
+    def describe(self) -> str:
+        """Model, input and classes in a few words."""
+
+    def finish(self, run: Path, state: State, model: torch.nn.Module, draw: bool) -> dict[str, Any]:
+        """Evaluates the best weights (``model``), on every process, draws figures into ``run`` where ``draw``, and
+        answers what summary.json begins with."""
+
+
+def run_recipe(
+    config_path: str | Path,
+    overrides: Sequence[str],
+    schema: type,
+    build_task: Callable[[Any, Accelerator], Task],
+) -> int:
+    """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides.
+
+    Args:
+        schema: the dataclass of the recipe, with ``output``, ``resume``, ``seed``, ``optim``, ``schedule``, ``train``.
+        build_task: ``(config, accelerator) -> task``; may fill in what the recipe left open, which the run's own
+            config.yaml then holds. The random numbers are seeded, the same on every process.
+
+    Returns:
+        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C, 143 after SIGTERM, both
+        with everything saved for ``resume=auto``.
+    """
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    output = "the run folder"
+    try:
+        config = load_config(config_path, overrides, schema)
+        output = config.output
+        _run(config, build_task, console)
+    except USER_ERRORS as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        console.print(f"[bold red]error:[/] writing {output} or reading data: {escape(str(error))}", soft_wrap=True)
+        return 1
+    except Interrupted as stop:
+        console.print(f"[yellow]stopped[/]; `resume=auto` goes on from {output}/last", highlight=False, soft_wrap=True)
+        return stop.code
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped[/] at once; what was saved before is intact")
+        return 130
+    return 0
+
+
+def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: Console) -> None:
+    run = Path(config.output)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
+    try:
+        accelerator = Accelerator(mixed_precision=config.train.amp)
+    except ValueError as error:
+        raise ConfigError(f"train.amp={config.train.amp}: {error}") from None
+    if config.resume == "never" and any((run / name).exists() for name in RUN_FILES):
+        raise ConfigError(f"{run} already holds a run: resume=auto goes on with it, output=FOLDER names another")
+    set_seed(config.seed)
+    task = build_task(config, accelerator)
+    task.identity |= {
+        "seed": config.seed,
+        "optim.name": config.optim.name,
+        "averaging": config.train.ema_decay > 0,
+    }
+    set_seed(config.seed, device_specific=True)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
+    trainer = Trainer(
+        accelerator,
+        task,
+        run=run,
+        optim=config.optim,
+        schedule=config.schedule,
+        train=config.train,
+        console=console,
+    )
+    resumed = config.resume == "auto" and trainer.resume()
+    parameters = sum(p.numel() for p in task.model.parameters())
+    console.print(
+        f"{task.describe()}, {parameters / 1e6:.2f} M parameters; "
+        f"{task.data.train.samples:,} training and {task.data.val.samples:,} held-out images; "
+        f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads",
+        highlight=False,
+    )
+    for note in task.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    if resumed and trainer.state.epoch >= trainer.epochs and (run / "summary.json").exists():
+        console.print(f"{run} is finished: {trainer.epochs} epochs; nothing to do", highlight=False, soft_wrap=True)
+        accelerator.end_training()
+        return
+    if resumed:
+        console.print(f"resumed at epoch {trainer.state.epoch + 1}, update {trainer.state.step + 1}", highlight=False)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+        write_json(run / "environment.json", environment(accelerator))
+    state = trainer.fit()
+    checkpoint.load_exact(trainer.raw, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
+    summary = task.finish(run, state, trainer.raw, draw=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        summary |= {
+            "parameters": parameters,
+            "epochs": state.epoch,
+            "seconds": state.seconds,
+            "images_per_second": max(row["images_per_second"] for row in state.history),
+        }
+        write_json(run / "summary.json", summary)
+        console.print(
+            f"[bold green]done[/]: held out {task.headline(state.history[-1])} at the last epoch, "
+            f"{task.headline(state.best)} at the best ({state.best['epoch']}), after {state.seconds:,.0f} s; {run}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    accelerator.end_training()
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    names = ("foveal", "torch", "torchvision", "timm", "accelerate", "numpy")
+    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        "gpu": gpu,
+        "processes": accelerator.num_processes,
+        "backend": os.environ.get("FOVEAL_BACKEND"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content`` under a temporary name and renames it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
