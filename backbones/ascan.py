@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
-from .layers import Backbone, drop_path_rates, init_weights, misfit, take_indices, to_format, unwrap
+from .layers import StagedBackbone, drop_path_rates, init_weights, misfit, unwrap
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 
@@ -140,7 +140,7 @@ class AsCANStage(nn.Module):
         return self.blocks(x)
 
 
-class AsCAN(Backbone):
+class AsCAN(StagedBackbone):
     """AsCAN, a reconstruction: see the head of this file. Takes images of any size.
 
     Args:
@@ -277,72 +277,15 @@ class AsCAN(Backbone):
         ]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
-        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x).permute(0, 2, 3, 1)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of the stages.
-
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n stages if an int, these stages if a sequence, all if None.
-            norm: apply the final norm to the last stage's map (it fits no other). A model with ``out_norm`` applies
-                its stage norms instead, always.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, h, w, C]``, maps). With ``stop_early`` the final
-            features are those of the last stage that ran, without the final norm if that is not the last of all.
-        """
-        take, last = take_indices(len(self.stages), indices)
-        stop = last if stop_early or intermediates_only else len(self.stages) - 1
-        final = len(self.feature_info) - 1
-        maps = []
-        x = self.stem(x).permute(0, 2, 3, 1)
-        for i in range(stop + 1):
-            x = self.stages[i](x)
-            if i in take:
-                y = self.norm(x) if norm and i == final and not self.out_norm else x
-                y = getattr(self, f"norm{i}")(y) if self.out_norm else y
-                maps.append(to_format(y, output_fmt))
-        if intermediates_only:
-            return maps
-        return (self.norm(x) if stop == final else x), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        if self.out_norm:
-            for i in set(range(len(self.stages))) - set(take):
-                delattr(self, f"norm{i}")
-        self.stages = self.stages[: last + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
-        return self.norm(self.stages(self.stem(x).permute(0, 2, 3, 1)))
+        return self.norm(self.stages(self._stem(x)))
 
     def reparameterize(self) -> AsCAN:
         """Fold every BatchNorm into the convolution before it, in place, for inference.

@@ -27,7 +27,7 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from .layers import Backbone, check_head, drop_path_rates, init_weights, misfit, take_indices, unwrap
+from .layers import StagedBackbone, check_head, drop_path_rates, init_weights, misfit, unwrap
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -184,7 +184,7 @@ class CAREHead(nn.Module):
         return self.fc(self.norm(F.gelu(x)))
 
 
-class CARE(Backbone):
+class CARE(StagedBackbone):
     """CARE Transformer. Takes images of any size.
 
     The stem and the downsamplers do not pad: a length that they do not divide loses its remainder at the bottom and
@@ -303,64 +303,6 @@ class CARE(Backbone):
             (r"^norm\d", (99999,)),
         ]
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
-        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of the stages.
-
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n stages if an int, these stages if a sequence, all if None.
-            norm: without effect, there is no final norm. A model with ``out_norm`` applies its stage norms, always.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
-            features are those of the last stage that ran.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
-        take, last = take_indices(len(self.stages), indices)
-        stop = last if stop_early or intermediates_only else len(self.stages) - 1
-        maps = []
-        x = self._stem(x)
-        for i in range(stop + 1):
-            x = self.stages[i](x)
-            if i in take:
-                y = getattr(self, f"norm{i}")(x) if self.out_norm else x
-                maps.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        if self.out_norm:
-            for i in set(range(len(self.stages))) - set(take):
-                delattr(self, f"norm{i}")
-        self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(_at_least(x, 4))

@@ -36,7 +36,7 @@ from timm.models.byobnet import ByobNet
 from torch import nn
 
 from .attention import HaloAttention2d
-from .layers import Backbone, drop_path_rates, take_indices, to_format, unwrap
+from .layers import StagedBackbone, drop_path_rates, unwrap
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -85,7 +85,7 @@ class HaloBlock(nn.Module):
         return self.act(y + self.shortcut(x))
 
 
-class HaloNet(Backbone):
+class HaloNet(StagedBackbone):
     """HaloNet. Takes images of any size.
 
     The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens the values alone and ``out_ratio`` the
@@ -219,61 +219,17 @@ class HaloNet(Backbone):
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x)
+
     def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """Stage ``i``; the final convolution belongs to the last one."""
         x = checkpoint_seq(self.stages[i], x) if self.grad_checkpointing else self.stages[i](x)
         return self.final_conv(x) if i == len(self.feature_info) - 1 else x
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of the stages, the last one behind the final convolution.
-
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n stages if an int, these stages if a sequence, all if None.
-            norm: changes nothing, there is no final norm. A model with ``out_norm`` applies its level norms, always.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
-            features are those of the last stage that ran.
-        """
-        take, last = take_indices(len(self.stages), indices)
-        stop = last if stop_early or intermediates_only else len(self.stages) - 1
-        maps = []
-        x = self.stem(x)
-        for i in range(stop + 1):
-            x = self._stage(i, x)
-            if i in take:
-                y = getattr(self, f"norm{i}")(x) if self.out_norm else x
-                maps.append(to_format(y.permute(0, 2, 3, 1), output_fmt))
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        if self.out_norm:
-            for i in set(range(len(self.stages))) - set(take):
-                delattr(self, f"norm{i}")
-        self.stages = self.stages[: last + 1]
+    def _prune_end(self, norm: bool, shortened: bool) -> None:
         if shortened:
             self.final_conv = nn.Identity()
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``; without

@@ -61,6 +61,108 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class StagedBackbone(Backbone):
+    """A backbone of a stem and stages, one map each, with timm's methods for these maps.
+
+    A family writes `_stem` and `_stage` beside what `Backbone` asks for, and `_norm` if it has a final norm. With
+    ``out_norm`` it has a norm per stage, ``norm0`` and so on, in the maps' own format ``output_fmt``.
+    """
+
+    levels_name = "stages"
+    out_norm: bool
+
+    @property
+    def _levels(self) -> nn.Sequential:
+        return getattr(self, self.levels_name)
+
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to what the first stage takes."""
+        raise NotImplementedError
+
+    def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The map of stage ``i`` from that of the one before, or from the stem's."""
+        return self._levels[i](x)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm."""
+        return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of BatchNorms
+        in them then see every batch twice, with the same result up to a larger momentum."""
+        for level in self._levels:
+            level.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps of the stages, before what halves them for the next.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n stages if an int, these stages if a sequence, all if None.
+            norm: apply the final norm, if there is one, to the last stage's map (it fits no other). A model with
+                ``out_norm`` applies its stage norms instead, always.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps at strides 4, 8, 16, 32, or (final features as `forward_features` gives them, maps). With
+            ``stop_early`` the final features are those of the last stage that ran, without the final norm if that is
+            not the last of all.
+        """
+        take, last = take_indices(len(self._levels), indices)
+        stop = last if stop_early or intermediates_only else len(self._levels) - 1
+        final = len(self.feature_info) - 1  # there may be fewer stages: pruned
+        maps = []
+        x = self._stem(x)
+        for i in range(stop + 1):
+            x = self._stage(i, x)
+            if i in take:
+                y = x
+                if self.out_norm:
+                    y = getattr(self, f"norm{i}")(y)
+                elif norm and i == final:
+                    y = self._norm(y)
+                maps.append(to_format(y, output_fmt, self.output_fmt))
+        if intermediates_only:
+            return maps
+        return (self._norm(x) if stop == final else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self._levels), indices)
+        shortened = last < len(self._levels) - 1
+        if self.out_norm:
+            for i in set(range(len(self._levels))) - set(take):
+                delattr(self, f"norm{i}")
+        setattr(self, self.levels_name, self._levels[: last + 1])
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        self._prune_end(norm=prune_norm or shortened, shortened=shortened)
+        if prune_head or shortened:
+            self._remove_head()
+        return take
+
+    def _prune_end(self, norm: bool, shortened: bool) -> None:
+        """Remove what follows the stages: the final norm if ``norm``, all that was for the whole network's last map if
+        it is ``shortened``."""
+        if norm and hasattr(self, "norm"):
+            self.norm = nn.Identity()
+
+    def _remove_head(self) -> None:
+        self.reset_classifier(0, "")
+
+
 def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS) -> None:
     """Raise a ValueError for a pooling that is not one of ``pools``, or a negative number of classes."""
     if global_pool not in pools:
@@ -124,10 +226,10 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
     return take, max(take)
 
 
-def to_format(x: torch.Tensor, output_fmt: str) -> torch.Tensor:
-    """A channels-last map as ``"NHWC"`` or ``"NCHW"``; the latter is a view (PyTorch's channels_last memory format)."""
-    if output_fmt == "NHWC":
+def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tensor:
+    """A map of the format ``own`` as ``"NHWC"`` or ``"NCHW"``; one made of the other is a view."""
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
+    if output_fmt == own:
         return x
-    if output_fmt == "NCHW":
-        return x.permute(0, 3, 1, 2)
-    raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
+    return x.permute(0, 3, 1, 2) if own == "NHWC" else x.permute(0, 2, 3, 1)

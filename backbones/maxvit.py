@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
-from .layers import POOLS, check_head, drop_path_rates, misfit, take_indices, to_format, unwrap
+from .layers import POOLS, StagedBackbone, check_head, drop_path_rates, misfit, unwrap
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -137,7 +137,7 @@ class MaxViTStage(nn.Module):
         return self.blocks(x)
 
 
-class MaxViT(nn.Module):
+class MaxViT(StagedBackbone):
     """MaxViT. Takes images of any size.
 
     Args:
@@ -241,7 +241,7 @@ class MaxViT(nn.Module):
             stages.append(MaxViTStage(blocks))
             self.feature_info.append(dict(num_chs=dims[i], reduction=stride, module=f"stages.{i}"))
             if out_norm:
-                self.add_module(f"norm{i}", nn.LayerNorm(dims[i], eps=_NORM_EPS))
+                self.add_module(f"norm{i}", LayerNorm2d(dims[i], eps=_NORM_EPS))
         self.stages = nn.Sequential(*stages)
         _init_weights(self)
         self.num_features = self.embed_dim = dims[-1]
@@ -295,11 +295,6 @@ class MaxViT(nn.Module):
         fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^norm", (99999,))] if coarse else fine)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
     def _set_head(self, num_classes: int, global_pool: str, hidden_size: int | None) -> None:
         pools = [pool for pool in POOLS if pool != "catavgmax"]  # the head's norm is for as many channels as the map's
         check_head(num_classes, global_pool, pools)
@@ -331,59 +326,10 @@ class MaxViT(nn.Module):
                 new.copy_(kept.view_as(new))
                 new.requires_grad_(kept.requires_grad)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of the stages.
-
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n stages if an int, these stages if a sequence, all if None.
-            norm: of no effect: MaxViT has no norm over its last map. A model with ``out_norm`` applies its stage norms
-                always.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
-            features are those of the last stage that ran.
-        """
-        take, last = take_indices(len(self.stages), indices)
-        stop = last if stop_early or intermediates_only else len(self.stages) - 1
-        maps = []
-        x = self._stem(x)
-        for i in range(stop + 1):
-            x = self.stages[i](x)
-            if i in take:
-                y = x.permute(0, 2, 3, 1)
-                maps.append(to_format(getattr(self, f"norm{i}")(y) if self.out_norm else y, output_fmt))
-        return maps if intermediates_only else (x, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list. There
-        is no final norm for ``prune_norm`` to remove."""
-        take, last = take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        if self.out_norm:
-            for i in set(range(len(self.stages))) - set(take):
-                delattr(self, f"norm{i}")
-        self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self._set_head(0, "", None)
-            self.head.norm = nn.Identity()
-            self.head.train(self.training)
-        return take
+    def _remove_head(self) -> None:
+        self._set_head(0, "", None)
+        self.head.norm = nn.Identity()
+        self.head.train(self.training)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -396,10 +342,6 @@ class MaxViT(nn.Module):
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``: pooled,
         normalized, through the hidden layer and tanh."""
         return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _sizes(

@@ -37,7 +37,16 @@ from timm.models import (
 from torch import nn
 
 from .attention import NeighborhoodAttention2d
-from .layers import Backbone, drop_path_rates, init_weights, misfit, take_indices, to_format, unwrap
+from .layers import (
+    Backbone,
+    StagedBackbone,
+    drop_path_rates,
+    init_weights,
+    misfit,
+    take_indices,
+    to_format,
+    unwrap,
+)
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -143,7 +152,7 @@ class NATLevel(nn.Module):
         return self.downsample(self.forward_blocks(x))
 
 
-class NAT(Backbone):
+class NAT(StagedBackbone):
     """NAT and DiNAT. Takes images of any size.
 
     Args:
@@ -257,79 +266,22 @@ class NAT(Backbone):
         ]
         return dict(stem=r"^patch_embed", blocks=rf"^{name}\.(\d+)" if coarse else fine)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        for level in getattr(self, self.levels_name):
-            level.grad_checkpointing = enable
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.patch_embed(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps of the levels, before their downsamplers.
+    def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return self._levels[i].forward_blocks(self._levels[i - 1].downsample(x) if i else x)
 
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n levels if an int, these levels if a sequence, all if None.
-            norm: apply the final norm to the last level's map (it fits no other). A model with ``out_norm`` applies
-                its level norms instead, always.
-            stop_early: leave out the levels after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
 
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, h, w, C]``, maps). With ``stop_early`` the final
-            features are those of the last level that ran, without the final norm if that is not the last of all.
-        """
-        levels = getattr(self, self.levels_name)
-        take, last = take_indices(len(levels), indices)
-        stop = last if stop_early or intermediates_only else len(levels) - 1
-        maps = []
-        x = self.patch_embed(x)
-        for i in range(stop + 1):
-            x = levels[i].forward_blocks(x)
-            if i in take:
-                if self.out_norm:
-                    y = getattr(self, f"norm{i}")(x)
-                else:
-                    y = self.norm(x) if norm and i == len(self.feature_info) - 1 else x
-                maps.append(to_format(y, output_fmt))
-            if i < stop:
-                x = levels[i].downsample(x)
-        if intermediates_only:
-            return maps
-        if stop == len(self.feature_info) - 1:
-            x = self.norm(x)
-        return x, maps
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        levels = getattr(self, self.levels_name)
-        take, last = take_indices(len(levels), indices)
-        shortened = last < len(levels) - 1
-        setattr(self, self.levels_name, levels[: last + 1])
-        levels[last].downsample = nn.Identity()
-        if self.out_norm:
-            for i in set(range(len(levels))) - set(take):
-                delattr(self, f"norm{i}")
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
+    def _prune_end(self, norm: bool, shortened: bool) -> None:
+        super()._prune_end(norm, shortened)
+        self._levels[-1].downsample = nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
-        return self.norm(getattr(self, self.levels_name)(self.patch_embed(x)))
+        return self.norm(self._levels(self.patch_embed(x)))
 
 
 class DiNATs(NAT):
