@@ -318,8 +318,7 @@ class HaloAttention2d(nn.Module):
     begin at the top left, the last ones may be cut, and what a window shows outside the map is as ``boundary`` says.
 
     With ``stride`` 2 the queries are those of every second row and column, beginning with the first, and an odd length
-    is halved upwards; keys and values keep the full resolution. The operation wants a query at every key, so the
-    missing ones are filled in and their answers dropped: such a layer computes four times what it needs.
+    is halved upwards; keys and values keep the full resolution.
 
     Parameters carry timm's names and shapes (``q``, ``kv``, ``pos_embed``). The embedding tables are timm's, read by
     ``key - query + window - 1`` with the key counted from the window's corner and the query from its block's, so that
@@ -431,8 +430,6 @@ class HaloAttention2d(nn.Module):
         q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim))
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim + self.value_dim))
         k, v = kv.split((self.head_dim, self.value_dim), -1)
-        if self.stride > 1:
-            q = self._spread(self._spread(q, 1, height), 2, width)
 
         # the operation reads row `key - query + window - 1`, both counted from one origin
         tables = (F.pad(t[self.halo_size :], (0, 0, 0, self.halo_size)) for t in self._tables())
@@ -443,12 +440,11 @@ class HaloAttention2d(nn.Module):
             v,
             kernel_size=(window, window),
             stride=self.block_size,
-            bias=FactoredBias(*tables),
+            query_stride=self.stride,
+            bias=FactoredBias(*tables, counted=self.dense_offsets),
             boundary=self.boundary,
             scale=self.scale,
         )
-        if self.stride > 1:
-            x = self._collect(self._collect(x, 1, height), 2, width)
         x = x.flatten(3).permute(0, 3, 1, 2)
         if self.avg_pool:
             up = height % self.block_size > 0 or width % self.block_size > 0
@@ -458,25 +454,6 @@ class HaloAttention2d(nn.Module):
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         factor = self.scale if self.scale_bias else 1.0
         return factor * self.pos_embed.height_rel, factor * self.pos_embed.width_rel
-
-    def _spread(self, q: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """Strided queries at places of the full axis, where `_collect` finds them; any of them at the others."""
-        at = torch.arange(length, device=q.device)
-        if self.dense_offsets:  # the queries of a block at its first positions
-            few = self.block_size // self.stride
-            block = torch.div(at, self.block_size, rounding_mode="floor")
-            at = block * few + (at % self.block_size).clamp(max=few - 1)
-            return q.index_select(dim, at.clamp(max=q.shape[dim] - 1))
-        return q.index_select(dim, torch.div(at, self.stride, rounding_mode="floor"))
-
-    def _collect(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """The answers to the queries that `_spread` was given."""
-        at = torch.arange(-(-length // self.stride), device=x.device)
-        if self.dense_offsets:
-            few = self.block_size // self.stride
-            at = torch.div(at, few, rounding_mode="floor") * self.block_size + at % few
-            return x.index_select(dim, at)
-        return x.index_select(dim, at * self.stride)
 
 
 def context_mixing(

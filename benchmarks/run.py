@@ -8,6 +8,7 @@ it held before the call.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import ctypes
 import datetime
@@ -30,7 +31,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from timm.layers.halo_attn import HaloAttn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from .._version import __version__
 from ..backbones import attention
@@ -108,6 +110,19 @@ def extra_memory_mib(call: Callable[[], object]) -> float:
     return max(peak - before, 0) / 1024
 
 
+def activation_mib(call: Callable[[], tuple[Tensor, ...] | Tensor]) -> float:
+    """Peak of what PyTorch allocates on the CPU during the call, above what the call returns, MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    now = peak = 0
+    events = (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    returned = (result,) if isinstance(result, Tensor) else result
+    return (peak - sum(t.nbytes for t in returned)) / 2**20
+
+
 # ----------------------------------------------------------------------------------------------- comparisons
 
 Calls = dict[str, Callable[[], object]]
@@ -133,9 +148,14 @@ def check(name: str, forward: Calls, both: Calls, judge: str, limit: float = TOL
 
 
 def measure(
-    labels: dict[str, object], forward: Calls, both: Calls, rounds: int, column: str, memory: bool = True
+    labels: dict[str, object],
+    forward: Calls,
+    both: Calls,
+    rounds: int,
+    column: str,
+    memory: Callable[[Callable[[], Any]], float] | None = extra_memory_mib,
 ) -> dict[str, dict[str, object]]:
-    """One row for each call: the labels, its name under ``column``, milliseconds and, if wanted, MiB."""
+    """One row for each call: the labels, its name under ``column``, milliseconds and, if measured, MiB."""
     times, times_both = median_ms(forward, rounds), median_ms(both, rounds)
     rows = {}
     for name in forward:
@@ -143,8 +163,8 @@ def measure(
         if name in both:
             row["forward_backward_ms"] = round(times_both[name], 2)
         if memory:
-            row["forward_extra_mib"] = round(extra_memory_mib(forward[name]), 1)
-            row["forward_backward_extra_mib"] = round(extra_memory_mib(both[name]), 1) if name in both else ""
+            row["forward_extra_mib"] = round(memory(forward[name]), 2)
+            row["forward_backward_extra_mib"] = round(memory(both[name]), 2) if name in both else ""
         rows[name] = row
     return rows
 
@@ -261,9 +281,19 @@ def halo_layers(case: HaloCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
     return found
 
 
+class Given(nn.Module):
+    """Answers with a tensor that was put there, whatever it is asked."""
+
+    answer: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer
+
+
 def halo_rows(case: HaloCase, rounds: int) -> list[dict[str, object]]:
-    """Halo attention with its projections: timm's module and ours on the same parameters."""
-    rows = []
+    """Halo attention, timm's and ours on the same parameters: the attention alone (queries, keys and values given), the
+    module with its projections, and of either all layers together, each kind once."""
+    rows: list[dict[str, object]] = []
     for label, (module, shape) in halo_layers(case).items():
         module = module.to_empty(device="cpu").train()
         module._forward_hooks.clear()
@@ -271,21 +301,42 @@ def halo_rows(case: HaloCase, rounds: int) -> list[dict[str, object]]:
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_(std=p.shape[1] ** -0.5, generator=generator)
-        nets = {"foveal": HaloAttention2d.from_timm(module), "timm": module}
         x = _normal(*shape, seed=1)
         with torch.no_grad():
+            # as a convolution in the channels_last memory format answers
+            projected = [conv(x.contiguous(memory_format=torch.channels_last)) for conv in (module.q, module.kv)]
             grad = torch.randn_like(module(x))
-        parameters = list(module.parameters())
-        forward, both = {}, {}
-        for name, net in nets.items():
+        for part in ("attention", "module"):
+            nets = {"foveal": HaloAttention2d.from_timm(module), "timm": copy.copy(module)}
+            tensors = [x]
+            if part == "attention":
+                tensors = projected
+                for net in nets.values():
+                    net._modules = {**net._modules, "q": Given(), "kv": Given()}
+            parameters = [p for name, p in module.named_parameters() if part == "module" or "rel" in name]
+            forward, both = {}, {}
+            for name, net in nets.items():
 
-            def call(tensors: list[Tensor], net=net) -> Tensor:
-                return net(tensors[0])
+                def call(tensors: list[Tensor], net=net, x=x) -> Tensor:
+                    if len(tensors) == 2:
+                        net.q.answer, net.kv.answer = tensors
+                    return net(tensors[0] if len(tensors) == 1 else x)
 
-            forward[name], both[name] = _modes(call, [x], grad, parameters)
-        check(f"{case.id}, {label}", forward, both, "timm", 10 * TOLERANCE)
-        labels = {"model": case.model, "input": case.size, "batch": case.batch, "layer": label}
-        rows += beside_peer(measure(labels, forward, both, rounds, "module"), "timm")
+                forward[name], both[name] = _modes(call, tensors, grad, parameters)
+            check(f"{case.id}, {label}, {part}", forward, both, "timm", 10 * TOLERANCE)
+            labels = {"model": case.model, "input": case.size, "batch": case.batch, "layer": label, "part": part}
+            found = measure(labels, forward, both, rounds, "by", activation_mib)
+            rows += beside_peer(found, "timm")
+    for part in ("attention", "module"):
+        together = {}
+        for name in ("foveal", "timm"):
+            of = [row for row in rows if (row["part"], row["by"]) == (part, name)]
+            row = {**of[0], "layer": "all, times summed, memory the largest"}
+            for key in row:
+                if key.endswith(("_ms", "_mib")):
+                    row[key] = round((sum if key.endswith("_ms") else max)(each[key] for each in of), 2)
+            together[name] = row
+        rows += beside_peer(together, "timm")
     return rows
 
 
@@ -327,7 +378,7 @@ def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
     if case.same:
         check(case.id, forward, both, case.peer_name, MODEL_TOLERANCE)
     labels = {"input": f"{case.batch}x3x{case.size}x{case.size}"}
-    rows = measure(labels, forward, both, rounds, "model", memory=False)
+    rows = measure(labels, forward, both, rounds, "model", memory=None)
     return beside_peer(rows, case.peer_name)
 
 
@@ -350,7 +401,7 @@ SECTIONS = {
 # ----------------------------------------------------------------------------------------------------- shell
 
 
-TEXT = ("layer", "map", "backend", "model", "module")
+TEXT = ("layer", "map", "backend", "model", "part", "by")
 
 
 def print_table(title: str, rows: list[dict[str, object]], console: Console) -> None:

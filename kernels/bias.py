@@ -33,10 +33,15 @@ class FactoredBias:
     ``rows`` is ``[2*Kh - 1, D]`` or, one set per head, ``[heads, 2*Kh - 1, D]``; ``columns`` likewise with ``Kw``.
     The bias of a key at ``t`` for the query ``q`` at ``i`` is
     ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]`` with the query as given: ``scale`` does not touch it.
+
+    ``counted`` matters with a query stride, which must then divide the stride: the queries that share a window are
+    counted one by one from the first of them, so that the third, which stands four positions behind it at a query
+    stride of 2, is offset by two (timm's ``HaloAttn``).
     """
 
     rows: Tensor
     columns: Tensor
+    counted: bool = False
 
     def expected(self, heads: int, depth: int, kernel_size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
         rows, columns = (2 * k - 1 for k in kernel_size)

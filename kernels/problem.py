@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ def tracing() -> bool:
 class Problem:
     """One call of an operation, as far as a backend needs it to say whether it can run it."""
 
-    shape: tuple[int, ...]  # B, H, W, heads, D of the queries; of the values where there are none
+    shape: tuple[int, ...]  # B, H, W, heads, D of the keys; of the values where there are none
     value_depth: int
     rows: Window
     columns: Window
@@ -32,6 +33,17 @@ class Problem:
     dropout_p: float = 0.0
 
     @property
+    def size(self) -> tuple[int, int]:
+        """H and W of the keys as constants: under a tracer too, a plan is for one size."""
+        return operator.index(self.shape[1]), operator.index(self.shape[2])
+
+    @property
+    def query_size(self) -> tuple[int, int]:
+        """H and W of the queries."""
+        height, width = self.size
+        return self.rows.queries(height), self.columns.queries(width)
+
+    @property
     def boundary(self) -> str:
         return self.rows.boundary
 
@@ -42,6 +54,10 @@ class Problem:
     @property
     def stride(self) -> tuple[int, int]:
         return self.rows.stride, self.columns.stride
+
+    @property
+    def query_stride(self) -> tuple[int, int]:
+        return self.rows.query_stride, self.columns.query_stride
 
     @property
     def dilation(self) -> tuple[int, int]:

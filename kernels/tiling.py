@@ -14,7 +14,6 @@ R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,8 +42,10 @@ class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant i
     first: int
     stop: int
     length: int
+    queries: int  # of a group: its length, but with a query stride
     tile: int
     tiles: int
+    step: int  # positions from the first query of a tile to that of the next: the tile's queries times their stride
     before: int  # keys that the span of a tile reaches before its first query
     after: int  # padding behind the last position, so that the last tile has a full span
     span: int
@@ -53,15 +54,21 @@ class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant i
     order: tuple[int, ...]  # the pattern of every tile
     samples: tuple[int, ...]  # one tile of each pattern
     keys: int  # of the window of one query
+    between: int  # rows of a bias table from one query of a tile to the next
+    offsets: int  # between a query and a key of a tile; t and s have the one with the number between * (T - 1 - t) + s
     masked: bool  # whether some key of a span is not for all queries of the tile
 
 
 def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
-    starts = [window.start(i, length) for i in range(length)]
-    tiles = -(-length // tile)
-    spans = [(t * tile, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
+    queries = window.queries(length)
+    starts = [window.start(i, length) for i in range(queries)]
+    tiles, step = -(-queries // tile), tile * window.query_stride
+    spans = [(t * step, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
     before = max(0, *(q0 - min(s) for q0, s in spans))
     span = max(max(s) + window.kernel_size - (q0 - before) for q0, s in spans)
+    # far apart, the last queries may not see the end of the map, which the spans are to hold nevertheless
+    span = max(span, length + before - (tiles - 1) * step)
+    between = window.rows_between if tile > 1 else 0
     shapes: dict[tuple, int] = {}
     runs: list[list[int]] = []
     samples = []
@@ -83,16 +90,20 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
         first=first,
         stop=stop,
         length=length,
+        queries=queries,
         tile=tile,
         tiles=tiles,
+        step=step,
         before=before,
-        after=(tiles - 1) * tile + span - before - length,
+        after=(tiles - 1) * step + span - before - length,
         span=span,
-        ragged=tiles * tile - length,
+        ragged=tiles * tile - queries,
         runs=tuple((start, stop, pattern) for start, stop, pattern in runs),
         order=tuple(pattern for start, stop, pattern in runs for _ in range(start, stop)),
         samples=tuple(samples),
         keys=window.kernel_size,
+        between=between,
+        offsets=between * (tile - 1) + span,
         masked=masked,
     )
 
@@ -118,7 +129,10 @@ def plan(rows: Window, columns: Window, height: int, width: int, cost: Cost) -> 
             length = window.group_length(extent, first)
             if length == 0:
                 continue
-            sizes = {*range(1, min(length, 24) + 1), min(length, window.stride), length}
+            queries, together = window.queries(length), -(-window.stride // window.query_stride)
+            sizes = {*range(1, min(queries, 24) + 1), min(queries, together), queries}
+            if window.counted:  # the offsets of a tile's queries are in step inside a stride group alone
+                sizes = {min(queries, together)}
             choices.append([cut(window, first, stop, length, tile) for tile in sorted(sizes)])
         return choices
 
@@ -129,11 +143,6 @@ def plan(rows: Window, columns: Window, height: int, width: int, cost: Cost) -> 
     )
 
 
-def _size(problem: Problem) -> tuple[int, int]:
-    """H and W as constants: under a tracer too, a plan is for one size."""
-    return operator.index(problem.shape[1]), operator.index(problem.shape[2])
-
-
 @torch.compiler.assume_constant_result
 def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int, cost: Cost) -> Plans:
     return plan(Window(*rows), Window(*columns), height, width, cost)
@@ -141,12 +150,12 @@ def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int, cos
 
 def plan_of(problem: Problem, cost: Cost) -> Plans:
     """``plan`` of a call; under a compiler a constant of the compiled code."""
-    height, width = _size(problem)
+    height, width = problem.size
     r, c = problem.rows, problem.columns
     if torch.compiler.is_compiling():
         return _compile_time_plan(
-            (r.kernel_size, r.stride, r.dilation, r.boundary),
-            (c.kernel_size, c.stride, c.dilation, c.boundary),
+            (r.kernel_size, r.stride, r.dilation, r.boundary, r.query_stride, r.counted),
+            (c.kernel_size, c.stride, c.dilation, c.boundary, c.query_stride, c.counted),
             height,
             width,
             cost,
@@ -225,7 +234,8 @@ def take(x: Tensor, index: dict[int, slice]) -> Tensor:
 
 
 def of_class(x: Tensor, a: Axis, b: Axis) -> Tensor:
-    """The phases and positions of one plan out of [B, G, G2, N, h, w, C]."""
+    """The phases and positions of one plan out of [B, G, G2, N, h, w, C]. With a query stride there is one plan, and
+    nothing to cut off: not from the queries either, which are fewer."""
     return x[:, a.first : a.stop, b.first : b.stop, :, : a.length, : b.length]
 
 
@@ -238,7 +248,7 @@ def query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
 
 def from_query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
     """[B, G, G2, N, R, Q, T, T2, C] -> [B, G, G2, N, h, w, C]."""
-    return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.length, : b.length]
+    return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.queries, : b.queries]
 
 
 def pad_keys(x: Tensor, a: Axis, b: Axis) -> Tensor:
@@ -254,11 +264,11 @@ def key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
         return x[:, :, :, :, None, None]
     if tracing():  # exporters know a gather with constant indices; views that overlap, few do
         for dim, axis in ((5, b), (4, a)):
-            at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.tile
+            at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.step
             at = at + torch.arange(axis.span, device=x.device)
             x = x.index_select(dim, at.flatten()).unflatten(dim, (axis.tiles, axis.span))
         return x.transpose(5, 6)
-    return x.unfold(4, a.span, a.tile).unfold(5, b.span, b.tile).permute(0, 1, 2, 3, 4, 5, 7, 8, 6)
+    return x.unfold(4, a.span, a.step).unfold(5, b.span, b.step).permute(0, 1, 2, 3, 4, 5, 7, 8, 6)
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
@@ -267,16 +277,15 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
-    """The answers of the plans, [B, G, G2, N, h, w, C] of their classes of phases, as one map [B, H, W, N, C]."""
-    height, width = _size(problem)
-    longest = [max(axis.length for axis in side) for side in zip(*plans, strict=True)]
+    """The answers of the plans, [B, G, G2, N, h, w, C] of their classes of phases, as one map of the queries."""
+    longest = [max(axis.queries for axis in side) for side in zip(*plans, strict=True)]
     grid: dict[int, list[Tensor]] = {}
     for (a, b), out in zip(plans, outs, strict=True):
-        out = F.pad(out, (0, 0, 0, longest[1] - b.length, 0, longest[0] - a.length))
+        out = F.pad(out, (0, 0, 0, longest[1] - b.queries, 0, longest[0] - a.queries))
         grid.setdefault(a.first, []).append(out)
     rows = [row[0] if len(row) == 1 else torch.cat(row, 2) for row in grid.values()]
     out = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-    return crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), height, width)
+    return crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), *problem.query_size)
 
 
 # ------------------------------------------------------------------------------------------- piece by piece
@@ -288,8 +297,9 @@ def _share(count: int, logits: int, piece: int) -> int:
 
 
 def parts(shape: tuple[int, ...], a: Axis, b: Axis, piece: int) -> Iterator[tuple[dict, slice, list[slice]]]:
-    """``(part, heads, groups)``: slices of [B, G, G2, N, h, w, C] by dimension, its heads, and the slices of its tile
-    rows, of about ``piece`` query-key pairs each. As much as fits is taken of tile rows, heads, phases and images."""
+    """``(part, heads, groups)``: slices of [B, G, G2, N, h, w, C] by dimension (as in ``of_class``), its heads, and the
+    slices of its tile rows, of about ``piece`` query-key pairs each. As much as fits is taken of tile rows, heads,
+    phases and images."""
     batch, heads = shape[0], shape[3]
     phase_row = (b.stop - b.first) * pairs(a, b)
     heads_each = _share(heads, phase_row, piece)
@@ -360,24 +370,25 @@ def inner(x: Tensor, a: Axis, b: Axis) -> Tensor:
 
 def add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> None:
     """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
-    *lead, line, cell, step = total.stride()
-    for i in range(0, a.span, a.tile):
-        height = min(a.tile, a.span - i)
-        for j in range(0, b.span, b.tile):
-            width = min(b.tile, b.span - j)
+    *lead, line, cell, channel = total.stride()
+    for i in range(0, a.span, a.step):
+        height = min(a.step, a.span - i)
+        for j in range(0, b.span, b.step):
+            width = min(b.step, b.span - j)
             part = take(spans, {6: slice(i, i + height), 7: slice(j, j + width)})
             # every tile's part lands on its own cells, so the target is a view without overlap
-            first = total.storage_offset() + (rows.start * a.tile + i) * line + j * cell
-            total.as_strided(part.shape, (*lead, a.tile * line, b.tile * cell, line, cell, step), first).add_(part)
+            first = total.storage_offset() + (rows.start * a.step + i) * line + j * cell
+            total.as_strided(part.shape, (*lead, a.step * line, b.step * cell, line, cell, channel), first).add_(part)
 
 
-def store(target: Tensor, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> None:
-    """Write flattened query tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in the map."""
-    tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, b.tiles, a.tile, b.tile, tiles.shape[-1])
-    lines = slice(rows.start * a.tile, min(rows.stop * a.tile, a.length))
-    target = take(target, {4: lines})
-    if target.shape[4:6] == (tiles.shape[4] * a.tile, b.tiles * b.tile):  # no ragged tile: one strided copy
-        target.unflatten(5, (b.tiles, b.tile)).unflatten(4, (-1, a.tile)).transpose(5, 6).copy_(tiles)
+def store(target: Tensor, tiles: Tensor, rows: slice, size: tuple[int, int]) -> None:
+    """Write flattened tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in [B, G, G2, N, h, w, C].
+    ``size``: T, T2, of the queries, or of keys where a span is nothing but its tile."""
+    (t, t2), (length, length2) = size, target.shape[4:6]
+    tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, -1, t, t2, tiles.shape[-1])
+    target = take(target, {4: slice(rows.start * t, min(rows.stop * t, length))})
+    if target.shape[4:6] == (tiles.shape[4] * t, tiles.shape[5] * t2):  # no ragged tile: one strided copy
+        target.unflatten(5, (-1, t2)).unflatten(4, (-1, t)).transpose(5, 6).copy_(tiles)
     else:
         tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-        target.copy_(take(tiles, {4: slice(0, target.shape[4]), 5: slice(0, b.length)}))
+        target.copy_(take(tiles, {4: slice(0, target.shape[4]), 5: slice(0, length2)}))

@@ -2,16 +2,22 @@
 
 Per axis, a query at ``x`` on an axis of length ``X`` belongs to the dilation group ``g = x % d`` and has the index
 ``i = x // d`` among the ``L`` positions of that group. Its keys are the ``K`` indices from ``start(i)`` on, in the same
-group, so at the positions ``t * d + g``. The ``s`` queries of a stride group share the window of their leader::
+group, so at the positions ``t * d + g``. The ``s`` positions of a stride group share the window of their leader::
 
     lead  = (i // s) * s + s // 2
     left  = K // 2,  right = K - 1 - left
     start = clamp(min(lead, L - 1), left, L - 1 - right) - left      boundary "shift"
     start = lead - left                                             boundary "zero", "mask"
 
+With a query stride ``n`` (and no dilation) queries stand on every n-th position alone, beginning with the first: the
+query with the number ``j`` has the index ``i = j * n``, and all else follows from that.
+
+A bias table is read by the offset ``t - i``. If it is ``counted``, the ``s / n`` queries of a stride group count as if
+they stood side by side at its beginning: ``i`` is then ``(j // (s / n)) * s + j % (s / n)``, for the table alone.
+
 Sources: Neighborhood Attention Transformer (arXiv 2204.07143) for the window, Dilated NAT (arXiv 2209.15001) for the
 dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks
-with a halo.
+with a halo, and their strided queries; timm's ``HaloAttn`` counts these one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ BOUNDARIES = ("shift", "zero", "mask")
 
 @dataclass(frozen=True)
 class Window:
-    """The window of one axis.
+    """The window of one axis. Queries are told by their number, keys by their index.
 
     ``boundary`` says what happens where a window would leave the map: ``"shift"`` moves it inside (every query sees
     exactly ``kernel_size`` keys), ``"zero"`` leaves it and lets keys and values of zero take part in the softmax,
@@ -37,6 +43,8 @@ class Window:
     stride: int = 1
     dilation: int = 1
     boundary: str = "shift"
+    query_stride: int = 1  # above 1 without dilation only
+    counted: bool = False  # only where query_stride divides stride
 
     @property
     def left(self) -> int:
@@ -52,34 +60,49 @@ class Window:
         """Positions congruent to ``group`` modulo the dilation on an axis of ``length``."""
         return (length - group + self.dilation - 1) // self.dilation
 
-    def start(self, index: int, length: int) -> int:
-        """First key index of the query ``index`` in a dilation group of ``length`` positions."""
-        lead = index // self.stride * self.stride + self.stride // 2
+    def queries(self, length: int) -> int:
+        """Queries on ``length`` positions, of an axis or of a dilation group."""
+        return -(-length // self.query_stride)
+
+    def start(self, query: int, length: int) -> int:
+        """First key index of a query in a dilation group of ``length`` positions."""
+        lead = query * self.query_stride // self.stride * self.stride + self.stride // 2
         if self.boundary == "shift":
             lead = min(max(min(lead, length - 1), self.left), length - 1 - self.right)
         return lead - self.left
 
-    def starts(self, index: Tensor, length: int | Tensor) -> Tensor:
-        """``start`` for a tensor of indices; ``length`` may be a tensor that broadcasts against it."""
-        lead = torch.div(index, self.stride, rounding_mode="floor") * self.stride + self.stride // 2
+    def starts(self, query: Tensor, length: int | Tensor) -> Tensor:
+        """``start`` for a tensor of queries; ``length`` may be a tensor that broadcasts against it."""
+        lead = torch.div(query * self.query_stride, self.stride, rounding_mode="floor") * self.stride + self.stride // 2
         if self.boundary == "shift":
-            last = torch.as_tensor(length, device=index.device) - 1
+            last = torch.as_tensor(length, device=query.device) - 1
             lead = torch.minimum(torch.clamp(torch.minimum(lead, last), min=self.left), last - self.right)
         return lead - self.left
 
     def table_row(self, key: Tensor, query: Tensor) -> Tensor:
-        """Row of a ``[2K - 1]`` bias table for a key and a query index of the same group."""
-        return key - query + self.kernel_size - 1
+        """Row of a ``[2K - 1]`` bias table for a key index and a query of the same group."""
+        if self.counted:
+            together = self.stride // self.query_stride
+            group = torch.div(query, together, rounding_mode="floor")
+            index = query + group * (self.stride - together)
+        else:
+            index = query * self.query_stride
+        return key - index + self.kernel_size - 1
+
+    @property
+    def rows_between(self) -> int:
+        """Rows of a bias table from a query to its neighbour; where it is ``counted``, inside a stride group."""
+        return 1 if self.counted else self.query_stride
 
     def keys(self, length: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The keys of all queries of an axis: ``(position, inside, row)``, each ``[length, K]``.
+        """The keys of all queries of an axis: ``(position, inside, row)``, each ``[queries, K]``.
 
         ``position`` is clamped to the map where ``inside`` is false; ``row`` indexes a bias table of ``2K - 1`` rows.
         """
-        x = torch.arange(length, device=device)
-        group, index = x % self.dilation, torch.div(x, self.dilation, rounding_mode="floor")
+        x = torch.arange(self.queries(length), device=device)
+        group, query = x % self.dilation, torch.div(x, self.dilation, rounding_mode="floor")
         in_group = torch.div(length - group + self.dilation - 1, self.dilation, rounding_mode="floor")
-        key = self.starts(index, in_group)[:, None] + torch.arange(self.kernel_size, device=device)
+        key = self.starts(query, in_group)[:, None] + torch.arange(self.kernel_size, device=device)
         position = key * self.dilation + group[:, None]
         inside = (key >= 0) & (key < in_group[:, None])
-        return position.clamp(0, max(length - 1, 0)), inside, self.table_row(key, index[:, None])
+        return position.clamp(0, max(length - 1, 0)), inside, self.table_row(key, query[:, None])

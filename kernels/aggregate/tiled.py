@@ -135,7 +135,7 @@ class _Walk:
             tiles, spans = tiling.query_tiles(ws[part], a, b), self.scratch.spans("padded", vs[part], a, b)
             for rows in groups:
                 matrix, values = self.matrices(tiles, rows, a, b), self.scratch.flat("keys", spans, rows)
-                tiling.store(outs[part], self.scratch.bmm("out", matrix, values), rows, a, b)
+                tiling.store(outs[part], self.scratch.bmm("out", matrix, values), rows, (a.tile, b.tile))
         return self.cropped(out)
 
     def dots(self, q: Tensor, k: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class _Walk:
                 for source, target, places in self.blocks(products, read, rows, a, b):
                     torch.gather(source, -1, places, out=target)
                 if targets is None:
-                    tiling.store(outs[part], read, rows, a, b)
+                    tiling.store(outs[part], read, rows, (a.tile, b.tile))
         return self.cropped(out)
 
     def spread(self, weights: Tensor, q: Tensor) -> Tensor:

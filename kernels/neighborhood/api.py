@@ -1,6 +1,6 @@
 """The public operation: checks at the border, choice of a backend, nothing else.
 
-Layout legend: B batch, H W map, N heads, D query/key channels, V value channels.
+Layout legend: B batch, H W map, h w queries, N heads, D query/key channels, V value channels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def neighborhood_attention(
     kernel_size: IntPair,
     stride: IntPair = 1,
     dilation: IntPair = 1,
+    query_stride: IntPair = 1,
     bias: Bias | None = None,
     boundary: str = "shift",
     scale: float | None = None,
@@ -39,12 +40,16 @@ def neighborhood_attention(
     The rule that says which keys a query sees is in ``kernels/window.py``.
 
     Args:
-        q: queries ``[B, H, W, heads, D]``, float16, bfloat16, float32 or float64, any strides.
-        k: keys, same shape, dtype and device as ``q``.
+        q: queries ``[B, h, w, heads, D]``, float16, bfloat16, float32 or float64, any strides. ``h, w`` is the map of
+            the keys, but with a ``query_stride``.
+        k: keys ``[B, H, W, heads, D]``, same dtype and device as ``q``.
         v: values ``[B, H, W, heads, Dv]``.
-        kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``stride`` and ``dilation``.
-        stride: queries per axis that share one window; at most ``kernel_size``.
+        kernel_size: keys per axis, an int or a pair (rows, columns), likewise the next three.
+        stride: positions per axis whose queries share one window; at most ``kernel_size``.
         dilation: distance of neighbouring keys; need not divide the map.
+        query_stride: distance of neighbouring queries: query ``(i, j)`` stands at the key ``(i, j) * query_stride``,
+            and its window and bias are those of that position. ``h = ceil(H / query_stride)``, likewise ``w``. Not
+            together with a dilation.
         bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits, in at least float32.
         boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that
             take part in the softmax) or ``"mask"`` (keys outside are left out).
@@ -54,7 +59,7 @@ def neighborhood_attention(
         backend: a backend's name, or ``None`` for the automatic choice.
 
     Returns:
-        ``[B, H, W, heads, Dv]`` in the dtype of ``v``. Under autocast the inputs are cast to the autocast dtype.
+        ``[B, h, w, heads, Dv]`` in the dtype of ``v``. Under autocast the inputs are cast to the autocast dtype.
 
     Raises:
         ValueError: shapes, devices or options that do not fit together; with ``boundary="shift"``, a map smaller than
@@ -65,28 +70,46 @@ def neighborhood_attention(
     >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
     >>> neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
     torch.Size([1, 14, 14, 2, 32])
+    >>> neighborhood_attention(q[:, ::2, ::2], k, v, kernel_size=7, query_stride=2).shape
+    torch.Size([1, 7, 7, 2, 32])
     """
-    kernel_size, stride, dilation = (
-        pair(name, value) for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    kernel_size, stride, dilation, query_stride = (
+        pair(name, value)
+        for name, value in (
+            ("kernel_size", kernel_size),
+            ("stride", stride),
+            ("dilation", dilation),
+            ("query_stride", query_stride),
+        )
     )
-    _check_tensors(q, k, v)
+    _check_tensors(q, k, v, query_stride)
     cast = autocast_enabled(q)
     if cast:
         q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    check_window(tuple(q.shape[1:3]), kernel_size, dilation, boundary)
-    for axis, size, step in zip(("rows", "columns"), kernel_size, stride, strict=True):
+    check_window(tuple(k.shape[1:3]), kernel_size, dilation, boundary)
+    if max(query_stride) > 1 and max(dilation) > 1:
+        raise ValueError(f"query_stride {query_stride} and dilation {dilation} are not possible together")
+    counted = isinstance(bias, FactoredBias) and bias.counted
+    for axis, size, step, apart in zip(("rows", "columns"), kernel_size, stride, query_stride, strict=True):
         if step > size:
             raise ValueError(f"stride {step} is larger than kernel_size {size} ({axis})")
+        if counted and step % apart:
+            raise ValueError(
+                "a counted bias needs a query_stride that divides stride, got "
+                f"query_stride {apart}, stride {step} ({axis})"
+            )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     bias_tensors = _check_bias(bias, q, kernel_size)
     problem = Problem(
-        shape=tuple(q.shape),
+        shape=tuple(k.shape),
         value_depth=v.shape[-1],
-        rows=Window(kernel_size[0], stride[0], dilation[0], boundary),
-        columns=Window(kernel_size[1], stride[1], dilation[1], boundary),
+        rows=Window(kernel_size[0], stride[0], dilation[0], boundary, query_stride[0], counted and query_stride[0] > 1),
+        columns=Window(
+            kernel_size[1], stride[1], dilation[1], boundary, query_stride[1], counted and query_stride[1] > 1
+        ),
         bias=None if bias is None else type(bias),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         dropout_p=float(dropout_p),
@@ -102,17 +125,19 @@ def neighborhood_attention(
     return chosen.forward(q, k, v, bias_tensors, problem)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int]) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t, "[B, H, W, heads, D]")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if q.shape != k.shape or q.shape[:4] != v.shape[:4]:
+    rows, columns = (-(-length // n) for length, n in zip(k.shape[1:3], query_stride, strict=True))
+    if q.shape != (k.shape[0], rows, columns, *k.shape[3:]) or k.shape[:4] != v.shape[:4]:
+        wanted = "one shape" if query_stride == (1, 1) else f"one shape, but {rows} x {columns} queries (query_stride)"
         raise ValueError(
-            "q and k must have one shape, and v the same up to its last dimension, got "
+            f"q and k must have {wanted}, and v that of k up to its last dimension, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if min(*q.shape[1:], v.shape[4]) < 1:
+    if min(*k.shape[1:], v.shape[4]) < 1:
         raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
 
 

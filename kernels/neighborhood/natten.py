@@ -35,6 +35,8 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"NATTEN has no relative position bias since 0.20 (got {problem.bias.__name__})"
     if problem.boundary != "shift":
         return f"NATTEN only has boundary 'shift' (got {problem.boundary!r})"
+    if problem.query_stride != (1, 1):
+        return f"NATTEN has a query at every key (got query_stride {problem.query_stride})"
     if problem.dropout_p > 0:
         return f"NATTEN has no attention dropout (got {problem.dropout_p})"
     if problem.shape[0] == 0:

@@ -1,6 +1,7 @@
 """Gather form of neighborhood attention: any device, any floating dtype, every option. The judge of the others.
 
-B batch, H W map, N heads, D query/key channels, V value channels, K = Kh * Kw keys.
+B batch, H W map, h w queries (H W without a query stride), N heads, D query/key channels, V value channels, K = Kh * Kw
+keys.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
-    """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]; arithmetic in at least float32."""
+    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]; arithmetic in at least float32."""
     out_dtype = v.dtype
     working = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(working), k.to(working), v.to(working)
     bias_tensors = tuple(t.to(working) for t in bias_tensors)
-    height, width = q.shape[1:3]
-    row_at, row_in, row = problem.rows.keys(height, q.device)  # H Kh
-    column_at, column_in, column = problem.columns.keys(width, q.device)  # W Kw
-    inside = row_in[:, None, :, None] & column_in[None, :, None, :]  # H W Kh Kw
+    height, width = k.shape[1:3]
+    row_at, row_in, row = problem.rows.keys(height, q.device)  # h Kh
+    column_at, column_in, column = problem.columns.keys(width, q.device)  # w Kw
+    inside = row_in[:, None, :, None] & column_in[None, :, None, :]  # h w Kh Kw
 
-    def gather(t: Tensor) -> Tensor:  # B H W N C -> B H W Kh Kw N C, zero outside the map
+    def gather(t: Tensor) -> Tensor:  # B H W N C -> B h w Kh Kw N C, zero outside the map
         near = t[:, row_at[:, None, :, None], column_at[None, :, None, :]]
         if problem.boundary == "shift":
             return near
@@ -38,7 +39,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
     logits = torch.einsum("bhwnd,bhwijnd->bhwnij", q * problem.scale, gather(k))
     if problem.bias is TableBias:
         (table,) = bias_tensors
-        entries = table[:, row[:, None, :, None], column[None, :, None, :]]  # N H W Kh Kw
+        entries = table[:, row[:, None, :, None], column[None, :, None, :]]  # N h w Kh Kw
         logits = logits + entries.permute(1, 2, 0, 3, 4)
     elif problem.bias is not None:
         rows, columns = (t if t.ndim == 3 else t[None].expand(q.shape[3], -1, -1) for t in bias_tensors)

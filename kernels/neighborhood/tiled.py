@@ -3,12 +3,13 @@
 The map is cut into tiles of queries with one span of keys each (``kernels/tiling.py``). A tile is one small dense
 attention with a mask: a few batched matrix products instead of a gather of K keys for each query.
 
-Two forms share the planning, the views and the bias:
+Three forms; the first two share the planning, the views and the bias:
 
 * ``_attend``: standard operators on all tiles at once. Traced through by ``torch.compile`` and the exporters; also
   takes dropout.
 * ``_Chunked``: eager mode on a CPU. Walks over pieces that stay in the cache, forward and backward, and keeps nothing
   but q, k, v and the bias for the backward, but for small calls (below) the probabilities.
+* ``_one_window``: eager mode on a CPU, a small map that all queries see whole (HaloNet's last maps).
 
 B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, R Q tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span, P P2 patterns of tiles: those whose windows lie alike.
@@ -16,6 +17,7 @@ T T2 queries of a tile, S S2 keys of its span, P P2 patterns of tiles: those who
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -55,8 +57,8 @@ def _cost(a: Axis, b: Axis) -> float:
 def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(row, seen)`` of every pattern, both [P, T, S]: the bias table's row, and whether the query sees the key."""
     tile = torch.tensor(axis.samples, device=device)[:, None, None]
-    query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.length - 1)
-    key = tile * axis.tile - axis.before + torch.arange(axis.span, device=device)
+    query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.queries - 1)
+    key = tile * axis.step - axis.before + torch.arange(axis.span, device=device)
     offset = key - window.starts(query, axis.length)
     seen = (offset >= 0) & (offset < window.kernel_size)
     if window.boundary == "mask":
@@ -189,19 +191,19 @@ def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Pro
 
 
 def _offsets(window: Window, axis: Axis) -> tuple[int, int, int]:
-    """Which rows of a bias table the T + S - 1 offsets between a query and a key of a tile are: ``(before, first,
-    count)``, ``before`` that the table lacks, since no query sees so far, then ``count`` from its row ``first`` on."""
-    first = window.kernel_size - axis.before - axis.tile
-    last = min(first + axis.tile + axis.span - 1, 2 * window.kernel_size - 1)
+    """Which rows of a bias table the offsets between a query and a key of a tile are: ``(before, first, count)``,
+    ``before`` that the table lacks, since no query sees so far, then ``count`` from its row ``first`` on."""
+    first = window.kernel_size - 1 - axis.before - axis.between * (axis.tile - 1)
+    last = min(first + axis.offsets, 2 * window.kernel_size - 1)
     return max(-first, 0), max(first, 0), last - max(first, 0)
 
 
-def _sum_offsets(x: Tensor) -> Tensor:
-    """[N, T, S, Z] -> [N, T + S - 1, Z]: the sums over all pairs of query t and key s with the same T - 1 - t + s."""
-    n, t, s, z = x.shape
-    m = t + s - 1
+def _sum_offsets(x: Tensor, axis: Axis) -> Tensor:
+    """[N, T, S, Z] -> [N, M, Z]: the sums over all pairs of query and key with the same offset."""
+    n, t, _, z = x.shape
+    m, step = axis.offsets, axis.between
     shifted = x.new_zeros(n, t, m, z)
-    shifted.as_strided(x.shape, (t * m * z, (m - 1) * z, z, 1), (t - 1) * z).copy_(x)
+    shifted.as_strided(x.shape, (t * m * z, (m - step) * z, z, 1), step * (t - 1) * z).copy_(x)
     return shifted.sum(1)
 
 
@@ -209,8 +211,8 @@ class _PieceBias:
     """The bias of one plan during a walk over its pieces, and the sum of its gradients.
 
     The table stands in ``patterns``, with the mask. The factored bias of a piece is a product of its queries with
-    ``embedding`` [N or 1, M, D]: the rows of both embeddings for the M = T + S - 1 + T2 + S2 - 1 offsets between the
-    queries and keys of a tile, which are the same for every tile.
+    ``embedding`` [N or 1, M + M2, D]: the rows of both embeddings for the offsets between the queries and keys of a
+    tile, which are the same for every tile.
     """
 
     def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: tuple[Tensor, ...]):
@@ -220,7 +222,7 @@ class _PieceBias:
             for t, window, axis in zip(tensors, (problem.rows, problem.columns), (a, b), strict=True):
                 before, first, count = _offsets(window, axis)
                 side = (t if t.ndim == 3 else t[None]).to(tiling.working_dtype(problem.dtype)).narrow(1, first, count)
-                after = axis.tile + axis.span - 1 - before - count
+                after = axis.offsets - before - count
                 sides.append(F.pad(side, (0, 0, before, after)) if before or after else side)
             heads = max(len(t) for t in sides)
             self.embedding = torch.cat([t.expand(heads, -1, -1) for t in sides], 1)
@@ -278,7 +280,7 @@ class _PieceBias:
             return
         a, b, windows = self.a, self.b, (self.problem.rows, self.problem.columns)
         if self.embedding is not None:
-            sides = self.grad.split((a.tile + a.span - 1, b.tile + b.span - 1), 1)
+            sides = self.grad.split((a.offsets, b.offsets), 1)
             for grad, side, window, axis in zip(grads, sides, windows, (a, b), strict=True):
                 if grad is not None:
                     before, first, count = _offsets(window, axis)
@@ -286,8 +288,8 @@ class _PieceBias:
                     grad.narrow(-2, first, count).add_(side if grad.ndim == 3 else side.sum(0))
         elif grads[0] is not None:
             x = self.grad.view(-1, a.tile, b.tile, a.span, b.span).transpose(2, 3)
-            x = _sum_offsets(x.reshape(*x.shape[:3], -1))
-            x = _sum_offsets(x.reshape(-1, b.tile, b.span, 1)).view(*x.shape[:2], -1)
+            x = _sum_offsets(x.reshape(*x.shape[:3], -1), a)
+            x = _sum_offsets(x.reshape(-1, b.tile, b.span, 1), b).view(*x.shape[:2], -1)
             (before, first, count), (before2, first2, count2) = map(_offsets, windows, (a, b))
             x = x[:, before : before + count, before2 : before2 + count2]
             grads[0][:, first : first + count, first2 : first2 + count2] += x
@@ -304,15 +306,12 @@ class _PieceBias:
         return x.view(1, -1, x.shape[2]) if len(self.embedding) == 1 else x
 
     def _by_key(self, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [n, T, T2, S] and [n, T, T2, S2] of [n, T*T2, M]: the entries for query t and key s, T - 1 - t + s."""
+        """Views [n, T, T2, S] and [n, T, T2, S2] of [n, T*T2, M + M2]: the entries for every query and key."""
         (n, queries, m), (a, b) = dots.shape, (self.a, self.b)
-        rows = dots.as_strided(
-            (n, a.tile, b.tile, a.span), (queries * m, b.tile * m - 1, m, 1), dots.storage_offset() + a.tile - 1
-        )
-        first = a.tile + a.span - 1 + b.tile - 1
-        columns = dots.as_strided(
-            (n, a.tile, b.tile, b.span), (queries * m, b.tile * m, m - 1, 1), dots.storage_offset() + first
-        )
+        first = dots.storage_offset() + a.between * (a.tile - 1)
+        rows = dots.as_strided((n, a.tile, b.tile, a.span), (queries * m, b.tile * m - a.between, m, 1), first)
+        first = dots.storage_offset() + a.offsets + b.between * (b.tile - 1)
+        columns = dots.as_strided((n, a.tile, b.tile, b.span), (queries * m, b.tile * m, m - b.between, 1), first)
         return rows, columns
 
 
@@ -336,14 +335,14 @@ class _Chunked(torch.autograd.Function):
         out = v.new_empty(batch, height * d, width * d2, heads, v.shape[-1])
         outs = tiling.split_phases(out, problem.dilation)
         for (a, b), pattern in zip(plans, patterns, strict=True):
-            bias = _PieceBias(problem, a, b, pattern, tensors)
+            bias, size = _PieceBias(problem, a, b, pattern, tensors), (a.tile, b.tile)
             for part, heads, groups in tiling.parts(qs.shape, a, b, _piece(problem, a, b)):
                 tiles = tiling.query_tiles(tiling.take(qs, part), a, b)
                 keys, values = (scratch.spans(n, tiling.take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
                 for rows in groups:
                     q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
                     weights = bias.probabilities(scratch, q_, k_, heads, rows)
-                    tiling.store(tiling.take(outs, part), scratch.bmm("out", weights, v_), rows, a, b)
+                    tiling.store(tiling.take(outs, part), scratch.bmm("out", weights, v_), rows, size)
                     if keep:
                         kept.append(weights)
                         del scratch.held["weights"]
@@ -364,8 +363,9 @@ class _Chunked(torch.autograd.Function):
         scratch = Scratch(q, working)
         dilation = problem.dilation
         qs, ks, vs, gs = (tiling.split_phases(t, dilation) for t in (q, k, v, grad))
-        padded = (qs.shape[0], qs.shape[4] * dilation[0], qs.shape[5] * dilation[1], qs.shape[3])
-        grads = [t.new_empty(*padded, t.shape[-1]) for t in (q, k, v)]
+        grads = []  # of the maps padded to a multiple of the dilation
+        for batch, _, _, heads, height, width, depth in (t.shape for t in (qs, ks, vs)):
+            grads.append(q.new_empty(batch, height * dilation[0], width * dilation[1], heads, depth))
         dqs, dks, dvs = (tiling.split_phases(t, dilation) for t in grads)
         bias_grads = [
             torch.zeros_like(t, dtype=torch.promote_types(t.dtype, working)) if needed else None
@@ -373,7 +373,7 @@ class _Chunked(torch.autograd.Function):
         ]
         for (a, b), pattern in zip(plans, ctx.patterns, strict=True):
             bias = _PieceBias(problem, a, b, pattern, tensors)
-            apart = (a.span, b.span, a.before, b.before) == (a.tile, b.tile, 0, 0)  # every key is in one span only
+            apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # every key is in one span only
             for part, heads, groups in tiling.parts(qs.shape, a, b, _piece(problem, a, b)):
                 tiles, grad_tiles = (tiling.query_tiles(tiling.take(t, part), a, b) for t in (qs, gs))
                 keys, values = (scratch.spans(n, tiling.take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
@@ -396,18 +396,18 @@ class _Chunked(torch.autograd.Function):
                     dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
                     dq = scratch.bmm("grad", logit_grad, k_, problem.scale)
                     bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
-                    tiling.store(tiling.take(dqs, part), dq, rows, a, b)
+                    tiling.store(tiling.take(dqs, part), dq, rows, (a.tile, b.tile))
                     dk = scratch.bmm("k", logit_grad.transpose(1, 2), q_, problem.scale)
                     for spans, like, target, total in zip((dk, dv), (keys, values), targets, sums, strict=True):
                         if apart:
-                            tiling.store(target, spans, rows, a, b)
+                            tiling.store(target, spans, rows, (a.span, b.span))
                         else:
                             tiling.add_spans(total, _unflat(spans, like, rows), rows, a, b)
                 if not apart:
                     for target, total in zip(targets, sums, strict=True):
                         target.copy_(tiling.inner(total, a, b))
             bias.add_to(bias_grads)
-        dq, dk, dv = (t[:, : q.shape[1], : q.shape[2]] for t in grads)
+        dq, dk, dv = (t[:, : x.shape[1], : x.shape[2]] for t, x in zip(grads, (q, k, v), strict=True))
         bias_grads = (None if g is None else g.to(t.dtype) for g, t in zip(bias_grads, tensors, strict=True))
         return dq, dk, dv, None, None, None, *bias_grads
 
@@ -429,18 +429,73 @@ def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
     return x.view(*like.shape[:4], rows.stop - rows.start, *like.shape[5:8], x.shape[-1])
 
 
+# -------------------------------------------------------------------------------------- a map in one window
+
+
+def _window_rows(window: Window, length: int, device: torch.device) -> tuple[Tensor]:
+    """The bias table's row of each query and key of the window that all queries share, [T, K]: first the keys inside
+    the map, then the others."""
+    key = window.start(0, length) + torch.arange(window.kernel_size, device=device)
+    inside = (key >= 0) & (key < length)
+    key = torch.cat([key[inside], key[~inside]])
+    return (window.table_row(key, torch.arange(window.queries(length), device=device)[:, None]),)
+
+
+def _in_one_window(problem: Problem) -> bool:
+    """Whether all queries share a window that holds the whole map, and their logits are one piece at most."""
+    if problem.bias is not FactoredBias or problem.boundary == "shift":
+        return False
+    for window, length in zip((problem.rows, problem.columns), problem.size, strict=True):
+        start = window.start(0, length)
+        if window.dilation > 1 or window.stride < length or start > 0 or start + window.kernel_size < length:
+            return False
+    count = problem.shape[0] * problem.shape[3] * math.prod(problem.query_size) * math.prod(problem.size)
+    return count <= tiling.PIECE
+
+
+def _one_window(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+    """Attention to the keys of the map, and with boundary "zero" to one key more, whose value is zero, in place of all
+    those outside: their logits are sums of a row's and a column's bias, so the sum of their exponentials is a product
+    of two sums. Standard operators, differentiated as such; maps [B, H, W, N, C]."""
+    working, (height, width) = tiling.working_dtype(q.dtype), problem.size
+    queries, keys, values = (t.to(working).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v))  # B N HW C
+    heads = q.shape[3] if any(t.ndim == 3 for t in bias_tensors) else 1
+    embedding = [(t if t.ndim == 3 else t.expand(heads, -1, -1)).to(working) for t in bias_tensors]
+    embedding = torch.cat(embedding, 1).transpose(1, 2)  # N or 1, D, 2Kh-1 + 2Kw-1
+    dots = (queries @ (embedding if heads > 1 else embedding[0])).unflatten(2, problem.query_size)
+    row = tiling.constant(_window_rows, problem.rows, height, q.device)[0][:, None]
+    column = tiling.constant(_window_rows, problem.columns, width, q.device)[0] + 2 * problem.rows.kernel_size - 1
+    by_row, by_column = (dots.gather(-1, at.expand(*dots.shape[:4], -1)) for at in (row, column))  # B N h w K
+    near_row, far_row = by_row.split((height, problem.rows.kernel_size - height), -1)
+    near_column, far_column = by_column.split((width, problem.columns.kernel_size - width), -1)
+
+    logits = torch.matmul(queries * problem.scale, keys.transpose(2, 3)).view(*dots.shape[:4], height, width)
+    logits = (logits + (near_row[..., None] + near_column[..., None, :])).flatten(4).flatten(2, 3)
+    if problem.boundary == "zero" and problem.kernel_size != problem.size:
+        # outside: a row outside and any column, or a row inside and a column outside
+        outside = torch.logaddexp(
+            far_row.logsumexp(-1) + by_column.logsumexp(-1), near_row.logsumexp(-1) + far_column.logsumexp(-1)
+        )
+        weights = torch.cat([logits, outside.flatten(2)[..., None]], -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    out = (weights @ values).to(v.dtype).unflatten(2, problem.query_size)
+    return out.permute(0, 2, 3, 1, 4).contiguous()
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
-    """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]."""
+    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
+    eager = tiling.piecewise(problem, q, k, v, *bias_tensors) and problem.dropout_p == 0
+    if eager and _in_one_window(problem):
+        return _one_window(q, k, v, bias_tensors, problem)
     plans = tiling.plan_of(problem, _cost)
     a, b = plans[0]
     large = a.tile * a.span * b.tile * b.span > tiling.PIECE  # one tile alone is more than a piece
     chunked = (
-        tiling.piecewise(problem, q, k, v, *bias_tensors)
-        and not (large and problem.bias is None)  # plain attention: fused, and without the logits in memory
-        and problem.dropout_p == 0
+        eager and not (large and problem.bias is None)  # plain attention: fused, and without the logits in memory
     )
     if not chunked:
         return _attend(q, k, v, bias_tensors, problem, plans)
     patterns = _patterns(bias_tensors[0] if problem.bias is TableBias else None, problem, plans)
     out = _Chunked.apply(q, k, v, problem, plans, patterns, *bias_tensors)
-    return tiling.crop(out, *problem.shape[1:3])
+    return tiling.crop(out, *problem.query_size)

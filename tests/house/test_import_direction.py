@@ -19,6 +19,7 @@ PACKAGES = ("foveal", "kernels", "backbones", "heads", "configs", "train", "weig
 ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "configs": set(),
+    "configs.mmdet": {"heads"},  # configurations that mmdet executes
     "backbones": set(),
     "backbones.attention": {"kernels"},
     "heads": set(),

@@ -5,8 +5,9 @@ import math
 import torch
 
 
-def window(x, length, kernel_size, stride, dilation, boundary):
-    """[(position or None, table row)] of the keys of the query at x; None is a position outside the map."""
+def window(x, length, kernel_size, stride, dilation, boundary, counted_by=None):
+    """[(position or None, table row)] of the keys of the query at x; None is a position outside the map. With
+    ``counted_by``, the distance of queries, the table's rows count those that share a window one by one."""
     group, i = x % dilation, x // dilation
     members = [p for p in range(length) if p % dilation == group]
     lead = (i // stride) * stride + stride // 2
@@ -18,24 +19,43 @@ def window(x, length, kernel_size, stride, dilation, boundary):
             lead += 1
         while lead + right > len(members) - 1:
             lead -= 1
+    if counted_by is not None:
+        first = (i // stride) * stride
+        i = first + len(range(first, i, counted_by))
     keys = []
     for t in range(lead - left, lead - left + kernel_size):
         keys.append((members[t] if 0 <= t < len(members) else None, t - i + kernel_size - 1))
     return keys
 
 
-def attention(q, k, v, kernel_size, stride, dilation, boundary, table=None, factors=None, scale=None):
-    """q, k: [B, H, W, N, D], v: [B, H, W, N, V], all float64; loops over every query and key."""
-    batch, height, width, heads, depth = q.shape
+def attention(
+    q,
+    k,
+    v,
+    kernel_size,
+    stride,
+    dilation,
+    boundary,
+    table=None,
+    factors=None,
+    scale=None,
+    query_stride=(1, 1),
+    counted=False,
+):
+    """k: [B, H, W, N, D], v: [B, H, W, N, V], q: [B, ., ., N, D] for every query_stride-th row and column of the map;
+    all float64; loops over every query and key."""
+    batch, height, width, heads, depth = k.shape
     scale = depth**-0.5 if scale is None else scale
-    out = torch.zeros(batch, height, width, heads, v.shape[-1], dtype=torch.float64)
+    out = torch.zeros(*q.shape[:4], v.shape[-1], dtype=torch.float64)
+    by = query_stride if counted else (None, None)
     for b in range(batch):
         for n in range(heads):
-            for y in range(height):
-                rows = window(y, height, kernel_size[0], stride[0], dilation[0], boundary)
-                for x in range(width):
-                    columns = window(x, width, kernel_size[1], stride[1], dilation[1], boundary)
-                    query = q[b, y, x, n]
+            for y in range(0, height, query_stride[0]):
+                rows = window(y, height, kernel_size[0], stride[0], dilation[0], boundary, by[0])
+                for x in range(0, width, query_stride[1]):
+                    columns = window(x, width, kernel_size[1], stride[1], dilation[1], boundary, by[1])
+                    place = b, y // query_stride[0], x // query_stride[1], n
+                    query = q[place]
                     logits, values = [], []
                     for ky, row in rows:
                         for kx, column in columns:
@@ -52,7 +72,7 @@ def attention(q, k, v, kernel_size, stride, dilation, boundary, table=None, fact
                     top = max(logits)
                     weights = [math.exp(z - top) for z in logits]
                     total = sum(weights)
-                    out[b, y, x, n] = sum(w / total * value for w, value in zip(weights, values, strict=True))
+                    out[place] = sum(w / total * value for w, value in zip(weights, values, strict=True))
     return out
 
 

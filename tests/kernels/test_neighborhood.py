@@ -20,21 +20,24 @@ NATTEN = natten_backend.installed_version()
 needs_natten = pytest.mark.skipif(NATTEN is None, reason="natten is not installed (make test installs it)")
 
 
-def inputs(shape, value_depth=None, kernel_size=(3, 3), bias=None, dtype=torch.float32, seed=0):
-    """(leaves, bias object): q, k, v and the bias tensors as leaves that want gradients."""
+def inputs(
+    shape, value_depth=None, kernel_size=(3, 3), bias=None, dtype=torch.float32, seed=0, query_stride=(1, 1), **_
+):
+    """(leaves, bias object): q, k, v and the bias tensors as leaves that want gradients; ``shape`` is that of k."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
 
-    leaves = [leaf(*shape), leaf(*shape), leaf(*shape[:4], value_depth or shape[4])]
+    queries = (-(-length // step) for length, step in zip(shape[1:3], query_stride, strict=True))
+    leaves = [leaf(shape[0], *queries, *shape[3:]), leaf(*shape), leaf(*shape[:4], value_depth or shape[4])]
     rows, columns = (2 * k - 1 for k in kernel_size)
     if bias == "table":
         leaves.append(leaf(shape[3], rows, columns))
         return leaves, TableBias(leaves[3])
-    if bias == "factored":
+    if bias in ("factored", "counted"):
         leaves += [leaf(rows, shape[4]), leaf(columns, shape[4])]
-        return leaves, FactoredBias(leaves[3], leaves[4])
+        return leaves, FactoredBias(leaves[3], leaves[4], counted=bias == "counted")
     if bias == "factored-per-head":
         leaves += [leaf(shape[3], rows, shape[4]), leaf(shape[3], columns, shape[4])]
         return leaves, FactoredBias(leaves[3], leaves[4])
@@ -83,6 +86,55 @@ def test_against_loops(name, size, kernel_size, stride, dilation, bias, boundary
     assert relative_error(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("boundary", ["shift", "zero", "mask"])
+@pytest.mark.parametrize("bias", [None, "table", "factored", "counted"])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "query_stride"),
+    [
+        ((9, 6), (3, 3), (1, 1), (2, 3)),
+        ((9, 7), (4, 5), (4, 2), (2, 2)),
+        ((5, 9), (4, 1), (3, 1), (3, 4)),
+        ((3, 4), (6, 6), (4, 4), (2, 1)),
+    ],
+    ids=["s1", "s4x2", "apart", "one-window"],
+)
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_strided_queries_against_loops(name, size, kernel_size, stride, query_stride, bias, boundary):
+    if bias == "counted" and any(s % n for s, n in zip(stride, query_stride, strict=True)):
+        stride = kernel_size = tuple(n * s for n, s in zip(query_stride, (1, 2), strict=True))
+    if boundary == "shift":
+        size = tuple(max(length, k) for length, k in zip(size, kernel_size, strict=True))
+    options = {"kernel_size": kernel_size, "stride": stride, "query_stride": query_stride, "boundary": boundary}
+    leaves, rule = inputs((2, *size, 2, 4), 3, bias=bias, dtype=torch.float64, **options)
+    got = neighborhood_attention(*leaves[:3], bias=rule, backend=name, **options)
+    with torch.no_grad():
+        want = naive.attention(
+            *leaves[:3],
+            **options,
+            dilation=(1, 1),
+            table=leaves[3] if bias == "table" else None,
+            factors=leaves[3:] if bias in ("factored", "counted") else None,
+            counted=bias == "counted",
+        )
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+def test_strided_queries_are_some_of_all(name, bias):
+    options = {"kernel_size": (7, 6), "stride": (4, 3), "boundary": "mask", "backend": name}
+    (q, *rest), rule = inputs((2, 15, 16, 2, 8), 5, options["kernel_size"], bias)
+    want = neighborhood_attention(q, *rest[:2], bias=rule, **options)[:, ::2, ::3]
+    got = neighborhood_attention(q[:, ::2, ::3], *rest[:2], bias=rule, query_stride=(2, 3), **options)
+    weight = torch.randn_like(want)
+    for a, b in zip(
+        [got, *torch.autograd.grad(got, [q, *rest], weight)],
+        [want, *torch.autograd.grad(want, [q, *rest], weight)],
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-5
+
+
 # ------------------------------------------------------------------------------ tiled against the reference
 
 
@@ -91,20 +143,27 @@ def calls(draw):
     """Options of a call, its map and its bias: any sizes that the rule allows."""
     boundary = draw(st.sampled_from(["shift", "shift", "zero", "mask"]))
     options: dict = {"kernel_size": [], "stride": [], "dilation": [], "boundary": boundary}
+    bias = draw(st.sampled_from([None, "table", "table", "factored", "factored-per-head", "counted"]))
+    strided = bias == "counted" or draw(st.booleans())
+    if strided:
+        options["query_stride"] = []
     size = []
     for _ in range(2):
         kernel_size = draw(st.integers(1, 8))
-        dilation = draw(st.integers(1, 4))
+        stride = draw(st.integers(1, kernel_size))
+        dilation = 1 if strided else draw(st.integers(1, 4))
+        if strided:
+            allowed = [n for n in range(1, 5) if bias != "counted" or stride % n == 0]
+            options["query_stride"].append(draw(st.sampled_from(allowed)))
         shortest = kernel_size * dilation if boundary == "shift" else 1
         options["kernel_size"].append(kernel_size)
-        options["stride"].append(draw(st.integers(1, kernel_size)))
+        options["stride"].append(stride)
         options["dilation"].append(dilation)
         size.append(draw(st.integers(shortest, max(shortest, 14) + draw(st.sampled_from([0, 0, 5, 17])))))
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.0, 0.3, 1.0, -0.5]))
     shape = (draw(st.integers(0, 3)), *size, draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 7])))
-    bias = draw(st.sampled_from([None, "table", "table", "factored", "factored-per-head"]))
     return shape, draw(st.sampled_from([1, 5, 8])), bias, options
 
 
@@ -112,7 +171,7 @@ def calls(draw):
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tiled_equals_reference(call, dtype, piece):
     shape, value_depth, bias, options = call
-    leaves, rule = inputs(shape, value_depth, options["kernel_size"], bias, dtype)
+    leaves, rule = inputs(shape, value_depth, bias=bias, dtype=dtype, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "PIECE", piece)  # small pieces: several slices of batch, phases and tile rows
         got = with_gradients(leaves, rule, "tiled", **options)
@@ -137,10 +196,12 @@ def test_all_at_once_equals_piece_by_piece(call):
 
     shape, value_depth, bias, options = call
     assume(shape[0] > 0)  # there the fused operator cuts the bias off the graph, which is as good as its zero gradient
-    leaves, rule = inputs(shape, value_depth, options["kernel_size"], bias, torch.float64)
+    leaves, rule = inputs(shape, value_depth, bias=bias, dtype=torch.float64, **options)
     want = with_gradients(leaves, rule, "tiled", **options)
     plain = [t.detach().as_subclass(Plain).requires_grad_(True) for t in leaves]
-    plain_rule = None if rule is None else type(rule)(*plain[3:])
+    plain_rule = rule
+    if rule is not None:
+        plain_rule = TableBias(*plain[3:]) if bias == "table" else FactoredBias(*plain[3:], counted=rule.counted)
     got = with_gradients(plain, plain_rule, "tiled", **options)
     scale = max((float(t.detach().abs().max()) for t in want if t.numel()), default=1.0)
     for a, b in zip(got, want, strict=True):
@@ -168,6 +229,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         ((1, 16, 16, 4, 16), "factored-per-head", {**HALO, "boundary": "mask"}),
         ((2, 21, 13, 2, 8), "factored", {**HALO, "boundary": "mask"}),
         ((1, 5, 7, 2, 8), "factored", {**HALO, "boundary": "zero"}),
+        ((2, 16, 24, 3, 8), "factored", {**HALO, "query_stride": (2, 2), "boundary": "zero"}),
+        ((2, 16, 24, 3, 8), "counted", {**HALO, "query_stride": (2, 2), "boundary": "zero"}),
+        ((2, 21, 13, 2, 8), "counted", {**HALO, "query_stride": (2, 4), "boundary": "mask"}),
         ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
         ((1, 17, 22, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
         ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "dilation": (2, 3), "boundary": "mask"}),
@@ -179,6 +243,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         "halo-mask-per-head",
         "halo-ragged",
         "halo-less-than-a-block",
+        "halo-strided",
+        "halo-counted",
+        "halo-counted-ragged",
         "window",
         "window-ragged",
         "grid",
@@ -189,10 +256,57 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
 @pytest.mark.parametrize("piece", [tiling.PIECE, 20000])
 def test_layers_of_halonet_and_maxvit(shape, bias, options, piece, monkeypatch):
     monkeypatch.setattr(tiling, "PIECE", piece)
-    leaves, rule = inputs(shape, 12, options["kernel_size"], bias)
+    leaves, rule = inputs(shape, 12, bias=bias, **options)
     got = with_gradients(leaves, rule, "tiled", **options)
     want = with_gradients(leaves, rule, "reference", **options)
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("boundary", ["zero", "mask"])
+@pytest.mark.parametrize("bias", ["factored", "factored-per-head", "counted"])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "query_stride"),
+    [
+        ((8, 8), (14, 14), 8, (1, 1)),
+        ((7, 8), (8, 8), 8, (2, 2)),
+        ((5, 6), (5, 6), 6, (1, 1)),
+        ((2, 8), (8, 9), 8, (1, 4)),
+    ],
+    ids=["8x8-k14", "7x8-k8-q2", "5x6-k5x6", "2x8-k8x9-q1x4"],
+)
+def test_a_map_in_one_window(size, kernel_size, stride, query_stride, bias, boundary, monkeypatch):
+    """Its own form, for small calls: keys outside count as one."""
+    options = {"kernel_size": kernel_size, "stride": (min(stride, *kernel_size),) * 2, "query_stride": query_stride}
+    options |= {"boundary": boundary}
+    if bias == "counted":
+        options["stride"] = tuple(s - s % n for s, n in zip(options["stride"], query_stride, strict=True))
+    leaves, rule = inputs((2, *size, 2, 4), 3, bias=bias, dtype=torch.float64, **options)
+    calls, form = [], tiled._one_window
+    monkeypatch.setattr(tiled, "_one_window", lambda *a: calls.append(a) or form(*a))
+    want = with_gradients(leaves, rule, "reference", **options)
+    for piece, times in ((tiling.PIECE, 1), (10, 0)):
+        monkeypatch.setattr(tiling, "PIECE", piece)
+        calls.clear()
+        got = with_gradients(leaves, rule, "tiled", **options)
+        assert len(calls) == (times if min(options["stride"]) >= max(size) else 0)
+        assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_window_with_large_logits(dtype):
+    """Neither the exponentials inside nor the one sum of those outside overflow."""
+    options = {**HALO, "boundary": "zero"}
+    leaves, _ = inputs((1, 6, 7, 2, 8), None, (14, 14), "factored", dtype)
+    with torch.no_grad():
+        leaves[3].mul_(60), leaves[4].mul_(60)
+    exact = [t.detach().double().requires_grad_(True) for t in leaves]
+    want = with_gradients(exact, FactoredBias(*exact[3:]), "reference", **options)
+    got = with_gradients(leaves, FactoredBias(*leaves[3:]), "tiled", **options)
+    # a logit is the sum of a few terms, each rounded at its size
+    largest = sum(float((exact[0] @ t.t()).abs().max()) for t in exact[3:])
+    assert largest > 500
+    limit = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps * largest
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < limit
 
 
 def peak_bytes(call):
@@ -335,11 +449,13 @@ def test_kept_expansions_are_bounded(monkeypatch):
         ((5, 3), {"kernel_size": (2, 3), "stride": (2, 1), "dilation": (2, 1)}),
         ((3, 4), {"kernel_size": (4, 3), "boundary": "zero", "stride": (2, 2)}),
         ((3, 4), {"kernel_size": (4, 2), "boundary": "mask", "dilation": (1, 2)}),
+        ((4, 5), {"kernel_size": (3, 3), "query_stride": (2, 3)}),
+        ((4, 5), {"kernel_size": (4, 2), "boundary": "zero", "stride": (4, 2), "query_stride": (2, 1)}),
     ],
-    ids=["shift", "shift-s2-d2", "zero", "mask"],
+    ids=["shift", "shift-s2-d2", "zero", "mask", "shift-q2x3", "zero-q2x1"],
 )
 def test_gradcheck(name, bias, size, options):
-    leaves, _ = inputs((1, *size, 2, 1), 2, options["kernel_size"], bias, torch.float64)
+    leaves, _ = inputs((1, *size, 2, 1), 2, bias=bias, dtype=torch.float64, **options)
 
     def call(q, k, v, *tensors):
         rule = None if bias is None else TableBias(*tensors) if bias == "table" else FactoredBias(*tensors)
@@ -484,6 +600,7 @@ def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
     [
         ({"bias": TableBias(torch.zeros(1, 5, 5))}, "no relative position bias"),
         ({"boundary": "zero"}, "boundary 'shift'"),
+        ({"query_stride": (1, 2)}, r"a query at every key \(got query_stride \(1, 2\)\)"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"grad": True}, "no gradient on a CPU"),
         ({"dtype": torch.float64}, "no float64"),
@@ -499,7 +616,8 @@ def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
 def test_natten_says_why_it_cannot(change, reason):
     change = {"batch": 1, "depth": 8, "value_depth": None, "dtype": torch.float32, "grad": False, **change}
     shape = (change.pop("batch"), 6, 6, 1, change.pop("depth"))
-    leaves, _ = inputs(shape, change.pop("value_depth"), dtype=change.pop("dtype"))
+    query_stride = change.get("query_stride", (1, 1))
+    leaves, _ = inputs(shape, change.pop("value_depth"), dtype=change.pop("dtype"), query_stride=query_stride)
     if not change.pop("grad"):
         leaves = [t.detach() for t in leaves]
     with pytest.raises(BackendError, match=reason):
@@ -526,6 +644,19 @@ def test_dropout_drops_weights_and_keeps_the_mean(name):
         neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, dropout_p=0.5, backend=name).sum(), leaves
     )
     assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_dropout_of_strided_queries(name):
+    torch.manual_seed(0)
+    q, v = torch.zeros(64, 4, 4, 2, 4), torch.ones(64, 8, 8, 2, 1)
+    options = {"kernel_size": 5, "stride": 4, "query_stride": 2, "backend": name}
+    out = neighborhood_attention(q, v.expand(-1, -1, -1, -1, 4), v, dropout_p=0.4, **options)
+    assert out.shape == (64, 4, 4, 2, 1)
+    assert abs(float(out.mean()) - 1) < 0.01
+    counts = out * 0.6 * 25  # kept keys out of 25
+    torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
+    assert abs(float(counts.var()) - 25 * 0.4 * 0.6) < 0.6
 
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
@@ -708,8 +839,10 @@ def test_meta_tensors_give_the_shape():
         ("table", {"kernel_size": 3, "dilation": 2}),
         ("factored", {"kernel_size": (4, 3), "stride": 2, "boundary": "zero"}),
         (None, {"kernel_size": (4, 3), "stride": 2, "boundary": "mask"}),
+        ("factored", {"kernel_size": (7, 6), "stride": 4, "query_stride": (2, 3), "boundary": "zero"}),
+        ("counted", {"kernel_size": (7, 6), "stride": 4, "query_stride": (2, 4), "boundary": "mask"}),
     ],
-    ids=["table-shift-d2", "factored-zero-s2", "none-mask-s2"],
+    ids=["table-shift-d2", "factored-zero-s2", "none-mask-s2", "factored-zero-q2x3", "counted-mask-q2x4"],
 )
 def test_compile_without_graph_breaks(bias, options):
     torch._dynamo.reset()
@@ -721,12 +854,15 @@ def test_compile_without_graph_breaks(bias, options):
         return graph.forward
 
     def call(q, k, v, *tensors):
-        rule = None if bias is None else TableBias(*tensors) if bias == "table" else FactoredBias(*tensors)
+        rule = None
+        if bias is not None:
+            rule = TableBias(*tensors) if bias == "table" else FactoredBias(*tensors, counted=bias == "counted")
         return neighborhood_attention(q, k, v, bias=rule, **options)
 
     compiled = torch.compile(call, fullgraph=True, backend=count)
     for size in ((9, 11), (12, 8), (9, 11), (12, 8)):
-        leaves, rule = inputs((2, *size, 2, 4), None, kernel_size, bias)
+        query_stride = options.get("query_stride", (1, 1))
+        leaves, rule = inputs((2, *size, 2, 4), None, kernel_size, bias, query_stride=query_stride)
         got = compiled(*leaves)
         weight = torch.ones_like(got)
         want = neighborhood_attention(*leaves[:3], bias=rule, backend="reference", **options)
@@ -800,22 +936,30 @@ EXPORTS = [
     {"kernel_size": 3, "dilation": 2},
     {"kernel_size": (5, 4), "dilation": (2, 3)},
     {"kernel_size": 6, "stride": 2, "boundary": "mask"},
+    {"kernel_size": 6, "stride": 4, "query_stride": 2, "boundary": "mask"},
 ]
+EXPORT_IDS = ["k3-d2", "k5x4-d2x3", "k6-s2-mask", "k6-s4-q2-mask"]
 
 
-@pytest.mark.parametrize("options", EXPORTS, ids=["k3-d2", "k5x4-d2x3", "k6-s2-mask"])
+def export_inputs(count, options):
+    q, k, v = tensors(count, 13, 17, 2, 4)
+    step = options.get("query_stride", 1)
+    return q[:, ::step, ::step].contiguous(), k, v
+
+
+@pytest.mark.parametrize("options", EXPORTS, ids=EXPORT_IDS)
 def test_export_with_a_free_batch(options):
     module = Attention(**options).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(module, tuple(tensors(2, 13, 17, 2, 4)), dynamic_shapes=({0: batch},) * 3)
+    program = torch.export.export(module, export_inputs(2, options), dynamic_shapes=({0: batch},) * 3)
     for count in (1, 5):
-        x = tensors(count, 13, 17, 2, 4)
+        x = export_inputs(count, options)
         torch.testing.assert_close(program.module()(*x), module(*x))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert all(name.startswith(("aten.", "<built-in")) or "sym" in name for name in names), names
 
 
-@pytest.mark.parametrize("options", EXPORTS[1:], ids=["k5x4-d2x3", "k6-s2-mask"])
+@pytest.mark.parametrize("options", EXPORTS[1:], ids=EXPORT_IDS[1:])
 def test_onnx_equals_eager(options, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
     pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
@@ -826,7 +970,7 @@ def test_onnx_equals_eager(options, tmp_path):
     # three tensors: the exporter takes one object given three times for one input
     torch.onnx.export(
         module,
-        tuple(tensors(2, 13, 17, 2, 4)),
+        export_inputs(2, options),
         str(path),
         dynamo=True,
         dynamic_shapes=({0: batch},) * 3,
@@ -835,7 +979,7 @@ def test_onnx_equals_eager(options, tmp_path):
     )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 4):
-        x, y, z = tensors(count, 13, 17, 2, 4)
+        x, y, z = export_inputs(count, options)
         names = [i.name for i in session.get_inputs()]
         got = session.run(None, dict(zip(names, (x.numpy(), y.numpy(), z.numpy()), strict=True)))[0]
         assert relative_error(torch.from_numpy(got), module(x, y, z).detach()) < 1e-5
@@ -920,6 +1064,30 @@ def tensors(*shape, **options):
             ValueError,
             "table is on meta, q on cpu",
         ),
+        (
+            tensors(1, 9, 9, 1, 4),
+            {"kernel_size": 3, "query_stride": 2},
+            ValueError,
+            r"one shape, but 5 x 5 queries \(query_stride\).*q \(1, 9, 9, 1, 4\)",
+        ),
+        (
+            [torch.randn(1, 5, 9, 1, 4), *tensors(1, 9, 9, 1, 4)[:2]],
+            {"kernel_size": 3, "query_stride": (2, 1), "dilation": (1, 2)},
+            ValueError,
+            r"query_stride \(2, 1\) and dilation \(1, 2\)",
+        ),
+        (
+            [torch.randn(1, 5, 9, 1, 4), *tensors(1, 9, 9, 1, 4)[:2]],
+            {
+                "kernel_size": 3,
+                "stride": (3, 1),
+                "query_stride": (2, 1),
+                "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4), counted=True),
+            },
+            ValueError,
+            r"divides stride, got query_stride 2, stride 3 \(rows\)",
+        ),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "query_stride": 0}, ValueError, "query_stride must be at least 1"),
         ([[1.0], *tensors(1, 9, 9, 1, 4)[:2]], {"kernel_size": 3}, TypeError, "q must be a tensor, got list"),
         (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "unknown backend 'cutlass'"),
     ],

@@ -13,9 +13,12 @@ from .naive import window as naive_window
 @st.composite
 def windows(draw):
     kernel_size = draw(st.integers(1, 9))
-    rule = Window(
-        kernel_size, draw(st.integers(1, kernel_size)), draw(st.integers(1, 4)), draw(st.sampled_from(BOUNDARIES))
-    )
+    stride = draw(st.integers(1, kernel_size))
+    dilation, query_stride, counted = draw(st.integers(1, 4)), 1, False
+    if draw(st.booleans()):
+        dilation, query_stride = 1, draw(st.integers(1, 4))
+        counted = stride % query_stride == 0 and draw(st.booleans())
+    rule = Window(kernel_size, stride, dilation, draw(st.sampled_from(BOUNDARIES)), query_stride, counted)
     shortest = rule.kernel_size * rule.dilation if rule.boundary == "shift" else 1
     return rule, draw(st.integers(shortest, shortest + 30))
 
@@ -25,14 +28,17 @@ def windows(draw):
 def test_keys_follow_the_formula(case):
     rule, length = case
     position, inside, row = rule.keys(length)
-    for x in range(length):
-        expected = naive_window(x, length, rule.kernel_size, rule.stride, rule.dilation, rule.boundary)
-        assert row[x].tolist() == [r for _, r in expected]
-        assert inside[x].tolist() == [p is not None for p, _ in expected]
-        assert [p for p, i in zip(position[x].tolist(), inside[x].tolist(), strict=True) if i] == [
+    places = range(0, length, rule.query_stride)
+    assert len(places) == rule.queries(length) == len(row)
+    for q, x in enumerate(places):
+        counted_by = rule.query_stride if rule.counted else None
+        expected = naive_window(x, length, rule.kernel_size, rule.stride, rule.dilation, rule.boundary, counted_by)
+        assert row[q].tolist() == [r for _, r in expected]
+        assert inside[q].tolist() == [p is not None for p, _ in expected]
+        assert [p for p, i in zip(position[q].tolist(), inside[q].tolist(), strict=True) if i] == [
             p for p, _ in expected if p is not None
         ]
-        assert row[x].min() >= 0 and row[x].max() <= 2 * rule.kernel_size - 2  # every key has a row in the table
+        assert row[q].min() >= 0 and row[q].max() <= 2 * rule.kernel_size - 2  # every key has a row in the table
 
 
 @given(windows())
@@ -40,7 +46,8 @@ def test_keys_follow_the_formula(case):
 def test_integer_and_tensor_rule_agree(case):
     rule, length = case
     group = rule.group_length(length)
-    assert rule.starts(torch.arange(group), group).tolist() == [rule.start(i, group) for i in range(group)]
+    queries = rule.queries(group)
+    assert rule.starts(torch.arange(queries), group).tolist() == [rule.start(i, group) for i in range(queries)]
 
 
 @given(windows(), st.integers(1, 24))
@@ -48,11 +55,13 @@ def test_integer_and_tensor_rule_agree(case):
 def test_every_tile_spans_the_windows_of_its_queries(case, tile):
     rule, length = case
     group = rule.group_length(length)
-    axis = tiling.cut(rule, 0, 1, group, min(tile, group))
-    assert axis.tiles * axis.tile == group + axis.ragged
+    queries = rule.queries(group)
+    axis = tiling.cut(rule, 0, 1, group, min(tile, queries))
+    assert axis.tiles * axis.tile == queries + axis.ragged
     assert min(axis.before, axis.after, axis.ragged) >= 0
-    for i in range(group):
-        base = i // axis.tile * axis.tile - axis.before
+    assert (axis.tiles - 1) * axis.step + axis.span == axis.before + group + axis.after  # the spans hold the whole map
+    for i in range(queries):
+        base = i // axis.tile * axis.step - axis.before
         assert base <= rule.start(i, group) and rule.start(i, group) + rule.kernel_size <= base + axis.span
     assert [p for start, stop, p in axis.runs for _ in range(start, stop)] == list(axis.order)
     assert len(axis.order) == axis.tiles
@@ -72,6 +81,18 @@ def test_halo_window():
     position, inside, _ = Window(14, stride=8, boundary="zero").keys(32)
     assert position[8].tolist() == list(range(5, 19)) == position[15].tolist()
     assert inside[0].tolist() == [False] * 3 + [True] * 11
+
+
+def test_halo_window_of_every_second_query():
+    """The same windows; offsets are those of the positions, or counted one by one."""
+    whole = Window(14, stride=8, boundary="zero").keys(29)
+    for counted, first in ((False, 8), (True, 9)):
+        position, inside, row = Window(14, stride=8, boundary="zero", query_stride=2, counted=counted).keys(29)
+        assert len(position) == 15
+        assert torch.equal(position, whole[0][::2]) and torch.equal(inside, whole[1][::2])
+        assert torch.equal(row, whole[2][::2]) is not counted
+        assert torch.equal(row[4::4], whole[2][8::8])
+        assert row[5].tolist() == list(range(first, first + 14))  # keys from 5 on, the query at 10 or counted as 9
 
 
 @pytest.mark.parametrize(("length", "dilation"), [(56, 8), (57, 8), (23, 5)])
