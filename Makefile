@@ -4,10 +4,12 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 FASHION := data/fashion-mnist
 
-.PHONY: help demo test test-slow bench fashion-mnist clean
+.PHONY: help demo demo-detect demo-segment test test-slow bench fashion-mnist clean
 
 help:
 	@echo "make demo           train on handwritten digits, evaluate, draw, export, predict (set-up + 5 minutes)"
+	@echo "make demo-detect    train a detector on digits composited on photographs (set-up + 10 minutes)"
+	@echo "make demo-segment   the same for a segmenter"
 	@echo "make test           lint and the default tests"
 	@echo "make test-slow      the tests that take minutes (wants: make fashion-mnist)"
 	@echo "make bench          measure the kernels"
@@ -18,15 +20,15 @@ help:
 demo: .venv/ready
 	$(BIN)/foveal demo
 
-test: .venv/ready-natten
+test: .venv/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pytest  # not python -m pytest: with this folder on the path, transformers takes our kernels/ for its own
 
-test-slow: .venv/ready-natten
+test-slow: .venv/ready-test
 	$(BIN)/pytest -m slow
 
-bench: .venv/ready-natten
+bench: .venv/ready-test
 	$(BIN)/foveal bench kernels
 
 .venv/ready: pyproject.toml
@@ -39,9 +41,13 @@ bench: .venv/ready-natten
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	@touch $@
 
-# NATTEN is a judge in the tests and a backend on CUDA; its build looks for the torch that is installed.
-.venv/ready-natten: .venv/ready
+# NATTEN is a judge in the tests and a backend on CUDA; its build looks for the torch that is installed. MMDetection is
+# what an adapter is tested with: its packages' own requirements (a compiled mmcv, opencv with a display) are left out.
+.venv/ready-test: .venv/ready
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation 'natten>=0.21'
+	$(BIN)/python -m pip install $(PIP_FLAGS) addict==2.4.0 termcolor==3.3.0 yapf==0.43.0 six==1.17.0 terminaltables==3.1.10 \
+	  shapely opencv-python-headless
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0
 	@touch $@
 
 # Debian's package dataset-fashion-mnist (MIT licence), unpacked without installing it.

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from .layers import StagedBackbone, check_head, drop_path_rates, init_weights, misfit, unwrap
+from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -451,31 +451,23 @@ _NOTES = (
 )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _cfg(**facts: Any) -> dict[str, Any]:
     return {
+        **DEFAULTS,
         "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.0",
         "classifier": ("head.fc", "dist_head.fc"),
-        "license": "none stated",
         "origin_url": "https://github.com/zhouyuan888888/CARE-Transformer",
         "paper_ids": "arXiv:2411.16170",
         "notes": _NOTES,
-        **kwargs,
+        **facts,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "care_s0.in1k": _cfg(),
-        "care_s1.in1k": _cfg(),
-        "care_s2.in1k": _cfg(),
+        **{name: _cfg(**facts) for name, facts in PUBLISHED["care"].items()},
         "test_foveal_care.untrained": _cfg(
             input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None, notes=None
         ),

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, get_norm_act_layer
 from timm.layers.halo_attn import HaloAttn
 from timm.models import (
@@ -37,6 +36,7 @@ from torch import nn
 
 from .attention import HaloAttention2d
 from .layers import StagedBackbone, drop_path_rates, unwrap
+from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -315,14 +315,11 @@ _FIXED = (
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     return {
+        **DEFAULTS,
         "url": "",
-        "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (math.ceil(size / 32), math.ceil(size / 32)),
         "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1.conv",
         "classifier": "head",
         "license": "apache-2.0",
@@ -332,18 +329,18 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _timm_cfg(name: str, notes: str = _HYBRID) -> dict[str, Any]:
-    """timm's own entry for the weights ``name``, found at the same address."""
-    cfg = get_pretrained_cfg(name)
-    kept = (
-        "url hf_hub_id num_classes input_size pool_size fixed_input_size crop_pct interpolation mean std first_conv "
-        "classifier license"
-    )
+def _hybrid_cfg(name: str, **facts: Any) -> dict[str, Any]:
+    """The facts of timm's weights, with what timm says of the network that they are for."""
+    architecture = name.partition(".")[0]
+    network = get_pretrained_cfg(_HYBRIDS[architecture][1])
+    kept = ("pool_size", "fixed_input_size", "first_conv", "classifier")
     return {
-        **{key: getattr(cfg, key) for key in kept.split()},
+        **DEFAULTS,
+        **{key: getattr(network, key) for key in kept},
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
         "paper_ids": _PAPER,
-        "notes": (notes,),
+        "notes": (_FIXED if architecture.endswith("_256") else _HYBRID,),
+        **facts,
     }
 
 
@@ -368,10 +365,7 @@ default_cfgs = generate_default_cfgs(
         "halo_h5.untrained": _cfg(448),
         "halo_h6.untrained": _cfg(512),
         "halo_h7.untrained": _cfg(600),
-        **{
-            f"{name}.{weights.partition('.')[2]}": _timm_cfg(weights, _FIXED if name.endswith("_256") else _HYBRID)
-            for name, (_, weights) in _HYBRIDS.items()
-        },
+        **{name: _hybrid_cfg(name, **facts) for name, facts in PUBLISHED["halonet"].items()},
         "test_foveal_halonet.untrained": _cfg(64, notes=()),
     }
 )

@@ -6,14 +6,14 @@ import argparse
 import difflib
 import json
 import pickle
+import re
+import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
-import huggingface_hub
 import safetensors.torch
 import timm
 import torch
@@ -21,13 +21,16 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from torch import nn
 
-from . import list_models
+from . import download, list_models
+from .published import MIRRORS, SHA256
 
 WEIGHTS = "model.safetensors"
 # What a model folder may hold its weights in, in timm's order of preference.
-_WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_HUB_FILES = (WEIGHTS, "pytorch_model.bin")  # and what a repository on the hub may
-_TIMEOUT = 4  # seconds to find out that a server is out of reach
+WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+# What zipfile's and torch's readers were seen to raise on damaged files of weights.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+_UNREADABLE += (ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,18 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
     if found.folder is None:
         return _load_published(found, kwargs)
 
-    file = found.file or next(found.folder / name for name in _WEIGHT_FILES if (found.folder / name).is_file())
-    return _build(f"local-dir:{found.folder}", found.architecture, file, kwargs)
+    return _build(f"local-dir:{found.folder}", found.architecture, weights_file(found), kwargs)
+
+
+def weights_file(found: Source) -> Path:
+    """The file with the weights of a resolved folder, which has one."""
+    return found.file or next(found.folder / name for name in WEIGHT_FILES if (found.folder / name).is_file())
 
 
 def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> nn.Module:
     """Create a model with the weights of a file. timm gets tensors: older versions read pickles that run code."""
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
-    overlay |= {"source": None, "file": None, "state_dict": _read(file)}
+    overlay |= {"source": None, "file": None, "state_dict": read_weights(file)}
     try:
         model = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
@@ -97,29 +104,76 @@ def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> 
     return model.eval()
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The tensors of a file, safetensors or a pickle of nothing else."""
+def read_weights(file: Path) -> dict[str, Any]:
+    """The tensors of a file, safetensors or a pickle of nothing else; averaged (EMA) ones, if it holds both.
+
+    Raises:
+        ValueError: if it is damaged, holds other things, or no tensors.
+    """
+    return clean_state_dict(pick_weights(read_checkpoint(file), file)[0])
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What a file holds: tensors by name, perhaps wrapped and with other things beside them. No code of it is run.
+
+    Raises:
+        ValueError: if it is damaged, or a pickle of more than tensors, numbers and texts; the message says which.
+    """
+    with file.open("rb"):
+        pass  # from here on an OSError comes from what is in the file
+    if file.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+    broken = None
     try:
-        if file.suffix == ".safetensors":
-            state = safetensors.torch.load_file(file)
-        else:
-            # training scripts put their arguments beside the tensors; a Namespace only holds attributes
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged, or holds more than tensors and is not read for safety; save the weights as "
-            f"{WEIGHTS} instead"
-        ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()  # torch.load does not look at the checksums
+        # training scripts put their arguments beside the tensors; a Namespace only holds attributes
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the first thing that it does not allow
+        if refused and broken is None:
+            raise ValueError(
+                f"{file} holds more than tensors ({refused[1]}), which could run code, and is not read for safety; "
+                f"save the weights as {WEIGHTS} instead"
+            ) from error
+        reason = _first_lines(error, 1) or type(error).__name__
+        raise ValueError(f"{file} is damaged, cut off, or no file of weights: {reason}") from error
+    if broken is not None:
+        raise ValueError(f"{file} is damaged: the checksum of {broken} in it is wrong")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} holds no named tensors but one {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None) -> tuple[dict[str, Any], bool]:
+    """The named tensors in a checkpoint, and whether they are the averaged ones.
+
+    Args:
+        ema: take the averaged weights (True), those that were trained (False), or the averaged if there are any (None).
+
+    Raises:
+        ValueError: if there are none of that kind.
+    """
+    held = {
+        kind: checkpoint[key]
+        for kind, keys in ((True, ("state_dict_ema", "model_ema")), (False, ("state_dict", "model")))
+        for key in keys[::-1]
+        if isinstance(checkpoint.get(key), dict)
+    }
+    held = held or {False: checkpoint}
+    averaged = True in held if ema is None else ema
+    if averaged not in held:
+        asked, other = ("averaged (EMA)", "raw") if averaged else ("raw", "averaged (EMA)")
+        raise ValueError(f"{file} holds no {asked} weights, only {other} ones")
+    state = held[averaged]
+    if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} holds no named tensors")
-    return clean_state_dict(state)
+    return state, averaged
 
 
 def unknown_model(name: str) -> ValueError:
@@ -159,8 +213,8 @@ def _resolve_folder(folder: Path, runs: bool = True) -> Source:
         raise ValueError(f"{config_file} does not name a timm architecture; it was written by another library")
     if not is_model(architecture):
         raise ValueError(f"{config_file}: {unknown_model(architecture)}")
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-        raise ValueError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)}")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
     return Source(architecture, folder=folder, config=config)
 
 
@@ -180,49 +234,11 @@ def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _fetch(name: str, cfg: Any) -> Path:
-    """The file of published weights: from the caches of torch.hub and the Hugging Face hub, else from either's server.
-
-    Raises:
-        OSError: if it is in neither cache and no server answers; the message says where to put it by hand.
-    """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(cfg.url).path).name if cfg.url else None
-    if cached is not None and cached.is_file():
-        return cached
-    repository, _, revision = (cfg.hf_hub_id or "").partition("@")
-    names = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
-    for file in names if repository else ():
-        path = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(path, str):
-            return Path(path)
-
-    failures = []
-    if cached is not None:
-        try:
-            _probe(cfg.url)
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(cfg.url, str(cached), progress=False)
-            return cached
-        except OSError as error:
-            failures.append(f"{cfg.url}: {_first_lines(error)}")
-    for file in names if repository else ():
-        address = huggingface_hub.hf_hub_url(repository, file, revision=revision or None)
-        try:
-            _probe(address)  # the hub's own client tries again for a minute
-            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
-        except OSError as error:
-            failures.append(f"{address}: {_first_lines(error)}")
-            if not isinstance(error, HTTPError):
-                break  # no server, so no other file of it
-    advice = (
-        f"Download {cfg.url} elsewhere and put it at {cached}" if cached else f"See https://huggingface.co/{repository}"
-    )
-    raise OSError(f"cannot fetch the weights of {name} ({'; '.join(failures)}). {advice}")
-
-
-def _probe(address: str) -> None:
-    """Raise OSError quickly if an address is out of reach or has nothing."""
-    with urlopen(Request(address, method="HEAD", headers={"User-Agent": "foveal"}), timeout=_TIMEOUT):
-        pass
+    """The file of published weights, see `download.fetch`: the address of its configuration, the hub, other mirrors."""
+    addresses = [cfg.url] if cfg.url else []
+    if cfg.hf_hub_id:
+        addresses.append("/".join(filter(None, [f"{download.HUB}{cfg.hf_hub_id}", cfg.hf_hub_filename])))
+    return download.fetch(name, [*addresses, *MIRRORS.get(name, ())], SHA256.get(name))
 
 
 def _nearest(name: str) -> str:

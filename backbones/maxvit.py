@@ -31,7 +31,6 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
-    get_pretrained_cfg,
     register_model,
 )
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
@@ -40,6 +39,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
 from .layers import POOLS, StagedBackbone, check_head, drop_path_rates, misfit, unwrap
+from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -450,33 +450,25 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SOURCE = dict(origin_url="https://github.com/google-research/maxvit", paper_ids="arXiv:2204.01697")
 
+def _cfg(**facts: Any) -> dict[str, Any]:
+    cfg = {
+        **DEFAULTS,
+        "url": "",
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/google-research/maxvit",
+        "paper_ids": "arXiv:2204.01697",
+        **facts,
+    }
+    return {**cfg, "pool_size": tuple(size // 32 for size in cfg["input_size"][1:])}
 
-def _cfg(name: str) -> dict[str, Any]:
-    """timm's own entry for the same weights, but for the image size: it is not the only one here."""
-    size, resolution, tag = re.fullmatch(r"maxvit_(\w+)_(\d+)\.(\w+)", name).groups()
-    cfg = get_pretrained_cfg(f"maxvit_{size}_tf_{resolution}.{tag}").to_dict()
-    return {**cfg, "architecture": None, "tag": None, "fixed_input_size": False, **_SOURCE}
-
-
-_TAGS = (
-    *(
-        f"maxvit_{size}_{resolution}.in1k"
-        for size in ("tiny", "small", "base", "large")
-        for resolution in (224, 384, 512)
-    ),
-    *(f"maxvit_{size}_224.in21k" for size in ("base", "large", "xlarge")),
-    *(f"maxvit_{size}_{res}.in21k_ft_in1k" for size in ("base", "large", "xlarge") for res in (384, 512)),
-)
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(name) for name in _TAGS},
-        "test_foveal_maxvit.untrained": {
-            **_cfg("maxvit_tiny_224.in1k"),
-            **dict(hf_hub_id=None, input_size=(3, 64, 64), pool_size=(2, 2)),
-        },
+        **{name: _cfg(**facts) for name, facts in PUBLISHED["maxvit"].items()},
+        "test_foveal_maxvit.untrained": _cfg(input_size=(3, 64, 64), crop_pct=0.95),
     }
 )
 

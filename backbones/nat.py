@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
 from timm.models import (
     build_model_with_cfg,
@@ -47,6 +46,7 @@ from .layers import (
     to_format,
     unwrap,
 )
+from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -578,92 +578,22 @@ def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) 
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SITE = "https://shi-labs.com/projects/"
 _NAT, _DINAT = "arXiv:2204.07143", "arXiv:2209.15001"
 
 
-def _cfg(path: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _SITE + path if path else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
+def _cfg(name: str, **facts: Any) -> dict[str, Any]:
+    isotropic = "isotropic" in name
+    cfg = {
+        **DEFAULTS,
+        "url": "",
+        "first_conv": "patch_embed.proj" if isotropic or "dinat_s_" in name else "patch_embed.proj.0",
         "classifier": "head",
-        "license": "mit",
+        "fixed_input_size": "vitrpb" in name,
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_ids": _DINAT,
-        **kwargs,
+        "paper_ids": _NAT if family(name.partition(".")[0]) == "NAT" else _DINAT,
+        **facts,
     }
-
-
-_AT_384 = dict(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0)
-_PATCH = dict(first_conv="patch_embed.proj")
-_ISOTROPIC = dict(first_conv="patch_embed.proj", pool_size=(14, 14))
-_VITRPB = dict(**_ISOTROPIC, fixed_input_size=True)
-_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None)
-
-default_cfgs = generate_default_cfgs(
-    {
-        "nat_mini.in1k": _cfg("nat/checkpoints/CLS/nat_mini.pth", paper_ids=_NAT),
-        "nat_tiny.in1k": _cfg("nat/checkpoints/CLS/nat_tiny.pth", paper_ids=_NAT),
-        "nat_small.in1k": _cfg("nat/checkpoints/CLS/nat_small.pth", paper_ids=_NAT),
-        "nat_base.in1k": _cfg("nat/checkpoints/CLS/nat_base.pth", paper_ids=_NAT),
-        "dinat_mini.in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth", hf_hub_id="shi-labs/dinat-mini-in1k-224"
-        ),
-        "dinat_tiny.in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth", hf_hub_id="shi-labs/dinat-tiny-in1k-224"
-        ),
-        "dinat_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth",
-            hf_hub_id="shi-labs/dinat-large-in22k-in1k-224",
-        ),
-        "dinat_large.in22k": _cfg("dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
-        "dinat_large_384.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth",
-            hf_hub_id="shi-labs/dinat-large-in22k-in1k-384",
-            **_AT_384,
-        ),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth",
-            hf_hub_id="shi-labs/dinat-large-11x11-in22k-in1k-384",
-            **_AT_384,
-        ),
-        # dinat_large.in22k with interpolated tables, not trained further: where fine-tuning at 11x11 starts from
-        "dinat_large_384_11x11.in22k": _cfg(
-            "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841, **_AT_384
-        ),
-        "dinat_s_tiny.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_tiny_in1k_224.pth", **_PATCH),
-        "dinat_s_small.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_small_in1k_224.pth", **_PATCH),
-        "dinat_s_base.in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_base_in1k_224.pth", **_PATCH),
-        "dinat_s_large.in22k_ft_in1k": _cfg("dinat/checkpoints/imagenet1k/dinat_s_large_in1k_224.pth", **_PATCH),
-        "dinat_s_large.in22k": _cfg(
-            "dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841, **_PATCH
-        ),
-        "dinat_s_large_384.in22k_ft_in1k": _cfg(
-            "dinat/checkpoints/imagenet1k/dinat_s_large_in1k_384.pth", **_PATCH, **_AT_384
-        ),
-        "nat_isotropic_small.in1k": _cfg("dinat/checkpoints/isotropic/nat_isotropic_small_in1k_224.pth", **_ISOTROPIC),
-        "nat_isotropic_base.in1k": _cfg("dinat/checkpoints/isotropic/nat_isotropic_base_in1k_224.pth", **_ISOTROPIC),
-        "dinat_isotropic_small.in1k": _cfg(
-            "dinat/checkpoints/isotropic/dinat_isotropic_small_in1k_224.pth", **_ISOTROPIC
-        ),
-        "dinat_isotropic_base.in1k": _cfg(
-            "dinat/checkpoints/isotropic/dinat_isotropic_base_in1k_224.pth", **_ISOTROPIC
-        ),
-        "vitrpb_isotropic_small.in1k": _cfg("dinat/checkpoints/isotropic/vitrpb_small_in1k_224.pth", **_VITRPB),
-        "vitrpb_isotropic_base.in1k": _cfg("dinat/checkpoints/isotropic/vitrpb_base_in1k_224.pth", **_VITRPB),
-        "test_foveal_nat.untrained": _cfg(paper_ids=_NAT, **_TEST),
-        "test_foveal_dinat.untrained": _cfg(**_TEST),
-    }
-)
+    return {**cfg, "pool_size": tuple(size // (16 if isotropic else 32) for size in cfg["input_size"][1:])}
 
 
 def family(name: str) -> str:
@@ -673,6 +603,16 @@ def family(name: str) -> str:
     if name.startswith("dinat_s_"):
         return "DiNAT_s"
     return "DiNAT" if "dinat" in name else "NAT"
+
+
+_TEST = dict(input_size=(3, 64, 64), license="apache-2.0", origin_url=None)
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["nat"].items()},
+        **{name: _cfg(name, **_TEST) for name in ("test_foveal_nat.untrained", "test_foveal_dinat.untrained")},
+    }
+)
 
 
 def _create(cls: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import context_mixing
 from .layers import Backbone, check_head, drop_path_rates, misfit, take_indices, unwrap
+from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -102,7 +102,8 @@ class DilatedReparam(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reparameterized:
             return self.lk_origin(x)
-        if self.training:
+        # norms that another library froze need not tell their epsilon (transformers' do not): no folding then
+        if self.training or not all(hasattr(bn, "eps") for _, bn in self.branches()):
             return sum(bn(conv(x)) for conv, bn in self.branches())
         weight, bias = self.folded()
         return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=self.lk_origin.groups)
@@ -756,37 +757,26 @@ _NOTES = (
 )
 
 
-def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(name: str, **facts: Any) -> dict[str, Any]:
     return {
-        "url": f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{file}.pth" if file else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+        **DEFAULTS,
+        "url": "",
         "pool_size": (7, 7),
-        "crop_pct": 0.925,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed1.0",
         "classifier": "head.4",
-        "license": "apache-2.0",
         "origin_url": "https://github.com/LMMMEng/OverLoCK",
         "paper_ids": "arXiv:2502.20087",
-        "notes": _NOTES,
-        **kwargs,
+        "notes": () if name.endswith("_reparam") else _NOTES,
+        **facts,
     }
 
 
+_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.925, license="apache-2.0", origin_url=None)
+
 default_cfgs = generate_default_cfgs(
     {
-        "overlock_xt.in1k": _cfg("overlock_xt_in1k_224"),
-        "overlock_xt.in1k_reparam": _cfg("overlock_xt_in1k_224_reparam", notes=()),
-        "overlock_t.in1k": _cfg("overlock_t_in1k_224", crop_pct=0.95),
-        "overlock_t.in1k_reparam": _cfg("overlock_t_in1k_224_reparam", crop_pct=0.95, notes=()),
-        "overlock_s.in1k": _cfg("overlock_s_in1k_224", crop_pct=0.95),
-        "overlock_s.in1k_reparam": _cfg("overlock_s_in1k_224_reparam", crop_pct=0.95, notes=()),
-        "overlock_b.in1k": _cfg("overlock_b_in1k_224", crop_pct=0.975),
-        "overlock_b.in1k_reparam": _cfg("overlock_b_in1k_224_reparam", crop_pct=0.975, notes=()),
-        "test_foveal_overlock.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), origin_url=None),
+        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["overlock"].items()},
+        "test_foveal_overlock.untrained": _cfg("test_foveal_overlock", **_TEST),
     }
 )
 

@@ -35,6 +35,12 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ScheduleConfig",
+    "SegmentAugmentConfig",
+    "SegmentConfig",
+    "SegmentDataConfig",
+    "SegmentEvalConfig",
+    "SegmentLossConfig",
+    "SegmentModelConfig",
     "TrainConfig",
     "find_config",
     "load_config",
@@ -68,7 +74,7 @@ def _checked(
 
 
 def _checked_list(default: list, **bounds: Any) -> Any:
-    """The same for a list that is not empty of values."""
+    """The same for a list whose default holds values."""
     checked = _checked(None, **bounds)
     return field(default_factory=default.copy, metadata=checked.metadata)
 
@@ -298,6 +304,104 @@ class DetectConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass
+class SegmentModelConfig:
+    """What ``heads.build.build_segmenter`` is given."""
+
+    name: str = MISSING  # the backbone: any name that timm creates with features_only
+    head: str = _checked("upernet", choices=("upernet", "semantic_fpn", "mask2former"))
+    neck: str = _checked("fpn", choices=("fpn", "a3fpn"))  # upernet with fpn: its own top-down path
+    pretrained: bool = False  # the backbone's published weights, by the name's tag
+    checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
+    segmenter: str | None = None  # or the whole model's: a run folder, a model folder, or a file with mmseg's names
+    auxiliary: bool = True  # upernet: an FCN head on the third map, which helps to train and is not asked afterwards
+    size_divisor: int = _checked(32, low=1)  # images are padded to multiples of it; 1: the backbone takes any size
+    frozen_stages: int = _checked(-1, low=-1)  # this many stages and the stem stay as they are; -1: all learn
+    norm_eval: bool = False  # the backbone's batch norms keep their statistics
+    sync_bn: bool = False  # batch norms of the whole segmenter over all processes
+    drop_path_rate: float | None = _checked(None, low=0.0, below=1.0)  # null: the backbone's own
+    grad_checkpointing: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
+    neck_kwargs: dict[str, Any] = field(default_factory=dict)
+    head_kwargs: dict[str, Any] = field(default_factory=dict)  # channels, dropout ... of heads.segmentation
+    auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # level, channels ... of heads.segmentation.FCN
+
+
+@dataclass
+class SegmentDataConfig:
+    """Where the images and their masks are; the layouts stand in ``train/data/semantic.py``."""
+
+    kind: str = _checked("folder", choices=("folder", "ade20k", "cityscapes", "voc", "digits"))
+    root: str | None = None
+    train_split: str | None = None  # null: train (ade20k: training)
+    val_split: str | None = None  # null: val (ade20k: validation)
+    images: str = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
+    masks: str = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
+    classes: list[str] | None = None  # names by label; needed by folder, known of the others
+    reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
+    ignore_label: int = _checked(255, low=0, high=255)  # the value of a pixel without a class
+    limit: int | None = _checked(None, low=1)  # the first so many training images only
+    val_limit: int | None = _checked(None, low=1)
+    digits_train: int = _checked(400, low=1)  # digits: how many composites to write, ...
+    digits_val: int = _checked(100, low=1)
+    digits_size: int = _checked(128, low=32)  # ... of which side
+    in_chans: int = _checked(3, low=1)
+    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the backbone's own
+    std: list[float] | None = _checked(None, above=0.0)
+    antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
+    workers: int = _checked(4, low=0)  # reading processes for each training process
+    max_bad_fraction: float = _probability(0.01)  # bad samples beyond this share of a pass stop the run
+
+
+@dataclass
+class SegmentAugmentConfig:
+    """Training-time augmentation: random resize, crop, flip, colour."""
+
+    resize: list[int] | None = _checked(None, low=1, items=2)  # long and short side to fit in; null: the image's own
+    ratio: list[float] = _checked_list([0.5, 2.0], above=0.0, items=2)  # random factor of that
+    crop: list[int] = _checked_list([512, 512], low=1, items=2)  # rows, columns
+    cat_max_ratio: float = _checked(0.75, above=0.0, high=1.0)  # largest share of one class in a crop; 1: any crop
+    hflip: float = _probability(0.5)
+    photometric: bool = True  # brightness, contrast, saturation, hue
+
+
+@dataclass
+class SegmentLossConfig:
+    auxiliary: float = _checked(0.4, low=0.0)  # weight of the auxiliary head's cross-entropy
+    ignored_in_mean: bool = False  # divide by all pixels, as mmseg does, not by those that have a class
+
+
+@dataclass
+class SegmentEvalConfig:
+    """What the model sees in evaluation; the answer is brought back to the image's size."""
+
+    mode: str = _checked("whole", choices=("whole", "slide"))
+    window: list[int] | None = _checked(None, low=1, items=2)  # slide: rows, columns; null: the training crop
+    stride: list[int] | None = _checked(None, low=1, items=2)  # slide; null: two thirds of the window
+    resize: list[int] | None = _checked(None, low=1, items=2)  # long and short side to fit in; null: the image's own
+    multiple_of: int = _checked(1, low=1)  # the resized sides are rounded up to multiples of it
+    scales: list[float] = _checked_list([1.0], above=0.0)  # the mean over these factors, ...
+    flip: bool = False  # ... and over the mirror images
+
+
+@dataclass
+class SegmentConfig:
+    """A whole segmentation run."""
+
+    task: str = _checked("segment", choices=("segment",))
+    output: str = MISSING  # run folder; when a recipe does not name it: runs/segment/<name of the recipe>
+    resume: str = _checked("never", choices=("never", "auto"))  # auto: go on from OUTPUT/last, or start anew
+    seed: int = _checked(0, low=0, below=2**32)
+    model: SegmentModelConfig = field(default_factory=SegmentModelConfig)
+    data: SegmentDataConfig = field(default_factory=SegmentDataConfig)
+    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
+    loss: SegmentLossConfig = field(default_factory=SegmentLossConfig)
+    eval: SegmentEvalConfig = field(default_factory=SegmentEvalConfig)
+    optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, such as ``classify/digits``."""
     files = RECIPES.glob("*/*.yaml")
@@ -314,16 +418,20 @@ def find_config(config: str | Path, task: str | None = None) -> Path:
     if path.is_file():
         return path
     name = str(config).removesuffix(".yaml")
-    found = [n for n in recipe_names() if name in (n, n.split("/", 1)[1])]
+    shipped = recipe_names()
+    found = [n for n in shipped if name in (n, n.split("/", 1)[1])]
     if task is not None and f"{task}/{name}" in found:
         found = [f"{task}/{name}"]
     if len(found) == 1:
         return RECIPES / f"{found[0]}.yaml"
     if found:
         raise ConfigError(f"the recipe name {name!r} is ambiguous: {', '.join(found)}")
-    names = {n.split("/", 1)[1]: n for n in recipe_names()} | {n: n for n in recipe_names()}
-    near = sorted({names[n] for n in difflib.get_close_matches(name, names, n=4)})
-    hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped are {', '.join(recipe_names())}"
+    shipped = [n for n in shipped if task is None or n.startswith(f"{task}/")]
+    names = {n: [n] for n in shipped}
+    for n in shipped:
+        names.setdefault(n.split("/", 1)[1], []).append(n)
+    near = sorted({n for match in difflib.get_close_matches(name, names, n=4) for n in names[match]})
+    hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped are {', '.join(shipped)}"
     raise ConfigError(f"no configuration file and no shipped recipe is called {str(config)!r}{hint}")
 
 

@@ -4,10 +4,39 @@ Importing this package registers every model with timm. It stays light: training
 commands that use them.
 """
 
+from pathlib import Path as _Path
+from typing import Any as _Any
+
+from torch.nn import Module as _Module
+
 from ._version import __version__
-from .backbones import list_models
+from .backbones import list_models, loading
 from .backbones.halonet import replace_attention
-from .backbones.loading import load
 from .kernels import backend
 
 __all__ = ["__version__", "backend", "list_models", "load", "replace_attention"]
+
+
+def load(source: str | _Path, **kwargs: _Any) -> _Module:
+    """Build a model in evaluation mode, with its trained weights.
+
+    Args:
+        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a folder that
+            ``foveal train`` wrote (its ``best/`` is taken), of a classifier, a detector or a segmenter; a model folder
+            as timm writes it (``config.json`` beside ``model.safetensors``); or one ``.safetensors`` file inside such a
+            folder.
+        kwargs: of a classifier, passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
+
+    Raises:
+        ValueError: if `source` is none of these, names an unknown architecture, has no trained weights, or its weights
+            do not fit the architecture.
+        OSError: if published weights cannot be fetched.
+    """
+    if _Path(source).is_dir():
+        from .heads.build import load_dense, read_dense_config  # detectors take torchvision's with them
+
+        if read_dense_config(source) is not None:
+            if kwargs:
+                raise ValueError(f"{source} is loaded as it was trained; given are {', '.join(kwargs)}")
+            return load_dense(source)
+    return loading.load(source, **kwargs)

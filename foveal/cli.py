@@ -122,16 +122,26 @@ def list_command(
 def info(
     name: Annotated[str, typer.Argument(help="Model name, with or without a tag.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    card: Annotated[bool, typer.Option("--card", help="Print its family's model card instead.")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Print its family's model card instead; a folder's own.")
+    ] = False,
 ) -> None:
     """Show one model: size, cost, input and preprocessing, licence and origin of its weights."""
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
     from .backbones.loading import resolve
+    from .weights.manifest import checkpoints, of_model
 
-    found = resolve(name)
+    # detectors and segmenters are in the manifest, but none of timm's tags
+    dense = checkpoints().get(name)
+    found = resolve(name if dense is None or dense.task == "classify" else dense.model)
     if found.folder is not None:
-        raise ValueError(f"{name} is a folder of {found.architecture}; info takes a model name")
+        if card and (found.folder / "README.md").is_file():
+            print((found.folder / "README.md").read_text(encoding="utf-8"), end="")
+            return
+        raise ValueError(
+            f"{name} is a folder of {found.architecture}; info takes a model name, --card a converted folder"
+        )
     if card:
         print(_card(found.architecture), end="")
         return
@@ -151,6 +161,18 @@ def info(
             full.partition(".")[2]: each.url or f"https://huggingface.co/{each.hf_hub_id}"
             for full, each in sorted(get_arch_pretrained_cfgs(found.architecture).items())
             if "." in full and each.has_weights
+        },
+        "published": {
+            tag: {
+                "task": each.task,
+                "score": dict(each.score),
+                "licence_of_weights": each.weights_licence,
+                "licence_of_code": each.code_licence,
+                "address": each.address or each.page,
+                "mirrors": [*each.mirrors, *each.unconfirmed],
+                "note": " ".join(filter(None, [each.note, each.about])),
+            }
+            for tag, each in of_model(found.architecture).items()
         },
         "dilations": _dilations(found.name),
         "notes": list(cfg.notes or ()),
@@ -179,7 +201,14 @@ def info(
     table.add_row("licence", facts["licence"] or "-")
     table.add_row("paper", facts["paper"] or "-")
     table.add_row("origin", facts["origin"] or "-")
-    for tag, address in facts["weights"].items() or {"-": "none published"}.items():
+    released = of_model(found.architecture)
+    for tag, each in released.items():
+        place = each.address or f"{each.file}, {each.page}"
+        table.add_row("weights" if each.task == "classify" else each.task, f"{tag}  {place}")
+        table.add_row(
+            "", f"{each.score_text() or 'no score'}, published; licence of the weights: {each.weights_licence}"
+        )
+    for tag, address in {} if released else facts["weights"].items() or {"-": "none published"}.items():
         table.add_row("weights", f"{tag}  {address}")
     for note in facts["notes"]:
         table.add_row("note", note)
@@ -246,15 +275,37 @@ def train_classify(
     return classify.train(config, overrides or [])
 
 
+@command(train_app, "detect")
+def train_detect(
+    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> int:
+    """Train a detector."""
+    from .train import detect
+
+    return detect.train(config, overrides or [])
+
+
+@command(train_app, "segment")
+def train_segment(
+    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> int:
+    """Train a semantic segmenter."""
+    from .train import segment
+
+    return segment.train(config, overrides or [])
+
+
 @command(app)
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> int:
     """Score a model on the evaluation part of its data."""
-    from .train import classify
+    from .train import tasks
 
-    return classify.evaluate(source, overrides or [])
+    return tasks.evaluate(source, overrides or [])
 
 
 @command(app)
@@ -264,23 +315,34 @@ def predict(
         str | None,
         typer.Option(help="Model name, run folder or model folder.", show_default="the newest run under runs/"),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Classifier: how many classes to show.")] = 5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Detector: the lowest score to show.")] = 0.5,
+    output: Annotated[
+        Path | None, typer.Option(help="Detector, segmenter: folder for the images with what was found drawn.")
+    ] = None,
 ) -> int:
-    """Classify images."""
+    """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
+    from .train import tasks
     from .weights.predict import predict as classify
 
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
+    if tasks.task_of(model) == "classify":
+        if output is not None:
+            raise ValueError(f"{model} is a classifier: --output is for detectors and segmenters")
+        rows = classify(model, images, top)
+    else:
+        rows = tasks.predict(model, images, threshold, output)
     failed = 0
-    for path, answers in classify(model, images, top):
+    for path, answers in rows:
         if isinstance(answers, OSError):
             print(f"error: {answers}", file=sys.stderr)
             failed += 1
             continue
         print(path)
-        for label, probability in answers:
-            print(f"  {100 * probability:6.2f} %  {label}")
+        for label, probability, *where in answers:
+            print(f"  {100 * probability:6.2f} %  {label}{''.join(where)}")
     return 1 if failed else 0
 
 
@@ -311,6 +373,56 @@ def export(
     print(f"largest difference {done.difference:.1e} of the largest logit, on: {'; '.join(done.checked)}")
 
 
+@command(app)
+def convert(
+    source: Annotated[str, typer.Argument(help="File, folder or name of published weights.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model name with the tag of its published weights, such as dinat_mini.in1k.")
+    ] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--raw", help="Averaged or raw weights.", show_default="averaged, if any")
+    ] = None,
+    backbone: Annotated[bool, typer.Option("--backbone", help="Of a dense model, convert the backbone alone.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Argument of the model; may be repeated.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
+) -> None:
+    """Write someone's file of weights as a model folder, checked: safetensors, configuration and card."""
+    import yaml
+
+    from .weights.convert import convert as write
+
+    arguments = {}
+    for pair in set_ or []:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            arguments[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair}: {error}") from error
+    done = write(source, output, model=model, ema=ema, backbone=backbone, arguments=arguments, force=force)
+    print("\n".join(done.lines()))
+
+
+@command(app)
+def verify(
+    folder: Annotated[str, typer.Argument(help="Folder that `foveal convert` wrote.")],
+    images: Annotated[Path | None, typer.Option(help="Score on these images: a folder for each class.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the score into the folder's card.")] = False,
+) -> int:
+    """Check a converted model against the file that it was made from, and against what is published of it."""
+    from .weights.verify import verify as check
+
+    failed = 0
+    for each in check(folder, images, write_card=card):
+        print(f"{'ok    ' if each.passed else 'FAILED'}  {each.name}: {each.detail}")
+        failed += not each.passed
+    return 1 if failed else 0
+
+
 # ---- bench, demo
 
 
@@ -324,12 +436,16 @@ def bench(context: typer.Context) -> int:
 
 @command(app)
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
+    task: Annotated[str, typer.Argument(help="classify, detect or segment.")] = "classify",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="runs/demo, runs/demo-detect or runs/demo-segment"),
+    ] = None,
 ) -> int:
-    """Train on handwritten digits, evaluate, draw, export and predict: the whole way in a few minutes."""
+    """Train on handwritten digits, evaluate, draw and more: the whole way in a few minutes."""
     from .demo import demo as run
 
-    return run(output)
+    return run(task, output)
 
 
 def _console() -> Console:

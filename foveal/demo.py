@@ -1,4 +1,8 @@
-"""`foveal demo`: train, evaluate, draw, export and predict on real handwritten digits, in a few minutes on a CPU."""
+"""`foveal demo`: the whole way on real handwritten digits, in minutes on a CPU.
+
+Classification: train, evaluate, draw, export and predict. Detection and segmentation: write composites of the digits on
+photographs, train on them, evaluate, draw and predict.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from .backbones.loading import load
-from .train import classify
+from .train import classify, detect, segment, tasks
 from .train.data.memory import load_digits
 from .weights.export import TOLERANCE, ExportError, export
 from .weights.images import preprocessing, read_image
@@ -20,24 +24,37 @@ from .weights.predict import predict
 
 RECIPE = "classify/digits"
 VAL_FRACTION = 0.2
+TASKS = ("classify", "detect", "segment")
+COMPOSITES = Path("data", "digits-composites")  # where the recipes of detection and segmentation have them
 
 
-def demo(output: Path) -> int:
+def demo(task: str, output: Path | None = None) -> int:
     """Run all steps into a new folder: `output`, or, if that exists, the next free name after it.
+
+    Args:
+        task: one of `TASKS`.
+        output: None for `runs/demo`, `runs/demo-detect` or `runs/demo-segment`.
 
     Returns:
         0, or the status of the training or the evaluation that failed; they have said why.
 
     Raises:
+        ValueError: if there is no such task.
         OSError: if the folder cannot be written.
         ExportError: if what was exported does not answer as the trained model does.
     """
-    console = Console(soft_wrap=True, highlight=False)
-    output = _free(output)
+    if task not in TASKS:
+        raise ValueError(f"there is no demo of {task!r}; there are {', '.join(TASKS)}")
+    output = _free(output or Path("runs", "demo" if task == "classify" else f"demo-{task}"))
     try:
         output.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror}") from error
+    console = Console(soft_wrap=True, highlight=False)
+    return _classify(output, console) if task == "classify" else _dense(task, output, console)
+
+
+def _classify(output: Path, console: Console) -> int:
     run = output / "run"
     start = time.monotonic()
 
@@ -77,6 +94,46 @@ def demo(output: Path) -> int:
             raise RuntimeError(f"the demo did not write {path}")
         console.print(f"{path!s:40} {what}")
     console.print(f"\ntry: foveal predict {digit} --model {run}")
+    return 0
+
+
+def _dense(task: str, output: Path, console: Console) -> int:
+    recipe, run = f"{task}/digits", output / "run"
+    trainer = {"detect": detect, "segment": segment}[task]
+    start = time.monotonic()
+
+    console.rule(f"1. train {recipe} (handwritten digits on photographs)")
+    if status := trainer.train(recipe, [f"output={run}", f"data.root={COMPOSITES}"]):
+        return status
+
+    console.rule("2. evaluate the best epoch on the held-out composites")
+    result = output / "result.json"
+    if status := tasks.evaluate(str(run), [f"output={result}"]):
+        return status
+
+    console.rule("3. predict a held-out composite")
+    image, drawn = COMPOSITES / "val" / "000000.jpg", output / "prediction"
+    for path, answers in tasks.predict(run, [image], threshold=0.5, output=drawn):
+        if isinstance(answers, OSError):
+            raise answers
+        console.print(path)
+        for label, share, *where in answers:
+            console.print(f"  {100 * share:6.2f} %  {label}{''.join(where)}")
+
+    console.rule(f"done in {time.monotonic() - start:.0f} s")
+    for path, what in {
+        run / "predictions.png": "held-out composites, what is there beside what is found",
+        run / "pictures": "the same after each epoch",
+        run / "curves.png": "loss and scores by epoch",
+        run / "metrics.csv": "the same as numbers",
+        run / "best": "the best epoch, for `foveal predict` and `foveal.heads.build.load_dense`",
+        result: "its scores",
+        drawn: "the predicted composite",
+    }.items():
+        if not path.exists():
+            raise RuntimeError(f"the demo did not write {path}")
+        console.print(f"{path!s:40} {what}")
+    console.print(f"\ntry: foveal predict {image} --model {run} --output {output}")
     return 0
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -22,7 +21,7 @@ from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_conf
 from . import checkpoint, plots
 from .data import Data, build_data, find_classes
 from .engine import State
-from .run import USER_ERRORS, run_recipe, write_json
+from .run import run_evaluation, run_recipe, write_json
 from .scoring import score
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
@@ -286,22 +285,9 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
     For a run the recipe is the one saved with it; for the others the overrides say what the data are. ``output=FILE``
     writes the result as JSON.
 
-    Returns:
-        exit code: 0 done, 1 refused or failed, 130 after Ctrl-C.
+    The exit code is that of `run.run_evaluation`.
     """
-    console = Console()
-    try:
-        _evaluate(source, list(overrides), console)
-    except (*USER_ERRORS, ValueError) as error:  # the latter from loading
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except OSError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("[yellow]stopped[/]")
-        return 130
-    return 0
+    return run_evaluation(_evaluate, source, overrides)
 
 
 def _evaluate(source: str, overrides: list[str], console: Console) -> None:

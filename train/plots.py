@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt
@@ -89,3 +90,41 @@ def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: b
         text, color=RIGHT if hit else WRONG, fontsize=8 if long_names else 9, fontweight=None if hit else "bold"
     )
     axis.set_xlabel(f"{example.probability:.0%}", fontsize=7, labelpad=2)
+
+
+def label_colours(classes: int) -> np.ndarray:
+    """uint8 ``[classes, 3]``: the colours of the Pascal VOC masks, which differ most for labels that are close."""
+    labels = np.arange(classes)[:, None]
+    colours = np.zeros((classes, 3), int)
+    for bit in range(8):  # three bits of the label at a time, the lowest to the highest bit of red, green, blue
+        colours |= ((labels >> (3 * bit + np.arange(3))) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def segmentations(
+    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], path: Path, title: str
+) -> None:
+    """Held-out images, each beside its true and its predicted classes, with the names of those that can be seen.
+
+    Args:
+        examples: image uint8 ``[H, W, 1 or 3]``, truth and prediction ``[H, W]``; truth 255 (no class) is white.
+    """
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(classes)] = label_colours(len(classes))
+    figure, axes = plt.subplots(len(examples), 3, figsize=(9, 3 * len(examples) + 0.8), squeeze=False)
+    for row, (image, truth, predicted) in zip(axes, examples, strict=True):
+        grey = image[..., :1].repeat(3, -1) if image.shape[-1] == 1 else image
+        for axis, shown in zip(row, (grey, colours[truth], colours[predicted]), strict=True):
+            axis.imshow(shown, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, name in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        axis.set_title(name)
+    seen = np.unique(np.concatenate([part.ravel() for _, *parts in examples for part in parts]))
+    seen = [int(label) for label in seen if label < len(classes)]
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=colours[label] / 255, ec="0.5", lw=0.5) for label in seen]
+    names = [classes[label] for label in seen]
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6, fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, path)

@@ -145,6 +145,24 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
     accelerator.end_training()
 
 
+def run_evaluation(evaluate: Callable[[str, list[str], Console], None], source: str, overrides: Sequence[str]) -> int:
+    """Evaluates what ``source`` names, with ``key=value`` overrides.
+
+    Returns:
+        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C.
+    """
+    console = Console()
+    try:
+        evaluate(source, list(overrides), console)
+    except (*USER_ERRORS, ValueError, OSError) as error:  # the latter two from loading
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped[/]")
+        return 130
+    return 0
+
+
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions and machine, for the record of a run."""
     names = ("foveal", "torch", "torchvision", "timm", "accelerate", "numpy")

@@ -1,0 +1,27 @@
+"""Feature pyramids between a backbone and its heads, built from what the backbone says of its maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..features import FeatureSpec
+from .a3fpn import A3FPN
+from .fpn import FPN
+
+NECKS: dict[str, type[nn.Module]] = {"fpn": FPN, "a3fpn": A3FPN}
+
+
+def build_neck(name: str, spec: FeatureSpec, **kwargs: Any) -> nn.Module:
+    """The neck ``name`` (one of `NECKS`) over maps as ``spec`` says, its settings in ``kwargs``.
+
+    Raises:
+        ValueError: if there is no such neck, or the settings do not fit.
+    """
+    if name not in NECKS:
+        raise ValueError(f"unknown neck {name!r}; there are {', '.join(NECKS)}")
+    return NECKS[name](spec, **kwargs)
+
+
+__all__ = ["A3FPN", "FPN", "NECKS", "build_neck"]

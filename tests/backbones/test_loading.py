@@ -16,7 +16,7 @@ import torch
 from timm.models import save_for_hf
 
 import foveal
-from foveal.backbones import loading
+from foveal.backbones import download, loading
 
 NAME = "test_foveal_dinat"
 
@@ -100,7 +100,7 @@ def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(loading, "urlopen", refuse)
+    monkeypatch.setattr(download, "urlopen", refuse)
     return asked
 
 
@@ -116,7 +116,7 @@ def test_weights_that_cannot_be_fetched(caches: list[str]) -> None:
 
     place = Path(str(caught.value).rpartition("put it at ")[2])
     model = timm.create_model("dinat_mini")
-    place.parent.mkdir(parents=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), place)
     loaded = foveal.load("dinat_mini")
     assert torch.equal(loaded.head.weight, model.head.weight)
@@ -128,8 +128,7 @@ def test_where_published_weights_are_looked_for(
 ) -> None:
     cfg = timm.models.get_pretrained_cfg("dinat_mini")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file, **_: f"{repository}/{file}")
-    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, place, **_: Path(place).touch())
-    name = Path(cfg.url).name
+    asked: list[str] = []
 
     def no_url(request, **kwargs):
         if request.full_url == cfg.url or request.full_url.endswith("model.safetensors"):
@@ -137,13 +136,14 @@ def test_where_published_weights_are_looked_for(
         return contextlib.nullcontext()
 
     # the hub, and there the file that it has
-    monkeypatch.setattr(loading, "urlopen", no_url)
+    monkeypatch.setattr(download, "urlopen", no_url)
     assert loading._fetch("dinat_mini", cfg) == Path("shi-labs/dinat-mini-in1k-224/pytorch_model.bin")
-    # before it the address of the authors
-    monkeypatch.setattr(loading, "urlopen", lambda *_, **__: contextlib.nullcontext())
-    place = loading._fetch("dinat_mini", cfg)
-    assert place == tmp_path / "hub" / "checkpoints" / name
-    place.unlink()
+    # before it the address of the authors, with the hash that is known of it
+    monkeypatch.setattr(download, "download", lambda *given: asked.append(given) or given[1])
+    monkeypatch.setitem(loading.SHA256, "dinat_mini.in1k", "abc")
+    place = tmp_path / "hub" / "checkpoints" / "dinat_mini_in1k_224.pth"
+    assert loading._fetch("dinat_mini.in1k", cfg) == place
+    assert asked == [(cfg.url, place, "abc")]
     # before both what the hub's cache has
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file, **__: f"cache/{file}")
     assert loading._fetch("dinat_mini", cfg) == Path("cache/model.safetensors")

@@ -114,11 +114,17 @@ def test_saved_configuration_reads_back_equal(tmp_path, recipe):
 
 
 def test_short_names():
-    assert find_config("digits") == find_config("classify/digits") == find_config("classify/digits.yaml")
+    assert find_config("digits", "classify") == find_config("classify/digits") == find_config("classify/digits.yaml")
+    assert find_config("digits", "detect") == find_config("detect/digits")
+    assert find_config("fashion_mnist") == find_config("classify/fashion_mnist")
+    with pytest.raises(ConfigError, match=r"ambiguous: classify/digits, detect/digits, segment/digits"):
+        find_config("digits")
     assert "classify/digits" in recipe_names()
     assert not any(name.startswith("_") for name in recipe_names())
     with pytest.raises(ConfigError, match=r"did you mean .*classify/digits"):
         find_config("digts")
+    with pytest.raises(ConfigError, match=r"did you mean segment/digits\?"):
+        find_config("digts", "segment")
 
 
 def test_override_value():

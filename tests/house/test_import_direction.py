@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"kernels", "backbones", "heads", "configs"},
     "weights": {"kernels", "backbones", "heads", "configs"},
     "benchmarks": {"kernels", "backbones", "heads", "configs"},
-    "foveal": {"kernels", "backbones"},
+    "foveal": {"kernels", "backbones", "heads"},
     "foveal.cli": set(PACKAGES),
     "foveal.demo": set(PACKAGES),
 }

@@ -18,12 +18,14 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     names: dict = {}
     for example in EXAMPLES:
         exec(compile(example, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 10)
     assert names["out"].shape == names["v"].shape
+    assert names["pixels"].shape == (1, 150, 200, 312)
+    assert set(names["found"]) == {"boxes", "labels", "scores", "masks"}
     # the comment behind the shapes is what a reader believes
     (comment,) = re.findall(r"shapes = .*# (\[.*\])", README)
     assert str(names["shapes"]) == comment

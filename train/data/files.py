@@ -190,7 +190,7 @@ def collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, Found]:
     return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), labels, found
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
+def leave_signals_to_the_trainer(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; a worker that obeyed it would break the run it should only stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -222,7 +222,7 @@ class FileLoader:
             dataset,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=normalize.device.type == "cuda",
             persistent_workers=workers > 0 and not self.streaming,
             **batches,

@@ -1,0 +1,429 @@
+"""Dense models by the names of their parts. The only file here that imports the backbones."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.layers import convert_sync_batchnorm
+from torch import distributed, nn
+
+from ..backbones import list_models, loading
+from .detection import HEADS, Detector, Pyramid
+from .features import Features, FeatureSpec
+from .necks import build_neck
+from .segmentation import FCN, Mask2Former, Segmenter, SemanticFPN, UPerNet
+
+# What lets a backbone take images of any size and gives each map its norm, where its class knows the argument.
+_DENSE_DEFAULTS = dict(out_norm=True, strict_img_size=False, dynamic_img_size=True)
+
+
+def build_features(
+    backbone: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    in_chans: int = 3,
+    strides: Sequence[int] = (4, 8, 16, 32),
+    out_indices: Sequence[int] | None = None,
+    frozen_stages: int = -1,
+    norm_eval: bool = False,
+    sync_bn: bool = False,
+    drop_path_rate: float | None = None,
+    grad_checkpointing: bool = False,
+    **kwargs: Any,
+) -> Features:
+    """The feature maps of any foveal or timm model.
+
+    Args:
+        backbone: a model's name, with or without the tag of its weights.
+        pretrained: start from the published weights.
+        checkpoint: start from these weights instead: a folder that ``foveal train classify`` wrote, a model folder as
+            timm writes it, or a file in any key format of the model's family (classification or dense).
+        in_chans: channels of the images.
+        strides: of the maps; of several with one stride the last is taken.
+        out_indices: the maps by timm's indices instead, for models without those strides (plain transformers).
+        frozen_stages, norm_eval: see `Features`.
+        sync_bn: BatchNorms share their statistics between processes, if a process group is up. Without one they are
+            the usual ones, so that the same arguments build the model for one device.
+        drop_path_rate: stochastic depth; None: the model's default.
+        grad_checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+        kwargs: passed to `timm.create_model`. Where the model's class knows them, ``out_norm=True`` (a new norm per
+            map, as the published dense NAT, DiNAT and OverLoCK have them) and free image sizes are the default.
+
+    Raises:
+        ValueError: if the name, the strides or the weights do not fit; the message names them. That includes a
+            checkpoint that leaves any parameter unset but the new norms.
+        OSError: if published weights cannot be fetched.
+    """
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r}: start from one of them")
+    architecture = loading.resolve(backbone).architecture
+    kwargs = {"in_chans": in_chans, **kwargs}
+    if drop_path_rate is not None:
+        kwargs["drop_path_rate"] = drop_path_rate
+    with torch.device("meta"):
+        whole = timm.create_model(architecture, **{**kwargs, "out_norm": False} if "out_norm" in kwargs else kwargs)
+    known = inspect.signature(type(whole).__init__).parameters
+    dense = {name: value for name, value in _DENSE_DEFAULTS.items() if name in known}
+    if out_indices is None:
+        out_indices = _indices(architecture, whole, strides)
+    kwargs = {**dense, **kwargs, "features_only": True, "out_indices": tuple(out_indices)}
+
+    if pretrained:
+        network = loading.load(backbone, **kwargs)
+    elif checkpoint is not None:
+        network = _from_checkpoint(architecture, Path(checkpoint), kwargs)
+    else:
+        network = timm.create_model(architecture, **kwargs)
+    if grad_checkpointing:
+        (network.model if hasattr(network, "model") else network).set_grad_checkpointing()
+    network = _synchronized(network, sync_bn)
+    return Features(network, whole, frozen_stages=frozen_stages, norm_eval=norm_eval)
+
+
+def _synchronized(model: nn.Module, wanted: bool) -> nn.Module:
+    """The model with synchronized BatchNorms, if wanted and a process group is up; not twice on the same one.
+
+    By timm's conversion: PyTorch's drops the activations that timm's norms hold.
+    """
+    up = distributed.is_available() and distributed.is_initialized()
+    return convert_sync_batchnorm(model) if wanted and up else model
+
+
+def _indices(architecture: str, whole: nn.Module, strides: Sequence[int]) -> list[int]:
+    """timm's indices of the last map of each stride."""
+    last = {info["reduction"]: i for i, info in enumerate(getattr(whole.feature_info, "info", whole.feature_info))}
+    if not set(strides) <= set(last):
+        raise ValueError(
+            f"{architecture} has maps at strides {', '.join(map(str, last))}, not at {', '.join(map(str, strides))}; "
+            "choose among them with out_indices"
+        )
+    return [last[stride] for stride in strides]
+
+
+def _from_checkpoint(architecture: str, checkpoint: Path, kwargs: dict[str, Any]) -> nn.Module:
+    """The network with the weights of a checkpoint, every one of them but the new norms."""
+    beside_config = checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file()
+    statistics = {}  # of the images that a folder's model was trained on
+    if checkpoint.is_file() and not beside_config:
+        file = checkpoint
+    else:
+        found = loading.resolve(checkpoint)
+        if found.architecture != architecture:
+            raise ValueError(f"{checkpoint} holds a {found.architecture}, not a {architecture}")
+        file = loading.weights_file(found)
+        trained = (found.config or {}).get("pretrained_cfg") or {}
+        statistics = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
+
+    def load(state_dict: dict[str, Any]) -> nn.Module:
+        overlay = dict(source=None, file=None, custom_load=False, state_dict=state_dict)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{file} does not fit {architecture}: {error}") from error
+        network.pretrained_cfg |= {"state_dict": None, "file": str(file), **statistics}  # not the tensors twice
+        return network
+
+    state_dict = loading.read_weights(file)
+    network = load(dict(state_dict))
+    if architecture not in list_models():
+        # Where this package's families check the names, timm's leave what is missing as initialized, without a word.
+        # Whatever does not follow a change of the checkpoint did not come from it.
+        shifted = {k: v + 1 if torch.is_tensor(v) and v.is_floating_point() else v for k, v in state_dict.items()}
+        other = load(shifted).state_dict()
+        floating = {k: v for k, v in network.state_dict().items() if v.is_floating_point() and v.numel()}
+        if unset := [name for name, value in floating.items() if torch.equal(value, other[name])]:
+            raise ValueError(
+                f"{file} does not fit {architecture}: it lacks {len(unset)} of its tensors, {', '.join(unset)}"
+            )
+    return network
+
+
+def build_detector(
+    backbone: str,
+    head: str = "mask_rcnn",
+    neck: str = "fpn",
+    *,
+    num_classes: int,
+    min_size: int = 800,
+    max_size: int = 1333,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    strides: Sequence[int] | None = None,
+    neck_kwargs: Mapping[str, Any] | None = None,
+    head_kwargs: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    sync_bn: bool = False,
+    **kwargs: Any,
+) -> Detector:
+    """A detector of torchvision's on any foveal or timm backbone.
+
+    Args:
+        backbone: a model's name.
+        head: ``"mask_rcnn"``, ``"faster_rcnn"``, ``"retinanet"`` or ``"fcos"``.
+        neck: ``"fpn"`` or ``"a3fpn"``.
+        num_classes: of objects; they are numbered from 0, and the background is none of them.
+        min_size, max_size: in evaluation the short side of an image is brought to the first, unless the long one came
+            to more than the second.
+        mean, std: of images in [0, 1], by channel; None: what the backbone was trained with.
+        strides: of the maps that the neck is given. None: 4 to 32, or for RetinaNet and FCOS, which use maps from 8 on,
+            8 to 32 with an FPN.
+        neck_kwargs, head_kwargs: see `necks` and `detection.HEADS`.
+        pretrained, checkpoint: the backbone's weights, see `build_features`.
+        sync_bn: BatchNorms of the whole detector share their statistics between processes, if a process group is up.
+        kwargs: of `build_features`: ``frozen_stages``, ``norm_eval``, ``drop_path_rate``, ``in_chans``, the backbone's
+            own, ...
+
+    Raises:
+        ValueError: if a name or an argument does not fit; the message names it.
+        OSError: if published weights cannot be fetched.
+    """
+    arguments = {
+        **dict(backbone=backbone, head=head, neck=neck, num_classes=num_classes, min_size=min_size, max_size=max_size),
+        **dict(strides=strides, neck_kwargs=dict(neck_kwargs or {}), head_kwargs=dict(head_kwargs or {}), **kwargs),
+    }
+    if head not in HEADS:
+        raise ValueError(f"unknown head {head!r}; there are {', '.join(HEADS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
+    regions = head in ("mask_rcnn", "faster_rcnn")
+    shape: dict[str, Any] = {"extra_levels": "pool" if regions else "p6p7"}
+    if strides is None:
+        strides = (4, 8, 16, 32)
+        if not regions and neck == "fpn":
+            strides = (8, 16, 32)
+        elif not regions:  # A3-FPN reads the finest map too, and gives none of that stride
+            shape["start_level"] = 1
+    features = build_features(backbone, pretrained=pretrained, checkpoint=checkpoint, strides=strides, **kwargs)
+    try:
+        pyramid = Pyramid(features, build_neck(neck, features.spec, **{**shape, **(neck_kwargs or {})}))
+    except TypeError as error:
+        raise ValueError(f"neck {neck} with {dict(neck_kwargs or {})}: {error}") from None
+    mean, std = (_statistics(name, given, features, kwargs) for name, given in (("mean", mean), ("std", std)))
+    model = Detector(
+        head,
+        pyramid,
+        num_classes,
+        **dict(min_size=min_size, max_size=max_size, mean=mean, std=std, head_kwargs=dict(head_kwargs or {})),
+    )
+    model = _synchronized(model, sync_bn)
+    model.arguments = arguments | {"mean": list(mean), "std": list(std)}
+    return model
+
+
+SEGMENTATION_HEADS = ("upernet", "semantic_fpn", "mask2former")
+
+
+def build_segmenter(
+    backbone: str,
+    head: str = "upernet",
+    neck: str = "fpn",
+    *,
+    num_classes: int,
+    auxiliary: bool = True,
+    size_divisor: int = 32,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    neck_kwargs: Mapping[str, Any] | None = None,
+    head_kwargs: Mapping[str, Any] | None = None,
+    auxiliary_kwargs: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    sync_bn: bool = False,
+    **kwargs: Any,
+) -> Segmenter | Mask2Former:
+    """A semantic segmenter on any foveal or timm backbone: float images in [0, 1] to logits of their size.
+
+    Args:
+        backbone: a model's name.
+        head: ``"upernet"``, ``"semantic_fpn"``, or ``"mask2former"`` (needs transformers).
+        neck: ``"fpn"`` or ``"a3fpn"``. UPerNet with ``"fpn"`` has its own top-down path; with ``"a3fpn"`` the pooled
+            last map and the finer ones go through A3-FPN, as published bottom up, at the head's width. Mask2Former
+            has its own pixel decoder.
+        auxiliary: UPerNet: an FCN head on the third map, whose logits are the second answer in training.
+        size_divisor: see `Segmenter`.
+        mean, std: of images in [0, 1], by channel; None: what the backbone was trained with.
+        neck_kwargs, head_kwargs, auxiliary_kwargs: settings of the neck; of `UPerNet`, `SemanticFPN`
+            or `Mask2Former`; of `FCN`.
+        pretrained, checkpoint: the backbone's weights, see `build_features`.
+        sync_bn: BatchNorms of the whole segmenter share their statistics between processes, if a process group is up.
+        kwargs: of `build_features`: ``frozen_stages``, ``norm_eval``, ``drop_path_rate``, ``in_chans``, the backbone's
+            own, ...
+
+    Raises:
+        ValueError: if a name or an argument does not fit; the message names it.
+        ImportError: ``mask2former`` without transformers.
+        OSError: if published weights cannot be fetched.
+    """
+    settings = [dict(each or {}) for each in (neck_kwargs, head_kwargs, auxiliary_kwargs)]
+    arguments = {
+        **dict(backbone=backbone, head=head, neck=neck, num_classes=num_classes, auxiliary=auxiliary),
+        **dict(size_divisor=size_divisor),
+        **dict(zip(("neck_kwargs", "head_kwargs", "auxiliary_kwargs"), settings, strict=True)),
+        **kwargs,
+    }
+    if head not in SEGMENTATION_HEADS:
+        raise ValueError(f"unknown head {head!r}; there are {', '.join(SEGMENTATION_HEADS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
+    features = build_features(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
+    mean, std = (_statistics(name, given, features, kwargs) for name, given in (("mean", mean), ("std", std)))
+    around = dict(mean=mean, std=std, size_divisor=size_divisor)
+    model: Segmenter | Mask2Former
+    if head == "mask2former":
+        if neck != "fpn" or neck_kwargs or auxiliary_kwargs:
+            raise ValueError(
+                f"mask2former has its own pixel decoder and no auxiliary head; given are neck={neck!r}, "
+                f"neck_kwargs={settings[0]}, auxiliary_kwargs={settings[2]}"
+            )
+        model = Mask2Former(features, num_classes, **around, **settings[1])
+    else:
+        try:
+            decoder, extra = _segmentation_heads(features.spec, head, neck, num_classes, auxiliary, *settings)
+        except TypeError as error:
+            raise ValueError(f"{head} with neck {neck}: {error}") from None
+        model = Segmenter(features, decoder, extra, **around)
+    model = _synchronized(model, sync_bn)
+    model.arguments = arguments | {"mean": list(mean), "std": list(std)}
+    return model
+
+
+def _segmentation_heads(
+    spec: FeatureSpec,
+    head: str,
+    neck: str,
+    num_classes: int,
+    auxiliary: bool,
+    neck_kwargs: dict[str, Any],
+    head_kwargs: dict[str, Any],
+    auxiliary_kwargs: dict[str, Any],
+) -> tuple[nn.Module, nn.Module | None]:
+    if head == "semantic_fpn":
+        return SemanticFPN(build_neck(neck, spec, **neck_kwargs), num_classes, **head_kwargs), None
+    make: Callable[[FeatureSpec], nn.Module] | None = None
+    if neck != "fpn":
+        own: dict[str, Any] = {"out_channels": head_kwargs.get("channels", 512)}
+        if neck == "a3fpn":  # as in the released segmentor; its last map comes narrow from the pooling
+            own |= dict(direction="bottom_up", updated_first=True)
+            own["squeeze"] = [*(min(2**i, 4) for i in range(len(spec) - 1)), 1]
+        make = lambda pooled: build_neck(neck, pooled, **own | neck_kwargs)  # noqa: E731
+    elif neck_kwargs:
+        raise ValueError(f"the top-down path of upernet has no settings, given are neck_kwargs={neck_kwargs}")
+    decoder = UPerNet(spec, num_classes, neck=make, **head_kwargs)
+    if not auxiliary:
+        return decoder, None
+    level = auxiliary_kwargs.get("level", 2)
+    if not 0 <= level < len(spec):
+        raise ValueError(f"the auxiliary head is to read map {level}, the backbone gives {len(spec)} from 0 on")
+    return decoder, FCN(spec.channels[level], num_classes, **auxiliary_kwargs)
+
+
+def _statistics(
+    name: str, given: Sequence[float] | None, features: Features, kwargs: Mapping[str, Any]
+) -> tuple[float, ...]:
+    """``"mean"`` or ``"std"`` by channel: the given one, or else the backbone's; for grey images of a colour model their
+    mean, as timm sums its first filters."""
+    channels = kwargs.get("in_chans", 3)
+    if given is None:
+        own = getattr(features, name)
+        return own if len(own) == channels else (sum(own) / len(own),) * channels
+    if len(given) != channels:
+        raise ValueError(f"{name} has {len(given)} values, the images have {channels} channels: {list(given)}")
+    return tuple(given)
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"detect": build_detector, "segment": build_segmenter}
+_FORMAT, _WEIGHTS = "foveal-dense", "model.safetensors"
+
+
+def save_dense(
+    folder: str | Path,
+    model: nn.Module,
+    classes: Sequence[str],
+    preprocessing: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` of a detector or segmenter into ``folder``, for `load_dense`.
+
+    Args:
+        model: of `build_detector` or `build_segmenter`.
+        classes: their names by index.
+        preprocessing: what a reader should know of the images; the model does it all itself.
+        more: further entries of config.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": _FORMAT,
+        "task": "detect" if isinstance(model, Detector) else "segment",
+        "arguments": model.arguments,
+        "classes": list(classes),
+        "preprocessing": dict(preprocessing),
+    }
+    text = json.dumps(config | more, indent=2) + "\n"
+    temporary = folder / f"{_WEIGHTS}.tmp"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / _WEIGHTS)
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / "config.json")
+
+
+def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder that holds the model (for a run: its ``best/``) and its config.json; None where there is no dense one.
+
+    Raises:
+        ValueError: if config.json is no JSON.
+    """
+    folder = Path(folder)
+    # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
+    for candidate in (folder / "best", folder / "best.old", folder):
+        file = candidate / "config.json"
+        if file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is not JSON: {error}") from None
+            is_dense = isinstance(config, dict) and config.get("format") == _FORMAT
+            return (candidate, config) if is_dense else None
+    return None
+
+
+def load_dense(folder: str | Path) -> nn.Module:
+    """Loads what `save_dense` wrote, or a run's ``best/``, in evaluation mode.
+
+    The model has ``classes`` (names by index) and ``config`` (all of config.json).
+
+    Raises:
+        ValueError: the folder holds no dense model, or its parts do not fit each other.
+    """
+    found = read_dense_config(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no detector or segmenter: no config.json with format {_FORMAT!r}")
+    folder, config = found
+    if config.get("task") not in _BUILDERS:
+        raise ValueError(f"{folder}/config.json: task is {config.get('task')!r}, known are {', '.join(_BUILDERS)}")
+    missing = {"arguments", "classes", "preprocessing"} - set(config)
+    if missing:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+    try:
+        model = _BUILDERS[config["task"]](**config["arguments"])
+        tensors = safetensors.torch.load_file(folder / _WEIGHTS)
+        model.load_state_dict(tensors)
+    except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder} can't be loaded: {error}") from error
+    model.classes, model.config = config["classes"], config
+    return model.eval()

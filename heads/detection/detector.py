@@ -1,0 +1,234 @@
+"""torchvision's detectors over any backbone and neck, told the strides that they would otherwise guess from sizes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+
+from ..features import Features, dense_parameter_groups
+
+Target = dict[str, torch.Tensor]
+RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
+
+
+class Pyramid(nn.Module):
+    """Backbone and neck as torchvision's detectors take them: images ``[B, C, H, W]`` to maps by name.
+
+    Attributes:
+        strides: of the maps, the finest first.
+        pooled: how many of them, from the finest, regions are pooled from: those no coarser than the backbone's.
+        out_channels: of every map.
+    """
+
+    def __init__(self, features: Features, neck: nn.Module) -> None:
+        super().__init__()
+        self.features, self.neck = features, neck
+        self.strides = neck.spec.strides
+        self.pooled = sum(stride <= features.spec.strides[-1] for stride in self.strides)
+        self.out_channels = neck.spec.channels[0]
+
+    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        maps = self.neck(self.features(images))
+        return OrderedDict((str(level), x) for level, x in enumerate(maps))
+
+
+class Anchors(AnchorGenerator):
+    """Anchors at the strides of the neck. torchvision divides the image's side by the map's, which is another number
+    wherever a map was rounded up."""
+
+    def __init__(self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> None:
+        super().__init__(
+            tuple(tuple(s * stride for s in scales) for stride in strides), (tuple(ratios),) * len(strides)
+        )
+        self.strides = strides
+
+    def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Corners ``[N, 4]`` of all levels' anchors, for each image."""
+        x = feature_maps[0]
+        self.set_cell_anchors(torch.float32, x.device)  # not the maps' type: half precision cannot tell pixels apart
+        steps = [[torch.tensor(stride, device=x.device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors([list(m.shape[-2:]) for m in feature_maps], steps))
+        return [anchors for _ in image_list.image_sizes]
+
+
+def _region_pool(pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
+    """Pools ``size x size`` from the level that fits a region (FPN, arXiv 1612.03144, equation 1)."""
+    strides = pyramid.strides[: pyramid.pooled]
+    steps = {fine / coarse for fine, coarse in itertools.pairwise(strides)}
+    if not (steps <= {0.5} or steps <= {1.0}):  # the equation's level would be another map, or none
+        raise ValueError(f"regions are pooled from maps whose strides double from one to the next, got {strides}")
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pool
+
+
+def _known(kwargs: dict[str, Any], detector: type, given: Sequence[str]) -> dict[str, Any]:
+    """The same arguments, all of them ones that ``detector`` has; it would swallow others without a word."""
+    names = [n for n in inspect.signature(detector.__init__).parameters if n not in ("self", "backbone", "kwargs")]
+    if issubclass(detector, FasterRCNN):
+        names += inspect.signature(FasterRCNN.__init__).parameters
+    names = [n for n in dict.fromkeys(names) if n not in (*given, "self", "backbone", "kwargs")]
+    for name in kwargs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3)
+            raise ValueError(f"{detector.__name__} has no argument {name!r}; nearest: {', '.join(near) or 'none'}")
+    return kwargs
+
+
+_GIVEN = ("num_classes", "min_size", "max_size", "image_mean", "image_std")
+
+
+def _rcnn(
+    pyramid: Pyramid,
+    num_classes: int,
+    transform: dict[str, Any],
+    detector: type,
+    anchor_scale: float = 8.0,
+    anchor_ratios: Sequence[float] = RATIOS,
+    box_width: int = 1024,
+    mask_width: int = 256,
+    **kwargs: Any,
+) -> nn.Module:
+    parts: dict[str, Any] = {
+        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios),
+        "box_roi_pool": _region_pool(pyramid, 7),
+        "box_head": TwoMLPHead(pyramid.out_channels * 7 * 7, box_width),
+        "box_predictor": FastRCNNPredictor(box_width, num_classes + 1),  # class 0 is the background
+    }
+    if detector is MaskRCNN:
+        parts["mask_roi_pool"] = _region_pool(pyramid, 14)
+        parts["mask_head"] = MaskRCNNHeads(pyramid.out_channels, (mask_width,) * 4, 1)
+        parts["mask_predictor"] = MaskRCNNPredictor(mask_width, mask_width, num_classes + 1)
+    return detector(pyramid, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
+
+
+def mask_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Mask R-CNN (He et al., arXiv 1703.06870). ``kwargs``: ``anchor_scale`` (side of an anchor in strides),
+    ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers."""
+    return _rcnn(pyramid, num_classes, transform, MaskRCNN, **kwargs)
+
+
+def faster_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Faster R-CNN (Ren et al., arXiv 1506.01497); the same ``kwargs`` without ``mask_width``."""
+    if "mask_width" in kwargs:
+        raise ValueError("faster_rcnn has no masks, so no mask_width")
+    return _rcnn(pyramid, num_classes, transform, FasterRCNN, **kwargs)
+
+
+def retinanet(
+    pyramid: Pyramid,
+    num_classes: int,
+    transform: dict[str, Any],
+    anchor_scale: float = 4.0,
+    anchor_ratios: Sequence[float] = RATIOS,
+    **kwargs: Any,
+) -> nn.Module:
+    """RetinaNet (Lin et al., arXiv 1708.02002): three anchors an octave, the smallest ``anchor_scale`` strides wide."""
+    octave = [anchor_scale * 2 ** (step / 3) for step in range(3)]
+    anchors = Anchors(pyramid.strides, octave, anchor_ratios)
+    given = (*_GIVEN, "anchor_generator")
+    return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
+
+
+def fcos(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """FCOS (Tian et al., arXiv 1904.01355); the side of its one anchor is the stride, by which it scales distances."""
+    anchors = Anchors(pyramid.strides, [1.0], [1.0])
+    given = (*_GIVEN, "anchor_generator")
+    kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 is for showing, and cuts average precision
+    return FCOS(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, FCOS, given))
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "mask_rcnn": mask_rcnn,
+    "faster_rcnn": faster_rcnn,
+    "retinanet": retinanet,
+    "fcos": fcos,
+}
+
+
+class Detector(nn.Module):
+    """One of torchvision's detectors with classes numbered 0 .. ``num_classes`` - 1, whatever it does inside.
+
+    Args:
+        head: a key of `HEADS`.
+        pyramid: backbone and neck.
+        min_size, max_size: in evaluation the short side of an image is brought to the first unless the long one came to
+            more than the second. In training images are taken as they come.
+        mean, std: by channel, for images in [0, 1].
+        head_kwargs: of the function in `HEADS`.
+
+    Raises:
+        ValueError: an argument that the head does not have, or maps that it cannot pool regions from.
+    """
+
+    def __init__(
+        self,
+        head: str,
+        pyramid: Pyramid,
+        num_classes: int,
+        *,
+        min_size: int,
+        max_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        head_kwargs: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        transform = {
+            **dict(min_size=min_size, max_size=max_size, image_mean=list(mean), image_std=list(std)),
+            **dict(size_divisible=32, _skip_resize=True),  # in training
+        }
+        try:
+            self.detector = HEADS[head](pyramid, num_classes, transform, **head_kwargs)
+        except TypeError as error:
+            raise ValueError(f"{head} with {head_kwargs}: {error}") from None
+        self.num_classes = num_classes
+        self.masks = head == "mask_rcnn"
+        self.first_class = 1 if head in ("mask_rcnn", "faster_rcnn") else 0
+        self.arguments: dict[str, Any] = {}  # what rebuilds it, from whoever built it
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return self.detector.backbone
+
+    def forward(self, images: list[torch.Tensor], targets: list[Target] | None = None) -> Any:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: float ``[C, H, W]`` each, in [0, 1], of any sizes.
+            targets: in training, for each image ``boxes`` float ``[N, 4]`` (corners, pixels), ``labels`` int64 ``[N]``
+                and for Mask R-CNN ``masks`` uint8 ``[N, H, W]``.
+
+        Returns:
+            in training a mapping of losses; in evaluation for each image, the best first, ``boxes`` ``[N, 4]`` in its
+            own pixels, ``scores`` ``[N]``, ``labels`` ``[N]`` and for Mask R-CNN ``masks`` float ``[N, 1, H, W]``, the
+            probability of each pixel.
+        """
+        if targets is not None:
+            targets = [target | {"labels": target["labels"] + self.first_class} for target in targets]
+        found = self.detector(images, targets)
+        if self.training:
+            return found
+        return [each | {"labels": each["labels"] - self.first_class} for each in found]
+
+    def parameter_groups(
+        self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """As an optimizer takes them; see `heads.features.dense_parameter_groups`."""
+        return dense_parameter_groups(self, self.pyramid.features, weight_decay, layer_decay, backbone_lr_ratio)

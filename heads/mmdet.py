@@ -1,0 +1,97 @@
+"""Backbones and the A3-FPN neck in MMDetection, for its configurations.
+
+    _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", ...]
+    from foveal.heads.mmdet import completed  # below _base_: mmengine takes other files that import for a newer format
+
+    custom_imports = dict(imports=["foveal.heads.mmdet"])
+    model = completed(dict(backbone=dict(_delete_=True, type="FovealBackbone", name="dinat_tiny", pretrained=True)))
+
+``configs/mmdet/`` has complete ones. Needs mmdet 3.3 with a compiled mmcv 2.1, or its maintained fork
+``onedl-mmdetection`` with ``onedl-mmcv`` (the same import names).
+
+Synchronize BatchNorms by ``sync_bn=True`` of the backbone and the neck. The ``sync_bn`` of mmengine's runner uses
+PyTorch's conversion, which drops the activations that timm's norms hold (HaloNet, MaxViT and others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from .build import build_features
+from .features import Features, FeatureSpec
+from .necks.a3fpn import A3FPN
+
+try:
+    from mmdet.registry import MODELS
+except ImportError as error:
+    raise ImportError(
+        f"foveal.heads.mmdet needs MMDetection, which does not import here ({error}). Install onedl-mmengine, "
+        "onedl-mmcv and onedl-mmdetection; or mmengine, mmcv 2.1 (compiled, not mmcv-lite) and mmdet 3.3"
+    ) from error
+
+
+@MODELS.register_module(name="FovealBackbone")
+def backbone(name: str, **kwargs: Any) -> Features:
+    """Any foveal or timm model as a backbone of mmdet: images ``[B, 3, H, W]`` to a list of maps.
+
+    Args:
+        name: of the model.
+        kwargs: of `foveal.heads.build.build_features`: ``pretrained`` or ``checkpoint``, ``frozen_stages``,
+            ``norm_eval``, ``sync_bn``, ``drop_path_rate``, ``grad_checkpointing``, ``strides`` or ``out_indices``; and
+            of `timm.create_model`.
+
+    Raises:
+        ValueError: if ``init_cfg`` is among them (mmengine would skip every name that does not fit, and none does), or
+            what `build_features` raises.
+    """
+    if "init_cfg" in kwargs:
+        raise ValueError(
+            f"FovealBackbone takes its weights by pretrained=True or checkpoint=PATH, not by {kwargs['init_cfg']=}"
+        )
+    return build_features(name, **kwargs)
+
+
+@MODELS.register_module(name="A3FPN")
+def a3fpn(
+    in_channels: Sequence[int], strides: Sequence[int] = (4, 8, 16, 32), sync_bn: bool = False, **kwargs: Any
+) -> A3FPN:
+    """The A3-FPN neck over maps of these channels and strides.
+
+    Args:
+        in_channels, strides: of the maps; see `completed`.
+        sync_bn: its BatchNorms share their statistics between processes, if a process group is up.
+        kwargs: of `A3FPN`: ``extra_levels="pool"`` for Faster and Mask R-CNN; for RetinaNet ``start_level=1`` and
+            ``extra_levels="p6p7"``.
+
+    Raises:
+        ValueError: what `A3FPN` raises.
+    """
+    neck = A3FPN(FeatureSpec(tuple(in_channels), tuple(strides)), **kwargs)
+    synchronized = sync_bn and distributed.is_available() and distributed.is_initialized()
+    return nn.SyncBatchNorm.convert_sync_batchnorm(neck) if synchronized else neck
+
+
+def completed(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model`` of a configuration with what its backbone knows filled in.
+
+    That is ``in_channels`` of the neck (and ``strides``, if its type is A3FPN), and ``mean`` and ``std`` of the data
+    preprocessor (in mmdet's scale of 0 to 255, RGB) unless they are given here.
+
+    Args:
+        model: with a ``backbone`` of type FovealBackbone; what it leaves to a base file may be missing. Not changed.
+
+    Raises:
+        ValueError: what `build_features` raises.
+    """
+    arguments = {key: value for key, value in model["backbone"].items() if key not in ("type", "_delete_")}
+    with torch.device("meta"):
+        features = backbone(**{**arguments, "pretrained": False, "checkpoint": None})
+    neck = {**model.get("neck", {}), "in_channels": list(features.spec.channels)}
+    if neck.get("type") == "A3FPN":
+        neck["strides"] = list(features.spec.strides)
+    images = dict(mean=[255 * x for x in features.mean], std=[255 * x for x in features.std])
+    return {**model, "neck": neck, "data_preprocessor": {**images, **model.get("data_preprocessor", {})}}

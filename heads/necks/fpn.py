@@ -1,0 +1,54 @@
+"""The feature pyramid network (arXiv 1612.03144), torchvision's, over the maps of any backbone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from ..features import FeatureSpec
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, a top-down path of nearest upsampling, and 3x3 convolutions.
+
+    Args:
+        spec: of the maps that it is given.
+        out_channels: of every map that it gives.
+        extra_levels: ``"pool"``: one coarser map by subsampling the last (Faster and Mask R-CNN); ``"p6p7"``: two by
+            strided convolutions of the last (RetinaNet, FCOS).
+        norm_layer: after each convolution of the pyramid, None for none.
+
+    Attributes:
+        spec: of the maps that it gives.
+
+    Raises:
+        ValueError: if ``extra_levels`` is none of these.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        out_channels: int = 256,
+        extra_levels: str | None = None,
+        norm_layer: type[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = {
+            None: lambda: None,
+            "pool": LastLevelMaxPool,
+            "p6p7": lambda: LastLevelP6P7(out_channels, out_channels),
+        }
+        if extra_levels not in blocks:
+            raise ValueError(f'extra_levels must be None, "pool" or "p6p7", got {extra_levels!r}')
+        self.pyramid = FeaturePyramidNetwork(
+            list(spec.channels), out_channels, blocks[extra_levels](), norm_layer=norm_layer
+        )
+        extra = {None: 0, "pool": 1, "p6p7": 2}[extra_levels]
+        strides = spec.strides + tuple(spec.strides[-1] * 2 ** (i + 1) for i in range(extra))
+        self.spec = FeatureSpec((out_channels,) * len(strides), strides)
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Maps ``[B, C, h, w]`` as the given spec says, of any sizes, to those of `spec`."""
+        return list(self.pyramid({str(i): x for i, x in enumerate(maps)}).values())

@@ -1,0 +1,68 @@
+"""What the segmentation heads share: a convolution with its norm and activation, resizing, and the auxiliary head."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, ``align_corners=False``, to ``size`` (rows, columns); `x` itself when it has that size."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU; sides are kept. Initialized as He et al. (arXiv 1502.01852), fan out.
+
+    Args:
+        norm: makes the norm for a number of channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: type[nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = norm(out_channels)
+        self.act = nn.ReLU(inplace=True)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class Classifier(nn.Sequential):
+    """Dropout of whole channels and the 1x1 convolution to logits, with small random weights to begin with."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv.weight, std=0.01)
+        nn.init.zeros_(self.conv.bias)
+
+
+class FCN(nn.Module):
+    """Fully convolutional head on one level (Long et al., arXiv 1411.4038): 3x3 convolutions and a classifier.
+
+    Args:
+        in_channels: of the level.
+        level: which of the backbone's maps it reads; 2 is stride 16 of a pyramid from stride 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        level: int = 2,
+        channels: int = 256,
+        num_convs: int = 1,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.level = level
+        widths = [in_channels] + [channels] * num_convs
+        self.convs = nn.Sequential(*(ConvNormAct(a, b, 3) for a, b in pairwise(widths)))
+        self.classifier = Classifier(widths[-1], num_classes, dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B, num_classes, h, w]`` at the level's stride."""
+        return self.classifier(self.convs(maps[self.level]))

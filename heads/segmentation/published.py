@@ -1,0 +1,95 @@
+"""The parameter names of published segmenters: those of mmsegmentation, and of transformers' port of its UPerNet."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..necks.a3fpn import A3FPN, load_published
+
+# mmseg's name, ours; {} is a number. The convolutions of both have a `conv`; its norm is mmseg's `bn`, ours `norm`.
+_UPERNET = (
+    ("decode_head.psp_modules.{}.1.", "head.pooling.parts.{}."),
+    ("decode_head.bottleneck.", "head.pooling.fuse."),
+    ("decode_head.lateral_convs.{}.", "head.neck.lateral.{}."),
+    ("decode_head.fpn_convs.{}.", "head.neck.output.{}."),
+    ("decode_head.fpn_bottleneck.", "head.fuse."),
+    ("decode_head.conv_seg.", "head.classifier.conv."),
+    ("auxiliary_head.convs.{}.", "auxiliary.convs.{}."),
+    ("auxiliary_head.conv_seg.", "auxiliary.classifier.conv."),
+)
+
+
+def _translate(name: str, prefixes: tuple[tuple[str, str], ...]) -> str | None:
+    for source, target in prefixes:
+        match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
+        if match:
+            return target.format(*match.groups()) + name[match.end() :]
+    return None
+
+
+def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads of a published UPerNet under the names of `Segmenter`, without its backbone and its A3-FPN.
+
+    Understood are mmsegmentation's names and those of transformers' ``UperNetForSemanticSegmentation``.
+
+    Raises:
+        ValueError: a head's tensor that is no part of UPerNet.
+    """
+    result = {}
+    for name, tensor in state_dict.items():
+        if not name.startswith(("decode_head.", "auxiliary_head.")) or name.startswith("decode_head.a3fpn."):
+            continue
+        usual = name.replace(".batch_norm.", ".bn.").replace("_head.classifier.", "_head.conv_seg.")
+        own = _translate(usual, _UPERNET)
+        if own is None:
+            raise ValueError(f"{name} is no parameter of UPerNet")
+        result[own.replace(".bn.", ".norm.")] = tensor
+    return result
+
+
+def to_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads of a `Segmenter` with UPerNet and its own top-down path under mmsegmentation's names."""
+    prefixes = tuple((own, published) for published, own in _UPERNET)
+    result = {}
+    for name, tensor in state_dict.items():
+        published = _translate(name.replace(".norm.", ".bn."), prefixes)
+        if published is not None:
+            result[published] = tensor
+    return result
+
+
+def load_heads(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Loads the heads of a published UPerNet into a `Segmenter`; its backbone stays as it is.
+
+    An auxiliary head that the model lacks is left out, and so are classifiers of other classes.
+
+    Returns:
+        the names of the tensors that keep their values: empty, or those of the classifiers.
+
+    Raises:
+        ValueError: names or shapes that are not the model's; it is then untouched.
+    """
+    neck = getattr(model.head, "neck", None)
+    neck = neck if isinstance(neck, A3FPN) and any(n.startswith("decode_head.a3fpn.") for n in state_dict) else None
+    parts = tuple(f"head.{name}." for name, _ in model.head.named_children() if name != "neck" or neck is None)
+    own = {name: t for name, t in model.state_dict().items() if name.startswith((*parts, "auxiliary."))}
+    found = from_mmseg(state_dict)
+    if not any(name.startswith("auxiliary.") for name in own):
+        found = {name: t for name, t in found.items() if not name.startswith("auxiliary.")}
+    missing, foreign = [n for n in own if n not in found], [n for n in found if n not in own]
+    shapes = [n for n in own if n in found and own[n].shape != found[n].shape]
+    kept = [n for n in shapes if ".classifier.conv." in n]
+    shapes = [n for n in shapes if n not in kept]
+    for what, names in (
+        ("lacks", missing),
+        ("has besides", foreign),
+        ("has other shapes of", shapes),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"the checkpoint {what} {', '.join(names[:3])}{more}")
+    if neck is not None:
+        load_published(neck, {n: t for n, t in state_dict.items() if n.startswith("decode_head.a3fpn.")})
+    model.load_state_dict({n: t for n, t in found.items() if n not in kept}, strict=False)
+    return kept

@@ -1,0 +1,52 @@
+"""Semantic FPN: the semantic branch of Panoptic FPN (Kirillov et al., arXiv 1901.02446, section 3.1)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..features import FeatureSpec
+from .layers import Classifier, ConvNormAct, resize
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+class SemanticFPN(nn.Module):
+    """The head on a pyramid: each level goes up to the finest by steps of 3x3 convolution, group norm, ReLU and twofold
+    bilinear upsampling (the finest: one step without upsampling); their sum is classified.
+
+    Args:
+        neck: gives the pyramid, all levels with strides that double; its ``spec`` tells channels and strides.
+        channels: width of the steps, a multiple of 32 (the groups of their norms).
+        dropout: of whole channels, before the classifier; the paper has none.
+
+    Raises:
+        ValueError: strides that do not double from level to level, or a width that 32 does not divide.
+    """
+
+    def __init__(self, neck: nn.Module, num_classes: int, *, channels: int = 128, dropout: float = 0.0):
+        super().__init__()
+        spec: FeatureSpec = neck.spec
+        if any(b != 2 * a for a, b in zip(spec.strides, spec.strides[1:], strict=False)):
+            raise ValueError(f"semantic FPN: strides must double from level to level, not so: {spec.strides}")
+        if channels % 32:
+            raise ValueError(f"semantic FPN: channels is {channels}, must be a multiple of the 32 groups of its norms")
+        self.neck = neck
+        self.steps = nn.ModuleList(
+            nn.ModuleList(ConvNormAct(c if j == 0 else channels, channels, 3, group_norm) for j in range(max(i, 1)))
+            for i, c in enumerate(spec.channels)
+        )
+        self.classifier = Classifier(channels, num_classes, dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """The backbone's maps to logits ``[B, num_classes, h, w]`` at the finest one's size."""
+        levels = self.neck(maps)
+        sizes = [level.shape[-2:] for level in levels]
+        total: Tensor | None = None
+        for i, (x, steps) in enumerate(zip(levels, self.steps, strict=True)):
+            for j, step in enumerate(steps):
+                # to the next finer level's own size: twice this one's, save where a side is odd
+                x = resize(step(x), sizes[max(i - 1 - j, 0)])
+            total = x if total is None else total + x
+        return self.classifier(total)

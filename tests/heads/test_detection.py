@@ -1,0 +1,278 @@
+"""Detectors: every head on every neck and family; strides, classes and sizes that they are told; saving and loading."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import roi_align
+
+import foveal
+from foveal.heads.build import build_detector, load_dense, save_dense
+from foveal.heads.detection.detector import HEADS, Anchors
+
+FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
+SMALL = {"min_size": 64, "max_size": 96, "neck_kwargs": {"out_channels": 32}}
+LIGHT = {"box_width": 32, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
+
+
+def small(backbone: str = "test_foveal_dinat", head: str = "mask_rcnn", neck: str = "fpn", **kwargs) -> nn.Module:
+    head_kwargs = {} if head in ("retinanet", "fcos") else LIGHT | ({"mask_width": 32} if head == "mask_rcnn" else {})
+    if head == "fcos":  # its norms have 32 groups
+        kwargs = {"neck_kwargs": {"out_channels": 64}} | kwargs
+    torch.manual_seed(0)
+    return build_detector(backbone, head, neck, **{"num_classes": 3, "head_kwargs": head_kwargs} | SMALL | kwargs)
+
+
+def batch(channels: int = 3) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Two images of different sizes, one with two objects and one without."""
+    torch.manual_seed(1)
+    masks = torch.zeros(2, 64, 96, dtype=torch.uint8)
+    masks[0, 10:40, 10:50] = 1
+    masks[1, 20:60, 60:90] = 1
+    boxes = torch.tensor([[10.0, 10, 50, 40], [60, 20, 90, 60]])
+    full = {"boxes": boxes, "labels": torch.tensor([2, 0]), "masks": masks}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    empty["masks"] = torch.zeros(0, 70, 50, dtype=torch.uint8)
+    return [torch.rand(channels, 64, 96), torch.rand(channels, 70, 50)], [full, empty]
+
+
+def steps_and_finds(model: nn.Module, channels: int = 3) -> None:
+    images, targets = batch(channels)
+    copies = [{key: value.clone() for key, value in target.items()} for target in targets]
+    losses = model(images, targets)
+    total = sum(losses.values())
+    assert total.isfinite()
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    for target, copy in zip(targets, copies, strict=True):
+        assert all(torch.equal(target[key], copy[key]) for key in target)  # the caller's labels are left alone
+    found = model.eval()(images)
+    for image, each in zip(images, found, strict=True):
+        height, width = image.shape[-2:]
+        assert each["boxes"][:, 0::2].ge(0).all()
+        assert each["boxes"][:, 0::2].le(width).all()
+        assert each["boxes"][:, 1::2].le(height).all()
+        assert each["labels"].ge(0).all()
+        assert each["labels"].lt(model.num_classes).all()
+        assert ("masks" in each) == model.masks
+        if model.masks:
+            assert each["masks"].shape == (len(each["boxes"]), 1, height, width)
+
+
+@pytest.mark.parametrize("neck", ["fpn", "a3fpn"])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_on_every_neck(head, neck):
+    steps_and_finds(small(head=head, neck=neck))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_batch_without_objects_still_trains_every_part(head):
+    """Processes that train together need a gradient for every parameter, whatever is in their images."""
+    images, (_, empty) = batch()
+    model = small(head=head)
+    loss = sum(model(images[1:], [empty]).values())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model = small(family, "faster_rcnn", drop_path_rate=0.1)
+    assert model.pyramid.strides == (4, 8, 16, 32, 64)
+    steps_and_finds(model)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_backbones_of_timm(backbone):
+    kwargs = {"depths": (1, 1, 1, 1)} if "resnet" not in backbone else {}
+    steps_and_finds(small(backbone, "retinanet", **kwargs))
+
+
+def test_grey_images():
+    model = small(head="fcos", in_chans=1)
+    assert len(model.detector.transform.image_mean) == 1
+    steps_and_finds(model, channels=1)
+
+
+@pytest.mark.parametrize(("head", "strides"), [("faster_rcnn", (4, 8, 16, 32, 64)), ("fcos", (8, 16, 32, 64, 128))])
+def test_levels(head, strides):
+    model = small(head=head)
+    assert model.pyramid.strides == strides
+    maps = model.pyramid(torch.zeros(1, 3, 128, 256))
+    assert [tuple(x.shape[-2:]) for x in maps.values()] == [(128 // s, 256 // s) for s in strides]
+    generator = model.detector.rpn.anchor_generator if head == "faster_rcnn" else model.detector.anchor_generator
+    assert generator.strides == strides
+
+
+def test_anchors_stand_at_the_strides():
+    """At (column, row) * stride, also where maps are rounded up: 3 rows of stride 64 cover an image of 160 pixels."""
+    anchors = Anchors((32, 64), [8.0], [0.5, 1.0, 2.0])
+    maps = [torch.zeros(1, 1, 5, 7), torch.zeros(1, 1, 3, 4)]
+    found = anchors(ImageList(torch.zeros(1, 3, 160, 224), [(160, 224)]), maps)[0]
+    assert found.shape == (3 * (5 * 7 + 3 * 4), 4)
+    centres = (found[:, :2] + found[:, 2:]) / 2
+    last = centres[3 * 35 :].view(3, 4, 3, 2)
+    assert torch.equal(last[2, 3, 0], torch.tensor([3 * 64.0, 2 * 64.0]))
+    squares = found[3 * 35 + 1 :: 3]
+    assert torch.equal(squares[0], torch.tensor([-256.0, -256, 256, 256]))
+
+
+def test_regions_are_pooled_at_the_strides():
+    """Also from an image so small that torchvision's guess from the sizes (66 pixels, a map of 24) is another one."""
+    model = small(head="faster_rcnn").eval()
+    pool = model.detector.roi_heads.box_roi_pool
+    assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    maps = {str(i): torch.rand(1, 8, 96 // s, 96 // s) for i, s in enumerate((4, 8, 16, 32))}
+    box = torch.tensor([[4.0, 8, 40, 52]])
+    expected = roi_align(maps["0"], [box], 7, spatial_scale=0.25, sampling_ratio=2)
+    assert torch.equal(pool(maps, [box], [(66, 66)]), expected)
+    large = torch.tensor([[0.0, 0, 230, 230]])  # 224 and more: the third level
+    expected = roi_align(maps["2"], [large], 7, spatial_scale=1 / 16, sampling_ratio=2)
+    assert torch.equal(pool(maps, [large], [(66, 66)]), expected)
+
+
+def test_training_takes_images_as_they_come_and_evaluation_resizes():
+    model = small(head="fcos")
+    seen = []
+    model.pyramid.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    images, targets = batch()
+    model(images, targets)
+    model.eval()([torch.rand(3, 100, 130)])
+    assert seen[0] == (2, 3, 96, 96)  # 64x96 and 70x50, to a multiple of 32
+    assert seen[1] == (1, 3, 64, 96)  # 64x83, padded
+    model([torch.rand(3, 40, 200)])
+    assert seen[2] == (1, 3, 32, 96)  # the long side is limited to 96
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_classes_are_numbered_from_zero(head):
+    """Trained on one image until it is found: the label that comes out is the one that went in."""
+    model = small(head=head, num_classes=2, drop_path_rate=0.0)
+    image = torch.full((3, 64, 64), 0.1)
+    image[0, 16:48, 16:48] = 0.9
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[:, 16:48, 16:48] = 1
+    target = {"boxes": torch.tensor([[16.0, 16, 48, 48]]), "labels": torch.tensor([1]), "masks": masks}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        sum(model([image], [target]).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    found = model.eval()([image])[0]
+    assert found["labels"][0] == 1
+    assert found["scores"][0] > 0.2
+
+
+def test_detections_are_in_the_image_s_own_pixels():
+    """An image twice as large gives the same boxes twice as large: both are brought to the same size inside."""
+    model = small(head="retinanet", head_kwargs={"score_thresh": 0.0}).eval()
+    image = torch.rand(3, 64, 64).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    with torch.no_grad():
+        found = model([image, image.repeat_interleave(2, 1).repeat_interleave(2, 2)])
+    one, two = (each["boxes"][:20] for each in found)
+    assert len(one) == 20
+    assert one[:, 2].max() > 64
+    assert torch.allclose(2 * one, two, atol=1e-3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_saved_and_loaded_it_answers_the_same(head, tmp_path):
+    model = small(head=head, frozen_stages=1, drop_path_rate=0.1, strides=(8, 16, 32)).eval()
+    save_dense(tmp_path, model, ["a", "b", "c"], {"in_chans": 3}, category_ids=[3, 7, 90])
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["format"], config["task"], config["category_ids"]) == ("foveal-dense", "detect", [3, 7, 90])
+    other = load_dense(tmp_path)
+    assert not other.training
+    assert (other.classes, other.config["preprocessing"]) == (["a", "b", "c"], {"in_chans": 3})
+    images, _ = batch()
+    with torch.no_grad():
+        for a, b in zip(model(images), other(images), strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    with pytest.raises(ValueError, match="holds no detector or segmenter"):
+        load_dense(tmp_path)
+    model = small(head="fcos")
+    save_dense(tmp_path, model, ["a", "b", "c"], {})
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="can't be loaded"):
+        load_dense(tmp_path)
+    file.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value, says in (
+        ("arguments", config["arguments"] | {"num_classes": 5}, r"can't be loaded[\s\S]*size mismatch"),
+        ("arguments", config["arguments"] | {"colour": 1}, "colour"),
+        ("task", "dance", "task is 'dance'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=says):
+            load_dense(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_dense(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"head": "yolo"}, "unknown head 'yolo'; there are mask_rcnn"),
+        ({"neck": "pan"}, "unknown neck 'pan'"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"head_kwargs": {"score_tresh": 0.1}, "head": "fcos"}, "no argument 'score_tresh'; nearest: score_thresh"),
+        ({"head_kwargs": {"box_nms_tresh": 0.1}}, "no argument 'box_nms_tresh'; nearest: box_nms_thresh"),
+        ({"head_kwargs": {"mask_width": 3}, "head": "faster_rcnn"}, "no mask_width"),
+        ({"head_kwargs": {"min_size": 3}}, "no argument 'min_size'"),
+        ({"strides": (3, 9)}, "not at 3, 9"),
+        ({"backbone": "test_foveal_dinatt"}, "test_foveal_dinatt"),
+    ],
+)
+def test_mistakes_are_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        build_detector(**{"backbone": "test_foveal_dinat", "num_classes": 3} | arguments)
+
+
+def test_parameter_groups():
+    """All parameters that learn, once; the backbone's rate lower and falling with depth; frozen ones left out."""
+    model = small(head="faster_rcnn", frozen_stages=1)
+    groups = model.parameter_groups(0.05, layer_decay=0.5, backbone_lr_ratio=0.1)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert any(not p.requires_grad for p in model.parameters())
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    head = {name: p for name, p in named.items() if ".backbone.features." not in name}
+    assert {scales[id(p)] for p in head.values()} == {1.0}
+    assert {decays[id(p)] for p in head.values() if p.ndim > 1} == {0.05}
+    assert {decays[id(p)] for p in head.values() if p.ndim == 1} == {0.0}
+    body = [p for name, p in named.items() if ".backbone.features." in name and p.requires_grad]
+    assert max(scales[id(p)] for p in body) <= 0.1
+    assert len({scales[id(p)] for p in body}) > 2
+
+
+def test_sizes_are_those_of_the_paper():
+    """DiNAT-Tiny with Mask R-CNN: 48 M parameters (github.com/SHI-Labs, DiNAT.md)."""
+    with torch.device("meta"):
+        model = build_detector("dinat_tiny", num_classes=80)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(48, abs=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head", "neck"), [("mask_rcnn", "fpn"), ("retinanet", "a3fpn")])
+def test_half_precision(head, neck, dtype):
+    model = small(head=head, neck=neck)
+    images, targets = batch()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = sum(model(images, targets).values())
+        loss.backward()
+        found = model.eval()(images)
+    assert loss.isfinite()
+    assert all(each["boxes"].isfinite().all() for each in found)

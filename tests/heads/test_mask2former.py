@@ -1,0 +1,124 @@
+"""Mask2Former on our features, against transformers' own on the same backbone and parameters."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from foveal.heads.build import build_segmenter, load_dense, save_dense
+from foveal.heads.segmentation import Mask2Former
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("scipy", reason="needs scipy")
+
+SMALL = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
+SMALL |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=5, train_num_points=64)
+NAME = "test_foveal_dinat"
+
+
+def segmenter(**kwargs) -> Mask2Former:
+    torch.manual_seed(0)
+    return build_segmenter(NAME, "mask2former", num_classes=4, head_kwargs=SMALL | kwargs)
+
+
+@pytest.fixture
+def theirs():
+    """transformers' model with the backbone that it makes of a timm name."""
+    backbone = transformers.TimmBackboneConfig(backbone=NAME, out_indices=[0, 1, 2, 3])
+    config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=4, **SMALL)
+    return transformers.Mask2FormerForUniversalSegmentation(config).eval()
+
+
+def test_equals_transformers(theirs):
+    ours = segmenter().eval()
+    ours.features.network = timm.create_model(NAME, features_only=True).eval()  # as transformers makes it: no norms
+    prefix = "model.pixel_level_module.encoder."
+    ours.head.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith(prefix)})
+    body = theirs.model.pixel_level_module.encoder._backbone
+    ours.features.network.load_state_dict(body.state_dict())
+
+    images = torch.rand(2, 3, 64, 96)
+    normalized = (images - ours.mean) / ours.std
+    answer = theirs(normalized)
+    processor = transformers.Mask2FormerImageProcessor()
+    want = processor.post_process_semantic_segmentation(answer, [(64, 96)] * 2)
+    got = ours(images)
+    assert got.shape == (2, 4, 64, 96)
+    # theirs goes through 384x384 on its way to the image's size: nearly all pixels are the same, not all
+    agree = (torch.stack(want) == got.argmax(1)).float().mean()
+    assert agree > 0.98
+    shares, masks = answer.class_queries_logits.softmax(-1)[..., :-1], answer.masks_queries_logits
+    masks = torch.nn.functional.interpolate(masks, (64, 96), mode="bilinear").sigmoid()
+    scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
+    torch.testing.assert_close(got.exp(), scores, rtol=1e-4, atol=1e-6)
+
+    targets = torch.randint(0, 4, (2, 64, 96))
+    classes = [torch.arange(4), torch.arange(4)]
+    labels = [(image == torch.arange(4)[:, None, None]).float() for image in targets]
+    torch.manual_seed(1)  # the points where masks are compared are drawn
+    want = theirs(normalized, mask_labels=labels, class_labels=classes).loss
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours(images, targets), want)
+
+
+def test_learns_and_survives_images_without_a_class():
+    model = segmenter()
+    images, targets = torch.rand(2, 3, 50, 70), torch.randint(0, 4, (2, 50, 70))
+    targets[0, :20] = 255
+    model(images, targets).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    targets[0] = 255
+    assert model(images, targets).isfinite()
+    targets[:] = 255
+    assert model(images, targets).isfinite()
+
+
+def test_padding_belongs_to_no_class():
+    """A class that fills the image does not fill the padding around it."""
+    model = segmenter().eval()
+    seen = []
+    model.head.criterion.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+    model(torch.rand(1, 3, 40, 64), torch.full((1, 40, 64), 2))
+    (mask,) = seen[0]["mask_labels"]
+    assert seen[0]["class_labels"][0].tolist() == [2]
+    assert mask.shape == (1, 64, 64)
+    assert mask[0, :40].all() and not mask[0, 40:].any()
+
+
+def test_round_trip_and_copies(tmp_path):
+    model = segmenter().eval()
+    save_dense(tmp_path, model, list("abcd"), {})
+    loaded = load_dense(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(images), model(images))
+    other = copy.deepcopy(model)  # as an average of the weights is made
+    with torch.no_grad():
+        other.features.network.load_state_dict({k: v * 0 for k, v in other.features.network.state_dict().items()})
+    assert not torch.equal(other(images), model(images))
+    torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_embeddings_are_not_decayed():
+    model = segmenter()
+    groups = model.parameter_groups(0.05, None, 0.1)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    kept = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    names = [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) in kept and not n.startswith("features.")]
+    assert {n.rsplit(".", 2)[-2] if n.endswith("weight") else n.rsplit(".", 1)[-1] for n in names} == {
+        *("queries_embedder", "queries_features", "level_embed")
+    }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"neck": "a3fpn"}, "own pixel decoder"),
+        ({"head_kwargs": {"num_query": 5}}, "num_query"),
+        ({"head_kwargs": {"num_labels": 5}}, "num_labels"),
+        ({"strides": (8, 16, 32)}, r"\(8, 16, 32\)"),
+    ],
+)
+def test_bad_settings(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build_segmenter(NAME, "mask2former", num_classes=4, **kwargs)

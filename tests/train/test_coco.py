@@ -1,0 +1,451 @@
+"""COCO annotations: what is read, what is refused and named, what augmentation does to it, and average precision."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as oracle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
+from foveal.train.data import DataError
+from foveal.train.data.coco import (
+    CLIPPED,
+    BadEntries,
+    CocoImages,
+    CocoIndex,
+    _run_sum,
+    augmentation,
+    build_coco,
+    choose_images,
+    read_coco,
+)
+from foveal.train.detection_metrics import CocoScorer, average_precision
+
+HEIGHT, WIDTH = 40, 60
+SQUARE = [[5, 5, 25, 5, 25, 25, 5, 25]]
+
+
+def content(annotations: list[dict], images: int = 1) -> dict:
+    return {
+        "images": [{"id": 10 + i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in range(images)],
+        "annotations": [
+            {"id": 1 + i, "image_id": 10, "category_id": 4, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0} | entry
+            for i, entry in enumerate(annotations)
+        ],
+        "categories": [{"id": 90, "name": "kite"}, {"id": 4, "name": "dog"}, {"id": 17, "name": "cup"}],
+    }
+
+
+def write(folder: Path, what: dict) -> Path:
+    for image in what["images"]:
+        if not (folder / image["file_name"]).exists():
+            Image.new("RGB", (image["width"], image["height"]), (90, 120, 150)).save(folder / image["file_name"])
+    file = folder / "instances.json"
+    file.write_text(json.dumps(what))
+    return file
+
+
+def read(folder: Path, what: dict, masks: bool = True, limit: float = 0.01) -> tuple[CocoIndex, BadEntries]:
+    bad = BadEntries(limit)
+    return read_coco(write(folder, what), folder, bad, masks=masks), bad
+
+
+def packed(mask: np.ndarray) -> dict:
+    code = oracle.encode(np.asfortranarray(mask))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
+
+
+def unpacked(mask: np.ndarray) -> dict:
+    flat = np.concatenate([[0], mask.T.ravel(), [2]])
+    runs = np.diff(np.flatnonzero(np.diff(flat) != 0), prepend=0)
+    return {"size": list(mask.shape), "counts": runs.tolist()}
+
+
+def test_categories_with_gaps_are_numbered_by_id(tmp_path):
+    index, bad = read(tmp_path, content([{"category_id": c, "segmentation": SQUARE} for c in (90, 4, 17)]))
+    assert index.categories == {4: "dog", 17: "cup", 90: "kite"}
+    assert index.target(0)["labels"].tolist() == [2, 0, 1]
+    assert [a["category_id"] for a in index.truth([0])["annotations"]] == [90, 4, 17]
+    assert not bad.entries
+
+
+def test_the_three_forms_of_masks(tmp_path):
+    """Polygons, of one and of several parts, and both kinds of run lengths, against pycocotools."""
+    blob = np.zeros((HEIGHT, WIDTH), np.uint8)
+    blob[3:30, 10:41] = np.random.default_rng(0).random((27, 31)) < 0.7
+    blob[0, 0] = 1  # begins with a one: the first run is empty
+    parts = [[5.5, 5.2, 25.1, 7, 20, 30.7], [30, 5, 50, 5, 50.4, 22.6, 31, 20]]
+    index, bad = read(tmp_path, content([{"segmentation": s} for s in (parts, unpacked(blob), packed(blob))]))
+    masks = index.target(0)["masks"]
+    assert masks.shape == (3, HEIGHT, WIDTH)
+    assert masks.dtype == torch.uint8
+    expected = oracle.decode(oracle.merge(oracle.frPyObjects(parts, HEIGHT, WIDTH)))
+    for mask, other in zip(masks, (expected, blob, blob), strict=True):
+        assert np.array_equal(mask.numpy(), other)
+    assert not bad.entries
+
+
+def test_run_lengths_are_checked_before_they_are_decoded():
+    draw = np.random.default_rng(1)
+    for density in (0.01, 0.3, 0.9, 1.0, 0.0):
+        mask = (draw.random((97, 131)) < density).astype(np.uint8)
+        text = packed(mask)["counts"]
+        assert _run_sum(text) == 97 * 131
+        assert _run_sum(text + "1") != 97 * 131
+    long = np.zeros((3000, 2000), np.uint8)
+    long[1234:, 1000:1500] = 1
+    assert _run_sum(packed(long)["counts"]) == long.size
+    for damaged in ("", "P", "\x00", "hello world", "ü", "oooooooooooo0"):
+        assert _run_sum(damaged) == -1
+
+
+def test_crowds_are_not_learned_and_are_ignored_by_the_evaluation(tmp_path):
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8)
+    crowd[:20] = 1
+    entries = [{"segmentation": SQUARE}, {"segmentation": unpacked(crowd), "iscrowd": 1, "bbox": [0, 0, 60, 20]}]
+    index, bad = read(tmp_path, content(entries))
+    assert len(index.target(0)["labels"]) == 1
+    truth = index.truth([0])
+    assert [a["iscrowd"] for a in truth["annotations"]] == [0, 1]
+    assert not bad.entries
+    # a detection on the crowd costs nothing, the same one elsewhere does
+    sure = {"image_id": 10, "category_id": 4}
+    right = sure | {"bbox": [5, 5, 20, 20], "score": 0.5}
+    assert average_precision(truth, [right, sure | {"bbox": [30, 2, 20, 15], "score": 0.9}], "box")["box_ap"] == 100
+    assert average_precision(truth, [right, sure | {"bbox": [30, 22, 20, 15], "score": 0.9}], "box")["box_ap"] < 60
+
+
+ENTIRE = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
+BAD = {
+    "image is not in the file": {"image_id": 99},
+    "category is not in the file": {"category_id": 5},
+    "box is not four numbers": {"bbox": [1, 2, 3]},
+    "box has no area": {"bbox": [5, 5, 0, 20]},
+    "box lies outside the image": {"bbox": [61, 5, 10, 10]},
+    "no mask": {"segmentation": []},
+    "mask of another size than the image": {"segmentation": {"size": [20, 60], "counts": [1200]}},
+    "mask's run lengths don't fill the image": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPYo0"}},
+    "mask has a polygon that is not three points or more": {"segmentation": [[1, 2, 3, 4]]},
+    "mask has a polygon far outside the image": {"segmentation": [[1, 2, 3, 1e7, 5, 6]]},
+    "mask is neither polygons nor run lengths": {"segmentation": "square"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_annotations_are_named_and_counted(tmp_path, reason):
+    index, bad = read(tmp_path, content([{"segmentation": SQUARE}, {"segmentation": SQUARE} | BAD[reason]]))
+    assert bad.counts(index.file) == {reason: 1}
+    assert bad.entries[0][2] == 2
+    assert len(index.target(0)["labels"]) == 1
+    bad.write(tmp_path / "bad_samples.csv")
+    with (tmp_path / "bad_annotations.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert row["image"] == ("99" if "image_id" in BAD[reason] else "0.png")
+    assert row["reason"].startswith(reason)
+    assert not (tmp_path / "bad_samples.csv").exists()  # no image is unreadable
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({"bbox": b} for b in (None, "5555", [5, 5, "20", 20], [5, 5, float("nan"), 20], [5, 5, 10**400, 20])),
+        *({"image_id": i} for i in (None, [10], "10", True)),
+        {"category_id": {}},
+        *({"segmentation": s} for s in (7, [[]], [["a"] * 6], {}, {"size": [HEIGHT, WIDTH]}, [SQUARE])),
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]}},
+        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 1]}},
+    ],
+    ids=lambda entry: str(entry)[:40],
+)
+def test_nonsense_is_dropped_with_a_reason(tmp_path, entry):
+    index, bad = read(tmp_path, content([{"segmentation": SQUARE}, {"segmentation": SQUARE} | entry]))
+    assert len(bad.entries) == 1
+    assert len(index.target(0)["labels"]) == 1
+    assert len(index.truth([0])["annotations"]) == 1
+
+
+def test_masks_are_not_needed_for_boxes(tmp_path):
+    index, bad = read(tmp_path, content([{"segmentation": []}, {}]), masks=False)
+    assert len(index.target(0)["labels"]) == 2
+    assert "masks" not in index.target(0)
+    assert not bad.entries
+
+
+def test_boxes_beyond_the_image_are_clipped_for_training_and_reported(tmp_path):
+    boxes = [[-10, -5, 30, 20], [50, 30, 10.4, 10], [20, 10, 100, 100]]
+    index, bad = read(tmp_path, content([{"bbox": b, "segmentation": SQUARE} for b in boxes]))
+    assert index.target(0)["boxes"].tolist() == [[0, 0, 20, 15], [50, 30, 60, 40], [20, 10, 60, 40]]
+    assert bad.counts(index.file) == {CLIPPED: 2}  # not the one that is off by rounding
+    assert [a["bbox"] for a in index.truth([0])["annotations"]] == boxes  # measured as COCO's own tool would
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (json.dumps(content([{}]))[:150], "was cut short"),
+        ("", "was cut short"),
+        ("[1, 2]", "holds a list"),
+        ('{"images": []}', "no list 'annotations'"),
+        (json.dumps(content([]) | {"images": []}), "has no images"),
+        (json.dumps(content([]) | {"categories": []}), "has no categories"),
+        (
+            json.dumps(content([]) | {"categories": [{"id": 1, "name": "a"}] * 2}),
+            "category ids given more than once: 1",
+        ),
+        (json.dumps(content([]) | {"images": [{"id": 1, "file_name": "a"}]}), "no `height` and `width`"),
+        (json.dumps(content([]) | {"images": content([])["images"] * 2}), "two images have the id 10"),
+    ],
+)
+def test_files_that_are_not_coco(tmp_path, text, says):
+    file = tmp_path / "instances.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_coco(file, tmp_path, BadEntries(0.0), masks=True)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_and_other_categories(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json does not exist"):
+        read_coco(tmp_path / "none.json", tmp_path, BadEntries(0.0), masks=True)
+    file = write(tmp_path, content([{}]))
+    with pytest.raises(DataError, match=r"the model was not made for.*17: 'cup'"):
+        read_coco(file, tmp_path, BadEntries(0.0), masks=False, categories={4: "dog", 90: "kite", 17: "mug"})
+
+
+def test_images_without_objects_are_left_out_or_kept(tmp_path):
+    entries = [{"segmentation": SQUARE}, {"image_id": 12, "segmentation": SQUARE, "iscrowd": 1}, {"image_id": 13}]
+    for keep, expected in ((False, [10]), (True, [10, 11, 12, 13])):
+        index, bad = read(tmp_path, content(entries, images=4))
+        assert choose_images(index, bad, train=True, keep_empty=keep, limit=None) == (0 if keep else 3)
+        assert index.image_ids.tolist() == expected
+    assert index.target(1)["boxes"].shape == (0, 4)
+    assert index.target(1)["masks"].shape == (0, HEIGHT, WIDTH)
+    index, bad = read(tmp_path, content(entries[1:], images=4))
+    with pytest.raises(DataError, match="no image with an object"):
+        choose_images(index, bad, train=True, keep_empty=False, limit=None)
+    assert choose_images(index, bad, train=False, keep_empty=False, limit=None) == 0  # the evaluation takes them all
+    assert len(index) == 4
+
+
+def test_missing_images_are_named_and_too_many_stop(tmp_path):
+    what = content([{"image_id": 10 + i, "bbox": [i, 5, 20, 20]} for i in range(5)], images=5)
+    file = write(tmp_path, what)
+    (tmp_path / "1.png").unlink()
+    index, bad = read_coco(file, tmp_path, BadEntries(0.5), masks=False), BadEntries(0.5)
+    choose_images(index, bad, train=True, keep_empty=False, limit=3)
+    assert index.names == ["0.png", "2.png", "3.png"]
+    assert index.target(1)["boxes"][0, 0] == 2  # annotations moved with their images
+    assert bad.names == {str(tmp_path / "1.png"): "the file does not exist"}
+    index = read_coco(file, tmp_path, bad, masks=False)
+    with pytest.raises(DataError, match=r"1 of 5 images could not be read.*1\.png"):
+        choose_images(index, BadEntries(0.1), train=True, keep_empty=False, limit=None)
+    with pytest.raises(DataError, match="none of the 5 images"):
+        choose_images(
+            read_coco(file, tmp_path / "elsewhere", bad, masks=False), bad, train=True, keep_empty=True, limit=None
+        )
+
+
+def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):
+    what = content([{"image_id": 10 + i, "bbox": [i, 5, 20, 20]} for i in range(3)], images=3)
+    file = write(tmp_path, what)
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "1.png")  # of another size
+    index = read_coco(file, tmp_path, BadEntries(1.0), masks=False)
+    training = CocoImages(index, 3, augmentation(DetectAugmentConfig()), seed=0)
+    image, target, number, found = training[0, 0]
+    assert (number, len(target["boxes"])) == (2, 1)
+    assert [name for name, _ in found] == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    assert "is 40x60 pixels, its annotations are for 60x40" in found[1][1]
+    image, _, _, found = CocoImages(index, 3, None, seed=0)[0, 1]
+    assert image is None
+    assert len(found) == 1
+
+
+def test_what_is_left_out_is_said(rectangles):
+    file = rectangles / "annotations" / "instances_train.json"
+    what = json.loads(file.read_text())
+    what["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    what["images"].append({"id": 1, "file_name": "gone.png", "height": 64, "width": 80})
+    file.write_text(json.dumps(what))
+    config = load_config(None, [], DetectConfig, {"output": "-", "model": {"name": "-"}})
+    for key, value in {"root": str(rectangles), "workers": 0, "max_bad_fraction": 0.1}.items():
+        setattr(config.data, key, value)
+    for split in ("train", "val"):
+        setattr(config.data, f"{split}_annotations", f"annotations/instances_{split}.json")
+        setattr(config.data, f"{split}_images", split)
+    config.train.batch_size = 4
+    data = build_coco(config, masks=True, device=torch.device("cpu"))
+    said = "\n".join(data.notes)
+    assert "instances_train.json: 1 x box has no area" in said
+    assert "1 images without an object left out" in said
+    assert "gone.png" in said
+    assert data.train.samples == 15
+
+
+def bounds(mask: torch.Tensor) -> torch.Tensor:
+    rows, columns = (mask.any(1 - d).nonzero().flatten() for d in (0, 1))
+    return torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"short_sides": [50, 64, 72], "max_size": 90},
+        {"short_sides": [40, 70], "sampling": "range", "vflip": 0.5},
+        {"short_sides": [60], "crop_prob": 1.0, "crop_short_sides": [70, 90], "crop": [45, 65]},
+    ],
+    ids=["sizes", "range", "crop"],
+)
+def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes):
+    config = DetectAugmentConfig(**changes)
+    folder = rectangles / "train"
+    index = read_coco(rectangles / "annotations/instances_train.json", folder, BadEntries(0.0), masks=True)
+    dataset = CocoImages(index, 3, augmentation(config), seed=3)
+    sizes, objects = set(), 0
+    nearest = 2.5 if config.crop_prob else 1.5  # a mask's edge moves by up to a pixel each time it is resized
+    for number in range(len(dataset)):
+        image, target, *_ = dataset[5, number]
+        sizes.add(tuple(image.shape[-2:]))
+        assert image.dtype == torch.uint8
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
+            assert mask.shape == image.shape[-2:]
+            x1, y1, x2, y2 = box.round().int().tolist()
+            assert 0 <= x1 < x2 <= image.shape[-1]
+            assert 0 <= y1 < y2 <= image.shape[-2]
+            if mask.any() and min(x2 - x1, y2 - y1) > 4:
+                assert (bounds(mask) - box).abs().max() <= nearest
+                inside = image[:, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].float().mean((1, 2))
+                assert inside.argmax() == (0, 1)[label]  # red is 3, green is 7
+                objects += 1
+    assert objects > 8
+    assert len(sizes) > 1
+    assert all(min(size) <= max(config.short_sides) and max(size) <= config.max_size for size in sizes)
+    if config.sampling == "choice" and not config.crop_prob:
+        assert {min(size) for size in sizes} == {50, 64, 72}
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_number_alone(detect_recipe):
+    """The same batches from one process and from two, from the start or from the middle; others in other epochs."""
+    config = load_config(detect_recipe, [], DetectConfig)
+
+    def batches(workers: int, epoch: int, start: int = 0) -> list:
+        config.data.workers = workers
+        return list(build_coco(config, masks=True, device=torch.device("cpu")).train.epoch(epoch, start))
+
+    alone, others = batches(0, 1), batches(2, 1)
+    assert len(alone) == 4
+    for a, b in zip(alone, others, strict=True):
+        assert a.numbers == b.numbers
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+        for s, t in zip(a.targets, b.targets, strict=True):
+            assert all(torch.equal(s[key], t[key]) for key in ("boxes", "labels", "masks"))
+    later = batches(0, 1, start=2)
+    assert [b.numbers for b in later] == [b.numbers for b in alone[2:]]
+    assert torch.equal(later[0].images[0], alone[2].images[0])
+    assert [b.numbers for b in batches(0, 2)] != [b.numbers for b in alone]
+
+
+def test_sizes_that_make_no_sense_are_refused():
+    with pytest.raises(DataError, match="the least and the largest"):
+        augmentation(DetectAugmentConfig(short_sides=[640, 700, 800], sampling="range"))
+    with pytest.raises(DataError, match="the least side, then the largest"):
+        augmentation(DetectAugmentConfig(crop=[600, 384]))
+
+
+def random_results(draw: np.random.Generator, truth: dict) -> list[dict]:
+    """Detections near the truth and beside it, with masks, some of them of wrong classes and many with equal scores."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    ids = [c["id"] for c in truth["categories"]]
+    results = []
+    for entry in truth["annotations"] * 3:
+        height, width = sizes[entry["image_id"]]
+        x, y, w, h = np.array(entry["bbox"]) + draw.normal(0, 4, 4)
+        w, h = max(w, 2), max(h, 2)
+        mask = np.zeros((height, width), np.uint8)
+        mask[max(int(y), 0) : int(y + h), max(int(x), 0) : int(x + w)] = draw.random() < 0.95
+        category = entry["category_id"] if draw.random() < 0.8 else int(draw.choice(ids))
+        results.append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": category,
+                "score": float(draw.integers(1, 20)) / 20,
+                "bbox": [float(v) for v in (x, y, w, h)],
+                "segmentation": packed(mask),
+            }
+        )
+    return results
+
+
+def random_truth(draw: np.random.Generator, images: int = 12) -> dict:
+    truth = content([], images=images)
+    for image in truth["images"]:
+        image["height"], image["width"] = 240, 320
+        for _ in range(draw.integers(0, 9)):
+            w, h = np.exp(draw.uniform(np.log(8), np.log(230), 2))
+            x, y = draw.uniform(0, 320 - w), draw.uniform(0, 240 - h)
+            mask = np.zeros((240, 320), np.uint8)
+            mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "area": float(mask.sum()),
+                    "category_id": int(draw.choice([4, 17, 90])),
+                    "bbox": [float(v) for v in (x, y, w, h)],
+                    "iscrowd": int(draw.random() < 0.15),
+                    "segmentation": unpacked(mask),
+                }
+            )
+    return truth
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_average_precision_is_cocos(kind, capsys):
+    """Against pycocotools, on random detections with crowds, ties and three sizes."""
+    draw = np.random.default_rng(7)
+    truth = random_truth(draw)
+    results = random_results(draw, truth)
+    ours = average_precision(json.loads(json.dumps(truth)), results, kind)
+    known = COCO()
+    known.dataset = json.loads(json.dumps(truth))
+    known.createIndex()
+    drop = {"box": "segmentation", "mask": "bbox"}[kind]
+    found = known.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
+    judge = COCOeval(known, found, {"box": "bbox", "mask": "segm"}[kind])
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert list(ours) == [f"{kind}_{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")]
+    assert list(ours.values()) == pytest.approx([100 * v for v in judge.stats[:6]], abs=1e-6)
+    assert 10 < ours[f"{kind}_ap"] < 90
+
+
+def test_scorer_finds_what_was_annotated(tmp_path):
+    """The annotations themselves as detections: 100, for boxes and masks, with categories that have gaps."""
+    draw = np.random.default_rng(3)
+    index, bad = read(tmp_path, random_truth(draw))
+    assert not bad.entries
+    scorer = CocoScorer(index, masks=True)
+    for number in range(len(index)):
+        target = index.target(number)
+        found = target | {"scores": torch.ones(len(target["labels"])), "masks": target["masks"][:, None].float()}
+        scorer.add([number], [found])
+    figures = scorer.compute()
+    assert figures == pytest.approx(dict.fromkeys(figures, 100.0))
+
+
+def test_nothing_found_is_zero_and_an_absent_size_is_none(tmp_path):
+    index, _ = read(tmp_path, content([{"segmentation": SQUARE}]))
+    scorer = CocoScorer(index, masks=True)
+    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
+    scorer.add([0], [nothing | {"masks": torch.zeros(0, 1, HEIGHT, WIDTH)}])
+    figures = scorer.compute()
+    assert figures["box_ap"] == figures["mask_ap"] == figures["box_ap_small"] == 0
+    assert figures["box_ap_large"] is None

@@ -1,0 +1,303 @@
+"""Detection runs from beginning to end: what they leave, that they can be stopped, gone on with, measured and used."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from typer.testing import CliRunner
+
+from foveal.cli import app
+from foveal.configs.schema import DetectConfig, load_config
+from foveal.heads.build import load_dense
+from foveal.train import detect, tasks
+
+from .conftest import DETECT, write_rectangles
+
+MASKS = [
+    "model.head=mask_rcnn",
+    "model.neck_kwargs.out_channels=32",
+    "model.head_kwargs={box_width: 32, mask_width: 32, rpn_post_nms_top_n_train: 50, rpn_post_nms_top_n_test: 50, "
+    "box_batch_size_per_image: 16, box_detections_per_img: 20}",
+]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[tuple[str, ...]]:
+    return [(r["epoch"], r["lr"], r["train_loss"], r["box_ap"]) for r in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of Mask R-CNN with averaged weights that learned the rectangles; its data are beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    root = write_rectangles(folder / "rectangles", {"train": 16, "val": 6})
+    recipe = folder / "quick.yaml"
+    recipe.write_text(DETECT.replace("data:\n", f"data:\n  root: {root}\n"))
+    more = ["schedule.epochs=6", "train.eval_every=3", "train.ema_decay=0.8", "optim.lr=3e-3", "optim.clip_grad=1"]
+    assert detect.train(recipe, [f"output={folder / 'run'}", "seed=1", *MASKS, *more]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Runs without figures, which take longer than these runs."""
+    monkeypatch.setattr(detect.Task, "_draw", lambda *_: None)
+    monkeypatch.setattr(detect.plots, "curves", lambda *_: None)
+
+
+def test_what_a_run_leaves(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "pictures", "tensorboard", "environment.json"),
+        *("summary.json", "best", "last"),
+    }
+    assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_003.png", "epoch_006.png"}
+    with Image.open(finished / "pictures" / "epoch_006.png") as picture:
+        assert min(picture.size) > 500
+    found = rows(finished)
+    assert [r["box_ap"] != "" for r in found] == [False, False, True] * 2
+    assert found[-1]["mask_ap_large"] == ""  # no object is that large
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["box_ap"] == max(float(r["box_ap"]) for r in found if r["box_ap"])
+    assert (summary["head"], summary["epochs"]) == ("mask_rcnn", 6)
+    config = json.loads((finished / "best" / "config.json").read_text())
+    assert (config["classes"], config["category_ids"]) == (["red", "green"], [3, 7])
+    assert load_config(finished / "config.yaml", [], DetectConfig).train.ema_decay == 0.8
+
+
+def test_it_learns(finished):
+    """A little, in its 24 updates: an untrained detector finds next to nothing."""
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["box_ap50"] > 8
+    assert summary["mask_ap50"] > 8
+    assert float(rows(finished)[-1]["train_loss"]) < 0.8 * float(rows(finished)[0]["train_loss"])
+
+
+def test_evaluate_gives_the_recorded_figures_and_pycocotools_too(finished, tmp_path):
+    """From the run, its best/ and a copy elsewhere; and the predictions, in the ids of the file, by COCO's own tool."""
+    root = finished.parent / "rectangles"
+    shutil.copytree(finished / "best", tmp_path / "model")
+    data = ["data.val_annotations=annotations/instances_val.json", "data.val_images=val", "data.workers=0"]
+    summary = json.loads((finished / "summary.json").read_text())
+    for source, overrides in (
+        (finished, [f"predictions={tmp_path / 'found.json'}"]),
+        (finished / "best", ["train.val_batch_size=1"]),
+        (tmp_path / "model", [f"data.root={root}", *data]),
+    ):
+        assert tasks.evaluate(str(source), [f"output={tmp_path / 'result.json'}", *overrides]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["n"] == 6
+        for name in ("box_ap", "mask_ap", "box_ap_small"):
+            assert result[name] == pytest.approx(summary[name], abs=1e-6 if source == finished else 0.5)
+    known = COCO(str(root / "annotations" / "instances_val.json"))
+    for kind, name in (("bbox", "box_ap"), ("segm", "mask_ap")):
+        judge = COCOeval(known, known.loadRes(str(tmp_path / "found.json")), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        assert 100 * judge.stats[0] == pytest.approx(summary[name], abs=1e-6)
+
+
+def test_evaluate_says_what_is_missing(finished, tmp_path, capsys):
+    for source, overrides, says in (
+        (finished, ["data.root=/none/such"], "the data folder /none/such does not exist"),
+        (finished, ["data.rooot=1"], "unknown key `data.rooot`"),
+        (finished / "best", ["data.val_images=train2"], "none of the 6 images"),
+    ):
+        assert tasks.evaluate(str(source), overrides) == 1
+        assert says in " ".join(capsys.readouterr().out.split())
+    shutil.copy(finished / "config.yaml", tmp_path / "config.yaml")
+    assert tasks.evaluate(str(tmp_path)) == 1
+    assert "holds no detector or segmenter" in " ".join(capsys.readouterr().out.split())
+
+
+def test_other_categories_are_refused(finished, tmp_path, capsys):
+    root = shutil.copytree(finished.parent / "rectangles", tmp_path / "other")
+    file = root / "annotations" / "instances_val.json"
+    file.write_text(file.read_text().replace('"red"', '"blue"'))
+    assert tasks.evaluate(str(finished), [f"data.root={root}"]) == 1
+    assert "the model was not made for (id: name): {3: 'blue'}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_predict_answers_in_the_pixels_of_the_file(finished, tmp_path):
+    """An image twice as large has the same objects at twice the places."""
+    original = finished.parent / "rectangles" / "val" / "001.png"
+    with Image.open(original) as image:
+        image.resize((160, 128), Image.Resampling.NEAREST).save(tmp_path / "double.png")
+    files = [original, tmp_path / "none.png", tmp_path / "double.png"]
+    (path, one), (_, missing), (_, two) = detect.predict(finished, files, 0.1, tmp_path / "drawn")
+    assert path == str(original)
+    assert isinstance(missing, OSError)
+    assert {p.name for p in (tmp_path / "drawn").iterdir()} == {"001.png", "double.png"}
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert (a["label"], a["category_id"]) == (b["label"], b["category_id"])
+        assert a["category_id"] == {"red": 3, "green": 7}[a["label"]]
+        assert b["score"] == pytest.approx(a["score"], abs=1e-4)
+        assert b["box"] == pytest.approx([2 * v for v in a["box"]], abs=0.05)
+        assert 0 <= b["box"][0] < b["box"][2] <= 160
+    assert [each["score"] for each in one] == sorted((each["score"] for each in one), reverse=True)
+
+
+def test_the_commands(finished, tmp_path):
+    image = finished.parent / "rectangles" / "val" / "001.png"
+    result = CliRunner().invoke(
+        app, ["predict", str(image), "none.png", "--model", str(finished), "--threshold", "0.2"]
+    )
+    assert result.exit_code == 1  # for the missing one
+    assert " from (" in result.output
+    assert "none.png" in result.output
+    result = CliRunner().invoke(app, ["evaluate", str(finished), f"output={tmp_path / 'r.json'}"])
+    assert result.exit_code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["model"] == "test_foveal_dinat"
+    assert [tasks.task_of(p) for p in (finished, finished / "best", "dinat_mini")] == ["detect", "detect", "classify"]
+
+
+def test_resumed_equals_uninterrupted(detect_recipe, tmp_path, monkeypatch, undrawn):
+    """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit, whatever
+    the number of loading processes."""
+    options = ["train.ema_decay=0.9", "augment.crop_prob=0.5", "augment.crop=[40,60]", *MASKS]
+    options += ["augment.crop_short_sides=[64]"]
+    assert detect.train(detect_recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
+
+    original, stops = detect.Task.train_step, {2, 4}  # batches: 4 an epoch
+    calls = []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        if len(calls) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model, batch, epoch)
+
+    monkeypatch.setattr(detect.Task, "train_step", step)
+    parts = [f"output={tmp_path / 'parts'}", "resume=auto", *options]
+    assert [detect.train(detect_recipe, [*parts, f"data.workers={w}"]) for w in (0, 2, 0)] == [130, 130, 0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("model", "raw"):
+        whole, parts = (
+            safetensors.torch.load_file(tmp_path / run / f"last/{name}.safetensors") for run in ("whole", "parts")
+        )
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_resume_refuses_another_model(detect_recipe, tmp_path, capsys, undrawn):
+    options = [f"output={tmp_path / 'run'}", "schedule.epochs=1"]
+    assert detect.train(detect_recipe, options) == 0
+    assert detect.train(detect_recipe, [*options, "resume=auto", "model.head=retinanet"]) == 1
+    assert "belongs to another run: model was" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_left_out_is_printed_and_written(detect_recipe, rectangles, tmp_path, capsys, undrawn):
+    file = rectangles / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    content["annotations"][1]["category_id"] = 99
+    file.write_text(json.dumps(content))
+    (rectangles / "val" / "003.png").unlink()
+    run = tmp_path / "run"
+    options = [f"output={run}", "schedule.epochs=1", "data.max_bad_fraction=0.2", "data.keep_empty=true"]
+    assert detect.train(detect_recipe, options) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 x box has no area" in said
+    assert "1 x category is not in the file" in said
+    assert "1 images of the annotations don't exist" in said
+    with (run / "bad_annotations.csv").open() as table:
+        assert [(r["annotation"], r["reason"].split(" (")[0]) for r in csv.DictReader(table)] == [
+            ("1", "box has no area"),
+            ("2", "category is not in the file"),
+        ]
+    with (run / "bad_samples.csv").open() as table:
+        assert [(Path(r["sample"]).name, r["reason"]) for r in csv.DictReader(table)] == [
+            ("003.png", "the file does not exist")
+        ]
+
+
+def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path, capsys):
+    file = rectangles / "annotations" / "instances_train.json"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert detect.train(detect_recipe, [f"output={tmp_path / 'run'}"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "instances_train.json is not JSON, or was cut short" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.name=dinat_minni", "dinat_minni"),
+        ("model.head=yolo", "must be one of mask_rcnn, faster_rcnn, retinanet, fcos"),
+        ("model.head_kwargs.score_tresh=1", "no argument 'score_tresh'; nearest: score_thresh"),
+        ("model.kwargs.colour=red", "colour"),
+        ("model.neck_kwargs.out_channels=20", "fpn and fcos"),
+        ("model.checkpoint=none.safetensors", "none.safetensors"),
+        ("model.frozen_stages=9", "frozen_stages=9"),
+        ("data.root=null", "data.root is needed"),
+        ("data.val_annotations=none.json", "none.json does not exist"),
+        ("augment.short_sides=[]", "augment.short_sides"),
+        ("augment.crop=[10]", "must have 2 items"),
+        ("train.batch_size=17", "16 training images don't fill one batch of 17"),
+    ],
+)
+def test_mistakes_are_one_clear_line(detect_recipe, tmp_path, capsys, override, says):
+    assert detect.train(detect_recipe, [f"output={tmp_path / 'run'}", override]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert says in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "last").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.amp=bf16", "model.head=retinanet", "optim.backbone_lr_ratio=0.1", "optim.layer_decay=0.7"],
+        ["schedule.name=multistep", "schedule.milestones=[0.5]", "model.frozen_stages=1", "optim.name=sgd"],
+        ["train.steps_per_epoch=2", "train.accumulate=2", "model.grad_checkpointing=true", "data.in_chans=1"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_train(detect_recipe, tmp_path, options, undrawn):
+    run = tmp_path / "run"
+    assert detect.train(detect_recipe, [f"output={run}", "schedule.epochs=1", *options]) == 0
+    assert float(rows(run)[0]["train_loss"]) > 0
+    assert load_dense(run).config["preprocessing"]["in_chans"] == (1 if "data.in_chans=1" in options else 3)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_every_image_once(detect_recipe, tmp_path):
+    """Through accelerate and gloo, on the CPU, with batch norms over both: 5 held-out images, the figures of one."""
+    run = tmp_path / "run"
+    code = tmp_path / "go.py"
+    code.write_text("import sys; from foveal.train.detect import train; sys.exit(train(sys.argv[1], sys.argv[2:]))")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [f"output={run}", "schedule.epochs=2", "data.val_limit=5", *MASKS]
+    done = subprocess.run(
+        [*launch, str(code), str(detect_recipe), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    assert tasks.evaluate(str(run), [f"output={tmp_path / 'one.json'}"]) == 0
+    one = json.loads((tmp_path / "one.json").read_text())
+    best = json.loads((run / "summary.json").read_text())
+    assert one["n"] == 5
+    assert all(one[name] == pytest.approx(best[name], abs=1e-4) for name in ("box_ap", "mask_ap"))

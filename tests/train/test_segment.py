@@ -1,0 +1,374 @@
+"""Segmentation runs from beginning to end, their scores against other ways to count, and what they refuse."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+from foveal.configs.schema import SegmentConfig, load_config
+from foveal.heads.build import build_segmenter, load_dense
+from foveal.heads.segmentation.published import to_mmseg
+from foveal.train import plots, segment, tasks
+from foveal.train.segment import Score, evaluate, predict, segmentation_loss, train
+
+RECIPE = """\
+model:
+  name: test_foveal_dinat
+  drop_path_rate: 0.1
+  head_kwargs: {channels: 32}
+  auxiliary_kwargs: {channels: 16}
+data:
+  root: ROOT
+  classes: [ground, red, green]
+  workers: 0
+augment: {crop: [48, 64], ratio: [0.8, 1.25]}
+optim: {lr: 2e-3}
+schedule: {epochs: 2, warmup_fraction: 0.1}
+train: {batch_size: 4, threads: 1}
+"""
+
+
+def write_blocks(root: Path, counts: dict[str, int]) -> Path:
+    """ROOT/images and ROOT/masks: a red and a green block on noise, with a border of pixels without a class."""
+    draw = np.random.default_rng(0)
+    for split, count in counts.items():
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            height, width = 48, 64 + 8 * (number % 2)
+            pixels = draw.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            labels = np.zeros((height, width), np.uint8)
+            for label in (1, 2):
+                side = draw.integers(14, 28)
+                x, y = (label - 1) * width // 2 + draw.integers(0, width // 2 - side), draw.integers(0, height - side)
+                pixels[y : y + side, x : x + side, label - 1] = 230
+                labels[y : y + side, x : x + side] = label
+            labels[:2] = 255
+            Image.fromarray(pixels).save(root / "images" / split / f"{number:03}.png")
+            Image.fromarray(labels).save(root / "masks" / split / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> Path:
+    """16 training and 5 held-out images."""
+    return write_blocks(tmp_path_factory.mktemp("blocks"), {"train": 16, "val": 5})
+
+
+def write_recipe(folder: Path, blocks: Path) -> Path:
+    path = folder / "blocks.yaml"
+    path.write_text(RECIPE.replace("ROOT", str(blocks)))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, blocks: Path, monkeypatch) -> Path:
+    """A recipe for `blocks`; its figures, half of the time of so short a run, are left out."""
+    for figure in ("segmentations", "curves"):
+        monkeypatch.setattr(plots, figure, lambda *_: None)
+    return write_recipe(tmp_path, blocks)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, blocks) -> Path:
+    """A run that has learnt the blocks, with averaged weights."""
+    folder = tmp_path_factory.mktemp("finished")
+    options = ["train.ema_decay=0.9", "train.ema_warmup=true", "schedule.epochs=12", "train.eval_every=6"]
+    assert train(write_recipe(folder, blocks), [f"output={folder / 'run'}", *options]) == 0
+    return folder / "run"
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: Path) -> list[tuple[str, ...]]:
+    return [(r["epoch"], r["lr"], r["train_loss"], r["miou"], r["pixel_accuracy"]) for r in rows(run)]
+
+
+def test_what_a_run_leaves(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert names == {
+        *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "tensorboard", "environment.json"),
+        *("summary.json", "best", "last", "pictures", "classes.csv"),
+    }
+    assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_006.png", "epoch_012.png"}
+    assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["n"] == 5
+    assert load_config(finished / "config.yaml", schema=SegmentConfig).augment.crop == [48, 64]
+
+
+def test_it_learns(finished):
+    """Plain blocks on noise, twelve epochs of four steps."""
+    assert json.loads((finished / "summary.json").read_text())["miou"] > 70
+
+
+def truth(blocks: Path) -> list[tuple[torch.Tensor, np.ndarray]]:
+    result = []
+    for path in sorted((blocks / "images" / "val").iterdir()):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+        result.append((pixels, np.asarray(Image.open(blocks / "masks" / "val" / path.name))))
+    return result
+
+
+def test_scores_against_scikit_learn(finished, blocks):
+    """The loaded model, image by image, counted by scikit-learn, gives what the run has written."""
+    model = load_dense(finished)
+    answers, labels = [], []
+    with torch.no_grad():
+        for image, mask in truth(blocks):
+            predicted = model(image[None]).argmax(1)[0].numpy()
+            answers.append(predicted[mask != 255])
+            labels.append(mask[mask != 255])
+    y, p = np.concatenate(labels), np.concatenate(answers)
+    iou = jaccard_score(y, p, average=None)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["miou"] == pytest.approx(100 * iou.mean(), abs=1e-9)
+    assert summary["pixel_accuracy"] == pytest.approx(100 * (y == p).mean(), abs=1e-9)
+    counts = confusion_matrix(y, p)
+    recall = np.diag(counts) / counts.sum(1)
+    assert summary["mean_accuracy"] == pytest.approx(100 * recall.mean(), abs=1e-9)
+    with (finished / "classes.csv").open() as file:
+        by_class = {r["class"]: (int(r["pixels"]), float(r["iou"])) for r in csv.DictReader(file)}
+    for k, name in enumerate(("ground", "red", "green")):
+        assert by_class[name] == (int((y == k).sum()), pytest.approx(100 * iou[k]))
+
+
+def test_classes_that_do_not_occur_are_not_averaged():
+    score = Score(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]), 1, 1.0)
+    assert score.iou[:2].tolist() == pytest.approx([100 * 6 / 9, 100 * 3 / 6])
+    assert np.isnan(score.iou[2])
+    assert score.metrics["miou"] == pytest.approx((100 * 6 / 9 + 50) / 2)
+
+
+def test_loss_against_loops():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    targets[0, :2] = 255
+    terms = [
+        -logits[b, :, i, j].log_softmax(0)[targets[b, i, j]]
+        for b in range(2)
+        for i in range(4)
+        for j in range(5)
+        if targets[b, i, j] != 255
+    ]
+    assert len(terms) == 30
+    assert segmentation_loss(logits, targets, False) == pytest.approx(sum(terms).item() / 30, rel=1e-5)
+    assert segmentation_loss(logits, targets, True) == pytest.approx(sum(terms).item() / 40, rel=1e-5)
+    assert segmentation_loss(logits, torch.full_like(targets, 255), False) == 0
+
+
+def test_evaluate_gives_the_recorded_scores(finished, blocks, tmp_path):
+    best = json.loads((finished / "summary.json").read_text())
+    data = [f"data.root={blocks}", "data.classes=[ground,red,green]", "data.workers=0"]
+    (tmp_path / "copy").mkdir()
+    for file in (finished / "best").iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    for source, options in ((finished, []), (finished / "best", []), (tmp_path / "copy", data)):
+        assert tasks.evaluate(str(source), [f"output={tmp_path / 'result.json'}", *options]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert {key: result[key] for key in segment.Task.metrics} == {key: best[key] for key in segment.Task.metrics}
+        assert result["n"] == 5
+        assert set(result["iou"]) == {"ground", "red", "green"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["eval.mode=slide", "eval.window=[32,40]"],
+        ["eval.scales=[0.75,1.0,1.5]", "eval.flip=true"],
+        ["eval.resize=[72,48]", "eval.multiple_of=32", "train.val_batch_size=1"],
+    ],
+)
+def test_other_ways_to_evaluate(finished, tmp_path, options):
+    """On a task that it has learnt they come out close to whole images."""
+    assert evaluate(str(finished), [f"output={tmp_path / 'result.json'}", *options]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    best = json.loads((finished / "summary.json").read_text())
+    assert result["miou"] != best["miou"]
+    assert abs(result["miou"] - best["miou"]) < 20
+
+
+def test_predict_writes_the_classes(finished, blocks, tmp_path):
+    image = blocks / "images" / "val" / "000.png"
+    (tmp_path / "no.png").write_text("no picture")
+    found = dict(predict(finished, [image, tmp_path / "no.png"], tmp_path / "out"))
+    assert isinstance(found[str(tmp_path / "no.png")], OSError)
+    drawn = np.asarray(Image.open(tmp_path / "out" / "000.png"))
+    shares = dict(found[str(image)])
+    assert shares == {n: pytest.approx((drawn == k).mean()) for k, n in enumerate(("ground", "red", "green"))}
+    with torch.no_grad():
+        expected = load_dense(finished)(truth(blocks)[0][0][None]).argmax(1)[0].numpy()
+    assert (drawn == expected).all()
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, workers):
+    """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit."""
+    options = [f"data.workers={workers}", "train.ema_decay=0.9", "model.head_kwargs.channels=16", "train.eval_every=2"]
+    assert train(recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
+
+    original, stops = segment.Task.train_step, {2, 4}  # updates: 4 an epoch
+    calls = []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        if len(calls) in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model, batch, epoch)
+
+    monkeypatch.setattr(segment.Task, "train_step", step)
+    codes = [train(recipe, [f"output={tmp_path / 'parts'}", "resume=auto", *options]) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("model", "raw"):
+        whole, parts = (load_file(tmp_path / run / f"last/{name}.safetensors") for run in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_updates_instead_of_passes(recipe, tmp_path):
+    options = ["train.steps_per_epoch=3", "schedule.name=poly", "schedule.epochs=3", "train.eval_every=3"]
+    options += ["train.amp=bf16", "data.limit=8"]
+    assert train(recipe, [f"output={tmp_path / 'run'}", *options, "model.head_kwargs.channels=16"]) == 0
+    assert len(rows(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.head=semantic_fpn", "model.neck_kwargs.out_channels=32", "loss.ignored_in_mean=true"],
+        ["model.auxiliary=false", "model.auxiliary_kwargs={}", "model.frozen_stages=1", "optim.layer_decay=0.8"],
+        ["model.grad_checkpointing=true", "optim.backbone_lr_ratio=0.1", "data.in_chans=1", "optim.name=sgd"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_train(recipe, tmp_path, options):
+    assert train(recipe, [f"output={tmp_path / 'run'}", "schedule.epochs=1", "data.limit=8", *options]) == 0
+    assert float(rows(tmp_path / "run")[0]["train_loss"]) > 0
+    assert load_dense(tmp_path / "run").arguments["head"] in ("upernet", "semantic_fpn")
+
+
+def test_starting_from_a_segmenter_of_other_classes(recipe, finished, tmp_path, capsys):
+    options = [f"model.segmenter={finished}", "data.classes=[ground,red,green,blue]", "schedule.epochs=1"]
+    assert train(recipe, [f"output={tmp_path / 'run'}", *options, "optim.lr=1e-9", "data.limit=4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "so new: head.classifier.conv.weight, head.classifier.conv.bias, auxiliary.classifier.conv.weight" in said
+    ours, theirs = load_dense(tmp_path / "run").state_dict(), load_dense(finished).state_dict()
+    assert torch.allclose(ours["head.fuse.conv.weight"], theirs["head.fuse.conv.weight"], atol=1e-6)
+
+
+def test_a_published_file_evaluates_as_the_model_it_was_of(blocks, tmp_path):
+    """A file as mmsegmentation writes it, backbone with the authors' names, becomes the same segmenter."""
+    arguments = {"head_kwargs": {"channels": 32}, "auxiliary_kwargs": {"channels": 16}}
+    model = build_segmenter("test_foveal_dinat", num_classes=3, **arguments).eval()
+    own = model.state_dict()
+    prefix = "features.network.model."
+    published = {f"backbone.{n.removeprefix(prefix)}": t for n, t in own.items() if n.startswith(prefix)}
+    torch.save({"state_dict": published | to_mmseg(own), "meta": {}}, tmp_path / "upernet.pth")
+    config = load_config(write_recipe(tmp_path, blocks), [f"model.segmenter={tmp_path / 'upernet.pth'}"], SegmentConfig)
+    loaded = segment.build_model(config, 3).eval()
+    assert segment.load_initial(loaded, config.model.segmenter) == []
+    image = torch.rand(1, 3, 50, 60)
+    assert torch.equal(loaded(image), model(image))
+
+
+def test_bad_samples_of_a_run(blocks, tmp_path, capsys):
+    root = write_blocks(tmp_path / "data", {"train": 8, "val": 5})
+    (root / "masks" / "train" / "003.png").unlink()
+    (root / "images" / "val" / "001.png").write_text("no picture")
+    recipe = write_recipe(tmp_path, root)
+    options = ["schedule.epochs=1", "model.head_kwargs.channels=16"]
+    assert train(recipe, [f"output={tmp_path / 'refused'}", *options]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 8 images could not be read, more than the allowed 1.00% (data.max_bad_fraction)" in said
+    assert "003.png does not exist" in said
+    assert train(recipe, [f"output={tmp_path / 'run'}", *options, "data.max_bad_fraction=0.3"]) == 0
+    with (tmp_path / "run" / "bad_samples.csv").open() as file:
+        found = {Path(r["sample"]).name: r["reason"] for r in csv.DictReader(file)}
+    assert found.keys() == {"003.png", "001.png"}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.name=dinat_minni", "dinat_minni"),
+        ("model.head_kwargs.width=3", "unexpected keyword argument 'width'"),
+        ("model.kwargs.colour=red", "colour"),
+        ("model.segmenter=/nowhere", "model.segmenter: /nowhere is neither a file nor a folder of a segmenter"),
+        ("train.batch_size=1", "UPerNet normalises maps of one pixel"),
+        ("data.classes=[ground,red]", "holds the label 2, but data.classes has 2"),
+        ("augment.crop=[48]", "`augment.crop` is [48], must have 2 items"),
+        ("eval.mod=slide", "unknown key `eval.mod`; did you mean `eval.mode`?"),
+        ("data.std=[0.1,0.2,0]", "must be above 0"),
+    ],
+)
+def test_mistakes_are_one_clear_line(recipe, tmp_path, capsys, override, says):
+    assert train(recipe, [f"output={tmp_path / 'run'}", override]) == 1
+    said = capsys.readouterr().out
+    assert says in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_evaluate_refuses_other_classes(finished, capsys):
+    assert evaluate(str(finished), ["data.classes=[a,b]"]) == 1
+    assert "has 3 classes, the data have 2" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(recipe, tmp_path):
+    """Through accelerate and gloo, on the CPU: five held-out images for two processes."""
+    run, code = tmp_path / "run", tmp_path / "go.py"
+    code.write_text("import sys; from foveal.train.segment import train; sys.exit(train(sys.argv[1], sys.argv[2:]))")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(code), str(recipe), f"output={run}", "schedule.epochs=1", "train.val_batch_size=1"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    assert evaluate(str(run), [f"output={tmp_path / 'one.json'}"]) == 0
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["n"] == 5
+    assert all(one[key] == float(rows(run)[0][key]) for key in segment.Task.metrics)
+
+
+README = Path(segment.__file__).parents[1] / "heads" / "README.md"
+
+
+def blocks_of_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_readme_scores_a_published_file(blocks, tmp_path, monkeypatch):
+    """The README's way from a file to a score, on a small model of three classes."""
+    arguments = {"head_kwargs": {"channels": 32}, "auxiliary_kwargs": {"channels": 16}}
+    model = build_segmenter("test_foveal_dinat", num_classes=3, **arguments).state_dict()
+    published = {f"backbone.{n[23:]}": t for n, t in model.items() if n.startswith("features.network.model.")}
+    torch.save({"state_dict": published | to_mmseg(model)}, tmp_path / "upernet_dinat_tiny.pth")
+    write_recipe(tmp_path, blocks)
+    (code,) = (block for block in blocks_of_readme() if "save_dense(" in block)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace('"dinat_tiny_upernet_ade20k"', '"blocks.yaml"').replace("ADE20K", "['ground', 'red', 'green']")
+    exec(code.replace("import ['ground', 'red', 'green']", "import ADE20K"), {})
+    data = [f"data.root={blocks}", "data.classes=[ground,red,green]", "data.workers=0"]
+    assert tasks.evaluate("upernet_dinat_tiny", [*data, "output=result.json"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["n"] == 5

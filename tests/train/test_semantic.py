@@ -1,0 +1,317 @@
+"""Loaders of semantic segmentation: layouts, masks, augmentation, and everything that can be wrong with files."""
+
+import colorsys
+from pathlib import Path
+
+import imgviz
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveal.configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig
+from foveal.train import plots
+from foveal.train.data import DataError
+from foveal.train.data.class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
+from foveal.train.data.semantic import (
+    SemanticAugment,
+    build_semantic_data,
+    find_classes,
+    find_pairs,
+    photometric,
+    resize_pair,
+    shift_colour,
+    split_name,
+)
+
+SIZE = (20, 28)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def mask(values: list[int], size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Stripes of the given values."""
+    stripes = np.array(values, np.uint8)[np.arange(size[1]) * len(values) // size[1]]
+    return np.broadcast_to(stripes, size).copy()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """ROOT/images/SPLIT and ROOT/masks/SPLIT: 12 training and 5 held-out images of three classes."""
+    for split, count in (("train", 12), ("val", 5)):
+        for i in range(count):
+            save(tmp_path / "images" / split / f"{i:02}.png", picture(i))
+            save(tmp_path / "masks" / split / f"{i:02}.png", mask([0, 1, 255, 2]))
+    return tmp_path
+
+
+def build(root: Path, train: bool = False, **data):
+    settings = {"kind": "folder", "classes": ["a", "b", "c"], "workers": 0, **data}
+    config = SegmentConfig(output="-", data=SegmentDataConfig(root=str(root), **settings))
+    config.augment = SegmentAugmentConfig(crop=[16, 24])
+    config.train.batch_size = 4
+    classes = find_classes(config.data)
+    return build_semantic_data(config, classes, [0.5] * 3, device=torch.device("cpu"), train=train)
+
+
+def values(root: Path, **data) -> list[int]:
+    """The classes of the first held-out mask, from left to right."""
+    batch = next(build(root, **data).val.epoch(0))
+    row = batch.targets[0, 0].tolist()
+    return [v for i, v in enumerate(row) if i == 0 or v != row[i - 1]]
+
+
+# ---- layouts
+
+
+def test_ade20k(tmp_path):
+    for split in ("training", "validation"):
+        save(tmp_path / "images" / split / "ADE_1.jpg", picture())
+        save(tmp_path / "annotations" / split / "ADE_1.png", mask([0, 1, 150, 12]))
+    assert values(tmp_path, kind="ade20k", classes=None) == [255, 0, 149, 11]
+    config = SegmentDataConfig(kind="ade20k", root=str(tmp_path))
+    assert (split_name(config, True), split_name(config, False)) == ("training", "validation")
+    assert len(ADE20K) == len(set(ADE20K)) + 0 == 150
+    assert (ADE20K[0], ADE20K[149]) == ("wall", "flag")
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_cityscapes(tmp_path, kind):
+    stored = {"labelIds": [7, 33, 3, 19, 255], "labelTrainIds": [0, 18, 255, 6, 255]}[kind]
+    name = "val/bonn/bonn_000001_000019"
+    save(tmp_path / "leftImg8bit" / f"{name}_leftImg8bit.png", picture())
+    save(tmp_path / "gtFine" / f"{name}_gtFine_{kind}.png", mask(stored))
+    save(tmp_path / "gtFine" / f"{name}_gtFine_color.png", picture())
+    assert values(tmp_path, kind="cityscapes", classes=None) == [0, 18, 255, 6, 255]
+    assert len(CITYSCAPES) == 19
+    assert [CITYSCAPES_IDS[name] for name in ("road", "car", "train")] == [7, 26, 31]
+
+
+def write_voc(root: Path) -> dict:
+    """The VOC photograph of imgviz and its annotation as the data set has them."""
+    data = imgviz.data.voc()
+    (root / "JPEGImages").mkdir()
+    Image.fromarray(data["rgb"]).save(root / "JPEGImages" / "2011_000006.jpg", quality=95, subsampling=0)
+    labels = Image.fromarray(np.where(data["class_label"] < 0, 255, data["class_label"]).astype(np.uint8))
+    labels.putpalette(imgviz.label_colormap().tobytes())
+    (root / "SegmentationClass").mkdir()
+    labels.save(root / "SegmentationClass" / "2011_000006.png")
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2011_000006\n")
+    return data
+
+
+def test_voc_photograph_with_its_annotation(tmp_path):
+    data = write_voc(tmp_path)
+    assert tuple(data["class_names"]) == VOC
+    batch = next(build(tmp_path, kind="voc", classes=None).val.epoch(0))
+    expected = np.where(data["class_label"] < 0, 255, data["class_label"])
+    assert (batch.targets[0].numpy() == expected).all()
+    assert set(np.unique(expected)) > {0, 15}  # persons are in it
+    difference = np.abs(batch.images[0].permute(1, 2, 0).numpy() * 255 - data["rgb"].astype(float))
+    assert difference.mean() < 2  # JPEG
+
+
+def test_voc_photograph_is_drawn(tmp_path):
+    """The picture shows the photograph, then the colours of the VOC masks."""
+    data = imgviz.data.voc()
+    truth = np.where(data["class_label"] < 0, 255, data["class_label"]).astype(np.uint8)
+    plots.segmentations([(data["rgb"], truth, np.zeros_like(truth))], list(VOC), tmp_path / "p" / "x.png", "title")
+    with Image.open(tmp_path / "p" / "x.png") as file:
+        drawn = np.asarray(file.convert("RGB"))
+    colours = {tuple(c) for c in drawn.reshape(-1, 3)}
+    palette = imgviz.label_colormap()
+    assert {tuple(palette[label]) for label in np.unique(truth) if label != 255} <= colours
+
+
+def test_colours_are_those_of_voc():
+    assert (plots.label_colours(256) == imgviz.label_colormap()).all()
+
+
+def test_folder_with_nested_folders_and_patterns(tmp_path):
+    save(tmp_path / "val" / "a" / "x.jpg", picture())
+    save(tmp_path / "semantic" / "val" / "a" / "x.png", mask([2, 255, 1]))
+    assert values(tmp_path, images="{split}", masks="semantic/{split}") == [2, 255, 1]
+
+
+def test_labels_from_one_and_another_ignored_value(tmp_path):
+    save(tmp_path / "images" / "val" / "x.png", picture())
+    save(tmp_path / "masks" / "val" / "x.png", mask([0, 1, 3, 99]))
+    assert values(tmp_path, reduce_zero_label=True, ignore_label=99) == [255, 0, 2, 255]
+
+
+def test_grey_images_and_masks_of_16_bits(tmp_path):
+    save(tmp_path / "images" / "val" / "x.png", picture()[..., 0])
+    save(tmp_path / "masks" / "val" / "x.png", mask([0, 2]).astype(np.uint16))
+    batch = next(build(tmp_path, in_chans=1).val.epoch(0))
+    assert batch.images.shape == (1, 1, *SIZE)
+    assert batch.targets.unique().tolist() == [0, 2]
+
+
+def test_evaluation_takes_every_image_at_its_own_size(folder):
+    save(folder / "images" / "val" / "02.png", picture(2, (11, 40)))
+    save(folder / "masks" / "val" / "02.png", mask([0, 1], (11, 40)))
+    batches = list(build(folder).val.epoch(0))
+    assert [tuple(b.images.shape) for b in batches] == [(2, 3, 20, 28), (1, 3, 11, 40), (1, 3, 20, 28), (1, 3, 20, 28)]
+    assert torch.equal(batches[0].images[1], torch.from_numpy(picture(1)).permute(2, 0, 1) / 255)
+
+
+# ---- what is wrong with files
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda image, mask: mask.unlink(), "does not exist"),
+        (lambda image, mask: image.unlink(), "does not exist"),
+        (lambda image, mask: image.write_bytes(image.read_bytes()[:200]), ""),
+        (lambda image, mask: mask.write_bytes(b"no picture"), "cannot identify image file"),
+        (lambda image, path: save(path, mask([0, 1], (20, 27))), "is 27x20 but the image 28x20 pixels"),
+        (lambda image, path: save(path, picture()), "holds RGB pixels; classes are one channel"),
+    ],
+    ids=["no mask", "no image", "cut image", "no picture", "mask of another size", "mask of colours"],
+)
+def test_bad_samples_are_counted_and_named(folder, damage, reason, tmp_path):
+    damage(folder / "images/val/03.png", folder / "masks/val/03.png")
+    data = build(folder, max_bad_fraction=0.2)
+    assert sum(len(batch.images) for batch in data.val.epoch(0)) == 4
+    ((name, text),) = data.bad.names.items()
+    assert "03" in Path(name).name
+    assert reason in text
+    data.bad.write(tmp_path / "bad_samples.csv")
+    assert "03" in (tmp_path / "bad_samples.csv").read_text()
+    with pytest.raises(DataError, match=r"1 of 5 images could not be read, more than the allowed 1\.00%.*03"):
+        list(build(folder).val.epoch(0))
+
+
+def test_in_training_a_neighbour_takes_the_place(folder):
+    (folder / "masks/train/03.png").unlink()
+    data = build(folder, train=True, max_bad_fraction=0.1)
+    assert [len(batch.images) for batch in data.train.epoch(0)] == [4, 4, 4]
+    assert [Path(name).name for name in data.bad.names] == ["03.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_out_of_range_stops_with_its_file(folder, workers):
+    save(folder / "masks" / "val" / "03.png", mask([0, 3, 7, 254]))
+    with pytest.raises(DataError, match=r"03\.png holds the labels 3, 7, 254, but data\.classes has 3"):
+        list(build(folder, max_bad_fraction=1.0, workers=workers).val.epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"root": "/nowhere"}, "the data folder /nowhere does not exist"),
+        ({"val_split": "test"}, r"images/test does not exist; .*images has train, val"),
+        ({"kind": "voc", "classes": None}, r"the list of the split 'val' can't be read: .*val\.txt"),
+        ({"classes": None}, "data.classes is needed"),
+        ({"classes": ["a", "b", "a"]}, "given more than once: a"),
+        ({"classes": [str(i) for i in range(256)]}, "masks hold at most 255"),
+        ({"kind": "ade20k", "classes": None, "val_split": "val"}, "annotations/val does not exist"),
+        ({"masks": "labels/{split}"}, "labels/val does not exist"),
+        ({"in_chans": 4}, "in_chans is 4"),
+    ],
+)
+def test_mistakes_are_named(folder, change, says):
+    with pytest.raises(DataError, match=says):
+        build(**({"root": folder} | change))
+
+
+def test_a_split_without_images(folder):
+    for path in (folder / "images" / "val").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no images of the split 'val'"):
+        build(folder)
+    config = SegmentDataConfig(kind="folder", root=str(folder))
+    assert len(find_pairs(config, "train")) == 12
+
+
+# ---- augmentation
+
+
+def test_augmentation_depends_on_seed_pass_and_image_alone(folder):
+    """Not on the processes that read, nor on what came before: a resumed epoch goes on with the same images."""
+    whole = list(build(folder, train=True).train.epoch(3))
+    rest = list(build(folder, train=True, workers=2).train.epoch(3, start=1))
+    assert len(whole) == 3
+    for a, b in zip(whole[1:], rest, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+    other = next(build(folder, train=True).train.epoch(4))
+    assert not torch.equal(other.images, whole[0].images)
+    state = torch.get_rng_state()
+    list(build(folder, train=True).train.epoch(0))
+    assert torch.equal(state, torch.get_rng_state())  # which the model's dropout draws from
+
+
+def augment(**config) -> SemanticAugment:
+    return SemanticAugment(SegmentAugmentConfig(**config), [124, 116, 104], antialias=True)
+
+
+def test_labels_stay_with_their_pixels():
+    """An image that shows its labels still does after resize, crop and flip; beyond its border is the fill."""
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 6, (6, 8)).astype(np.uint8))
+    labels = labels.repeat_interleave(10, 0).repeat_interleave(10, 1)  # squares of 10
+    image = (labels * 40)[None].repeat(3, 1, 1)
+    change = augment(crop=[70, 90], resize=[80, 60], ratio=[0.5, 2.0], photometric=False)
+    inside = 0
+    for seed in range(20):
+        pixels, targets = change(image, labels, np.random.default_rng(seed))
+        assert (pixels.shape, targets.shape) == ((3, 70, 90), (70, 90))
+        outside = targets == 255
+        assert (pixels[:, outside] == torch.tensor([[124], [116], [104]])).all()
+        agree = (pixels[0].int() - targets.int() * 40).abs() < 20
+        assert agree[~outside].float().mean() > 0.8  # all but the borders of the squares
+        inside += int(not outside.any())
+    assert 0 < inside < 20  # smaller and larger than the crop
+
+
+def test_resize_samples_at_pixel_centres():
+    image = torch.arange(0, 240, 10, dtype=torch.uint8).view(1, 4, 6)
+    labels = torch.arange(24, dtype=torch.uint8).view(4, 6)
+    pixels, targets = resize_pair(image, labels, (8, 12), antialias=True)
+    assert torch.equal(targets, labels.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert (pixels[0].float() - 10 * targets.float()).abs().max() <= 20
+
+
+def test_crops_avoid_a_single_class():
+    """Three places in four show at least a quarter of each class; one of the others is only kept after ten tries."""
+    labels = torch.zeros(40, 100, dtype=torch.uint8)
+    labels[:, 50:] = 1
+    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
+
+    def shares(limit: float) -> list[float]:
+        change = augment(crop=[40, 60], ratio=[1.0, 1.0], cat_max_ratio=limit, hflip=0.0, photometric=False)
+        found = [change(image, labels, np.random.default_rng(s))[1].float().mean().item() for s in range(60)]
+        return [max(share, 1 - share) for share in found]
+
+    assert max(shares(1.0)) > 0.8
+    assert max(shares(0.75)) < 0.75
+
+
+def test_photometric_distortion_bounds():
+    grey = torch.full((1, 4, 4), 100, dtype=torch.uint8)
+    drawn = [int(photometric(grey, np.random.default_rng(s)).float().mean()) for s in range(2000)]
+    assert min(drawn) < 60
+    assert max(drawn) > 160
+    assert min(drawn) >= (100 - 32) * 0.5 - 1
+    assert max(drawn) <= (100 + 32) * 1.5 + 1
+    assert 0.22 < np.mean(np.array(drawn) == 100) < 0.3  # a quarter is left alone
+
+
+def test_colour_shift_against_colorsys():
+    image = torch.from_numpy(picture(3, (9, 9))).permute(2, 0, 1)
+    shifted = shift_colour(image, 0.5, 0.1)
+    for source, result in zip(image.flatten(1).T.tolist(), shifted.flatten(1).T.tolist(), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in source))
+        expected = colorsys.hsv_to_rgb((h + 0.1) % 1, s * 0.5, v)
+        assert np.abs(np.array(result) - 255 * np.array(expected)).max() < 4  # 256 steps of hue and saturation
+    assert torch.equal(shift_colour(image, 1.0, 0.0), image)

@@ -1,0 +1,95 @@
+"""COCO's average precision of boxes and masks, every image once whatever the number of processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import mask as run_lengths
+
+from .data.coco import CocoIndex
+
+# The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
+FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+# image number, boxes [N, 4], scores [N], labels [N], run lengths or None
+Found = tuple[int, np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]] | None]
+KINDS = {"box": "bbox", "mask": "segm"}
+
+
+def metric_names(masks: bool) -> tuple[str, ...]:
+    """``box_ap``, ``box_ap50``, ... and with ``masks`` the same of masks."""
+    return tuple(f"{kind}_{figure}" for kind in (("box", "mask") if masks else ("box",)) for figure in FIGURES)
+
+
+def average_precision(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
+    """COCO's figures in percent; None for a size that no object has.
+
+    Args:
+        truth: ``images``, ``annotations``, ``categories`` in COCO's format.
+        results: ``image_id``, ``category_id``, ``score``, and ``bbox`` or ``segmentation`` (run lengths).
+        kind: ``"box"`` or ``"mask"``.
+    """
+    if kind == "mask":  # with a box COCO's tools would take the sizes of masks from the boxes
+        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
+    else:
+        results = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
+    known = COCO(truth)
+    evaluation = COCOeval_faster(known, known.loadRes(results), KINDS[kind], print_function=lambda *_: None)
+    evaluation.run()
+    values = (float(value) for value in evaluation.stats[: len(FIGURES)])
+    return {f"{kind}_{name}": 100 * v if v >= 0 else None for name, v in zip(FIGURES, values, strict=True)}
+
+
+class CocoScorer:
+    """Collects detections image by image, as boxes and run lengths.
+
+    Args:
+        index: the annotations that they are measured against.
+        masks: measure masks too.
+    """
+
+    def __init__(self, index: CocoIndex, masks: bool):
+        self.index, self.masks = index, masks
+        self.found: list[Found] = []
+
+    def add(self, numbers: Sequence[int], detections: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Takes a detector's answers to the images ``numbers`` of the index."""
+        for number, each in zip(numbers, detections, strict=True):
+            codes = encode_masks(each["masks"]) if self.masks else None
+            arrays = (each[key].float().cpu().numpy() for key in ("boxes", "scores"))
+            self.found.append((number, *arrays, each["labels"].cpu().numpy(), codes))
+
+    def gathered(self) -> list[Found]:
+        """Every process's detections, in the order of the images; a collective."""
+        return sorted(gather_object(self.found), key=lambda entry: entry[0])
+
+    def results(self, found: Sequence[Found]) -> list[dict[str, Any]]:
+        """Detections as COCO's result files have them, with the ids of its categories."""
+        ids = list(self.index.categories)
+        results = []
+        for number, boxes, scores, labels, codes in found:
+            boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+            for i, (box, score, label) in enumerate(zip(boxes, scores.tolist(), labels.tolist(), strict=True)):
+                entry = {"image_id": int(self.index.image_ids[number]), "category_id": ids[label]}
+                entry |= {"bbox": box, "score": score}
+                results.append(entry | ({"segmentation": codes[i]} if codes is not None else {}))
+        return results
+
+    def compute(self) -> dict[str, float | None]:
+        """The figures over the images that were added, on every process the same: the first one computes them."""
+        found, answer = self.gathered(), [{}]
+        if PartialState().is_main_process:
+            truth, results = self.index.truth([entry[0] for entry in found]), self.results(found)
+            for kind in ("box", "mask") if self.masks else ("box",):
+                answer[0] |= average_precision(truth, results, kind)
+        broadcast_object_list(answer)
+        return answer[0]
+
+
+def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
+    """Probabilities ``[N, 1, H, W]`` to COCO's compressed run lengths of what is above one half."""
+    bits = (masks[:, 0] > 0.5).byte().cpu().numpy()
+    return [dict(code) for code in run_lengths.encode(np.asfortranarray(bits.transpose(1, 2, 0)))] if len(bits) else []
