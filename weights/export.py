@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .images import preprocessing, read_image
 
 FORMATS = ("safetensors", "onnx")
 TOLERANCE = 1e-4  # of the largest logit: what an exported model may differ from the original
+RECORD = "conversion"  # the part of a config.json that `foveal convert` adds
 _ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
 _REMOVED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture")
 
@@ -70,17 +72,15 @@ def export(
     to = to.lower()
     if to not in FORMATS:
         raise ValueError(f"cannot export to {to!r}; the formats are {', '.join(FORMATS)}")
-    output = Path(output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; the output is a folder")
     found = resolve(source)
-    if found.folder is not None and output.resolve() in (found.folder.resolve(), _path(source).resolve()):
-        raise ValueError(f"{output} is what is exported; choose another folder")
-    if not force and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
+    sources = () if found.folder is None else (found.folder, _path(source))
+    output = check_output(output, force, sources)
 
+    if found.config is not None and (found.config.get("model_args") or {}).get("features_only"):
+        raise ValueError(f"{source} is a backbone that gives feature maps; what is exported are classifiers")
     model = load(source)
-    config = found.config or _published_config(model)
+    config = found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
+    config = {key: value for key, value in config.items() if key != RECORD}  # which is of that folder's file
     inputs = _inputs(model, images)
 
     try:
@@ -90,14 +90,38 @@ def export(
     return Export(output, files, difference, list(inputs))
 
 
-def _write(
-    model: nn.Module, config: dict[str, Any], found: Source, to: str, output: Path, inputs: dict[str, torch.Tensor]
-) -> tuple[float, list[str]]:
-    """Write and check under a temporary name, then rename. Returns the largest difference and the file names."""
+def check_output(output: str | Path, force: bool, sources: Sequence[Path] = ()) -> Path:
+    """The folder to write, as a path.
+
+    Raises:
+        ValueError: if it is a file, one of ``sources``, or not empty without ``force``.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; the output is a folder")
+    if output.resolve() in (source.resolve() for source in sources):
+        raise ValueError(f"{output} is what is exported; choose another folder")
+    if not force and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
+    return output
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder under a temporary name, whose files are put in place as `output` if the block ends well."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
+        yield folder
+        _put_in_place(folder, output)
+
+
+def _write(
+    model: nn.Module, config: dict[str, Any], found: Source, to: str, output: Path, inputs: dict[str, torch.Tensor]
+) -> tuple[float, list[str]]:
+    """Write and check under a temporary name, then rename. Returns the largest difference and the file names."""
+    with staged(output) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write = _write_safetensors if to == "safetensors" else _write_onnx
         difference = write(model, folder, inputs)
@@ -108,7 +132,6 @@ def _write(
             )
         (folder / "README.md").write_text(_card(model, config, found, to, difference), encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
-        _put_in_place(folder, output)
     return difference, files
 
 
@@ -175,14 +198,13 @@ def _largest_difference(model: nn.Module, other: Any, inputs: dict[str, torch.Te
     return worst
 
 
-def _published_config(model: nn.Module) -> dict[str, Any]:
-    """The ``config.json`` that timm reads back, for a model built by its name alone."""
-    cfg = {k: v for k, v in dict(model.pretrained_cfg).items() if k not in _REMOVED and v is not None}
+def published_config(cfg: Mapping[str, Any], num_classes: int, num_features: int) -> dict[str, Any]:
+    """The ``config.json`` that timm reads back, by the ``pretrained_cfg`` of a model that was built by its name."""
     return {
-        "architecture": model.pretrained_cfg["architecture"],
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "pretrained_cfg": cfg,
+        "architecture": cfg["architecture"],
+        "num_classes": num_classes,
+        "num_features": num_features,
+        "pretrained_cfg": {k: v for k, v in cfg.items() if k not in _REMOVED and v is not None},
     }
 
 

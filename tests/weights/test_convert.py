@@ -1,0 +1,474 @@
+"""Conversion of files in every published format: complete or refused, and reversible to the bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import push_to_hf_hub, save_for_hf
+from torch import nn
+from typer.testing import CliRunner
+
+import foveal
+import foveal.weights.convert as converting
+from foveal.cli import app
+from foveal.weights.convert import ConversionError, convert, restore
+from foveal.weights.export import export
+from foveal.weights.manifest import checkpoints
+from foveal.weights.verify import verify
+
+from . import filler
+
+NAME = "test_foveal_dinat"
+TINY_DINATS = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], dilations=[[1], [1, 2], [1], [1]])
+TINY_VIT = dict(img_size=64, embed_dim=32, depth=2, num_heads=2)
+TINY_MAXVIT = dict(depths=[1, 1, 1, 1], dims=[32, 64, 96, 128], img_size=64)
+TIMMS_MAXVIT = dict(depths=(1, 1, 1, 1), embed_dim=(32, 64, 96, 128), img_size=64, head_hidden_size=128)
+
+
+def vit() -> dict[str, torch.Tensor]:
+    """With the index that the authors store, written out: the offset of the key from the query in a flat table."""
+    state = filler.of(timm.create_model("vitrpb_isotropic_small", **TINY_VIT))
+    side = 4
+    index = torch.empty(side**2, side**2, dtype=torch.long)
+    for q in range(side**2):
+        for k in range(side**2):
+            rows, columns = k // side - q // side + side - 1, k % side - q % side + side - 1
+            index[q, k] = rows * (2 * side - 1) + columns
+    return state | {f"layers.{i}.attn.relative_position_index": index.clone() for i in range(2)}
+
+
+def tiny(name: str, **arguments: Any) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: filler.of(timm.create_model(name, **arguments))
+
+
+# format: (model that loads it, its arguments, the tensors of the file)
+FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]] = {
+    "nat": ("test_foveal_nat", {}, tiny("test_foveal_nat")),
+    "dinat, 9 classes": (NAME, {}, tiny(NAME, num_classes=9)),
+    "dinat_s": ("dinat_s_tiny", TINY_DINATS, tiny("dinat_s_tiny", **TINY_DINATS)),
+    "vitrpb with its index": ("vitrpb_isotropic_small", TINY_VIT, vit),
+    "halonet": ("test_foveal_halonet", {}, tiny("test_foveal_halonet")),
+    "hybrid of timm": ("halo26t", {"width_factor": 0.25}, tiny("halonet26t", width_factor=0.25)),
+    "maxvit of timm": ("maxvit_tiny_224", TINY_MAXVIT, tiny("maxvit_tiny_tf_224", **TIMMS_MAXVIT)),
+    "overlock, auxiliary head": ("test_foveal_overlock", {}, tiny("test_foveal_overlock", aux_head=True)),
+    "overlock, folded": (
+        "test_foveal_overlock",
+        {},
+        lambda: filler.of(timm.create_model("test_foveal_overlock").reparameterize()),
+    ),
+    "ascan": ("test_foveal_ascan", {}, tiny("test_foveal_ascan")),
+    "care": ("test_foveal_care", {}, tiny("test_foveal_care")),
+}
+WRAPPERS = {
+    "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+    "checkpoint.pth.tar": lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "arch": "x"},
+    "pytorch_model.bin": lambda state: state,
+    "model.safetensors": lambda state: state,
+}
+
+
+def write(folder: Path, name: str, state: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    content = WRAPPERS.get(name, lambda x: x)(state)
+    if name.endswith("safetensors"):
+        safetensors.torch.save_file(content, folder / name)
+    else:
+        torch.save(content, folder / name)
+    return folder / name
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """To the bit, kind and order of the names included."""
+    assert list(got) == list(want)
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype
+        assert torch.equal(got[name], value), name
+
+
+def answer(model: nn.Module) -> torch.Tensor:
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = model(image)
+    return torch.cat([x.flatten() for x in out]) if isinstance(out, list) else out
+
+
+@pytest.mark.parametrize("form", FAMILIES)
+def test_there_and_back(form: str, tmp_path: Path) -> None:
+    name, arguments, make = FAMILIES[form]
+    state = make()
+    wrapper = list(WRAPPERS)[list(FAMILIES).index(form) % len(WRAPPERS)]
+    file = write(tmp_path / "theirs", wrapper, state)
+    done = convert(file, tmp_path / "ours", model=name, arguments=arguments)
+    assert done.files == ["README.md", "config.json", "model.safetensors"]
+    assert done.record["tensors"] == len(state)
+
+    given = {f"module.{k}": v for k, v in state.items()} if wrapper.endswith("tar") else state
+    back = restore(done.folder)
+    if wrapper.endswith("safetensors"):  # sorts the names
+        back = {key: back[key] for key in given}
+    same(back, given)
+    # these formats have the names of the models here
+    model = foveal.load(done.folder)
+    loaded = model.state_dict()
+    assert set(state) - set(loaded) <= {key for key in state if key.endswith("relative_position_index")}
+    assert all(torch.equal(loaded[key].reshape(state[key].shape), state[key]) for key in loaded)
+    assert all(check.passed for check in verify(done.folder))
+
+
+@pytest.mark.parametrize("form", ["dinat, 9 classes", "overlock, folded", "care", "maxvit of timm", "hybrid of timm"])
+def test_timm_alone_reads_the_folder(form: str, tmp_path: Path) -> None:
+    name, arguments, make = FAMILIES[form]
+    state = make()
+    folder = convert(write(tmp_path / "x", "model.pth", state), tmp_path / "y", model=name, arguments=arguments).folder
+    overlay = dict(state_dict=state, url="", hf_hub_id=None, num_classes=len(state[[*state][-1]]))
+    kwargs = {**arguments, "num_classes": overlay["num_classes"]}
+    expected = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    got = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(answer(got), answer(expected))
+
+
+@pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
+def test_transformers(layer_scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes from the library's own class; queries, keys and values are one matrix here."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra dev has it)")
+    functional = pytest.importorskip("natten.functional", reason="transformers builds no Dinat without NATTEN")
+    for missing in ("natten2dav", "natten2dqkrpb"):
+        monkeypatch.setattr(functional, missing, None, raising=False)
+    config = transformers.DinatConfig(
+        embed_dim=16, depths=[2, 2, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0,
+        dilations=[[1, 5], [1, 2], [1, 1], [1]], layer_scale_init_value=layer_scale, num_labels=10,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = transformers.DinatForImageClassification(config)
+    state = filler.of(theirs)
+    folder = tmp_path / "hub"
+    write(folder, "pytorch_model.bin", state)
+    (folder / "config.json").write_text(json.dumps({"model_type": "dinat", "architectures": ["X"]}))
+    scale = {"layer_scale": layer_scale} if layer_scale else {}
+    done = convert(folder, tmp_path / "ours", model=NAME, arguments=scale)
+    assert done.record["keys"] == "transformers"
+    same(restore(done.folder), state)
+    loaded = foveal.load(done.folder).state_dict()
+    part = "dinat.encoder.levels.1.layers.0.attention.self"
+    expected = torch.cat([state[f"{part}.{each}.weight"] for each in ("query", "key", "value")])
+    assert torch.equal(loaded["levels.1.blocks.0.attn.qkv.weight"], expected)
+    assert torch.equal(loaded["head.bias"], state["classifier.bias"])
+
+
+DENSE = {
+    "nat, mmdet": ("test_foveal_nat", {}, "rpn_head.rpn_conv.weight"),
+    "dinat, detectron2": (NAME, {}, "sem_seg_head.pixel_decoder.adapter_1.weight"),
+    "overlock, detection": ("test_foveal_overlock", {}, "neck.lateral_convs.0.conv.weight"),
+    "overlock, segmentation": ("test_foveal_overlock", {"out_overview": False}, "decode_head.conv_seg.weight"),
+}
+
+
+@pytest.mark.parametrize("form", DENSE)
+def test_backbones_of_dense_models(form: str, tmp_path: Path) -> None:
+    """Only when asked for, and what is left out is said."""
+    name, arguments, head = DENSE[form]
+    model = timm.create_model(name, features_only=True, out_norm=True, **arguments).eval()
+    state = filler.of(model.model, "backbone.")
+    heads = {head: torch.ones(2, 2), head.replace("weight", "bias"): torch.ones(2)}
+    whole = {"model" if "detectron2" in form else "state_dict": state | heads, "meta": {"epoch": 36}}
+    file = write(tmp_path / "theirs", "dense.pth", whole)
+    group = head.partition(".")[0]
+    message = (
+        rf"dense model, keys of \w+.*of its {len(state) + 2} tensors {len(state)} belong to the backbone and to its "
+    )
+    with pytest.raises(ConversionError, match=message + rf"heads 2 {group}\. --backbone converts the backbone"):
+        convert(file, tmp_path / "ours", model=name)
+    assert not (tmp_path / "ours").exists()
+    done = convert(file, tmp_path / "ours", model=name, backbone=True)
+    assert f"left out: 2 {group}" in "\n".join(done.lines())
+    assert f"2 `{group}`" in (done.folder / "README.md").read_text()
+    same(restore(done.folder), state)
+    assert all(check.passed for check in verify(done.folder))
+    model.model.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
+    assert torch.equal(answer(foveal.load(done.folder)), answer(model))
+    with pytest.raises(ValueError, match="gives feature maps; what is exported are classifiers"):
+        export(done.folder, "onnx", tmp_path / "onnx")
+
+
+def test_the_dilations_of_a_dense_checkpoint(tmp_path: Path) -> None:
+    """The manifest tells them; without them the answers would be others."""
+    checkpoint = checkpoints()["dinat_mini.maskrcnn_coco"]
+    small = {"embed_dim": 16, "num_heads": [1, 2, 4, 8]}
+    model = timm.create_model("dinat_mini", features_only=True, out_norm=True, **checkpoint.arguments, **small).eval()
+    state = filler.of(model.model, "backbone.") | {"neck.x": torch.ones(1)}
+    file = write(tmp_path / "theirs", "maskrcnn_dinat_mini.pth", {"state_dict": state})  # as it is published
+    done = convert(file, tmp_path / "ours", model="dinat_mini", backbone=True, arguments=small)
+    assert done.record["checkpoint"] == checkpoint.name
+    loaded = foveal.load(done.folder)
+    assert [m.dilation for m in loaded.modules() if hasattr(m, "dilation") and hasattr(m, "rpb")][:3] == [1, 28, 1]
+    card = (done.folder / "README.md").read_text()
+    assert "box AP 47.2, mask AP 42.5 (of the whole dense model)" in card
+    assert checkpoint.address in card
+
+
+def test_a_resnet_under_a_neck(tmp_path: Path) -> None:
+    """A3-FPN in mmdetection: timm's backbone of that name, without its classifier."""
+    model = timm.create_model("resnet18", features_only=True)
+    state = filler.of(model, "backbone.")
+    heads = {"neck.conv0.weight": torch.ones(1), "bbox_head.fc.weight": torch.ones(1)}
+    file = write(tmp_path / "theirs", "x.pth", {"state_dict": state | heads})
+    done = convert(file, tmp_path / "ours", model="resnet18", backbone=True)
+    assert done.record["heads"] == {"neck": 1, "bbox_head": 1}
+    same(restore(done.folder), state)
+    assert all(check.passed for check in verify(done.folder))
+
+
+def test_averaged_or_raw(tmp_path: Path) -> None:
+    raw = filler.of(timm.create_model(NAME))
+    averaged = {key: value + 1 for key, value in raw.items()}
+    both = write(tmp_path / "x", "both.pth", {"state_dict": raw, "state_dict_ema": averaged})
+    for ema, expected, said in ((None, averaged, True), (True, averaged, True), (False, raw, False)):
+        done = convert(both, tmp_path / "ours", model=NAME, ema=ema, force=True)
+        assert done.record["averaged"] is said
+        same(restore(done.folder), expected)
+    assert "the raw weights" in done.lines()[1]
+    one = write(tmp_path / "x", "one.pth", {"state_dict": raw})
+    with pytest.raises(ValueError, match=r"one\.pth holds no averaged \(EMA\) weights, only raw ones"):
+        convert(one, tmp_path / "none", model=NAME, ema=True)
+    assert "weights" not in convert(one, tmp_path / "plain", model=NAME).lines()[1]
+
+
+def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    def refused(message: str, change: dict[str, Any], model: str = NAME, **kwargs: Any) -> None:
+        changed = {key: value for key, value in {**state, **change}.items() if value is not None}
+        with pytest.raises(ConversionError, match=message):
+            convert(write(tmp_path / "x", "x.pth", changed), tmp_path / "ours", model=model, **kwargs)
+        assert not (tmp_path / "ours").exists()
+
+    state = filler.of(timm.create_model(NAME))
+    refused(r"missing 1 \(norm\.bias\), unexpected none", {"norm.bias": None})
+    refused(r"missing none, unexpected 1 \(extra\.weight\)", {"extra.weight": torch.ones(2)})
+    refused(r"of the model not set: 2 \(head\.weight, head\.bias\)", {"head.weight": None, "head.bias": None})
+    refused(r"of the file not used: 1 \(head\.scale\)", {"head.scale": torch.ones(2)})
+    refused(r"of another shape: 1 \(norm\.bias \(7,\) for \(128,\)\)", {"norm.bias": torch.ones(7)})
+    refused(r"damaged: 1 \(norm\.bias\) not finite", {"norm.bias": torch.full((128,), torch.nan)})
+    refused("rpb of the checkpoint is 5x5", {}, arguments={"kernel_size": 5})
+    refused("leave out --backbone", {}, backbone=True)
+    state = vit()
+    wrong = state["layers.0.attn.relative_position_index"].flip(0)
+    change = {"layers.0.attn.relative_position_index": wrong}
+    refused("orders the position bias in another way", change, "vitrpb_isotropic_small", arguments=TINY_VIT)
+
+
+def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
+    state = filler.of(timm.create_model(NAME))
+
+    def refused(file: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            convert(file, tmp_path / "ours", model=NAME)
+        assert not (tmp_path / "ours").exists()
+
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        file = write(tmp_path / "cut", name, state)
+        content = file.read_bytes()
+        for keep in (0, 10, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:keep])
+            refused(file, rf"{name} is damaged")
+    # one bit, anywhere in the tensors
+    flips = random.Random(0)
+    file = write(tmp_path / "flipped", "pytorch_model.bin", state)
+    content = bytearray(file.read_bytes())
+    for _ in range(3):
+        place = content.index(b"data/40") + 200 + flips.randrange(100)
+        content[place] ^= 1 << flips.randrange(8)
+        file.write_bytes(content)
+        refused(file, r"is damaged: the checksum of \S+/data/\d+ in it is wrong")
+        content[place] = write(tmp_path / "good", "pytorch_model.bin", state).read_bytes()[place]
+    # the format of old
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(file, "is damaged")
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for number, content in enumerate(({"state_dict": Payload()}, {**state, "hook": Payload()})):
+        file = tmp_path / f"{number}.pth"
+        torch.save(content, file)
+        refused(file, r"holds more than tensors \(getattr\), which could run code, and is not read for safety")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x", "x.pth", filler.of(timm.create_model(NAME)))
+    monkeypatch.setattr(converting, "difference", lambda *_: float("nan"))
+    with pytest.raises(ConversionError, match=r"answers with a difference of nan.*nothing was written"):
+        convert(file, tmp_path / "ours", model=NAME)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    monkeypatch.undo()
+    folder = convert(file, tmp_path / "ours", model=NAME).folder
+    (folder / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(file, folder, model=NAME)
+    convert(file, folder, model=NAME, force=True)
+    assert (folder / "mine.txt").read_text() == "keep"
+
+
+def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x", "x.pth", filler.of(timm.create_model(NAME)))
+    for source, model, message in (
+        (file, None, "does not tell which model it is of: name it with --model"),
+        (file, "dinat_tinny", "unknown model 'dinat_tinny'; nearest: dinat_tiny"),
+        (file, "dinat_tiny.in5k", r"not in the manifest; of dinat_tiny there are: dinat_tiny\.in1k, .*upernet_ade20k"),
+        ("nat_mini", None, r"no file, folder or name of a published checkpoint; those of that model: .*nat_mini\.in1k"),
+        (tmp_path / "absent.pth", NAME, "no file, folder or name"),
+        (tmp_path, NAME, "no model folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "y", model=model)
+    with pytest.raises(ValueError, match=r"does not take these arguments.*no_such"):
+        convert(file, tmp_path / "y", model=NAME, arguments={"no_such": 1})
+    with pytest.raises(ConversionError, match=r"has 1000 classes, dinat_large\.in22k has 21841"):
+        convert(file, tmp_path / "y", model="dinat_large.in22k")
+
+    # a published name is fetched; what is published of it is in the folder
+    published = write(tmp_path / "z", "CARETrans_S0.pth.tar", {"state_dict": filler.published("care_s0")})
+    monkeypatch.setattr("foveal.weights.download.fetch", lambda checkpoint: published)
+    done = convert("care_s0.in1k", tmp_path / "care")
+    assert done.record["checkpoint"] == "care_s0.in1k"
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "none stated"
+    same(restore(done.folder), filler.published("care_s0"))
+    card = (done.folder / "README.md").read_text()
+    for part in (
+        "# care_s0.in1k",
+        "top-1 78.4",
+        "none stated",
+        "drive.google.com",
+        "224 x 224",
+        "CARETrans_S0.pth.tar",
+    ):
+        assert part in card
+    checks = {check.name: check for check in verify(done.folder)}
+    assert all(check.passed for check in checks.values())
+    assert "published: 7.34 M" in checks["parameters"].detail
+    # the same by the name of the file; another file of that model stays without those claims
+    assert convert(published, tmp_path / "care2", model="care_s0").record["checkpoint"] == "care_s0.in1k"
+    other = shutil.copy(published, tmp_path / "mine.pth")
+    unknown = convert(other, tmp_path / "care3", model="care_s0")
+    assert "licence and preprocessing are yours to state" in unknown.lines()[-1]
+    assert "license" not in json.loads((unknown.folder / "config.json").read_text())["pretrained_cfg"]
+    # a folder that was converted is a source, too, and stays what it is
+    again = convert(done.folder, tmp_path / "care4")
+    assert again.record["checkpoint"] == "care_s0.in1k"
+    assert again.record["fingerprint"] == done.record["fingerprint"]
+
+
+def test_a_training_run(tmp_path: Path) -> None:
+    arguments = {"in_chans": 1, "kernel_size": 5}
+    model = timm.create_model(NAME, num_classes=3, **arguments).eval()
+    model.pretrained_cfg |= {"input_size": (1, 40, 40), "mean": (0.5,), "std": (0.5,)}
+    labels = {"label_names": ["a", "b", "c"]}
+    save_for_hf(
+        model, str(tmp_path / "run" / "best"), model_config=labels, model_args=arguments, safe_serialization=True
+    )
+    done = convert(tmp_path / "run", tmp_path / "ours")
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["label_names"] == list("abc")
+    assert config["pretrained_cfg"]["mean"] == [0.5]
+    loaded = foveal.load(done.folder)
+    same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert all(check.passed for check in verify(done.folder))
+    # what is made of it has another file, and no record of this one
+    exported = export(done.folder, "safetensors", tmp_path / "exported").folder
+    assert "conversion" not in json.loads((exported / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in foveal.list_models() if name.startswith("test_foveal_")])
+def test_timms_own_ways(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """save_for_hf, local-dir: and, without a network, push_to_hf_hub: what would be uploaded is the model."""
+    model = timm.create_model(name, num_classes=4)
+    model.load_state_dict(filler.of(model))
+    model.eval()
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert torch.equal(answer(loaded), answer(model))
+    done = convert(tmp_path / "saved", tmp_path / "converted")
+    assert torch.equal(answer(foveal.load(done.folder)), answer(model))
+
+    class Api:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return argparse.Namespace(repo_id=f"someone/{repo_id}")
+
+        def file_exists(self, **_: Any) -> bool:
+            return False
+
+        def upload_folder(self, repo_id: str, folder_path: str, **_: Any) -> str:
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+            return repo_id
+
+    def no_network(*_: Any) -> None:
+        raise AssertionError("a connection is made")
+
+    monkeypatch.setattr("timm.models._hub.HfApi", Api)
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    assert push_to_hf_hub(foveal.load(done.folder), "mine", safe_serialization=True) == "someone/mine"
+    assert {path.name for path in (tmp_path / "uploaded").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    assert torch.equal(answer(foveal.load(tmp_path / "uploaded")), answer(model))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    def call(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, [str(each) for each in arguments])
+
+    state = filler.of(timm.create_model(NAME, num_classes=3, kernel_size=5))
+    file = write(tmp_path / "x", "x.pth", {"state_dict": state, "model_ema": state})
+    options = ("--model", NAME, "--output", tmp_path / "ours", "--set", "kernel_size=5", "--raw")
+    result = call("convert", file, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "x.pth: the raw weights, keys of this package's models" in result.stdout
+    result = call("verify", tmp_path / "ours")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok"] * 4
+    assert call("info", tmp_path / "ours", "--card").stdout == (tmp_path / "ours" / "README.md").read_text()
+    result = call("convert", file, *options)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "is not empty" in result.stderr
+    result = call("convert", file, "--model", NAME, "--output", tmp_path / "y", "--set", "kernel_size")
+    assert (result.exit_code, "--set takes KEY=VALUE" in result.stderr) == (2, True)
+    info = call("info", "overlock_t.maskrcnn_1x_coco")
+    assert "box AP 48.3, mask AP 43.3, published; licence of the weights: apache-2.0" in info.stdout
+    facts = json.loads(call("info", "care_s1", "--json").stdout)["published"]["in1k"]
+    assert (facts["score"], facts["licence_of_weights"]) == ({"top1": 80.1}, "none stated")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("nat_mini", "nat_mini.in1k"),
+        ("dinat_mini", "dinat_mini.in1k"),
+        ("dinat_s_tiny", "dinat_s_tiny.in1k"),
+        ("overlock_xt", "overlock_xt.in1k"),
+        ("care_s0", "care_s0.in1k"),
+    ],
+)
+def test_the_names_and_shapes_that_authors_publish(case: str, name: str, tmp_path: Path) -> None:
+    """At full size, from the descriptions of the authors' models beside the golden answers."""
+    state = filler.published(case)
+    done = convert(write(tmp_path / "x", "model.pth", state), tmp_path / "ours", model=name)
+    same(restore(done.folder), state)
+    assert [check for check in verify(done.folder) if not check.passed] == []

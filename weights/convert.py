@@ -1,0 +1,485 @@
+"""Someone else's file of weights as a verified model folder: every tensor of the file used, every parameter set.
+
+What happened to each element is found by running the family's ``checkpoint_filter_fn`` on numbers that say where they
+come from instead of on weights. That shows which tensors a conversion uses, and turns it round (`restore`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict, get_pretrained_cfg, is_model, model_entrypoint
+from torch import nn
+
+from .._version import __version__
+from ..backbones import list_models, loading
+from ..backbones.download import file_sha256
+from ..backbones.layers import unwrap
+from ..backbones.loading import WEIGHTS
+from . import download
+from .card import card
+from .export import RECORD, TOLERANCE, check_output, published_config, staged
+from .fingerprint import difference, fingerprint
+from .manifest import Checkpoint, checkpoints
+
+_SOURCE = "source"  # the field of the safetensors header with the names of the file that was converted
+_INDEX = ".relative_position_index"  # stored by the authors' isotropic ViT, though it follows from the image size
+
+
+class ConversionError(ValueError):
+    """The file and the model do not fit, or what was written does not answer as it should; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written, and from what."""
+
+    folder: Path
+    files: list[str]
+    record: dict[str, Any]  # as in config.json
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        record = self.record
+        kind = {True: "the averaged (EMA) weights, ", False: "the raw weights, ", None: ""}[record["averaged"]]
+        lines = [
+            f"{self.folder}: {', '.join(self.files)}",
+            f"{record['file']}: {kind}keys of {FORMATS[record['keys']]}; {record['tensors']} tensors used, "
+            f"{record['parameters']:,} parameters set: all there are",
+        ]
+        if record["heads"]:
+            lines.append(f"not of the backbone and left out: {_counted(record['heads'])}")
+        if record["checkpoint"] is None:
+            lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
+        return lines
+
+
+FORMATS = {
+    "authors": "the authors' models",
+    "timm": "timm's models",
+    "foveal": "this package's models",
+    "transformers": "transformers",
+    "mmdet": "mmdetection or mmsegmentation",
+    "detectron2": "detectron2",
+}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is to be converted: a file, and what is known of it."""
+
+    file: Path
+    architecture: str
+    checkpoint: Checkpoint | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None  # of a timm folder
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    ema: bool | None = None,
+    backbone: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Conversion:
+    """Write a file of weights as a model folder: ``config.json``, ``model.safetensors`` and a card, README.md.
+
+    `foveal.load` and ``timm.create_model("local-dir:...", pretrained=True)`` read it, `verify` checks it. The formats
+    of the names are told apart: the authors', timm's, transformers', mmdetection's, mmsegmentation's, detectron2's.
+
+    Args:
+        source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
+            training run of this package; or a name of the manifest (``dinat_mini.in1k``), which is fetched.
+        model: the model's name, better with the tag of the manifest, which tells licence and preprocessing. Needed
+            unless ``source`` tells it.
+        ema: take averaged weights (True) or those that were trained (False); None: averaged ones if there are any.
+        backbone: of a detector or segmenter, convert the backbone and leave out the heads. The folder then holds a
+            model that gives feature maps.
+        arguments: of the model, besides what the file tells (classes, auxiliary head): ``dilations``, ``in_chans`` ...
+        force: write into a folder that is not empty, replacing files of the same names and no others.
+
+    Raises:
+        ValueError: if the source, the model or the output is none, the file is damaged or holds code, or file and model
+            do not fit; the message lists what is left over on either side.
+        OSError: if something cannot be fetched, read or written.
+    """
+    found = _locate(source, model)
+    output = check_output(output, force, [found.file.parent])
+    state, averaged = _read(found.file, ema)
+    keys, heads = key_format(state, found.architecture), {}
+    whole = len(state)
+    body = {name: value for name, value in state.items() if _bare(name).startswith("backbone.")}
+    if body:
+        heads = Counter(_bare(name).partition(".")[0] for name in state if name not in body)
+        state = body
+    dense = bool(body) or _has_level_norms(state)
+    if dense and not backbone:
+        rest = f" and to its heads {_counted(heads)}" if heads else ""
+        raise ConversionError(
+            f"{found.file} is of a dense model, keys of {FORMATS[keys]}: of its {whole} tensors {len(state)} belong to "
+            f"the backbone{rest}. --backbone converts the backbone"
+        )
+    if backbone and not dense:
+        raise ConversionError(f"{found.file} has no backbone under its heads: leave out --backbone")
+
+    arguments = {**found.arguments, **(arguments or {})}
+    if dense:
+        arguments["features_only"] = True
+    arguments = _told_by(state, found, arguments)
+    net = _create(found.architecture, arguments).eval()
+    result = _fitted(state, net, found)
+    _inner(net).load_state_dict(result)  # strict
+    if broken := [name for name, value in result.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ConversionError(f"{found.file} is damaged: {_listed(broken)} not finite")
+
+    config = _config(net, found, arguments)
+    config[RECORD] = {
+        "file": found.file.name,
+        "sha256": file_sha256(found.file),
+        "checkpoint": found.checkpoint.name if found.checkpoint else None,
+        "keys": keys,
+        "averaged": averaged,
+        "heads": dict(heads),
+        "tensors": len(state),
+        "parameters": sum(p.numel() for p in _inner(net).parameters()),
+        "fingerprint": fingerprint(net, _fingerprint_size(found, arguments)),
+        "version": __version__,
+    }
+    spec = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
+    try:
+        with staged(output) as folder:
+            written = _write(folder, net, config, spec)
+            files = sorted(path.name for path in folder.iterdir())
+    except OSError as error:  # it names a temporary folder, if anything
+        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+    return Conversion(output, files, written)
+
+
+def restore(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of the file that `convert` made a folder from, under their own names, bit for bit. Heads that were
+    left out are not among them.
+
+    Raises:
+        ValueError: if the folder was not written by `convert`.
+    """
+    found = loading.resolve(Path(folder))
+    file = loading.weights_file(found)
+    with safe_open(file, framework="pt") as stream:
+        header = (stream.metadata() or {}).get(_SOURCE)
+    if header is None:
+        raise ValueError(f"{file} does not tell what it was converted from; it was not written by `foveal convert`")
+    spec = json.loads(header)
+    arguments = dict(found.config.get("model_args") or {})
+    if not arguments.get("features_only"):
+        arguments.setdefault("num_classes", found.config["num_classes"])
+    with torch.device("meta"):
+        net = _create(found.architecture, arguments)
+    restored = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in spec.items()}
+    for name in restored:
+        if name.endswith(_INDEX):
+            restored[name] = _relative_position_index(math.isqrt(len(restored[name])))
+    origins, starts = _trace(restored, net, found.architecture)
+    names, weights = list(restored), load_file(file)
+    bounds = torch.tensor([*starts.values(), sum(value.numel() for value in restored.values())])
+    for name, origin in origins.items():
+        ids, values = origin.flatten().long(), weights[name].flatten()
+        first, last = torch.searchsorted(bounds, torch.stack([ids.min(), ids.max()]), right=True).tolist()
+        for i in range(first - 1, last):
+            chosen = (ids >= bounds[i]) & (ids < bounds[i + 1])
+            target = restored[names[i]]
+            target.view(-1)[ids[chosen] - bounds[i]] = values[chosen].to(target.dtype)
+    return restored
+
+
+# ---- the source
+
+
+def _locate(source: str | Path, model: str | None) -> _Found:
+    """Find the file, the model and what the manifest says of them."""
+    path = Path(str(source).removeprefix("local-dir:")).expanduser()
+    known = checkpoints()
+    if path.is_file():
+        file, told, config = path, None, None
+    elif path.is_dir():
+        file, told, config = _in_folder(path)
+    elif str(source) in known:
+        checkpoint = known[str(source)]
+        file, told, config = download.fetch(checkpoint), checkpoint.name, None
+    else:
+        names = ", ".join(sorted(each.name for each in known.values() if each.model == str(source).partition(".")[0]))
+        raise ValueError(
+            f"{str(source)!r} is no file, folder or name of a published checkpoint"
+            + (f"; those of that model: {names}" if names else "; `foveal info MODEL` shows them")
+        )
+    if told is None and model is None:
+        raise ValueError(f"{file} does not tell which model it is of: name it with --model")
+    name = model or told
+    architecture, _, tag = name.partition(".")
+    if not is_model(architecture):
+        raise loading.unknown_model(architecture)
+    if told is not None and told.partition(".")[0] != architecture:
+        config = None  # timm's own folder of weights that a model here loads, say
+    of_this = {each.name: each for each in known.values() if each.model == architecture}
+    if tag and name not in of_this and config is None:
+        raise ValueError(f"{name} is not in the manifest; of {architecture} there are: {', '.join(of_this) or 'none'}")
+    checkpoint = of_this.get(name) if tag else next((each for each in of_this.values() if _is_of(file, each)), None)
+    arguments = dict((config or {}).get("model_args") or {})
+    if checkpoint is not None:
+        arguments = {**checkpoint.arguments, **arguments}
+    return _Found(file, architecture, checkpoint, arguments, config)
+
+
+def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None]:
+    """File, model name and timm configuration of a folder; a folder of transformers has neither of the latter."""
+    config = folder / "config.json"
+    with contextlib.suppress(ValueError):
+        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if isinstance(content, dict) and "architecture" not in content and "model_type" in content:
+            for name in loading.WEIGHT_FILES:
+                if (folder / name).is_file():
+                    return folder / name, None, None
+            raise OSError(f"{folder} has no weights: none of {', '.join(loading.WEIGHT_FILES)}")
+    found = loading.resolve(folder)
+    # a converted folder still tells which checkpoint it is of
+    checkpoint = (found.config.get(RECORD) or {}).get("checkpoint")
+    return loading.weights_file(found), checkpoint or found.architecture, found.config
+
+
+def _is_of(file: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a file has the name of a published one."""
+    address = checkpoint.file or (checkpoint.address or "").removeprefix("hf://")
+    return Path(urlparse(address).path).name == file.name
+
+
+def _read(file: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], bool | None]:
+    """The tensors of a file, and whether they are averaged; None where it holds one kind and does not say."""
+    checkpoint = loading.read_checkpoint(file)
+    state, averaged = loading.pick_weights(checkpoint, file, ema)
+    said = averaged or any(key in checkpoint for key in ("state_dict_ema", "model_ema"))
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}, averaged if said else None
+
+
+# ---- what the names tell
+
+
+def key_format(state: Mapping[str, Any], architecture: str) -> str:
+    """The format of the names of a state dict, one of `FORMATS`."""
+    names = [_bare(name) for name in state]
+    if any("patch_embeddings.projection" in name for name in names):
+        return "transformers"
+    if any(name.startswith(("backbone.bottom_up.", "sem_seg_head.", "roi_heads.", "criterion.")) for name in names):
+        return "detectron2"
+    if any(name.startswith("backbone.") for name in names):
+        return "mmdet"
+    published = [each.keys for each in checkpoints().values() if each.model == architecture and each.task == "classify"]
+    if published:
+        return published[0]
+    return "foveal" if architecture in list_models() else "timm"
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.").removeprefix("model.")
+
+
+def _has_level_norms(state: Mapping[str, Any]) -> bool:
+    starts = ("extra_norm.", "hidden_states_norms.", *(f"norm{i}." for i in range(4)))
+    return any(_bare(name).startswith(starts) for name in state)
+
+
+def _told_by(state: Mapping[str, torch.Tensor], found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the model, with those that the file tells."""
+    with torch.device("meta"):
+        shaped = {key: value for key, value in arguments.items() if key not in ("features_only", "out_indices")}
+        plain = _create(found.architecture, shaped)
+    known = inspect.signature(type(plain).__init__).parameters
+    if arguments.get("features_only"):
+        if "out_norm" in known and _has_level_norms(dict.fromkeys(unwrap(dict(state)))):
+            arguments.setdefault("out_norm", True)
+        return arguments
+    folded = any(name.endswith(".lk_origin.bias") for name in state)
+    if "aux_head" in known and not folded and any(_bare(name).startswith("aux_head.") for name in state):
+        arguments.setdefault("aux_head", True)
+    if "num_classes" not in arguments:
+        classes = _classes(state, plain)
+        expected = found.checkpoint.classes if found.checkpoint else classes
+        if classes != expected and classes is not None:
+            raise ConversionError(
+                f"{found.file} has {classes} classes, {found.checkpoint.name} has {expected}: it is not that checkpoint"
+            )
+        if classes is not None and classes != plain.num_classes:
+            arguments["num_classes"] = classes
+    return arguments
+
+
+def _classes(state: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
+    """The number of classes in a file, None if it has no classifier."""
+    meta = {name: value.to("meta") for name, value in state.items()}
+    with contextlib.suppress(ValueError):  # that it does not fit is said later, of the right model
+        meta = _filter(model.pretrained_cfg["architecture"])(clean_state_dict(meta), model)
+    classifiers = model.pretrained_cfg["classifier"]
+    for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
+        weight = meta.get(f"{classifier}.weight")
+        if weight is not None:
+            return weight.shape[0]
+    return None
+
+
+# ---- fitting
+
+
+def _create(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(architecture, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{architecture} does not take these arguments: {error}") from error
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The backbone itself, in a model that gives feature maps."""
+    return model.model if type(model).__name__ == "FeatureGetterNet" else model
+
+
+def _filter(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
+    """The filter of a model's family; for others of timm, what is around the names is taken off."""
+    module = sys.modules[model_entrypoint(architecture).__module__]
+    return getattr(module, "checkpoint_filter_fn", lambda state, _: unwrap(state))
+
+
+def _trace(
+    state: Mapping[str, torch.Tensor], net: nn.Module, architecture: str
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Where each element of the model's state comes from, by its place among all elements of ``state`` in their order;
+    and the place at which each tensor of ``state`` begins. What the filter takes from elsewhere is left out."""
+    starts, total = {}, 0
+    for name, value in state.items():
+        starts[name], total = total, total + value.numel()
+    if total >= 2**31:
+        raise ValueError(f"{total:,} numbers are more than can be told apart")
+    places = {  # in int32, which no weights are
+        name: torch.arange(start, start + state[name].numel(), dtype=torch.int32).reshape(state[name].shape)
+        for name, start in starts.items()
+    }
+    result = _filter(architecture)(clean_state_dict(places), _inner(net))
+    return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
+
+
+def _fitted(state: dict[str, torch.Tensor], net: nn.Module, found: _Found) -> dict[str, torch.Tensor]:
+    """The state of the model, made of all of ``state`` and nothing else."""
+    for name, value in state.items():
+        side = math.isqrt(len(value)) if name.endswith(_INDEX) else 0
+        if side and not torch.equal(value, _relative_position_index(side)):
+            raise ConversionError(f"{found.file}: {name} orders the position bias in another way than this model")
+    inner = _inner(net)
+    try:
+        origins, starts = _trace(state, net, found.architecture)
+    except (ValueError, RuntimeError) as error:
+        raise ConversionError(f"{found.file} does not fit {found.architecture}: {error}") from error
+    used = torch.zeros(sum(value.numel() for value in state.values()), dtype=torch.bool)
+    own = inner.state_dict()
+    for name, origin in origins.items():
+        if name in own:
+            used[origin.flatten().long()] = True
+    unused = [
+        name
+        for name, start in starts.items()
+        if not name.endswith(_INDEX) and not used[start : start + state[name].numel()].all()
+    ]
+    unset = [name for name in own if name not in origins]
+    shapes = [
+        f"{name} {tuple(origin.shape)} for {tuple(own[name].shape)}"
+        for name, origin in origins.items()
+        if name in own and origin.shape != own[name].shape
+    ]
+    if unused or unset or shapes:
+        parts = [
+            *([f"of the file not used: {_listed(unused)}"] if unused else []),
+            *([f"of the model not set: {_listed(unset)}"] if unset else []),
+            *([f"of another shape: {_listed(shapes)}"] if shapes else []),
+        ]
+        raise ConversionError(f"{found.file} does not fit {found.architecture}; {'; '.join(parts)}")
+    return _filter(found.architecture)(clean_state_dict(dict(state)), inner)
+
+
+def _relative_position_index(side: int) -> torch.Tensor:
+    """The row of the position bias table, flattened, for each pair of tokens of a square map, ``[side^2, side^2]``: the
+    offset of the key from the query, counted from ``1 - side``."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    rows, columns = y[None] - y[:, None] + side - 1, x[None] - x[:, None] + side - 1
+    return rows * (2 * side - 1) + columns
+
+
+# ---- the folder
+
+
+def _write(folder: Path, net: nn.Module, config: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Write the folder, read it again and compare; returns the record as written."""
+    record = config[RECORD]
+    state = {name: value.detach().contiguous() for name, value in _inner(net).state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
+    record["model_sha256"] = file_sha256(folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    size = tuple(record["fingerprint"]["input"][1:])
+    apart = difference(fingerprint(loading.load(folder), size), record["fingerprint"])
+    if not apart <= TOLERANCE:  # also true of NaN
+        raise ConversionError(
+            f"the converted {config['architecture']} answers with a difference of {apart:.1e} of the largest value, "
+            f"more than {TOLERANCE:.0e}; nothing was written"
+        )
+    (folder / "README.md").write_text(card(config), encoding="utf-8")
+    return record
+
+
+def _config(net: nn.Module, found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` that timm reads back."""
+    stated = {key: value for key, value in arguments.items() if key != "num_classes"}
+    stated = {"model_args": stated} if stated else {}
+    if found.config is not None:
+        kept = {key: value for key, value in found.config.items() if key not in (RECORD, "model_args")}
+        return {**kept, **stated}
+    # that of a model that gives feature maps lacks the classifier, which timm needs to load it
+    cfg = {**get_pretrained_cfg(found.architecture).to_dict(), **net.pretrained_cfg, "architecture": found.architecture}
+    if found.checkpoint is not None:
+        cfg |= {"tag": found.checkpoint.tag, "license": found.checkpoint.weights_licence}
+        cfg |= {"origin_url": found.checkpoint.code, **found.checkpoint.preprocessing()}
+    else:
+        cfg |= {"tag": None, "license": None}  # whose those are is not known
+    if not arguments.get("features_only"):
+        cfg["num_classes"] = net.num_classes
+    cfg["input_size"] = (arguments.get("in_chans", 3), *cfg["input_size"][1:])
+    features = net.feature_info.channels()[-1] if arguments.get("features_only") else net.num_features
+    config = published_config(cfg, cfg["num_classes"], features)
+    return {**config, **stated}
+
+
+def _fingerprint_size(found: _Found, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The input size of the model's name, if it takes others: a dense checkpoint's own would take minutes."""
+    size = arguments.get("img_size", get_pretrained_cfg(found.architecture).input_size[1:])
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return (arguments.get("in_chans", 3), rows, columns)
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{rest})"
+
+
+def _counted(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {group}" for group, count in groups.items())

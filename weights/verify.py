@@ -1,0 +1,150 @@
+"""Whether a converted model folder still holds what was converted, and whether that is what was published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+from ..backbones import loading
+from ..backbones.download import file_sha256
+from .card import card
+from .export import RECORD, TOLERANCE
+from .fingerprint import difference, fingerprint
+from .images import preprocessing, read_image
+from .manifest import Checkpoint, checkpoints
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(folder: str | Path, images: str | Path | None = None, write_card: bool = False) -> Iterator[Check]:
+    """Check a folder that `convert` wrote, one thing after the other.
+
+    The file against its hash; the names in it against the model's; the number of parameters against the record and the
+    published one, where that is known; the answer to a fixed image against the one that the original tensors gave;
+    preprocessing and licence against the manifest; and with ``images``, an ImageFolder, the top-1 score.
+
+    Args:
+        images: a folder with a folder of images for each class, named in the order of the classes (or as the
+            ``label_names`` of the model's configuration).
+        write_card: write the score into the folder's card.
+
+    Raises:
+        ValueError: if the folder was not written by `convert`, or the folders of ``images`` are not the classes.
+        OSError: if something cannot be read.
+    """
+    found = loading.resolve(Path(str(folder).removeprefix("local-dir:")))
+    record = (found.config or {}).get(RECORD)
+    if record is None:
+        raise ValueError(f"{folder} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote")
+    file = loading.weights_file(found)
+    digest = file_sha256(file)
+    known = record["model_sha256"]
+    yield Check("file", digest == known, f"sha256 {digest}" + ("" if digest == known else f", it was {known}"))
+
+    try:
+        model = loading.load(found.folder)
+    except ValueError as error:
+        yield Check("loads", False, str(error))
+        return
+    inner = model.model if type(model).__name__ == "FeatureGetterNet" else model
+    with safe_open(file, framework="pt") as stream:
+        stored = set(stream.keys())
+    own = set(inner.state_dict())
+    strange = ", ".join(sorted(stored ^ own)[:8])
+    yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in one: {strange}" if strange else ""))
+
+    checkpoint = checkpoints().get(record["checkpoint"])
+    yield _parameters(inner, record, checkpoint)
+    apart = difference(fingerprint(model, tuple(record["fingerprint"]["input"][1:])), record["fingerprint"])
+    what = f"{apart:.1e} of the largest value from the original's, {TOLERANCE:.0e} allowed"
+    yield Check("answer to the fixed image", apart <= TOLERANCE, what)
+    if checkpoint is not None:
+        yield _published(found.config["pretrained_cfg"], checkpoint)
+    if images is not None:
+        score, count = top1(model, Path(images), found.config)
+        text = f"top-1 {score:.3f} % on {count:,} images"
+        expected = checkpoint.score.get("top1") if checkpoint is not None else None
+        yield Check("score", True, text + (f", published: {expected:g}" if expected is not None else ""))
+        if write_card:
+            target = found.folder / "README.md"
+            temporary = target.with_name(".README.md.new")
+            temporary.write_text(card(found.config, text), encoding="utf-8")
+            temporary.replace(target)
+
+
+def _parameters(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
+    count = sum(p.numel() for p in model.parameters())
+    passed, text = count == record["parameters"], f"{count:,}"
+    if not passed:
+        text += f", recorded were {record['parameters']:,}"
+    if checkpoint is not None and checkpoint.parameters is not None and checkpoint.task == "classify":
+        # as many digits as are published
+        published = f"{checkpoint.parameters:g}"
+        digits = len(published.partition(".")[2])
+        fits = math.isclose(round(count / 1e6, digits), checkpoint.parameters, abs_tol=0.6 * 10**-digits)
+        passed, text = passed and fits, text + f", published: {published} M"
+    return Check("parameters", passed, text)
+
+
+def _published(cfg: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
+    """Preprocessing and licence of a ``config.json`` against the manifest."""
+    expected = {**checkpoint.preprocessing(), "license": checkpoint.weights_licence}
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    wrong = [f"{k} {cfg.get(k)}, not {plain(v)}" for k, v in expected.items() if cfg.get(k) != plain(v)]
+    return Check("as the manifest says", not wrong, "; ".join(wrong) or ", ".join(expected))
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Path, config: Mapping[str, Any]) -> tuple[float, int]:
+    """Score of a classifier on an ImageFolder, in per cent, and the number of images.
+
+    Raises:
+        ValueError: if the folders are not the classes of the model, or it has none.
+        OSError: if there are no images, or one cannot be read.
+    """
+    if (config.get("model_args") or {}).get("features_only"):
+        raise ValueError(f"{config['architecture']} is a backbone here: it gives feature maps and has no classes")
+    try:
+        data = ImageFolder(str(images))
+    except FileNotFoundError as error:
+        raise OSError(f"{images}: {error}") from error
+    labels = config.get("label_names")
+    if labels:
+        unknown = sorted(set(data.classes) - set(labels))
+        index = {name: i for i, name in enumerate(labels)}
+    else:
+        unknown = [] if len(data.classes) == model.num_classes else data.classes
+        index = {name: i for i, name in enumerate(data.classes)}
+    if unknown:
+        raise ValueError(
+            f"{images} has {len(data.classes)} folders, the model {model.num_classes} classes; "
+            f"not among them: {', '.join(unknown[:8])}"
+        )
+    transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
+    right = 0
+    for start in range(0, len(data.samples), _BATCH):
+        batch = data.samples[start : start + _BATCH]
+        x = torch.stack([transform(read_image(path, channels)) for path, _ in batch])
+        wanted = torch.tensor([index[data.classes[label]] for _, label in batch])
+        right += int((model(x).argmax(1) == wanted).sum())
+    return 100 * right / len(data.samples), len(data.samples)
