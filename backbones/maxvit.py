@@ -31,6 +31,7 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
+    get_pretrained_cfg,
     register_model,
 )
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
@@ -451,24 +452,27 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cfg(**facts: Any) -> dict[str, Any]:
-    cfg = {
+def _cfg(name: str, **facts: Any) -> dict[str, Any]:
+    """The facts of the weights, with what timm says of the network that they are for."""
+    size, resolution, tag = re.fullmatch(r"maxvit_(\w+)_(\d+)\.(\w+)", name).groups()
+    network = get_pretrained_cfg(f"maxvit_{size}_tf_{resolution}.{tag}")
+    return {
         **DEFAULTS,
         "url": "",
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
+        **{key: getattr(network, key) for key in ("pool_size", "first_conv", "classifier")},
         "license": "apache-2.0",
         "origin_url": "https://github.com/google-research/maxvit",
         "paper_ids": "arXiv:2204.01697",
         **facts,
     }
-    return {**cfg, "pool_size": tuple(size // 32 for size in cfg["input_size"][1:])}
 
+
+_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.95)
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(**facts) for name, facts in PUBLISHED["maxvit"].items()},
-        "test_foveal_maxvit.untrained": _cfg(input_size=(3, 64, 64), crop_pct=0.95),
+        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["maxvit"].items()},
+        "test_foveal_maxvit.untrained": _cfg("maxvit_tiny_224.in1k", **_TEST),
     }
 )
 
