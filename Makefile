@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 FASHION := data/fashion-mnist
 
-.PHONY: help demo demo-detect demo-segment test test-slow bench fashion-mnist clean
+.PHONY: help demo demo-detect demo-segment test test-slow test-long bench fashion-mnist clean
 
 help:
 	@echo "make demo           train on handwritten digits, evaluate, draw, export, predict (set-up + 5 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make demo-segment   the same for a segmenter"
 	@echo "make test           lint and the default tests"
 	@echo "make test-slow      the tests that take minutes (wants: make fashion-mnist)"
+	@echo "make test-long      the demos of detection and segmentation with the scores that they promise"
 	@echo "make bench          measure the kernels"
 	@echo "make fashion-mnist  fetch Fashion-MNIST into $(FASHION)"
 	@echo "make clean          remove .venv and everything built; runs/ and data/ stay"
@@ -20,13 +21,19 @@ help:
 demo: .venv/ready
 	$(BIN)/foveal demo
 
+demo-detect demo-segment: demo-%: .venv/ready
+	$(BIN)/foveal demo $*
+
 test: .venv/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pytest  # not python -m pytest: with this folder on the path, transformers takes our kernels/ for its own
 
 test-slow: .venv/ready-test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m 'slow and not long'
+
+test-long: .venv/ready-test
+	$(BIN)/pytest -m long
 
 bench: .venv/ready-test
 	$(BIN)/foveal bench kernels

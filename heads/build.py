@@ -256,7 +256,7 @@ def build_segmenter(
         size_divisor: see `Segmenter`.
         mean, std: of images in [0, 1], by channel; None: what the backbone was trained with.
         neck_kwargs, head_kwargs, auxiliary_kwargs: settings of the neck; of `UPerNet`, `SemanticFPN`
-            or `Mask2Former`; of `FCN`.
+            or `Mask2Former`; of `FCN`, not read where there is no auxiliary head.
         pretrained, checkpoint: the backbone's weights, see `build_features`.
         sync_bn: BatchNorms of the whole segmenter share their statistics between processes, if a process group is up.
         kwargs: of `build_features`: ``frozen_stages``, ``norm_eval``, ``drop_path_rate``, ``in_chans``, the backbone's
@@ -333,8 +333,8 @@ def _segmentation_heads(
 def _statistics(
     name: str, given: Sequence[float] | None, features: Features, kwargs: Mapping[str, Any]
 ) -> tuple[float, ...]:
-    """``"mean"`` or ``"std"`` by channel: the given one, or else the backbone's; for grey images of a colour model their
-    mean, as timm sums its first filters."""
+    """``"mean"`` or ``"std"`` by channel, as given or the backbone's; for grey images of a colour backbone the mean of
+    its three, as timm sums its first filters."""
     channels = kwargs.get("in_chans", 3)
     if given is None:
         own = getattr(features, name)
@@ -362,7 +362,17 @@ def save_dense(
         classes: their names by index.
         preprocessing: what a reader should know of the images; the model does it all itself.
         more: further entries of config.json.
+
+    Raises:
+        ValueError: a model that was put together otherwise, which could not be built again; or not one name for each of
+            its classes.
     """
+    if not model.arguments:
+        raise ValueError(
+            f"this {type(model).__name__} is not of build_detector or build_segmenter: it has no arguments"
+        )
+    if len(classes) != model.arguments["num_classes"]:
+        raise ValueError(f"{len(classes)} class names for a model of {model.arguments['num_classes']} classes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {

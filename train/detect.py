@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -88,13 +89,7 @@ class Task:
 
     def save_weights(self, folder: Path, model: nn.Module) -> None:
         transform = model.detector.transform
-        preprocessing = {
-            "in_chans": self.config.data.in_chans,
-            "mean": list(transform.image_mean),
-            "std": list(transform.image_std),
-            "short_side": self.config.data.short_side,
-            "max_size": self.config.data.max_size,
-        }
+        preprocessing = prepared(model) | {"mean": list(transform.image_mean), "std": list(transform.image_std)}
         save_dense(folder, model, self.classes, preprocessing, category_ids=list(self.data.categories))
 
     def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
@@ -155,6 +150,13 @@ def detect(model: nn.Module, images: list[torch.Tensor], amp: str = "no") -> lis
         return model(images)
 
 
+def prepared(model: Detector) -> dict[str, int]:
+    """What a detector does to images, by the names of a recipe's ``data``."""
+    transform = model.detector.transform
+    sizes = {"short_side": transform.min_size[-1], "max_size": transform.max_size}
+    return {"in_chans": len(transform.image_mean), **sizes}
+
+
 def sure(found: dict[str, torch.Tensor], score: float = SURE) -> dict[str, torch.Tensor]:
     """The detections with at least this score."""
     keep = found["scores"] >= score
@@ -208,27 +210,35 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     folder = Path(source)
     model = load_dense(folder)
     recipe = next((f / "config.yaml" for f in (folder, folder.resolve().parent) if (f / "config.yaml").is_file()), None)
-    prepared = model.config["preprocessing"]
+    if len(model.config.get("category_ids") or ()) != len(model.classes):
+        raise ConfigError(f"{folder}: its config.json has no `category_ids`, the id of each class in annotation files")
     defaults = {
         "output": "-",
         "model": {key: model.arguments[name] for key, name in (("name", "backbone"), ("head", "head"))},
-        "data": {key: prepared[key] for key in ("in_chans", "short_side", "max_size")},
+        "data": prepared(model),
     }
     config = load_config(recipe, overrides, DetectConfig, defaults)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = Accelerator().device
+    accelerator = Accelerator()
+    device = accelerator.device
     transform = model.to(device).detector.transform
     transform.min_size, transform.max_size = (config.data.short_side,), config.data.max_size
     categories = dict(zip(model.config["category_ids"], model.classes, strict=True))
-    data = build_coco(config, masks=model.masks, device=device, categories=categories, train=False)
+    shares = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    data = build_coco(config, masks=model.masks, device=device, categories=categories, train=False, **shares)
     began = time.perf_counter()
     scorer = score(model, data.val, amp=config.train.amp)
-    speed = len(scorer.found) / (time.perf_counter() - began)
-    figures = scorer.compute()
+    seconds = time.perf_counter() - began
+    figures, found = scorer.compute(), scorer.gathered()
+    speed = len(found) / seconds
+    for names in gather_object([data.bad.names]):
+        data.bad.merge(names)
+    if not accelerator.is_main_process:
+        return
     for note in data.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    table = Table(title=f"{source}: {config.data.val_annotations}, {len(scorer.found):,} images, {speed:,.1f} images/s")
+    table = Table(title=f"{source}: {config.data.val_annotations}, {len(found):,} images, {speed:,.1f} images/s")
     for name in ("", "AP", "AP50", "AP75", "small", "medium", "large"):
         table.add_column(name, justify="right")
     for kind in ("box", "mask") if model.masks else ("box",):
@@ -239,11 +249,11 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
         named = escape(", ".join(sorted(data.bad.names)[:5]))
         console.print(f"[yellow]{len(data.bad.names)} images left out:[/] {named}", highlight=False, soft_wrap=True)
     if files["output"] is not None:
-        content = {"source": str(source), "model": model.arguments["backbone"], **figures, "n": len(scorer.found)}
+        content = {"source": str(source), "model": model.arguments["backbone"], **figures, "n": len(found)}
         content |= {"images_per_second": speed, "unreadable": data.bad.names}
         write_json(Path(files["output"]), content)
     if files["predictions"] is not None:
-        results = scorer.results(scorer.gathered())
+        results = scorer.results(found)
         for result in results:
             if "segmentation" in result:
                 code = result["segmentation"]
@@ -264,23 +274,28 @@ def predict(
     Yields:
         the path, and for each object ``label``, ``category_id``, ``score`` and ``box`` (corners), the best first;
         or the error where an image cannot be read.
+
+    Raises:
+        ValueError: the folder holds no detector, or drawings would replace images or each other.
     """
+    places = pictures.places(images, output) if output is not None else [None] * len(images)
     model = load_dense(source)
+    channels = prepared(model)["in_chans"]
     ids = model.config.get("category_ids") or list(range(len(model.classes)))
-    for path in images:
+    for path, place in zip(images, places, strict=True):
         try:
             with Image.open(path) as file:
-                image = F.pil_to_tensor(to_mode(file, model.config["preprocessing"]["in_chans"])).float() / 255
+                image = F.pil_to_tensor(to_mode(file, channels)).float() / 255
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue
         found = sure(detect(model, [image])[0], threshold)
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
             ratio = image.shape[-2] / image.shape[-1]
             figure, axis = plt.subplots(figsize=(7, 7 * min(max(ratio, 0.4), 2.5) + 0.4))
             pictures.draw(axis, image, found, model.classes, f"{Path(path).name}: {len(found['labels'])}")
-            pictures.save(figure, output / f"{Path(path).stem}.png")
+            pictures.save(figure, place)
         rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         yield (
             str(path),

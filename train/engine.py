@@ -155,7 +155,7 @@ def create_schedule(
         warmup_lr=config.warmup_lr_ratio * lr,
         min_lr=config.min_lr_ratio * lr,
         decay_epochs=max(1, round(config.decay_fraction * total)),
-        decay_milestones=[round(part * total) + 1 for part in config.milestones],  # timm's count from 1
+        decay_milestones=sorted(round(part * total) + 1 for part in config.milestones),  # timm's count from 1
         decay_rate=config.power if config.name == "poly" else config.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -229,6 +229,16 @@ class Trainer:
         """The model that is evaluated and kept: the averaged one when averaging is on."""
         return self.ema.module if self.ema is not None else self.raw
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """What makes an update and a pass over the data, which must not change between a run and its continuation."""
+        return {
+            "updates per epoch": self.steps,
+            "processes": self.accelerator.num_processes,
+            "images per update": self.images_per_step,
+            "batches per pass": self.data.train.batches,
+        }
+
     def resume(self) -> bool:
         """Takes up RUN/last; False when there is none. Nothing is changed unless all of it can be read and fits.
 
@@ -244,10 +254,10 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"{folder} belongs to another run: {key} was {saved['identity'].get(key)!r}, is now {value!r}"
                 )
-        shape = {"updates per epoch": self.steps, "processes": self.accelerator.num_processes}
-        for key, value in shape.items():
-            if saved["shape"][key] != value:
-                raise checkpoint.CheckpointError(f"{folder}: {key} were {saved['shape'][key]}, are now {value}")
+        for key, value in self.shape.items():
+            was = saved["shape"].get(key, value)  # earlier versions wrote the first two only
+            if was != value:
+                raise checkpoint.CheckpointError(f"{folder}: {key} were {was}, are now {value}")
         raw = folder / (checkpoint.RAW if self.ema is not None else checkpoint.WEIGHTS)
         if self.ema is not None:
             checkpoint.load_exact(self.ema.module, folder / checkpoint.WEIGHTS)
@@ -440,7 +450,7 @@ class Trainer:
             "state": plain,
             "losses": losses,
             "identity": self.task.identity,
-            "shape": {"updates per epoch": self.steps, "processes": self.accelerator.num_processes},
+            "shape": self.shape,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"updates": state.epoch * self.steps + state.step},  # the rate is a function of it
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,

@@ -154,7 +154,7 @@ def run_evaluation(evaluate: Callable[[str, list[str], Console], None], source: 
     console = Console()
     try:
         evaluate(source, list(overrides), console)
-    except (*USER_ERRORS, ValueError, OSError) as error:  # the latter two from loading
+    except (*USER_ERRORS, ValueError, OSError, ImportError) as error:  # the latter three from loading
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -25,8 +25,8 @@ from ..configs.schema import ConfigError, SegmentConfig, load_config, override_v
 from ..heads.build import build_segmenter, load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
-from . import checkpoint, plots
-from .data import Data
+from . import checkpoint, pictures, plots
+from .data import Data, DataError
 from .data.files import UNREADABLE
 from .data.semantic import IGNORE, Batch, SemanticLoader, build_semantic_data, find_classes
 from .engine import State
@@ -69,7 +69,7 @@ def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:
             grad_checkpointing=model.grad_checkpointing,
             **model.kwargs,
         )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
 
 
@@ -101,9 +101,19 @@ def load_initial(model: Segmenter, source: str) -> list[str]:
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:
-    """The keyword arguments of :func:`probabilities` by which a recipe evaluates."""
+    """The keyword arguments of :func:`probabilities` by which a recipe evaluates.
+
+    Raises:
+        ConfigError: sliding windows that would leave pixels out, or windows for whole images.
+    """
     given = config.eval
+    if given.mode == "whole" and (given.window or given.stride):
+        raise ConfigError(
+            f"eval.mode=whole with eval.window={given.window}, eval.stride={given.stride}: mode=slide has them"
+        )
     window = None if given.mode == "whole" else list(given.window or config.augment.crop)
+    if window and given.stride and any(step > side for step, side in zip(given.stride, window, strict=True)):
+        raise ConfigError(f"eval.stride={given.stride} is beyond the windows of {window}, which would leave pixels out")
     return {
         "bounds": given.resize,
         "multiple_of": given.multiple_of,
@@ -161,7 +171,7 @@ def score(
         on_batch: called with the number of images after each batch.
 
     Raises:
-        ValueError: there was no pixel with a class.
+        DataError: there was no pixel with a class.
     """
     device = loader.device
     matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE, validate_args=False).to(device)
@@ -180,7 +190,7 @@ def score(
             on_batch(len(images))
     confusion, n = matrix.compute().cpu().numpy(), int(count.compute())
     if confusion.sum() == 0:
-        raise ValueError("there was no pixel with a class to evaluate")
+        raise DataError(f"there was no pixel with a class to evaluate in {n} images")
     return Score(confusion, n, n / (time.perf_counter() - start))
 
 
@@ -267,7 +277,8 @@ class Task:
     def describe(self) -> str:
         model = self.config.model
         crop = "x".join(map(str, self.config.augment.crop))
-        return f"{model.name}, {model.head} with {model.neck}, crop {crop}, {len(self.classes)} classes"
+        neck = "" if model.head == "mask2former" else f" with {model.neck}"
+        return f"{model.name}, {model.head}{neck}, crop {crop}, {len(self.classes)} classes"
 
     def finish(self, run: Path, state: State, model: nn.Module, draw: bool) -> dict[str, Any]:
         """Curves, predictions and the IoU of each class, of the best weights."""
@@ -353,7 +364,8 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
         given = dict(model.config["preprocessing"].get("inference", {}))
         antialias, bounds = given.pop("antialias", True), given.pop("bounds", None)
         mode = "slide" if given.get("window") else "whole"
-        defaults |= {"eval": given | {"resize": bounds, "mode": mode}, "data": {"antialias": antialias}}
+        seen = {"antialias": antialias, "in_chans": model.arguments.get("in_chans", 3)}
+        defaults |= {"eval": given | {"resize": bounds, "mode": mode}, "data": seen}
     config = load_config(recipe, overrides, SegmentConfig, defaults)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -361,6 +373,9 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     classes = find_classes(config.data)
     if len(classes) != model.arguments["num_classes"]:
         raise ConfigError(f"{source} has {model.arguments['num_classes']} classes, the data have {len(classes)}")
+    if classes != model.classes and sorted(classes) == sorted(model.classes):
+        theirs, ours = next(pair for pair in zip(classes, model.classes, strict=True) if pair[0] != pair[1])
+        raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
     data = build_semantic_data(config, classes, model.mean.flatten().tolist(), device=device, train=False)
     result = score(model.to(device), data.val, len(classes), inference(config), amp=config.train.amp)
     metrics = result.metrics
@@ -394,25 +409,27 @@ def predict(
         be read.
 
     Raises:
-        ValueError: the folder holds no segmenter, or cannot be loaded.
+        ValueError: the folder holds no segmenter, or cannot be loaded; or drawings would replace images or each other.
     """
+    places = pictures.places(images, output) if output is not None else [None] * len(images)
     model = load_dense(source)
-    prepared = model.config["preprocessing"]
-    for path in images:
+    settings = model.config["preprocessing"].get("inference", {})
+    channels = model.arguments.get("in_chans", 3)
+    for path, place in zip(images, places, strict=True):
         try:
             with Image.open(path) as file:
-                pixels = np.array(to_mode(file, prepared["in_chans"]))
+                pixels = np.array(to_mode(file, channels))
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue
         image = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None].float() / 255
-        labels = probabilities(model, image, **prepared["inference"]).argmax(1)[0].numpy().astype(np.uint8)
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
+        labels = probabilities(model, image, **settings).argmax(1)[0].numpy().astype(np.uint8)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
             drawn = Image.fromarray(labels)
             drawn.putpalette(plots.label_colours(256).tobytes())
-            temporary = output / f".{Path(path).stem}.png"
+            temporary = place.with_name(f".{place.name}")
             drawn.save(temporary)
-            temporary.replace(output / f"{Path(path).stem}.png")
+            temporary.replace(place)
         shares = np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size
         yield str(path), [(model.classes[k], float(shares[k])) for k in np.argsort(-shares) if shares[k] > 0]

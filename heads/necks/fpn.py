@@ -18,7 +18,6 @@ class FPN(nn.Module):
         out_channels: of every map that it gives.
         extra_levels: ``"pool"``: one coarser map by subsampling the last (Faster and Mask R-CNN); ``"p6p7"``: two by
             strided convolutions of the last (RetinaNet, FCOS).
-        norm_layer: after each convolution of the pyramid, None for none.
 
     Attributes:
         spec: of the maps that it gives.
@@ -27,13 +26,7 @@ class FPN(nn.Module):
         ValueError: if ``extra_levels`` is none of these.
     """
 
-    def __init__(
-        self,
-        spec: FeatureSpec,
-        out_channels: int = 256,
-        extra_levels: str | None = None,
-        norm_layer: type[nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, spec: FeatureSpec, out_channels: int = 256, extra_levels: str | None = None) -> None:
         super().__init__()
         blocks = {
             None: lambda: None,
@@ -42,9 +35,7 @@ class FPN(nn.Module):
         }
         if extra_levels not in blocks:
             raise ValueError(f'extra_levels must be None, "pool" or "p6p7", got {extra_levels!r}')
-        self.pyramid = FeaturePyramidNetwork(
-            list(spec.channels), out_channels, blocks[extra_levels](), norm_layer=norm_layer
-        )
+        self.pyramid = FeaturePyramidNetwork(list(spec.channels), out_channels, blocks[extra_levels]())
         extra = {None: 0, "pool": 1, "p6p7": 2}[extra_levels]
         strides = spec.strides + tuple(spec.strides[-1] * 2 ** (i + 1) for i in range(extra))
         self.spec = FeatureSpec((out_channels,) * len(strides), strides)

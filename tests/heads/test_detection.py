@@ -14,6 +14,7 @@ from foveal.heads.detection.detector import HEADS, Anchors
 
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 SMALL = {"min_size": 64, "max_size": 96, "neck_kwargs": {"out_channels": 32}}
+SLOW = pytest.mark.slow
 LIGHT = {"box_width": 32, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
 
 
@@ -61,8 +62,14 @@ def steps_and_finds(model: nn.Module, channels: int = 3) -> None:
             assert each["masks"].shape == (len(each["boxes"]), 1, height, width)
 
 
-@pytest.mark.parametrize("neck", ["fpn", "a3fpn"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "neck"),
+    [
+        *((head, "fpn") for head in HEADS),
+        *(("mask_rcnn", "a3fpn"), ("retinanet", "a3fpn")),
+        *(pytest.param(head, "a3fpn", marks=SLOW) for head in ("faster_rcnn", "fcos")),  # the maps of those two
+    ],
+)
 def test_every_head_on_every_neck(head, neck):
     steps_and_finds(small(head=head, neck=neck))
 
@@ -85,7 +92,9 @@ def test_every_family(family):
     steps_and_finds(model)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "swin_tiny_patch4_window7_224", pytest.param("convnext_atto", marks=SLOW)]
+)
 def test_backbones_of_timm(backbone):
     kwargs = {"depths": (1, 1, 1, 1)} if "resnet" not in backbone else {}
     steps_and_finds(small(backbone, "retinanet", **kwargs))
@@ -147,7 +156,7 @@ def test_training_takes_images_as_they_come_and_evaluation_resizes():
     assert seen[2] == (1, 3, 32, 96)  # the long side is limited to 96
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["mask_rcnn", "retinanet", "fcos", pytest.param("faster_rcnn", marks=SLOW)])
 def test_classes_are_numbered_from_zero(head):
     """Trained on one image until it is found: the label that comes out is the one that went in."""
     model = small(head=head, num_classes=2, drop_path_rate=0.0)
@@ -179,7 +188,7 @@ def test_detections_are_in_the_image_s_own_pixels():
     assert torch.allclose(2 * one, two, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["mask_rcnn", "retinanet", "fcos", pytest.param("faster_rcnn", marks=SLOW)])
 def test_saved_and_loaded_it_answers_the_same(head, tmp_path):
     model = small(head=head, frozen_stages=1, drop_path_rate=0.1, strides=(8, 16, 32)).eval()
     save_dense(tmp_path, model, ["a", "b", "c"], {"in_chans": 3}, category_ids=[3, 7, 90])
@@ -231,6 +240,10 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         ({"head_kwargs": {"mask_width": 3}, "head": "faster_rcnn"}, "no mask_width"),
         ({"head_kwargs": {"min_size": 3}}, "no argument 'min_size'"),
         ({"strides": (3, 9)}, "not at 3, 9"),
+        ({"strides": (4, 16, 32)}, r"strides double from one to the next, got \(4, 16, 32\)"),
+        ({"neck_kwargs": {"colour": 1}}, "neck fpn with .*colour"),
+        ({"mean": [0.5, 0.5]}, "mean has 2 values, the images have 3 channels"),
+        ({"std": [1.0] * 3, "in_chans": 1}, "std has 3 values, the images have 1 channels"),
         ({"backbone": "test_foveal_dinatt"}, "test_foveal_dinatt"),
     ],
 )
@@ -265,7 +278,7 @@ def test_sizes_are_those_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(48, abs=0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 @pytest.mark.parametrize(("head", "neck"), [("mask_rcnn", "fpn"), ("retinanet", "a3fpn")])
 def test_half_precision(head, neck, dtype):
     model = small(head=head, neck=neck)

@@ -118,8 +118,14 @@ def check(detector):
     return results
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("config", ["mask_rcnn", "retinanet"])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("mask_rcnn", "test_foveal_overlock"),
+        *(("retinanet", name) for name in SMALL),
+        *(pytest.param("mask_rcnn", n, marks=pytest.mark.slow) for n in SMALL if n != "test_foveal_overlock"),
+    ],
+)
 def test_trains_and_predicts(config, name):
     check(build(config, name))
 

@@ -280,6 +280,16 @@ def test_saved_and_loaded(head, tmp_path):
         foveal.load(tmp_path, num_classes=4)
 
 
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = build_segmenter("test_foveal_dinat", num_classes=3, **SMALL)
+    with pytest.raises(ValueError, match="2 class names for a model of 3 classes"):
+        save_dense(tmp_path / "model", model, ["a", "b"], {})
+    own = Segmenter(model.features, model.head, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ValueError, match="not of build_detector or build_segmenter"):
+        save_dense(tmp_path / "model", own, ["a", "b", "c"], {})
+    assert not (tmp_path / "model").exists()
+
+
 def test_parameter_groups_hold_every_parameter_once():
     model = build_segmenter("test_foveal_dinat", num_classes=3, **SMALL)
     groups = model.parameter_groups(0.05, backbone_lr_ratio=0.1)
@@ -302,6 +312,8 @@ def test_parameter_groups_hold_every_parameter_once():
         ({"neck_kwargs": {"out_channels": 3}}, "top-down path of upernet has no settings"),
         ({"auxiliary_kwargs": {"level": 4}}, "is to read map 4, the backbone gives 4"),
         ({"num_classes": 0}, "num_classes is 0"),
+        ({"mean": [0.5, 0.5]}, "mean has 2 values, the images have 3 channels"),
+        ({"std": [1.0] * 3, "in_chans": 1}, "std has 3 values, the images have 1 channels"),
         ({"head": "semantic_fpn", "head_kwargs": {"channels": 20}}, "multiple of the 32 groups"),
     ],
 )

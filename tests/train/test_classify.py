@@ -312,7 +312,7 @@ def test_rates_by_part_of_the_model_and_milestones():
     optim = DenseOptimConfig(lr=1e-2, lr_batch=16, weight_decay=0.1, layer_decay=0.7, backbone_lr_ratio=0.1)
     optimizer = create_optimizer(Model(2, 2), optim, global_batch=8)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    schedule = ScheduleConfig(name="multistep", epochs=12, milestones=[8 / 12, 11 / 12])
+    schedule = ScheduleConfig(name="multistep", epochs=12, milestones=[11 / 12, 8 / 12])  # in any order
     scheduler, epochs = create_schedule(optimizer, schedule, 5)
     assert epochs == 12
     for update, factor in ((0, 1), (39, 1), (40, 0.1), (54, 0.1), (55, 0.01)):

@@ -16,6 +16,7 @@ from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
 from foveal.train.data import DataError
 from foveal.train.data.coco import (
     CLIPPED,
+    MEASURED,
     BadEntries,
     CocoImages,
     CocoIndex,
@@ -134,6 +135,8 @@ BAD = {
     "mask has a polygon that is not three points or more": {"segmentation": [[1, 2, 3, 4]]},
     "mask has a polygon far outside the image": {"segmentation": [[1, 2, 3, 1e7, 5, 6]]},
     "mask is neither polygons nor run lengths": {"segmentation": "square"},
+    "mask is empty": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}},
+    "iscrowd is neither 0 nor 1": {"iscrowd": "0"},
 }
 
 
@@ -168,6 +171,19 @@ def test_nonsense_is_dropped_with_a_reason(tmp_path, entry):
     assert len(bad.entries) == 1
     assert len(index.target(0)["labels"]) == 1
     assert len(index.truth([0])["annotations"]) == 1
+
+
+def test_areas_that_are_not_given_or_make_no_sense_are_measured(tmp_path):
+    """Of the mask, or where there is none of the box; only what the file gives wrongly is reported."""
+    triangle = [[5, 5, 25, 5, 25, 25]]
+    pixels = int(oracle.area(oracle.merge(oracle.frPyObjects(triangle, HEIGHT, WIDTH))))
+    assert pixels < 250
+    entries = [{"segmentation": triangle, "area": area} for area in (7, None, -1, "400")]
+    for masks, measured in ((True, pixels), (False, 400)):
+        index, bad = read(tmp_path, content(entries), masks=masks)
+        assert index.areas.tolist() == [7, measured, measured, measured]
+        assert index.usable.all()
+        assert bad.counts(index.file) == {MEASURED: 2}
 
 
 def test_masks_are_not_needed_for_boxes(tmp_path):
@@ -286,6 +302,13 @@ def test_what_is_left_out_is_said(rectangles):
     assert "1 images without an object left out" in said
     assert "gone.png" in said
     assert data.train.samples == 15
+
+    file = rectangles / "annotations" / "instances_val.json"
+    what = json.loads(file.read_text())
+    what["annotations"] = [entry | {"iscrowd": 1} for entry in what["annotations"]]
+    file.write_text(json.dumps(what))
+    with pytest.raises(DataError, match=r"instances_val\.json has no annotation to evaluate against"):
+        build_coco(config, masks=True, device=torch.device("cpu"))
 
 
 def bounds(mask: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ def demo(task: str, folder: Path) -> tuple[str, dict, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_demo_detect(tmp_path: Path):
     printed, summary, result = demo("detect", tmp_path)
@@ -43,6 +44,7 @@ def test_demo_detect(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_demo_segment(tmp_path: Path):
     printed, summary, result = demo("segment", tmp_path)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.configs.schema import DetectConfig, load_config
-from foveal.heads.build import load_dense
+from foveal.heads.build import load_dense, save_dense
 from foveal.train import detect, tasks
 
 from .conftest import DETECT, write_rectangles
@@ -49,7 +49,9 @@ def finished(tmp_path_factory) -> Path:
     recipe = folder / "quick.yaml"
     recipe.write_text(DETECT.replace("data:\n", f"data:\n  root: {root}\n"))
     more = ["schedule.epochs=6", "train.eval_every=3", "train.ema_decay=0.8", "optim.lr=3e-3", "optim.clip_grad=1"]
-    assert detect.train(recipe, [f"output={folder / 'run'}", "seed=1", *MASKS, *more]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect, "SHOWN", 2)
+        assert detect.train(recipe, [f"output={folder / 'run'}", "seed=1", *MASKS, *more]) == 0
     return folder / "run"
 
 
@@ -69,7 +71,7 @@ def test_what_a_run_leaves(finished):
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
     assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_003.png", "epoch_006.png"}
     with Image.open(finished / "pictures" / "epoch_006.png") as picture:
-        assert min(picture.size) > 500
+        assert picture.width > 1000  # two images, each twice
     found = rows(finished)
     assert [r["box_ap"] != "" for r in found] == [False, False, True] * 2
     assert found[-1]["mask_ap_large"] == ""  # no object is that large
@@ -155,6 +157,43 @@ def test_predict_answers_in_the_pixels_of_the_file(finished, tmp_path):
     assert [each["score"] for each in one] == sorted((each["score"] for each in one), reverse=True)
 
 
+def test_drawings_replace_no_image_and_not_each_other(finished, tmp_path):
+    original = finished.parent / "rectangles" / "val" / "001.png"
+    mine = shutil.copy(original, tmp_path / "001.png")
+    with pytest.raises(ValueError, match=r"the drawing of .*001\.png would replace the image"):
+        next(detect.predict(finished, [mine], 0.1, tmp_path))
+    with pytest.raises(ValueError, match=r"would both be drawn to .*001\.png"):
+        next(detect.predict(finished, [original, mine], 0.1, tmp_path / "drawn"))
+    assert mine.read_bytes() == original.read_bytes()
+    named = mine.rename(tmp_path / "$x_{$.png")  # no formula
+    assert len(list(detect.predict(finished, [named], 0.1, tmp_path / "drawn"))) == 1
+    assert (tmp_path / "drawn" / named.name).is_file()
+
+
+def test_a_detector_that_was_saved_without_a_run(finished, tmp_path, capsys):
+    """It predicts by what it is; to be measured it needs the ids of its classes."""
+    model = load_dense(finished)
+    save_dense(tmp_path, model, model.classes, {})
+    image = finished.parent / "rectangles" / "val" / "001.png"
+    (_, found), (_, same) = (next(detect.predict(source, [image], 0.1)) for source in (tmp_path, finished))
+    assert [each["box"] for each in found] == [each["box"] for each in same]
+    assert {each["category_id"] for each in found} <= {0, 1}
+    assert tasks.evaluate(str(tmp_path), [f"data.root={image.parent.parent}"]) == 1
+    assert "has no `category_ids`" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_folder_is_of(finished, tmp_path):
+    assert [tasks.task_of(p) for p in (finished, finished / "best", "dinat_mini")] == ["detect", "detect", "classify"]
+    for name, text, says in (
+        ("config.yaml", "[a, b]", "holds no recipe"),
+        ("config.yaml", "task: dance", "task is 'dance', known are classify, detect, segment"),
+        ("config.json", '{"format": "foveal-dense"}', "task is None"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=says):
+            tasks.task_of(tmp_path)
+
+
 def test_the_commands(finished, tmp_path):
     image = finished.parent / "rectangles" / "val" / "001.png"
     result = CliRunner().invoke(
@@ -166,17 +205,16 @@ def test_the_commands(finished, tmp_path):
     result = CliRunner().invoke(app, ["evaluate", str(finished), f"output={tmp_path / 'r.json'}"])
     assert result.exit_code == 0
     assert json.loads((tmp_path / "r.json").read_text())["model"] == "test_foveal_dinat"
-    assert [tasks.task_of(p) for p in (finished, finished / "best", "dinat_mini")] == ["detect", "detect", "classify"]
 
 
 def test_resumed_equals_uninterrupted(detect_recipe, tmp_path, monkeypatch, undrawn):
     """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit, whatever
     the number of loading processes."""
     options = ["train.ema_decay=0.9", "augment.crop_prob=0.5", "augment.crop=[40,60]", *MASKS]
-    options += ["augment.crop_short_sides=[64]"]
+    options += ["augment.crop_short_sides=[64]", "data.limit=12", "data.val_limit=2"]
     assert detect.train(detect_recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
 
-    original, stops = detect.Task.train_step, {2, 4}  # batches: 4 an epoch
+    original, stops = detect.Task.train_step, {2, 3}  # batches: 3 an epoch
     calls = []
 
     def step(self, model, batch, epoch):
@@ -196,10 +234,10 @@ def test_resumed_equals_uninterrupted(detect_recipe, tmp_path, monkeypatch, undr
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_resume_refuses_another_model(detect_recipe, tmp_path, capsys, undrawn):
-    options = [f"output={tmp_path / 'run'}", "schedule.epochs=1"]
-    assert detect.train(detect_recipe, options) == 0
-    assert detect.train(detect_recipe, [*options, "resume=auto", "model.head=retinanet"]) == 1
+def test_resume_refuses_another_model(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    options = [f"output={run}", "resume=auto", "model.drop_path_rate=0.3"]
+    assert detect.train(run / "config.yaml", options) == 1
     assert "belongs to another run: model was" in " ".join(capsys.readouterr().out.split())
 
 
@@ -212,6 +250,7 @@ def test_what_was_left_out_is_printed_and_written(detect_recipe, rectangles, tmp
     (rectangles / "val" / "003.png").unlink()
     run = tmp_path / "run"
     options = [f"output={run}", "schedule.epochs=1", "data.max_bad_fraction=0.2", "data.keep_empty=true"]
+    options += ["data.limit=4"]
     assert detect.train(detect_recipe, options) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "1 x box has no area" in said
@@ -273,7 +312,8 @@ def test_mistakes_are_one_clear_line(detect_recipe, tmp_path, capsys, override, 
 )
 def test_options_train(detect_recipe, tmp_path, options, undrawn):
     run = tmp_path / "run"
-    assert detect.train(detect_recipe, [f"output={run}", "schedule.epochs=1", *options]) == 0
+    few = ["schedule.epochs=1", "data.limit=8", "data.val_limit=2"]
+    assert detect.train(detect_recipe, [f"output={run}", *few, *options]) == 0
     assert float(rows(run)[0]["train_loss"]) > 0
     assert load_dense(run).config["preprocessing"]["in_chans"] == (1 if "data.in_chans=1" in options else 3)
 
@@ -283,21 +323,28 @@ def test_two_processes_measure_every_image_once(detect_recipe, tmp_path):
     """Through accelerate and gloo, on the CPU, with batch norms over both: 5 held-out images, the figures of one."""
     run = tmp_path / "run"
     code = tmp_path / "go.py"
-    code.write_text("import sys; from foveal.train.detect import train; sys.exit(train(sys.argv[1], sys.argv[2:]))")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = [f"output={run}", "schedule.epochs=2", "data.val_limit=5", *MASKS]
-    done = subprocess.run(
-        [*launch, str(code), str(detect_recipe), *options],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=False,
+    code.write_text(
+        "import sys; from foveal.train import detect; sys.exit(getattr(detect, sys.argv[1])(sys.argv[2], sys.argv[3:]))"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(code)]
+    options = [f"output={run}", "schedule.epochs=1", "data.val_limit=5", *MASKS]
+    for command in (
+        ("train", str(detect_recipe), *options),
+        ("evaluate", str(run), f"output={tmp_path / 'two.json'}"),
+    ):
+        done = subprocess.run(
+            [*launch, *command],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert tasks.evaluate(str(run), [f"output={tmp_path / 'one.json'}"]) == 0
-    one = json.loads((tmp_path / "one.json").read_text())
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [two[name] for name in ("n", "box_ap", "mask_ap")] == [one[name] for name in ("n", "box_ap", "mask_ap")]
     best = json.loads((run / "summary.json").read_text())
     assert one["n"] == 5
     assert all(one[name] == pytest.approx(best[name], abs=1e-4) for name in ("box_ap", "mask_ap"))

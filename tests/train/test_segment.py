@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from foveal.configs.schema import SegmentConfig, load_config
-from foveal.heads.build import build_segmenter, load_dense
+from foveal.heads.build import build_segmenter, load_dense, save_dense
 from foveal.heads.segmentation.published import to_mmseg
 from foveal.train import plots, segment, tasks
 from foveal.train.segment import Score, evaluate, predict, segmentation_loss, train
@@ -314,6 +314,9 @@ def test_bad_samples_of_a_run(blocks, tmp_path, capsys):
         ("augment.crop=[48]", "`augment.crop` is [48], must have 2 items"),
         ("eval.mod=slide", "unknown key `eval.mod`; did you mean `eval.mode`?"),
         ("data.std=[0.1,0.2,0]", "must be above 0"),
+        ("data.mean=[0.5]", "mean has 1 values, the images have 3 channels"),
+        ("eval={mode: slide, window: [32, 32], stride: [24, 40]}", "eval.stride=[24, 40] is beyond the windows"),
+        ("eval={mode: whole, window: [32, 32]}", "eval.mode=whole with eval.window=[32, 32]"),
     ],
 )
 def test_mistakes_are_one_clear_line(recipe, tmp_path, capsys, override, says):
@@ -324,9 +327,67 @@ def test_mistakes_are_one_clear_line(recipe, tmp_path, capsys, override, says):
     assert not (tmp_path / "run" / "last").exists()
 
 
+def test_mask2former_without_transformers_is_one_clear_line(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    recipe.write_text(recipe.read_text().replace("  head_kwargs: {channels: 32}\n", "  head: mask2former\n"))
+    recipe.write_text(recipe.read_text().replace("  auxiliary_kwargs: {channels: 16}\n", ""))
+    assert train(recipe, [f"output={tmp_path / 'run'}"]) == 1
+    assert "mask2former needs transformers and scipy" in " ".join(capsys.readouterr().out.split())
+
+
+def test_held_out_images_without_a_class_are_one_clear_line(recipe, tmp_path, capsys):
+    root = write_blocks(tmp_path / "data", {"train": 4, "val": 2})
+    for path in (root / "masks" / "val").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    options = [f"output={tmp_path / 'run'}", f"data.root={root}", "model.head_kwargs.channels=16", "schedule.epochs=1"]
+    assert train(recipe, options) == 1
+    assert "no pixel with a class to evaluate in 2 images" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_continuation_of_other_updates_is_refused(recipe, tmp_path, capsys):
+    """An epoch of so many updates does not tell the size of a batch, nor that of the data."""
+    options = [f"output={tmp_path / 'run'}", "train.steps_per_epoch=1", "train.eval_every=9", "data.val_limit=1"]
+    options += ["model.head_kwargs.channels=16", "resume=auto"]
+    assert train(recipe, [*options, "schedule.epochs=1"]) == 0
+    for change, says in (
+        ("train.accumulate=2", "images per update were 4, are now 8"),
+        ("data.limit=8", "batches per pass were 4, are now 2"),
+    ):
+        capsys.readouterr()
+        assert train(recipe, [*options, "schedule.epochs=2", change]) == 1
+        assert says in " ".join(capsys.readouterr().out.split())
+    assert train(recipe, [*options, "schedule.epochs=2"]) == 0
+
+
 def test_evaluate_refuses_other_classes(finished, capsys):
     assert evaluate(str(finished), ["data.classes=[a,b]"]) == 1
     assert "has 3 classes, the data have 2" in " ".join(capsys.readouterr().out.split())
+    assert evaluate(str(finished), ["data.classes=[ground,green,red]"]) == 1
+    assert "in another order: red where the data have green" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_says_nothing_of_its_use(blocks, tmp_path):
+    """Whole images, with the channels that the model was built for."""
+    model = build_segmenter("test_foveal_dinat", num_classes=3, in_chans=1, head_kwargs={"channels": 16})
+    save_dense(tmp_path / "model", model, ["ground", "red", "green"], {})
+    data = [f"data.root={blocks}", "data.classes=[ground,red,green]", "data.workers=0"]
+    assert evaluate(str(tmp_path / "model"), [*data, f"output={tmp_path / 'result.json'}"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["n"] == 5
+    image = blocks / "images" / "val" / "000.png"
+    ((_, shares),) = predict(tmp_path / "model", [image])
+    assert sum(share for _, share in shares) == pytest.approx(1)
+
+
+def test_pictures_replace_neither_images_nor_each_other(finished, blocks, tmp_path):
+    image = tmp_path / "000.png"
+    image.write_bytes((blocks / "images" / "val" / "000.png").read_bytes())
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match=r"the drawing of .*000\.png would replace the image"):
+        list(tasks.predict(finished, [image], 0.5, tmp_path))
+    assert image.read_bytes() == before
+    with pytest.raises(ValueError, match=r"would both be drawn to .*000\.png"):
+        list(tasks.predict(finished, [image, blocks / "images" / "val" / "000.png"], 0.5, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_ade20k(tmp_path):
     assert values(tmp_path, kind="ade20k", classes=None) == [255, 0, 149, 11]
     config = SegmentDataConfig(kind="ade20k", root=str(tmp_path))
     assert (split_name(config, True), split_name(config, False)) == ("training", "validation")
-    assert len(ADE20K) == len(set(ADE20K)) + 0 == 150
+    assert len(ADE20K) == len(set(ADE20K)) == 150
     assert (ADE20K[0], ADE20K[149]) == ("wall", "flag")
 
 
@@ -223,6 +223,13 @@ def test_a_label_out_of_range_stops_with_its_file(folder, workers):
 def test_mistakes_are_named(folder, change, says):
     with pytest.raises(DataError, match=says):
         build(**({"root": folder} | change))
+
+
+def test_two_images_of_one_name(folder):
+    """One of them would go without a word."""
+    save(folder / "images" / "val" / "02.jpg", picture())
+    with pytest.raises(DataError, match=r"02\.jpg and .*02\.png have one name"):
+        build(folder)
 
 
 def test_a_split_without_images(folder):

@@ -30,7 +30,9 @@ from .files import ATTEMPTS, UNREADABLE, Found, leave_signals_to_the_trainer
 from .guard import BadSamples, DataError
 from .order import EpochOrder
 
-CLIPPED = "box reaches beyond the image: clipped"  # reported, and still used
+# reported, and still used
+CLIPPED = "box reaches beyond the image: clipped"
+MEASURED = "area is negative or not a number: measured"
 Target = dict[str, torch.Tensor]
 
 
@@ -174,6 +176,11 @@ def _encoded(segment: Any, height: int, width: int) -> dict[str, Any]:
     return segment
 
 
+def _area(segment: Any, height: int, width: int) -> int:
+    """Pixels of a mask."""
+    return int(run_lengths.area(_encoded(segment, height, width)))
+
+
 def _run_sum(text: str) -> int:
     """The sum of compressed run lengths (as COCO packs them: 5 bits a character, differences to the run before last
     from the fourth on); -1 where the text is none. The library reads beyond its memory on such a text."""
@@ -299,7 +306,8 @@ def read_coco(
     Args:
         folder: where its ``file_name`` are.
         bad: where entries that cannot be used are booked: (file, image, annotation id, reason).
-        masks: whether masks are learned: then an annotation without a sound one is not usable.
+        masks: whether masks are learned: then an annotation without a sound one is not usable. An area that the file
+            does not give is that of the mask; without masks, of the box.
         categories: id -> name of the classes to number by; None for the file's own, all of them.
 
     Raises:
@@ -318,7 +326,7 @@ def read_coco(
     rows: list[list[tuple]] = [[] for _ in images]
     for entry in content["annotations"]:
         key, image, box = entry.get("id"), entry.get("image_id"), entry.get("bbox")
-        crowd, segment, category = bool(entry.get("iscrowd", 0)), entry.get("segmentation"), entry.get("category_id")
+        crowd, segment, category = entry.get("iscrowd", 0), entry.get("segmentation"), entry.get("category_id")
         if type(image) is not int or image not in number:
             bad.entries.append((str(file), str(image), key, f"image is not in the file (image_id {image})"))
             continue
@@ -328,21 +336,28 @@ def read_coco(
             fault = f"category is not in the file (category_id {category})"
         elif not _numbers(box) or len(box) != 4:
             fault = "box is not four numbers"
+        elif not isinstance(crowd, int | float) or crowd not in (0, 1):
+            fault = f"iscrowd is neither 0 nor 1 ({crowd!r})"
         elif masks:
             fault = _fault_of_mask(segment, height, width)
         if fault:  # of no use to the evaluation either
             bad.entries.append((str(file), name, key, fault))
             continue
         fault = _fault_of_box(box, height, width)
+        if fault is None and masks and isinstance(segment, dict) and not _area(segment, height, width):
+            fault = "mask is empty"
         if fault:
             bad.entries.append((str(file), name, key, fault))
         x, y, w, h = box
         if fault is None and (min(x, y) < -1 or x + w > width + 1 or y + h > height + 1):
             bad.entries.append((str(file), name, key, CLIPPED))
         area = entry.get("area")
-        area = area if _numbers([area]) else w * h
+        if not _numbers([area]) or area < 0:
+            if area is not None:
+                bad.entries.append((str(file), name, key, f"{MEASURED} ({str(area)[:50]})"))
+            area = _area(segment, height, width) if masks else w * h
         text = json.dumps(segment).encode() if masks else b""
-        rows[number[image]].append((box, labels[category], crowd, area, fault is None, text))
+        rows[number[image]].append((box, labels[category], bool(crowd), area, fault is None, text))
     flat = [row for group in rows for row in group]
     boxes, label, crowd, area, usable, text = zip(*flat, strict=True) if flat else ((),) * 6
     return CocoIndex(
@@ -633,8 +648,8 @@ def build_coco(
             notes.append(f"{file}: " + ", ".join(f"{count:,} x {reason}" for reason, count in counts.items()))
         if empty:
             notes.append(f"{file}: {empty:,} images without an object left out of training (data.keep_empty=true: not)")
-        if not training and not len(index.boxes):
-            raise DataError(f"{file} has no annotation to evaluate against")
+        if not training and index.crowd.all():
+            raise DataError(f"{file} has no annotation to evaluate against (crowds are ignored)")
         transform = augmentation(config.augment) if training else None
         batch_size = config.train.batch_size if training else config.train.val_batch_size or config.train.batch_size
         order = EpochOrder(len(index), batch_size, train=training, seed=config.seed, rank=rank, world=world)

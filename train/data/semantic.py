@@ -114,12 +114,22 @@ def find_pairs(config: SegmentDataConfig, split: str) -> list[Pair]:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Files below ``folder`` by their path in it without suffix."""
+    """Files below ``folder`` by their path in it without suffix.
+
+    Raises:
+        DataError: no such folder, or two files that differ in their suffix alone.
+    """
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.iterdir())[:10]) if folder.parent.is_dir() else "nothing"
         raise DataError(f"the folder {folder} does not exist; {folder.parent} has {there or 'nothing'}")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return {str(path.relative_to(folder).with_suffix("")): path for path in found}
+    files: dict[str, Path] = {}
+    for path in found:
+        name = str(path.relative_to(folder).with_suffix(""))
+        if name in files:
+            raise DataError(f"{files[name]} and {path} have one name, by which images and masks are paired")
+        files[name] = path
+    return files
 
 
 def _join(images: Path, masks: Path) -> list[Pair]:
