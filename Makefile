@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 FASHION := data/fashion-mnist
 
-.PHONY: help demo demo-detect demo-segment test test-slow test-long bench fashion-mnist clean
+.PHONY: help demo demo-detect demo-segment test test-slow test-long bench fashion-mnist tuxpaint-coco clean
 
 help:
 	@echo "make demo           train on handwritten digits, evaluate, draw, export, predict (set-up + 5 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long      the demos of detection and segmentation with the scores that they promise"
 	@echo "make bench          measure the kernels"
 	@echo "make fashion-mnist  fetch Fashion-MNIST into $(FASHION)"
+	@echo "make tuxpaint-coco  compose Tux Paint's stamps and photographs as COCO files into $(TUXPAINT)"
 	@echo "make clean          remove .venv and everything built; runs/ and data/ stay"
 	@echo "PYTHON=... chooses the interpreter (now: $(PYTHON))"
 
@@ -88,6 +89,38 @@ $(FASHION)/SHA256SUMS:
 	  || { rm -f SHA256SUMS.new; echo "the files in $(FASHION) are not the published ones; remove them and run this again" >&2; exit 1; }
 	@mv $(FASHION)/SHA256SUMS.new $@
 	@echo "Fashion-MNIST is in $(FASHION)"
+
+TUXPAINT := data/tuxpaint-coco
+
+# Debian's packages tuxpaint-stamps-default and tuxpaint-data (GPL-2), unpacked without installing them; these versions,
+# so that everyone has the same composites.
+TUXPAINT_PACKAGES := tuxpaint-data=1:0.9.28-sdl2-1 tuxpaint-stamps-default=2022.06.04-1
+define TUXPAINT_SHA256
+6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34
+f5d0de8f9a70d2efc1241d19f26168cb8bf279f1b77abd3631e7a1a55c40e5e5
+endef
+export TUXPAINT_SHA256
+
+tuxpaint-coco: $(TUXPAINT)/manifest.json
+
+$(TUXPAINT)/manifest.json: | .venv/ready
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; chmod 755 "$$scratch"; \
+	if ! command -v dpkg-deb >/dev/null; then \
+	  echo "The stamps and photographs come in Debian's packages, and this machine has no dpkg-deb to unpack them." >&2; \
+	  exit 1; \
+	fi; \
+	if [ -d data/tuxpaint ]; then \
+	  cp data/tuxpaint/*.deb "$$scratch"; \
+	else ( cd "$$scratch"; apt-get -q -o APT::Sandbox::User=root download $(TUXPAINT_PACKAGES) \
+	  || { [ "$$(id -u)" = 0 ] && apt-get -q update && apt-get -q -o APT::Sandbox::User=root download $(TUXPAINT_PACKAGES); } \
+	  || { echo "apt-get does not find $(TUXPAINT_PACKAGES), of Debian 12; run 'apt-get update' as root, or put" >&2; \
+	    echo "the two files from https://snapshot.debian.org into data/tuxpaint/, and try again" >&2; exit 1; } ); \
+	fi; \
+	[ "$$(sha256sum "$$scratch"/*.deb | cut -d' ' -f1 | sort)" = "$$TUXPAINT_SHA256" ] \
+	  || { echo "these are not the published $(TUXPAINT_PACKAGES):" >&2; sha256sum "$$scratch"/*.deb >&2; exit 1; }; \
+	for package in "$$scratch"/*.deb; do dpkg-deb -x "$$package" "$$scratch/unpacked"; done; \
+	$(BIN)/python -m foveal.train.data.composites "$$scratch/unpacked" $(TUXPAINT)
+	@echo "Tux Paint's stamps on its photographs are in $(TUXPAINT)"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

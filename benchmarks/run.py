@@ -112,6 +112,7 @@ def extra_memory_mib(call: Callable[[], object]) -> float:
 
 def activation_mib(call: Callable[[], tuple[Tensor, ...] | Tensor]) -> float:
     """Peak of what PyTorch allocates on the CPU during the call, above what the call returns, MiB."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes of start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = call()
     now = peak = 0
