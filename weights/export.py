@@ -72,6 +72,13 @@ def export(
     to = to.lower()
     if to not in FORMATS:
         raise ValueError(f"cannot export to {to!r}; the formats are {', '.join(FORMATS)}")
+    from ..heads.build import read_dense_config  # with torchvision's detectors: not for every command
+
+    if Path(source).is_dir() and (dense := read_dense_config(source)) is not None:
+        raise ValueError(
+            f"{source} holds a model of `foveal train {dense[1].get('task')}`; classifiers are exported so far. "
+            "foveal.load reads it"
+        )
     found = resolve(source)
     sources = () if found.folder is None else (found.folder, _path(source))
     output = check_output(output, force, sources)

@@ -167,3 +167,11 @@ def test_images(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (4, 6)).save(tmp_path / "y.jpg", exif=exif)
     assert read_image(tmp_path / "y.jpg", 3).size == (6, 4)
+
+
+def test_detectors_and_segmenters_are_refused(tmp_path):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "config.json").write_text(json.dumps({"format": "foveal-dense", "task": "detect"}))
+    with pytest.raises(ValueError, match="a model of `foveal train detect`; classifiers are exported so far"):
+        export(tmp_path / "run", "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
