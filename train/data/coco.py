@@ -19,14 +19,14 @@ import torch
 from accelerate import PartialState
 from faster_coco_eval import mask as run_lengths
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...backbones.images import to_mode
 from ...configs.schema import DetectAugmentConfig, DetectConfig
 from .composites import write_composites
-from .files import ATTEMPTS, UNREADABLE, Found, leave_signals_to_the_trainer
+from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
 from .guard import BadSamples, DataError
 from .order import EpochOrder
 
@@ -524,53 +524,15 @@ class DetectBatch(NamedTuple):
     numbers: list[int]
 
 
-class _NumberedBatches:
-    """The batches of an order, each index with its epoch, so that processes with a copy of the data know it."""
-
-    def __init__(self, order: EpochOrder):
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.order:
-            yield [(self.order.number, index) for index in batch]
-
-
-class CocoLoader:
-    """Batches of images, decoded and augmented in ``workers`` processes.
-
-    Args:
-        order: batches of indices into ``dataset``.
-        device: where batches go.
-        bad: the book of unreadable images.
-    """
+class CocoLoader(DenseLoader):
+    """Batches of images and what they hold; see `DenseLoader`."""
 
     def __init__(self, dataset: CocoImages, order: EpochOrder, device: torch.device, bad: BadSamples, workers: int):
-        self.dataset, self.order, self.device, self.bad = dataset, order, device, bad
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=_NumberedBatches(order),
-            num_workers=workers,
-            collate_fn=list,
-            worker_init_fn=leave_signals_to_the_trainer,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # its own: from the global one each new iterator would draw, a resumed one too
-        )
+        super().__init__(dataset, order, device, bad, workers, collate=list)
 
     @property
     def index(self) -> CocoIndex:
         return self.dataset.index
-
-    @property
-    def samples(self) -> int:
-        return self.order.samples
-
-    @property
-    def batches(self) -> int:
-        return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[DetectBatch]:
         """Yields the batches of an epoch from the ``start``-th on.
@@ -578,9 +540,7 @@ class CocoLoader:
         Raises:
             DataError: too many unreadable images.
         """
-        self.order.set(epoch, start)
-        self.bad.start(-(-self.samples // self.order.world))
-        for items in self.loader:
+        for items in self._read(epoch, start):
             self.bad.add(pair for *_, found in items for pair in found)
             items = [item for item in items if item[0] is not None]
             if not items:

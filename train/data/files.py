@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from multiprocessing import Value
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ...backbones.images import to_mode
 from .guard import BadSamples, DataError, check_labels
-from .order import Batch, EpochOrder, Normalize
+from .order import Batch, EpochOrder, Normalize, NumberedBatches
 
 # what Pillow raises for files that are damaged, cut short, or no images at all
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -194,6 +195,53 @@ def leave_signals_to_the_trainer(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; a worker that obeyed it would break the run it should only stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class DenseLoader:
+    """What the loaders of detection and segmentation share: images with their targets, read and augmented in
+    ``workers`` processes, each by its epoch and index.
+
+    Args:
+        order: batches of indices into ``dataset``, which is asked for pairs (epoch, index).
+        device: where batches go.
+        bad: the book of bad samples.
+        collate: makes a batch of the items of the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: EpochOrder,
+        device: torch.device,
+        bad: BadSamples,
+        workers: int,
+        collate: Callable[[list], Any],
+    ):
+        self.dataset, self.order, self.device, self.bad = dataset, order, device, bad
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=NumberedBatches(order),
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_trainer,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its own: from the global one each new iterator would draw, a resumed one too
+        )
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def batches(self) -> int:
+        return len(self.order)
+
+    def _read(self, epoch: int, start: int) -> Iterator[Any]:
+        """What ``collate`` made of the batches of an epoch from the ``start``-th on."""
+        self.order.set(epoch, start)
+        self.bad.start(-(-self.samples // self.order.world))
+        yield from self.loader
 
 
 class FileLoader:

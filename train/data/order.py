@@ -61,6 +61,20 @@ class EpochOrder:
             yield mine[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
 
+class NumberedBatches:
+    """The batches of an order, each index with its epoch, so that processes with a copy of the data know it."""
+
+    def __init__(self, order: EpochOrder):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.order:
+            yield [(self.order.number, index) for index in batch]
+
+
 class Normalize:
     """(image - mean) / std by channel, and in training random erasing afterwards (Zhong et al., arXiv 1708.04896).
 

@@ -8,7 +8,7 @@ classes are not those of the data.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...backbones.images import to_mode
 from ...configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig
 from ...heads.segmentation.inference import fitted
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
 from .factory import CHANNELS, Data
-from .files import ATTEMPTS, UNREADABLE, Found, leave_signals_to_the_trainer
+from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
 from .guard import BadSamples, DataError, check_classes
 from .memory import DIGITS
 from .order import EpochOrder
@@ -382,21 +382,6 @@ class SemanticImages(Dataset):
         return None, None, found, ""
 
 
-@dataclass
-class _Keyed:
-    """The batches of ``order`` as keys of a `SemanticImages`."""
-
-    order: EpochOrder
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        number = self.order.number
-        for indices in self.order:
-            yield [(number, index) for index in indices]
-
-
 def _collate(items: list[Item]) -> tuple[list[Tensor], list[Tensor], Found, str]:
     """Stacks neighbours of one size; several stacks where sizes change."""
     found = [pair for _, _, pairs, _ in items for pair in pairs]
@@ -412,34 +397,12 @@ def _collate(items: list[Item]) -> tuple[list[Tensor], list[Tensor], Found, str]
     return [torch.stack(g[0]) for g in groups], [torch.stack(g[1]) for g in groups], found, fatal
 
 
-class SemanticLoader:
-    """Batches of images and classes, read in ``workers`` processes. Evaluation gives images as they are, those of one
-    size that follow each other together, so a batch of the order may come as several.
-
-    Args:
-        bad: the book of bad samples.
-    """
+class SemanticLoader(DenseLoader):
+    """Batches of images and classes; see `DenseLoader`. Evaluation gives images as they are, those of one size that
+    follow each other together, so a batch of the order may come as several."""
 
     def __init__(self, dataset: SemanticImages, order: EpochOrder, device: torch.device, bad: BadSamples, workers: int):
-        self.dataset, self.order, self.device, self.bad = dataset, order, device, bad
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=_Keyed(order),
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=leave_signals_to_the_trainer,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # else each pass would draw from the numbers that training goes on with
-        )
-
-    @property
-    def samples(self) -> int:
-        return self.order.samples
-
-    @property
-    def batches(self) -> int:
-        return len(self.order)
+        super().__init__(dataset, order, device, bad, workers, collate=_collate)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of a pass over the data from the ``start``-th on.
@@ -447,9 +410,7 @@ class SemanticLoader:
         Raises:
             DataError: a label out of range, or too many bad samples.
         """
-        self.order.set(epoch, start)
-        self.bad.start(-(-self.samples // self.order.world))
-        for images, targets, found, fatal in self.loader:
+        for images, targets, found, fatal in self._read(epoch, start):
             if fatal:
                 raise DataError(fatal)
             self.bad.add(found)
