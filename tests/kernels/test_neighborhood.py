@@ -177,13 +177,14 @@ def test_tiled_equals_reference(call, dtype, piece):
         got = with_gradients(leaves, rule, "tiled", **options)
     want = with_gradients(leaves, rule, "reference", **options)
     limit = 1e-5 if dtype == torch.float32 else 1e-12
-    scale = max(float(t.detach().abs().max()) for t in want if t.numel()) if shape[0] else 1.0
+    # a sum that cancels is off by the rounding of its terms, which are as large as the largest of the call, in both
+    rounding = (
+        8 * torch.finfo(dtype).eps * max(float(t.detach().abs().max()) for t in want if t.numel()) if shape[0] else 0
+    )
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        # relative to the gradient, or to the largest of the call where all of it cancels (scale 0, one key)
-        if b.numel() and float(b.detach().abs().max()) < 1e-6 * scale:
-            assert float((a - b).detach().abs().max()) < limit * scale, index
-        else:
-            assert relative_error(a.detach(), b.detach()) < limit, index
+        if b.numel():
+            a, b = a.detach(), b.detach()
+            assert float((a - b).abs().max()) <= limit * float(b.abs().max()) + rounding, index
 
 
 @given(calls())
