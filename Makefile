@@ -3,6 +3,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 FASHION := data/fashion-mnist
+# Tests run side by side, one thread each: two processes of two threads on two cores take many times as long.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: help demo demo-detect demo-segment test test-slow test-long bench fashion-mnist tuxpaint-coco clean
 
@@ -28,10 +31,11 @@ demo-detect demo-segment: demo-%: .venv/ready
 test: .venv/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pytest  # not python -m pytest: with this folder on the path, transformers takes our kernels/ for its own
+	$(SIDE_BY_SIDE)  # not python -m pytest: with this folder on the path, transformers takes our kernels/ for its own
 
 test-slow: .venv/ready-test
-	$(BIN)/pytest -m 'slow and not long'
+	$(SIDE_BY_SIDE) -m 'slow and not long' --ignore tests/train/test_fashion_mnist.py
+	$(BIN)/pytest -m slow tests/train/test_fashion_mnist.py  # alone, since it promises a time
 
 test-long: .venv/ready-test
 	$(BIN)/pytest -m long
