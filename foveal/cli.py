@@ -423,6 +423,46 @@ def verify(
     return 1 if failed else 0
 
 
+@command(app)
+def visualize(
+    image: Annotated[str, typer.Argument(help="Image file.")],
+    model: Annotated[str, typer.Option(help="Model name, run folder or model folder.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    point: Annotated[
+        str, typer.Option(metavar="X,Y", help="Where to look: fractions of width and height, after the model's crop.")
+    ] = "0.5,0.5",
+    click: Annotated[bool, typer.Option("--click", help="Choose the point with the mouse; needs a display.")] = False,
+    layers: Annotated[int, typer.Option(min=1, help="How many attention layers to draw at most.")] = 12,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Take initial weights instead of loading published ones.")
+    ] = False,
+) -> None:
+    """Draw where a model looks around a point: windows, attention, receptive field, feature maps."""
+    import timm
+    import torch
+
+    from .backbones.loading import load
+    from .visualize import check_point, clicked
+    from .visualize import visualize as draw
+    from .weights.images import preprocessing, read_image
+
+    try:
+        x, y = (float(part) for part in point.split(","))
+    except ValueError as error:
+        raise ValueError(f"--point takes X,Y, two fractions of the image, got {point!r}") from error
+    check_point((x, y))
+    torch.manual_seed(0)
+    network = (timm.create_model(model) if untrained else load(model)).eval()
+    cfg = network.pretrained_cfg
+    prepared = preprocessing(network)(read_image(image, cfg["input_size"][0]))
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    shown = (prepared * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    at = clicked(shown) if click else (x, y)
+    words = f"{model}{', initial weights' if untrained else ''}, {Path(image).name}, point {at[0]:.2f}, {at[1]:.2f}"
+    seen = draw(network, prepared[None], shown, output, point=at, title=words, layers=layers)
+    print(f"{output}: {min(layers, len(seen))} of {len(seen)} attention layers")
+
+
 # ---- bench, demo
 
 

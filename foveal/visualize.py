@@ -1,0 +1,364 @@
+"""Pictures of where a model looks: windows, attention with its bias, receptive field and feature maps at one point."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from .backbones import attention
+from .kernels import FactoredBias, TableBias
+from .kernels.window import Window
+
+MARK = "#d55e00"  # vermillion of Okabe and Ito's palette, told apart from the grey of images by everyone
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the query at the point saw in one call of a neighborhood operation.
+
+    Attributes:
+        layer: name of the module that called.
+        size: rows and columns of the map.
+        rule: the options of the call, in words.
+        query: (row, column) of the query, counted in positions of the map.
+        rows: row of each key on the map, ``[Kh]``; may lie outside, where the boundary lets windows leave the map.
+        columns: likewise, ``[Kw]``.
+        weights: what the query gives to each key, ``[heads, Kh, Kw]``, the softmax with its bias; of an aggregation the
+            weights that were given.
+    """
+
+    layer: str
+    size: tuple[int, int]
+    rule: str
+    query: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor
+
+
+def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[Look]:
+    """Run the model once and note what the query at ``point`` saw in every neighborhood operation, in order.
+
+    Args:
+        model: any model with attention of ours.
+        image: ``[1, C, H, W]``, prepared for the model.
+        point: (x, y) as fractions of the width and the height, in [0, 1).
+    """
+    check_point(point)
+    found: list[Look] = []
+    with _recorded(model, point, found), torch.no_grad():
+        model(image)
+    return found
+
+
+def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float]) -> Tensor:
+    """How much each pixel moves the last map at ``point`` (effective receptive field, arXiv:1701.04128, section 2, of
+    one image): the absolute gradient of the sum of its channels, summed over the input's channels, of the largest.
+
+    Args:
+        image, point: as for `looks`.
+
+    Returns:
+        ``[H, W]`` in [0, 1].
+    """
+    check_point(point)
+    image = image.clone().requires_grad_(True)
+    last = model.forward_intermediates(image, indices=1, intermediates_only=True)[-1]
+    y, x = (int(at * length) for at, length in zip(reversed(point), last.shape[2:], strict=True))
+    (gradient,) = torch.autograd.grad(last[0, :, y, x].sum(), image)
+    field = gradient[0].abs().sum(0)
+    return field / field.max().clamp(min=torch.finfo(field.dtype).tiny)
+
+
+def feature_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """The map of each stage as a picture ``[h, w, 3]`` in [0, 1]: its first three principal components over the
+    positions, the first percentile black and the last full."""
+    with torch.no_grad():
+        maps = model.forward_intermediates(image, intermediates_only=True)
+    pictures = []
+    for each in maps:
+        h, w = each.shape[2:]
+        values = each[0].flatten(1).t().double()  # positions x channels
+        values = values - values.mean(0)
+        _, _, basis = torch.linalg.svd(values, full_matrices=False)
+        parts = values @ basis[:3].t()
+        parts = F.pad(parts, (0, 3 - parts.shape[1]))
+        low, high = (torch.quantile(parts, q, dim=0) for q in (0.01, 0.99))
+        pictures.append(((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).reshape(h, w, 3).float())
+    return pictures
+
+
+def visualize(
+    model: nn.Module,
+    image: Tensor,
+    shown: Any,
+    output: str | Path,
+    *,
+    point: tuple[float, float] = (0.5, 0.5),
+    title: str = "",
+    layers: int = 12,
+) -> list[Look]:
+    """Draw one PNG: the image with the point, the receptive field, the maps of the stages, and for each attention layer
+    the pattern of its window with the attention of the query at the point, averaged over the heads.
+
+    Args:
+        model: a model in evaluation mode with `forward_intermediates`.
+        image: ``[1, C, H, W]``, prepared for the model.
+        shown: the same picture for the eye, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
+        output: the file to write, through a temporary name.
+        point: (x, y) as fractions of the width and the height.
+        layers: how many layers to draw at most, one of each pattern first.
+
+    Returns:
+        What was seen in every layer, drawn or not.
+
+    Raises:
+        ValueError: for a point outside the image, fewer than one layer, or a model without any attention of ours.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    output = Path(output)
+    seen = looks(model, image, point)
+    field, stages = receptive_field(model, image, point), feature_maps(model, image)
+    chosen = _chosen(seen, layers)
+    columns = max(4, 2 + len(stages))
+    rows = 1 + -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.7 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    height, width = image.shape[2:]
+    place = (point[0] * width, point[1] * height)
+
+    _backdrop(axes[0, 0], shown, (height, width))
+    axes[0, 0].plot(*place, "+", color=MARK, markersize=14, markeredgewidth=2.5)
+    axes[0, 0].set_title(f"input {width}x{height}", fontsize=9)
+    _backdrop(axes[0, 1], shown, (height, width))
+    # four decades: beyond them rounding and single outliers are what is left
+    axes[0, 1].imshow(field.clamp(min=1e-4).log10(), cmap="viridis", vmin=-4, vmax=0, extent=(0, width, height, 0))
+    axes[0, 1].plot(*place, "+", color=MARK, markersize=14, markeredgewidth=2.5)
+    axes[0, 1].set_title("receptive field of the last map\n(log10 of the gradient, -4 to 0)", fontsize=9)
+    for number, (axis, picture) in enumerate(zip(axes[0, 2:], stages, strict=False)):
+        axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
+        axis.set_title(f"stage {number + 1}: {picture.shape[1]}x{picture.shape[0]}\n(principal components)", fontsize=9)
+    for axis, look in zip(axes[1:].flat, chosen, strict=False):
+        _draw_look(axis, look, shown, (height, width))
+    figure.suptitle(title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, dpi=110, format="png")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return seen
+
+
+def check_point(point: tuple[float, float]) -> None:
+    """Raises ValueError unless both coordinates are fractions in [0, 1)."""
+    if not all(0 <= at < 1 for at in point):
+        raise ValueError(f"the point lies at fractions of the image, 0 <= x, y < 1, got {point[0]:g}, {point[1]:g}")
+
+
+def _chosen(seen: list[Look], count: int) -> list[Look]:
+    """At most ``count``, in order: one of each pattern and map first, then others, spread evenly."""
+    patterns = {}
+    for number, look in enumerate(seen):
+        patterns.setdefault((look.rule, look.size), number)
+    others = [number for number in range(len(seen)) if number not in patterns.values()]
+
+    def spread(numbers: list[int], n: int) -> list[int]:
+        return numbers if n >= len(numbers) else [numbers[i * len(numbers) // n] for i in range(n)]
+
+    first = spread(list(patterns.values()), count)
+    return [seen[number] for number in sorted(first + spread(others, count - len(first)))]
+
+
+def clicked(shown: Any) -> tuple[float, float]:
+    """Show the picture in a window and wait for a click; its place as fractions.
+
+    Raises:
+        ValueError: where there is no display, or the window was closed.
+    """
+    import matplotlib.pyplot as plt
+
+    try:
+        plt.switch_backend("TkAgg")
+    except ImportError as error:
+        raise ValueError(f"cannot open a window to click in ({error}); give the point with --point X,Y") from error
+    figure, axis = plt.subplots()
+    height, width = shown.shape[:2]
+    _backdrop(axis, shown, (height, width))
+    axis.set_title("click on a point")
+    points = figure.ginput(1, timeout=0)
+    plt.close(figure)
+    if not points:
+        raise ValueError("the window was closed without a click; give the point with --point X,Y")
+    x, y = points[0]
+    return min(max(x / width, 0.0), 1 - 1e-6), min(max(y / height, 0.0), 1 - 1e-6)
+
+
+def _backdrop(axis: Any, shown: Any, size: tuple[int, int]) -> None:
+    height, width = size
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
+
+
+def _draw_look(axis: Any, look: Look, shown: Any, size: tuple[int, int]) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    height, width = size
+    h, w = height / look.size[0], width / look.size[1]  # pixels of a position
+    _backdrop(axis, shown, size)
+    axis.images[-1].set_alpha(0.35)
+    weights = look.weights.mean(0)
+    boxes = [Rectangle((c * w, r * h), w, h) for r in look.rows.tolist() for c in look.columns.tolist()]
+    # by the root, so that the small ones of a wide window can still be seen
+    keys = PatchCollection(boxes, cmap="viridis", edgecolor="white", linewidth=0.3)
+    keys.set_array((weights / weights.max().clamp(min=1e-30)).sqrt().flatten().numpy())
+    keys.set_clim(0, 1)
+    axis.add_collection(keys)
+    row, column = look.query
+    axis.add_patch(Rectangle((column * w, row * h), w, h, fill=False, edgecolor=MARK, linewidth=2))
+    axis.set_title(f"{look.layer}\n{look.rule}, map {look.size[1]}x{look.size[0]}", fontsize=7)
+    axis.set_xlim(min(0, float(look.columns.min()) * w), max(width, (float(look.columns.max()) + 1) * w))
+    axis.set_ylim(max(height, (float(look.rows.max()) + 1) * h), min(0, float(look.rows.min()) * h))
+
+
+@contextmanager
+def _recorded(model: nn.Module, point: tuple[float, float], found: list[Look]) -> Iterator[None]:
+    """Note every call of the neighborhood operations that the model makes, by the module that makes it."""
+    path: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+
+        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+            path.append(name)
+
+        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+            path.pop()
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    attend, aggregate = attention.neighborhood_attention, attention.neighborhood_aggregate
+
+    def noted_attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        found.append(_attention_look(path[-1], q, k, scale, point, **options))
+        return attend(q, k, v, scale=scale, **options)
+
+    def noted_aggregate(weights: Tensor, v: Tensor, **options: Any) -> Tensor:
+        found.append(_aggregate_look(path[-1], weights, point, **options))
+        return aggregate(weights, v, **options)
+
+    attention.neighborhood_attention, attention.neighborhood_aggregate = noted_attend, noted_aggregate
+    try:
+        yield
+    finally:
+        attention.neighborhood_attention, attention.neighborhood_aggregate = attend, aggregate
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no neighborhood attention or aggregation to look at")
+
+
+def _attention_look(
+    layer: str,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    point: tuple[float, float],
+    *,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    query_stride: int | tuple[int, int] = 1,
+    boundary: str = "shift",
+    bias: TableBias | FactoredBias | None = None,
+    **_: Any,
+) -> Look:
+    size = tuple(k.shape[1:3])
+    counted = isinstance(bias, FactoredBias) and bias.counted
+    axes = []
+    for axis, length in enumerate(size):
+        window = Window(
+            to_2tuple(kernel_size)[axis],
+            to_2tuple(stride)[axis],
+            to_2tuple(dilation)[axis],
+            boundary,
+            to_2tuple(query_stride)[axis],
+            counted,
+        )
+        axes.append(_Axis(window, length, point[1 - axis]))
+    rows, columns = axes
+    query = q[0, rows.number, columns.number].float()  # heads D
+    near = k[0, rows.inside_position][:, columns.inside_position].float()  # Kh Kw heads D
+    inside = rows.inside[:, None] & columns.inside[None]
+    logits = scale * torch.einsum("nd,ijnd->nij", query, near * inside[..., None, None])
+    if isinstance(bias, TableBias):
+        logits = logits + bias.table.float()[:, rows.row][:, :, columns.row]
+    elif bias is not None:
+        by_row, by_column = (
+            t if t.ndim == 3 else t[None].expand(len(query), -1, -1) for t in (bias.rows, bias.columns)
+        )
+        logits = logits + torch.einsum("nd,nid->ni", query, by_row.float()[:, rows.row])[:, :, None]
+        logits = logits + torch.einsum("nd,njd->nj", query, by_column.float()[:, columns.row])[:, None]
+    if boundary == "mask":
+        logits = logits.masked_fill(~inside, float("-inf"))
+    weights = logits.flatten(1).softmax(-1).reshape(logits.shape)
+    words = {"window": kernel_size, "stride": stride, "dilation": dilation, "every": query_stride}
+    rule = ", ".join(f"{n} {_short(v)}" for n, v in words.items() if n == "window" or to_2tuple(v) != (1, 1))
+    return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, weights.cpu())
+
+
+def _aggregate_look(
+    layer: str,
+    weights: Tensor,
+    point: tuple[float, float],
+    *,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    boundary: str = "shift",
+    **_: Any,
+) -> Look:
+    size = tuple(weights.shape[1:3])
+    rows, columns = (
+        _Axis(Window(to_2tuple(kernel_size)[i], 1, to_2tuple(dilation)[i], boundary), length, point[1 - i])
+        for i, length in enumerate(size)
+    )
+    given = weights[0, rows.number, columns.number].float().unflatten(-1, to_2tuple(kernel_size))
+    rule = f"kernel {_short(kernel_size)}" + (f", dilation {_short(dilation)}" if to_2tuple(dilation) != (1, 1) else "")
+    return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, given.cpu())
+
+
+class _Axis:
+    """The query at a fraction of an axis, and its keys by the window rule."""
+
+    def __init__(self, window: Window, length: int, fraction: float) -> None:
+        self.number = min(int(fraction * length) // window.query_stride, window.queries(length) - 1)
+        self.query = self.number * window.query_stride
+        group, index = self.number % window.dilation, self.number // window.dilation
+        start = window.start(index, window.group_length(length, group))
+        key = torch.arange(start, start + window.kernel_size)
+        self.position = key * window.dilation + group
+        self.inside = (self.position >= 0) & (self.position < length)
+        self.inside_position = self.position.clamp(0, length - 1)
+        self.row = window.table_row(key, torch.tensor(index))
+
+
+def _short(value: int | tuple[int, int]) -> str:
+    rows, columns = to_2tuple(value)
+    return str(rows) if rows == columns else f"{rows}x{columns}"
