@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,12 +94,18 @@ def _options(
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'dinat_*'.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the README, without the models for tests.")
+    ] = False,
 ) -> None:
     """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
     names = [name for name in list_models() if fnmatch(name, pattern.lower())]
     if not names:
         raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
     rows = [_describe(name) for name in names]
+    if markdown:
+        print(_markdown([row for row in rows if not row["name"].startswith("test_")]))
+        return
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -233,6 +240,39 @@ def _describe(name: str) -> dict[str, Any]:
         "tags": sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights),
         "licence": getattr(get_pretrained_cfg(name), "license", None),
     }
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    """The models as a Markdown table, by family and size, with what is published of their default weights."""
+    from timm.models import get_pretrained_cfg
+
+    from .weights.manifest import of_model
+
+    order = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
+    rank = {family: at for at, family in enumerate(order)}
+    lines = [
+        "| name | input | parameters | GMACs | top-1, published | pre-trained on | licence of the weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (rank.get(row["family"], len(rank)), row["family"], row["parameters"])):
+        tag = get_pretrained_cfg(row["name"]).tag
+        weights = of_model(row["name"]).get(tag)
+        score = f"{weights.score['top1']:.1f}" if weights and "top1" in weights.score else ""
+        larger = re.match(r"(in2[12]k)(_ft|$)", tag or "")
+        trained = f"ImageNet-{larger[1][2:].upper()}" if larger and weights else ""
+        if larger and not larger[2] and weights:
+            trained += " (that classifier)"
+        cells = (
+            f"`{row['name']}`",
+            str(row["input"][1]),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['macs'] / 1e9:.2f}",
+            score,
+            trained,
+            weights.weights_licence if weights else "none published",
+        )
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def _card(architecture: str) -> str:
