@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..kernels import FactoredBias, TableBias, neighborhood_aggregate, neighborhood_attention
-from ..kernels.problem import tracing
-from ..kernels.tiling import constant
-from ..kernels.window import Window
+from ..kernels import FactoredBias, TableBias, neighborhood_attention, neighborhood_mix
+from ..kernels.problem import for_any_size, symbolic, tracing
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
     """The shape of a map ``[B, H, W, C]``, with H and W as ints where torch.jit.trace has sizes as tensors."""
     B, H, W, C = x.shape
+    if symbolic(H, W):
+        return B, H, W, C
     return B, operator.index(H), operator.index(W), C
 
 
@@ -97,12 +98,22 @@ class NeighborhoodAttention2d(nn.Module):
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
         rows, columns = self.kernel_size
+        free = symbolic(H, W)
+        if free and self.dilation == "auto":
+            raise ValueError(
+                'dilation "auto" follows the size of the map and so needs to know it: export such a model with a fixed '
+                "height and width, or create it with dilations given"
+            )
         dilation = max(1, min(H // rows, W // columns)) if self.dilation == "auto" else self.dilation
 
-        qkv = self.qkv(x)
-        bottom, right = max(0, rows * dilation - H), max(0, columns * dilation - W)
-        if bottom or right:
-            qkv = self._enlarge(qkv, bottom, right)
+        if free:  # enlarged by nothing, where the map turns out to be large enough
+            bottom, right = shortfall(H, rows * dilation), shortfall(W, columns * dilation)
+            qkv = self.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)))
+        else:
+            qkv = self.qkv(x)
+            bottom, right = max(0, rows * dilation - H), max(0, columns * dilation - W)
+            if bottom or right:
+                qkv = self._enlarge(qkv, bottom, right)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
@@ -114,7 +125,9 @@ class NeighborhoodAttention2d(nn.Module):
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        if bottom or right:
+        if free:
+            x = x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
+        elif bottom or right:
             x = x[:, :H, :W]
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
 
@@ -127,6 +140,26 @@ class NeighborhoodAttention2d(nn.Module):
         if bottom:
             qkv = torch.cat([qkv, fill.expand(B, bottom, W + right, C)], dim=1)
         return qkv
+
+
+def shortfall(length: int, least: int) -> int:
+    """How much ``length`` is short of ``least``, for a free size, too: 0 where an exporter knows that it is not."""
+    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
+
+
+def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for free sizes, as a matrix product for each axis."""
+    for dim, target in ((3, size[1]), (2, size[0])):
+        source = x.shape[dim]
+        number = torch.arange(target, device=x.device)[:, None]
+        length = torch.full((), source, dtype=torch.int64, device=x.device)
+        start = torch.div(number * length, target, rounding_mode="floor")
+        stop = torch.div((number + 1) * length + (target - 1), target, rounding_mode="floor")
+        position = torch.arange(source, device=x.device)
+        inside = (position >= start) & (position < stop)
+        matrix = (inside / (stop - start)).to(x.dtype)  # target, source
+        x = x @ matrix.t() if dim == 3 else matrix @ x
+    return x
 
 
 class RelativePositionTable(nn.Module):
@@ -456,6 +489,7 @@ class HaloAttention2d(nn.Module):
         return factor * self.pos_embed.height_rel, factor * self.pos_embed.width_rel
 
 
+@for_any_size
 def context_mixing(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -495,28 +529,13 @@ def context_mixing(
     biases = proj.bias.split([size * size for size in sizes])
     mixed = []
     for size, table, kernel, bias, share in zip(sizes, tables, kernels, biases, shares, strict=True):
-        logits = q @ (k @ kernel.t()) + (bias + expand_table(table, H, W))  # B heads HW K*K
-        weights = logits.softmax(-1).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4)
-        mixed.append(neighborhood_aggregate(weights, share, kernel_size=(size, size)))
+        logits = (q @ (k @ kernel.t())).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4)  # B H W heads K*K
+        mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=TableBias(table), kernel_bias=bias))
     return torch.stack(mixed, dim=3).flatten(3)
-
-
-def expand_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A position bias ``[heads, 2 * K - 1, 2 * K - 1]`` as every position of a map meets it, the window shifted inside
-    the map: ``[heads, height * width, K * K]``."""
-    K = _kernel_size(table)
-    rows, columns = (constant(_table_rows, K, length, table.device)[0] for length in (height, width))
-    table = table.index_select(1, rows).index_select(2, columns)
-    return table.unflatten(2, (width, K)).unflatten(1, (height, K)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def _kernel_size(table: torch.Tensor) -> int:
     return (operator.index(table.shape[-1]) + 1) // 2  # an int where torch.jit.trace has sizes as tensors
-
-
-def _table_rows(K: int, length: int, device: torch.device) -> tuple[torch.Tensor]:
-    """The table's row for every position of an axis and every key of its window, ``[length * K]``."""
-    return (Window(K).keys(length, device)[2].flatten(),)
 
 
 class FullAttention2d(nn.Module):

@@ -26,6 +26,7 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
+from .attention import shortfall, symbolic
 from .layers import StagedBackbone, check_head, drop_path_rates, init_weights, misfit, unwrap
 from .published import DEFAULTS, PUBLISHED
 
@@ -168,8 +169,9 @@ class CAREStage(nn.Module):
 
 def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
     """Append zeros at the bottom and the right of maps smaller than ``size``, of which nothing would be left."""
-    bottom, right = max(0, size - x.shape[-2]), max(0, size - x.shape[-1])
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+    free = symbolic(*x.shape[-2:])
+    bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
+    return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
 
 
 class CAREHead(nn.Module):

@@ -2,6 +2,12 @@
 
 What is received is resumed after a broken connection, checked, and gets its name only when it is whole. Proxies are
 those of the environment (``https_proxy`` ...); with ``HF_HUB_OFFLINE`` nothing is asked for.
+
+`foveal.load` and ``foveal convert`` come here. ``timm.create_model(NAME, pretrained=True)`` does not: timm asks the
+hub's client, or, where the hub has no copy, torch.hub, which downloads into the same folder as this module and compares
+nothing (after ``timm.models.set_pretrained_check_hash(True)``, what it downloads with a hash at the end of the file's
+name, which only the HaloNet hybrids' have). So a file that was fetched here is the one that timm then reads, and one
+that timm fetched is checked here.
 """
 
 from __future__ import annotations
@@ -109,6 +115,14 @@ def file_sha256(file: Path) -> str:
         while block := stream.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def recorded_sha256(address: str) -> str | None:
+    """The hash that was written down when the file of a web address was first received; None if it never was."""
+    if address.startswith(HUB):
+        return None
+    record = _hash_file(_place(address))
+    return (record.read_text(encoding="utf-8").split() or [None])[0] if record.is_file() else None
 
 
 # ---- servers

@@ -62,7 +62,7 @@ def resolve(source: str | Path) -> Source:
         folder = _resolve_folder(path.parent, runs=False)
         return Source(folder.architecture, folder=path.parent, file=path, config=folder.config)
     if path.is_file():
-        raise ValueError(f"{path} is neither a folder nor a .safetensors file")
+        raise ValueError(f"{path} {_other_file(path)}")
     raise ValueError(f"{text!r} is no model name, folder or .safetensors file{_nearest(text)}")
 
 
@@ -136,6 +136,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the first thing that it does not allow
+        if refused and broken is None and (read := _without_history(file)) is not None:
+            return read
         if refused and broken is None:
             raise ValueError(
                 f"{file} holds more than tensors ({refused[1]}), which could run code, and is not read for safety; "
@@ -148,6 +150,38 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{file} holds no named tensors but one {type(checkpoint).__name__}")
     return checkpoint
+
+
+class _Unread:
+    """Stands for what a checkpoint holds beside its weights: takes whatever it is given, and does and keeps nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
+# of which mmengine's buffers of losses consist, beside it
+_OF_HISTORY = {"builtins.getattr", "numpy.ndarray", "numpy.dtype"} | {
+    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
+}
+
+
+def _without_history(file: Path) -> dict[str, Any] | None:
+    """A checkpoint of mmengine, which holds the history of its losses beside the weights, without that; None for
+    others. Where the pickle asks for the history's classes and functions, it gets `_Unread`: none of them runs."""
+    try:
+        wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except _UNREADABLE:
+        return None
+    if _HISTORY not in wanted or not wanted <= {_HISTORY, *_OF_HISTORY}:
+        return None
+    stand_ins = [(_Unread, name) for name in wanted]
+    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    return checkpoint if isinstance(checkpoint, dict) else None
 
 
 def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None) -> tuple[dict[str, Any], bool]:
@@ -198,6 +232,7 @@ def _resolve_folder(folder: Path, runs: bool = True) -> Source:
             break
     config_file = folder / "config.json"
     if not config_file.is_file():
+        refuse_exported(folder)
         unfinished = runs and (folder / "config.yaml").is_file()
         raise ValueError(
             f"{folder} is a training run without a finished epoch: it has no best/"
@@ -214,8 +249,40 @@ def _resolve_folder(folder: Path, runs: bool = True) -> Source:
     if not is_model(architecture):
         raise ValueError(f"{config_file}: {unknown_model(architecture)}")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        refuse_exported(folder)
         raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
     return Source(architecture, folder=folder, config=config)
+
+
+# What else this package writes: not the weights of a PyTorch model, but a program that some runtime executes.
+_EXPORTED = {
+    "model.onnx": "ONNX, for onnxruntime",
+    "model.pt2": "a compiled or exported program, for torch.export.load or torch._inductor.aoti_load_package",
+    "model.xml": "OpenVINO's format, for its runtime",
+    "model.mlpackage": "Core ML, for macOS and iOS",
+}
+
+
+def refuse_exported(folder: Path) -> None:
+    """Raise ValueError, with what is in it, if a folder holds an export that is no PyTorch model, and no weights."""
+    found = [name for name in _EXPORTED if (folder / name).exists()]
+    if found and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise ValueError(
+            f"{folder} is an export: {found[0]} is {_EXPORTED[found[0]]}, and cannot be loaded as a PyTorch model; "
+            "load what it was exported from, or export that --to safetensors. Its README.md shows how to run it"
+        )
+
+
+def _other_file(path: Path) -> str:
+    """What a file is that cannot be loaded."""
+    for name, what in _EXPORTED.items():
+        if path.suffix == Path(name).suffix:
+            return f"is {what}, and cannot be loaded as a PyTorch model"
+    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".ckpt"):
+        return (
+            "is a file of weights alone: `foveal convert FILE --model NAME --output FOLDER` makes a model folder of it"
+        )
+    return "is neither a folder nor a .safetensors file"
 
 
 def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:

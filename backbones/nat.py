@@ -35,7 +35,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .attention import NeighborhoodAttention2d
+from .attention import NeighborhoodAttention2d, symbolic
 from .layers import (
     Backbone,
     StagedBackbone,
@@ -126,9 +126,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
-        if H % 2 or W % 2:
-            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
         h, w = (H + 1) // 2, (W + 1) // 2
+        if symbolic(H, W) or H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
         # the channel order is (column, row, C), column outermost
         x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
         return self.reduction(self.norm(x))

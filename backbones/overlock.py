@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .attention import context_mixing
+from .attention import average_pool, context_mixing, symbolic
 from .layers import Backbone, check_head, drop_path_rates, misfit, take_indices, unwrap
 from .published import DEFAULTS, PUBLISHED
 
@@ -277,16 +278,23 @@ class ContMixBlock(nn.Module):
     def _mix(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
         """ContMix of ``x`` ``[B, dim, H, W]`` with kernels from ``both`` ``[B, dim + context_dim, H, W]``."""
         H, W = x.shape[2:]
-        small = min(H, W) < self.kernel_size
+        free = symbolic(H, W)
+        small = not free and min(H, W) < self.kernel_size
+        if free:
+            small = not statically_known_true(torch.sym_min(H, W) >= self.kernel_size)
         if small:
-            size = _enlarged(H, W, self.kernel_size)
+            size = _enlarged_or_same(H, W, self.kernel_size) if free else _enlarged(H, W, self.kernel_size)
             x, both = (F.interpolate(t, size=size, mode="bilinear", align_corners=False) for t in (x, both))
         features, context = both.split(self.dims, 1)
         q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        if free:
+            context = average_pool(context, (POOLED, POOLED))  # of which the pooling that follows is the identity
         k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
         v = x.permute(0, 2, 3, 1)
         x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(x, (H, W)) if small else x
+        if not small:
+            return x
+        return average_pool(x, (H, W)) if free else F.adaptive_avg_pool2d(x, (H, W))
 
 
 def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
@@ -294,6 +302,15 @@ def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
     if height < width:
         return least, int(least / height * width)
     return max(int(least / width * height), least), least
+
+
+def _enlarged_or_same(height: int, width: int, least: int) -> tuple[int, int]:
+    """`_enlarged` of a map with a side shorter than ``least``, the size as it is of others, for free sizes. Where one
+    side is a multiple of nine of the other, the longer may be one more: there the authors' arithmetic in floating point
+    ends below the whole number that it stands for."""
+    shorter = torch.sym_min(height, width)
+    enlarged = torch.sym_max(shorter, least)
+    return enlarged * height // shorter, enlarged * width // shorter
 
 
 class ContextDownsample(nn.Module):

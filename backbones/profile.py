@@ -69,11 +69,11 @@ def _neighborhood_macs() -> Iterator[list[int]]:
         macs.append(q.shape[:-1].numel() * rows * columns * (q.shape[-1] + v.shape[-1]))
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-    def aggregate(weights, v, **_):  # weights [B, H, W, heads, Kh * Kw]; v [B, H, W, heads, D]
+    def mix(weights, v, **_):  # weights [B, H, W, heads, Kh * Kw]; v [B, H, W, heads, D]
         macs.append(weights.numel() * v.shape[-1])
         return torch.empty_like(v)
 
-    stand_ins = {"neighborhood_attention": attend, "neighborhood_aggregate": aggregate}
+    stand_ins = {"neighborhood_attention": attend, "neighborhood_mix": mix}
     originals = {name: getattr(attention, name) for name in stand_ins}
     for name, stand_in in stand_ins.items():
         setattr(attention, name, stand_in)

@@ -118,3 +118,94 @@ MODELS = (
     ModelCase("overlock_xt", "overlock_xt", 4, 224, same=True, unfold=True),
     ModelCase("halo26t", "halonet26t", 4, 256, same=True),
 )
+
+
+@dataclass(frozen=True)
+class LayersCase:
+    """The distinct neighborhood operations of a model for images of a size, each once."""
+
+    model: str
+    batch: int
+    rows: int
+    columns: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.model} {self.batch}x{self.rows}x{self.columns}"
+
+
+# DiNAT-T first, whose maps the aims are about; then the largest, the higher resolution, and the maps of a detector.
+GPU_LAYERS = (
+    LayersCase("dinat_tiny", 128, 224, 224),
+    LayersCase("dinat_large", 128, 224, 224),
+    LayersCase("dinat_large_384", 32, 384, 384),
+    LayersCase("dinat_tiny", 2, 800, 1216),
+    LayersCase("halo_h1", 128, 256, 256),
+    LayersCase("halo_h4", 64, 384, 384),
+    LayersCase("maxvit_tiny_224", 128, 224, 224),
+    LayersCase("overlock_t", 128, 224, 224),
+)
+TINY_LAYERS = tuple(
+    LayersCase(f"test_foveal_{family}", 1, 64, 64) for family in ("dinat", "halonet", "maxvit", "overlock")
+)
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A depthwise convolution: ``[batch, channels, size, size]``, kernel x kernel."""
+
+    channels: int
+    size: int
+    kernel_size: int
+    batch: int = 128
+
+    @property
+    def id(self) -> str:
+        return f"{self.batch}x{self.channels}x{self.size}x{self.size} k{self.kernel_size}"
+
+    def flops(self, backward: bool) -> int:
+        """Operations of a forward, or of a forward and a backward."""
+        return 2 * self.batch * self.channels * self.size**2 * self.kernel_size**2 * (3 if backward else 1)
+
+    def bytes(self, backward: bool, item: int = 2) -> int:
+        """The fewest bytes to move: input, weight and output; again both, and three gradients."""
+        tensor, weight = self.batch * self.channels * self.size**2, self.channels * self.kernel_size**2
+        return item * (5 * tensor + 3 * weight if backward else 2 * tensor + weight)
+
+
+# OverLoCK-T (arXiv 2502.20087) at 224: the large kernel of each stage.
+GPU_CONVS = (ConvCase(64, 56, 17), ConvCase(128, 28, 15), ConvCase(256, 14, 13), ConvCase(512, 7, 7))
+TINY_CONVS = (ConvCase(8, 9, 7, 1),)
+
+GPU_HALO = (HaloCase("halonet26t", 256, 128), HaloCase("halonet_h1", 256, 128))
+TINY_HALO = (HaloCase("halonet26t", 256, 1),)
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """A model whose images per second are measured; ``peer``: what ours is compared with."""
+
+    model: str
+    size: int
+    peer: str = ""
+    batch: int = 128
+
+    @property
+    def id(self) -> str:
+        return self.model
+
+
+# Each of ours behind its peer; the comparisons that have an aim come first.
+GPU_MODELS = (
+    SpeedCase("swin_tiny_patch4_window7_224", 224),
+    SpeedCase("dinat_tiny", 224, "swin_tiny_patch4_window7_224"),
+    SpeedCase("maxvit_tiny_tf_224", 224),
+    SpeedCase("maxvit_tiny_224", 224, "maxvit_tiny_tf_224"),
+    SpeedCase("halonet26t", 256),
+    SpeedCase("halo26t", 256, "halonet26t"),
+    SpeedCase("convnext_tiny", 224),
+    SpeedCase("nat_tiny", 224, "convnext_tiny"),
+    SpeedCase("davit_tiny", 224),
+    SpeedCase("overlock_t", 224, "convnext_tiny"),
+)
+TINY_MODELS = (SpeedCase("test_vit", 160, batch=1), SpeedCase("test_foveal_dinat", 64, "test_vit", 1))

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,9 @@ from .._version import __version__
 from ..backbones import attention
 from ..backbones.attention import HaloAttention2d
 from ..kernels import TableBias, neighborhood_aggregate, neighborhood_attention
+from ..kernels.aggregate.softmax import expand_table
 from ..kernels.neighborhood.natten import installed_version
+from ..kernels.window import Window
 from .cases import (
     DINAT_TINY,
     HALO,
@@ -246,6 +248,13 @@ def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int
     return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
 
 
+def unfold_mix(logits: Tensor, v: Tensor, *, kernel_size: int, bias: TableBias, kernel_bias: Tensor) -> Tensor:
+    """The same with weights from a softmax."""
+    table = expand_table(bias.table, Window(kernel_size), Window(kernel_size), v.shape[1:3]) + kernel_bias
+    weights = (logits.permute(0, 3, 1, 2, 4) + table).softmax(-1).permute(0, 2, 3, 1, 4)
+    return unfold_aggregate(weights, v, kernel_size=kernel_size)
+
+
 def aggregate_rows(case: AggregateCase, rounds: int) -> list[dict[str, object]]:
     """Neighborhood aggregation: ours and the unfolded windows."""
     lead = (case.batch, case.rows, case.columns, case.heads)
@@ -344,13 +353,13 @@ def halo_rows(case: HaloCase, rounds: int) -> list[dict[str, object]]:
 @contextmanager
 def _by_unfold(active: bool) -> Iterator[None]:
     """The models' neighborhood aggregation done by unfolding."""
-    ours = attention.neighborhood_aggregate
+    ours = attention.neighborhood_mix
     if active:
-        attention.neighborhood_aggregate = unfold_aggregate
+        attention.neighborhood_mix = unfold_mix
     try:
         yield
     finally:
-        attention.neighborhood_aggregate = ours
+        attention.neighborhood_mix = ours
 
 
 def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
@@ -402,7 +411,7 @@ SECTIONS = {
 # ----------------------------------------------------------------------------------------------------- shell
 
 
-TEXT = ("layer", "map", "backend", "model", "part", "by")
+TEXT = ("layer", "map", "backend", "model", "part", "by", "case", "loop")
 
 
 def print_table(title: str, rows: list[dict[str, object]], console: Console) -> None:
@@ -414,11 +423,11 @@ def print_table(title: str, rows: list[dict[str, object]], console: Console) -> 
     console.print(table)
 
 
-def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Rows with the environment in every line, written under a temporary name and renamed."""
+def write_csv(path: Path, rows: list[dict[str, object]], extra: dict[str, str] | None = None) -> None:
+    """Rows with the environment, or what else they depend on, in every line; under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    extra = environment()
+    extra = environment() if extra is None else extra
     try:
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *extra], lineterminator="\n")
@@ -429,9 +438,11 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], more: Mapping[str, Section] | None = None) -> int:
+    """Runs ``foveal bench``; ``more``: sections of parts that this package does not import."""
+    sections = SECTIONS | dict(more or {})
     parser = argparse.ArgumentParser(prog="foveal bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=tuple(SECTIONS))
+    parser.add_argument("what", choices=tuple(sections))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; the median is printed (default 15)")
     parser.add_argument("--only", help="cases whose name holds this text, such as 56x56")
     parser.add_argument("--csv", type=Path, help="also write the table here")
@@ -440,7 +451,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     console = Console(width=None if sys.stdout.isatty() else 200)
     warnings.filterwarnings("ignore", module="torch.nn.attention.flex_attention")  # NATTEN's CPU path, on every call
-    section, rows = SECTIONS[options.what], []
+    section, rows = sections[options.what], []
     for case in section.cases:
         if not options.only or options.only in case.id:
             rows += section.rows(case, options.rounds)

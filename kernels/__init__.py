@@ -1,8 +1,16 @@
 """The attention operations every backbone stands on (see README.md here for layouts and the support matrix)."""
 
-from .aggregate import neighborhood_aggregate
+from .aggregate import neighborhood_aggregate, neighborhood_mix
 from .bias import FactoredBias, TableBias
 from .dispatch import BackendError, backend
 from .neighborhood import neighborhood_attention
 
-__all__ = ["BackendError", "FactoredBias", "TableBias", "backend", "neighborhood_aggregate", "neighborhood_attention"]
+__all__ = [
+    "BackendError",
+    "FactoredBias",
+    "TableBias",
+    "backend",
+    "neighborhood_aggregate",
+    "neighborhood_attention",
+    "neighborhood_mix",
+]

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
+from .problem import symbolic
 from .window import BOUNDARIES
 
 IntPair = int | tuple[int, int]
@@ -39,7 +40,12 @@ def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: 
     if boundary != "shift":
         return
     for axis, length, keys, step in zip(("rows", "columns"), size, kernel_size, dilation, strict=True):
-        if keys * step > length:
+        if symbolic(length):  # a condition of the graph, unless it is known to hold
+            torch._check(
+                length >= keys * step,
+                lambda: f"the window of kernel_size {keys} x dilation {step} does not fit a map of fewer {axis}",  # noqa: B023
+            )
+        elif keys * step > length:
             raise ValueError(
                 f"the window of kernel_size {keys} x dilation {step} = {keys * step} does not fit the map's {length} "
                 f"{axis} (map {size[0]} x {size[1]}, boundary 'shift'); pad the map or take a smaller dilation"

@@ -12,18 +12,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+
+from . import triton_support
 from .problem import Problem
 
 ENVIRONMENT = "FOVEAL_BACKEND"
-NAMES = ("reference", "tiled", "natten")
+NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
 
 # Measured order, per device type; what is not listed (mps, xpu, ...) takes "other". On CUDA nothing has been measured
-# yet, so the backend that needs nothing installed and gives gradients for everything goes first.
+# yet: the kernels written for it go first, then what needs nothing installed and gives gradients for everything.
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("tiled", "reference"),
-    "cuda": ("tiled", "natten", "reference"),
+    "cuda": ("triton", "tiled", "natten", "reference")
+    if triton_support.AUTOMATIC
+    else ("tiled", "natten", "reference"),
     "other": ("tiled", "reference"),
 }
+
+
+def _passed_over(name: str, operation: str, problem: Problem) -> str | None:
+    """Why the automatic choice leaves a call that a backend can run to one behind it.
+
+    Plain windows are dense attention, which ``tiled`` hands to PyTorch's own kernels. That these win there is not
+    measured yet; if they do not, this condition goes.
+    """
+    if name == "triton" and operation == "neighborhood_attention" and problem.plain_windows:
+        return "these windows have no neighbours, which is dense attention"
+    return None
+
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
@@ -80,13 +97,15 @@ def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem,
         if reason is not None:
             raise BackendError(f"backend {name!r} (asked for by {source}) cannot run this call: {reason}")
         return backends[name]
-    if problem.tracing:  # compilers and exporters are to see standard operators, whatever the device
-        return backends["tiled"]
+    if problem.tracing:  # compilers and exporters are to see standard operators, or one node that they know
+        if _as_one_node(operation, backends, problem):
+            return backends["triton"]
+        return backends["dynamic" if problem.free else "tiled"]
     reasons = []
     for name in ORDER.get(problem.device, ORDER["other"]):
         if name not in backends:
             continue
-        reason = backends[name].unsupported_reason(problem)
+        reason = backends[name].unsupported_reason(problem) or _passed_over(name, operation, problem)
         if reason is None:
             if (problem.device, name) not in _announced:
                 _announced.add((problem.device, name))
@@ -94,3 +113,16 @@ def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem,
             return backends[name]
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend can run this call: {'; '.join(reasons)}")
+
+
+def _as_one_node(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> bool:
+    """Whether the Triton kernels run under ``torch.compile``; exporters cannot take them."""
+    return (
+        problem.device == "cuda"
+        and torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and "triton" in backends
+        and "triton" in ORDER["cuda"]
+        and backends["triton"].unsupported_reason(problem) is None
+        and _passed_over("triton", operation, problem) is None
+    )

@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
+from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from .bias import FactoredBias
 from .window import Window
 
 
 def tracing() -> bool:
     """Whether a compiler or exporter records the operators of this call instead of running them once."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def symbolic(*sizes: int) -> bool:
+    """Whether one of some sizes is free: an exporter is to record what holds for every value.
+
+    Not so under ``torch.compile``, which may leave a size free, too: what it compiles for one size is faster.
+    """
+    if torch.compiler.is_dynamo_compiling():  # there a free size looks like any int
+        return torch.compiler.is_exporting() and not all(has_static_value(size) for size in sizes)
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def for_any_size(function: Callable) -> Callable:
+    """Let what ``function`` does with maps of free sizes be recorded without conditions on them.
+
+    PyTorch asks of every length whether it is 1, as memory could be laid out in more ways then. An exporter takes down
+    each answer as a condition, so that a graph recorded for maps of several tiles would not hold for those of one.
+    In here the answer is no, from which nothing follows but that an operation is not left out.
+    """
+
+    @wraps(function)
+    def wrapped(*args):
+        free = any(isinstance(x, torch.Tensor) and symbolic(*x.shape[1:3]) for x in args)
+        if not free or torch.compiler.is_dynamo_compiling():
+            return function(*args)
+        with _config.patch(backed_size_oblivious=True):
+            return function(*args)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -33,9 +67,27 @@ class Problem:
     dropout_p: float = 0.0
 
     @property
+    def free(self) -> bool:
+        """Whether the call is recorded for maps of any height or any width."""
+        return symbolic(*self.shape[1:3])
+
+    @property
     def size(self) -> tuple[int, int]:
         """H and W of the keys as constants: under a tracer too, a plan is for one size."""
         return operator.index(self.shape[1]), operator.index(self.shape[2])
+
+    @property
+    def plain_windows(self) -> bool:
+        """Whether attention is dense inside windows that do not overlap: a query to each key, blocks that fill the map
+        (MaxViT's block attention), or groups that are one window each (its grid attention)."""
+        return self.bias is not FactoredBias and all(
+            window.query_stride == 1
+            and (
+                length == window.kernel_size * window.dilation
+                or (window.stride == window.kernel_size and length % (window.kernel_size * window.dilation) == 0)
+            )
+            for window, length in zip((self.rows, self.columns), self.shape[1:3], strict=True)
+        )
 
     @property
     def query_size(self) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class Window:
 
     def queries(self, length: int) -> int:
         """Queries on ``length`` positions, of an axis or of a dilation group."""
-        return -(-length // self.query_stride)
+        return (length + self.query_stride - 1) // self.query_stride
 
     def start(self, query: int, length: int) -> int:
         """First key index of a query in a dilation group of ``length`` positions."""
@@ -105,4 +105,5 @@ class Window:
         key = self.starts(query, in_group)[:, None] + torch.arange(self.kernel_size, device=device)
         position = key * self.dilation + group[:, None]
         inside = (key >= 0) & (key < in_group[:, None])
-        return position.clamp(0, max(length - 1, 0)), inside, self.table_row(key, query[:, None])
+        last = torch.sym_max(length - 1, 0) if isinstance(length, torch.SymInt) else max(length - 1, 0)
+        return position.clamp(0, last), inside, self.table_row(key, query[:, None])

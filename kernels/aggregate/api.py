@@ -5,16 +5,21 @@ Layout legend: B batch, H W map, N heads, D value channels, Kh Kw keys of a wind
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from ..bias import TableBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import choose
-from ..problem import Problem, tracing
+from ..problem import Problem, for_any_size, symbolic, tracing
 from ..window import Window
-from . import reference, tiled
+from . import dynamic, reference, softmax, tiled, triton
 
-BACKENDS = {"reference": reference, "tiled": tiled}
+BACKENDS = {"reference": reference, "tiled": tiled, "dynamic": dynamic, "triton": triton}
 
 
 def neighborhood_aggregate(
@@ -70,6 +75,61 @@ def neighborhood_aggregate(
     )
 
 
+def neighborhood_mix(
+    logits: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: IntPair,
+    dilation: IntPair = 1,
+    bias: TableBias | None = None,
+    kernel_bias: Tensor | None = None,
+    boundary: str = "shift",
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`neighborhood_aggregate` with weights that are the softmax of logits: a convolution whose kernel each
+    position derives from its content (OverLoCK's ContMix, arXiv 2502.20087, section 3.3).
+
+    The kernels written for it make the weights from the logits as they read them; elsewhere they are made first.
+
+    Args:
+        logits: ``[B, H, W, heads, Kh * Kw]``, the keys of a window row by row, any strides.
+        v: values ``[B, H, W, heads, D]``, same dtype and device as ``logits``.
+        kernel_size, dilation: as in :func:`neighborhood_aggregate`.
+        bias: a table of ``[heads, 2*Kh - 1, 2*Kw - 1]`` that is added to the logits by the offset from query to key.
+        kernel_bias: ``[Kh * Kw]``, added to the logits of every position and head.
+        boundary: as in :func:`~foveal.kernels.neighborhood_attention`: ``"shift"``, ``"zero"`` (positions outside the
+            map take part in the softmax, with values of zero) or ``"mask"`` (they are left out).
+        backend: a backend's name, or ``None`` for the automatic choice.
+
+    Returns:
+        ``[B, H, W, heads, D]`` in the dtype of ``v``. Under autocast logits and values are cast to the autocast dtype.
+        The softmax is computed in float32 at least.
+
+    Raises:
+        ValueError, TypeError, BackendError: as :func:`neighborhood_aggregate`; biases of another shape or device.
+    """
+    kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
+    check_tensor("logits", logits, "[B, H, W, heads, Kh * Kw]")
+    check_tensor("v", v, "[B, H, W, heads, D]")
+    if logits.shape[:4] != v.shape[:4]:
+        raise ValueError(
+            "logits and v must have one shape up to the last dimension, got "
+            f"logits {tuple(logits.shape)}, v {tuple(v.shape)}"
+        )
+    check_area("logits", logits, kernel_size)
+    if bias is not None and not isinstance(bias, TableBias):
+        raise TypeError(f"bias must be a TableBias or None, got {type(bias).__name__}")
+    table, wanted = (None if bias is None else bias.table), {"kernel_bias": (kernel_size[0] * kernel_size[1],)}
+    wanted["bias.table"] = v.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
+    for (name, shape), t in zip(wanted.items(), (kernel_bias, table), strict=True):
+        if t is not None and (t.shape != shape or t.device != v.device):
+            raise ValueError(
+                f"{name} must be {shape} on the device of v, {v.device}; got {tuple(t.shape)} on {t.device}"
+            )
+    tensors = {"logits": logits, "v": v}
+    return _run("neighborhood_mix", "mix", tensors, kernel_size, dilation, boundary, backend, (table, kernel_bias))
+
+
 def neighborhood_logits(
     q: Tensor, k: Tensor, *, kernel_size: IntPair, dilation: IntPair = 1, backend: str | None = None
 ) -> Tensor:
@@ -104,12 +164,13 @@ def _run(
     dilation: tuple[int, int],
     boundary: str,
     backend: str | None,
+    biases: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
-    """What both operations share: ``function`` of a backend, on tensors that agree in their first four dimensions."""
+    """What the operations share: ``function`` of a backend, on tensors that agree in their first four dimensions."""
     (name, x), (other, y) = tensors.items()
     if x.device != y.device:
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
-    if min(y.shape[1:]) < 1:
+    if not symbolic(*y.shape[1:3]) and min(y.shape[1:]) < 1:
         raise ValueError(f"only the batch may be empty, got {name} {tuple(x.shape)}, {other} {tuple(y.shape)}")
     check_window(tuple(y.shape[1:3]), kernel_size, dilation, boundary)
     cast = autocast_enabled(y)
@@ -117,7 +178,8 @@ def _run(
         x, y = autocast(x, y)
     if x.dtype != y.dtype:
         raise TypeError(f"{name} and {other} must have one dtype, got {x.dtype} and {y.dtype}")
-    boundary = "zero" if boundary == "mask" else boundary  # one thing here: they share their plans
+    if boundary == "mask" and function != "mix":
+        boundary = "zero"  # one thing without a softmax: they share their plans
     problem = Problem(
         shape=tuple(y.shape),
         value_depth=y.shape[-1],
@@ -125,11 +187,24 @@ def _run(
         columns=Window(kernel_size[1], 1, dilation[1], boundary),
         dtype=y.dtype,
         device=y.device.type,
-        needs_grad=torch.is_grad_enabled() and (x.requires_grad or y.requires_grad),
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *biases)),
         tracing=tracing(),
     )
-    call = getattr(choose(operation, BACKENDS, problem, backend), function)
+    chosen = choose(operation, BACKENDS, problem, backend)
+    call = getattr(chosen, function, None) or partial(_mix, chosen)
     if cast:
         with torch.autocast(y.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
-            return call(x, y, problem)
-    return call(x, y, problem)
+            return call(x, y, *biases, problem)
+    return call(x, y, *biases, problem)
+
+
+@for_any_size
+def _mix(
+    backend: ModuleType, logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem
+) -> Tensor:
+    """``mix`` of a backend that has none: its ``forward`` with weights made before."""
+    made = softmax.weights(logits, table, kernel_bias, problem)
+    if problem.boundary == "mask":
+        rows, columns = (replace(window, boundary="zero") for window in (problem.rows, problem.columns))
+        problem = replace(problem, rows=rows, columns=columns)
+    return backend.forward(made, v, problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -17,6 +18,7 @@ from timm.models import save_for_hf
 
 import foveal
 from foveal.backbones import download, loading
+from foveal.heads.build import build_segmenter, save_dense
 
 NAME = "test_foveal_dinat"
 
@@ -193,6 +195,66 @@ def test_folders_that_are_none_of_ours(folder: Path, tmp_path: Path) -> None:
     refused("damaged or no safetensors file")
     (folder / "model.safetensors").unlink()
     refused("has no weights: none of model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.onnx", "ONNX, for onnxruntime"),
+        ("model.pt2", "a compiled or exported program, for torch.export.load"),
+        ("model.xml", "OpenVINO's format"),
+        ("model.mlpackage", "Core ML"),
+    ],
+)
+def test_exports_that_are_no_models(name: str, what: str, folder: Path) -> None:
+    """Neither the folder, with or without config.json, nor the file; and the weights, if they are there, are taken."""
+    (folder / name).touch()
+    assert foveal.load(folder).num_classes == 4
+    (folder / "model.safetensors").unlink()
+    for config in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"is an export: {re.escape(name)} is {what}.*load what it was exported from"
+        ):
+            foveal.load(folder)
+        if config:
+            (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is {what}.*cannot be loaded as a PyTorch model"):
+        foveal.load(folder / name)
+    (folder / "their.pth.tar").touch()
+    with pytest.raises(
+        ValueError, match=r"their\.pth\.tar is a file of weights alone: `foveal convert FILE --model NAME"
+    ):
+        foveal.load(folder / "their.pth.tar")
+
+
+def test_dense_models(tmp_path: Path) -> None:
+    """The folder, by its path or as local-dir:, its file, another file beside it; an export of one is none."""
+    model = build_segmenter("test_foveal_nat", num_classes=3, head_kwargs={"channels": 16}, auxiliary=False).eval()
+    for place in ("run/best", "run/last"):
+        save_dense(tmp_path / place, model, list("abc"), {})
+    run, x = tmp_path / "run", torch.rand(1, 3, 64, 64)
+    state = model.state_dict()
+    shifted = {key: value + 1 if key.endswith("classifier.conv.bias") else value for key, value in state.items()}
+    safetensors.torch.save_file(shifted, run / "last" / "raw.safetensors")
+    with torch.no_grad():
+        expected = model(x)
+        for source in (
+            run,
+            str(run),
+            f"local-dir:{run}",
+            run / "best",
+            run / "last",
+            run / "best" / "model.safetensors",
+        ):
+            assert torch.equal(foveal.load(source)(x), expected)
+        other = foveal.load(run / "last" / "raw.safetensors")(x)
+    torch.testing.assert_close(other, expected + 1)
+    with pytest.raises(ValueError, match="is loaded as it was trained; given are num_classes"):
+        foveal.load(run, num_classes=3)
+    (run / "last" / "model.safetensors").rename(run / "last" / "model.onnx")
+    (run / "last" / "raw.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is an export: model\.onnx is ONNX"):
+        foveal.load(run / "last")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])

@@ -1,7 +1,6 @@
 """OverLoCK: its three forms, its checkpoints, its dense design, and the mixing itself. Published outputs: goldens."""
 
 import copy
-import math
 
 import pytest
 import timm
@@ -9,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from foveal.backbones import attention
-from foveal.backbones.attention import context_mixing, expand_table
+from foveal.backbones.attention import context_mixing
 from foveal.backbones.overlock import BRANCHES, DilatedReparam, _enlarged, checkpoint_filter_fn
+from foveal.kernels.aggregate.softmax import expand_table
+from foveal.kernels.window import Window
 
 NAME = "test_foveal_overlock"
 
@@ -328,21 +329,12 @@ def test_context_mixing(size):
     torch.testing.assert_close(*results)
 
 
-def test_expanded_tables_are_not_tied_to_the_mode_that_made_them():
-    table = torch.randn(2, 9, 9)
-    with torch.inference_mode():
-        want = expand_table(table, 11, 6)
-    table.requires_grad_(True)
-    got = expand_table(table, 11, 6)
-    torch.testing.assert_close(got, want)
-    got.sum().backward()
-    assert table.grad.sum() == math.prod(got.shape)
-
-
-def unfolded(weights, v, *, kernel_size):
+def unfolded(logits, v, *, kernel_size, bias, kernel_bias):
     """The authors' fallback: every window, and at the borders the outermost ones again."""
     _, H, W, heads, D = v.shape
-    K = kernel_size[0]
+    K = kernel_size
+    table = expand_table(bias.table, Window(K), Window(K), (H, W)).permute(1, 2, 0, 3)
+    weights = (logits + table + kernel_bias).softmax(-1)
     windows = F.unfold(v.permute(0, 3, 4, 1, 2).flatten(1, 2), K).unflatten(2, (H - K + 1, W - K + 1))
     windows = F.pad(windows, [K // 2] * 4, mode="replicate").unflatten(1, (heads, D, K * K))
     return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
@@ -360,6 +352,6 @@ def test_unfolding_gives_the_same(monkeypatch):
     x = images(1, 3, 128, 128)
     want = step(model, x)
     gradient = model.sub_blocks3[0].weight_proj.weight.grad.clone()
-    monkeypatch.setattr(attention, "neighborhood_aggregate", unfolded)
+    monkeypatch.setattr(attention, "neighborhood_mix", unfolded)
     torch.testing.assert_close(step(model, x), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.sub_blocks3[0].weight_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)

@@ -5,7 +5,8 @@ import csv
 import pytest
 import torch
 
-from foveal.benchmarks import run
+from foveal.benchmarks import export, run
+from foveal.cli import _exported
 from foveal.kernels import neighborhood_aggregate
 
 
@@ -51,3 +52,27 @@ def test_halo_layers_are_those_of_the_model():
     layers = run.halo_layers(run.HaloCase("halonet26t", 256, 2))
     assert [shape for _, shape in layers.values()] == [(2, 256, 16, 16), (2, 512, 16, 16), (2, 512, 8, 8)]
     assert list(layers)[1] == "16x16 b8 h2 s2, 512 channels"
+
+
+@pytest.mark.slow  # compiles
+def test_exported_models_are_timed_beside_eager(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(export, "CASES", (export.ExportCase("test_foveal_care", (1, 2)),))
+    path = tmp_path / "table.csv"
+    assert run.main(["export", "--rounds", "1", "--csv", str(path)], {"export": export.section(_exported)}) == 0
+    with path.open() as file:
+        table = list(csv.DictReader(file))
+    runtimes = ["eager", "torch.compile", "onnxruntime", "openvino"]
+    assert [row["by"] for row in table] == 2 * runtimes
+    assert [row["input"].partition("x")[0] for row in table] == ["1"] * 4 + ["2"] * 4
+    assert all(float(row["ms"]) > 0 and row["onnxruntime"] for row in table)
+
+
+def test_a_wrong_answer_of_an_export_is_not_timed():
+    def wrong(model, folder):
+        return model, {"wrong": lambda x: (1.01 * model(x),)}
+
+    case = export.ExportCase("test_foveal_care", (1,))
+    with pytest.raises(
+        RuntimeError, match=r"test_foveal_care, batch 1: wrong differs from eager by 1\.0e-02; not timed"
+    ):
+        export.export_rows(case, 1, wrong, compiled=False)

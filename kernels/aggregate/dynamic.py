@@ -1,0 +1,57 @@
+"""Neighborhood aggregation for maps of any size in one traced graph: what exporters see of a size that they leave free.
+
+B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, M M2 tiles of rows and columns, T T2 queries of a
+tile, S S2 keys of its span (``kernels/dynamic.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dynamic
+from ..dynamic import Side
+from ..problem import Problem, for_any_size
+from ..tiling import working_dtype
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Runs everything, on any device."""
+    return None
+
+
+def _sides(problem: Problem, x: Tensor) -> tuple[Side, Side]:
+    return tuple(dynamic.side(w, x.shape[1 + i], x.device) for i, w in enumerate((problem.rows, problem.columns)))
+
+
+def _places(problem: Problem, a: Side, b: Side) -> Tensor:
+    """Where the keys of each query lie in the span of its tile: [M, M2, T*T2, K]."""
+    row, column = (
+        side.first[..., None] + torch.arange(size, device=side.first.device)
+        for side, size in zip((a, b), problem.kernel_size, strict=True)
+    )
+    places = row[:, None, :, None, :, None] * b.span + column[None, :, None, :, None, :]
+    return places.flatten(4, 5).flatten(2, 3)
+
+
+@for_any_size
+def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, Kh*Kw] x [B, H, W, N, D] -> [B, H, W, N, D]."""
+    working = working_dtype(v.dtype)
+    a, b = _sides(problem, v)
+    tiles = dynamic.query_tiles(weights.to(working), a, b).flatten(4, 5)
+    places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)
+    matrix = tiles.new_zeros(*tiles.shape[:5], a.span * b.span).scatter(-1, places, tiles)
+    values = dynamic.key_spans(v.to(working), a, b, problem.boundary)
+    return dynamic.from_query_tiles(matrix @ values, a, b).to(v.dtype)
+
+
+@for_any_size
+def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] -> [B, H, W, N, Kh*Kw]: ``q . k`` for the keys of every window."""
+    working = working_dtype(k.dtype)
+    a, b = _sides(problem, k)
+    tiles = dynamic.query_tiles(q.to(working), a, b).flatten(4, 5)
+    products = tiles @ dynamic.key_spans(k.to(working), a, b, problem.boundary).transpose(-1, -2)
+    places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)
+    return dynamic.from_query_tiles(products.gather(-1, places), a, b).to(k.dtype)

@@ -1,0 +1,50 @@
+"""The weights of ``neighborhood_mix`` in standard operators, for backends that take them ready made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..tiling import constant
+from ..window import Window
+
+
+def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
+    """The softmax of ``logits`` ``[B, H, W, N, Kh*Kw]`` with their biases: the same shape and dtype, at least float32
+    inside."""
+    size = problem.shape[1:3] if problem.free else problem.size
+    # heads before positions, as a product of each head's queries and keys lies in memory: the softmax copies others
+    z = logits.permute(0, 3, 1, 2, 4).to(torch.promote_types(logits.dtype, torch.float32))
+    if table is not None:
+        bias = expand_table(table, problem.rows, problem.columns, size)
+        z = z + (bias if kernel_bias is None else bias + kernel_bias)
+    elif kernel_bias is not None:
+        z = z + kernel_bias
+    if problem.boundary == "mask":
+        rows, columns = (
+            constant(_rows_and_inside, window, length, z.device)[1]
+            for window, length in zip((problem.rows, problem.columns), size, strict=True)
+        )
+        inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
+        z = z.masked_fill(~inside, float("-inf"))
+    return z.softmax(-1).to(logits.dtype).permute(0, 2, 3, 1, 4)
+
+
+def expand_table(table: Tensor, rows: Window, columns: Window, size: tuple[int, int]) -> Tensor:
+    """A bias table ``[N, 2*Kh - 1, 2*Kw - 1]`` as every position of a map of ``size`` meets it,
+    ``[N, H, W, Kh*Kw]``."""
+    row, column = (
+        constant(_rows_and_inside, window, length, table.device)[0]
+        for window, length in zip((rows, columns), size, strict=True)
+    )
+    table = table.index_select(1, row.flatten()).index_select(2, column.flatten())
+    table = table.unflatten(2, column.shape).unflatten(1, row.shape)  # N H Kh W Kw
+    return table.transpose(2, 3).flatten(3)
+
+
+def _rows_and_inside(window: Window, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every position of an axis and every key of its window, both ``[length, K]``: the table's row, and whether the
+    key is on the map."""
+    _, inside, row = window.keys(length, device)
+    return row, inside

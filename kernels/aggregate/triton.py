@@ -1,0 +1,210 @@
+"""Neighborhood aggregation in Triton: the CUDA default.
+
+As in ``tiled.py``, ``M`` is the matrix of a tile, queries by keys, that holds the weights and zeros elsewhere, and
+there are three products, each the derivative of another, so that derivatives of every order exist:
+
+* ``apply``: ``M @ values``, the aggregation, a program for each tile of queries;
+* ``dots``: ``queries @ keys^T``, written where the windows lie, a program for each tile of queries;
+* ``spread``: ``M^T @ queries``, a program for each tile of keys, over the queries whose windows hold one of them.
+
+Every number is written by one program, which sums in a fixed order: there are no atomics.
+
+``mix`` is the aggregation by the softmax of logits and biases: the same kernels make the weights from the logits as
+they read them, and keep the logarithm of each query's sum for the backward.
+
+B batch, H W map, N heads, D channels, K = Kh * Kw keys of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import triton_support
+from ..problem import Problem
+
+DEEPEST = 256  # channels of a head
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    if problem.value_depth > DEEPEST:
+        return f"the Triton kernels of aggregation take heads of at most {DEEPEST} channels (got {problem.value_depth})"
+    if not problem.tracing and torch._C._are_functorch_transforms_active():
+        return "the transforms of torch.func need standard operators"
+    return triton_support.unsupported_reason(problem)
+
+
+# --------------------------------------------------------------------------------------------- the three products
+
+
+@torch.library.custom_op("foveal::aggregate_apply", mutates_args=())
+def _apply(weights: Tensor, v: Tensor, window: list[int], boundary: str) -> Tensor:
+    from . import triton_kernels
+
+    out = v.new_empty(v.shape)
+    triton_kernels.apply(weights, v, out, window, boundary)
+    return out
+
+
+@torch.library.custom_op("foveal::aggregate_dots", mutates_args=())
+def _dots(q: Tensor, k: Tensor, window: list[int], boundary: str) -> Tensor:
+    from . import triton_kernels
+
+    out = k.new_empty(*k.shape[:4], window[0] * window[1])
+    triton_kernels.dots(q, k, out, window, boundary)
+    return out
+
+
+@torch.library.custom_op("foveal::aggregate_spread", mutates_args=())
+def _spread(weights: Tensor, q: Tensor, window: list[int], boundary: str) -> Tensor:
+    from . import triton_kernels
+
+    out = q.new_empty(q.shape)
+    triton_kernels.spread(weights, q, out, window, boundary)
+    return out
+
+
+@_apply.register_fake
+@_spread.register_fake
+def _(x: Tensor, y: Tensor, window: list[int], boundary: str) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@_dots.register_fake
+def _(q: Tensor, k: Tensor, window: list[int], boundary: str) -> Tensor:
+    return k.new_empty(*k.shape[:4], window[0] * window[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, y, *ctx.window = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _derivative(of_x: Callable[..., Tensor], of_y: Callable[..., Tensor]) -> Callable:
+    def backward(ctx, grad: Tensor):
+        x, y = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return (
+            of_x(grad, x, y, *ctx.window) if needed[0] else None,
+            of_y(grad, x, y, *ctx.window) if needed[1] else None,
+            None,
+            None,
+        )
+
+    return backward
+
+
+# x, y: weights and values; queries and keys; weights and queries
+_apply.register_autograd(
+    _derivative(lambda g, x, y, *w: _dots(g, y, *w), lambda g, x, y, *w: _spread(x, g, *w)),
+    setup_context=_setup_context,
+)
+_dots.register_autograd(
+    _derivative(lambda g, x, y, *w: _apply(g, y, *w), lambda g, x, y, *w: _spread(g, x, *w)),
+    setup_context=_setup_context,
+)
+_spread.register_autograd(
+    _derivative(lambda g, x, y, *w: _dots(y, g, *w), lambda g, x, y, *w: _apply(x, g, *w)),
+    setup_context=_setup_context,
+)
+
+
+# ------------------------------------------------------------------------------------- weights from a softmax
+
+
+@torch.library.custom_op("foveal::aggregate_mix", mutates_args=())
+def _mix(
+    logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, window: list[int], boundary: str
+) -> tuple[Tensor, Tensor]:
+    from . import triton_kernels
+
+    out, sums = v.new_empty(v.shape), v.new_empty(v.shape[:4], dtype=torch.float32)
+    softmax = {"sums": sums, "table": table, "kernel_bias": kernel_bias}
+    triton_kernels.apply(logits, v, out, window, boundary, softmax)
+    return out, sums
+
+
+@_mix.register_fake
+def _(logits, v, table, kernel_bias, window, boundary):
+    return v.new_empty(v.shape), v.new_empty(v.shape[:4], dtype=torch.float32)
+
+
+@torch.library.custom_op("foveal::aggregate_mix_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor,
+    logits: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    kernel_bias: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    window: list[int],
+    boundary: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the logits, the values, the table and the kernel's bias; of what was not given, an empty tensor."""
+    from . import triton_kernels
+
+    softmax = {"sums": sums, "table": table, "kernel_bias": kernel_bias}
+    grad_logits, grad_v = v.new_empty(logits.shape), v.new_empty(v.shape)
+    triton_kernels.dots(grad, v, grad_logits, window, boundary, logits, out, softmax)
+    triton_kernels.spread(logits, grad, grad_v, window, boundary, softmax)
+    grad_table, grad_bias = v.new_empty(0), v.new_empty(0)
+    if table is not None or kernel_bias is not None:
+        together = grad_logits.sum(0, dtype=torch.float32)
+        if table is not None:
+            sums_of_table = together.new_empty(table.shape)
+            triton_kernels.fold_table(together, sums_of_table, window, boundary)
+            grad_table = sums_of_table.to(table.dtype)
+        if kernel_bias is not None:
+            grad_bias = together.sum((0, 1, 2)).to(kernel_bias.dtype)
+    return grad_logits, grad_v, grad_table, grad_bias
+
+
+@_mix_backward.register_fake
+def _(grad, logits, v, table, kernel_bias, out, sums, window, boundary):
+    return (
+        v.new_empty(logits.shape),
+        v.new_empty(v.shape),
+        v.new_empty(0) if table is None else table.new_empty(table.shape),
+        v.new_empty(0) if kernel_bias is None else kernel_bias.new_empty(kernel_bias.shape),
+    )
+
+
+def _mix_setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.window, ctx.boundary = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _mix_gradient(ctx, grad: Tensor, _):
+    logits, v, table, kernel_bias, out, sums = ctx.saved_tensors
+    grads = _mix_backward(grad, logits, v, table, kernel_bias, out, sums, ctx.window, ctx.boundary)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)), None, None
+
+
+_mix.register_autograd(_mix_gradient, setup_context=_mix_setup_context)
+
+
+# ----------------------------------------------------------------------------------------------- the backend
+
+
+def _window(problem: Problem) -> tuple[list[int], str]:
+    return [*problem.kernel_size, *problem.dilation], problem.boundary
+
+
+def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, K] x [B, H, W, N, D] -> [B, H, W, N, D]."""
+    return _apply(weights, v, *_window(problem))
+
+
+def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+    """[B, H, W, N, D] x [B, H, W, N, D] -> [B, H, W, N, K]: ``q . k`` for the keys of every window."""
+    return _dots(q, k, *_window(problem))
+
+
+def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
+    """[B, H, W, N, K] x [B, H, W, N, D] -> [B, H, W, N, D]: ``forward`` with the softmax of logits and biases."""
+    table = None if table is None else table.contiguous()
+    kernel_bias = None if kernel_bias is None else kernel_bias.contiguous()
+    return _mix(logits, v, table, kernel_bias, *_window(problem))[0]

@@ -1,0 +1,125 @@
+"""What the ``dynamic`` backends of both operations stand on: an axis of unknown length cut into tiles.
+
+A plan of ``kernels/tiling.py`` is made of numbers and holds for one size. Here the side of a tile is a number, and how
+many tiles there are, which positions they hold and which keys their queries see is arithmetic on tensors, so that one
+traced graph serves every size. Queries and keys are gathered into their tiles, axis by axis, each tile is dense, and
+the answers are gathered back.
+
+Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation phases, phase by phase.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .window import Window
+
+TILE = 7  # queries of a tile along an axis, at least: what the plan for a fixed 224 takes on most maps of the zoo
+
+
+class Side(NamedTuple):
+    """How one axis of the map is cut; the tensors hold int64 or booleans."""
+
+    tile: int
+    tiles: int  # an int or a SymInt, as the next
+    span: int
+    query_at: Tensor  # [M*T] row of the query map
+    key_at: Tensor  # [M*S] row of the key map
+    inside: Tensor  # [M*S] whether there is such a row; another one stands in its place otherwise
+    first: Tensor  # [M, T] where in the span the window of a query begins
+    row: Tensor  # [M, T, S] row of the bias table, 2K - 1 for a key that the query does not see
+    back: Tensor  # [h] where among the M*T the answer of a query lies
+
+
+def tile_of(window: Window) -> int:
+    """Queries of a tile: whole groups of those that share a window."""
+    together = window.stride // math.gcd(window.stride, window.query_stride)
+    return -(-max(TILE, window.kernel_size) // together) * together
+
+
+# What a tracer has recorded already: the layers of a stage share their sides, half of what there is to record.
+_recorded: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def side(window: Window, length: int, device: torch.device) -> Side:
+    """An axis of ``length`` positions, an int or a SymInt; no operation here asks which number it is."""
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(length, torch.SymInt):
+        return _side(window, length, device)
+    sides = _recorded.setdefault(mode.tracer, {})
+    key = window, length.node.expr, device
+    if key not in sides:
+        sides[key] = _side(window, length, device)
+    return sides[key]
+
+
+def _side(window: Window, length: int, device: torch.device) -> Side:
+    d, n, tile = window.dilation, window.query_stride, tile_of(window)
+    longest = window.group_length(length)  # of the first phase; of others one less at most
+    queries = window.queries(length)
+    each = (window.queries(longest) + tile - 1) // tile  # tiles of a phase
+    tiles = d * each
+    # how far apart the windows of a tile's first and last query begin; a tile begins with a stride group
+    span = (tile - 1) * n // window.stride * window.stride + window.kernel_size
+    if window.boundary != "zero":
+        span = torch.sym_min(span, longest)  # what is outside need not be there
+
+    end, phase = (torch.full((), count, dtype=torch.int64, device=device) for count in (length - 1, each))
+    number = torch.arange(tiles, device=device)[:, None]
+    group = torch.div(number, phase, rounding_mode="floor")  # M 1
+    in_group = ((end - group) // d + 1).clamp(min=1)  # a phase behind the end of the map counts as one position
+    last = (in_group + n - 1) // n - 1
+    query = torch.minimum((number - group * phase) * tile + torch.arange(tile, device=device), last)  # M T
+    start = window.starts(query, in_group)
+    base = start[:, :1]  # the smallest
+    if window.boundary != "zero":
+        base = torch.minimum(base, in_group - span).clamp(min=0)
+    key = base + torch.arange(span, device=device)  # M S
+    inside = (key >= 0) & (key < in_group)
+
+    offset = key[:, None] - start[..., None]  # M T S
+    seen = (offset >= 0) & (offset < window.kernel_size)
+    if window.boundary == "mask":
+        seen = seen & inside[:, None]
+    row = window.table_row(key[:, None], query[..., None])
+    x = torch.arange(queries, device=device)
+    j = x // d
+    return Side(
+        tile=tile,
+        tiles=tiles,
+        span=span,
+        query_at=torch.minimum(query * d + group, torch.full_like(end, queries - 1)).flatten(),
+        key_at=torch.minimum((key * d + group).clamp(min=0), end).flatten(),
+        inside=inside.flatten(),
+        first=start - base,
+        row=torch.where(seen, row, 2 * window.kernel_size - 1),
+        back=(x % d * phase + j // tile) * tile + j % tile,
+    )
+
+
+def query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:
+    """[B, h, w, N, C] -> [B, M, M2, N, T, T2, C]."""
+    x = x.index_select(1, a.query_at).index_select(2, b.query_at)
+    x = x.unflatten(2, (b.tiles, b.tile)).unflatten(1, (a.tiles, a.tile))
+    return x.permute(0, 1, 3, 5, 2, 4, 6)
+
+
+def key_spans(x: Tensor, a: Side, b: Side, boundary: str) -> Tensor:
+    """[B, H, W, N, C] -> [B, M, M2, N, S*S2, C], with boundary "zero" zeros outside the map."""
+    x = x.index_select(1, a.key_at).index_select(2, b.key_at)
+    if boundary == "zero":
+        x = x * (a.inside[:, None] & b.inside).to(x.dtype)[:, :, None, None]
+    x = x.unflatten(2, (b.tiles, b.span)).unflatten(1, (a.tiles, a.span))
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+
+
+def from_query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:
+    """[B, M, M2, N, T*T2, C] -> [B, h, w, N, C]."""
+    x = x.unflatten(4, (a.tile, b.tile)).permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+    return x.index_select(1, a.back).index_select(2, b.back)

@@ -1,0 +1,473 @@
+"""Neighborhood attention in Triton: one fused pass forward, two backward, the CUDA default.
+
+Reads ``[B, H, W, N, D]`` with its strides, any dilation by them; keeps the log-sum-exp of every query and nothing else
+for the backward. Two ``torch.library`` operations with fakes, so compilers see one node and CUDA graphs can record it:
+a call allocates and launches, and waits for nothing. All sums are in one order: the same call gives the same bits.
+
+This file plans and launches; the kernels are in ``triton_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import triton_support
+from ..bias import FactoredBias, TableBias
+from ..problem import Problem
+from ..window import BOUNDARIES, Window
+
+LOG2E = math.log2(math.e)
+LARGEST_DEPTH = 256
+LARGEST_BIASED = 32  # keys along an axis; a table lies whole in a program's registers
+WORKSPACE_BYTES = 64 * 2**20  # of the shares of a bias gradient, at most
+# What a key costs a tile, to load, in units of one query-key pair: a guess that no GPU has seen yet.
+LOAD_COST = 32
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    reason = triton_support.unsupported_reason(problem)
+    if reason is not None:
+        return reason
+    if problem.dropout_p > 0:
+        return f"the Triton kernels have no attention dropout (got {problem.dropout_p})"
+    deepest = max(problem.shape[4], problem.value_depth)
+    if deepest > LARGEST_DEPTH:
+        return f"the Triton kernels take depths up to {LARGEST_DEPTH} (got {deepest})"
+    if problem.bias is not None and max(problem.kernel_size) > LARGEST_BIASED:
+        return f"the Triton kernels take a bias up to a kernel_size of {LARGEST_BIASED} (got {problem.kernel_size})"
+    if not problem.tracing and torch._C._are_functorch_transforms_active():
+        return "the transforms of torch.func need standard operators"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Side:
+    """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group. The keys that a
+    tile sees are among the ``span`` from ``before`` keys left of its first query on, for every tile."""
+
+    step: int
+    tiles: int
+    before: int
+    span: int
+
+
+def _lengths(window: Window, length: int) -> set[int]:
+    """Of the groups, without empty ones."""
+    return {n for n in (window.group_length(length), window.group_length(length, window.dilation - 1)) if n > 0}
+
+
+@lru_cache(maxsize=4096)
+def side(window: Window, length: int, tile: int) -> Side:
+    """Tiles of ``tile`` queries at most: of whole stride groups where one fits, and about equally large."""
+    queries = window.queries(window.group_length(length))
+    together = window.stride // window.query_stride if window.stride % window.query_stride == 0 else 1
+    if together > tile:
+        together = -(-together // -(-together // tile))
+    groups = -(-queries // together)
+    tiles = -(-groups // (tile // together))
+    step = -(-groups // tiles) * together
+    tiles = -(-queries // step)
+    before = after = 0
+    for group in _lengths(window, length):
+        for first in range(0, window.queries(group), step):
+            last = min(first + step, window.queries(group)) - 1
+            at = first * window.query_stride
+            before = max(before, at - window.start(first, group))
+            after = max(after, window.start(last, group) + window.kernel_size - at)
+    return Side(step, tiles, before, before + after)
+
+
+@lru_cache(maxsize=4096)
+def query_span(window: Window, length: int, tile: int) -> int:
+    """The most queries along an axis whose windows reach a tile of ``tile`` keys."""
+    longest = 0
+    for group in _lengths(window, length):
+        starts = [window.start(query, group) for query in range(window.queries(group))]
+        for first in range(0, group, tile):
+            low = bisect_right(starts, first - window.kernel_size)
+            high = bisect_left(starts, min(first + tile, group))
+            longest = max(longest, high - low)
+    return longest
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call's sizes and options; ``bias`` is 0, 1 (table) or 2 (factored)."""
+
+    batch: int
+    heads: int
+    height: int
+    width: int
+    depth: int
+    value_depth: int
+    rows: Window
+    columns: Window
+    bias: int
+    dtype: torch.dtype
+
+    @property
+    def shape_class(self) -> tuple:
+        """Calls of one class take the same tiles."""
+        size = self.batch * self.heads * self.height * self.width
+        windows = [(w.kernel_size, w.stride, w.query_stride, w.boundary, w.dilation > 1) for w in self.windows]
+        return self.dtype, self.depth, self.value_depth, self.bias, *windows, size.bit_length()
+
+    @property
+    def windows(self) -> tuple[Window, Window]:
+        return self.rows, self.columns
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Channels as the kernels pad them."""
+        return tuple(max(16, 1 << (d - 1).bit_length()) for d in (self.depth, self.value_depth))
+
+
+def _block(rows: int, columns: int, size: int, least: int = 1) -> tuple[float, int, int]:
+    """(cost, block rows, block columns): how blocks of ``size`` positions, ``least`` rows at least, cover a rectangle
+    best."""
+    choices = []
+    for width in (8, 16, 32, 64):
+        if width * least <= size:
+            height, across = size // width, -(-columns // width)
+            # more than one block across: the table's gradient takes a launch for each
+            choices.append((-(-rows // height) * size * across * (1.0 if across == 1 else 1.25), height, width))
+    return min(choices)
+
+
+def _shapes(queries: int) -> Iterator[tuple[int, int]]:
+    """(rows, columns) of a tile of ``queries``."""
+    for width in (4, 8, 16, 32):
+        if queries // 16 <= width <= queries:
+            yield queries // width, width
+
+
+def _query_tile(call: Call, queries: int, keys: int) -> tuple[int, int, int, int]:
+    """(TH, TW, KR, KC) of least cost."""
+    choices = []
+    for th, tw in _shapes(queries):
+        a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+        least = -(-16 // th) if call.bias == 1 else 1  # the product that sums a table's gradient takes 16 rows
+        if 8 * least > keys:
+            continue
+        cost, height, width = _block(a.span, b.span, keys, least)
+        choices.append((a.tiles * b.tiles * cost * (queries + LOAD_COST), abs(th - tw), (th, tw, height, width)))
+    return min(choices)[2]
+
+
+def _key_tile(call: Call, keys: int, queries: int) -> tuple[int, int, int, int]:
+    """(TH, TW, QR, QC) of least cost."""
+    choices = []
+    for th, tw in _shapes(keys):
+        tiles = math.prod(
+            -(-w.group_length(length) // t)
+            for w, length, t in zip(call.windows, (call.height, call.width), (th, tw), strict=True)
+        )
+        span = query_span(call.rows, call.height, th), query_span(call.columns, call.width, tw)
+        cost, height, width = _block(*span, queries)
+        choices.append((tiles * cost * (keys + LOAD_COST), abs(th - tw), (th, tw, height, width)))
+    return min(choices)[2]
+
+
+def _sizes(kernel: str, call: Call) -> list[tuple[int, int, int, int]]:
+    """(queries or keys of a tile, keys or queries of a block, warps, stages): the first is the default.
+
+    Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a factored
+    bias none do; which is fastest has not been measured yet.
+    """
+    depth, factored = max(call.blocks), call.bias == 2
+    if call.dtype == torch.float32:
+        if depth > 128:
+            return [(16, 16 if kernel == "keys_backward" else 32, 8, 1)]
+        if depth > 64:
+            return [(16, 32, 8, 1)]
+        if depth > 32:
+            return [(32, 32, 8, 2)]
+        return [(32, 16, 4, 2) if kernel == "keys_backward" and not factored else (32, 32, 8, 2), (16, 32, 4, 2)]
+    if depth > 128:
+        return [(16, 32, 8, 1) if factored else (64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)]
+    if depth > 64:
+        if factored and kernel != "forward":
+            return [(32, 32, 8, 2)]
+        return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
+    if factored and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
+        return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
+    small = [(32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
+    return [(64, 64, 4, 3), (64, 32, 4, 3), *small, (128, 64, 8, 2)]
+
+
+@lru_cache(maxsize=1024)
+def candidates(kernel: str, call: Call) -> tuple[tuple[int, ...], ...]:
+    """Tiles to choose from, (tile rows, tile columns, block rows, block columns, warps, stages), the default first."""
+    find = _key_tile if kernel == "keys_backward" else _query_tile
+    return tuple((*find(call, tile, block), warps, stages) for tile, block, warps, stages in _sizes(kernel, call))
+
+
+# ---------------------------------------------------------------------------------------------------- launching
+
+
+def _window_list(problem: Problem) -> list[int]:
+    """The windows as a schema takes them."""
+    rows, columns = problem.rows, problem.columns
+    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)) for w in (rows, columns))
+    return [BOUNDARIES.index(problem.boundary), *(x for pair in pairs for x in pair)]
+
+
+@lru_cache(maxsize=1024)
+def _windows(numbers: tuple[int, ...]) -> tuple[Window, Window]:
+    boundary = BOUNDARIES[numbers[0]]
+    return tuple(
+        Window(size, stride, dilation, boundary, apart, bool(counted))
+        for size, stride, dilation, apart, counted in (numbers[1:6], numbers[6:])
+    )
+
+
+def _call(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int]) -> Call:
+    batch, height, width, heads, depth = k.shape
+    bias = 0 if first is None else 1 if second is None else 2
+    return Call(batch, heads, height, width, depth, v.shape[4], *_windows(tuple(window)), bias, k.dtype)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Channels side by side; the other strides are as they are."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _constants(call: Call, wide: bool) -> dict:
+    """What all kernels are compiled for."""
+    from ..triton_common import input_precision, power_of_2
+
+    (bd, bdv), (a, b) = call.blocks, call.windows
+    r, c = (max(16, power_of_2(2 * w.kernel_size)) if call.bias else 1 for w in (a, b))
+    return {
+        "D": call.depth, "DV": call.value_depth, "BD": bd, "BDV": bdv,
+        "KH": a.kernel_size, "KW": b.kernel_size, "SH": a.stride, "SW": b.stride,
+        "NH": a.query_stride, "NW": b.query_stride, "COUNTED_H": a.counted, "COUNTED_W": b.counted,
+        "BOUNDARY": BOUNDARIES.index(a.boundary), "BIAS": call.bias, "R": r, "C": c,
+        "PRECISION": input_precision(call.dtype), "WIDE": wide,
+    }  # fmt: skip
+
+
+def _head_stride(t: Tensor | None) -> int:
+    """Of a bias tensor, contiguous; 0 where all heads share it."""
+    return t.stride(0) if t is not None and t.ndim == 3 else 0
+
+
+def _sizes_of(call: Call) -> tuple[int, ...]:
+    return call.heads, call.height, call.width, call.rows.dilation, call.columns.dilation
+
+
+def launch_forward(q, k, v, first, second, out, lse, call: Call, scale: float, choice: tuple[int, ...], wide: bool):
+    from . import triton_kernels
+
+    th, tw, kr, kc, warps, stages = choice
+    a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+    count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
+    triton_kernels.forward[(count * call.heads,)](
+        q, k, v, first, second, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call),
+        a.step, b.step, a.tiles, b.tiles, b.before,
+        **_constants(call, wide), TH=th, TW=tw, KR=kr, KC=kc, CHUNKS=-(-b.span // kc),
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _programs(call: Call, count: int, share: int, device: torch.device) -> int:
+    """Programs per head among which the tiles are dealt, where each leaves a share of the bias' gradient behind."""
+    # eight waves of a program on each multiprocessor; the interpreter runs one after another
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = -(-8 * processors // call.heads)
+    return max(1, min(count, wanted, WORKSPACE_BYTES // (4 * share * call.heads)))
+
+
+def launch_queries_backward(
+    q, k, v, first, second, out, grad, lse, delta, dq, call: Call, scale: float, wanted: bool, choice, wide: bool
+) -> list[Tensor]:
+    """dq and delta; the float32 gradients of the bias where they are ``wanted``."""
+    from . import triton_kernels
+
+    th, tw, kr, kc, warps, stages = choice
+    a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+    count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
+    constants = _constants(call, wide)
+    r, c, chunks = constants["R"], constants["C"], -(-b.span // kc)
+    share = r * tw * kc if call.bias == 1 else (r + c) * constants["BD"]
+    programs = _programs(call, count, share, q.device) if wanted else count
+
+    def run(dq: bool, dbias: bool, programs: int, work: Tensor | None, chunk: int | None) -> None:
+        triton_kernels.queries_backward[(programs * call.heads,)](
+            q, k, v, first, second, out, grad, lse, delta, dq_, work,
+            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
+            _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call),
+            a.step, b.step, a.tiles, b.tiles, b.before, count, programs, chunk or 0,
+            **constants, TH=th, TW=tw, KR=kr, KC=kc, CHUNKS=chunks,
+            DQ=dq, DBIAS=dbias, ALL_CHUNKS=chunk is None, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    dq_ = dq
+    if not wanted:
+        run(True, False, count, None, None)
+        return []
+    if call.bias == 2:
+        work = q.new_empty(call.heads, programs, r + c, constants["BD"], dtype=torch.float32)
+        run(True, True, programs, work, None)
+        sums = work.sum(1)[..., : call.depth].split((r, c), 1)
+        sums = [s[:, : 2 * w.kernel_size - 1] for s, w in zip(sums, call.windows, strict=True)]
+        return [s if t.ndim == 3 else s.sum(0) for s, t in zip(sums, (first, second), strict=True)]
+    work = q.new_empty(chunks, call.heads, programs, r * tw * kc, dtype=torch.float32)
+    if chunks == 1:
+        run(True, True, programs, work, None)
+    else:
+        run(True, False, count, None, None)
+        for chunk in range(chunks):
+            run(False, True, programs, work[chunk], chunk)
+    dtable = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+    triton_kernels.table_gradient[(call.heads, first.shape[1])](
+        work.sum(2), dtable, b.before, ROWS=first.shape[1], COLUMNS=first.shape[2], NW=call.columns.query_stride,
+        TW=tw, KC=kc, CHUNKS=chunks, R=r, C=c,
+    )  # fmt: skip
+    return [dtable]
+
+
+def launch_keys_backward(
+    q, k, v, first, second, grad, lse, delta, dk, dv, call: Call, scale: float, choice: tuple[int, ...], wide: bool
+):
+    from . import triton_kernels
+
+    th, tw, qr, qc, warps, stages = choice
+    tiles = [
+        -(-w.group_length(length) // t)
+        for w, length, t in zip(call.windows, (call.height, call.width), (th, tw), strict=True)
+    ]
+    count = call.batch * call.rows.dilation * call.columns.dilation * math.prod(tiles)
+    triton_kernels.keys_backward[(count * call.heads,)](
+        q, k, v, first, second, grad, lse, delta, dk, dv,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
+        _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call), *tiles,
+        **_constants(call, wide), TH=th, TW=tw, QR=qr, QC=qc, ONE_CHUNK=query_span(call.columns, call.width, tw) <= qc,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+@torch.library.custom_op("foveal::neighborhood_attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(output, log2 of the sum of each query's exponentials); ``first`` alone is a table, with ``second`` they are row
+    and column embeddings."""
+    from ..triton_common import choose, wide
+
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    first, second = (None if t is None else t.contiguous() for t in (first, second))
+    out, lse = _outputs(q, v)
+    if q.numel() == 0:
+        return out, lse
+    call, far = _call(k, v, first, second, window), wide(q, k, v, out)
+
+    def run(choice: tuple[int, ...]) -> None:
+        launch_forward(q, k, v, first, second, out, lse, call, scale, choice, far)
+
+    with torch.cuda.device_of(q):
+        run(choose("attention", call.shape_class, candidates("forward", call), run))
+    return out, lse
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(*q.shape[:4], v.shape[4]), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+@attention.register_fake
+def _(q, k, v, first, second, window, scale):
+    return _outputs(q, v)
+
+
+@torch.library.custom_op("foveal::neighborhood_attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: list[int],
+    scale: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dfirst, dsecond); the last two are empty where there is none or ``wanted`` is false."""
+    from ..triton_common import choose, wide
+
+    grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
+    dense = tuple(None if t is None else t.contiguous() for t in (first, second))
+    dq, dk, dv, dfirst, dsecond = _gradients(q, k, v, first, second, wanted)
+    if q.numel() == 0:
+        return dq, dk, dv, dfirst.zero_(), dsecond.zero_()
+    call, far = _call(k, v, first, second, window), wide(grad, q, k, v, out, dk, dv)
+    delta = torch.empty_like(lse)
+
+    def queries(choice: tuple[int, ...]) -> list[Tensor]:
+        return launch_queries_backward(
+            q, k, v, *dense, out, grad, lse, delta, dq, call, scale, wanted, choice, far
+        )  # fmt: skip
+
+    def keys(choice: tuple[int, ...]) -> None:
+        launch_keys_backward(q, k, v, *dense, grad, lse, delta, dk, dv, call, scale, choice, far)
+
+    with torch.cuda.device_of(q):
+        shape_class = (*call.shape_class, wanted)
+        sums = queries(choose("attention, queries", shape_class, candidates("queries_backward", call), queries))
+        keys(choose("attention, keys", shape_class, candidates("keys_backward", call), keys))  # after delta
+    for target, total in zip((dfirst, dsecond), sums, strict=False):
+        target.copy_(total)
+    return dq, dk, dv, dfirst, dsecond
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, wanted: bool):
+    contiguous = (t.new_empty(t.shape) for t in (q, k, v))
+    biases = (t.new_empty(t.shape) if wanted and t is not None else q.new_empty(0) for t in (first, second))
+    return *contiguous, *biases
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, first, second, out, lse, window, scale, wanted):
+    return _gradients(q, k, v, first, second, wanted)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, first, second, ctx.window, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, first, second, *output)
+
+
+def _backward(ctx, grad: Tensor | None, _):
+    wanted = any(ctx.needs_input_grad[3:5])
+    dq, dk, dv, *biases = attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale, wanted)
+    biases = (g if needed else None for g, needed in zip(biases, ctx.needs_input_grad[3:5], strict=True))
+    return dq, dk, dv, *biases, None, None
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
+    # a bias has at most the digits of float32 here, q is never float64
+    bias_tensors = tuple(t.float() if t.dtype == torch.float64 else t for t in bias_tensors)
+    first, second = (*bias_tensors, None, None)[:2]
+    assert (problem.bias is TableBias) == (len(bias_tensors) == 1) and (problem.bias is FactoredBias) == (
+        len(bias_tensors) == 2
+    )
+    return attention(q, k, v, first, second, _window_list(problem), problem.scale)[0]

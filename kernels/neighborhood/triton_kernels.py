@@ -1,0 +1,544 @@
+"""The kernels behind ``triton.py``. Imports Triton: imported where a kernel is launched, and not before.
+
+A program takes a tile of TH x TW queries of one dilation group and walks over the keys that any of them sees, a block
+of KR rows and KC columns at a time. Inside a block, whether a query sees a key, and its bias, are made of a part for
+the row and a part for the column of the key, so that a single logit costs one addition, and one look into the table:
+
+* no bias: both parts are 0 or -inf;
+* table: both parts are offsets into the padded table, whose last row and column are -inf, for keys that are not seen;
+* factored: both parts are the products of the query with one row of an embedding, or -inf.
+
+The columns of all tiles lie alike, from ``before`` keys left of the first query on: what a program sums for the
+gradient of a table is then summed by position in the tile, over many tiles, and by offset only in the end.
+
+``keys_backward`` does the reverse: a tile of keys, and the queries whose windows hold them.
+
+Every number is written by one program, and summed in one order: there are no atomics.
+
+Names: m a query of a tile, e a key of a block; R and C the rows of the padded embeddings or table.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_common import first_query, group_length, last_query, query_count, table_index, window_start
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SHIFT = tl.constexpr(0)
+MASK = tl.constexpr(2)
+TABLE = tl.constexpr(1)
+FACTORED = tl.constexpr(2)
+
+
+# ------------------------------------------------------------------------------------------------------ pieces
+
+
+@triton.jit
+def _phase_and_tile(tile, dilation_rows, dilation_columns, tiles_rows, tiles_columns):
+    """(phase of rows, of columns, row, column of the tile, image)."""
+    column = tile % tiles_columns
+    tile = tile // tiles_columns
+    row = tile % tiles_rows
+    tile = tile // tiles_rows
+    phase_column = tile % dilation_columns
+    tile = tile // dilation_columns
+    return tile % dilation_rows, phase_column, row, column, tile // dilation_rows
+
+
+@triton.jit
+def _at(row, column, stride_row, stride_column, WIDE: tl.constexpr):
+    """Offset of a position inside an image."""
+    if WIDE:
+        row, column = row.to(tl.int64), column.to(tl.int64)
+    return row * stride_row + column * stride_column
+
+
+@triton.jit
+def _load(base, at, inside, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels [positions, BLOCK] of some positions; zero where ``inside`` is false and behind the last channel."""
+    channel = tl.arange(0, BLOCK)
+    mask = inside[:, None]
+    if DEPTH < BLOCK:
+        mask = mask & (channel < DEPTH)[None, :]
+    return tl.load(base + at[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, at, inside, x, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    channel = tl.arange(0, BLOCK)
+    mask = inside[:, None]
+    if DEPTH < BLOCK:
+        mask = mask & (channel < DEPTH)[None, :]
+    tl.store(base + at[:, None] + channel[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_table(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """A head's table [R * C], in units of log 2, with -inf behind its last row and column."""
+    at = tl.arange(0, R * C)
+    row, column = at // C, at % C
+    inside = (row < ROWS) & (column < COLUMNS)
+    return tl.load(table + row * COLUMNS + column, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def _load_embedding(base, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BD: tl.constexpr):
+    row = tl.arange(0, P)
+    return _load(base, row * D, row < ROWS, D, BD)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _dots(q, embedding, PRECISION: tl.constexpr):
+    """q . embedding in units of log 2, [queries, P]; in float32 where the two differ, so that the embedding counts
+    with its own digits."""
+    if q.dtype != embedding.dtype:
+        q, embedding = q.to(tl.float32), embedding.to(tl.float32)
+    return tl.dot(q, tl.trans(embedding), input_precision=PRECISION) * LOG2E
+
+
+@triton.jit
+def _seen(key, start, valid, length, K: tl.constexpr, BOUNDARY: tl.constexpr):
+    """Whether a query sees a key, along one axis; the arguments broadcast against each other."""
+    seen = valid & (key >= start) & (key < start + K)
+    if BOUNDARY == MASK:
+        seen = seen & (key >= 0) & (key < length)
+    return seen
+
+
+@triton.jit
+def _part(
+    key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constexpr, PITCH: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One axis' part of a logit, [queries, keys], as the head of this file says."""
+    seen = _seen(key[None, :], start[:, None], valid[:, None], length, K, BOUNDARY)
+    row = key[None, :] - index[:, None] + (K - 1)
+    if BIAS == TABLE:
+        part = tl.where(seen, row, P - 1) * PITCH
+    elif BIAS == FACTORED:
+        part = tl.where(seen, tl.gather(dots, tl.minimum(tl.maximum(row, 0), P - 1), 1), float("-inf"))
+    else:
+        part = tl.where(seen, 0.0, float("-inf"))
+    return part
+
+
+@triton.jit
+def _logits(products, scale, row, column, table, N: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr):
+    """scale * products + bias, [N, R * C], from the parts [N, R] and [N, C]."""
+    part = tl.reshape(row[:, :, None] + column[:, None, :], (N, R * C))
+    if BIAS == TABLE:
+        part = tl.reshape(tl.gather(table, tl.reshape(part, (N * R * C,)), 0), (N, R * C))
+    return products * scale + part
+
+
+# ----------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def forward(
+    q, k, v, bias_rows, bias_columns, out, lse,
+    q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
+    rows_head, columns_head,
+    scale, heads, height, width, dilation_rows, dilation_columns,
+    step_rows, step_columns, tiles_rows, tiles_columns, before,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head: the output [B, h, w, N, DV] and log2 of the sum of exponentials [B, h, w, N]."""
+    BM: tl.constexpr = TH * TW
+    BK: tl.constexpr = KR * KC
+    head = tl.program_id(0) % heads
+    phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
+        tl.program_id(0) // heads, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+    )
+    length_rows = group_length(height, phase_row, dilation_rows)
+    length_columns = group_length(width, phase_column, dilation_columns)
+    first_row, first_column = tile_row * step_rows, tile_column * step_columns
+    last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
+    if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
+        return  # this group is shorter than others
+
+    m = tl.arange(0, BM)
+    row, column = first_row + m // TW, first_column + m % TW
+    row_valid = (m // TW < step_rows) & (row <= last_row)
+    column_valid = (m % TW < step_columns) & (column < query_count(length_columns, NW))
+    row_start = window_start(row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+    column_start = window_start(column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
+    row_index, column_index = table_index(row, SH, NH, COUNTED_H), table_index(column, SW, NW, COUNTED_W)
+    valid = row_valid & column_valid
+    position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
+
+    wide_image, wide_head = image.to(tl.int64), head.to(tl.int64)
+    k += wide_image * k_image + wide_head * k_head
+    v += wide_image * v_image + wide_head * v_head
+    queries = _load(
+        q + wide_image * q_image + wide_head * q_head,
+        _at(position_row, position_column, q_row, q_column, WIDE), valid, D, BD,
+    )  # fmt: skip
+    table, row_dots, column_dots = 0.0, 0.0, 0.0
+    if BIAS == TABLE:
+        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
+    elif BIAS == FACTORED:
+        row_dots = _dots(queries, _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD), PRECISION)
+        column_dots = _dots(
+            queries, _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD), PRECISION
+        )
+
+    low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+    high = window_start(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + KH
+    if BOUNDARY == MASK:
+        low, high = tl.maximum(low, 0), tl.minimum(high, length_rows)
+    left = first_column * NW - before
+    e = tl.arange(0, BK)
+    largest = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BDV), tl.float32)
+    for block in range(tl.cdiv(high - low, KR) * CHUNKS):
+        top = low + block // CHUNKS * KR
+        side = left + block % CHUNKS * KC
+        key_row, key_column = top + e // KC, side + e % KC
+        inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
+        position_r, position_c = key_row * dilation_rows + phase_row, key_column * dilation_columns + phase_column
+        keys = _load(k, _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD)
+        values = _load(v, _at(position_r, position_c, v_row, v_column, WIDE), inside, DV, BDV)
+        row_part = _part(
+            top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, C, BOUNDARY, BIAS
+        )
+        column_part = _part(
+            side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns, column_dots,
+            KW, C, 1, BOUNDARY, BIAS,
+        )  # fmt: skip
+        products = _dot(queries, tl.trans(keys), PRECISION)
+        logits = _logits(products, scale, row_part, column_part, table, BM, KR, KC, BIAS)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        offset = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen so far: no inf - inf
+        weights = tl.exp2(logits - offset[:, None])
+        shrink = tl.exp2(largest - offset)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + _dot(weights.to(values.dtype), values, PRECISION)
+        largest = larger
+
+    query_height, query_width = query_count(height, NH), query_count(width, NW)
+    out += (wide_image * query_height * query_width * heads + wide_head) * DV
+    lse += wide_image * query_height * query_width * heads + wide_head
+    at = _at(position_row, position_column, query_width * heads, heads, WIDE)
+    _store(out, at * DV, valid, acc / total[:, None], DV, BDV)
+    tl.store(lse + at, largest + tl.log2(total), mask=valid)
+
+
+# -------------------------------------------------------------------------------- gradients of queries and bias
+
+
+@triton.jit
+def queries_backward(
+    q, k, v, bias_rows, bias_columns, out, grad, lse, delta, dq, work,
+    q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
+    g_image, g_row, g_column, g_head,
+    rows_head, columns_head,
+    scale, heads, height, width, dilation_rows, dilation_columns,
+    step_rows, step_columns, tiles_rows, tiles_columns, before, count, programs, chunk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """``count`` tiles of queries of a head, dealt out to ``programs`` programs.
+
+    DQ: dq [B, h, w, N, D], and delta [B, h, w, N], the sums of grad * out. DBIAS: each program's share of the gradient
+    of the bias in ``work`` [N, programs, ...]: of a table [R, TW, KC], of embeddings [R + C, BD]. Without ALL_CHUNKS
+    only the column ``chunk`` of blocks (a table's gradient, where the columns of a tile are more than one block).
+    """
+    BM: tl.constexpr = TH * TW
+    BK: tl.constexpr = KR * KC
+    head = tl.program_id(0) % heads
+    program = tl.program_id(0) // heads
+    wide_head = head.to(tl.int64)
+    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
+    if BIAS == TABLE:
+        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
+    elif BIAS == FACTORED:
+        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+    table_sum, row_sum, column_sum = 0.0, 0.0, 0.0
+    if DBIAS and BIAS == TABLE:
+        table_sum = tl.zeros((R, TW * KC), tl.float32)
+    elif DBIAS:
+        row_sum, column_sum = tl.zeros((R, BD), tl.float32), tl.zeros((C, BD), tl.float32)
+    m = tl.arange(0, BM)
+    e = tl.arange(0, BK)
+    query_height, query_width = query_count(height, NH), query_count(width, NW)
+
+    for tile in range(program, count, programs):
+        phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
+            tile, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+        )
+        length_rows = group_length(height, phase_row, dilation_rows)
+        length_columns = group_length(width, phase_column, dilation_columns)
+        first_row, first_column = tile_row * step_rows, tile_column * step_columns
+        last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
+        row, column = first_row + m // TW, first_column + m % TW
+        row_valid = (m // TW < step_rows) & (row <= last_row)
+        column_valid = (m % TW < step_columns) & (column < query_count(length_columns, NW))
+        row_start = window_start(row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+        column_start = window_start(column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
+        row_index, column_index = table_index(row, SH, NH, COUNTED_H), table_index(column, SW, NW, COUNTED_W)
+        valid = row_valid & column_valid
+        position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
+
+        wide_image = image.to(tl.int64)
+        first_image = wide_image * query_height * query_width * heads + wide_head
+        at = _at(position_row, position_column, query_width * heads, heads, WIDE)
+        queries = _load(
+            q + wide_image * q_image + wide_head * q_head,
+            _at(position_row, position_column, q_row, q_column, WIDE), valid, D, BD,
+        )  # fmt: skip
+        grads = _load(
+            grad + wide_image * g_image + wide_head * g_head,
+            _at(position_row, position_column, g_row, g_column, WIDE), valid, DV, BDV,
+        )  # fmt: skip
+        outs = _load(out + first_image * DV, at * DV, valid, DV, BDV)
+        deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+        offset = tl.load(lse + first_image + at, mask=valid, other=0.0)
+        row_dots, column_dots, drow, dcolumn = 0.0, 0.0, 0.0, 0.0
+        if BIAS == FACTORED:
+            row_dots = _dots(queries, row_embedding, PRECISION)
+            column_dots = _dots(queries, column_embedding, PRECISION)
+            drow, dcolumn = tl.zeros((BM, R), tl.float32), tl.zeros((BM, C), tl.float32)
+
+        low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+        high = window_start(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + KH
+        if BOUNDARY == MASK:
+            low, high = tl.maximum(low, 0), tl.minimum(high, length_rows)
+        if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
+            high = low  # this group is shorter than others
+        left = first_column * NW - before
+        acc = tl.zeros((BM, BD), tl.float32)
+        if not ALL_CHUNKS:
+            left += chunk * KC
+        across: tl.constexpr = CHUNKS if ALL_CHUNKS else 1
+        for block in range(tl.cdiv(high - low, KR) * across):
+            top = low + block // across * KR
+            side = left + block % across * KC
+            key_row, key_column = top + e // KC, side + e % KC
+            inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
+            position_r, position_c = key_row * dilation_rows + phase_row, key_column * dilation_columns + phase_column
+            keys = _load(
+                k + wide_image * k_image + wide_head * k_head,
+                _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD,
+            )  # fmt: skip
+            values = _load(
+                v + wide_image * v_image + wide_head * v_head,
+                _at(position_r, position_c, v_row, v_column, WIDE), inside, DV, BDV,
+            )  # fmt: skip
+            rows, columns = top + tl.arange(0, KR), side + tl.arange(0, KC)
+            row_part = _part(rows, row_start, row_index, row_valid, length_rows, row_dots, KH, R, C, BOUNDARY, BIAS)
+            column_part = _part(
+                columns, column_start, column_index, column_valid, length_columns, column_dots,
+                KW, C, 1, BOUNDARY, BIAS,
+            )  # fmt: skip
+            products = _dot(queries, tl.trans(keys), PRECISION)
+            logits = _logits(products, scale, row_part, column_part, table, BM, KR, KC, BIAS)
+            weights = tl.exp2(logits - offset[:, None])
+            dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
+            if DQ:
+                acc += _dot(dlogits.to(keys.dtype), keys, PRECISION)
+            if BIAS == FACTORED:
+                shaped = tl.reshape(dlogits, (BM, KR, KC))
+                drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
+                dcolumn += _by_offset(tl.sum(shaped, 1), column_index, side, KW, KC, C)
+            if DBIAS and BIAS == TABLE:
+                # sums over the rows of the tile and of the block, by their offset: a product with ones and zeros
+                shaped = tl.permute(tl.reshape(dlogits, (TH, TW, KR, KC)), (0, 2, 1, 3))
+                pair = tl.arange(0, TH * KR)
+                index = table_index(first_row + pair // KR, SH, NH, COUNTED_H)
+                same = (top + pair % KR - index + (KH - 1))[None, :] == tl.arange(0, R)[:, None]
+                ones = tl.where(same, 1.0, 0.0).to(keys.dtype)
+                table_sum += _dot(ones, tl.reshape(shaped, (TH * KR, TW * KC)).to(keys.dtype), PRECISION)
+        acc *= scale / LOG2E
+        if BIAS == FACTORED:
+            if DQ:
+                acc += _dot(drow.to(row_embedding.dtype), row_embedding, PRECISION)
+                acc += _dot(dcolumn.to(column_embedding.dtype), column_embedding, PRECISION)
+            if DBIAS:
+                row_sum += _dot(tl.trans(drow).to(queries.dtype), queries, PRECISION)
+                column_sum += _dot(tl.trans(dcolumn).to(queries.dtype), queries, PRECISION)
+        if DQ:
+            _store(dq + first_image * D, at * D, valid, acc, D, BD)
+            tl.store(delta + first_image + at, deltas, mask=valid)
+
+    if DBIAS and BIAS == TABLE:
+        work += (wide_head * programs + program) * (R * TW * KC)
+        tl.store(work + tl.arange(0, R)[:, None] * (TW * KC) + tl.arange(0, TW * KC)[None, :], table_sum)
+    elif DBIAS:
+        work += (wide_head * programs + program) * ((R + C) * BD)
+        channel = tl.arange(0, BD)[None, :]
+        tl.store(work + tl.arange(0, R)[:, None] * BD + channel, row_sum)
+        tl.store(work + (R + tl.arange(0, C))[:, None] * BD + channel, column_sum)
+
+
+@triton.jit
+def _by_offset(sums, index, first, K: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr):
+    """[queries, KEYS], by key from ``first`` on, as [queries, P], by row of the embedding."""
+    key = tl.arange(0, P)[None, :] + index[:, None] - (K - 1) - first
+    picked = tl.gather(sums, tl.minimum(tl.maximum(key, 0), KEYS - 1), 1)
+    return tl.where((key >= 0) & (key < KEYS), picked, 0.0)
+
+
+@triton.jit
+def table_gradient(
+    sums, dtable, before,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NW: tl.constexpr,
+    TW: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A row of a head's table from the sums by position in the tile, ``sums`` [CHUNKS, N, R, TW, KC]."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, C)
+    acc = tl.zeros((C,), tl.float32)
+    for query in tl.static_range(TW):
+        key = column - COLUMNS // 2 + before + query * NW
+        inside = (key >= 0) & (key < CHUNKS * KC)
+        at = (((key // KC * tl.num_programs(0) + head) * R + row) * TW + query) * KC + key % KC
+        acc += tl.load(sums + at, mask=inside, other=0.0)
+    tl.store(dtable + (head * ROWS + row) * COLUMNS + column, acc, mask=column < COLUMNS)
+
+
+# ----------------------------------------------------------------------------------- gradients of keys and values
+
+
+@triton.jit
+def keys_backward(
+    q, k, v, bias_rows, bias_columns, grad, lse, delta, dk, dv,
+    q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
+    g_image, g_row, g_column, g_head,
+    rows_head, columns_head,
+    scale, heads, height, width, dilation_rows, dilation_columns,
+    tiles_rows, tiles_columns,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, QR: tl.constexpr, QC: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of TH x TW keys of one head, over blocks of QR x QC queries: dk [B, H, W, N, D], dv [B, H, W, N, DV]."""
+    BN: tl.constexpr = TH * TW
+    BQ: tl.constexpr = QR * QC
+    head = tl.program_id(0) % heads
+    phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
+        tl.program_id(0) // heads, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+    )
+    length_rows = group_length(height, phase_row, dilation_rows)
+    length_columns = group_length(width, phase_column, dilation_columns)
+    first_row, first_column = tile_row * TH, tile_column * TW
+    if (first_row >= length_rows) | (first_column >= length_columns):
+        return  # this group is shorter than others
+
+    n = tl.arange(0, BN)
+    row, column = first_row + n // TW, first_column + n % TW
+    row_valid, column_valid = row < length_rows, column < length_columns
+    valid = row_valid & column_valid
+    position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
+    wide_image, wide_head = image.to(tl.int64), head.to(tl.int64)
+    keys = _load(
+        k + wide_image * k_image + wide_head * k_head,
+        _at(position_row, position_column, k_row, k_column, WIDE), valid, D, BD,
+    )  # fmt: skip
+    values = _load(
+        v + wide_image * v_image + wide_head * v_head,
+        _at(position_row, position_column, v_row, v_column, WIDE), valid, DV, BDV,
+    )  # fmt: skip
+    query_height, query_width = query_count(height, NH), query_count(width, NW)
+    q += wide_image * q_image + wide_head * q_head
+    grad += wide_image * g_image + wide_head * g_head
+    first_image = wide_image * query_height * query_width * heads + wide_head
+    lse += first_image
+    delta += first_image
+    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
+    if BIAS == TABLE:
+        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
+    elif BIAS == FACTORED:
+        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+
+    low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+    high = last_query(tl.minimum(first_row + TH, length_rows) - 1, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + 1
+    left = first_query(first_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
+    right = (
+        last_query(tl.minimum(first_column + TW, length_columns) - 1, length_columns, KW, SW, NW, BOUNDARY == SHIFT) + 1
+    )
+    chunks = 1
+    if not ONE_CHUNK:
+        chunks = tl.maximum(tl.cdiv(right - left, QC), 1)
+    e = tl.arange(0, BQ)
+    dkeys = tl.zeros((BN, BD), tl.float32)
+    dvalues = tl.zeros((BN, BDV), tl.float32)
+    for block in range(tl.cdiv(tl.maximum(high - low, 0), QR) * chunks):
+        top = low + block // chunks * QR
+        side = left + block % chunks * QC
+        query_row, query_column = top + e // QC, side + e % QC
+        inside = (query_row < high) & (query_column < right)
+        position_r, position_c = query_row * dilation_rows + phase_row, query_column * dilation_columns + phase_column
+        queries = _load(q, _at(position_r, position_c, q_row, q_column, WIDE), inside, D, BD)
+        grads = _load(grad, _at(position_r, position_c, g_row, g_column, WIDE), inside, DV, BDV)
+        at = _at(position_r, position_c, query_width * heads, heads, WIDE)
+        offset = tl.load(lse + at, mask=inside, other=0.0)
+        deltas = tl.load(delta + at, mask=inside, other=0.0)
+        products = _dot(keys, tl.trans(queries), PRECISION)
+        if BIAS == FACTORED:
+            row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)[None, :]
+            column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)[None, :]
+            seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)
+            seen = seen & _seen(column[:, None], column_start, valid[:, None], length_columns, KW, BOUNDARY)
+            entry = row[:, None] - table_index(query_row, SH, NH, COUNTED_H)[None, :] + (KH - 1)
+            bias = _pick(_dots(row_embedding, queries, PRECISION), entry, R)
+            entry = column[:, None] - table_index(query_column, SW, NW, COUNTED_W)[None, :] + (KW - 1)
+            bias += _pick(_dots(column_embedding, queries, PRECISION), entry, C)
+            logits = tl.where(seen, products * scale + bias, float("-inf"))
+        else:
+            rows, columns = top + tl.arange(0, QR), side + tl.arange(0, QC)
+            row_part = _key_part(rows, row, row_valid, rows < high, length_rows, KH, SH, NH, R, C, BOUNDARY, BIAS)
+            column_part = _key_part(
+                columns, column, column_valid, columns < right, length_columns, KW, SW, NW, C, 1, BOUNDARY, BIAS
+            )
+            logits = _logits(products, scale, row_part, column_part, table, BN, QR, QC, BIAS)
+        weights = tl.exp2(logits - offset[None, :])
+        dvalues += _dot(weights.to(grads.dtype), grads, PRECISION)
+        dlogits = weights * (_dot(values, tl.trans(grads), PRECISION) - deltas[None, :])
+        dkeys += _dot(dlogits.to(queries.dtype), queries, PRECISION)
+
+    at = _at(position_row, position_column, width * heads, heads, WIDE)
+    first_image = wide_image * height * width * heads + wide_head
+    _store(dk + first_image * D, at * D, valid, dkeys * (scale / LOG2E), D, BD)
+    _store(dv + first_image * DV, at * DV, valid, dvalues, DV, BDV)
+
+
+@triton.jit
+def _key_part(
+    query, key, key_valid, query_valid, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr,
+    P: tl.constexpr, PITCH: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """``_part``, of keys by queries."""
+    start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
+    seen = _seen(key[:, None], start[None, :], key_valid[:, None] & query_valid[None, :], length, K, BOUNDARY)
+    if BIAS == TABLE:
+        part = tl.where(seen, key[:, None] - (query * APART)[None, :] + (K - 1), P - 1) * PITCH
+    else:
+        part = tl.where(seen, 0.0, float("-inf"))
+    return part
+
+
+@triton.jit
+def _pick(dots, entry, P: tl.constexpr):
+    """[P, queries] at the rows ``entry`` [keys, queries]."""
+    return tl.gather(dots, tl.minimum(tl.maximum(entry, 0), P - 1), 0)

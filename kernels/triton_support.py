@@ -1,0 +1,35 @@
+"""What both Triton backends answer before Triton is imported: whether they may run a call at all."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from .problem import Problem
+
+# The one switch of the automatic choice: False takes the Triton kernels out of it; by name they still run.
+AUTOMATIC = True
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_installed = find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, on any device. It takes the variable as it is when a kernel is defined, so
+    a later change is of no effect here either."""
+    return _interpreted
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """Of any kernel: Triton, the device and the dtype."""
+    if not _installed:
+        return "Triton is not installed (it comes with PyTorch's CUDA packages)"
+    if problem.device != "cuda" and not (problem.device == "cpu" and interpreting()):
+        return f"Triton kernels run on cuda, and under TRITON_INTERPRET=1 on a cpu (got {problem.device})"
+    if problem.dtype not in DTYPES:
+        return f"Triton kernels take float16, bfloat16 and float32 (got {problem.dtype})"
+    return None

@@ -1,0 +1,282 @@
+"""The Triton kernels of neighborhood attention: the sweep of ``triton_attention.py`` under the interpreter and on a GPU
+where there is one, and what needs neither: plans, dispatch, the compiler down to machine code.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveal.kernels import FactoredBias, TableBias, dispatch, triton_support
+from foveal.kernels.neighborhood import api, tiled
+from foveal.kernels.neighborhood import triton as backend
+from foveal.kernels.problem import Problem
+from foveal.kernels.window import Window
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+KERNELS = ["forward", "queries_backward", "keys_backward"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_compiler = pytest.mark.skipif(triton_support.interpreting(), reason="the interpreter compiles nothing")
+PYTEST = Path(sys.executable).with_name("pytest")  # not `python -m pytest`, which puts our folders on the path
+SWEEP = Path(__file__).with_name("triton_attention.py")
+
+
+# ------------------------------------------------------------------------------------------------------ the sweep
+
+
+def sweep(environment, *options, before=()):
+    """Run the sweep in a process of its own: Triton chooses between GPU and interpreter when a kernel is defined."""
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist", *options, str(SWEEP)]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    run = subprocess.run(
+        [*before, PYTEST, *options], env=inherited | environment, cwd=SWEEP.parents[2], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
+    sweep({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, "-m", which)
+
+
+@needs_gpu
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_a_gpu(which):
+    sweep({}, "-m", which)
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+def test_no_access_out_of_bounds():
+    memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "7")
+    sweep({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "-k", "test_small or test_other_tiles", before=memcheck)
+
+
+# ---------------------------------------------------------------------------------------------------------- plans
+
+
+WINDOWS = [
+    (Window(size, stride, dilation, boundary, apart), length)
+    for size, stride, dilation, apart in [
+        (7, 1, 1, 1),
+        (7, 1, 3, 1),
+        (4, 3, 2, 1),
+        (7, 7, 1, 1),
+        (14, 8, 1, 1),
+        (14, 8, 1, 2),
+        (13, 1, 1, 1),
+        (14, 14, 1, 1),
+        (5, 4, 1, 3),
+        (33, 1, 1, 1),
+    ]
+    for boundary in ("shift", "zero")
+    for length in (size * dilation, size * dilation + 5, 101)
+]
+
+
+@pytest.mark.parametrize("tile", [1, 4, 8, 32])
+def test_tiles_hold_every_query_and_its_keys(tile):
+    for window, length in WINDOWS:
+        side = backend.side(window, length, tile)
+        assert 1 <= side.step <= tile
+        for group in {window.group_length(length, g) for g in range(min(window.dilation, length))}:
+            queries = window.queries(group)
+            assert side.tiles * side.step >= queries
+            for query in range(queries):
+                left = query // side.step * side.step * window.query_stride - side.before
+                start = window.start(query, group)
+                assert left <= start and start + window.kernel_size <= left + side.span
+
+
+@pytest.mark.parametrize("tile", [4, 8])
+def test_the_span_of_queries_around_a_tile_of_keys(tile):
+    for window, length in WINDOWS:
+        longest = 0
+        for group in {window.group_length(length, g) for g in range(min(window.dilation, length))}:
+            for first in range(0, group, tile):
+                tile_keys = range(first, min(first + tile, group))
+                seeing = [
+                    q
+                    for q in range(window.queries(group))
+                    if any(0 <= key - window.start(q, group) < window.kernel_size for key in tile_keys)
+                ]
+                longest = max(longest, seeing[-1] - seeing[0] + 1 if seeing else 0)
+        assert backend.query_span(window, length, tile) >= longest
+
+
+def call_of(size, kernel_size, bias, dtype, depth=32, batch=2, heads=2, stride=1, boundary="shift"):
+    window = Window(kernel_size, stride, 1, boundary)
+    return backend.Call(batch, heads, *size, depth, depth, window, window, bias, dtype)
+
+
+def test_a_tile_fits_its_map():
+    """Whole windows of MaxViT and HaloNet are one tile; NAT's tiles leave no column of keys to a second block."""
+    assert backend.candidates("forward", call_of((56, 56), 7, 1, torch.bfloat16))[0][:4] == (8, 8, 4, 16)
+    halo = call_of((64, 64), 14, 2, torch.bfloat16, stride=8, boundary="zero")
+    assert backend.candidates("forward", halo)[0][:2] == (8, 8)
+    window = call_of((56, 56), 7, 1, torch.bfloat16, stride=7)
+    th, tw, _, _ = backend.candidates("forward", window)[0][:4]
+    assert all(backend.side(window.rows, 56, t).step == 7 for t in (th, tw))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_there_are_tiles_for_every_call(dtype):
+    for bias, depth, kernel_size, kernel in itertools.product((0, 1, 2), (8, 64, 128, 256), (1, 3, 8, 24, 32), KERNELS):
+        for choice in backend.candidates(kernel, call_of((40, 33), kernel_size, bias, dtype, depth)):
+            th, tw, rows, columns = choice[:4]
+            assert th * tw >= 16 and rows * columns >= 16
+            # the least that a product of the kernels may sum over
+            assert bias != 1 or kernel != "queries_backward" or th * rows >= 16
+
+
+# ------------------------------------------------------------------------------------------------------- dispatch
+
+
+def problem(size=(56, 56), kernel_size=7, bias=TableBias, **changes):
+    window = Window(kernel_size, changes.pop("stride", 1), changes.pop("dilation", 1))
+    base = Problem(
+        shape=(2, *size, 2, 32), value_depth=32, rows=window, columns=window, dtype=torch.bfloat16, device="cuda",
+        needs_grad=True, tracing=False, bias=bias,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def chosen(call):
+    return dispatch.choose("neighborhood_attention", api.BACKENDS, call, None)
+
+
+@pytest.mark.skipif(not triton_support.AUTOMATIC, reason="the Triton kernels are switched off")
+def test_the_choice_on_cuda():
+    assert chosen(problem()) is backend
+    assert chosen(problem(bias=None)) is backend
+    assert chosen(problem(dropout_p=0.1)) is tiled
+    assert chosen(problem(dtype=torch.float64)) is tiled
+    assert chosen(problem(shape=(2, 56, 56, 2, 512))) is tiled
+    # plain windows and grids are dense attention; those of HaloNet are not, nor blocks that do not fill the map
+    assert chosen(problem(stride=7)) is tiled
+    assert chosen(problem(dilation=8)) is tiled
+    assert chosen(problem(size=(57, 56), stride=7)) is backend
+    assert chosen(problem(bias=FactoredBias, stride=7)) is backend
+    assert chosen(problem(device="cpu")) is tiled
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dropout_p": 0.5}, "dropout .got 0.5"),
+        ({"dtype": torch.float64}, "got torch.float64"),
+        ({"value_depth": 300}, "up to 256 .got 300"),
+        ({"kernel_size": 40}, r"up to a kernel_size of 32 .got \(40, 40\)"),
+        ({"device": "xpu"}, "got xpu"),
+    ],
+)
+def test_what_is_not_supported_is_said(changes, reason):
+    with pytest.raises(dispatch.BackendError, match=reason):
+        dispatch.choose("neighborhood_attention", api.BACKENDS, problem(**changes), "triton")
+
+
+# ----------------------------------------------------------------------------------------------------- autotuning
+
+
+def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
+    from foveal.kernels import triton_common
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(triton_common, "_measured", {})
+    monkeypatch.setattr(triton_common, "_read", set())
+    times, measured = {(1, 4): 3.0, (2, 4): 1.0, (4, 8): 2.0}, []
+
+    def bench(run, return_mode):
+        run()
+        return times[measured[-1]]
+
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+
+    def choose(shape_class=("float16", 7)):
+        return triton_common.choose("kernel", shape_class, tuple(times), measured.append)
+
+    assert choose() == (1, 4) and not measured  # off: the first
+    monkeypatch.setenv(triton_common.ENVIRONMENT, "1")
+    assert choose() == (2, 4) and measured == [*times]
+    assert choose() == (2, 4) and len(measured) == 3
+    triton_common._measured.clear()
+    triton_common._read.clear()
+    assert choose() == (2, 4) and len(measured) == 3  # from the disk
+    (path,) = (tmp_path / "cache").iterdir()
+    assert list(json.loads(path.read_text()).values()) == [[2, 4]]
+    assert choose(("float16", 9)) == (2, 4) and len(measured) == 6
+    monkeypatch.setenv(triton_common.ENVIRONMENT, "yes")
+    with pytest.raises(ValueError, match="FOVEAL_AUTOTUNE must be 0 or 1, got 'yes'"):
+        choose()
+
+
+# ------------------------------------------------------------------------------------------------ to machine code
+
+
+def compiled(kernel, bias, depth, dtype, capability=90, which=0):
+    """Resources of a kernel's launches for a layer's shape, with the ``which``-th of its tiles."""
+    from foveal.kernels.neighborhood import triton_kernels
+
+    from .compiled import SHARED_BYTES, compile_launch, launches
+
+    halo = bias == 2
+    options = {"stride": 8, "boundary": "zero"} if halo else {}
+    call = call_of((56, 56), 14 if halo else 7, bias, dtype, depth, 8, **options)
+    q = torch.empty(8, 56, 56, 2, depth, dtype=dtype, device="meta")
+    lse = torch.empty(8, 56, 56, 2, device="meta")
+    sides = [2 * w.kernel_size - 1 for w in call.windows]
+    first = torch.empty(2, *sides, device="meta") if bias == 1 else torch.empty(sides[0], depth, device="meta")
+    first, second = (first if bias else None), (torch.empty_like(first) if halo else None)
+    choice = backend.candidates(kernel, call)[which]
+    launch = {
+        "forward": lambda: backend.launch_forward(q, q, q, first, second, q, lse, call, 0.2, choice, False),
+        "queries_backward": lambda: backend.launch_queries_backward(
+            q, q, q, first, second, q, q, lse, lse, q, call, 0.2, bias > 0, choice, False
+        ),
+        "keys_backward": lambda: backend.launch_keys_backward(
+            q, q, q, first, second, q, lse, lse, q, q, call, 0.2, choice, False
+        ),
+    }[kernel]
+    for found in launches(triton_kernels, ["forward", "queries_backward", "keys_backward", "table_gradient"], launch):
+        registers, stack, shared = compile_launch(*found, capability=capability)
+        assert shared <= SHARED_BYTES[capability], (found[0].__name__, shared)
+        assert registers <= 255
+        yield found[0].__name__, stack
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_compiles_for_hopper(kernel):
+    assert all(stack == 0 for _, stack in compiled(kernel, 1, 32, torch.bfloat16))
+
+
+# Bytes a thread that the kernels of a factored bias may keep out of their registers: smaller tiles need as many. What
+# that costs has not been measured.
+STACK = 512
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bias", [0, 1, 2], ids=["none", "table", "factored"])
+@pytest.mark.parametrize(
+    ("dtype", "depth", "capability"),
+    [(torch.bfloat16, 64, 90), (torch.float16, 128, 90), (torch.float32, 32, 90), (torch.float16, 32, 80)],
+    ids=["bfloat16-64", "float16-128", "float32-32", "float16-32-ampere"],
+)
+def test_it_compiles(kernel, bias, dtype, depth, capability):
+    for name, stack in compiled(kernel, bias, depth, dtype, capability):
+        # the tiles are chosen for sm_90; elsewhere they compile and fit
+        assert capability != 90 or stack <= (STACK if bias == 2 else 16), (name, stack)

@@ -1,0 +1,84 @@
+"""The Triton kernels of aggregation where there is no GPU: interpreted, and compiled for one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveal.kernels import triton_support
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from foveal.kernels.aggregate import triton_kernels
+
+from .compiled import SHARED_BYTES, compile_launch, launches
+
+SWEEP = Path(__file__).with_name("triton_aggregate.py")
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+both_sweeps = pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+
+
+def sweep(folder, which, environment):
+    """Run the sweep in a process of its own, in a folder that holds none of ours: -m puts it on the path."""
+    options = ["-q", "-W", "ignore", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", which]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    command = [sys.executable, "-m", "pytest", *options, str(SWEEP)]
+    done = subprocess.run(command, env=inherited | environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@both_sweeps
+def test_under_the_interpreter(which, tmp_path):
+    sweep(tmp_path, which, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@needs_gpu
+@both_sweeps
+def test_on_a_gpu(which, tmp_path):
+    sweep(tmp_path, which, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+
+
+def calls(depth, kernel_size, dtype):
+    """A call of each kernel, with all it can be asked for."""
+    window, shape = [kernel_size, kernel_size, 1, 1], (1, 16, 16, 2, depth)
+    v, out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    weights = torch.empty(*shape[:4], kernel_size**2, dtype=dtype)
+    softmax = {
+        "sums": torch.empty(shape[:4]),
+        "table": torch.empty(2, 2 * kernel_size - 1, 2 * kernel_size - 1),
+        "kernel_bias": torch.empty(kernel_size**2),
+    }
+    for given in ({}, {"softmax": softmax}):
+        more = {"logits": weights, "answer": out, **given} if given else {}
+        yield lambda g=given: triton_kernels.apply(weights, v, out, window, "shift", **g)
+        yield lambda m=more: triton_kernels.dots(v, v, weights, window, "shift", **m)
+        yield lambda g=given: triton_kernels.spread(weights, v, out, window, "shift", **g)
+    yield lambda: triton_kernels.fold_table(weights[0].float(), softmax["table"], window, "shift")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton_support.interpreting(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("depth", "kernel_size"), [(16, 13), (16, 5), (64, 7), (256, 3)])
+def test_nothing_spills(depth, kernel_size, dtype):
+    """The default tiles of every kernel, down to machine code for compute capability 9.0."""
+    for call in calls(depth, kernel_size, dtype):
+        ((kernel, args, options),) = launches(triton_kernels, ("_apply", "_dots", "_spread", "_fold"), call)
+        registers, spilled, shared = compile_launch(kernel, args, options)
+        assert spilled == 0 and registers <= 255 and shared <= SHARED_BYTES[90], kernel
+
+
+def test_tiles_cover_windows_in_the_fewest_steps():
+    tile_shape = triton_kernels.tile_shape
+    assert tile_shape((14, 14), (13, 13), 32, 32) == (2, 14)  # the windows of all rows are 14 x 14 keys: widest
+    assert tile_shape((7, 7), (7, 7), 64, 32) == (7, 7)
+    assert tile_shape((1, 100), (1, 5), 32, 32)[0] == 1
+    for length in ((5, 3), (56, 56), (2, 200)):
+        rows, columns = tile_shape(length, (5, 5), 32, 32)
+        assert 1 <= rows * columns <= 32 and rows <= length[0] and columns <= length[1]
