@@ -31,6 +31,7 @@ __all__ = [
     "DetectDataConfig",
     "DetectModelConfig",
     "DistillConfig",
+    "LogConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
@@ -94,6 +95,7 @@ class ModelConfig:
     drop_rate: float | None = _checked(None, low=0.0, below=1.0)
     drop_path_rate: float | None = _checked(None, low=0.0, below=1.0)  # null: the model's own
     grad_checkpointing: bool = False
+    sync_bn: bool = False  # batch norms over all processes
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
 
 
@@ -117,6 +119,8 @@ class DataConfig:
     interpolation: str | None = None  # of the evaluation; null: the model's own
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
     workers: int = _checked(8, low=0)  # folder, wds: decoding processes for each training process
+    decode: str = _checked("fast", choices=("timm", "fast", "draft"))  # folder, wds: in training; see train/README.md
+    exclude: str | None = None  # folder, wds: a bad_samples.csv or a list of names; these samples are left out
     max_bad_fraction: float = _probability(0.01)  # unreadable images beyond this share of an epoch stop the run
 
 
@@ -141,6 +145,7 @@ class AugmentConfig:
     mix_prob: float = _probability(1.0)
     mix_switch_prob: float = _probability(0.5)
     mix_off_fraction: float = _probability(0.0)  # mixing is off in this last fraction of the epochs
+    sizes: list[int] = _checked_list([], low=1)  # growing sides of the input, each for an equal part of the run
 
 
 @dataclass
@@ -203,13 +208,25 @@ class TrainConfig:
     batch_size: int = _checked(128, low=1)  # images for each process and forward pass
     val_batch_size: int | None = _checked(None, low=1)  # null: batch_size
     accumulate: int = _checked(1, low=1)  # forward passes for each update
+    parallel: str = _checked("ddp", choices=("ddp", "fsdp"))  # several processes: a model each, or a part of it each
+    fsdp_unit: int = _checked(1_000_000, low=1)  # fsdp: a block with so many parameters or more is gathered by itself
     steps_per_epoch: int | None = _checked(None, low=1)  # updates that count as an epoch; null: one pass over the data
     amp: str = _checked("no", choices=("no", "bf16", "fp16"))
     ema_decay: float = _checked(0.0, low=0.0, below=1.0)  # 0: off. When on, the averaged weights are evaluated and kept
     ema_warmup: bool = False  # let the decay grow from 0, for short runs
     eval_every: int = _checked(1, low=1)  # epochs; the last one is always evaluated
     compile: bool = False
+    channels_last: bool = False  # memory format of the weights, and with them of the maps
+    keep: int = _checked(2, low=1)  # checkpoints to go on from: the last one and those before it
+    save_every: int | None = _checked(None, low=1)  # updates; null: at the end of each epoch only
     threads: int | None = _checked(None, low=1)  # CPU threads of PyTorch; null: as the environment has it
+
+
+@dataclass
+class LogConfig:
+    """Where figures go beside metrics.csv: tensorboard, mlflow, wandb or any other tracker of accelerate's."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 
 @dataclass
@@ -228,6 +245,7 @@ class ClassifyConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass
@@ -271,6 +289,7 @@ class DetectDataConfig:
     short_side: int = _checked(800, low=1)  # evaluation: the short side is brought to this, ...
     max_size: int = _checked(1333, low=1)  # ... unless the long one came to more than this
     workers: int = _checked(4, low=0)  # decoding processes for each training process
+    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
     max_bad_fraction: float = _probability(0.01)  # unreadable images beyond this share of an epoch stop the run
 
 
@@ -302,6 +321,7 @@ class DetectConfig:
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass
@@ -350,6 +370,7 @@ class SegmentDataConfig:
     std: list[float] | None = _checked(None, above=0.0)
     antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
     workers: int = _checked(4, low=0)  # reading processes for each training process
+    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
     max_bad_fraction: float = _probability(0.01)  # bad samples beyond this share of a pass stop the run
 
 
@@ -400,6 +421,7 @@ class SegmentConfig:
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def recipe_names() -> list[str]:

@@ -2,13 +2,16 @@
 
 A checkpoint folder holds ``config.json`` and ``model.safetensors`` as ``timm.create_model("local-dir:FOLDER",
 pretrained=True)`` reads them: the weights that were evaluated, so the averaged ones when averaging is on. ``last/``
-also holds ``trainer.pt`` (read with ``weights_only=True``) and, with averaging, the weights being trained in
-``raw.safetensors``. A folder is written under a temporary name, synced to disk and renamed; between the two renames the
-old one stands as ``NAME.old``, where :func:`newest` finds it.
+also holds ``trainer.pt`` (read with ``weights_only=True``), with averaging the weights being trained in
+``raw.safetensors``, and the ``checksums.json`` of all of them. A folder is written under a temporary name, synced to
+disk and renamed; those before it stand as ``NAME.old``, ``NAME.old2`` ..., where :func:`generations` finds them: as
+many as are to be kept, and one between the two renames.
 """
 
 import argparse
+import hashlib
 import inspect
+import json
 import os
 import pickle
 import shutil
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
 TRAINER = "trainer.pt"
+CHECKSUMS = "checksums.json"
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where published files put the tensors
 # what reading a file of anything at all as a checkpoint was seen to raise
 UNREADABLE = (
@@ -39,6 +43,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written; the message is meant for the user."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -47,13 +55,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], keep: int = 1) -> None:
     """Replaces ``folder`` by what ``fill`` writes, or leaves it as it was.
 
+    Args:
+        keep: how many stand afterwards: ``folder`` and the newest of those before it.
+
     Raises:
-        CheckpointError: nothing could be written (a full disk, say); the temporary folder is gone, the old one stands.
+        CheckpointError: nothing could be written (a full disk, say); the temporary folder is gone, the old ones stand.
     """
-    temporary, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    temporary = folder.with_name(f"{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         temporary.mkdir(parents=True)
@@ -61,9 +72,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+        shifted = [(path, _older(folder, age)) for age, path in enumerate(generations(folder)[: max(keep - 1, 1)], 1)]
+        for path, place in reversed(shifted):
+            if path != place:
+                shutil.rmtree(place, ignore_errors=True)
+                path.rename(place)
         temporary.rename(folder)
         _sync(folder.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -73,31 +86,91 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             f"the checkpoint {folder} could not be written: {error}; "
             + (f"{kept} from before is intact" if kept else "there was none before")
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    for old in generations(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _older(folder: Path, age: int) -> Path:
+    return folder.with_name(f"{folder.name}.old{age if age > 1 else ''}")
+
+
+def generations(folder: Path) -> list[Path]:
+    """``folder`` and what is kept of those before it, the newest first; only what is there."""
+    older = folder.parent.glob(f"{folder.name}.old*") if folder.parent.is_dir() else ()
+    ages = {path: path.name.removeprefix(f"{folder.name}.old") or "1" for path in older}
+    kept = sorted((path for path, age in ages.items() if age.isdigit()), key=lambda path: int(ages[path]))
+    return [path for path in (folder, *kept) if path.is_dir()]
 
 
 def newest(folder: Path) -> Path | None:
-    """``folder``, or ``folder.old`` when a kill came between the two renames, or None."""
-    for candidate in (folder, folder.with_name(f"{folder.name}.old")):
-        if candidate.is_dir():
-            return candidate
-    return None
+    """``folder``, or the one before it when a kill came between the two renames, or None."""
+    return next(iter(generations(folder)), None)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(1 << 22):
+                    digest.update(part)
+            sums[path.name] = digest.hexdigest()
+    return sums
+
+
+def seal(folder: Path) -> None:
+    """Writes the SHA-256 of every file of ``folder`` beside them."""
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=2) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Compares the files of ``folder`` with what :func:`seal` wrote.
+
+    Raises:
+        DamagedError: a file is missing or is not as it was written; the message names it.
+    """
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{folder / CHECKSUMS} can't be read: {error}") from None
+    try:
+        found = _checksums(folder)
+    except OSError as error:
+        raise DamagedError(f"{folder} can't be read: {error}") from None
+    if not isinstance(written, dict):
+        raise DamagedError(f"{folder / CHECKSUMS} holds no checksums")
+    for name, value in written.items():
+        if name not in found:
+            raise DamagedError(f"{folder / name} is missing")
+        if found[name] != value:
+            raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not the one that was written")
 
 
 def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], classes: list[str]) -> None:
     """Writes ``config.json`` and ``model.safetensors`` of ``model`` into an existing folder, in timm's format."""
-    save_for_hf(
-        model,
-        str(folder),
-        model_config={"label_names": list(classes)},
-        model_args=dict(model_args),
-        safe_serialization=True,
-    )
+
+    def contiguous(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
+        state.update(
+            {name: tensor.contiguous() for name, tensor in state.items()}
+        )  # in channels-last memory they're not
+
+    hook = model.register_state_dict_post_hook(contiguous)
+    try:
+        save_for_hf(
+            model,
+            str(folder),
+            model_config={"label_names": list(classes)},
+            model_args=dict(model_args),
+            safe_serialization=True,
+        )
+    finally:
+        hook.remove()
 
 
-def save_raw(folder: Path, model: nn.Module) -> None:
+def save_raw(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Writes the weights being trained beside the averaged ones."""
-    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / RAW)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / RAW)
 
 
 def save_trainer(folder: Path, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
@@ -22,7 +23,7 @@ from . import checkpoint, plots
 from .data import Data, build_data, find_classes
 from .engine import State
 from .run import run_evaluation, run_recipe, write_json
-from .scoring import score
+from .scoring import score, write_confusion
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
@@ -50,6 +51,8 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
         raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if config.sync_bn and torch.distributed.is_initialized():
+        model = convert_sync_batchnorm(model)  # timm's: PyTorch's drops the activations that timm's norms hold
     return model
 
 
@@ -148,6 +151,29 @@ def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
     model.pretrained_cfg |= preprocessing | {"num_classes": model.num_classes}
 
 
+def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[int]) -> list[int]:
+    """The sides of the input by part of the run (progressive learning: EfficientNetV2, arXiv 2104.00298, section 4).
+
+    Raises:
+        ConfigError: they do not grow to the input's own side, or the model takes no image of one of them.
+    """
+    channels, side, _ = input_size
+    if not sizes:
+        return [side]
+    if list(sizes) != sorted(set(sizes)) or sizes[-1] != side:
+        raise ConfigError(f"augment.sizes={list(sizes)} must grow, and end at the input's side of {side}")
+    training = model.training
+    model.eval()
+    for size in sizes[:-1]:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"augment.sizes: the model takes no images of {size}x{size}: {error}") from None
+    model.train(training)
+    return list(sizes)
+
+
 class Task:
     """What classification brings to the engine: step, evaluation, and the folder that users load."""
 
@@ -158,7 +184,7 @@ class Task:
         self, config: ClassifyConfig, model: nn.Module, classes: list[str], data: Data, teacher: Teacher | None = None
     ):
         self.config, self.model, self.classes, self.data, self.teacher = config, model, classes, data, teacher
-        self.num_classes, self.notes = model.num_classes, []
+        self.num_classes, self.notes = model.num_classes, list(data.notes)
         self.identity = {
             "model": config.model.name,
             "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
@@ -185,6 +211,7 @@ class Task:
         schedule = config.schedule
         epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
         self.mix_until = epochs - round(augment.mix_off_fraction * epochs)
+        self.epochs, self.sizes = epochs, growing_sizes(augment.sizes, model, data.preprocessing["input_size"])
         if config.loss.name == "bce":
             self.hard = BinaryCrossEntropy(smoothing=smoothing)
             self.soft = BinaryCrossEntropy(smoothing=0.0)  # the mixed targets are smoothed already
@@ -194,6 +221,9 @@ class Task:
 
     def train_step(self, model: nn.Module, batch, epoch: int) -> torch.Tensor:
         images, targets = batch
+        size = self.sizes[epoch * len(self.sizes) // self.epochs]
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         loss = self.hard
         if self.mix is not None and epoch < self.mix_until:
             images, targets = self.mix(images, targets)
@@ -236,6 +266,7 @@ class Task:
             title = f"{name} on {self.config.data.kind}"
             plots.curves(state.history, run / "curves.png", title, {"top1": "top-1, %"}, self.monitor)
             plots.predictions(result, self.classes, run / "predictions.png", f"{name}, epoch {best['epoch']}")
+            write_confusion(run, self.classes, result.confusion)
         return {
             "model": name,
             "best_epoch": best["epoch"],

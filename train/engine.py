@@ -3,16 +3,24 @@
 One update is ``accumulate`` forward passes of every process. The learning rate is set per update. A run can be stopped
 at any update: the state written then (weights, optimizer, scaler, random numbers, place in the epoch) goes on as if
 nothing had happened, bit for bit where the loader's images do not depend on worker processes.
+
+Several processes meet at fixed places only: what goes wrong on one of them is kept until the next such place and raised
+there by all, so that none waits for another that is gone.
 """
 
 import csv
+import math
 import os
 import random
+import resource
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,20 +28,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, reduce
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce, set_seed
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig, TrainConfig
 from . import checkpoint
-from .data import Data
+from .data import Data, DataError
 
+READING = (DataError, OSError, RuntimeError)  # what a loader was seen to raise; the last from a worker that died
+NORM_EVERY = 20  # updates between two looks at the norm of a gradient that is not clipped
 Metrics = dict[str, float]
 
 
@@ -41,8 +54,13 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message names epoch and step."""
 
 
+class OtherProcessError(RuntimeError):
+    """What another process raised; the message says which one, and what."""
+
+
 class Interrupted(Exception):
-    """A signal asked the run to stop; ``code`` is the exit status, 128 + the signal's number."""
+    """A signal asked the run to stop; ``code`` is the exit status: 130 after Ctrl-C, 0 after SIGTERM, by which machines
+    are taken away from runs that are to go on elsewhere."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -53,7 +71,7 @@ class StopSignals:
     """Remembers Ctrl-C and SIGTERM so that the loop can stop at an update; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.code = 0
+        self.number = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -67,9 +85,44 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _: Any) -> None:
-        if self.code and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.code = 128 + number
+        self.number = number
+
+    def stop(self) -> Interrupted:
+        """What to raise; where only another process was signalled, as if it had been SIGTERM."""
+        return Interrupted(130 if self.number == signal.SIGINT else 0)
+
+
+def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raises ``error`` where there is one, and what tells of it on the other processes. All of them must come here."""
+    if accelerator.num_processes == 1:
+        found = []
+    else:
+        mine = [] if error is None else [f"process {accelerator.process_index}: {type(error).__name__}: {error}"]
+        found = gather_object(mine)
+    if error is not None:
+        raise error
+    if found:
+        raise OtherProcessError("; ".join(found))
+
+
+class Together:
+    """A loader of evaluation whose errors wait until every process has read its share, and are then raised by all."""
+
+    def __init__(self, loader: Any, accelerator: Accelerator):
+        self._loader, self._accelerator = loader, accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        failure = None
+        try:
+            yield from self._loader.epoch(epoch, start)
+        except READING as error:
+            failure = error
+        raise_together(self._accelerator, failure)
 
 
 class Task(Protocol):
@@ -106,7 +159,10 @@ class State:
     seconds: float = 0.0  # of training and evaluation, without the time between interruptions
     loss_sum: float = 0.0  # of this process, in the epoch so far
     loss_count: int = 0
-    epoch_seconds: float = 0.0
+    norm_sum: float = 0.0  # of the gradient's norm, where it was looked at, in the epoch so far
+    norm_count: int = 0
+    epoch_seconds: float = 0.0  # of training, in the epoch so far
+    wait_seconds: float = 0.0  # of these, waiting for the main process's loader
     best: dict[str, Any] | None = None  # the row of the best epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.csv
 
@@ -184,6 +240,34 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def shard(model: nn.Module, unit: int) -> None:
+    """Divides the parameters of ``model``, in place, among the processes (PyTorch's FSDP2): each element of a list or
+    sequence of blocks that has ``unit`` parameters or more, the innermost first, is gathered by itself where it is
+    used; what remains, with the whole."""
+    taken: set[nn.Parameter] = set()
+    for module in reversed(list(model.modules())):  # children before their parents
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            for element in module:
+                mine = [p for p in element.parameters() if p not in taken]
+                whole = any(True for _ in element.children()) and not isinstance(element, nn.ModuleList | nn.Sequential)
+                if whole and sum(p.numel() for p in mine) >= unit:
+                    fully_shard(element)
+                    taken.update(element.parameters())
+    fully_shard(model)
+
+
+def whole(tensor: Any) -> Any:
+    """What of a state is divided among the processes, put together on each of them; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, own: Tensor) -> Tensor:
+    """This process's part of ``tensor``, divided as ``own`` is; all of it where ``own`` is not divided."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
 class Trainer:
     """Trains ``model`` and keeps RUN/last, RUN/best, metrics.csv and the TensorBoard log.
 
@@ -201,11 +285,12 @@ class Trainer:
         optim: OptimConfig,
         schedule: ScheduleConfig,
         train: TrainConfig,
+        tensorboard: bool = True,
         console: Console,
     ):
         self.accelerator, self.run_folder, self.config = accelerator, run, train
         self.task, self.data, self.console = task, task.data, console
-        self.main = accelerator.is_main_process
+        self.main, self.tensorboard = accelerator.is_main_process, tensorboard
         self.clip_grad = optim.clip_grad
         # updates in an epoch
         self.steps = train.steps_per_epoch or self.data.train.batches // train.accumulate
@@ -214,62 +299,198 @@ class Trainer:
                 f"an epoch has {self.data.train.batches} batches, fewer than train.accumulate={train.accumulate}"
             )
         self.images_per_step = train.batch_size * train.accumulate * accelerator.num_processes
-        optimizer = create_optimizer(task.model, optim, self.images_per_step)
+        if accelerator.num_processes > 1:
+            self.data.val = Together(self.data.val, accelerator)
+        model = task.model
+        if train.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if train.parallel == "fsdp":
+            self._check_divisible(train)
+        self.divided = train.parallel == "fsdp" and accelerator.num_processes > 1
+        # What is saved and looked at: with FSDP a whole model beside the divided one, brought up to date when needed.
+        self.raw = deepcopy(model).to(accelerator.device) if self.divided else model
+        self.ema = None
+        averaged = deepcopy(model) if self.divided and train.ema_decay else None
+        if self.divided:
+            shard(model.to(accelerator.device), train.fsdp_unit)
+        optimizer = create_optimizer(model, optim, self.images_per_step)
         self.scheduler, self.epochs = create_schedule(optimizer, schedule, self.steps)
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        self.raw = accelerator.unwrap_model(self.model)
+        if self.divided:
+            self.model, self.optimizer = model, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.raw = accelerator.unwrap_model(self.model)
         self.forward = torch.compile(self.model) if train.compile else self.model
-        self.ema = ModelEmaV3(self.raw, decay=train.ema_decay, use_warmup=train.ema_warmup) if train.ema_decay else None
+        if train.ema_decay:
+            self.ema = ModelEmaV3(averaged or self.raw, decay=train.ema_decay, use_warmup=train.ema_warmup)
+            if self.divided:
+                shard(self.ema.module.to(accelerator.device), train.fsdp_unit)
         self.state = State()
+        self._failure: Exception | None = None
+        self._batch: Any = None
         # Looking at the loss waits for the device, so on an accelerator it is done only now and then.
         self.check_every = 1 if accelerator.device.type == "cpu" else 20
 
+    @staticmethod
+    def _check_divisible(train: TrainConfig) -> None:
+        if train.amp == "fp16":
+            raise ConfigError("train.parallel=fsdp with train.amp=fp16: only whole gradients are scaled; use bf16")
+        if train.channels_last:
+            raise ConfigError("train.parallel=fsdp with train.channels_last: FSDP divides contiguous weights only")
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model whose parameters are trained, without what wraps it."""
+        return self.model if self.divided else self.raw
+
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one when averaging is on."""
-        return self.ema.module if self.ema is not None else self.raw
+        """The model that is evaluated and kept: the averaged one when averaging is on. With FSDP as it was when
+        `gather` was last called."""
+        return self.ema.module if self.ema is not None and not self.divided else self.raw
+
+    def gather(self) -> None:
+        """Brings `evaluated` up to date; every process must come here."""
+        if self.divided:
+            source = self.ema.module if self.ema is not None else self.model
+            self.raw.load_state_dict({name: whole(tensor) for name, tensor in source.state_dict().items()})
+
+    def _load(self, module: nn.Module, path: Path) -> None:
+        """Loads a whole model's file into ``module``, which may be divided."""
+        if not self.divided:
+            checkpoint.load_exact(module, path)
+            return
+        checkpoint.load_exact(self.raw, path)  # which checks names and shapes
+        found = self.raw.state_dict()
+        with torch.no_grad():
+            for name, own in module.state_dict().items():
+                own.copy_(part_like(found[name], own))
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state in the form of one for a whole model, on the main process."""
+        saved = self.optimizer.state_dict()
+        if not self.divided:
+            return saved
+        state = {}
+        for number, values in saved["state"].items():
+            full = {name: whole(value) for name, value in values.items()}
+            if self.main:
+                state[number] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in full.items()}
+        return saved | {"state": state}
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        if self.divided:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for number, values in saved["state"].items():
+                own = parameters[number]
+                saved["state"][number] = {
+                    name: part_like(v, own) if isinstance(v, Tensor) and v.shape == own.shape else v
+                    for name, v in values.items()
+                }
+        self.optimizer.load_state_dict(saved)
 
     @property
     def shape(self) -> dict[str, int]:
         """What makes an update and a pass over the data, which must not change between a run and its continuation."""
         return {
             "updates per epoch": self.steps,
-            "processes": self.accelerator.num_processes,
             "images per update": self.images_per_step,
-            "batches per pass": self.data.train.batches,
+            "images per pass": self.data.train.batches * self.config.batch_size * self.accelerator.num_processes,
         }
 
     def resume(self) -> bool:
-        """Takes up RUN/last; False when there is none. Nothing is changed unless all of it can be read and fits.
+        """Takes up the newest undamaged checkpoint, RUN/last or one before it; False when there is none. Nothing is
+        changed unless all of it can be read and fits.
+
+        With another number of processes it goes on at the same images, the update being of as many: each update is a
+        run of the epoch's order, whichever way it is divided. What is drawn at random is drawn anew then.
 
         Raises:
-            CheckpointError: unreadable, or of another model or set-up.
+            CheckpointError: unreadable, all damaged, or of another model or set-up.
         """
-        folder = checkpoint.newest(self.run_folder / "last")
+        folder = self._undamaged()
         if folder is None:
             return False
-        saved = checkpoint.read_trainer(folder)
+        saved = failure = None
+        try:
+            saved = checkpoint.read_trainer(folder)
+            self._check_continues(folder, saved)
+            if self.ema is not None:
+                self._load(self.ema.module, folder / checkpoint.WEIGHTS)
+            self._load(self.trained, folder / (checkpoint.RAW if self.ema is not None else checkpoint.WEIGHTS))
+        except checkpoint.CheckpointError as error:
+            failure = error
+        raise_together(self.accelerator, failure)
+        self._load_optimizer(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.state = state = State(**saved["state"])
+        if len(saved["random"]) == world:
+            state.loss_sum, state.loss_count = saved["losses"][rank]
+            _set_random_state(saved["random"][rank])
+        else:
+            updates = state.epoch * self.steps + state.step
+            set_seed((self.task.identity["seed"] + 1_000_003 * updates) % 2**32, device_specific=True)
+            if self.main:
+                state.loss_sum, state.loss_count = (sum(values) for values in zip(*saved["losses"], strict=True))
+        self.gather()
+        if self.main:
+            try:
+                write_csv(self.run_folder / "metrics.csv", state.history)  # a kill may have come before it
+                if state.step == 0 and state.best is not None and state.best["epoch"] == state.epoch:
+                    self._save_best()  # likewise
+            except (checkpoint.CheckpointError, OSError) as error:
+                failure = error
+        raise_together(self.accelerator, failure)
+        return True
+
+    def _undamaged(self) -> Path | None:
+        """The newest checkpoint whose files are as they were written; newer ones are put aside with a warning."""
+        found, failure = [None], None
+        if self.main:
+            damaged = {}
+            for folder in checkpoint.generations(self.run_folder / "last"):
+                try:
+                    checkpoint.verify(folder)
+                except checkpoint.DamagedError as error:
+                    damaged[folder] = error
+                    continue
+                found = [folder]
+                break
+            if damaged and found == [None]:
+                failure = checkpoint.CheckpointError("; ".join(map(str, damaged.values())))
+            for folder, error in damaged.items() if failure is None else ():
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)  # so that it takes no place among those that are kept
+                self.console.print(
+                    f"[yellow]warning:[/] {escape(str(error))}; going on from {found[0]}, put it aside as {aside}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        raise_together(self.accelerator, failure)
+        return broadcast_object_list(found)[0] if self.accelerator.num_processes > 1 else found[0]
+
+    def _check_continues(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self.task.identity.items():
             if saved["identity"].get(key) != value:
                 raise checkpoint.CheckpointError(
                     f"{folder} belongs to another run: {key} was {saved['identity'].get(key)!r}, is now {value!r}"
                 )
+        was = saved["shape"]
         for key, value in self.shape.items():
-            was = saved["shape"].get(key, value)  # earlier versions wrote the first two only
-            if was != value:
-                raise checkpoint.CheckpointError(f"{folder}: {key} were {was}, are now {value}")
-        raw = folder / (checkpoint.RAW if self.ema is not None else checkpoint.WEIGHTS)
-        if self.ema is not None:
-            checkpoint.load_exact(self.ema.module, folder / checkpoint.WEIGHTS)
-        checkpoint.load_exact(self.raw, raw)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        rank = self.accelerator.process_index
-        self.state = State(**saved["state"])
-        self.state.loss_sum, self.state.loss_count = saved["losses"][rank]
-        _set_random_state(saved["random"][rank])
-        return True
+            # where an epoch is one pass, the images that fill no update at its end may be others
+            if was[key] == value or (key == "images per pass" and self.config.steps_per_epoch is None):
+                continue
+            then, now = len(saved["random"]), self.accelerator.num_processes
+            text = f"{folder}: {key} were {was[key]}, are now {value}"
+            if then != now:
+                forward = self.config.batch_size * now
+                text += f", with {now} process(es) instead of {then}"
+                if key != "images per pass" and was["images per update"] % forward == 0:
+                    text += f"; train.accumulate={was['images per update'] // forward} keeps what an update is"
+            raise checkpoint.CheckpointError(text)
 
     def fit(self) -> State:
         """Runs to the end.
@@ -279,19 +500,10 @@ class Trainer:
             NonFiniteLoss: RUN/last and RUN/best are as they were before the epoch.
         """
         state = self.state
-        log = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=state.epoch + 1) if self.main else None
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with StopSignals() as self.signals, Progress(*columns, console=self.console, disable=not self.main) as bar:
-            done = state.epoch * self.steps + state.step
-            self.bar, self.bar_task = bar, bar.add_task("", total=self.epochs * self.steps, completed=done, note="")
+        log = None
+        if self.main and self.tensorboard:
+            log = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=state.epoch + 1)
+        with self._watching():
             try:
                 while state.epoch < self.epochs:
                     self._epoch(log)
@@ -304,20 +516,50 @@ class Trainer:
                     log.close()
         return state
 
+    def train_epoch(self) -> None:
+        """The updates of one epoch and nothing else: for measuring their speed."""
+        with self._watching():
+            self._mark = time.perf_counter()
+            self._train()
+            self.state.epoch, self.state.step = self.state.epoch + 1, 0
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Within it signals are remembered, and the bar shows how far the run is."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with StopSignals() as self.signals, Progress(*columns, console=self.console, disable=not self.main) as bar:
+            done = self.state.epoch * self.steps + self.state.step
+            self.bar, self.bar_task = bar, bar.add_task("", total=self.epochs * self.steps, completed=done, note="")
+            yield
+
+    def _tick(self) -> float:
+        """Books the time since it was asked last."""
+        now = time.perf_counter()
+        passed, self._mark = now - self._mark, now
+        self.state.seconds += passed
+        return passed
+
     def _epoch(self, log: SummaryWriter | None) -> None:
         state = self.state
         self.bar.update(self.bar_task, description=f"epoch {state.epoch + 1}/{self.epochs}")
-        start = time.perf_counter()
+        self._mark = time.perf_counter()
         try:
             self._train()
-            training = state.epoch_seconds + time.perf_counter() - start
+            training = state.epoch_seconds
             due = (state.epoch + 1) % self.config.eval_every == 0 or state.epoch + 1 == self.epochs
             metrics = self._evaluate() if due else {}
         except Interrupted:
-            state.epoch_seconds += time.perf_counter() - start
-            state.seconds += time.perf_counter() - start
+            self._tick()
             raise
-        state.seconds += time.perf_counter() - start
+        self._tick()
 
         sums = torch.tensor([state.loss_sum, state.loss_count], device=self.accelerator.device)
         total, count = reduce(sums, "sum").tolist()
@@ -326,7 +568,10 @@ class Trainer:
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "train_loss": total / count,
             **{name: metrics.get(name) for name in self.task.metrics},
+            "grad_norm": state.norm_sum / state.norm_count if state.norm_count else None,
             "images_per_second": self.steps * self.images_per_step / training,
+            "data_wait": state.wait_seconds / training,
+            "memory_mib": _peak_memory(self.accelerator.device) / 2**20,
             "seconds": state.seconds,
         }
         state.history.append(row)
@@ -336,60 +581,145 @@ class Trainer:
             state.best = row
         state.epoch, state.step = state.epoch + 1, 0
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
-        if best and self.main:
-            weights = self.evaluated
-            checkpoint.write_folder(self.run_folder / "best", lambda folder: self.task.save_weights(folder, weights))
-        self._save_last()
+        state.norm_sum, state.norm_count, state.wait_seconds = 0.0, 0, 0.0
+        self._save_last(best)
         if self.main:
             self._log(row, log, due, best)
             if due:
                 self.task.on_epoch(self.run_folder, self.evaluated, state.epoch)
         if self._asked_to_stop() and state.epoch < self.epochs:
-            raise Interrupted(self.signals.code or 130)
+            raise self.signals.stop()
 
     def _train(self) -> None:
         """The rest of the epoch's updates."""
         state, accumulate = self.state, self.config.accumulate
+        if state.step == self.steps:  # it was stopped in the evaluation
+            return
         self.model.train()
         device = self.accelerator.device
-        loss_sum = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
+        # goes on adding where the run was stopped, so that the sum is the same to the last bit
+        precision = torch.float64 if device.type != "mps" else torch.float32
+        loss_sum = torch.tensor(state.loss_sum, device=device, dtype=precision)
         first_bad = torch.full((), -1, device=device)
         batches = self._batches()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        batch = self._first(batches)
         began, first = time.perf_counter(), state.step
         while state.step < self.steps:
             for part in range(accumulate):
-                batch = next(batches)
+                if batch is None:
+                    batch = self._next(batches)
                 last = part + 1 == accumulate
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self._no_sync(last):
                     with self.accelerator.autocast():
                         loss = self.task.train_step(self.forward, batch, state.epoch)
                     self.accelerator.backward(loss / accumulate)
-                value = loss.detach()
+                batch, value = None, loss.detach()
                 loss_sum += value
                 first_bad = torch.where((first_bad < 0) & ~value.isfinite(), state.step, first_bad)
-            if self.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(parameters, self.clip_grad)
+            ends = state.step + 1 == self.steps
+            saves = self.config.save_every is not None and (state.step + 1) % self.config.save_every == 0 and not ends
+            looks = (state.step + 1) % self.check_every == 0 or ends or saves
+            # an unclipped gradient need not be measured at each update
+            norm = self._clip(parameters, (state.step + 1) % NORM_EVERY == 0 or ends)
             self.optimizer.step()
             self.optimizer.zero_grad()
             state.step += 1
+            state.loss_count += accumulate
             updates = state.epoch * self.steps + state.step
             self.scheduler.step_update(updates)
             if self.ema is not None:
-                self.ema.update(self.raw, step=updates)
+                self.ema.update(self.trained, step=updates)
             stop = False
-            if state.step % self.check_every == 0 or state.step == self.steps:
-                self._check_finite(int(first_bad), float(value))
+            if looks:
+                stop = self._look(int(first_bad), float(value)) and not ends
+                # with fp16 that of a step that is skipped is not finite
+                if norm is not None and math.isfinite(size := float(norm)):
+                    state.norm_sum, state.norm_count = state.norm_sum + size, state.norm_count + 1
                 speed = (state.step - first) * self.images_per_step / (time.perf_counter() - began)
                 self.bar.update(self.bar_task, note=f"loss {float(value):.3f}  {speed:,.0f} img/s")
-                stop = state.step < self.steps and self._asked_to_stop()
             self.bar.update(self.bar_task, completed=updates)
-            if stop or state.step == self.steps:
-                state.loss_sum += float(loss_sum)
-                state.loss_count += (state.step - first) * accumulate
+            if stop or saves or ends:
+                state.loss_sum = float(loss_sum)
+                state.epoch_seconds += self._tick()
             if stop:
-                raise Interrupted(self.signals.code or 130)
+                raise self.signals.stop()
+            if saves:
+                self._save_last()
         batches.close()
+        self._batch = None
+
+    def _no_sync(self, last: bool) -> Any:
+        """Whether the processes' gradients are added up in the backward pass to come: only in an update's last."""
+        if self.divided:
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _clip(self, parameters: list[nn.Parameter], asked: bool) -> Tensor | None:
+        """Clips the gradient and answers its norm before that; without clipping only where ``asked``."""
+        if self.clip_grad is None and not asked:
+            return None
+        if self.divided:
+            return whole(nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf")))
+        if self.clip_grad is not None:
+            return self.accelerator.clip_grad_norm_(parameters, self.clip_grad)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scaler = self.accelerator.scaler
+        return norm if scaler is None else norm / scaler.get_scale()
+
+    def _first(self, batches: Iterator[Any]) -> Any:
+        """The first batch, once every process has one."""
+        batch = failure = None
+        try:
+            batch = self._next(batches)
+        except READING as error:
+            failure = error
+        raise_together(self.accelerator, failure)
+        return batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch. An error on one of several processes is kept for `_look`; until then the last batch does."""
+        start = time.perf_counter()
+        try:
+            if self._failure is None:
+                self._batch = next(batches)
+        except StopIteration:
+            raise AssertionError("a loader ended before its last batch") from None
+        except READING as error:
+            if self.accelerator.num_processes == 1 or self._batch is None:
+                raise
+            self._failure = error
+        self.state.wait_seconds += time.perf_counter() - start
+        return self._batch
+
+    def _look(self, bad: int, value: float) -> bool:
+        """Whether to stop, after all processes have looked at each other.
+
+        Args:
+            bad: the first update of this epoch with a loss that is not finite; -1: there is none.
+            value: the newest loss.
+
+        Raises:
+            NonFiniteLoss, or what kept a process from reading its data.
+        """
+        bad = bad if bad >= 0 else self.steps
+        flags = [bad, -int(bool(self.signals.number)), -int(self._failure is not None)]
+        if self.accelerator.num_processes > 1:
+            together = self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device))
+            flags = together.amin(0).tolist()
+        bad, stop, failed = flags
+        if failed:
+            raise_together(self.accelerator, self._failure)
+        if bad < self.steps:
+            kept = checkpoint.newest(self.run_folder / "last")
+            when = f"end of epoch {self.state.epoch}" if self.config.save_every is None else "from before"
+            hold = f"{kept} ({when}) is intact" if kept else "nothing was saved yet"
+            raise NonFiniteLoss(
+                f"the loss became {value} at epoch {self.state.epoch + 1}, step {bad + 1} of {self.steps}; {hold}. "
+                "A lower optim.lr, optim.clip_grad, or train.amp=no may help"
+            )
+        return bool(stop)
 
     def _batches(self) -> Iterator[Any]:
         """Training batches from where the run stands: an epoch's own pass over the data, or, with ``steps_per_epoch``,
@@ -403,81 +733,93 @@ class Trainer:
             yield from self.data.train.epoch(number, start)
             number, start = number + 1, 0
 
-    def _check_finite(self, step: int, value: float) -> None:
-        bad = torch.tensor([step if step >= 0 else self.steps], device=self.accelerator.device)
-        bad = int(self.accelerator.gather(bad).min())
-        if bad == self.steps:
-            return
-        kept = checkpoint.newest(self.run_folder / "last")
-        hold = f"{kept} (end of epoch {self.state.epoch}) is intact" if kept else "no epoch was finished"
-        raise NonFiniteLoss(
-            f"the loss became {value} at epoch {self.state.epoch + 1}, step {bad + 1} of {self.steps}; {hold}. "
-            "A lower optim.lr, optim.clip_grad, or train.amp=no may help"
-        )
-
     def _asked_to_stop(self) -> bool:
         """Whether any process was signalled; asked by all of them at the same update."""
         if self.accelerator.num_processes == 1:
-            return bool(self.signals.code)
-        flag = torch.tensor([float(bool(self.signals.code))], device=self.accelerator.device)
+            return bool(self.signals.number)
+        flag = torch.tensor([float(bool(self.signals.number))], device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).max())
 
     def _evaluate(self) -> Metrics:
         def on_batch(_: int) -> None:
-            if self.signals.code and self.accelerator.num_processes == 1:  # others may be inside a collective
-                raise Interrupted(self.signals.code)
+            if self.signals.number and self.accelerator.num_processes == 1:  # others may be inside a collective
+                raise self.signals.stop()
 
         self.bar.update(self.bar_task, note="evaluating")
+        self.gather()
         if self.accelerator.num_processes > 1:
             for buffer in self.evaluated.buffers():  # what every process evaluates is what the first one saves
                 buffer.copy_(broadcast(buffer.data))
         return self.task.evaluate(self.evaluated, on_batch)
 
-    def _save_last(self) -> None:
+    def _save_last(self, best: bool = False) -> None:
+        """Writes RUN/last, and RUN/best after it where the epoch was the ``best``."""
         state = self.state
         randoms = gather_object([_random_state()])
         losses = gather_object([(state.loss_sum, state.loss_count)])
         found = gather_object([self.data.bad.names])
-        if not self.main:
-            self.accelerator.wait_for_everyone()
-            return
-        for names in found:
-            self.data.bad.merge(names)
-        self.data.bad.write(self.run_folder / "bad_samples.csv")
-        plain = {key: value for key, value in vars(state).items() if key not in ("loss_sum", "loss_count")}
-        saved = {
-            "format": 1,
-            "state": plain,
-            "losses": losses,
-            "identity": self.task.identity,
-            "shape": self.shape,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"updates": state.epoch * self.steps + state.step},  # the rate is a function of it
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "random": randoms,
-        }
+        self.gather()
+        trained = {name: whole(t) for name, t in self.trained.state_dict().items()} if self.ema is not None else {}
+        optimizer = self._optimizer_state()
+        failure = None
+        if self.main:
+            plain = {key: value for key, value in vars(state).items() if key not in ("loss_sum", "loss_count")}
+            saved = {
+                "format": 1,
+                "state": plain,
+                "losses": losses,
+                "identity": self.task.identity,
+                "shape": self.shape,
+                "optimizer": optimizer,
+                "scheduler": {"updates": state.epoch * self.steps + state.step},  # the rate is a function of it
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "random": randoms,
+            }
 
-        def fill(folder: Path) -> None:
-            self.task.save_weights(folder, self.evaluated)
-            if self.ema is not None:
-                checkpoint.save_raw(folder, self.raw)
-            checkpoint.save_trainer(folder, saved)
+            def fill(folder: Path) -> None:
+                self.task.save_weights(folder, self.evaluated)
+                if self.ema is not None:
+                    checkpoint.save_raw(folder, trained)
+                checkpoint.save_trainer(folder, saved)
+                checkpoint.seal(folder)
 
-        checkpoint.write_folder(self.run_folder / "last", fill)
-        write_csv(self.run_folder / "metrics.csv", state.history)
-        self.accelerator.wait_for_everyone()
+            try:
+                for names in found:
+                    self.data.bad.merge(names)
+                self.data.bad.write(self.run_folder / "bad_samples.csv")
+                checkpoint.write_folder(self.run_folder / "last", fill, self.config.keep)
+                if best:
+                    self._save_best()
+                write_csv(self.run_folder / "metrics.csv", state.history)
+            except (checkpoint.CheckpointError, OSError) as error:
+                failure = error
+        raise_together(self.accelerator, failure)
 
-    def _log(self, row: dict[str, Any], log: SummaryWriter, due: bool, best: bool) -> None:
-        for key, value in row.items():
-            if key not in ("epoch", "seconds") and value is not None:
+    def _save_best(self) -> None:
+        weights = self.evaluated
+        checkpoint.write_folder(self.run_folder / "best", lambda folder: self.task.save_weights(folder, weights))
+
+    def _log(self, row: dict[str, Any], log: SummaryWriter | None, due: bool, best: bool) -> None:
+        values = {key: value for key, value in row.items() if key not in ("epoch", "seconds") and value is not None}
+        if log is not None:
+            for key, value in values.items():
                 log.add_scalar(key, value, row["epoch"])
-        log.flush()
+            log.flush()
+        self.accelerator.log(values, step=row["epoch"])
         text = f"epoch {row['epoch']:>3}/{self.epochs}  loss {row['train_loss']:.4f}"
         if due:
             text += f"  held out: {self.task.headline(row)}{' *' if best else '  '}"
         self.console.print(
             f"{text}  {row['images_per_second']:,.0f} img/s  {row['seconds']:,.0f} s", highlight=False, soft_wrap=True
         )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -87,7 +87,11 @@ def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: b
     if not hit:
         text += f"{chr(10) if long_names else ', '}is {classes[example.target]}"
     axis.set_title(
-        text, color=RIGHT if hit else WRONG, fontsize=8 if long_names else 9, fontweight=None if hit else "bold"
+        text,
+        color=RIGHT if hit else WRONG,
+        fontsize=8 if long_names else 9,
+        fontweight=None if hit else "bold",
+        parse_math=False,  # names may have dollar signs
     )
     axis.set_xlabel(f"{example.probability:.0%}", fontsize=7, labelpad=2)
 
@@ -123,7 +127,9 @@ def segmentations(
     seen = [int(label) for label in seen if label < len(classes)]
     handles = [plt.Rectangle((0, 0), 1, 1, fc=colours[label] / 255, ec="0.5", lw=0.5) for label in seen]
     names = [classes[label] for label in seen]
-    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6, fontsize=8)
+    legend = figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names may have dollar signs
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,11 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..configs.schema import ConfigError, load_config, save_config
-from . import checkpoint, engine
+from . import checkpoint, engine, report, trackers
 from .data import DataError
-from .engine import Interrupted, NonFiniteLoss, State, Trainer
+from .engine import Interrupted, NonFiniteLoss, OtherProcessError, State, Trainer, raise_together
 
-USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss)
+USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss, OtherProcessError)
 RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
 
 
@@ -52,14 +53,14 @@ def run_recipe(
             config.yaml then holds. The random numbers are seeded, the same on every process.
 
     Returns:
-        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C, 143 after SIGTERM, both
-        with everything saved for ``resume=auto``.
+        exit code: 0 done; 1 refused or failed, with one line that says why; 130 after Ctrl-C and 0 after SIGTERM, both
+        with everything saved for ``resume=auto`` and the command that goes on.
     """
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    output = "the run folder"
+    output, task = "the run folder", "classify"
     try:
         config = load_config(config_path, overrides, schema)
-        output = config.output
+        output, task = config.output, config.task
         _run(config, build_task, console)
     except USER_ERRORS as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -68,7 +69,10 @@ def run_recipe(
         console.print(f"[bold red]error:[/] writing {output} or reading data: {escape(str(error))}", soft_wrap=True)
         return 1
     except Interrupted as stop:
-        console.print(f"[yellow]stopped[/]; `resume=auto` goes on from {output}/last", highlight=False, soft_wrap=True)
+        given = [o for o in overrides if not o.startswith("resume=")]
+        command = shlex.join(["foveal", "train", task, str(config_path), *given, "resume=auto"])
+        said = f"saved as {output}/last; this goes on from there: {command}"
+        console.print(f"[yellow]stopped[/], {escape(said)}", highlight=False, soft_wrap=True)
         return stop.code
     except KeyboardInterrupt:
         console.print("[yellow]stopped[/] at once; what was saved before is intact")
@@ -82,13 +86,21 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
         torch.set_num_threads(config.train.threads)
     AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
     try:
-        accelerator = Accelerator(mixed_precision=config.train.amp)
+        extra = trackers.choose(config.log.trackers)
+        accelerator = Accelerator(mixed_precision=config.train.amp, log_with=extra or None, project_dir=str(run))
     except ValueError as error:
         raise ConfigError(f"train.amp={config.train.amp}: {error}") from None
+    if config.model.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
+        raise ConfigError("model.sync_bn: PyTorch synchronises batch norms on GPUs only")
     if config.resume == "never" and any((run / name).exists() for name in RUN_FILES):
         raise ConfigError(f"{run} already holds a run: resume=auto goes on with it, output=FOLDER names another")
     set_seed(config.seed)
-    task = build_task(config, accelerator)
+    task = failure = None
+    try:
+        task = build_task(config, accelerator)
+    except (*USER_ERRORS, OSError) as error:
+        failure = error
+    raise_together(accelerator, failure)
     task.identity |= {
         "seed": config.seed,
         "optim.name": config.optim.name,
@@ -103,6 +115,7 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
         optim=config.optim,
         schedule=config.schedule,
         train=config.train,
+        tensorboard=trackers.TENSORBOARD in config.log.trackers,
         console=console,
     )
     resumed = config.resume == "auto" and trainer.resume()
@@ -121,11 +134,16 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
         return
     if resumed:
         console.print(f"resumed at epoch {trainer.state.epoch + 1}, update {trainer.state.step + 1}", highlight=False)
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
-        write_json(run / "environment.json", environment(accelerator))
-    state = trainer.fit()
+    try:
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            save_config(config, run / "config.yaml")
+            write_json(run / "environment.json", environment(accelerator))
+    except OSError as error:
+        failure = error
+    raise_together(accelerator, failure)
+    with trackers.tracking(accelerator, run, config):
+        state = trainer.fit()
     checkpoint.load_exact(trainer.raw, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
     summary = task.finish(run, state, trainer.raw, draw=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -136,6 +154,7 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
             "images_per_second": max(row["images_per_second"] for row in state.history),
         }
         write_json(run / "summary.json", summary)
+        report.write(run)
         console.print(
             f"[bold green]done[/]: held out {task.headline(state.history[-1])} at the last epoch, "
             f"{task.headline(state.best)} at the best ({state.best['epoch']}), after {state.seconds:,.0f} s; {run}",

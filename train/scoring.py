@@ -1,12 +1,16 @@
 """Evaluation of a classifier: every sample once, whatever the number of processes."""
 
+import csv
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -35,6 +39,7 @@ class Score:
     images_per_second: float
     right: list[Example] = field(default_factory=list)
     wrong: list[Example] = field(default_factory=list)
+    confusion: dict[tuple[int, int], int] = field(default_factory=dict)  # (class, predicted): samples, where any
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
@@ -59,7 +64,8 @@ def score(
     Args:
         num_classes: width of the model's output.
         amp: ``no``, ``bf16`` or ``fp16``.
-        keep: how many right and how many wrong examples to keep for a figure (of this process).
+        keep: how many right and how many wrong examples to keep for a figure (of this process); above 0 the score has
+            its ``confusion`` too, of all processes.
         on_batch: called with the number of samples after each batch.
     """
     device = loader.normalize.device
@@ -68,6 +74,7 @@ def score(
     loss, count = MeanMetric().to(device), SumMetric().to(device)
     right: list[Example] = []
     wrong: list[Example] = []
+    answers: Counter[tuple[int, int]] = Counter()
     model.eval()
     start = time.perf_counter()
     for images, targets in loader.epoch(0):
@@ -80,12 +87,16 @@ def score(
         count.update(len(targets))
         if len(right) < keep or len(wrong) < keep:
             _keep(images, targets, logits, loader, keep, right, wrong)
+        if keep:
+            answers.update(zip(targets.tolist(), logits.argmax(-1).tolist(), strict=True))
         if on_batch is not None:
             on_batch(len(targets))
     n = int(count.compute())
     seconds = time.perf_counter() - start
     if n == 0:
         raise ValueError("there was no sample to evaluate")
+    if keep:
+        answers = sum(gather_object([answers]), Counter())
     return Score(
         top1=100 * round(n * top1.compute().item()) / n,  # the float32 share, back to the exact count
         top5=100 * round(n * top5.compute().item()) / n,
@@ -94,7 +105,39 @@ def score(
         images_per_second=n / seconds,
         right=right,
         wrong=wrong,
+        confusion=dict(sorted(answers.items())),
     )
+
+
+def write_confusion(run: Path, classes: Sequence[str], confusion: dict[tuple[int, int], int]) -> None:
+    """Writes RUN/confusion.csv, how many samples of each class were taken for which, and RUN/classes.csv, how many
+    there are of each, and the percent of them that are right (recall) and of what is so called (precision)."""
+    true, said, hits = Counter(), Counter(), Counter()
+    for (target, predicted), count in confusion.items():
+        true[target] += count
+        said[predicted] += count
+        hits[target] += count * (target == predicted)
+    # a model may have more outputs than the data have classes
+    names = [*classes, *(f"output {i}" for i in range(len(classes), max(said, default=0) + 1))]
+
+    def percent(part: int, whole: int) -> float | str:
+        return 100 * part / whole if whole else ""
+
+    tables = {
+        "confusion.csv": [
+            ["class", "predicted", "count"],
+            *([names[t], names[p], count] for (t, p), count in confusion.items()),
+        ],
+        "classes.csv": [
+            ["class", "images", "recall", "precision"],
+            *([names[i], true[i], percent(hits[i], true[i]), percent(hits[i], said[i])] for i in range(len(names))),
+        ],
+    }
+    for file, rows in tables.items():
+        temporary = run / f".{file}"
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows(rows)
+        temporary.replace(run / file)
 
 
 def _keep(images, targets, logits, loader, keep: int, right: list[Example], wrong: list[Example]) -> None:

@@ -210,7 +210,7 @@ class Task:
 
     def __init__(self, config: SegmentConfig, model: Segmenter, classes: list[str], data: Data):
         self.config, self.model, self.classes, self.data = config, model, classes, data
-        self.notes: list[str] = []
+        self.notes = list(data.notes)
         self.settings = inference(config)
         self.identity = {
             "model": json.dumps(model.arguments, sort_keys=True),
@@ -323,8 +323,6 @@ def build_task(config: SegmentConfig, accelerator: Accelerator) -> Task:
     together = accelerator.num_processes if config.model.sync_bn else 1
     if config.model.head == "upernet" and config.train.batch_size * together == 1:
         raise ConfigError("train.batch_size=1: UPerNet normalises maps of one pixel, which takes two images or more")
-    if config.model.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
-        raise ConfigError("model.sync_bn: PyTorch synchronises batch norms on GPUs only")
     classes = find_classes(config.data)
     model = build_model(config, len(classes))
     data = build_semantic_data(

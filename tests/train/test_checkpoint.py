@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,12 @@ def test_run_on_a_full_disk_says_so(quick, tmp_path, monkeypatch, capsys):
 # Reading
 
 
+def flipped(content: bytes) -> bytes:
+    """One bit in the middle, which neither the zip nor the safetensors format notices in a tensor's bytes."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]
+
+
 FOREIGN = {"stem.weight": torch.zeros(2)}
 
 
@@ -228,20 +235,92 @@ def stopped(one_epoch, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
-        ("trainer.pt", lambda b: b[: len(b) // 2], "trainer.pt can't be read as a checkpoint"),
-        ("trainer.pt", lambda b: b"x", "trainer.pt can't be read as a checkpoint"),
-        ("trainer.pt", None, "trainer.pt can't be read as a checkpoint"),
-        ("model.safetensors", lambda b: b[:1000], "model.safetensors can't be read as safetensors"),
-        ("model.safetensors", None, "model.safetensors can't be read as safetensors"),
+        ("trainer.pt", lambda b: b[: len(b) // 2], "trainer.pt is damaged"),
+        ("trainer.pt", lambda b: b"x", "trainer.pt is damaged"),
+        ("trainer.pt", flipped, "trainer.pt is damaged"),
+        ("trainer.pt", None, "trainer.pt is missing"),
+        ("model.safetensors", lambda b: b[:1000], "model.safetensors is damaged"),
+        ("model.safetensors", flipped, "model.safetensors is damaged"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("checksums.json", lambda b: b[:-10], "checksums.json can't be read"),
+        ("checksums.json", lambda b: b"[]", "checksums.json holds no checksums"),
     ],
 )
 def test_resume_of_a_damaged_checkpoint(stopped, quick, capsys, name, damage, says):
+    """With none before it nothing is begun anew and nothing changed."""
     file = stopped / "last" / name
     file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
-    csv = (stopped / "metrics.csv").read_bytes()
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     assert train(quick, [f"output={stopped}", "resume=auto"]) == 1
-    assert says in " ".join(capsys.readouterr().out.split()).replace(" last", "last")
-    assert (stopped / "metrics.csv").read_bytes() == csv
+    assert says in " ".join(capsys.readouterr().out.split())
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(quick, tmp_path, capsys):
+    run = tmp_path / "run"
+    whole, options = tmp_path / "whole", ["train.keep=3"]
+    assert train(quick, [f"output={whole}", *options, "schedule.epochs=4"]) == 0
+    shutil.copytree(whole, run)
+    assert [path.name for path in checkpoint.generations(run / "last")] == ["last", "last.old", "last.old2"]
+    for folder, name in (("last", "trainer.pt"), ("last.old", "model.safetensors")):
+        file = run / folder / name
+        file.write_bytes(flipped(file.read_bytes()))
+    (run / "summary.json").unlink()
+    assert train(quick, [f"output={run}", *options, "schedule.epochs=4", "resume=auto"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {run}/last/trainer.pt is damaged" in said
+    assert f"{run}/last.old/model.safetensors is damaged" in said
+    assert f"going on from {run}/last.old2, put it aside as {run}/last.damaged" in said
+    assert "resumed at epoch 3, update 1" in said
+    for name in ("last", "last.old", "last.old2"):
+        checkpoint.verify(run / name)
+    assert (run / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
+
+
+def test_as_many_are_kept_as_asked_for(tmp_path):
+    folder = tmp_path / "last"
+    for number in range(5):
+        write_folder(folder, fill_with(str(number)), keep=3)
+    kept = checkpoint.generations(folder)
+    assert [(path / "file").read_text() for path in kept] == ["4", "3", "2"]
+    shutil.rmtree(folder)  # as a kill between the renames leaves it
+    write_folder(folder, fill_with("5"), keep=3)
+    assert [(path / "file").read_text() for path in checkpoint.generations(folder)] == ["5", "3", "2"]
+    write_folder(folder, fill_with("6"))
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.fixture
+def no_rights():
+    """Not the superuser, who may write anywhere."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_read_only_folder(tmp_path, no_rights):
+    folder = Path(tempfile.mkdtemp())
+    write_folder(folder / "last", fill_with("one"))
+    folder.chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"Permission denied.*last from before is intact"):
+        write_folder(folder / "last", fill_with("two"))
+    assert (folder / "last" / "file").read_text() == "one"
+    folder.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_run_in_a_read_only_folder_says_so(quick, tmp_path, capsys, monkeypatch):
+    def refused(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert train(quick, [f"output={tmp_path / 'run'}"]) == 1
+    said = capsys.readouterr().out
+    assert "Permission denied" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,11 +47,11 @@ def test_what_a_run_leaves(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "tensorboard", "environment.json"),
-        *("summary.json", "best", "last"),
+        *("summary.json", "best", "last", "last.old", "report.html", "classes.csv", "confusion.csv"),
     }
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
     last = {p.name for p in (finished / "last").iterdir()}
-    assert last == {"config.json", "model.safetensors", "raw.safetensors", "trainer.pt"}
+    assert last == {"config.json", "model.safetensors", "raw.safetensors", "trainer.pt", "checksums.json"}
     assert [r["epoch"] for r in rows(finished)] == ["1", "2"]
     assert json.loads((finished / "environment.json").read_text())["versions"]["torch"]
     state = torch.load(finished / "last" / "trainer.pt", weights_only=True)
@@ -168,14 +169,22 @@ def test_ctrl_c_saves_and_exits_130(folder_recipe, make_images, tmp_path):
     assert [int(r["epoch"]) for r in rows(run)] == list(range(1, len(epochs) + 3))
 
 
-def test_sigterm_saves_and_exits_143(quick, tmp_path, monkeypatch):
+def test_sigterm_saves_exits_0_and_says_how_to_go_on(quick, tmp_path, monkeypatch, capsys):
     def step(self, model, batch, epoch):
         os.kill(os.getpid(), signal.SIGTERM)
         return model(batch.images).square().mean()
 
-    monkeypatch.setattr(classify.Task, "train_step", step)
-    assert train(quick, [f"output={tmp_path / 'run'}"]) == 143
-    assert (tmp_path / "run/last/trainer.pt").exists()
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(classify.Task, "train_step", step)
+        assert train(quick, [f"output={run}", "schedule.epochs=1"]) == 0
+    said = capsys.readouterr().out
+    assert (run / "last/trainer.pt").exists()
+    assert not (run / "summary.json").exists()  # by which a script tells that the run is not finished
+    command = shlex.split(said[said.index("foveal train") :])
+    assert command[:4] == ["foveal", "train", "classify", str(quick)]
+    assert train(command[3], command[4:]) == 0
+    assert (run / "summary.json").exists()
 
 
 def test_nan_stops_with_the_step_and_keeps_the_checkpoint(quick, tmp_path, monkeypatch, capsys):
@@ -340,7 +349,8 @@ def test_epochs_of_so_many_updates(quick, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classify.Task, "train_step", step)
-        assert train(quick, [f"output={run}", *options]) == 143
+        assert train(quick, [f"output={run}", *options]) == 0
+        assert not (run / "summary.json").exists()
         assert train(quick, [f"output={run}", *options, "resume=auto"]) == 0
     assert len(calls) == 20
     assert calls[:8] != calls[8:16]

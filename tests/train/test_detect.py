@@ -66,7 +66,7 @@ def test_what_a_run_leaves(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "pictures", "tensorboard", "environment.json"),
-        *("summary.json", "best", "last"),
+        *("summary.json", "best", "last", "last.old", "report.html"),
     }
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
     assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_003.png", "epoch_006.png"}

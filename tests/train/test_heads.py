@@ -13,7 +13,7 @@ from foveal.train.classify import Task, Teacher, distillation_loss, evaluate, pr
 
 from .conftest import QUICK
 
-DATA = SimpleNamespace(preprocessing={})
+DATA = SimpleNamespace(preprocessing={"input_size": (3, 2, 2)}, notes=[])
 
 
 class TwoHeads(torch.nn.Module):

@@ -102,7 +102,7 @@ def test_what_a_run_leaves(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "tensorboard", "environment.json"),
-        *("summary.json", "best", "last", "pictures", "classes.csv"),
+        *("summary.json", "best", "last", "last.old", "pictures", "classes.csv", "report.html"),
     }
     assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_006.png", "epoch_012.png"}
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
@@ -351,7 +351,7 @@ def test_a_continuation_of_other_updates_is_refused(recipe, tmp_path, capsys):
     assert train(recipe, [*options, "schedule.epochs=1"]) == 0
     for change, says in (
         ("train.accumulate=2", "images per update were 4, are now 8"),
-        ("data.limit=8", "batches per pass were 4, are now 2"),
+        ("data.limit=8", "images per pass were 16, are now 8"),
     ):
         capsys.readouterr()
         assert train(recipe, [*options, "schedule.epochs=2", change]) == 1

@@ -27,8 +27,9 @@ from ...backbones.images import to_mode
 from ...configs.schema import DetectAugmentConfig, DetectConfig
 from .composites import write_composites
 from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
-from .guard import BadSamples, DataError
+from .guard import BadSamples, DataError, Excluded
 from .order import EpochOrder
+from .transforms import seeded
 
 # reported, and still used
 CLIPPED = "box reaches beyond the image: clipped"
@@ -508,8 +509,7 @@ class CocoImages(Dataset):
         }
         if "masks" in target:
             typed["masks"] = tv_tensors.Mask(target["masks"])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        with seeded(*seed):
             typed = self.transform(typed)
         plain = {key: value.as_subclass(torch.Tensor) for key, value in typed.items()}
         return plain.pop("image"), plain
@@ -593,7 +593,7 @@ def build_coco(
             write_composites(root, data.digits_train, data.digits_val, data.digits_size, seed=0)
     if not root.is_dir():
         raise DataError(f"the data folder {root} does not exist (data.root)")
-    bad = BadEntries(data.max_bad_fraction)
+    bad, excluded = BadEntries(data.max_bad_fraction), Excluded.read(data.exclude)
     notes: list[str] = []
     loaders = {}
     for split in ("train", "val") if train else ("val",):
@@ -601,6 +601,12 @@ def build_coco(
         file, folder = root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images")
         index = read_coco(file, folder, bad, masks=masks, categories=categories)
         categories = index.categories
+        if excluded:
+            paths = [index.folder / name for name in index.names]
+            keep = [not excluded.holds(str(path), os.path.relpath(path, root)) for path in paths]
+            index.select(np.flatnonzero(keep))
+            if len(index) == 0:
+                raise DataError(f"data.exclude={data.exclude} leaves no image of {file}")
         limit = data.limit if training else data.val_limit
         empty = choose_images(index, bad, train=training, keep_empty=data.keep_empty, limit=limit)
         counts = bad.counts(str(file))
@@ -615,6 +621,8 @@ def build_coco(
         order = EpochOrder(len(index), batch_size, train=training, seed=config.seed, rank=rank, world=world)
         dataset = CocoImages(index, data.in_chans, transform, config.seed)
         loaders[split] = CocoLoader(dataset, order, device, bad, data.workers)
+    if excluded:
+        notes.append(excluded.note())
     if bad.names:
         notes.append(f"{len(bad.names):,} images of the annotations don't exist, first {min(bad.names)}")
     return DetectData(loaders.get("train"), loaders["val"], categories, bad, notes)

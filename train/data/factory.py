@@ -2,18 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform
 
 from ...configs.schema import ClassifyConfig, DataConfig
-from . import files, idx, memory
-from .guard import BadSamples, DataError, check_classes
+from . import files, idx, memory, wds
+from .guard import BadSamples, DataError, Excluded, check_classes
 from .order import EpochOrder, Normalize
+from .transforms import EvalTransform, TrainTransform
 
 Loader = memory.MemoryLoader | files.FileLoader
 CHANNELS = (1, 3)
@@ -27,6 +27,7 @@ class Data:
     val: Loader
     preprocessing: dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode
     bad: BadSamples
+    notes: list[str] = field(default_factory=list)  # for the user
 
 
 def idx_root(config: DataConfig) -> Path:
@@ -53,7 +54,7 @@ def find_classes(config: DataConfig) -> list[str]:
     elif config.kind == "idx":
         classes = list(idx.FASHION_MNIST)
     else:
-        raise DataError("WebDataset shards don't tell their classes: give data.num_classes or data.classes")
+        classes = wds.read_classes(_root_text(config))
     check_classes(classes, f"data.kind={config.kind}")
     return classes
 
@@ -62,6 +63,11 @@ def _root(config: DataConfig) -> Path:
     if not config.root:
         raise DataError(f"data.root is needed for data.kind={config.kind}: the folder with {config.train_split!r}")
     return Path(config.root)
+
+
+def _root_text(config: DataConfig) -> str:
+    """The root of shards, which may be an address."""
+    return config.root if "://" in (config.root or "") else str(_root(config))
 
 
 def _preprocessing(config: DataConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,9 +117,16 @@ def build_data(
         raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
     preprocessing = _preprocessing(data, model_cfg)
     bad = BadSamples(data.max_bad_fraction)
-    build = _memory if data.kind in ("idx", "digits") else _files
-    loaders = build(config, classes, preprocessing, bad, device, ("train", "val") if train else ("val",), rank, world)
-    return Data(loaders.get("train"), loaders["val"], preprocessing, bad)
+    splits = ("train", "val") if train else ("val",)
+    if data.kind in ("idx", "digits"):
+        if data.exclude is not None:
+            raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
+        loaders = _memory(config, classes, preprocessing, bad, device, splits, rank, world)
+        return Data(loaders.get("train"), loaders["val"], preprocessing, bad)
+    excluded = Excluded.read(data.exclude)
+    loaders = _files(config, classes, preprocessing, bad, device, splits, rank, world, excluded)
+    notes = [excluded.note()] if excluded else []
+    return Data(loaders.get("train"), loaders["val"], preprocessing, bad, notes)
 
 
 def _order(config: ClassifyConfig, samples: int, train: bool, rank: int, world: int) -> EpochOrder:
@@ -150,51 +163,35 @@ def _memory(config, classes, preprocessing, bad, device, splits, rank, world) ->
     return loaders
 
 
-def _files(config, classes, preprocessing, bad, device, splits, rank, world) -> dict[str, files.FileLoader]:
-    data, augment = config.data, config.augment
-    shared = {"input_size": preprocessing["input_size"], "use_prefetcher": True}  # bytes out; normalised on the device
-    transforms = {
-        "train": lambda: create_transform(
-            **shared,
-            is_training=True,
-            scale=tuple(augment.scale),
-            ratio=tuple(augment.ratio),
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
-            mean=tuple(preprocessing["mean"]),  # AutoAugment fills with it
-        ),
-        "val": lambda: create_transform(
-            **shared,
-            interpolation=preprocessing["interpolation"],
-            crop_pct=preprocessing["crop_pct"],
-            crop_mode=preprocessing["crop_mode"],
-        ),
-    }
+def _files(config, classes, preprocessing, bad, device, splits, rank, world, excluded) -> dict[str, files.FileLoader]:
+    data = config.data
     loaders = {}
     for split in splits:
         train = split == "train"
         name = data.train_split if train else data.val_split
-        transform = transforms[split]()
-        if data.kind == "folder":
-            dataset = files.FolderImages(_root(data), name, classes, transform, data.in_chans, train)
-            samples = len(dataset)
-        else:
-            dataset = files.ShardImages(
-                str(_root(data)),
-                name,
-                transform,
-                data.in_chans,
-                train=train,
-                seed=config.seed,
-                rank=rank,
-                world=world,
-                workers=data.workers,
+        if train:
+            transform = TrainTransform(
+                config.augment, data.decode, preprocessing["input_size"], tuple(preprocessing["mean"])
             )
-            samples = dataset.samples
-        order = _order(config, samples, train, rank, world)
+        else:
+            transform = EvalTransform(preprocessing)
+        shared = {"train": train, "seed": config.seed, "excluded": excluded}
         normalize = _normalize(config, preprocessing, train, device)
-        loaders[split] = files.FileLoader(dataset, len(classes), order, normalize, bad, data.workers)
+        loader = files.FileLoader
+        if data.kind == "folder":
+            dataset = files.FolderImages(_root(data), name, classes, transform, **shared)
+        else:
+            root = _root_text(data)
+            shards, lengths, samples = wds.find_shards(root, name, train)
+            if any(wds.is_streamed(shard) for shard in shards):
+                split_up = {"rank": rank, "world": world, "workers": data.workers}
+                dataset, loader = wds.StreamedImages(shards, transform, **shared, **split_up), files.StreamLoader
+            else:
+                dataset = wds.ShardImages(root, wds.load_index(root, name, shards, lengths), transform, **shared)
+        if loader is files.FileLoader:
+            samples = len(dataset)
+        if not samples:
+            raise DataError(f"the split {name!r} in {data.root} has no images")
+        order = _order(config, samples, train, rank, world)
+        loaders[split] = loader(dataset, len(classes), order, normalize, bad, data.workers)
     return loaders

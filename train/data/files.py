@@ -1,24 +1,24 @@
-"""Image files: one folder per class, or WebDataset shards. Decoded and augmented by timm's transforms in workers."""
+"""Image files, one folder per class, and the loaders that decode and augment image files in worker processes."""
 
 import io
 import os
-import random
 import signal
 import struct
-from collections.abc import Callable, Iterator
-from multiprocessing import Value
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ...backbones.images import to_mode
-from .guard import BadSamples, DataError, check_labels
+from .guard import NOTHING, BadSamples, DataError, Excluded, check_labels
 from .order import Batch, EpochOrder, Normalize, NumberedBatches
+from .transforms import EvalTransform, TrainTransform, seeded
 
 # what Pillow raises for files that are damaged, cut short, or no images at all
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -26,11 +26,6 @@ ATTEMPTS = 10  # readable neighbours to look for in place of an unreadable image
 
 Found = list[tuple[str, str]]  # (name, reason) of unreadable images
 Item = tuple[torch.Tensor | None, int, Found]
-
-
-def _decode(file: io.IOBase, channels: int) -> Image.Image:
-    with Image.open(file) as image:
-        return to_mode(image, channels)  # decodes
 
 
 def scan_folder(root: Path, split: str) -> list[str]:
@@ -61,126 +56,97 @@ def _has_image(folder: Path, extensions: tuple[str, ...]) -> bool:
     return any(name.lower().endswith(extensions) for _, _, files in os.walk(folder, followlinks=True) for name in files)
 
 
-class FolderImages(Dataset):
-    """Images below class folders, through timm's reader; the unreadable are reported, never returned.
+class Images(Dataset):
+    """Images with their labels, by position. An item is asked for by (epoch, position): what is drawn for it depends on
+    both and on the seed alone, so it is the same whichever process reads it, and again after a resume.
 
-    Items are (uint8 ``[C, H, W]`` or None, label, unreadable images met on the way).
+    Items are (uint8 ``[C, H, W]`` or None, label, unreadable images met on the way): an unreadable image is reported,
+    never returned; in training its next readable neighbour takes its place.
     """
 
-    def __init__(self, root: Path, split: str, classes: list[str], transform: Callable, channels: int, train: bool):
-        present = scan_folder(root, split)
-        unknown = sorted(set(present) - set(classes))
-        if unknown:
-            raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
-        index = {name: i for i, name in enumerate(classes)}
-        self.reader = create_dataset("", str(root / split), search_split=False, class_map=index).reader
-        nested = set(present) - {classes[label] for _, label in self.reader.samples}
-        if nested:
-            raise DataError(
-                f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
-            )
-        self.transform, self.channels, self.train = transform, channels, train
+    def __init__(self, transform: TrainTransform | EvalTransform, *, train: bool, seed: int):
+        self.transform, self.train, self.seed = transform, train, seed
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def name(self, position: int) -> str:
+        """What a report calls it."""
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Item:
+    def label(self, position: int) -> int:
+        raise NotImplementedError
+
+    def open(self, position: int) -> io.IOBase:
+        """The file; raises one of `UNREADABLE` where there is none."""
+        raise NotImplementedError
+
+    def __getitem__(self, item: tuple[int, int]) -> Item:
+        epoch, index = item
         found: Found = []
-        for attempt in range(ATTEMPTS if self.train else 1):
-            position = (index + attempt) % len(self)
-            try:
-                file, label = self.reader[position]
-                with file:
-                    image = _decode(file, self.channels)
-            except UNREADABLE as error:
-                found.append((self.reader.filename(position, absolute=True), f"{type(error).__name__}: {error}"))
-                continue
-            return torch.as_tensor(self.transform(image)), label, found
+        with seeded(self.seed, epoch, index) if self.train else nullcontext():
+            for attempt in range(ATTEMPTS if self.train else 1):
+                position = (index + attempt) % len(self)
+                try:
+                    with self.open(position) as file:
+                        image = self.transform.read(file)
+                except UNREADABLE as error:
+                    found.append((self.name(position), f"{type(error).__name__}: {error}"))
+                    continue
+                return torch.as_tensor(self.transform.augment(image)), self.label(position), found
         return None, -1, found
 
 
-class ShardImages(IterableDataset):
-    """WebDataset shards described by timm's reader (``_info.json``, or a brace pattern with its count).
+def list_images(root: Path, split: str, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """Paths and labels of the images below ``root/split/CLASS``, in timm's order.
 
-    Every process and worker reads its own shards: each sample is seen exactly once in evaluation. In training the
-    shards are shuffled by seed and epoch, and repeated as often as the epoch's batches need.
+    Raises:
+        DataError: folders that are missing or empty, unknown classes, or images in deeper folders.
     """
+    present = scan_folder(root, split)
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
+    index = {name: i for i, name in enumerate(classes)}
+    samples = create_dataset("", str(root / split), search_split=False, class_map=index).reader.samples
+    nested = set(present) - {classes[label] for _, label in samples}
+    if nested:
+        raise DataError(
+            f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
+        )
+    return samples
+
+
+class FolderImages(Images):
+    """Images below class folders."""
 
     def __init__(
         self,
-        root: str,
+        root: Path,
         split: str,
-        transform: Callable,
-        channels: int,
+        classes: Sequence[str],
+        transform: TrainTransform | EvalTransform,
         *,
         train: bool,
-        seed: int,
-        rank: int,
-        world: int,
-        workers: int,
+        seed: int = 0,
+        excluded: Excluded = NOTHING,
     ):
-        try:
-            reader = create_dataset("wds/", root, split=split, is_training=train).reader
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise DataError(f"WebDataset split {split!r} in {root}: {error}") from None
-        self.shards = [os.path.join(root, name) for name in reader.split_info.filenames]
-        self.samples = reader.num_samples
-        missing = [s for s in self.shards if "://" not in s and not s.startswith("pipe:") and not os.path.isfile(s)]
-        if missing:
-            raise DataError(f"{len(missing)} of {len(self.shards)} shards don't exist, first {missing[0]}")
-        if not self.samples:
-            raise DataError(f"WebDataset split {split!r} in {root} has no images")
-        readers = world * max(workers, 1)
-        if train and len(self.shards) < readers:
-            raise DataError(
-                f"{len(self.shards)} shards can't feed {world} process(es) x {max(workers, 1)} data.workers; lower it"
-            )
-        self.transform, self.channels, self.train, self.seed = transform, channels, train, seed
-        self.rank, self.world = rank, world
-        self.number = Value("q", 0)  # shared, since workers hold copies of this object
+        super().__init__(transform, train=train, seed=seed)
+        samples = list_images(root, split, classes)
+        if excluded:
+            samples = [pair for pair in samples if not excluded.holds(pair[0], os.path.relpath(pair[0], root))]
+        # arrays, where a million Python objects would be copied into every worker that counts references to them
+        self.paths = np.array([os.fsencode(path) for path, _ in samples], bytes)
+        self.labels = np.array([label for _, label in samples], np.int64)
 
-    def set(self, epoch: int) -> None:
-        self.number.value = epoch
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    def __iter__(self) -> Iterator[Item]:
-        import webdataset
+    def name(self, position: int) -> str:
+        return os.fsdecode(self.paths[position])
 
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        shards = list(self.shards)
-        draw = random.Random(f"{self.seed}/{self.number.value}")
-        if self.train:
-            draw.shuffle(shards)
-        mine = shards[self.rank * workers + worker :: self.world * workers]
-        found: Found = []
+    def label(self, position: int) -> int:
+        return int(self.labels[position])
 
-        def book(error: Exception) -> bool:
-            found.append((str(getattr(error, "args", [""])[-1]), f"{type(error).__name__}: {error}"))
-            return True
-
-        while True:
-            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples(handler=book)]
-            if self.train:
-                stages.append(webdataset.shuffle(2048, rng=draw))
-            for sample in webdataset.DataPipeline(*stages):
-                try:
-                    name = next(k for k in ("jpg", "jpeg", "png", "webp") if k in sample)
-                    label = int(sample["cls"])
-                    image = _decode(io.BytesIO(sample[name]), self.channels)
-                except (*UNREADABLE, KeyError, StopIteration) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    found.append((f"{sample.get('__url__')}:{sample.get('__key__')}", reason))
-                    if not self.train:
-                        yield None, -1, found.copy()
-                        found.clear()
-                    continue
-                yield torch.as_tensor(self.transform(image)), label, found.copy()
-                found.clear()
-            if found:
-                yield None, -1, found.copy()
-                found.clear()
-            if not self.train:
-                return
+    def open(self, position: int) -> io.IOBase:
+        return open(self.paths[position], "rb")
 
 
 def collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, Found]:
@@ -218,16 +184,19 @@ class DenseLoader:
         collate: Callable[[list], Any],
     ):
         self.dataset, self.order, self.device, self.bad = dataset, order, device, bad
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=NumberedBatches(order),
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_trainer,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # its own: from the global one each new iterator would draw, a resumed one too
-        )
+        settings = {
+            "num_workers": workers,
+            "collate_fn": collate,
+            "worker_init_fn": leave_signals_to_the_trainer,
+            "pin_memory": device.type == "cuda",
+            # its own: from the global one each new iterator would draw, a resumed one too
+            "generator": torch.Generator(),
+        }
+        self.loader = self._loader(workers, settings)
+
+    def _loader(self, workers: int, settings: dict[str, Any]) -> DataLoader:
+        batches = NumberedBatches(self.order)
+        return DataLoader(self.dataset, batch_sampler=batches, persistent_workers=workers > 0, **settings)
 
     @property
     def samples(self) -> int:
@@ -244,67 +213,55 @@ class DenseLoader:
         yield from self.loader
 
 
-class FileLoader:
-    """Batches of image files, decoded in ``workers`` processes and normalised on the device.
-
-    Args:
-        dataset: :class:`FolderImages` or :class:`ShardImages`.
-        order: batches of indices; for shards it only counts.
-        bad: the book of unreadable images.
-    """
+class FileLoader(DenseLoader):
+    """Batches of image files, decoded in ``workers`` processes and normalised on the device."""
 
     def __init__(
-        self,
-        dataset: FolderImages | ShardImages,
-        num_classes: int,
-        order: EpochOrder,
-        normalize: Normalize,
-        bad: BadSamples,
-        workers: int,
+        self, dataset: Images, num_classes: int, order: EpochOrder, normalize: Normalize, bad: BadSamples, workers: int
     ):
-        self.dataset, self.num_classes, self.order = dataset, num_classes, order
-        self.normalize, self.bad = normalize, bad
-        self.streaming = isinstance(dataset, ShardImages)
-        batches = {"batch_size": order.batch_size} if self.streaming else {"batch_sampler": order}
-        self.loader = DataLoader(
-            dataset,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals_to_the_trainer,
-            pin_memory=normalize.device.type == "cuda",
-            persistent_workers=workers > 0 and not self.streaming,
-            **batches,
-        )
-
-    @property
-    def samples(self) -> int:
-        return self.order.samples
-
-    @property
-    def batches(self) -> int:
-        return len(self.order)
+        super().__init__(dataset, order, normalize.device, bad, workers, collate)
+        self.num_classes, self.normalize = num_classes, normalize
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch from the ``start``-th on (from shards: as many as are left, newly drawn).
+        """Yields the batches of an epoch from the ``start``-th on.
 
         Raises:
             DataError: a label out of range, or too many unreadable images.
         """
-        self.order.set(epoch, start)
-        if self.streaming:
-            self.dataset.set(epoch)
-        self.bad.start(-(-self.samples // self.order.world))
-        left = self.batches - start
-        for images, targets, found in self.loader:
+        for images, targets, found in self._read(epoch, start):
             self.bad.add(found)
             if len(images) == 0:
-                if self.order.train and not self.streaming:
+                if self.order.train:
                     raise DataError(f"no readable image within {ATTEMPTS} neighbours of a whole batch: {found[:3]}")
                 continue
             check_labels(targets, self.num_classes, "labels")
-            device = self.normalize.device
-            images = images.to(device, non_blocking=True).float().div_(255)
-            yield Batch(self.normalize(images), targets.to(device, non_blocking=True))
-            left -= 1
-            if left == 0 and self.order.train:
-                return
+            yield Batch(self.normalize.bytes(images), targets.to(self.device, non_blocking=True))
+
+
+class StreamLoader(FileLoader):
+    """The same from shards that are streamed, where the order of batches only counts them.
+
+    Args:
+        dataset: a `wds.StreamedImages`.
+    """
+
+    def __init__(self, dataset: IterableDataset, num_classes, order, normalize, bad, workers):
+        super().__init__(dataset, num_classes, order, normalize, bad, workers)
+
+    def _loader(self, workers: int, settings: dict[str, Any]) -> DataLoader:
+        return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
+
+    def _read(self, epoch: int, start: int) -> Iterator[Any]:
+        """As many batches as the epoch has left, newly drawn."""
+        self.dataset.set(epoch)
+        self.bad.start(-(-self.samples // self.order.world))
+        left = self.batches - start if self.order.train else None
+        for batch in self.loader:
+            if self.order.train and len(batch[0]) == 0:
+                self.bad.add(batch[2])
+                continue
+            yield batch
+            if left is not None:
+                left -= 1
+                if left == 0:
+                    return

@@ -53,6 +53,12 @@ class BadSamples:
         """Takes over the names found by another process."""
         self.names.update(names)
 
+    def read(self, path: Path) -> None:
+        """Takes over what :meth:`write` wrote, if it is there."""
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.names.update({row["sample"]: row["reason"] for row in csv.DictReader(file)})
+
     def write(self, path: Path) -> None:
         """Writes name and reason of every unreadable image of the run; nothing when all were readable."""
         if not self.names:
@@ -63,6 +69,49 @@ class BadSamples:
             writer.writerow(["sample", "reason"])
             writer.writerows(sorted(self.names.items()))
         os.replace(temporary, path)
+
+
+class Excluded:
+    """Names of samples to leave out, from a ``bad_samples.csv`` (its first column) or a list with a name on each line.
+
+    A name is a path, or for shards ``SHARD:KEY``, as reports have it or relative to the folder of the data.
+    """
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.names = frozenset(names)
+        self.count = 0  # left out so far
+
+    @classmethod
+    def read(cls, path: str | Path | None) -> "Excluded":
+        """Raises:
+        DataError: the file can't be read, or names nothing.
+        """
+        if path is None:
+            return cls()
+        try:
+            with Path(path).open(newline="", encoding="utf-8") as file:
+                rows = [row[0] for row in csv.reader(file) if row]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"data.exclude={path} can't be read: {error}") from None
+        names = rows[1:] if rows[:1] == ["sample"] else rows
+        if not names:
+            raise DataError(f"data.exclude={path} names no sample")
+        return cls(names)
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def holds(self, *names: str) -> bool:
+        """Whether one of a sample's ``names`` is to be left out; counts those that are."""
+        found = any(name in self.names for name in names)
+        self.count += found
+        return found
+
+    def note(self) -> str:
+        return f"data.exclude: {self.count:,} samples left out, of {len(self.names):,} that are named"
+
+
+NOTHING = Excluded()
 
 
 def check_labels(targets: torch.Tensor, num_classes: int, where: str) -> None:

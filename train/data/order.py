@@ -89,11 +89,19 @@ class Normalize:
         self.device = device
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self.byte_mean, self.byte_std = (  # rounded once, as timm's
+            torch.tensor([255 * value for value in values], device=device).view(-1, 1, 1) for values in (mean, std)
+        )
         self.erase = RandomErasing(erase, mode=erase_mode, device=device) if erase else None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """images: float in [0, 1], ``[B, C, H, W]``."""
         images = (images - self.mean) / self.std
+        return self.erase(images) if self.erase is not None else images
+
+    def bytes(self, images: torch.Tensor) -> torch.Tensor:
+        """The same of uint8 ``[B, C, H, W]`` on any device, by the operations of timm's loader, in one new tensor."""
+        images = images.to(self.device, non_blocking=True).float().sub_(self.byte_mean).div_(self.byte_std)
         return self.erase(images) if self.erase is not None else images
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ its image are booked as bad samples, with name and reason. A label outside the c
 classes are not those of the data.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from ...heads.segmentation.inference import fitted
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
 from .factory import CHANNELS, Data
 from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
-from .guard import BadSamples, DataError, check_classes
+from .guard import BadSamples, DataError, Excluded, check_classes
 from .memory import DIGITS
 from .order import EpochOrder
 
@@ -448,17 +449,21 @@ def build_semantic_data(
         raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
     if data.kind == "digits":
         data = _write_digits(data)
-    bad = BadSamples(data.max_bad_fraction)
+    bad, excluded = BadSamples(data.max_bad_fraction), Excluded.read(data.exclude)
     loaders: dict[bool, SemanticLoader] = {}
     for training in (True, False) if train else (False,):
-        pairs = find_pairs(data, split_name(data, training))[: data.limit if training else data.val_limit]
+        pairs = find_pairs(data, split_name(data, training))
+        pairs = [p for p in pairs if not excluded.holds(str(p.image), os.path.relpath(p.image, data.root))]
+        pairs = pairs[: data.limit if training else data.val_limit]
+        if not pairs:
+            raise DataError(f"data.exclude={data.exclude} leaves no sample of {split_name(data, training)!r}")
         fill = [round(255 * value) for value in mean]
         augment = SemanticAugment(config.augment, fill, data.antialias) if training else None
         dataset = SemanticImages(data, pairs, len(classes), augment, config.seed)
         size = config.train.batch_size if training else config.train.val_batch_size or config.train.batch_size
         order = EpochOrder(len(pairs), size, train=training, seed=config.seed, rank=rank, world=world)
         loaders[training] = SemanticLoader(dataset, order, device, bad, data.workers)
-    return Data(loaders.get(True), loaders[False], {}, bad)
+    return Data(loaders.get(True), loaders[False], {}, bad, [excluded.note()] if excluded else [])
 
 
 def _write_digits(config: SegmentDataConfig) -> SegmentDataConfig:

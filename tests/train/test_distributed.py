@@ -1,0 +1,311 @@
+"""Several processes on one machine, through gloo: DDP and FSDP, going on with more or fewer, failures."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from foveal.configs.schema import ConfigError, TrainConfig
+from foveal.train import checkpoint
+from foveal.train.classify import evaluate, train
+from foveal.train.data.order import EpochOrder
+from foveal.train.engine import Trainer
+
+from .test_resume import assert_same_run, metrics
+
+SCRIPT = Path(__file__).with_name("one_process.py")
+
+PLAIN = """\
+model: {name: test_foveal_dinat, kwargs: {depths: [1, 1], num_heads: [1, 2], dilations: [[2], [1]]}}
+data: {kind: digits, image_size: 16, in_chans: 1, mean: [0.3], std: [0.37], limit: 128, val_limit: 63}
+augment: {hflip: 0.0}
+optim: {lr: 3e-3, clip_grad: 1.0}
+schedule: {epochs: 2, warmup_fraction: 0.1}
+train: {batch_size: 8, accumulate: 2, ema_decay: 0.9, threads: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.yaml"
+    path.write_text(PLAIN)
+    return path
+
+
+def launch(recipe: Path, overrides: list[str], world: int, **job) -> list[int]:
+    """The exit codes of ``world`` processes, forked from one that has imported everything."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["foveal.train.classify"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        environment = {name: str(value) for name, value in (ranks | place).items()}
+        given = {"recipe": str(recipe), "overrides": overrides, "environment": environment, **job}
+        processes.append(server.Process(target=runpy.run_path, args=(str(SCRIPT), {"JOB": given}, "__main__")))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def torchrun(recipe: Path, overrides: list[str], world: int, folder: Path, restarts: int = 0, **job) -> str:
+    """What a real launch says; it has to succeed."""
+    file = folder / "job.json"
+    file.write_text(json.dumps({"recipe": str(recipe), "overrides": overrides, **job}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    done = subprocess.run(
+        [*command, f"--max-restarts={restarts}", str(SCRIPT), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def close(run: Path, other: Path, names: tuple[str, ...] = ("model", "raw")) -> None:
+    """The same training, in another order of additions."""
+    for name in names:
+        a, b = (load_file(folder / "last" / f"{name}.safetensors") for folder in (run, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("samples", [64, 83])
+def test_an_update_is_of_the_same_images_for_any_number_of_processes(world, samples):
+    """16 images each: the k-th 16 of the epoch's order, whoever reads them."""
+    orders = [EpochOrder(samples, 4, train=True, seed=3, rank=rank, world=world) for rank in range(world)]
+    batches = [list(order) for order in orders]
+    alone = [i for batch in EpochOrder(samples, 16, train=True, seed=3) for i in batch]
+    forward = 4 // world  # passes for an update
+    for update in range(samples // 16):
+        mine = [i for b in batches for batch in b[update * forward : (update + 1) * forward] for i in batch]
+        assert sorted(mine) == sorted(alone[update * 16 : (update + 1) * 16])
+
+
+def test_an_unreadable_image_of_one_process_stops_all(folder_recipe, make_images, tmp_path):
+    """It alone cannot go on; the others say why they stop, and do not wait."""
+    root = make_images(train=40)
+    for path in sorted((root / "train/red").iterdir())[:3]:
+        path.write_bytes(b"no image")
+    options = [f"data.root={root}", f"output={tmp_path / 'run'}", "train.batch_size=8", "data.max_bad_fraction=0"]
+    assert launch(folder_recipe, options, 2, said=str(tmp_path / "said")) == [1, 1]
+    said = " ".join((tmp_path / "said").read_text().split())
+    assert "images could not be read, more than the allowed 0.00%" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_an_unreadable_held_out_image_of_one_process_stops_all(folder_recipe, make_images, tmp_path):
+    root = make_images()
+    sorted((root / "val/red").iterdir())[2].write_bytes(b"no image")
+    options = [f"data.root={root}", f"output={tmp_path / 'run'}", "train.batch_size=8", "data.max_bad_fraction=0"]
+    assert launch(folder_recipe, options, 2, said=str(tmp_path / "said")) == [1, 1]
+    assert "could not be read" in " ".join((tmp_path / "said").read_text().split())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_the_first_process_stops_all(recipe, tmp_path):
+    (tmp_path / "run").write_text("a file where a folder should be")
+    assert launch(recipe, [f"output={tmp_path / 'run'}"], 2, said=str(tmp_path / "said")) == [1, 1]
+    assert "File exists" in " ".join((tmp_path / "said").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [({"amp": "fp16"}, "use bf16"), ({"channels_last": True}, "contiguous weights only")],
+)
+def test_what_fsdp_cannot_do_is_refused(override, says):
+    with pytest.raises(ConfigError, match=says):
+        Trainer._check_divisible(TrainConfig(parallel="fsdp", **override))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["train.amp=bf16", "model.grad_checkpointing=true"]], ids=["float32", "bf16"])
+def test_fsdp_is_ddp_is_one_process(recipe, tmp_path, more):
+    """The same images in each update: the same weights but for rounding, and files of the same form."""
+    runs = {"one": 1, "ddp": 2, "fsdp": 2}
+    for name, world in runs.items():
+        parts = [f"train.accumulate={4 // world}", f"train.parallel={'fsdp' if name == 'fsdp' else 'ddp'}"]
+        options = [f"output={tmp_path / name}", "train.fsdp_unit=1000", "train.batch_size=4", *parts, *more]
+        assert launch(recipe, options, world) == [0] * world
+    if not more:  # in bf16 rounding decides too much
+        close(tmp_path / "ddp", tmp_path / "one")
+        close(tmp_path / "fsdp", tmp_path / "one")
+    states = [torch.load(tmp_path / n / "last" / checkpoint.TRAINER, weights_only=True)["optimizer"] for n in runs]
+    shapes = [{k: {n: tuple(t.shape) for n, t in v.items()} for k, v in s["state"].items()} for s in states]
+    assert shapes[0] == shapes[1] == shapes[2]
+    loss = [float(metrics(tmp_path / name)[-1]["val_loss"]) for name in runs]
+    assert loss[1:] == pytest.approx([loss[0]] * 2, rel=2e-2 if more else 1e-4)
+    assert evaluate(str(tmp_path / "fsdp"), [f"output={tmp_path / 'result.json'}"]) == 0
+    best = max(float(row["top1"]) for row in metrics(tmp_path / "fsdp"))
+    assert json.loads((tmp_path / "result.json").read_text())["top1"] == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [(("fsdp", 2), ("fsdp", 2)), (("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2))], ids=str
+)
+def test_going_on_with_others(recipe, tmp_path, before, after):
+    """Stopped in the second epoch, with FSDP and without, by one process and by two: every image of the epoch is seen
+    once, and without anything drawn at random the weights are those of a run that was not stopped."""
+    whole, run, record = tmp_path / "whole", tmp_path / "run", tmp_path / "record"
+    record.mkdir()
+
+    def options(kind: str, world: int) -> list[str]:
+        return [
+            f"train.parallel={kind}",
+            f"train.accumulate={4 // world}",
+            "train.batch_size=4",
+            "train.fsdp_unit=1000",
+        ]
+
+    assert launch(recipe, [f"output={whole}", *options(*before)], before[1]) == [0] * before[1]
+    batch = 4 // before[1] * (8 + 3)  # of the eleventh update of sixteen
+    stopped = [f"output={run}", *options(*before)]
+    assert launch(recipe, stopped, before[1], stop=[before[1] - 1, batch], record=str(record)) == [0] * before[1]
+    assert not (run / "summary.json").exists()
+    going_on = [f"output={run}", "resume=auto", *options(*after)]
+    assert launch(recipe, going_on, after[1], record=str(record)) == [0] * after[1]
+    if before == after:
+        assert_same_run(run, whole)
+    else:
+        close(run, whole)
+    seen = []
+    for file in record.iterdir():
+        seen += [
+            i for number, _, indices in map(json.loads, file.read_text().splitlines()) if number == 1 for i in indices
+        ]
+    # the batch that each process had read ahead when it was stopped is none
+    assert sorted(seen) == list(range(128))
+
+
+def test_another_number_of_processes_needs_updates_of_as_many_images(recipe, tmp_path, capsys):
+    assert train(recipe, [f"output={tmp_path / 'run'}", "schedule.epochs=1"]) == 0
+    path = tmp_path / "run/last" / checkpoint.TRAINER
+    saved = torch.load(path, weights_only=True)
+    saved["shape"] |= {"images per update": 32, "updates per epoch": 4}
+    saved["random"], saved["losses"] = saved["random"] * 2, saved["losses"] * 2  # as by two processes
+    torch.save(saved, path)
+    checkpoint.seal(path.parent)
+    assert train(recipe, [f"output={tmp_path / 'run'}", "resume=auto"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "updates per epoch were 4, are now 8, with 1 process(es) instead of 2; train.accumulate=4 keeps" in said
+    assert train(recipe, [f"output={tmp_path / 'run'}", "resume=auto", "train.accumulate=4"]) == 0
+
+
+@pytest.mark.slow
+def test_four_processes_of_torchrun(recipe, tmp_path):
+    assert train(recipe, [f"output={tmp_path / 'one'}", "train.batch_size=4", "train.accumulate=4"]) == 0
+    options = [f"output={tmp_path / 'four'}", "train.batch_size=4", "train.accumulate=1"]
+    torchrun(recipe, options, 4, tmp_path)
+    close(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_from_the_last_checkpoint(recipe, tmp_path):
+    """torchrun's elastic restart: the second process dies without a word in the second epoch."""
+    options = ["resume=auto", "train.save_every=3", "model.drop_path_rate=0.2", "augment.mixup=0.3"]
+    assert launch(recipe, [f"output={tmp_path / 'whole'}", *options], 2) == [0, 0]
+    said = torchrun(recipe, [f"output={tmp_path / 'run'}", *options], 2, tmp_path, restarts=1, kill=[1, 13])
+    assert "resumed at epoch 2, update 1" in said
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Commands of Slurm's names that write down what they are asked; `srun` runs nothing but ``SRUN``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {
+        "scontrol": 'echo "scontrol $*" >> "$ASKED"; [ "$1" != show ] || printf "node1\\nnode2\\n"',
+        "srun": 'echo "srun $*" >> "$ASKED"; eval "$SRUN"',
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    def sbatch(arguments: list[str], srun: str, stop: bool = False) -> tuple[int, list[str]]:
+        asked = tmp_path / "asked.txt"
+        asked.write_text("")
+        settings = {"ASKED": str(asked), "SRUN": srun, "PATH": f"{folder}:{os.environ['PATH']}"}
+        settings |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+        script = Path(__file__).parents[2] / "docs/slurm.sbatch"
+        process = subprocess.Popen(["bash", str(script), *arguments], env=settings, stderr=subprocess.DEVNULL)
+        while stop and process.poll() is None and "ready" not in asked.read_text():
+            time.sleep(0.01)
+        if stop:
+            process.terminate()
+        return process.wait(60), asked.read_text().splitlines()
+
+    return sbatch
+
+
+def test_the_slurm_script(slurm, tmp_path):
+    """Asked to stop, it passes that on and has the job queued again; a run that is finished or failed is left alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    arguments = ["dinat_tiny", f"output={run}", "optim.lr=1e-3"]
+    code, asked = slurm(arguments, "exit 3")
+    assert (code, len(asked)) == (3, 2)
+    assert "--nnodes=2" in asked[1]
+    assert "--rdzv_endpoint=node1:29500" in asked[1]
+    assert asked[1].endswith(f"-m foveal train classify dinat_tiny output={run} optim.lr=1e-3 resume=auto")
+    waits = 'trap \'echo stopped >> "$ASKED"; exit 1\' TERM; echo ready >> "$ASKED"; sleep 60 & wait'
+    code, asked = slurm(arguments, waits, stop=True)
+    assert (code, asked[2:]) == (1, ["ready", "stopped", "scontrol requeue 7"])
+    code, asked = slurm(arguments, f"touch {run}/summary.json")
+    assert (code, len(asked)) == (0, 2)
+    assert slurm(["dinat_tiny"], "true") == (1, [])
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves(recipe, tmp_path):
+    """As a scheduler sends it: every process stops at the same update, and the run goes on from there."""
+    run, file = tmp_path / "run", tmp_path / "job.json"
+    options = [f"output={run}", "schedule.epochs=500", "resume=auto"]
+    file.write_text(json.dumps({"recipe": str(recipe), "overrides": options}))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(SCRIPT),
+        str(file),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    while process.poll() is None and not (run / "metrics.csv").exists():
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=100)
+    assert f"stopped, saved as {run}/last" in said
+    checkpoint.verify(run / "last")
+    assert not (run / "summary.json").exists()
+    epochs = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)["state"]["epoch"]
+    assert launch(recipe, [*options, f"schedule.epochs={epochs + 1}"], 2) == [0, 0]
+    assert len(metrics(run)) == epochs + 1

@@ -1,0 +1,166 @@
+"""Runs that are killed at any moment and gone on with: nothing of the result depends on it, to the last bit."""
+
+import csv
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from foveal.train import checkpoint, classify
+from foveal.train.classify import train
+
+TIMES = {"images_per_second", "data_wait", "memory_mib", "seconds"}  # of a row, what no run repeats
+
+# everything that draws or remembers: dropout, drop path, shifts, erasing, mixing, averaging, a schedule with warm-up
+RANDOM = """\
+model:
+  name: test_foveal_dinat
+  drop_rate: 0.1
+  drop_path_rate: 0.2
+  kwargs: {depths: [1, 1], num_heads: [1, 2], dilations: [[2], [1]]}
+data: {kind: digits, image_size: 16, in_chans: 1, mean: [0.3], std: [0.37], limit: 256, val_limit: 64}
+augment: {hflip: 0.0, shift: 0.08, rotate: 10, erase: 0.2, mixup: 0.3, cutmix: 1.0, mix_off_fraction: 0.3}
+loss: {smoothing: 0.1}
+optim: {lr: 3e-3, clip_grad: 1.0}
+schedule: {epochs: 10, warmup_fraction: 0.1, cooldown_fraction: 0.1}
+train: {batch_size: 16, accumulate: 2, ema_decay: 0.95, save_every: 3, threads: 1}
+"""
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return timeless(list(csv.DictReader(file)))
+
+
+def trainer_state(run: Path) -> dict:
+    """RUN/last/trainer.pt without its times."""
+    state = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)
+    state["state"]["history"] = timeless(state["state"]["history"])
+    state["state"]["best"] = timeless([state["state"]["best"]])
+    for name in ("seconds", "epoch_seconds", "wait_seconds"):
+        del state["state"][name]
+    return state
+
+
+def assert_same(a, b, where: str = "trainer.pt") -> None:
+    """Equal to the last bit, whatever they hold."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    assert metrics(run) == metrics(whole)
+    for name in ("last/model.safetensors", "last/raw.safetensors", "best/model.safetensors"):
+        if (whole / name).exists():
+            assert_same(load_file(run / name), load_file(whole / name), name)
+    assert_same(trainer_state(run), trainer_state(whole))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "random.yaml"
+    path.write_text(RANDOM)
+    return path
+
+
+@pytest.mark.parametrize(("kills", "epochs"), [(3, 2), pytest.param(20, 8, marks=pytest.mark.slow)])
+def test_killed_at_random_points(recipe, tmp_path, kills, epochs):
+    """The processes are forked from one that has imported everything, so that a start costs no imports."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["foveal.train.classify"])
+
+    def start(run: Path) -> multiprocessing.Process:
+        options = [f"output={run}", f"schedule.epochs={epochs}", "resume=auto"]
+        process = server.Process(target=train, args=(recipe, options))
+        process.start()
+        return process
+
+    def written(run: Path) -> int:
+        file = run / "last" / checkpoint.TRAINER
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    process = start(tmp_path / "whole")
+    process.join(120)
+    assert (tmp_path / "whole/summary.json").exists()
+    draw, left = random.Random(kills), kills
+    for attempt in itertools.count():
+        run = tmp_path / f"parts{attempt}"
+        while not (run / "summary.json").exists():
+            before, process = written(run), start(run)
+            if left:
+                # most often a while after the run has got one checkpoint further, so that it comes to an end
+                further = draw.random() < 0.8
+                while process.is_alive() and (written(run) == before if further else not run.exists()):
+                    time.sleep(0.005)
+                process.join(draw.uniform(0, 0.3))
+                left -= process.is_alive()
+                process.kill()
+            process.join(120)
+        assert_same_run(run, tmp_path / "whole")
+        if not left:
+            return
+
+
+@pytest.mark.parametrize("stops", [(1, 4), (3, 6)])
+def test_image_files_are_augmented_alike(folder_recipe, make_images, tmp_path, stops):
+    """Stopped within an epoch of files that this process decodes: the loader draws nothing twice."""
+    options = [
+        f"data.root={make_images(train=60)}",
+        "schedule.epochs=2",
+        "augment.mixup=0.5",
+        "model.drop_path_rate=0.2",
+    ]
+    assert train(folder_recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
+    original, calls = classify.Task.train_step, []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        if len(calls) in stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, batch, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify.Task, "train_step", step)
+        for _ in range(1 + len(stops)):
+            assert train(folder_recipe, [f"output={tmp_path / 'parts'}", "resume=auto", *options]) == 0
+    assert len(calls) == 12
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_kill_between_last_and_best_is_made_good(recipe, tmp_path):
+    """The best epoch's weights are written after the checkpoint, from which they can be written again."""
+    options = [f"output={tmp_path / 'run'}", "schedule.epochs=1", "schedule.cooldown_fraction=0"]
+    assert train(recipe, options) == 0
+    run = tmp_path / "run"
+    best = (run / "best/model.safetensors").read_bytes()
+    (run / "best/model.safetensors").write_bytes(b"of an epoch before")
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").unlink()
+    (run / "summary.json").unlink()
+    assert train(recipe, [*options, "resume=auto"]) == 0
+    assert (run / "best/model.safetensors").read_bytes() == best
+    assert (run / "metrics.csv").read_text() == rows
+    assert (run / "summary.json").exists()

@@ -1,0 +1,286 @@
+"""``foveal shards``: WebDataset shards of the images of folders.
+
+A plan, which image goes to which shard in which order, follows from the images' names and sizes and from the options
+alone. Each shard is written under a temporary name and renamed; what a stopped run left is kept, and the same command
+goes on. Image files are copied byte for byte, unless they are to be made smaller.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from ...backbones.images import to_mode
+from .files import UNREADABLE, list_images, scan_folder
+from .guard import BadSamples, DataError
+from .wds import load_index
+
+SPLITS = ("train", "val")
+KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what readers of shards know; anything else becomes PNG
+LOCK = ".lock"
+QUALITY = 90  # of a JPEG that is made smaller
+
+
+@dataclass(frozen=True)
+class Options:
+    """How shards are made.
+
+    Attributes:
+        samples: images of each shard; None: by ``megabytes``.
+        megabytes: a shard is full when its source files come to so many megabytes (10^6 bytes).
+        seed: of the order.
+        verify: decode every image; one that can't be is left out and listed.
+        max_size: images with a longer side of more pixels are made smaller and stored as JPEG.
+        quality: store every image as JPEG of this quality; None: only those that are made smaller, of 90.
+    """
+
+    samples: int | None = None
+    megabytes: float = 100.0
+    seed: int = 0
+    verify: bool = False
+    max_size: int | None = None
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("samples", 1), ("max_size", 1), ("quality", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise DataError(f"{name} is {value}, must be at least {low}")
+        if self.quality is not None and self.quality > 100:
+            raise DataError(f"quality is {self.quality}, must be at most 100")
+        if not self.megabytes > 0:
+            raise DataError(f"megabytes is {self.megabytes}, must be above 0")
+
+
+@dataclass
+class Done:
+    """What was made: by split the number of shards and samples; and the images left out, with the reason."""
+
+    splits: dict[str, tuple[int, int]]
+    written: int  # shards of this run; the others were there
+    bad: dict[str, str]
+
+
+Sample = tuple[str, str, int]  # path, key in the shard, label
+Plan = dict[str, list[list[Sample]]]  # by split, the samples of each shard
+
+
+def make_plan(source: Path, options: Options) -> tuple[Plan, list[str], str]:
+    """Which image goes where, the class names, and a digest of all that the shards depend on.
+
+    Raises:
+        DataError: folders that are missing or empty, or images in deeper folders.
+    """
+    splits = [split for split in SPLITS if (source / split).is_dir()]
+    if not splits:
+        raise DataError(f"{source} has no folder {' or '.join(map(repr, SPLITS))} with a folder for each class")
+    classes = scan_folder(source, splits[0])
+    plan: Plan = {}
+    digest = hashlib.sha256(json.dumps([vars(options), classes], sort_keys=True).encode())
+    for split in splits:
+        images = sorted(list_images(source, split, classes))
+        facts = [os.stat(path) for path, _ in images]
+        for (path, label), fact in zip(images, facts, strict=True):
+            name = os.path.relpath(path, source)
+            digest.update(os.fsencode(f"{name}\0{label}\0{fact.st_size}\0{fact.st_mtime_ns}\n"))
+        keys = _keys([path for path, _ in images])
+        order = np.random.default_rng([options.seed, SPLITS.index(split)]).permutation(len(images))
+        shards: list[list[Sample]] = [[]]
+        size = 0
+        for i in order.tolist():
+            full = len(shards[-1]) == options.samples if options.samples else size >= options.megabytes * 1e6
+            if full:
+                shards.append([])
+                size = 0
+            shards[-1].append((images[i][0], keys[i], images[i][1]))
+            size += facts[i].st_size
+        plan[split] = shards
+    return plan, classes, digest.hexdigest()
+
+
+def _keys(paths: Sequence[str]) -> list[str]:
+    """``CLASS/NAME`` of each path, without dots in the name (a reader cuts there), made different where needed."""
+    taken: set[str] = set()
+    keys = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        base = f"{os.path.basename(folder)}/{os.path.splitext(name)[0].replace('.', '_')}"
+        key, number = base, 1
+        while key in taken:
+            number += 1
+            key = f"{base}_{number}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def encode(path: str, options: Options) -> tuple[str, bytes]:
+    """An image file as it is stored: ending and bytes.
+
+    Raises:
+        one of `UNREADABLE`: the file can't be read or, where that is asked for or needed, decoded.
+    """
+    content = Path(path).read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        kind = KINDS.get(image.format)
+        smaller = options.max_size is not None and max(image.size) > options.max_size
+        if not smaller and options.quality is None and kind is not None:
+            if options.verify:
+                to_mode(image, 3)
+            return kind, content
+        grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+        pixels = to_mode(image, 1 if grey else 3)
+    if smaller:
+        scale = options.max_size / max(pixels.size)
+        size = tuple(max(round(side * scale), 1) for side in pixels.size)
+        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
+    stored = io.BytesIO()
+    if smaller or options.quality is not None:
+        pixels.save(stored, "JPEG", quality=options.quality or QUALITY)
+        return "jpg", stored.getvalue()
+    pixels.save(stored, "PNG")
+    return "png", stored.getvalue()
+
+
+def _write_shard(path: Path, samples: Sequence[Sample], options: Options) -> tuple[Path, list[tuple[str, str]]]:
+    """Writes a shard beside ``path`` under a temporary name; what was left out. The bytes depend on nothing else."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    bad = []
+    with temporary.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for source, key, label in samples:
+                try:
+                    suffix, content = encode(source, options)
+                except UNREADABLE as error:
+                    bad.append((source, f"{type(error).__name__}: {error}"))
+                    continue
+                for ending, part in ((suffix, content), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{key}.{ending}")
+                    member.size = len(part)
+                    tar.addfile(member, io.BytesIO(part))
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary, bad
+
+
+def make_shards(
+    source: Path,
+    output: Path,
+    options: Options,
+    *,
+    jobs: int = 1,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> Done:
+    """Writes ``OUTPUT/SPLIT-000000.tar`` ... of ``SOURCE/SPLIT/CLASS/IMAGE``, and ``_info.json`` when all are there.
+
+    Args:
+        jobs: processes.
+        on_shard: called with the number of shards that are there and that there will be.
+
+    Raises:
+        DataError: nothing to read; or ``output`` holds something else, or shards of other images or options.
+        OSError: ``output`` can't be written.
+    """
+    if jobs < 1:
+        raise DataError(f"jobs is {jobs}, must be at least 1")
+    plan, classes, digest = make_plan(source, options)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"another process makes shards in {output}") from None
+    try:
+        return _make(plan, classes, digest, source, output, options, jobs, on_shard)
+    finally:
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _make(plan, classes, digest, source, output, options, jobs, on_shard) -> Done:
+    record = output / "_shards.json"
+    if record.exists():
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))["digest"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if found != digest:
+            raise DataError(
+                f"{output} holds shards of other images, or made with other options ({record.name}); "
+                "name another folder"
+            )
+    elif any(name != LOCK for name in os.listdir(output)):
+        raise DataError(f"{output} is not empty, and holds no shards that `foveal shards` made")
+    else:
+        _write_json(record, {"digest": digest, "source": str(source.resolve()), **vars(options)})
+    bad = BadSamples(1.0)
+    listed = output / "bad_samples.csv"
+    bad.read(listed)
+    places = {
+        output / f"{split}-{number:06}.tar": samples
+        for split, shards in plan.items()
+        for number, samples in enumerate(shards)
+    }
+    todo = {path: samples for path, samples in places.items() if not path.exists()}
+    count = len(places) - len(todo)
+    try:
+        for path, (temporary, found) in _written(todo, options, jobs):
+            bad.names.update(found)
+            bad.write(listed)  # before the shard, which says that it was looked at
+            temporary.replace(path)
+            count += 1
+            if on_shard is not None:
+                on_shard(count, len(places))
+    finally:
+        for path in todo:
+            path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+    info: dict[str, Any] = {"classes": classes, "splits": {}}
+    for split in plan:
+        names = [path.name for path in places if path.name.startswith(f"{split}-")]
+        index = load_index(str(output), split, names)
+        if not len(index):
+            raise DataError(f"no image of {source / split} could be read: see {listed}")
+        lengths = index.lengths().tolist()
+        info["splits"][split] = {
+            "name": split,
+            "num_samples": len(index),
+            "filenames": names,
+            "shard_lengths": lengths,
+        }
+    _write_json(output / "_info.json", info)
+    splits = {name: (len(each["filenames"]), each["num_samples"]) for name, each in info["splits"].items()}
+    return Done(splits, len(todo), bad.names)
+
+
+def _written(
+    todo: dict[Path, list[Sample]], options: Options, jobs: int
+) -> Iterator[tuple[Path, tuple[Path, list[tuple[str, str]]]]]:
+    if jobs == 1 or len(todo) < 2:
+        for path, samples in todo.items():
+            yield path, _write_shard(path, samples, options)
+        return
+    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    pool = ProcessPoolExecutor(min(jobs, len(todo)), mp_context=multiprocessing.get_context(fork))
+    try:
+        running = {pool.submit(_write_shard, path, samples, options): path for path, samples in todo.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,147 @@
+"""The training transform of image files: timm's, with the crop cut and resized by a faster way, and drawn by seed."""
+
+import io
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import Compose
+
+from ...backbones.images import to_mode
+from ...configs.schema import AugmentConfig
+from .guard import DataError
+
+JPEG_STEP = 2  # libjpeg shrinks by 2, 4 or 8 while it decodes
+FAST = ("random", "bilinear", "bicubic")  # what PyTorch resizes bytes by as Pillow does
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's CPU generators drawn from ``seed`` inside, and as they were before afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    first, second, third = np.random.SeedSequence(seed).generate_state(3).tolist()
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)  # torch.manual_seed would seed the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Crop(RandomResizedCropAndInterpolation):
+    """timm's random crop of an image that need not be decoded yet, cut before any conversion and resized by PyTorch.
+
+    The draws are timm's, and with the same ones so are the pixels, up to rounding: PyTorch's antialiased resize of
+    bytes follows Pillow's. With ``draft`` a JPEG whose crop has at least twice the wanted size in both directions is
+    shrunk while it is decoded (the inverse DCT of a part of the frequencies), which changes its pixels a little.
+    """
+
+    def __init__(self, *args, channels: int, draft: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.channels, self.draft = channels, draft
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
+        box = (left, top, left + width, top + height)
+        if self.draft and min(height / self.size[0], width / self.size[1]) >= JPEG_STEP:
+            whole = image.size
+            # at least so many pixels that the crop still has the wanted size
+            image.draft(None, (-(-whole[0] * self.size[1] // width), -(-whole[1] * self.size[0] // height)))
+            ratio = (image.width / whole[0], image.height / whole[1]) * 2
+            box = tuple(round(edge * part) for edge, part in zip(box, ratio, strict=True))
+        image = to_mode(image.crop(box), self.channels)
+        pixels = torch.from_numpy(np.array(image).reshape(1, image.height, image.width, self.channels))
+        pixels = F.interpolate(pixels.permute(0, 3, 1, 2), self.size, mode=mode.value, antialias=True)
+        array = pixels.permute(0, 2, 3, 1)[0].numpy()
+        return Image.fromarray(array if self.channels == 3 else array[..., 0])
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keeps so many bits of each channel. A drawn magnitude may leave none, which is black; timm's own hands 0 to
+    Pillow, and Pillow 13 refuses it."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _repair(transform: Callable) -> None:
+    """Puts :func:`posterize` in the place of timm's."""
+    if isinstance(transform, auto_augment.AugmentOp) and transform.aug_fn is auto_augment.posterize:
+        transform.aug_fn = posterize
+    nested = getattr(transform, "ops", None) or [op for ops in getattr(transform, "policy", ()) for op in ops]
+    for each in nested:
+        _repair(each)
+
+
+class TrainTransform:
+    """timm's training transform in two halves, of which the first may meet a damaged file: ``read`` a file's random
+    crop, then ``augment`` it (flips, AutoAugment or colour jitter) to uint8 ``[C, H, W]``.
+
+    Args:
+        config: of ``augment``.
+        decode: ``"timm"``, ``"fast"`` or ``"draft"``, see `Crop`.
+        input_size: (C, H, W).
+        mean: what AutoAugment fills with, of values in [0, 1].
+    """
+
+    def __init__(self, config: AugmentConfig, decode: str, input_size: Sequence[int], mean: Sequence[float]):
+        self.channels = input_size[0]
+        primary, secondary, final = create_transform(
+            tuple(input_size),
+            is_training=True,
+            use_prefetcher=True,  # bytes out; normalised on the device
+            separate=True,
+            scale=tuple(config.scale),
+            ratio=tuple(config.ratio),
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=tuple(mean),
+        )
+        crop, *steps = [*primary.transforms, *secondary.transforms, *final.transforms]
+        for step in steps:
+            _repair(step)
+        self.lazy = decode != "timm"
+        if self.lazy:
+            if config.interpolation not in FAST:
+                raise DataError(
+                    f"augment.interpolation={config.interpolation}: data.decode={decode} has {', '.join(FAST)}; "
+                    "data.decode=timm has the others"
+                )
+            kept = {"scale": crop.scale, "ratio": crop.ratio, "interpolation": config.interpolation}
+            crop = Crop(crop.size, **kept, channels=self.channels, draft=decode == "draft")
+        self.crop, self.augment = crop, Compose(steps)
+
+    def read(self, file: io.IOBase) -> Image.Image:
+        """The random crop of an image file, of the input's size."""
+        with Image.open(file) as image:
+            return self.crop(image if self.lazy else to_mode(image, self.channels))
+
+
+class EvalTransform:
+    """timm's evaluation transform in two halves: ``read`` a file, then ``augment`` the image to uint8 ``[C, H, W]``.
+
+    Args:
+        preprocessing: timm's names (input_size, interpolation, crop_pct, crop_mode).
+    """
+
+    def __init__(self, preprocessing: dict):
+        self.channels = preprocessing["input_size"][0]
+        kept = ("input_size", "interpolation", "crop_pct", "crop_mode")
+        self.augment = create_transform(use_prefetcher=True, **{key: preprocessing[key] for key in kept})
+
+    def read(self, file: io.IOBase) -> Image.Image:
+        with Image.open(file) as image:
+            return to_mode(image, self.channels)  # decodes

@@ -1,0 +1,343 @@
+"""WebDataset shards: tar files of images and their labels, read at any place by an index, or streamed from elsewhere.
+
+A sample is what follows each other with the same name up to the first dot of the last part: ``KEY.jpg``, ``KEY.cls``.
+Local shards are indexed, so that any sample can be read alone: the order, the share of each process and the place to go
+on from are then those of a folder. Shards behind an address or a command are streamed.
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from multiprocessing import Value
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .files import UNREADABLE, Found, Images, Item
+from .guard import DataError, Excluded
+from .transforms import EvalTransform, TrainTransform
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+OPEN_SHARDS = 64  # of each process
+NO_LABEL, NO_IMAGE = -1, -2  # stand for a label
+
+
+@dataclass
+class ShardIndex:
+    """Where the N samples of S shards lie."""
+
+    shards: np.ndarray  # bytes [S]: names
+    stamps: np.ndarray  # int64 [S, 2]: size in bytes and time of change (ns) when they were indexed
+    shard: np.ndarray  # int32 [N]
+    offset: np.ndarray  # int64 [N]: of the image's bytes
+    size: np.ndarray  # int64 [N]
+    label: np.ndarray  # int64 [N]; NO_LABEL, NO_IMAGE
+    key: np.ndarray  # bytes [N]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def lengths(self) -> np.ndarray:
+        """Samples of each shard."""
+        return np.bincount(self.shard, minlength=len(self.shards))
+
+    def write(self, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **vars(self))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def stamps(shards: Sequence[str]) -> np.ndarray:
+    """int64 ``[S, 2]``: size and time of change of each file."""
+    found = [os.stat(shard) for shard in shards]
+    return np.array([(each.st_size, each.st_mtime_ns) for each in found], np.int64).reshape(-1, 2)
+
+
+def index_shards(shards: Sequence[str], names: Sequence[str]) -> ShardIndex:
+    """Reads the headers of tar files, and their labels.
+
+    Args:
+        shards: paths.
+        names: what the index calls them.
+
+    Raises:
+        DataError: a file is no tar file, or is cut short.
+    """
+    rows = [(number, *sample) for number, path in enumerate(shards) for sample in scan_shard(path)]
+    shard, key, offset, size, label = zip(*rows, strict=True) if rows else ([],) * 5
+    return ShardIndex(
+        np.array([os.fsencode(name) for name in names], bytes),
+        stamps(shards),
+        np.array(shard, np.int32),
+        np.array(offset, np.int64),
+        np.array(size, np.int64),
+        np.array(label, np.int64),
+        np.array([k.encode() for k in key], bytes),
+    )
+
+
+def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
+    """The samples of a tar file in their order: key, offset and size of the image, label.
+
+    Raises:
+        DataError: no tar file, or cut short.
+    """
+    samples: list[tuple[str, int, int, int]] = []
+    current, image, label = None, None, NO_LABEL
+
+    def finish() -> None:
+        if current is not None:
+            offset, size = image or (0, 0)
+            samples.append((current, offset, size, label if image else NO_IMAGE))
+
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # it keeps them all
+                match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
+                if not member.isfile() or match is None:
+                    continue
+                key, suffix = match[1], match[2].lower()
+                if key != current:
+                    finish()
+                    current, image, label = key, None, NO_LABEL
+                if suffix in IMAGES and image is None:
+                    image = member.offset_data, member.size
+                elif suffix == "cls":
+                    text = tar.extractfile(member).read()
+                    label = int(text) if re.fullmatch(rb"\s*\d+\s*", text) else NO_LABEL
+            finish()
+            tar.fileobj.seek(tar.offset)  # tarfile takes what is no header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError("unexpected end of data")
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"the shard {path} can't be read after {len(samples)} samples ({error}); copy or make it again"
+        ) from None
+    return samples
+
+
+def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[int] = ()) -> ShardIndex:
+    """The index of a split's local shards: the one beside them while it fits them, else made anew and, where that can
+    be, written there.
+
+    Args:
+        lengths: samples of each shard as the data say; empty: not told.
+
+    Raises:
+        DataError: shards that are missing, damaged, or hold other numbers of samples.
+    """
+    paths = [os.path.join(root, name) for name in names]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(paths)} shards don't exist, first {missing[0]}")
+    tag = split if re.fullmatch(r"[\w-]+", split) else hashlib.sha256(split.encode()).hexdigest()[:12]  # a pattern
+    file = Path(root) / f"_index-{tag}.npz"
+    index = _read_index(file) if file.is_file() else None
+    same = index is not None and [os.fsdecode(name) for name in index.shards] == list(names)
+    if not same or not np.array_equal(index.stamps, stamps(paths)):
+        index = index_shards(paths, names)
+        if os.access(root, os.W_OK):
+            index.write(file)
+    counts = index.lengths()
+    for path, count, told in zip(paths, counts.tolist(), lengths or counts, strict=True):
+        if count != told:
+            raise DataError(f"the shard {path} holds {count} samples, _info.json says {told}; copy or make it again")
+    return index
+
+
+def _read_index(path: Path) -> ShardIndex | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return ShardIndex(**{field.name: stored[field.name] for field in fields(ShardIndex)})
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # it is only a shorter way to what the shards hold, and is written anew
+
+
+class ShardImages(Images):
+    """Images in local shards."""
+
+    def __init__(
+        self,
+        root: str,
+        index: ShardIndex,
+        transform: TrainTransform | EvalTransform,
+        *,
+        train: bool,
+        seed: int,
+        excluded: Excluded,
+    ):
+        super().__init__(transform, train=train, seed=seed)
+        self.root, self.index = root, index
+        self.files: OrderedDict[int, io.FileIO] = OrderedDict()
+        keep = np.ones(len(index), bool)
+        if excluded:
+            keep[:] = [self._keep(excluded, number) for number in range(len(index))]
+        self.numbers = np.flatnonzero(keep)
+
+    def _keep(self, excluded: Excluded, number: int) -> bool:
+        name = self._name(number)
+        return not excluded.holds(name, os.path.relpath(name, self.root))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"files": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def _name(self, number: int) -> str:
+        shard = os.path.join(self.root, os.fsdecode(self.index.shards[self.index.shard[number]]))
+        return f"{shard}:{self.index.key[number].decode()}"
+
+    def name(self, position: int) -> str:
+        return self._name(self.numbers[position])
+
+    def label(self, position: int) -> int:
+        return int(self.index.label[self.numbers[position]])
+
+    def open(self, position: int) -> io.BytesIO:
+        number = self.numbers[position]
+        if self.index.label[number] < 0:
+            raise ValueError("no image" if self.index.label[number] == NO_IMAGE else "no class")
+        size = int(self.index.size[number])
+        content = os.pread(self._file(int(self.index.shard[number])).fileno(), size, int(self.index.offset[number]))
+        if len(content) < size:
+            raise EOFError(f"{len(content)} of its {size} bytes are there")
+        return io.BytesIO(content)
+
+    def _file(self, shard: int) -> io.FileIO:
+        if shard in self.files:
+            self.files.move_to_end(shard)
+        else:
+            self.files[shard] = io.FileIO(os.path.join(self.root, os.fsdecode(self.index.shards[shard])))
+            if len(self.files) > OPEN_SHARDS:
+                self.files.popitem(last=False)[1].close()
+        return self.files[shard]
+
+
+class StreamedImages(IterableDataset):
+    """Images in shards behind addresses or commands (``https://``, ``pipe:``), read from their beginnings.
+
+    Every process and worker reads its own shards: each sample is seen exactly once in evaluation. In training the
+    shards are shuffled by seed and epoch, their samples in a buffer, and repeated as often as the epoch's batches need.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        transform: TrainTransform | EvalTransform,
+        *,
+        train: bool,
+        seed: int,
+        excluded: Excluded,
+        rank: int,
+        world: int,
+        workers: int,
+    ):
+        self.shards, self.excluded = list(shards), excluded
+        if train and len(self.shards) < world * max(workers, 1):
+            raise DataError(
+                f"{len(self.shards)} shards can't feed {world} process(es) x {max(workers, 1)} data.workers; lower it"
+            )
+        self.transform, self.train, self.seed = transform, train, seed
+        self.rank, self.world = rank, world
+        self.number = Value("q", 0)  # shared, since workers hold copies of this object
+
+    def set(self, epoch: int) -> None:
+        self.number.value = epoch
+
+    def __iter__(self) -> Iterator[Item]:
+        import webdataset
+
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        shards = list(self.shards)
+        draw = random.Random(f"{self.seed}/{self.number.value}")
+        if self.train:
+            draw.shuffle(shards)
+        mine = shards[self.rank * workers + worker :: self.world * workers]
+        found: Found = []
+
+        def book(error: Exception) -> bool:
+            found.append((str(getattr(error, "args", [""])[-1]), f"{type(error).__name__}: {error}"))
+            return True
+
+        while True:
+            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples(handler=book)]
+            if self.train:
+                stages.append(webdataset.shuffle(2048, rng=draw))
+            for sample in webdataset.DataPipeline(*stages):
+                name = f"{sample.get('__url__')}:{sample.get('__key__')}"
+                if self.excluded.holds(name):
+                    continue
+                try:
+                    kind = next(k for k in IMAGES if k in sample)
+                    label = int(sample["cls"])
+                    image = self.transform.read(io.BytesIO(sample[kind]))
+                except (*UNREADABLE, KeyError, StopIteration) as error:
+                    found.append((name, f"{type(error).__name__}: {error}"))
+                    if not self.train:
+                        yield None, -1, found.copy()
+                        found.clear()
+                    continue
+                yield torch.as_tensor(self.transform.augment(image)), label, found.copy()
+                found.clear()
+            if found:
+                yield None, -1, found.copy()
+                found.clear()
+            if not self.train:
+                return
+
+
+def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int], int]:
+    """Names of a split's shards, how many samples each holds (empty where that is not told), and how many all do.
+
+    Raises:
+        DataError: no such split, or no shards.
+    """
+    try:
+        reader = create_dataset("wds/", root, split=split, is_training=train).reader
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise DataError(f"WebDataset split {split!r} in {root}: {error}") from None
+    names = [str(name) for name in reader.split_info.filenames]
+    if "://" in root:
+        names = [name if ":" in name else f"{root.rstrip('/')}/{name}" for name in names]
+    if not names:
+        raise DataError(f"WebDataset split {split!r} in {root} has no shards")
+    return names, list(reader.split_info.shard_lengths), reader.num_samples
+
+
+def read_classes(root: str) -> list[str]:
+    """The class names that ``_info.json`` beside local shards gives.
+
+    Raises:
+        DataError: it gives none.
+    """
+    file = Path(root) / "_info.json"
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8")).get("classes") if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{file} is no description of shards: {error}") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"the shards in {root} don't tell their classes: give data.num_classes or data.classes")
+    return classes
+
+
+def is_streamed(name: str) -> bool:
+    """Whether a shard can only be read from its beginning: behind an address or a command, or compressed."""
+    return "://" in name or name.startswith("pipe:") or not name.endswith(".tar")
