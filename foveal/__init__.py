@@ -23,8 +23,8 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
     Args:
         source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a folder that
             ``foveal train`` wrote (its ``best/`` is taken), of a classifier, a detector or a segmenter; a model folder
-            as timm writes it (``config.json`` beside ``model.safetensors``); or one ``.safetensors`` file inside such a
-            folder.
+            as timm writes it (``config.json`` beside ``model.safetensors``), or as ``foveal convert`` does or ``foveal
+            export --to safetensors``; or one ``.safetensors`` file inside such a folder.
         kwargs: of a classifier, passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
 
     Raises:
@@ -32,11 +32,15 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
             do not fit the architecture.
         OSError: if published weights cannot be fetched.
     """
-    if _Path(source).is_dir():
+    path = _Path(str(source).removeprefix("local-dir:"))
+    file = path if path.suffix == ".safetensors" and path.is_file() else None
+    if str(source).strip() and (path.is_dir() or file is not None):
         from .heads.build import load_dense, read_dense_config  # detectors take torchvision's with them
 
-        if read_dense_config(source) is not None:
+        folder = path if file is None else path.parent
+        if (dense := read_dense_config(folder)) is not None:
             if kwargs:
                 raise ValueError(f"{source} is loaded as it was trained; given are {', '.join(kwargs)}")
-            return load_dense(source)
+            loading.refuse_exported(dense[0])
+            return load_dense(folder, file)
     return loading.load(source, **kwargs)

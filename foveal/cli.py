@@ -132,23 +132,34 @@ def info(
     card: Annotated[
         bool, typer.Option("--card", help="Print its family's model card instead; a folder's own.")
     ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the card of weights as Markdown.")] = False,
 ) -> None:
-    """Show one model: size, cost, input and preprocessing, licence and origin of its weights."""
+    """Show one model: size, cost, preprocessing, and its weights; with a tag, such as dinat_mini.in1k, their card."""
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
     from .backbones.loading import resolve
+    from .weights import card as cards
     from .weights.manifest import checkpoints, of_model
 
     # detectors and segmenters are in the manifest, but none of timm's tags
-    dense = checkpoints().get(name)
-    found = resolve(name if dense is None or dense.task == "classify" else dense.model)
-    if found.folder is not None:
-        if card and (found.folder / "README.md").is_file():
-            print((found.folder / "README.md").read_text(encoding="utf-8"), end="")
-            return
-        raise ValueError(
-            f"{name} is a folder of {found.architecture}; info takes a model name, --card a converted folder"
-        )
+    published = checkpoints().get(name)
+    if published is not None and not card and not as_json:
+        if markdown:
+            print(cards.published_card(published), end="")
+        else:
+            _show_card(name, cards.facts(published))
+        return
+    if markdown:
+        raise ValueError(f"--markdown prints the card of published weights, NAME.TAG; {name} is none")
+    if name.strip() and Path(name.removeprefix("local-dir:")).is_dir():
+        readme = _readme(Path(name.removeprefix("local-dir:")))
+        if not card or readme is None:
+            raise ValueError(
+                f"{name} is a folder; info takes a model name, --card a folder that was converted or exported"
+            )
+        print(readme, end="")
+        return
+    found = resolve(name if published is None or published.task == "classify" else published.model)
     if card:
         print(_card(found.architecture), end="")
         return
@@ -183,6 +194,7 @@ def info(
         },
         "dilations": _dilations(found.name),
         "notes": list(cfg.notes or ()),
+        **({"card": cards.facts(published)} if published is not None else {}),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -220,6 +232,24 @@ def info(
     for note in facts["notes"]:
         table.add_row("note", note)
     _console().print(table)
+
+
+def _show_card(name: str, facts: dict[str, str]) -> None:
+    """The card of published weights as a table."""
+    table = Table(box=None, show_header=False, pad_edge=False, title=name, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(key, escape(value.replace("`", "")))
+    _console().print(table)
+
+
+def _readme(folder: Path) -> str | None:
+    """The card in a folder or in a run's best/, if there is one."""
+    for place in (folder, folder / "best"):
+        if (place / "README.md").is_file():
+            return (place / "README.md").read_text(encoding="utf-8")
+    return None
 
 
 def _describe(name: str) -> dict[str, Any]:
@@ -400,17 +430,57 @@ def _newest_run() -> str:
 @command(app)
 def export(
     source: Annotated[str, typer.Argument(help="Model name, run folder or model folder.")],
-    to: Annotated[str, typer.Option(help="safetensors or onnx.")],
+    to: Annotated[str, typer.Option(help="safetensors, onnx, pt2, aoti, openvino or coreml.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    image: Annotated[list[str] | None, typer.Option(help="Check on this image too; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Check on this image too; may be repeated.", show_default="two photographs"),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="float16; images and logits stay float32.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="ONNX: convolutions and linear layers in 8 bits.")] = False,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="For --int8: image file, or folder of them; may be repeated.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Leave height and width free, too.")] = False,
+    size: Annotated[
+        str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: the size of the images.")
+    ] = None,
+    score: Annotated[
+        Path | None, typer.Option(help="Score what was written on these images, too: a folder for each class.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
 ) -> None:
     """Write a model for use elsewhere, checked against the original."""
+    from .weights.export import FORMATS
     from .weights.export import export as write
 
-    done = write(source, to, output, images=image or [], force=force)
+    done = write(
+        source,
+        to,
+        output,
+        images=image or [],
+        half=half,
+        int8=int8,
+        calibration=calibration or [],
+        dynamic=dynamic,
+        size=None if size is None else _rows_and_columns(size),
+        score=score,
+        force=force,
+    )
     print(f"{done.folder}: {', '.join(done.files)}")
-    print(f"largest difference {done.difference:.1e} of the largest logit, on: {'; '.join(done.checked)}")
+    if done.difference is None:
+        print(f"converted, not run here: {FORMATS[to.lower()].not_here()}")
+    else:
+        print(f"largest difference {done.difference:.1e} of the largest output, on: {'; '.join(done.checked)}")
+    for note in done.notes:
+        print(note)
+
+
+def _rows_and_columns(text: str) -> tuple[int, int]:
+    rows, x, columns = text.partition("x")
+    if not x or not rows.isdecimal() or not columns.isdecimal():
+        raise ValueError(f"a size is ROWSxCOLUMNS, such as 512x640, got {text!r}")
+    return int(rows), int(columns)
 
 
 @command(app)
@@ -423,13 +493,19 @@ def convert(
     ema: Annotated[
         bool | None, typer.Option("--ema/--raw", help="Averaged or raw weights.", show_default="averaged, if any")
     ] = None,
-    backbone: Annotated[bool, typer.Option("--backbone", help="Of a dense model, convert the backbone alone.")] = False,
+    backbone: Annotated[
+        bool,
+        typer.Option("--backbone", help="Of a detector or segmenter, convert the backbone and leave out the rest."),
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Argument of the model; may be repeated.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
 ) -> None:
-    """Write someone's file of weights as a model folder, checked: safetensors, configuration and card."""
+    """Write someone's file of weights as a model folder, checked: safetensors, configuration and card.
+
+    The format of the names is found out. Detectors and segmenters of mmdetection and mmsegmentation become this
+    package's where it has their heads; --backbone converts the backbone of any."""
     import yaml
 
     from .weights.convert import convert as write
@@ -503,15 +579,100 @@ def visualize(
     print(f"{output}: {min(layers, len(seen))} of {len(seen)} attention layers")
 
 
+# ---- data, reports
+
+
+@command(app)
+def shards(
+    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, or one of these.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; the same command goes on with what is there.")],
+    samples: Annotated[int | None, typer.Option(help="Images of each shard; or see --megabytes.")] = None,
+    megabytes: Annotated[float, typer.Option(help="Size of each shard by its source files, in 10^6 bytes.")] = 100.0,
+    seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decode every image; list those that can't be in bad_samples.csv.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    max_size: Annotated[int | None, typer.Option(help="Make images with a longer side of more pixels smaller.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Store every image as JPEG of this quality.", show_default="90 if made smaller")
+    ] = None,
+) -> None:
+    """Make WebDataset shards of folders of images, for `data.kind=wds`."""
+    from rich.progress import Progress
+
+    from .train.data.shards import Options, make_shards
+
+    options = Options(samples, megabytes, seed, verify, max_size, quality)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("shards", total=None)
+        done = make_shards(
+            source, output, options, jobs=jobs, on_shard=lambda n, total: bar.update(task, completed=n, total=total)
+        )
+    for split, (count, images) in done.splits.items():
+        print(f"{split}: {images:,} images in {count:,} shards")
+    print(f"{output}: {done.written:,} shards written now; read them with data.kind=wds data.root={output}")
+    if done.bad:
+        print(f"{len(done.bad):,} unreadable images left out: {output / 'bad_samples.csv'}")
+
+
+@command(app)
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write RUN/report.html: curves, predictions, figures by class, settings and machine, in one file."""
+    from .train.report import write
+
+    print(write(run))
+
+
 # ---- bench, demo
 
 
 @command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Measure speed: `foveal bench kernels`, `aggregate`, `halo` or `models`; `foveal bench --help` tells more."""
-    from .benchmarks import run
+    """Measure speed: `foveal bench kernels`, `models`, `data` and others; `foveal bench --help` tells more."""
+    from .benchmarks import data, export, gpu, run, scaling
+    from .train import cost
 
-    return run.main(context.args)
+    if context.args[:1] == ["gpu"]:
+        return gpu.main(context.args[1:])
+    if context.args[:1] == ["data"]:
+        return data.main(context.args[1:], _image_passes)
+    if context.args[:1] == ["scaling"]:
+        return scaling.main(context.args[1:])
+    more = {"export": export.section(_exported), "engine": run.Section(cost.CASES, cost.rows)}
+    return run.main(context.args, more)
+
+
+def _exported(model: Any, folder: Path) -> tuple[Any, dict[str, Callable[[Any], Any]]]:
+    """A model in the form that is exported, and runners of its files, for the benchmark beside eager."""
+    from .weights.export import classifier_job
+    from .weights.formats import FORMATS
+
+    job = classifier_job(model, "onnx")
+    runs = {}
+    for to, runtime in (("onnx", "onnxruntime"), ("openvino", "openvino")):
+        FORMATS[to].check(to)
+        FORMATS[to].write(job, folder)
+        runs[runtime] = FORMATS[to].open(folder)
+    return job.model, runs
+
+
+def _image_passes(
+    root: Path, training: bool, auto_augment: str | None, decode: str
+) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """Passes of the training's loader over ``ROOT/{train,val}/CLASS``, for the benchmark beside timm's."""
+    import torch
+
+    from .benchmarks.data import BATCH, SIZE
+    from .configs.schema import load_config
+    from .train.data import build_data, find_classes
+
+    given = ["output=none", "model.name=none", f"data.root={root}", "data.workers=0", f"data.decode={decode}"]
+    given += ["data.interpolation=bicubic", "data.crop_pct=0.9", f"train.batch_size={BATCH}"]
+    config = load_config(None, [*given, f"augment.auto_augment={auto_augment or 'null'}"])
+    imagenet = {"input_size": (3, SIZE, SIZE), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    data = build_data(config, find_classes(config.data), imagenet, device=torch.device("cpu"))
+    return lambda: (data.train if training else data.val).epoch(0)
 
 
 @command(app)

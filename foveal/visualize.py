@@ -253,22 +253,22 @@ def _recorded(model: nn.Module, point: tuple[float, float], found: list[Look]) -
             path.pop()
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    attend, aggregate = attention.neighborhood_attention, attention.neighborhood_aggregate
+    attend, mix = attention.neighborhood_attention, attention.neighborhood_mix
 
     def noted_attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         found.append(_attention_look(path[-1], q, k, scale, point, **options))
         return attend(q, k, v, scale=scale, **options)
 
-    def noted_aggregate(weights: Tensor, v: Tensor, **options: Any) -> Tensor:
-        found.append(_aggregate_look(path[-1], weights, point, **options))
-        return aggregate(weights, v, **options)
+    def noted_mix(logits: Tensor, v: Tensor, **options: Any) -> Tensor:
+        found.append(_mix_look(path[-1], logits, point, **options))
+        return mix(logits, v, **options)
 
-    attention.neighborhood_attention, attention.neighborhood_aggregate = noted_attend, noted_aggregate
+    attention.neighborhood_attention, attention.neighborhood_mix = noted_attend, noted_mix
     try:
         yield
     finally:
-        attention.neighborhood_attention, attention.neighborhood_aggregate = attend, aggregate
+        attention.neighborhood_attention, attention.neighborhood_mix = attend, mix
         for hook in hooks:
             hook.remove()
     if not found:
@@ -324,22 +324,30 @@ def _attention_look(
     return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, weights.cpu())
 
 
-def _aggregate_look(
+def _mix_look(
     layer: str,
-    weights: Tensor,
+    logits: Tensor,
     point: tuple[float, float],
     *,
     kernel_size: int | tuple[int, int],
     dilation: int | tuple[int, int] = 1,
     boundary: str = "shift",
+    bias: TableBias | None = None,
+    kernel_bias: Tensor | None = None,
     **_: Any,
 ) -> Look:
-    size = tuple(weights.shape[1:3])
+    size = tuple(logits.shape[1:3])
     rows, columns = (
         _Axis(Window(to_2tuple(kernel_size)[i], 1, to_2tuple(dilation)[i], boundary), length, point[1 - i])
         for i, length in enumerate(size)
     )
-    given = weights[0, rows.number, columns.number].float().unflatten(-1, to_2tuple(kernel_size))
+    given = logits[0, rows.number, columns.number].float()
+    given = (given if kernel_bias is None else given + kernel_bias.float()).unflatten(-1, to_2tuple(kernel_size))
+    if bias is not None:
+        given = given + bias.table.float()[:, rows.row][:, :, columns.row]
+    if boundary == "mask":
+        given = given.masked_fill(~(rows.inside[:, None] & columns.inside[None]), float("-inf"))
+    given = given.flatten(1).softmax(-1).reshape(given.shape)
     rule = f"kernel {_short(kernel_size)}" + (f", dilation {_short(dilation)}" if to_2tuple(dilation) != (1, 1) else "")
     return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, given.cpu())
 

@@ -348,6 +348,33 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {"detect": build_detector, "seg
 _FORMAT, _WEIGHTS = "foveal-dense", "model.safetensors"
 
 
+def build_dense(task: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model of ``"detect"`` or ``"segment"`` with these arguments of its builder."""
+    return _BUILDERS[task](**arguments)
+
+
+def _foldable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The outermost modules, by name, that can fold what only training needs."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "reparameterize") and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return found
+
+
+def reparameterize(model: nn.Module) -> nn.Module:
+    """Fold the branches and norms of the backbone and the neck that only training needs, in place, for inference.
+
+    The outputs are those of evaluation mode up to rounding. `save_dense` and `load_dense` keep this form.
+
+    Returns:
+        The model itself.
+    """
+    for _, module in _foldable(model):
+        module.reparameterize()
+    return model
+
+
 def save_dense(
     folder: str | Path,
     model: nn.Module,
@@ -412,8 +439,9 @@ def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_dense(folder: str | Path) -> nn.Module:
-    """Loads what `save_dense` wrote, or a run's ``best/``, in evaluation mode.
+def load_dense(folder: str | Path, file: Path | None = None) -> nn.Module:
+    """Loads what `save_dense` wrote, or a run's ``best/``, in evaluation mode; with the weights of another file of that
+    folder, if one is given.
 
     The model has ``classes`` (names by index) and ``config`` (all of config.json).
 
@@ -430,8 +458,12 @@ def load_dense(folder: str | Path) -> nn.Module:
     if missing:
         raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
     try:
-        model = _BUILDERS[config["task"]](**config["arguments"])
-        tensors = safetensors.torch.load_file(folder / _WEIGHTS)
+        model = build_dense(config["task"], config["arguments"])
+        tensors = safetensors.torch.load_file(file or folder / _WEIGHTS)
+        for name, module in _foldable(model):
+            stored = {key for key in tensors if key.startswith(f"{name}.")}
+            if stored != {f"{name}.{key}" for key in module.state_dict()}:
+                module.reparameterize()  # as it was when it was saved, or nothing fits
         model.load_state_dict(tensors)
     except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} can't be loaded: {error}") from error

@@ -30,13 +30,15 @@ from ..backbones import list_models, loading
 from ..backbones.download import file_sha256
 from ..backbones.layers import unwrap
 from ..backbones.loading import WEIGHTS
-from . import download
+from ..heads.build import build_dense, load_dense, read_dense_config, save_dense
+from . import dense, download
 from .card import card
 from .export import RECORD, TOLERANCE, check_output, published_config, staged
 from .fingerprint import difference, fingerprint
 from .manifest import Checkpoint, checkpoints
 
 _SOURCE = "source"  # the field of the safetensors header with the names of the file that was converted
+_COCO = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # the ids of its 80 categories
 _INDEX = ".relative_position_index"  # stored by the authors' isotropic ViT, though it follows from the image size
 
 
@@ -51,6 +53,7 @@ class Conversion:
     folder: Path
     files: list[str]
     record: dict[str, Any]  # as in config.json
+    model: str  # in words
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -60,9 +63,12 @@ class Conversion:
             f"{self.folder}: {', '.join(self.files)}",
             f"{record['file']}: {kind}keys of {FORMATS[record['keys']]}; {record['tensors']} tensors used, "
             f"{record['parameters']:,} parameters set: all there are",
+            f"it is {self.model}",
         ]
         if record["heads"]:
             lines.append(f"not of the backbone and left out: {_counted(record['heads'])}")
+        if record["dropped"]:
+            lines.append(f"computed by the authors' code, read by nothing, and left out: {_listed(record['dropped'])}")
         if record["checkpoint"] is None:
             lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
         return lines
@@ -104,13 +110,17 @@ def convert(
     `foveal.load` and ``timm.create_model("local-dir:...", pretrained=True)`` read it, `verify` checks it. The formats
     of the names are told apart: the authors', timm's, transformers', mmdetection's, mmsegmentation's, detectron2's.
 
+    A whole detector or segmenter becomes one of this package, where it has those heads and they answer alike: Faster
+    and Mask R-CNN on an FPN or A3-FPN, RetinaNet on A3-FPN, UPerNet (also with A3-FPN), of mmdetection and
+    mmsegmentation. Others are refused with the reason; ``backbone`` converts theirs.
+
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
             training run of this package; or a name of the manifest (``dinat_mini.in1k``), which is fetched.
-        model: the model's name, better with the tag of the manifest, which tells licence and preprocessing. Needed
-            unless ``source`` tells it.
+        model: the model's name (of a dense one its backbone's), better with the tag of the manifest, which tells
+            licence and preprocessing. Needed unless ``source`` tells it.
         ema: take averaged weights (True) or those that were trained (False); None: averaged ones if there are any.
-        backbone: of a detector or segmenter, convert the backbone and leave out the heads. The folder then holds a
+        backbone: of a detector or segmenter, convert the backbone and leave out neck and heads. The folder then holds a
             model that gives feature maps.
         arguments: of the model, besides what the file tells (classes, auxiliary head): ``dilations``, ``in_chans`` ...
         force: write into a folder that is not empty, replacing files of the same names and no others.
@@ -122,86 +132,101 @@ def convert(
     """
     found = _locate(source, model)
     output = check_output(output, force, [found.file.parent])
-    state, averaged = _read(found.file, ema)
+    content = loading.read_checkpoint(found.file)
+    state, averaged = _tensors(content, found.file, ema)
     keys, heads = key_format(state, found.architecture), {}
     whole = len(state)
     body = {name: value for name, value in state.items() if _bare(name).startswith("backbone.")}
-    if body:
-        heads = Counter(_bare(name).partition(".")[0] for name in state if name not in body)
-        state = body
-    dense = bool(body) or _has_level_norms(state)
-    if dense and not backbone:
-        rest = f" and to its heads {_counted(heads)}" if heads else ""
-        raise ConversionError(
-            f"{found.file} is of a dense model, keys of {FORMATS[keys]}: of its {whole} tensors {len(state)} belong to "
-            f"the backbone{rest}. --backbone converts the backbone"
-        )
-    if backbone and not dense:
+    rest = Counter(_bare(name).partition(".")[0] for name in state if name not in body)
+    is_dense = bool(body) or _has_level_norms(state)
+    if backbone and not is_dense:
         raise ConversionError(f"{found.file} has no backbone under its heads: leave out --backbone")
-
+    try:
+        dense.refuse({_bare(name): value for name, value in state.items()})
+    except ValueError as error:
+        raise ConversionError(f"{found.file}: {error}") from error
     arguments = {**found.arguments, **(arguments or {})}
-    if dense:
-        arguments["features_only"] = True
-    arguments = _told_by(state, found, arguments)
-    net = _create(found.architecture, arguments).eval()
-    result = _fitted(state, net, found)
-    _inner(net).load_state_dict(result)  # strict
-    if broken := [name for name, value in result.items() if value.is_floating_point() and not value.isfinite().all()]:
+    if is_dense and not backbone:
+        try:
+            made = _whole(state, content, found, arguments)
+        except _NotWhole as error:
+            belong = f" and to its heads {_counted(rest)}" if body and rest else ""
+            raise ConversionError(
+                f"{found.file} is of a dense model, keys of {FORMATS[keys]}: of its {whole} tensors "
+                f"{len(body or state)} belong to the backbone{belong}. It is not converted whole: {error}. --backbone "
+                "converts the backbone"
+            ) from error
+    else:
+        if body:
+            state, heads = body, rest
+        made = _single(state, found, arguments, is_dense)
+    if broken := [n for n, value in made.state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ConversionError(f"{found.file} is damaged: {_listed(broken)} not finite")
 
-    config = _config(net, found, arguments)
-    config[RECORD] = {
+    record = {
         "file": found.file.name,
         "sha256": file_sha256(found.file),
         "checkpoint": found.checkpoint.name if found.checkpoint else None,
         "keys": keys,
         "averaged": averaged,
         "heads": dict(heads),
-        "tensors": len(state),
-        "parameters": sum(p.numel() for p in _inner(net).parameters()),
-        "fingerprint": fingerprint(net, _fingerprint_size(found, arguments)),
+        "dropped": made.dropped,
+        "tensors": len(state) - len(made.dropped),
+        "parameters": sum(p.numel() for p in made.model.parameters()),
+        "fingerprint": fingerprint(made.answers, _fingerprint_size(found, made.arguments)),
         "version": __version__,
     }
-    spec = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
+    spec = {
+        name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
+        for name, value in state.items()
+        if name not in made.dropped
+    }
     try:
         with staged(output) as folder:
-            written = _write(folder, net, config, spec)
+            made.write(folder)
+            _complete(folder, record, spec)
             files = sorted(path.name for path in folder.iterdir())
     except OSError as error:  # it names a temporary folder, if anything
         raise OSError(f"cannot write {output}: {error.strerror or error}") from error
-    return Conversion(output, files, written)
+    return Conversion(output, files, record, made.words)
 
 
 def restore(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of the file that `convert` made a folder from, under their own names, bit for bit. Heads that were
-    left out are not among them.
+    """The tensors of the file that `convert` made a folder from, under their own names, bit for bit. What was left out
+    is not among them.
 
     Raises:
         ValueError: if the folder was not written by `convert`.
     """
-    found = loading.resolve(Path(folder))
-    file = loading.weights_file(found)
+    folder = Path(folder)
+    whole = read_dense_config(folder)
+    found = loading.resolve(folder) if whole is None else None
+    file = loading.weights_file(found) if whole is None else whole[0] / WEIGHTS
     with safe_open(file, framework="pt") as stream:
         header = (stream.metadata() or {}).get(_SOURCE)
     if header is None:
         raise ValueError(f"{file} does not tell what it was converted from; it was not written by `foveal convert`")
     spec = json.loads(header)
-    arguments = dict(found.config.get("model_args") or {})
-    if not arguments.get("features_only"):
-        arguments.setdefault("num_classes", found.config["num_classes"])
     with torch.device("meta"):
-        net = _create(found.architecture, arguments)
+        if whole is not None:
+            net = build_dense(whole[1]["task"], whole[1]["arguments"])
+            translate = _of_dense(net, whole[1]["arguments"]["backbone"])
+        else:
+            arguments = dict(found.config.get("model_args") or {})
+            if not arguments.get("features_only"):
+                arguments.setdefault("num_classes", found.config["num_classes"])
+            translate = _of_family(_inner(_create(found.architecture, arguments)), found.architecture)
     restored = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in spec.items()}
     for name in restored:
         if name.endswith(_INDEX):
             restored[name] = _relative_position_index(math.isqrt(len(restored[name])))
-    origins, starts = _trace(restored, net, found.architecture)
+    origins, starts = _trace(restored, translate)
     names, weights = list(restored), load_file(file)
-    bounds = torch.tensor([*starts.values(), sum(value.numel() for value in restored.values())])
+    bounds = torch.tensor([*starts.values(), 1 + sum(value.numel() for value in restored.values())])
     for name, origin in origins.items():
         ids, values = origin.flatten().long(), weights[name].flatten()
         first, last = torch.searchsorted(bounds, torch.stack([ids.min(), ids.max()]), right=True).tolist()
-        for i in range(first - 1, last):
+        for i in range(max(first - 1, 0), last):
             chosen = (ids >= bounds[i]) & (ids < bounds[i + 1])
             target = restored[names[i]]
             target.view(-1)[ids[chosen] - bounds[i]] = values[chosen].to(target.dtype)
@@ -268,9 +293,8 @@ def _is_of(file: Path, checkpoint: Checkpoint) -> bool:
     return Path(urlparse(address).path).name == file.name
 
 
-def _read(file: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], bool | None]:
-    """The tensors of a file, and whether they are averaged; None where it holds one kind and does not say."""
-    checkpoint = loading.read_checkpoint(file)
+def _tensors(checkpoint: dict[str, Any], file: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], bool | None]:
+    """The tensors of a checkpoint, and whether they are averaged; None where it holds one kind and does not say."""
     state, averaged = loading.pick_weights(checkpoint, file, ema)
     said = averaged or any(key in checkpoint for key in ("state_dict_ema", "model_ema"))
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}, averaged if said else None
@@ -344,6 +368,72 @@ def _classes(state: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
 # ---- fitting
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A model with the weights of a file, not yet written."""
+
+    model: nn.Module  # whose parameters they are
+    answers: nn.Module  # what a fingerprint is taken of
+    state: dict[str, torch.Tensor]
+    arguments: dict[str, Any]
+    words: str
+    write: Callable[[Path], None]  # config.json and model.safetensors
+    dropped: list[str] = field(default_factory=list)  # tensors of the file
+
+
+class _NotWhole(ValueError):
+    """A dense model that this package does not have."""
+
+
+def _single(state: dict[str, torch.Tensor], found: _Found, arguments: dict[str, Any], features: bool) -> _Made:
+    """A classifier or a backbone."""
+    if features:
+        arguments["features_only"] = True
+    arguments = _told_by(state, found, arguments)
+    net = _create(found.architecture, arguments).eval()
+    inner = _inner(net)
+    result, _ = _fitted(state, inner, _of_family(inner, found.architecture), found)
+    inner.load_state_dict(result)  # strict
+    config = _config(net, found, arguments)
+
+    def write(folder: Path) -> None:
+        save_file({name: value.detach().contiguous() for name, value in inner.state_dict().items()}, folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    words = f"{found.architecture}, a backbone" if features else f"{found.architecture}, a classifier"
+    return _Made(inner, net, result, arguments, words, write)
+
+
+def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Found, arguments: dict[str, Any]) -> _Made:
+    """A detector or segmenter.
+
+    Raises:
+        _NotWhole: if this package has none like it.
+        ConversionError: if it has, and something does not fit.
+    """
+    bare = {_bare(name): value for name, value in state.items()}
+    try:
+        plan = dense.plan(bare)
+    except ValueError as error:
+        raise _NotWhole(str(error)) from error
+    known = found.checkpoint
+    net = dense.build(plan, found.architecture, arguments, known and known.mean, known and known.std)
+    unread = lambda name: dense.is_neck(_bare(name))  # noqa: E731  where all that is known finds its place
+    result, dropped = _fitted(state, net, _of_dense(net, found.architecture), found, unread)
+    net.load_state_dict(result)  # strict
+    count = plan.arguments["num_classes"]
+    classes = dense.names_of_classes(content, count) or [f"class {i}" for i in range(count)]
+    more = {}
+    if plan.task == "detect" and known is not None and known.tag.endswith("_coco") and count == len(_COCO):
+        more["category_ids"] = list(_COCO)
+
+    def write(folder: Path) -> None:
+        save_dense(folder, net, classes, dense.preprocessing(net), **more)
+
+    words = f"{plan.arguments['head']} on {found.architecture} with {plan.arguments['neck']}, {count} classes"
+    return _Made(net, dense.Raw(net), result, arguments, words, write, dropped)
+
+
 def _create(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(architecture, **arguments)
@@ -359,15 +449,33 @@ def _inner(model: nn.Module) -> nn.Module:
 def _filter(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
     """The filter of a model's family; for others of timm, what is around the names is taken off."""
     module = sys.modules[model_entrypoint(architecture).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state, _: unwrap(state))
+    return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(dense.deep_stem(state, net)))
 
 
-def _trace(
-    state: Mapping[str, torch.Tensor], net: nn.Module, architecture: str
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Where each element of the model's state comes from, by its place among all elements of ``state`` in their order;
-    and the place at which each tensor of ``state`` begins. What the filter takes from elsewhere is left out."""
-    starts, total = {}, 0
+_Translate = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _of_family(net: nn.Module, architecture: str) -> _Translate:
+    """From a file's names to those of a classifier or backbone, by its family's filter."""
+    return lambda state: _filter(architecture)(clean_state_dict(dict(state)), net)
+
+
+def _of_dense(net: nn.Module, architecture: str) -> _Translate:
+    """From a file's names to those of a detector or segmenter."""
+    family = _filter(architecture)
+
+    def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        bare = {_bare(name): value for name, value in state.items()}
+        return dense.translated(bare, net, lambda own, network: family(clean_state_dict(dict(own)), network))
+
+    return translate
+
+
+def _trace(state: Mapping[str, torch.Tensor], translate: _Translate) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Where each element of the model's state comes from, by its place, from 1 on, among all elements of ``state`` in
+    their order, or 0 if it is made up; and the place at which each tensor of ``state`` begins. Tensors that a filter
+    takes from elsewhere are left out."""
+    starts, total = {}, 1
     for name, value in state.items():
         starts[name], total = total, total + value.numel()
     if total >= 2**31:
@@ -376,23 +484,29 @@ def _trace(
         name: torch.arange(start, start + state[name].numel(), dtype=torch.int32).reshape(state[name].shape)
         for name, start in starts.items()
     }
-    result = _filter(architecture)(clean_state_dict(places), _inner(net))
+    result = translate(places)
     return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
 
 
-def _fitted(state: dict[str, torch.Tensor], net: nn.Module, found: _Found) -> dict[str, torch.Tensor]:
-    """The state of the model, made of all of ``state`` and nothing else."""
+def _fitted(
+    state: dict[str, torch.Tensor],
+    net: nn.Module,
+    translate: _Translate,
+    found: _Found,
+    unread: Callable[[str], bool] = lambda name: False,
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The state of the model, made of all of ``state`` and nothing else; and which tensors of ``state`` are left out of
+    it, as ``unread`` allows."""
     for name, value in state.items():
         side = math.isqrt(len(value)) if name.endswith(_INDEX) else 0
         if side and not torch.equal(value, _relative_position_index(side)):
             raise ConversionError(f"{found.file}: {name} orders the position bias in another way than this model")
-    inner = _inner(net)
     try:
-        origins, starts = _trace(state, net, found.architecture)
+        origins, starts = _trace(state, translate)
     except (ValueError, RuntimeError) as error:
         raise ConversionError(f"{found.file} does not fit {found.architecture}: {error}") from error
-    used = torch.zeros(sum(value.numel() for value in state.values()), dtype=torch.bool)
-    own = inner.state_dict()
+    used = torch.zeros(1 + sum(value.numel() for value in state.values()), dtype=torch.bool)
+    own = net.state_dict()
     for name, origin in origins.items():
         if name in own:
             used[origin.flatten().long()] = True
@@ -401,6 +515,8 @@ def _fitted(state: dict[str, torch.Tensor], net: nn.Module, found: _Found) -> di
         for name, start in starts.items()
         if not name.endswith(_INDEX) and not used[start : start + state[name].numel()].all()
     ]
+    dropped = [name for name in unused if unread(name)]
+    unused = [name for name in unused if not unread(name)]
     unset = [name for name in own if name not in origins]
     shapes = [
         f"{name} {tuple(origin.shape)} for {tuple(own[name].shape)}"
@@ -414,7 +530,7 @@ def _fitted(state: dict[str, torch.Tensor], net: nn.Module, found: _Found) -> di
             *([f"of another shape: {_listed(shapes)}"] if shapes else []),
         ]
         raise ConversionError(f"{found.file} does not fit {found.architecture}; {'; '.join(parts)}")
-    return _filter(found.architecture)(clean_state_dict(dict(state)), inner)
+    return translate(state), dropped
 
 
 def _relative_position_index(side: int) -> torch.Tensor:
@@ -429,22 +545,26 @@ def _relative_position_index(side: int) -> torch.Tensor:
 # ---- the folder
 
 
-def _write(folder: Path, net: nn.Module, config: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    """Write the folder, read it again and compare; returns the record as written."""
-    record = config[RECORD]
-    state = {name: value.detach().contiguous() for name, value in _inner(net).state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
-    record["model_sha256"] = file_sha256(folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _complete(folder: Path, record: dict[str, Any], spec: dict[str, Any]) -> None:
+    """Add to a written folder where it comes from and a card; read it again and compare."""
+    weights, file = folder / WEIGHTS, folder / "config.json"
+    save_file(load_file(weights), weights, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
+    record["model_sha256"] = file_sha256(weights)
+    config = json.loads(file.read_text(encoding="utf-8")) | {RECORD: record}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = tuple(record["fingerprint"]["input"][1:])
-    apart = difference(fingerprint(loading.load(folder), size), record["fingerprint"])
+    apart = difference(fingerprint(answering(folder), size), record["fingerprint"])
     if not apart <= TOLERANCE:  # also true of NaN
         raise ConversionError(
-            f"the converted {config['architecture']} answers with a difference of {apart:.1e} of the largest value, "
-            f"more than {TOLERANCE:.0e}; nothing was written"
+            f"the converted model answers with a difference of {apart:.1e} of the largest value, more than "
+            f"{TOLERANCE:.0e}; nothing was written"
         )
     (folder / "README.md").write_text(card(config), encoding="utf-8")
-    return record
+
+
+def answering(folder: Path) -> nn.Module:
+    """The model of a folder that `convert` wrote, as its fingerprint is taken."""
+    return loading.load(folder) if read_dense_config(folder) is None else dense.Raw(load_dense(folder))
 
 
 def _config(net: nn.Module, found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from torchvision.datasets import ImageFolder
 
 from ..backbones import loading
 from ..backbones.download import file_sha256
+from ..heads.build import read_dense_config
 from .card import card
+from .convert import answering
 from .export import RECORD, TOLERANCE
 from .fingerprint import difference, fingerprint
 from .images import preprocessing, read_image
@@ -37,7 +39,8 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     """Check a folder that `convert` wrote, one thing after the other.
 
     The file against its hash; the names in it against the model's; the number of parameters against the record and the
-    published one, where that is known; the answer to a fixed image against the one that the original tensors gave;
+    published one, where that is known; the answer to a fixed image against the one that the original tensors gave (of a
+    detector, what its heads compute before they select);
     preprocessing and licence against the manifest; and with ``images``, an ImageFolder, the top-1 score.
 
     Args:
@@ -46,24 +49,32 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         write_card: write the score into the folder's card.
 
     Raises:
-        ValueError: if the folder was not written by `convert`, or the folders of ``images`` are not the classes.
+        ValueError: if the folder was not written by `convert`, or the folders of ``images`` are not the classes, or
+            the model is no classifier.
         OSError: if something cannot be read.
     """
-    found = loading.resolve(Path(str(folder).removeprefix("local-dir:")))
-    record = (found.config or {}).get(RECORD)
+    folder = Path(str(folder).removeprefix("local-dir:"))
+    whole = read_dense_config(folder)
+    if whole is None:
+        found = loading.resolve(folder)
+        place, config, file = found.folder, found.config or {}, loading.weights_file(found)
+    else:
+        (place, config), file = whole, whole[0] / loading.WEIGHTS
+    record = config.get(RECORD)
     if record is None:
         raise ValueError(f"{folder} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote")
-    file = loading.weights_file(found)
+    if images is not None and whole is not None:
+        raise ValueError(f"{folder} is a model to {config['task']}: `foveal evaluate` scores it, with data.root=...")
     digest = file_sha256(file)
     known = record["model_sha256"]
     yield Check("file", digest == known, f"sha256 {digest}" + ("" if digest == known else f", it was {known}"))
 
     try:
-        model = loading.load(found.folder)
+        model = answering(place)
     except ValueError as error:
         yield Check("loads", False, str(error))
         return
-    inner = model.model if type(model).__name__ == "FeatureGetterNet" else model
+    inner = model.model if type(model).__name__ in ("FeatureGetterNet", "Raw") else model
     with safe_open(file, framework="pt") as stream:
         stored = set(stream.keys())
     own = set(inner.state_dict())
@@ -76,16 +87,16 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     what = f"{apart:.1e} of the largest value from the original's, {TOLERANCE:.0e} allowed"
     yield Check("answer to the fixed image", apart <= TOLERANCE, what)
     if checkpoint is not None:
-        yield _published(found.config["pretrained_cfg"], checkpoint)
+        yield _published(config, checkpoint)
     if images is not None:
-        score, count = top1(model, Path(images), found.config)
+        score, count = top1(model, Path(images), config)
         text = f"top-1 {score:.3f} % on {count:,} images"
         expected = checkpoint.score.get("top1") if checkpoint is not None else None
         yield Check("score", True, text + (f", published: {expected:g}" if expected is not None else ""))
         if write_card:
-            target = found.folder / "README.md"
+            target = place / "README.md"
             temporary = target.with_name(".README.md.new")
-            temporary.write_text(card(found.config, text), encoding="utf-8")
+            temporary.write_text(card(config, text), encoding="utf-8")
             temporary.replace(target)
 
 
@@ -103,9 +114,14 @@ def _parameters(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpo
     return Check("parameters", passed, text)
 
 
-def _published(cfg: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
-    """Preprocessing and licence of a ``config.json`` against the manifest."""
-    expected = {**checkpoint.preprocessing(), "license": checkpoint.weights_licence}
+def _published(config: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
+    """Preprocessing and licence of a ``config.json`` against the manifest; of a dense model what it has of them."""
+    if "pretrained_cfg" in config:
+        cfg: Mapping[str, Any] = config["pretrained_cfg"]
+        expected = {**checkpoint.preprocessing(), "license": checkpoint.weights_licence}
+    else:
+        cfg = config["arguments"]
+        expected = {"mean": checkpoint.mean, "std": checkpoint.std, **checkpoint.arguments}
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value

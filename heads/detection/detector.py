@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from ..features import Features, dense_parameter_groups
@@ -49,13 +51,23 @@ class Pyramid(nn.Module):
 
 class Anchors(AnchorGenerator):
     """Anchors at the strides of the neck. torchvision divides the image's side by the map's, which is another number
-    wherever a map was rounded up."""
+    wherever a map was rounded up.
 
-    def __init__(self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> None:
-        super().__init__(
-            tuple(tuple(s * stride for s in scales) for stride in strides), (tuple(ratios),) * len(strides)
-        )
+    Args:
+        rounded: corners on whole pixels, as torchvision has them; mmdetection does not round.
+    """
+
+    def __init__(
+        self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float], rounded: bool = True
+    ) -> None:
+        sizes = tuple(tuple(s * stride for s in scales) for stride in strides)
+        super().__init__(sizes, (tuple(ratios),) * len(strides))
         self.strides = strides
+        if not rounded:
+            heights = torch.tensor(tuple(ratios)).sqrt()[:, None]
+            for level, size in enumerate(sizes):
+                x, y = ((side * torch.tensor(size)).flatten() / 2 for side in (1 / heights, heights))
+                self.cell_anchors[level] = torch.stack([-x, -y, x, y], 1)
 
     def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Corners ``[N, 4]`` of all levels' anchors, for each image."""
@@ -66,13 +78,49 @@ class Anchors(AnchorGenerator):
         return [anchors for _ in image_list.image_sizes]
 
 
-def _region_pool(pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
+class AlignedPool(MultiScaleRoIAlign):
+    """RoIAlign as mmdetection has it: a region's corners lie between the centres of pixels (half a
+    pixel to the left of torchvision's), and each of its bins takes as many samples as it has pixels."""
+
+    def forward(
+        self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """As `MultiScaleRoIAlign`: maps by name and the regions ``[N, 4]`` of each image to ``[sum of N, C, h, w]``."""
+        maps, levels = [x[name] for name in self.featmap_names], self.map_levels(boxes)
+        regions = torch.cat([F.pad(own, (1, 0), value=float(image)) for image, own in enumerate(boxes)])
+        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        for level, (level_map, scale) in enumerate(zip(maps, self.scales, strict=True)):
+            here = torch.where(levels == level)[0]
+            own = roi_align(level_map, regions[here].to(level_map.dtype), self.output_size, scale, 0, aligned=True)
+            pooled[here] = own.to(pooled.dtype)
+        return pooled
+
+
+class BoundedCoder(BoxCoder):
+    """Boxes as mmdetection has them: a side shrinks by no more than it may grow, 62.5 times, which torchvision limits
+    alone."""
+
+    def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Codes ``[N, 4 n]`` of boxes ``[N, 4]`` to corners ``[N, 4 n]``."""
+        lowest = [-math.inf, -math.inf, *(-self.bbox_xform_clip * weight for weight in self.weights[2:])]
+        bounds = rel_codes.new_tensor(lowest).repeat(rel_codes.shape[1] // 4)
+        return super().decode_single(rel_codes.maximum(bounds), boxes)
+
+
+def _is_mmdet(convention: str) -> bool:
+    if convention not in ("torchvision", "mmdet"):
+        raise ValueError(f'convention must be "torchvision" or "mmdet", got {convention!r}')
+    return convention == "mmdet"
+
+
+def _region_pool(pyramid: Pyramid, size: int, aligned: bool) -> MultiScaleRoIAlign:
     """Pools ``size x size`` from the level that fits a region (FPN, arXiv 1612.03144, equation 1)."""
     strides = pyramid.strides[: pyramid.pooled]
     steps = {fine / coarse for fine, coarse in itertools.pairwise(strides)}
     if not (steps <= {0.5} or steps <= {1.0}):  # the equation's level would be another map, or none
         raise ValueError(f"regions are pooled from maps whose strides double from one to the next, got {strides}")
-    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=size, sampling_ratio=2)
+    kind = AlignedPool if aligned else MultiScaleRoIAlign
+    pool = kind([str(level) for level in range(len(strides))], output_size=size, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
     return pool
@@ -103,24 +151,32 @@ def _rcnn(
     anchor_ratios: Sequence[float] = RATIOS,
     box_width: int = 1024,
     mask_width: int = 256,
+    convention: str = "torchvision",
     **kwargs: Any,
 ) -> nn.Module:
+    mmdet = _is_mmdet(convention)
     parts: dict[str, Any] = {
-        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios),
-        "box_roi_pool": _region_pool(pyramid, 7),
+        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not mmdet),
+        "box_roi_pool": _region_pool(pyramid, 7, mmdet),
         "box_head": TwoMLPHead(pyramid.out_channels * 7 * 7, box_width),
         "box_predictor": FastRCNNPredictor(box_width, num_classes + 1),  # class 0 is the background
     }
     if detector is MaskRCNN:
-        parts["mask_roi_pool"] = _region_pool(pyramid, 14)
+        parts["mask_roi_pool"] = _region_pool(pyramid, 14, mmdet)
         parts["mask_head"] = MaskRCNNHeads(pyramid.out_channels, (mask_width,) * 4, 1)
         parts["mask_predictor"] = MaskRCNNPredictor(mask_width, mask_width, num_classes + 1)
-    return detector(pyramid, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
+    model = detector(pyramid, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
+    if mmdet:
+        for part in (model.rpn, model.roi_heads):
+            part.box_coder = BoundedCoder(part.box_coder.weights)
+    return model
 
 
 def mask_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Mask R-CNN (He et al., arXiv 1703.06870). ``kwargs``: ``anchor_scale`` (side of an anchor in strides),
-    ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers."""
+    ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers; ``convention``: ``"mmdet"``
+    for weights of mmdetection, whose anchors (`Anchors`), pooling (`AlignedPool`) and boxes (`BoundedCoder`) differ a
+    little from those of ``"torchvision"``."""
     return _rcnn(pyramid, num_classes, transform, MaskRCNN, **kwargs)
 
 
@@ -137,13 +193,20 @@ def retinanet(
     transform: dict[str, Any],
     anchor_scale: float = 4.0,
     anchor_ratios: Sequence[float] = RATIOS,
+    convention: str = "torchvision",
     **kwargs: Any,
 ) -> nn.Module:
-    """RetinaNet (Lin et al., arXiv 1708.02002): three anchors an octave, the smallest ``anchor_scale`` strides wide."""
+    """RetinaNet (Lin et al., arXiv 1708.02002): three anchors an octave, the smallest ``anchor_scale`` strides wide.
+    ``convention`` as for `mask_rcnn`."""
+    mmdet = _is_mmdet(convention)
     octave = [anchor_scale * 2 ** (step / 3) for step in range(3)]
-    anchors = Anchors(pyramid.strides, octave, anchor_ratios)
+    anchors = Anchors(pyramid.strides, octave, anchor_ratios, not mmdet)
     given = (*_GIVEN, "anchor_generator")
-    return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
+    model = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
+    if mmdet:
+        for part in (model, model.head.regression_head):
+            part.box_coder = BoundedCoder(part.box_coder.weights)
+    return model
 
 
 def fcos(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:

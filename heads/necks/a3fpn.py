@@ -498,6 +498,14 @@ def load_published(neck: A3FPN, state_dict: Mapping[str, torch.Tensor]) -> None:
     _load_published(neck, _neck_weights(state_dict))
 
 
+def published_state(neck: A3FPN, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The authors' weights, as `from_published` takes them, under the names of a neck of their settings.
+
+    Left out is what the authors compute and drop, and convolutions that they keep folded beside their branches.
+    """
+    return _renamed(neck, _neck_weights(state_dict))
+
+
 def _published_defaults(mmdet: bool) -> dict[str, Any]:
     widths = [16, 16, 16, 32] if mmdet else [16, 16, 32, 32]
     return dict(
@@ -588,11 +596,11 @@ def _body(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _load_published(neck: A3FPN, state: dict[str, torch.Tensor]) -> None:
+def _renamed(neck: A3FPN, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     own, start = neck.state_dict(), neck.start_level
     # mmdetection's always has conv44, used or not; the maps after it are extra_convs
     conv44 = len(neck.extra) > len({name.split(".")[1] for name in state if name.startswith("extra_convs.")})
-    renamed: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     unused = {f"conv{i}{i}" for i in range(start)} | (set() if conv44 else {"conv44"})
     smallest = len(neck.levels[0])
     for name, tensor in state.items():
@@ -616,7 +624,12 @@ def _load_published(neck: A3FPN, state: dict[str, torch.Tensor]) -> None:
             name = f"outputs.{int(first[-1]) - start}.{rest}"
         if name in own and tensor.ndim == 2 and own[name].ndim == 4:  # linear layers are 1x1 convolutions here
             tensor = tensor[:, :, None, None]
-        renamed[name] = tensor
+        result[name] = tensor
+    return result
+
+
+def _load_published(neck: A3FPN, state: dict[str, torch.Tensor]) -> None:
+    own, renamed = neck.state_dict(), _renamed(neck, state)
     wrong = [n for n, x in own.items() if n in renamed and x.shape != renamed[n].shape]
     parts = (
         ("missing", sorted(set(own) - set(renamed))),

@@ -62,6 +62,13 @@ def _gather_each(
     height, width = x.shape[-2:]
     columns = torch.arange(width, device=x.device, dtype=x.dtype)
     rows = torch.arange(height, device=x.device, dtype=x.dtype)[:, None]
+    if torch.compiler.is_exporting():  # one node instead of nine, which is what tracing and its passes take time for
+        base = x.new_tensor(taps)[:, :, None, None] - 1
+        at_x = columns + scale * (offsets[:, :, 0] + base[:, 0])
+        at_y = rows + scale * (offsets[:, :, 1] + base[:, 1])
+        grid = torch.stack([(2 * at_x + 1) / width - 1, (2 * at_y + 1) / height - 1], -1)
+        samples = F.grid_sample(x, grid.flatten(1, 2), align_corners=False)  # all samples' rows below one another
+        return (samples.unflatten(2, (len(taps), height)) * weights[:, None]).sum(2)
     total = torch.zeros_like(x)
     for k, (i, j) in enumerate(taps):
         at_x = columns + scale * (offsets[:, k, 0] + (i - 1))

@@ -159,7 +159,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     from foveal.benchmarks import run as bench
 
     def fail(error: Exception) -> Any:
-        def main(arguments):
+        def main(*_):
             raise error
 
         monkeypatch.setattr(bench, "main", main)
@@ -195,7 +195,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveal.benchmarks import run as bench
 
     calls = []
-    monkeypatch.setattr(bench, "main", lambda arguments: calls.append(arguments) or 0)
+    monkeypatch.setattr(bench, "main", lambda arguments, more: calls.append(arguments) or 0)
     assert call("bench", "kernels", "--help", "--repeat", 3).exit_code == 0
     assert calls == [["kernels", "--help", "--repeat", "3"]]
 
@@ -209,7 +209,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", "dinat_tiny.in2k"], 2, "its tags: in1k"),
         (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no weights to fetch. Train it"),
         (["predict", "x.png", "--model", "runs/none"], 2, "'runs/none' is no model name"),
-        (["export", "test_foveal_nat", "--to", "coreml", "--output", "x"], 2, "the formats are safetensors, onnx"),
+        (["export", "test_foveal_nat", "--to", "tflite", "--output", "x"], 2, "the formats are safetensors, onnx"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], status: int, message: str) -> None:

@@ -18,7 +18,7 @@ MODELS = {
     "test_foveal_dinat": (96, 160),  # a table, dilations
     "test_foveal_halonet": (64, 80),  # row and column embeddings, windows that leave the map
     "test_foveal_maxvit": (72, 96),  # blocks and grids, cut ones
-    "test_foveal_overlock": (96, 128),  # aggregation
+    "test_foveal_overlock": (96, 128),  # weights from logits
 }
 
 
@@ -28,7 +28,7 @@ def test_the_weights_are_those_of_the_operation(name, monkeypatch):
     model = timm.create_model(name).eval()
     point = (0.83, 0.12)
     calls = []
-    for operation in ("neighborhood_attention", "neighborhood_aggregate"):
+    for operation in ("neighborhood_attention", "neighborhood_mix"):
         original = getattr(attention, operation)
 
         def noted(*tensors, original=original, **options):

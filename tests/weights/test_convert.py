@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +22,20 @@ from typer.testing import CliRunner
 
 import foveal
 import foveal.weights.convert as converting
+from foveal.backbones.profile import Profile
 from foveal.cli import app
+from foveal.weights import card as cards
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.export import export
-from foveal.weights.manifest import checkpoints
+from foveal.weights.manifest import Checkpoint, checkpoints
 from foveal.weights.verify import verify
 
 from . import filler
 
 NAME = "test_foveal_dinat"
 TINY_DINATS = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], dilations=[[1], [1, 2], [1], [1]])
+TINY_ISOTROPIC = dict(embed_dim=32, depth=2, num_heads=2)
+DILATED = TINY_ISOTROPIC | {"dilations": [1, 2]}
 TINY_VIT = dict(img_size=64, embed_dim=32, depth=2, num_heads=2)
 TINY_MAXVIT = dict(depths=[1, 1, 1, 1], dims=[32, 64, 96, 128], img_size=64)
 TIMMS_MAXVIT = dict(depths=(1, 1, 1, 1), embed_dim=(32, 64, 96, 128), img_size=64, head_hidden_size=128)
@@ -56,10 +62,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "nat": ("test_foveal_nat", {}, tiny("test_foveal_nat")),
     "dinat, 9 classes": (NAME, {}, tiny(NAME, num_classes=9)),
     "dinat_s": ("dinat_s_tiny", TINY_DINATS, tiny("dinat_s_tiny", **TINY_DINATS)),
+    "nat_isotropic": ("nat_isotropic_small", TINY_ISOTROPIC, tiny("nat_isotropic_small", **TINY_ISOTROPIC)),
+    "dinat_isotropic": ("dinat_isotropic_small", DILATED, tiny("dinat_isotropic_small", **DILATED)),
+    "dinat, 22k classes": (NAME, {}, tiny(NAME, num_classes=21841)),
+    "dinat, 11x11 at 384": ("dinat_large_384_11x11", TINY_DINATS, tiny("dinat_large_384_11x11", **TINY_DINATS)),
     "vitrpb with its index": ("vitrpb_isotropic_small", TINY_VIT, vit),
     "halonet": ("test_foveal_halonet", {}, tiny("test_foveal_halonet")),
     "hybrid of timm": ("halo26t", {"width_factor": 0.25}, tiny("halonet26t", width_factor=0.25)),
     "maxvit of timm": ("maxvit_tiny_224", TINY_MAXVIT, tiny("maxvit_tiny_tf_224", **TIMMS_MAXVIT)),
+    "maxvit of timm at 384": (
+        "maxvit_tiny_384",
+        {**TINY_MAXVIT, "img_size": 384},
+        tiny("maxvit_tiny_tf_384", **{**TIMMS_MAXVIT, "img_size": 384}),
+    ),
+    "maxvit of timm, 21k classes": (
+        "maxvit_tiny_224",
+        TINY_MAXVIT,
+        tiny("maxvit_tiny_tf_224", **TIMMS_MAXVIT, num_classes=21843),
+    ),
     "overlock, auxiliary head": ("test_foveal_overlock", {}, tiny("test_foveal_overlock", aux_head=True)),
     "overlock, folded": (
         "test_foveal_overlock",
@@ -125,6 +145,22 @@ def test_there_and_back(form: str, tmp_path: Path) -> None:
     assert all(check.passed for check in verify(done.folder))
 
 
+HYBRIDS = [each for each in checkpoints().values() if each.family == "halonet"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", HYBRIDS, ids=lambda each: each.model)
+def test_every_hybrid_of_timm(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Names and shapes of timm's own network, narrower."""
+    (mirror,) = checkpoint.mirrors
+    narrow = {} if checkpoint.model == "haloregz_b" else {"width_factor": 0.25}  # whose widths have minima
+    state = filler.of(timm.create_model(mirror.removeprefix("hf://timm/").partition(".")[0], **narrow))
+    file = write(tmp_path / "x", "model.pth", state)
+    done = convert(file, tmp_path / "ours", model=checkpoint.name, arguments=narrow)
+    same(restore(done.folder), state)
+    assert done.record["checkpoint"] == checkpoint.name
+
+
 @pytest.mark.parametrize("form", ["dinat, 9 classes", "overlock, folded", "care", "maxvit of timm", "hybrid of timm"])
 def test_timm_alone_reads_the_folder(form: str, tmp_path: Path) -> None:
     name, arguments, make = FAMILIES[form]
@@ -186,7 +222,8 @@ def test_backbones_of_dense_models(form: str, tmp_path: Path) -> None:
     message = (
         rf"dense model, keys of \w+.*of its {len(state) + 2} tensors {len(state)} belong to the backbone and to its "
     )
-    with pytest.raises(ConversionError, match=message + rf"heads 2 {group}\. --backbone converts the backbone"):
+    message += rf"heads 2 {group}\. It is not converted whole: .*\. --backbone converts the backbone"
+    with pytest.raises(ConversionError, match=message):
         convert(file, tmp_path / "ours", model=name)
     assert not (tmp_path / "ours").exists()
     done = convert(file, tmp_path / "ours", model=name, backbone=True)
@@ -302,6 +339,31 @@ def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.pth"
         torch.save(content, file)
         refused(file, r"holds more than tensors \(getattr\), which could run code, and is not read for safety")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_mmengine_writes_beside_the_weights(tmp_path: Path) -> None:
+    """The history of the losses is a pickle of classes and functions: it is passed over, and none of it runs."""
+    mmengine = pytest.importorskip("mmengine", reason="needs mmengine")
+    hub = mmengine.MessageHub("test")
+    for loss in (torch.tensor(1.5), 0.5):
+        hub.update_scalar("train/loss", loss)
+    hub.update_info("iter", 2)
+    state = filler.of(timm.create_model(NAME))
+    content = {"state_dict": state, "message_hub": hub.state_dict(), "meta": {"epoch": 1, "cfg": "x = 1"}}
+    file = tmp_path / "epoch_1.pth"
+    torch.save(content, file)
+    with pytest.raises(pickle.UnpicklingError, match="HistoryBuffer"):
+        torch.load(file, weights_only=True)
+    same(restore(convert(file, tmp_path / "ours", model=NAME).folder), state)
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(content | {"more": Payload()}, file)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        convert(file, tmp_path / "none", model=NAME)
     assert not (tmp_path / "executed").exists()
 
 
@@ -429,6 +491,49 @@ def test_timms_own_ways(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert torch.equal(answer(foveal.load(tmp_path / "uploaded")), answer(model))
 
 
+CARD = {"model", "published score", "parameters", "preprocessing", "licence of the weights", "licence of the code"}
+CARD |= {"code of the authors", "address", "sha256", "format"}
+
+
+def test_a_card_of_every_published_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counted = {}
+    monkeypatch.setattr(cards, "profile", lambda name: counted.setdefault(name, Profile(1_000, 10**9, (3, 8, 8))))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name, checkpoint in checkpoints().items():
+        facts = cards.facts(checkpoint)
+        assert set(facts) >= CARD | (
+            {"GMACs", "input", "classes"} if checkpoint.task == "classify" else {"foveal convert"}
+        )
+        text = cards.published_card(checkpoint)
+        assert text.startswith(f"# {name}\n")
+        assert "None" not in text
+        scores = (f"{score:g}" for score in checkpoint.score.values())
+        for value in (*checkpoint.addresses, *scores, checkpoint.weights_licence):
+            assert value in text, name
+    # what was recorded at the first download
+    checkpoint = checkpoints()["nat_mini.in1k"]
+    assert cards.facts(checkpoint)["sha256"].startswith("none published")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "nat_mini.pth.sha256").write_text("ab12  nat_mini.pth\n")
+    assert cards.facts(checkpoint)["sha256"] == "ab12 (recorded at the first download)"
+    assert cards.facts(checkpoints()["halo26t.a1h_in1k"])["sha256"].startswith("3083328c ...")
+
+
+def test_the_measured_speed_is_that_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "models.csv"
+    head = "input,model,forward_ms,forward_backward_ms,torch,date,cpu,threads\n"
+    row = "4x3x224x224,dinat_tiny,200.0,1000.0,2.9,2026-01-01,Some CPU,2\n"
+    table.write_text(head + row + row.replace("224x224", "384x384") + row.replace("200.0", "250.0"))
+    monkeypatch.setattr(cards, "_SPEED", table)
+    speed = (
+        "16.0 images/s: 250 ms for 4 images, with the backward pass 1,000 ms; Some CPU, 2 threads, float32, torch 2.9"
+    )
+    assert cards._speed(checkpoints()["dinat_tiny.in1k"]) == f"{speed}, 2026-01-01"  # the latest
+    assert cards._speed(checkpoints()["dinat_mini.in1k"]) == ""
+    table.unlink()  # as where the package is installed without it
+    assert cards._speed(checkpoints()["dinat_tiny.in1k"]) == ""
+
+
 def test_the_command(tmp_path: Path) -> None:
     def call(*arguments: Any) -> Any:
         return CliRunner().invoke(app, [str(each) for each in arguments])
@@ -449,8 +554,23 @@ def test_the_command(tmp_path: Path) -> None:
     result = call("convert", file, "--model", NAME, "--output", tmp_path / "y", "--set", "kernel_size")
     assert (result.exit_code, "--set takes KEY=VALUE" in result.stderr) == (2, True)
     info = call("info", "nat_mini.maskrcnn_coco")
-    assert "box AP 46.5, mask AP 41.7, published; licence of the weights: mit" in info.stdout
-    facts = json.loads(call("info", "care_s1", "--json").stdout)["published"]["in1k"]
+    assert "box AP 46.5, mask AP 41.7" in info.stdout
+    card = call("info", "dinat_tiny.in1k").stdout
+    rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in card.splitlines()[1:])
+    assert rows.keys() >= CARD | {"GMACs", "measured speed", "mirrors"}
+    assert rows["published score"] == "top-1 82.7"
+    assert rows["parameters"] == "27,901,582"
+    card = call("info", "dinat_tiny.in1k", "--markdown").stdout
+    assert card.startswith("# dinat_tiny.in1k\n\n| | |\n|---|---|\n| model | `dinat_tiny` |\n")
+    assert 'timm.create_model("dinat_tiny.in1k", pretrained=True)' in card
+    assert (
+        "foveal convert CARETrans_S0.pth.tar --model care_s0.in1k" in call("info", "care_s0.in1k", "--markdown").stdout
+    )
+    result = call("info", "dinat_tiny", "--markdown")
+    assert (result.exit_code, "NAME.TAG" in result.stderr) == (2, True)
+    told = json.loads(call("info", "care_s1.in1k", "--json").stdout)
+    assert told["card"]["published score"] == "top-1 80.1"
+    facts = told["published"]["in1k"]
     assert (facts["score"], facts["licence_of_weights"]) == ({"top1": 80.1}, "none stated")
 
 

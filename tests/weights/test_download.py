@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import foveal
 from foveal.backbones import download
 from foveal.backbones.download import fetch
 from foveal.weights.download import fetch as fetch_checkpoint
@@ -269,6 +275,63 @@ def test_a_proxy_of_the_environment(server: Server, place: Path, monkeypatch: py
     monkeypatch.setattr("urllib.request._opener", None)  # made once in a process, with the proxies of its start
     fetch("x", ["http://weights.invalid/weights.pth"])
     assert server.asked == [("http://weights.invalid/weights.pth", None)]
+
+
+@pytest.mark.slow
+def test_the_client_of_the_hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a mirror that has nothing; its own process, as the client reads the environment when it is imported."""
+
+    def headers(self: Handler) -> None:
+        self.server.asked.append((self.command, self.path))
+        found = self.path.endswith("/resolve/main/pytorch_model.bin")
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{DIGEST}"')
+        self.send_header("Content-Length", str(len(CONTENT) if found else 0))
+        self.end_headers()
+
+    monkeypatch.setattr(Handler, "do_HEAD", headers, raising=False)
+    addresses = [server.address("absent.pth"), "hf://someone/model"]
+    script = f"from foveal.backbones.download import fetch; print(fetch('x', {addresses}))"
+    environment = {**os.environ, "HF_ENDPOINT": server.address("")[:-1], "HF_HUB_CACHE": str(tmp_path / "cache")}
+    environment |= {"TORCH_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    file = Path(done.stdout.strip())
+    assert file.name == "pytorch_model.bin"
+    assert file.read_bytes() == CONTENT
+    assert file.resolve().name == DIGEST
+    paths = [path for path, _ in server.asked if path.startswith("/")]
+    assert paths[0] == "/absent.pth"
+    # the second time, without a network
+    server.asked.clear()
+    environment["HF_HUB_OFFLINE"] = "1"
+    again = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert Path(again.stdout.strip()) == file
+    assert server.asked == []
+
+
+@pytest.mark.slow
+def test_the_files_of_torch_hub(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """timm reads the one that was fetched here and does not compare it; `foveal.load` does."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("a download begins")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr(download, "urlopen", no_network)
+    model = timm.create_model("overlock_xt")
+    file = place.with_name("overlock_xt_in1k_224.pth")
+    file.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), file)
+    weight = foveal.load("overlock_xt.in1k").head[4].weight  # which writes the hash down
+    assert torch.equal(weight, model.head[4].weight)
+    model.head[4].weight.data[0] += 1
+    torch.save(model.state_dict(), file)
+    assert not torch.equal(timm.create_model("overlock_xt.in1k", pretrained=True).head[4].weight, weight)
+    with pytest.raises(OSError, match="not the file that was first received"):
+        foveal.load("overlock_xt.in1k")
 
 
 def test_one_file_for_two_who_ask(server: Server, place: Path) -> None:

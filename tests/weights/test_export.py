@@ -111,7 +111,7 @@ def test_the_difference_is_the_worst_one() -> None:
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot export to 'tflite'; the formats are safetensors, onnx"):
+    with pytest.raises(ValueError, match="cannot export to 'tflite'; the formats are safetensors, onnx, pt2, aoti"):
         export(run, "tflite", tmp_path / "x")
     for output in (run, run / "best", run / ".." / run.name):
         with pytest.raises(ValueError, match="is what is exported; choose another folder"):
@@ -167,11 +167,3 @@ def test_images(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (4, 6)).save(tmp_path / "y.jpg", exif=exif)
     assert read_image(tmp_path / "y.jpg", 3).size == (6, 4)
-
-
-def test_detectors_and_segmenters_are_refused(tmp_path):
-    (tmp_path / "run" / "best").mkdir(parents=True)
-    (tmp_path / "run" / "best" / "config.json").write_text(json.dumps({"format": "foveal-dense", "task": "detect"}))
-    with pytest.raises(ValueError, match="a model of `foveal train detect`; classifiers are exported so far"):
-        export(tmp_path / "run", "onnx", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,220 @@
+"""A detector's evaluation on one image of a fixed size, as a graph that exporters can follow.
+
+torchvision's own evaluation asks Python how many boxes there are; here only the number of rows depends on the image.
+The answers are those of `Detector`: the best candidates of every level are taken before the score threshold instead of
+after it, which leaves the same ones, and boxes of different classes (or levels) are kept apart exactly, where
+torchvision moves them apart in float32 as long as they are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import clip_boxes_to_image, nms, roi_align
+
+from .detector import AlignedPool, Detector
+
+Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+
+
+def suppress(
+    boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, count: int, threshold: float
+) -> torch.Tensor:
+    """Non-maximum suppression among the boxes of each group, by torchvision's operator.
+
+    Args:
+        boxes: ``[n, 4]``, corners, none negative.
+        scores: ``[n]``, none negative.
+        groups: ``[n]``, integers from 0 to ``count`` - 1.
+        threshold: a box that overlaps a better one by more (intersection over union) goes.
+
+    Returns:
+        the indices of the boxes that are left, the best first.
+    """
+    side = F.pad(boxes.double().flatten(), (0, 1)).max() + 1  # of nothing, too
+    apart = boxes.double() + (groups * side)[:, None]
+    return nms(apart, scores.double(), threshold)
+
+
+@torch.library.custom_op("foveal::suppress", mutates_args=())
+def suppress_op(
+    boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, count: int, threshold: float
+) -> torch.Tensor:
+    """`suppress` as one node, for exporters that have an operator of their own for it."""
+    return suppress(boxes, scores, groups, count, threshold)
+
+
+@suppress_op.register_fake
+def _(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, count: int, threshold: float) -> torch.Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+class OneImage(nn.Module):
+    """A detector in evaluation mode for one image of a fixed size.
+
+    Args:
+        model: the detector; its modules are shared, not copied.
+        size: rows and columns of the image. The resize to the detector's own size is part of the graph.
+        suppress: what does the non-maximum suppression.
+    """
+
+    def __init__(self, model: Detector, size: tuple[int, int], suppress: Suppress = suppress) -> None:
+        super().__init__()
+        self.model, self.size, self.suppress = model, size, suppress
+        transform = model.detector.transform
+        channels = len(transform.image_mean)
+        parameter = next(model.parameters())
+        with torch.no_grad():
+            batch, _ = transform([parameter.new_zeros(channels, *size)])
+            maps = list(model.pyramid(batch.tensors).values())
+            regions = hasattr(model.detector, "rpn")
+            anchors = model.detector.rpn.anchor_generator if regions else model.detector.anchor_generator
+            found = anchors(batch, maps)[0]
+        self.seen: tuple[int, int] = tuple(batch.image_sizes[0])  # what the network sees of the image, ...
+        self.padding = [p - s for p, s in zip(batch.tensors.shape[-2:], self.seen, strict=True)]  # ... and of nothing
+        per_place = anchors.num_anchors_per_location()
+        self.counts = [n * x.shape[-2:].numel() for n, x in zip(per_place, maps, strict=True)]
+        self.detect = self._regions if regions else self._dense
+        for name, value in (("mean", transform.image_mean), ("std", transform.image_std)):
+            self.register_buffer(name, parameter.new_tensor(value).view(-1, 1, 1), persistent=False)
+        self.register_buffer("anchors", found, persistent=False)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[1, C, H, W]``, float in [0, 1], to ``boxes`` ``[n, 4]`` in the image's pixels, ``labels`` int64 ``[n]``,
+        ``scores`` ``[n]``, the best first, and for Mask R-CNN ``masks`` ``[n, 1, H, W]``."""
+        x = (image - self.mean) / self.std
+        if self.seen != self.size:
+            x = F.interpolate(x, self.seen, mode="bilinear", align_corners=False)
+        x = F.pad(x, (0, self.padding[1], 0, self.padding[0]))
+        maps = list(self.model.pyramid(x).values())
+        boxes, labels, scores = self.detect(maps)
+        masks = self._masks(maps, boxes, labels) if self.model.masks else None
+        rows, columns = (own / seen for own, seen in zip(self.size, self.seen, strict=True))
+        boxes = boxes * boxes.new_tensor([columns, rows, columns, rows])
+        found = boxes, labels - self.model.first_class, scores
+        return found if masks is None else (*found, paste(masks, boxes, self.size))
+
+    def _best(
+        self,
+        boxes: torch.Tensor,
+        scores: torch.Tensor,
+        groups: torch.Tensor,
+        keep: torch.Tensor,
+        count: int,
+        threshold: float,
+        limit: int,
+    ) -> torch.Tensor:
+        """Indices of the best ``limit`` of the boxes to ``keep`` that suppression leaves, the best first."""
+        kept = keep.nonzero()[:, 0]
+        left = self.suppress(boxes[kept], scores[kept], groups[kept], count, threshold)
+        first = (torch.ones_like(left).cumsum(0) <= limit).nonzero()[:, 0]
+        torch._check(first.shape[0] <= limit)  # which a tracer does not see
+        return kept[left[first]]
+
+    def _dense(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """RetinaNet, FCOS: the candidates of every level, suppressed by class."""
+        detector = self.model.detector
+        answers = detector.head(maps)
+        scores = answers["cls_logits"][0].sigmoid()
+        classes = scores.shape[-1]
+        if "bbox_ctrness" in answers:
+            scores = (scores * answers["bbox_ctrness"][0].sigmoid()).sqrt()
+        chosen, best, start = [], [], 0
+        for count, level in zip(self.counts, scores.split(self.counts), strict=True):
+            top = level.flatten().topk(min(detector.topk_candidates, count * classes))
+            best.append(top.values)
+            chosen.append(top.indices + start * classes)
+            start += count
+        scores, at = torch.cat(best), torch.cat(chosen)
+        place, labels = at // classes, at % classes
+        codes, anchors = answers["bbox_regression"][0][place], self.anchors[place]
+        decode = getattr(detector.box_coder, "decode_single", detector.box_coder.decode)
+        boxes = clip_boxes_to_image(decode(codes, anchors), self.seen)
+        limits = classes, detector.nms_thresh, detector.detections_per_img
+        keep = self._best(boxes, scores, labels, scores > detector.score_thresh, *limits)
+        return boxes[keep], labels[keep], scores[keep]
+
+    def _regions(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Faster and Mask R-CNN: the proposals, classified, suppressed by class."""
+        heads = self.model.detector.roi_heads
+        proposals = self._proposals(maps)
+        pooled = pool_regions(heads.box_roi_pool, maps, proposals)
+        logits, codes = heads.box_predictor(heads.box_head(pooled))
+        classes = logits.shape[-1]
+        boxes = heads.box_coder.decode_single(codes, proposals).reshape(-1, 4)
+        boxes = clip_boxes_to_image(boxes, self.seen).reshape(-1, classes, 4)[:, 1:].reshape(-1, 4)
+        scores = logits.softmax(-1)[:, 1:]
+        labels = torch.arange(1, classes, device=scores.device).expand_as(scores).reshape(-1)
+        scores = scores.reshape(-1)
+        keep = (scores > heads.score_thresh) & _larger(boxes, 1e-2)
+        keep = self._best(boxes, scores, labels, keep, classes, heads.nms_thresh, heads.detections_per_img)
+        return boxes[keep], labels[keep], scores[keep]
+
+    def _proposals(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        """``[n, 4]``"""
+        rpn = self.model.detector.rpn
+        objectness, deltas = rpn.head(maps)
+        logits, codes, chosen, levels, start = [], [], [], [], 0
+        for level, count in enumerate(self.counts):
+            own = objectness[level][0].permute(1, 2, 0).reshape(-1)
+            top = own.topk(min(rpn.pre_nms_top_n(), count))
+            own = deltas[level][0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
+            logits.append(top.values)
+            codes.append(own[top.indices])
+            chosen.append(top.indices + start)
+            levels.append(torch.full_like(top.indices, level))
+            start += count
+        boxes = rpn.box_coder.decode_single(torch.cat(codes), self.anchors[torch.cat(chosen)])
+        boxes, scores = clip_boxes_to_image(boxes, self.seen), torch.cat(logits).sigmoid()
+        keep = (scores >= rpn.score_thresh) & _larger(boxes, rpn.min_size)
+        limits = len(self.counts), rpn.nms_thresh, rpn.post_nms_top_n()
+        return boxes[self._best(boxes, scores, torch.cat(levels), keep, *limits)]
+
+    def _masks(self, maps: list[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of the found boxes, ``[n, side, side]``."""
+        heads = self.model.detector.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(pool_regions(heads.mask_roi_pool, maps, boxes)))
+        own = labels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
+        return logits.gather(1, own)[:, 0].sigmoid()
+
+
+def _larger(boxes: torch.Tensor, side: float) -> torch.Tensor:
+    return (boxes[:, 2:] - boxes[:, :2] >= side).all(1)
+
+
+def pool_regions(pool: nn.Module, maps: list[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
+    """What a detector's region pool gives for the regions ``[n, 4]`` of one image: ``[n, C, side, side]``."""
+    aligned = isinstance(pool, AlignedPool)
+    levels = pool.map_levels([regions])
+    regions = F.pad(regions, (1, 0))
+    pooled = maps[0].new_zeros(regions.shape[0], maps[0].shape[1], *pool.output_size)
+    for level, scale in enumerate(pool.scales):
+        here = (levels == level).nonzero()[:, 0]
+        samples = 0 if aligned else pool.sampling_ratio
+        own = roi_align(maps[level], regions[here], pool.output_size, scale, samples, aligned)
+        pooled = pooled.index_put((here,), own)
+    return pooled
+
+
+def paste(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The masks ``[n, side, side]`` of boxes, in an image of ``size`` with zeros around: ``[n, 1, rows, columns]``.
+
+    torchvision's pasting (a border of zeros, whole pixels, bilinear), each as a product with two matrices.
+    """
+    padded = F.pad(masks, (1, 1, 1, 1))
+    side = padded.shape[-1]
+    centres, halves = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * (side / (side - 2))
+    starts, ends = (centres - halves).long(), (centres + halves).long()
+    along = []
+    for axis, length in ((1, size[0]), (0, size[1])):
+        at = torch.arange(length, device=boxes.device)
+        start, end = starts[:, axis, None], ends[:, axis, None]
+        width = (end - start + 1).clamp(min=1)
+        source = ((at - start + 0.5) * (side / width) - 0.5).clamp(0, side - 1)
+        weights = 1 - (source[:, :, None] - torch.arange(side, device=boxes.device)).abs()
+        inside = (at >= start) & (at < start + width)
+        along.append((weights.clamp(min=0) * inside[:, :, None]).to(masks.dtype))
+    return (along[0] @ padded @ along[1].transpose(1, 2))[:, None]

@@ -1,0 +1,330 @@
+"""Whole detectors and segmenters of mmdetection and mmsegmentation: converted, they answer as they did there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import foveal
+from foveal.heads.build import build_detector, build_segmenter
+from foveal.heads.detection import published as published_names
+from foveal.heads.necks.a3fpn import load_published
+from foveal.heads.segmentation.published import to_mmseg
+from foveal.weights.convert import ConversionError, convert, restore
+from foveal.weights.manifest import checkpoints
+from foveal.weights.verify import verify
+
+from . import filler
+
+REASON = "needs mmdet 3.3 with mmengine and mmcv"
+NAMES = ("square", "disc", "star")
+
+
+def theirs(config: str, name: str, neck: dict[str, Any] | None = None) -> nn.Module:
+    """mmdetection's detector, small, with a value for every parameter and statistic that makes it count."""
+    for module in ("mmengine", "mmcv", "mmdet"):
+        pytest.importorskip(module, reason=REASON, exc_type=ImportError)
+    from ..heads.test_mmdet import build
+
+    model = build(config, name, neck)
+    model.load_state_dict(filler.of(model))
+    return model.eval()
+
+
+def published(model: nn.Module) -> dict[str, torch.Tensor]:
+    """With the authors' names of the backbone, as they stand in their files."""
+    return {name.replace("backbone.network.model.", "backbone."): x for name, x in model.state_dict().items()}
+
+
+def write(folder: Path, state: dict[str, torch.Tensor], **meta: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, "meta": {"epoch": 36, **meta}}, folder / "dense.pth")
+    return folder / "dense.pth"
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_foveal_nat", *(pytest.param(f"test_foveal_{n}", marks=pytest.mark.slow) for n in ("dinat", "overlock"))],
+)
+@torch.no_grad()
+def test_mask_rcnn(name: str, tmp_path: Path) -> None:
+    """Maps, logits, anchors, regions' classes, boxes and masks, and the detections themselves."""
+    original = theirs("mask_rcnn", name)
+    state = published(original)
+    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
+    assert done.record["tensors"] == len(state)
+    assert done.lines()[2] == f"it is mask_rcnn on {name} with fpn, 3 classes"
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    assert all(check.passed for check in verify(done.folder))
+
+    model = foveal.load(done.folder)
+    assert model.classes == list(NAMES)
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
+    x = ((image - mean) / std)[None]
+    maps, expected = list(model.pyramid(x).values()), original.extract_feat(x)
+    for got, want in zip(maps, expected, strict=True):
+        close(got, want)
+    logits, deltas = model.detector.rpn.head(maps)
+    for got, want in zip([*logits, *deltas], [y for kind in original.rpn_head(expected) for y in kind], strict=True):
+        close(got, want)
+    from torchvision.models.detection.image_list import ImageList
+
+    (anchors,) = model.detector.rpn.anchor_generator(ImageList(x, [(96, 128)]), maps)
+    close(anchors, torch.cat(original.rpn_head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device="cpu")))
+
+    # of every level: sides from 10 to more than the image
+    regions = torch.tensor([[4.2, 8.7, 14.9, 21.0], [0, 0, 127, 95], [30.3, 5, 99.1, 90.6], [-60, -50, 400, 500.0]])
+    heads, indexed = model.detector.roi_heads, torch.cat([torch.zeros(4, 1), regions], 1)
+    named = {str(i): m for i, m in enumerate(maps)}
+    scores, boxes = heads.box_predictor(heads.box_head(heads.box_roi_pool(named, [regions], [(96, 128)])))
+    want = original.roi_head._bbox_forward(expected, indexed)
+    close(torch.cat([scores[:, 1:], scores[:, :1]], 1), want["cls_score"])  # the background is their last
+    close(boxes[:, 4:], want["bbox_pred"])
+    masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(named, [regions], [(96, 128)])))
+    close(masks[:, 1:], original.roi_head._mask_forward(expected, indexed)["mask_preds"])
+
+    from mmdet.structures import DetDataSample
+
+    shapes = dict(img_shape=(96, 128), ori_shape=(96, 128), scale_factor=(1.0, 1.0), batch_input_shape=(96, 128))
+    original.roi_head.test_cfg.update(score_thr=0.05, max_per_img=100)
+    original.rpn_head.test_cfg.update(nms_pre=1000, max_per_img=1000)
+    want = original.predict(x, [DetDataSample(metainfo=shapes)], rescale=False)[0].pred_instances
+    transform = model.detector.transform
+    transform.min_size, transform.max_size = (96,), 128
+    (got,) = model([image])
+    assert len(want.scores) > 5
+    close(got["scores"], want.scores)
+    assert torch.equal(got["labels"], want.labels)
+    assert (got["boxes"] - want.bboxes).abs().max() < 1e-2  # pixels
+
+
+def a3fpn_state(channels: tuple[int, ...], prefix: str, direction: str = "top_down", **kwargs: Any):
+    """A neck under the authors' names, with the settings of their models for these widths, 16 channels to a map."""
+    from ..heads.test_a3fpn import published_spec
+
+    widths = [c // s for c, s in zip(channels, (1, 2, 4, 4), strict=True)]
+    groups = [width // 16 for width in widths]
+    compress = [max(each, 8) for each in groups]
+    config = dict(in_channels=channels, out_channels=16, squeeze=[1, 2, 4, 4], num_repblocks=1, expansion=4)
+    config |= dict(compress_channel=compress, group_num=groups, dcn_groups=groups, using_resampling=[True] * 3)
+    config |= dict(dcn_config={"dcn_output_bias": True, "offset_scale": 2.0})
+    spec = published_spec(config, direction, **kwargs)
+    return filler.state_dict({f"{prefix}{name}": shape for name, shape in spec.items()})
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_retinanet_on_a3fpn(tmp_path: Path) -> None:
+    """As the released one: maps from stride 8 to 128; the parts of the neck that it computes and drops are named."""
+    name = "test_foveal_nat"
+    original = theirs("retinanet", name, neck=dict(type="A3FPN", start_level=1, extra_levels="p6p7"))
+    neck = a3fpn_state((16, 32, 64, 128), "neck.", convs=6)
+    load_published(original.neck, neck)
+    state = {key: x for key, x in published(original).items() if not key.startswith("neck.")} | neck
+    done = convert(write(tmp_path / "x", state, dataset_meta={"classes": NAMES}), tmp_path / "ours", model=name)
+    dropped = done.record["dropped"]
+    assert {key.split(".")[2 if "body" in key else 1] for key in dropped} == {"a3fpn_4_level0", "conv00"}
+    assert "read by nothing, and left out" in "\n".join(done.lines())
+    assert done.record["tensors"] == len(state) - len(dropped)
+    back = restore(done.folder)
+    assert list(back) == [key for key in state if key not in dropped]
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert all(check.passed for check in verify(done.folder))
+
+    from mmdet.structures import DetDataSample
+
+    model = foveal.load(done.folder)
+    assert model.classes == list(NAMES)
+    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
+    x = ((image - mean) / std)[None]
+    for got, want in zip(model.pyramid(x).values(), original.extract_feat(x), strict=True):
+        close(got, want)
+    shapes = dict(img_shape=(128, 128), ori_shape=(128, 128), scale_factor=(1.0, 1.0))
+    original.bbox_head.test_cfg.update(nms_pre=1000, score_thr=0.05, max_per_img=100)
+    want = original.predict(x, [DetDataSample(metainfo=shapes)], rescale=False)[0].pred_instances
+    transform = model.detector.transform
+    transform.min_size, transform.max_size = (128,), 128
+    (got,) = model([image])
+    assert len(want.scores) > 5
+    close(got["scores"], want.scores)
+    assert torch.equal(got["labels"], want.labels)
+    assert (got["boxes"] - want.bboxes).abs().max() < 1e-2
+
+
+UPERNETS = {
+    "nat": ("test_foveal_nat", "fpn"),
+    "overlock, without the auxiliary head": ("test_foveal_overlock", "fpn"),
+    "nat, a3fpn": ("test_foveal_nat", "a3fpn"),
+}
+
+
+@pytest.mark.parametrize("form", UPERNETS)
+@torch.no_grad()
+def test_upernet(form: str, tmp_path: Path) -> None:
+    """mmsegmentation's names; that its UPerNet answers as the head here is for the tests of that head."""
+    name, neck = UPERNETS[form]
+    sizes = dict(head_kwargs={"channels": 64 if neck == "a3fpn" else 16}, auxiliary_kwargs={"channels": 8})
+    auxiliary = "without" not in form
+    model = build_segmenter(name, "upernet", neck, num_classes=5, auxiliary=auxiliary, **sizes).eval()
+    model.load_state_dict(filler.of(model))
+    state = to_mmseg({key: x for key, x in model.state_dict().items() if not key.startswith("head.neck.columns")})
+    state |= {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
+    if neck == "a3fpn":
+        channels = (*model.features.spec.channels[:3], 64)
+        own = a3fpn_of_segmenter(channels, 64)
+        load_published(model.head.neck, own)
+        state = {key: x for key, x in state.items() if "decode_head.lateral" not in key} | own
+    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=name)
+    assert done.lines()[2] == f"it is upernet on {name} with {neck}, 5 classes"
+    assert done.record["dropped"] == []
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    assert all(check.passed for check in verify(done.folder))
+    converted = foveal.load(done.folder)
+    assert converted.classes == [f"class {i}" for i in range(5)]
+    images = torch.rand(2, 3, 70, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(converted(images), model(images))
+
+
+def a3fpn_of_segmenter(channels: tuple[int, ...], out: int) -> dict[str, torch.Tensor]:
+    """The released segmentor's settings, whose last map comes narrow from the pooling."""
+    from ..heads.test_a3fpn import published_spec
+
+    widths = [c // s for c, s in zip(channels, (1, 2, 4, 1), strict=True)]
+    groups = [width // 16 for width in widths]
+    config = dict(in_channels=channels, out_channels=out, squeeze=[1, 2, 4, 1], num_repblocks=1, expansion=4)
+    config |= dict(compress_channel=[max(each, 8) for each in groups], group_num=groups, dcn_groups=groups)
+    config |= dict(using_resampling=[True] * 3, dcn_config={"dcn_output_bias": True, "offset_scale": 2.0})
+    spec = published_spec(config, "bottom_up")
+    return filler.state_dict({f"decode_head.a3fpn.{name}": shape for name, shape in spec.items()})
+
+
+def test_a_resnet_of_three_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-C, as segmentors have it: mmdetection's own with that stem against timm's."""
+    pytest.importorskip("mmcv", reason=REASON, exc_type=ImportError)
+    from ..heads.mmcv_ext import install
+
+    install()
+    from mmdet.models.backbones import ResNet
+
+    monkeypatch.setitem(ResNet.arch_settings, 50, (ResNet.arch_settings[50][0], (1, 1, 1, 1)))
+    original = ResNet(50, deep_stem=True)
+    original.load_state_dict(filler.of(original))
+    original.eval()
+    small = {"layers": [1, 1, 1, 1]}
+    state = {f"backbone.{key}": x for key, x in original.state_dict().items()}
+    file = write(tmp_path / "x", state | {"neck.x": torch.ones(1)})
+    message = "does not fit resnet50: its stem has three convolutions, as that of ResNet-C"
+    with pytest.raises(ConversionError, match=message):
+        convert(file, tmp_path / "ours", model="resnet50", backbone=True, arguments=small)
+    small["out_indices"] = (1, 2, 3, 4)
+    done = convert(file, tmp_path / "ours", model="resnet50c", backbone=True, arguments=small)
+    assert done.record["heads"] == {"neck": 1}
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for got, want in zip(foveal.load(done.folder)(x), original(x), strict=True):
+            close(got, want)
+
+
+def test_what_is_refused_whole(tmp_path: Path) -> None:
+    """With the reason, what is in the file, and the way out."""
+    model = build_segmenter("test_foveal_nat", "upernet", num_classes=5, head_kwargs={"channels": 16})
+    inner = {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
+    one = torch.ones(1)
+    for heads, reason in (
+        ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "it is a cascade of heads"),
+        ({"sem_seg_head.predictor.query_feat.weight": one, "criterion.empty_weight": one}, "are detectron2's, whose"),
+        ({"decode_head.scale_heads.0.0.conv.weight": one}, "FPNHead, with BatchNorm where the semantic FPN here"),
+        ({"bbox_head.retina_cls.weight": one, "neck.lateral_convs.0.conv.weight": one}, "a RetinaNet on an FPN"),
+        ({"bbox_head.conv_centerness.weight": one}, "this package has no heads like bbox_head"),
+        ({"decode_head.psp_modules.0.1.conv.weight": one}, "it has no decode_head.conv_seg.weight"),
+    ):
+        with pytest.raises(ConversionError) as caught:
+            convert(write(tmp_path / "x", inner | heads), tmp_path / "ours", model="test_foveal_nat")
+        message = str(caught.value)
+        count = len(inner) + len(heads)
+        assert f"of its {count} tensors {len(inner)} belong to the backbone and to its heads" in message
+        assert f"It is not converted whole: {reason}" in message or reason in message
+        assert message.endswith("--backbone converts the backbone")
+    # and a whole one, of which something is missing, or left over
+    state = to_mmseg(model.state_dict()) | inner
+    gone = {key: x for key, x in state.items() if key != "decode_head.fpn_bottleneck.bn.bias"}
+    with pytest.raises(ConversionError, match=r"of the model not set: 1 \(head\.fuse\.norm\.bias\)"):
+        convert(write(tmp_path / "x", gone), tmp_path / "ours", model="test_foveal_nat")
+    more = state | {"decode_head.extra.weight": one}
+    with pytest.raises(ConversionError, match=r"decode_head\.extra\.weight is no parameter of UPerNet"):
+        convert(write(tmp_path / "x", more), tmp_path / "ours", model="test_foveal_nat")
+    more = state | {"backbone.extra.weight": one}
+    with pytest.raises(ConversionError, match=r"unexpected 1 \(extra\.weight\)"):
+        convert(write(tmp_path / "x", more), tmp_path / "ours", model="test_foveal_nat")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_what_the_manifest_knows_of_it(tmp_path: Path) -> None:
+    """Dilations, statistics, ids of the classes, score and licence; found by the name of the published file."""
+    checkpoint = checkpoints()["dinat_mini.maskrcnn_coco"]
+    small = dict(embed_dim=16, num_heads=[1, 2, 4, 8])
+    sizes = dict(box_width=32, mask_width=16, convention="mmdet")
+    model = build_detector(
+        "dinat_mini", "mask_rcnn", num_classes=80, neck_kwargs={"out_channels": 16}, head_kwargs=sizes, **small,
+        **checkpoint.arguments,
+    )  # fmt: skip
+    model.load_state_dict(filler.of(model))
+    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state |= to_mmdet(model.state_dict())
+    file = write(tmp_path / "x", state).rename(tmp_path / "x" / "maskrcnn_dinat_mini.pth")
+    done = convert(file, tmp_path / "ours", model="dinat_mini", arguments=small)
+    loaded = foveal.load(done.folder)
+    assert loaded.config["category_ids"][-3:] == [88, 89, 90]
+    assert len(loaded.config["category_ids"]) == 80
+    dilations = [m.dilation for m in loaded.modules() if hasattr(m, "dilation") and hasattr(m, "rpb")]
+    assert dilations == [d for level in checkpoint.arguments["dilations"] for d in level]
+    card = (done.folder / "README.md").read_text()
+    for part in ("box AP 47.2, mask AP 42.5 |", "| licence of the weights | mit |", checkpoint.address, "foveal.load("):
+        assert part in card
+    checks = {check.name: check for check in verify(done.folder)}
+    assert all(check.passed for check in checks.values())
+    assert checks["as the manifest says"].detail == "mean, std, dilations"
+    with pytest.raises(ValueError, match="is a model to detect: `foveal evaluate` scores it"):
+        list(verify(done.folder, tmp_path))
+    weights = done.folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["detector.roi_heads.mask_predictor.mask_fcn_logits.bias"][1] += 1
+    safetensors.torch.save_file(tensors, weights)
+    assert {check.name for check in verify(done.folder) if not check.passed} == {"file", "answer to the fixed image"}
+    # its backbone alone
+    body = convert(file, tmp_path / "body", model="dinat_mini", arguments=small, backbone=True)
+    assert body.record["heads"] == {"neck": 16, "rpn_head": 6, "roi_head": 20}
+
+
+def to_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The heads of a detector under mmdetection's names, with the background last and without its boxes and masks."""
+    result = {}
+    for name, tensor in state.items():
+        for theirs, ours in (*published_names._FPN, *published_names._RCNN):
+            match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name)
+            if match:
+                skip = 4 if ".bbox_pred." in name and "rpn" not in name else 1 if "mask_fcn_logits" in name else 0
+                tensor = tensor.roll(-1, 0) if ".cls_score." in name else tensor[skip:]
+                result[theirs.format(*match.groups()) + name[match.end() :]] = tensor
+    return result

@@ -1,0 +1,77 @@
+"""One ONNX file for every height and width: the models that take images of any size, small and in all their parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import foveal  # noqa: F401  registers the models
+
+# no multiples of 32, sides shorter than window times dilation, one longer than the example's
+SIZES = [(64, 64), (33, 47), (100, 71), (150, 97), (32, 190), (17, 40)]
+
+SMALL = {
+    "nat": ("test_foveal_nat", dict(embed_dim=8, depths=(1, 1), num_heads=(1, 2))),
+    "dinat": (
+        "test_foveal_dinat",
+        dict(embed_dim=8, depths=(2, 1), num_heads=(1, 2), kernel_size=5, dilations=[[1, 4], [2]]),
+    ),
+    "dinat_s": (
+        "dinat_s_tiny",
+        dict(embed_dim=8, depths=(1, 1), num_heads=(1, 2), kernel_size=3, dilations=[[2], [1]]),
+    ),
+    "care": ("test_foveal_care", {}),
+    "overlock": ("test_foveal_overlock", {}),
+}
+
+
+def build(name: str) -> torch.nn.Module:
+    architecture, options = SMALL[name]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=7, **options).eval()
+    for module in model.modules():  # all that is close to zero in a new model
+        for parameter, values in module.named_parameters(recurse=False):
+            if parameter.startswith(("rpb", "gamma")):
+                values.data.normal_()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_onnx_for_any_size(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra foveal[export] is not installed")
+    pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
+    model = build(name)
+    deployed = model.reparameterize() if hasattr(model, "reparameterize") else model
+    path = tmp_path / "model.onnx"
+    free = {axis: torch.export.Dim(word) for axis, word in ((0, "batch"), (2, "height"), (3, "width"))}
+    torch.onnx.export(
+        deployed,
+        (torch.randn(2, 3, 72, 88),),
+        path,
+        dynamo=True,
+        input_names=["image"],
+        dynamic_shapes=(free,),
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for count, size in enumerate(SIZES, 1):
+        x = torch.randn(count, 3, *size)
+        with torch.no_grad():
+            want = model(x)
+        got = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+        assert (got - want).abs().max() < 1e-5 * want.abs().max(), size
+
+
+def test_a_dilation_that_follows_the_size_needs_a_size() -> None:
+    model = timm.create_model("test_foveal_dinat", depths=(1, 2), num_heads=(1, 2), dilations="auto").eval()
+    free = {axis: torch.export.Dim(word) for axis, word in ((2, "height"), (3, "width"))}
+    with pytest.raises(ValueError, match='dilation "auto" follows the size of the map'):
+        torch.export.export(model, (torch.randn(2, 3, 72, 88),), dynamic_shapes=(free,))

@@ -1,0 +1,294 @@
+"""Every format answers as the original does, run by its own library; what a format cannot hold is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import foveal.weights.export as exporting
+import foveal.weights.formats as formats
+from foveal.backbones.loading import load
+from foveal.weights.export import HALF_TOLERANCE, TOLERANCE, ExportError, export
+from foveal.weights.formats import FORMATS, Format, Job
+
+SIZE = 32
+
+
+def _save(folder: Path, name: str, **arguments) -> Path:
+    torch.manual_seed(3)
+    model = timm.create_model(name, num_classes=5, **arguments)
+    with torch.no_grad():  # branches that do not vanish, norms that are not the identity
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    model.pretrained_cfg |= {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.3,) * 3, "crop_pct": 1.0}
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with windows, dilation and padding."""
+    arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
+    return _save(tmp_path_factory.mktemp("models") / "dinat", "test_foveal_dinat", **arguments)
+
+
+@pytest.fixture(scope="module")
+def care(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _save(tmp_path_factory.mktemp("models") / "care", "test_foveal_care")
+
+
+def _judge(source: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    with torch.no_grad():
+        return x, load(source)(x)
+
+
+def _apart(got, expected: torch.Tensor) -> float:
+    return ((torch.as_tensor(got) - expected).abs().max() / expected.abs().max()).item()
+
+
+def _pt2(folder: Path, x: torch.Tensor):
+    return torch.export.load(folder / "model.pt2").module()(x).detach()
+
+
+def _aoti(folder: Path, x: torch.Tensor):
+    return torch._inductor.aoti_load_package(str(folder / "model.pt2"))(x)
+
+
+def _onnx(folder: Path, x: torch.Tensor):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra foveal[export] is not installed")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"image": x.numpy()})[0]
+
+
+def _openvino(folder: Path, x: torch.Tensor):
+    openvino = pytest.importorskip("openvino", reason="the extra foveal[openvino] is not installed")
+    core = openvino.Core()
+    model = core.read_model(folder / "model.xml")
+    model.reshape({"image": list(x.shape)})
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())["logits"]
+
+
+def _safetensors(folder: Path, x: torch.Tensor):
+    with torch.no_grad():
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)
+
+
+FILES = {
+    "safetensors": ["model.safetensors"],
+    "onnx": ["model.onnx"],
+    "pt2": ["model.pt2"],
+    "aoti": ["model.pt2"],
+    "openvino": ["model.bin", "model.xml"],
+}
+RUNNERS = {"safetensors": _safetensors, "onnx": _onnx, "pt2": _pt2, "aoti": _aoti, "openvino": _openvino}
+
+
+@pytest.mark.parametrize(
+    ("to", "half"),
+    [
+        ("safetensors", True),
+        pytest.param("onnx", True, marks=pytest.mark.slow),
+        ("pt2", False),
+        ("openvino", False),
+        pytest.param("pt2", True, marks=pytest.mark.slow),
+        pytest.param("openvino", True, marks=pytest.mark.slow),
+        pytest.param("aoti", False, marks=pytest.mark.slow),
+        pytest.param("aoti", True, marks=pytest.mark.slow),
+    ],
+)
+def test_any_batch_in_its_own_runtime(to: str, half: bool, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
+    if to == "openvino":
+        pytest.importorskip("openvino", reason="the extra foveal[openvino] is not installed")
+    done = export(folder, to, tmp_path / "out", half=half)
+    assert done.files == ["README.md", "config.json", *FILES[to]]
+    assert done.checked == ["random, batch 1", "random, batch 3", "china.jpg", "flower.jpg"]
+    limit = HALF_TOLERANCE if half else TOLERANCE
+    assert (1e-5 if half else 0) <= done.difference <= limit  # float16 shows
+    for batch in (1, 2, 5):
+        x, expected = _judge(folder, (batch, 3, SIZE, SIZE))
+        assert _apart(RUNNERS[to](done.folder, x), expected) < limit
+    card = (done.folder / "README.md").read_text()
+    assert f"--to {to}{' --half' * half}`" in card
+    assert ("float16" in card) == half
+    assert f"differs from the original by {done.difference:.1e}" in card
+    assert json.loads((done.folder / "config.json").read_text())["architecture"] == "test_foveal_dinat"
+
+
+def test_half_is_half_as_large(folder: Path, tmp_path: Path) -> None:
+    sizes = [
+        (export(folder, "safetensors", tmp_path / str(half), half=half).folder / "model.safetensors").stat().st_size
+        for half in (False, True)
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_the_branches_are_folded(care: Path) -> None:
+    """What is written is the deployed form; what it is compared with is the trained one."""
+    model = load(care)
+    job = exporting.classifier_job(model, "pt2")
+    count = [sum(p.numel() for p in each.parameters()) for each in (model, job.model)]
+    assert count[1] < count[0]
+    assert exporting.classifier_job(model, "safetensors").model is model
+    assert sum(p.numel() for p in model.parameters()) == count[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 32), (200, 61), (96, 128)])
+def test_one_onnx_file_for_any_size(any_size: Path, folder: Path, size: tuple[int, int]) -> None:
+    x, expected = _judge(folder, (2, 3, *size))
+    assert _apart(_onnx(any_size, x), expected) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def any_size(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
+    done = export(folder, "onnx", tmp_path_factory.mktemp("any") / "onnx", dynamic=True)
+    assert "any height and width" in (done.folder / "README.md").read_text()
+    return done.folder
+
+
+@pytest.mark.slow
+def test_coreml_is_converted(care: Path, tmp_path: Path) -> None:
+    coremltools = pytest.importorskip("coremltools", reason="the extra foveal[coreml] is not installed")
+    done = export(care, "coreml", tmp_path / "out")
+    spec = coremltools.models.MLModel(str(done.folder / "model.mlpackage"), skip_model_load=True).get_spec()
+    assert [(each.name, list(each.type.multiArrayType.shape)) for each in spec.description.input] == [
+        ("image", [1, 3, SIZE, SIZE])
+    ]
+    assert [each.name for each in spec.description.output] == ["logits"]
+    assert done.files == ["README.md", "config.json", "model.mlpackage"]
+    if formats.sys.platform != "darwin":
+        assert done.difference is None
+        assert not done.checked
+        assert "converted, not run: Core ML models run on macOS and iOS only" in (done.folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_coreml_says_what_it_cannot_convert(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("coremltools", reason="the extra foveal[coreml] is not installed")
+    with pytest.raises(ExportError, match=r"coremltools .* cannot convert this model: .*(rank|Unsupported)"):
+        export(folder, "coreml", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_aoti_without_a_compiler(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ExportError, match="compiles C\\+\\+ and finds no 'no-such-compiler'"):
+        export(folder, "aoti", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("to", "module", "extra"),
+    [("onnx", "onnxscript", "export"), ("openvino", "openvino", "openvino"), ("coreml", "coremltools", "coreml")],
+)
+def test_a_missing_package(to: str, module: str, extra: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    with pytest.raises(ImportError, match=rf"export to {to} needs {module}.*: pip install 'foveal\[{extra}\]'"):
+        export(folder, to, tmp_path / "out")
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for to in ("coreml", "safetensors"):
+        with pytest.raises(ValueError, match=f"{to} does not go with --dynamic: "):
+            export(folder, to, output, dynamic=True)
+    fixed = _save(tmp_path / "maxvit", "test_foveal_maxvit")
+    with pytest.raises(ValueError, match="test_foveal_maxvit does not go with --dynamic: the windows"):
+        export(fixed, "pt2", output, dynamic=True)
+    with pytest.raises(ValueError, match="--int8 is for onnx, quantised by onnxruntime; pt2 is written in float"):
+        export(folder, "pt2", output, int8=True, calibration=[tmp_path])
+    with pytest.raises(ValueError, match="--int8 does not go with --half"):
+        export(folder, "onnx", output, int8=True, half=True, calibration=[tmp_path])
+    with pytest.raises(ValueError, match="--int8 needs images"):
+        export(folder, "onnx", output, int8=True)
+    with pytest.raises(ValueError, match="calibration images are for --int8"):
+        export(folder, "onnx", output, calibration=[tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*empty"):
+        export(folder, "onnx", output, int8=True, calibration=[tmp_path / "empty"])
+    with pytest.raises(ValueError, match="is no detector or segmenter: a size is for these"):
+        export(folder, "onnx", output, size=(64, 64))
+    assert not output.exists()
+
+
+def test_a_format_that_goes_wrong_is_not_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The check runs what is in the folder, whichever the format."""
+
+    def write(job: Job, target: Path) -> None:
+        FORMATS["safetensors"].write(job, target)
+
+    def wrong(target: Path):
+        run = FORMATS["safetensors"].open(target)
+        return lambda images: tuple(1.001 * each for each in run(images))
+
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format(write, wrong, ""))
+    with pytest.raises(ExportError, match=r"differs from the original by 1\.0e-03 .* nothing was written"):
+        export(folder, "broken", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of images for each of five classes."""
+    random = np.random.default_rng(0)
+    for i in range(10):
+        pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        file = tmp_path / "pictures" / "abcde"[i % 5] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(file)
+    return tmp_path / "pictures"
+
+
+def test_int8(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the extra foveal[export] is not installed")
+    done = export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures], score=pictures)
+    assert done.files == ["README.md", "config.json", "model.onnx"]
+    graph = onnx.load(done.folder / "model.onnx").graph
+    weights = {each.name: each for each in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    quantised = [n for n in products if made_by.get(n.input[1]) and made_by[n.input[1]].op_type == "DequantizeLinear"]
+    assert len(products) - len(quantised) == 2 * 2  # queries by keys, weights by values, in both blocks
+    for node in quantised:
+        dequantize = made_by[node.input[1]]
+        assert weights[dequantize.input[0]].data_type == onnx.TensorProto.INT8
+        assert weights[dequantize.input[1]].dims  # a scale for each channel
+    x, expected = _judge(folder, (3, 3, SIZE, SIZE))
+    assert 1e-4 < _apart(_onnx(done.folder, x), expected) < 0.2
+    assert 1e-4 < done.difference < 0.5  # of the file in 8 bits, noise among the inputs
+    card = (done.folder / "README.md").read_text()
+    assert f"differs from the original by {done.difference:.1e}" in card
+    assert "--to onnx --int8`" in card
+    for note, text in zip(done.notes, ("of 10 calibration images", "top-1 .* on 10 images"), strict=True):
+        assert note in card
+        assert re.search(text, note)
+
+
+@pytest.mark.slow
+def test_int8_that_goes_wrong(folder: Path, pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, "INT8_TOLERANCE", 1e-6)
+    with pytest.raises(ExportError, match=r"in 8 bits the logits .* differ by .* nothing was written"):
+        export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_score_of_what_was_written(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    done = export(folder, "safetensors", tmp_path / "out", score=pictures)
+    before = done.notes[0].split("the original ")[1].split(" %")[0]
+    assert done.notes == [f"top-1 {before} % on 10 images of {pictures}, the original {before} % (+0.00)"]
+    shutil.rmtree(pictures / "a")
+    with pytest.raises(ValueError, match="has 4 folders, the model 5 classes"):
+        export(folder, "safetensors", tmp_path / "out2", score=pictures)
