@@ -174,13 +174,13 @@ def _without_history(file: Path) -> dict[str, Any] | None:
     others. Where the pickle asks for the history's classes and functions, it gets `_Unread`: none of them runs."""
     try:
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        if _HISTORY not in wanted or not wanted <= {_HISTORY, *_OF_HISTORY}:
+            return None
+        stand_ins = [(_Unread, name) for name in wanted]
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE:
         return None
-    if _HISTORY not in wanted or not wanted <= {_HISTORY, *_OF_HISTORY}:
-        return None
-    stand_ins = [(_Unread, name) for name in wanted]
-    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     return checkpoint if isinstance(checkpoint, dict) else None
 
 

@@ -31,15 +31,15 @@ class ExportCase:
     """A model, run on batches of these sizes."""
 
     model: str
-    batches: tuple[int, ...] = (1, 8)
+    batches: tuple[int, ...] = (1,)  # what a file is asked for one at a time
 
     @property
     def id(self) -> str:
         return self.model
 
 
-# One of each family, at its own input size.
-CASES = tuple(map(ExportCase, ("dinat_mini", "overlock_xt", "care_s0", "halo26t", "maxvit_tiny_224", "ascan_tiny")))
+# One of each family with published weights, at its own input size.
+CASES = tuple(map(ExportCase, ("dinat_mini", "overlock_xt", "care_s0", "halo26t", "maxvit_tiny_224")))
 
 
 def section(export: Exporter) -> Section:

@@ -32,7 +32,7 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
             do not fit the architecture.
         OSError: if published weights cannot be fetched.
     """
-    path = _Path(str(source).removeprefix("local-dir:"))
+    path = _Path(str(source).removeprefix("local-dir:")).expanduser()
     file = path if path.suffix == ".safetensors" and path.is_file() else None
     if str(source).strip() and (path.is_dir() or file is not None):
         from .heads.build import load_dense, read_dense_config  # detectors take torchvision's with them

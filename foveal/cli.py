@@ -141,6 +141,9 @@ def info(
     from .weights import card as cards
     from .weights.manifest import checkpoints, of_model
 
+    asked = [option for option, given in (("--json", as_json), ("--card", card), ("--markdown", markdown)) if given]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} exclude each other: give one of them")
     # detectors and segmenters are in the manifest, but none of timm's tags
     published = checkpoints().get(name)
     if published is not None and not card and not as_json:

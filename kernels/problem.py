@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import wraps
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -30,6 +32,21 @@ def symbolic(*sizes: int) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def subclassed(*tensors: Tensor | None) -> bool:
+    """Whether one of some tensors is a subclass that may hold no memory of its own; Dynamo looks through those."""
+    plain = (Tensor, nn.Parameter, FakeTensor, type(None))
+    return not torch.compiler.is_dynamo_compiling() and any(type(t) not in plain for t in tensors)
+
+
+@torch.compiler.assume_constant_result
+def old_gpu(device: torch.device) -> str:
+    """The compute capability of an NVIDIA GPU below 8.0, else nothing."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}" if major < 8 else ""
+
+
 def for_any_size(function: Callable) -> Callable:
     """Let what ``function`` does with maps of free sizes be recorded without conditions on them.
 
@@ -40,7 +57,7 @@ def for_any_size(function: Callable) -> Callable:
 
     @wraps(function)
     def wrapped(*args):
-        free = any(isinstance(x, torch.Tensor) and symbolic(*x.shape[1:3]) for x in args)
+        free = any(isinstance(x, Tensor) and symbolic(*x.shape[1:3]) for x in args)
         if not free or torch.compiler.is_dynamo_compiling():
             return function(*args)
         with _config.patch(backed_size_oblivious=True):
@@ -61,6 +78,8 @@ class Problem:
     device: str  # "cpu", "cuda", ...
     needs_grad: bool
     tracing: bool  # under torch.compile, torch.export, torch.jit.trace or an ONNX exporter
+    subclass: bool = False  # whether a tensor is of a class of its own, such as DTensor; unknown under Dynamo
+    old_gpu: str = ""  # the compute capability of a GPU below 8.0
     # of attention alone
     bias: type | None = None  # TableBias, FactoredBias or None
     scale: float = 1.0

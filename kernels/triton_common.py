@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -90,7 +91,10 @@ def input_precision(dtype: torch.dtype) -> str:
     """Of a product of float32 tiles: tf32 only where PyTorch's own products may use it."""
     if dtype != torch.float32:
         return "tf32"  # of no effect on float16 and bfloat16 operands
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    # PyTorch 2.9 has a new setting; once it was used the old ones raise
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    allowed = torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def wide(*tensors: torch.Tensor) -> bool:
@@ -109,6 +113,7 @@ def autotuning() -> bool:
 
 
 Choice = tuple[int, ...]
+Result = TypeVar("Result")
 _lock = threading.Lock()
 _measured: dict[str, Choice] = {}  # by the text of a shape class
 _read: set[Path] = set()
@@ -150,6 +155,19 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
         _measured[key] = min(times, key=times.get)
         _save(path, {**_load(path), key: _measured[key]})
         return _measured[key]
+
+
+def launch(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Callable[[Choice], Result]) -> Result:
+    """What ``run`` returns for the choice of :func:`choose`, or where that does not fit the device, for the first of
+    ``candidates`` that does."""
+    first = choose(name, shape_class, candidates, run)
+    *others, last = first, *(candidate for candidate in candidates if candidate != first)
+    for candidate in others:
+        try:
+            return run(candidate)
+        except triton.runtime.errors.OutOfResources:  # raised before anything is launched, also into a CUDA graph
+            continue
+    return run(last)
 
 
 def _load(path: Path) -> dict[str, Choice]:

@@ -30,6 +30,10 @@ def unsupported_reason(problem: Problem) -> str | None:
         return "Triton is not installed (it comes with PyTorch's CUDA packages)"
     if problem.device != "cuda" and not (problem.device == "cpu" and interpreting()):
         return f"Triton kernels run on cuda, and under TRITON_INTERPRET=1 on a cpu (got {problem.device})"
+    if problem.old_gpu:
+        return f"Triton kernels need compute capability 8.0, below which there is no bfloat16 (got {problem.old_gpu})"
+    if problem.subclass:
+        return "Triton kernels read memory, which a subclass of Tensor may not have"
     if problem.dtype not in DTYPES:
         return f"Triton kernels take float16, bfloat16 and float32 (got {problem.dtype})"
     return None

@@ -132,6 +132,11 @@ def verify(folder: Path) -> None:
     """
     try:
         written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{folder} has no {CHECKSUMS}: an earlier version wrote it (finish the run with that version), or the file "
+            "was deleted"
+        ) from None
     except (OSError, ValueError) as error:
         raise DamagedError(f"{folder / CHECKSUMS} can't be read: {error}") from None
     try:
@@ -166,6 +171,25 @@ def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], cl
         )
     finally:
         hook.remove()
+
+
+def write_epoch(folder: Path, epoch: int) -> None:
+    """Adds to ``config.json`` of a model's folder of which epoch it is."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {"epoch": epoch}, indent=2), encoding="utf-8")
+
+
+def read_epoch(folder: Path) -> int | None:
+    """What :func:`write_epoch` wrote; None where it wrote nothing.
+
+    Raises:
+        CheckpointError: ``config.json`` can't be read.
+    """
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("epoch")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} can't be read: {error}") from None
 
 
 def save_raw(folder: Path, state: Mapping[str, Tensor]) -> None:

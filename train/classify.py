@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
@@ -21,6 +22,7 @@ from ..backbones.loading import load, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value
 from . import checkpoint, plots
 from .data import Data, build_data, find_classes
+from .data.guard import printable
 from .engine import State
 from .run import run_evaluation, run_recipe, write_json
 from .scoring import score, write_confusion
@@ -369,9 +371,8 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     table.add_row(*row.values())
     console.print(table)
     if data.bad.names:
-        console.print(
-            f"[yellow]{len(data.bad.names)} unreadable images left out:[/] {', '.join(sorted(data.bad.names)[:5])}"
-        )
+        named = escape(printable(", ".join(sorted(data.bad.names)[:5])))
+        console.print(f"[yellow]{len(data.bad.names)} unreadable images left out:[/] {named}")
     if file is not None:
         figures = ("top1", "top5", "loss", "n", "images_per_second")
         content = {"source": source, "model": config.model.name} | {name: getattr(result, name) for name in figures}

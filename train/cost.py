@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch import nn
 
 from ..configs.schema import ClassifyConfig, load_config
 from .classify import build_task
@@ -49,18 +51,21 @@ CASES = (
 def rows(case: EngineCase, rounds: int) -> list[dict[str, object]]:
     """Milliseconds of an update by the engine and by hand, and the engine's speed over that of the other."""
     overrides = [o for o in case.overrides if o != "model.kwargs=null"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         config = load_config(case.recipe, [*overrides, f"output={folder}"], ClassifyConfig)
         if "model.kwargs=null" in case.overrides:
             config.model.kwargs = {}
-        calls = {"engine": _engine(config, case.updates, Path(folder)), "by hand": _by_hand(config, case.updates)}
+        calls = {
+            "engine": _engine(config, case.updates, Path(folder), stack),
+            "by hand": _by_hand(config, case.updates),
+        }
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for call in calls.values():
+        for call, _ in calls.values():
             call()  # warm-up
         for number in range(rounds):
             for name in sorted(calls, reverse=bool(number % 2)):  # neither always comes second
                 begin = time.perf_counter()
-                calls[name]()
+                calls[name][0]()
                 times[name].append((time.perf_counter() - begin) / case.updates)
     speed = {name: 1 / statistics.median(values) for name, values in times.items()}
     labels = {"case": case.id, "batch": config.train.batch_size, "updates": case.updates, "rounds": rounds}
@@ -82,16 +87,22 @@ def _task(config: ClassifyConfig) -> tuple[Accelerator, Any]:
     return accelerator, build_task(deepcopy(config), accelerator)
 
 
-def _engine(config: ClassifyConfig, updates: int, folder: Path) -> Callable[[], None]:
+def _engine(
+    config: ClassifyConfig, updates: int, folder: Path, stack: ExitStack
+) -> tuple[Callable[[], None], nn.Module]:
+    """What trains for so many updates, and the model that it trains. Until ``stack`` ends signals are remembered, and
+    there is the bar, as of a run of many epochs."""
     accelerator, task = _task(config)
     config = deepcopy(config)
     config.train.steps_per_epoch = updates  # so that a round is an epoch, with all that the loop does around one
     parts = {"optim": config.optim, "schedule": config.schedule, "train": config.train}
-    trainer = Trainer(accelerator, task, run=folder, console=Console(file=(folder / "said").open("w")), **parts)
-    return trainer.train_epoch
+    said = stack.enter_context((folder / "said").open("w"))
+    trainer = Trainer(accelerator, task, run=folder, console=Console(file=said), **parts)
+    stack.enter_context(trainer.watching())
+    return trainer.train_epoch, trainer.raw
 
 
-def _by_hand(config: ClassifyConfig, updates: int) -> Callable[[], None]:
+def _by_hand(config: ClassifyConfig, updates: int) -> tuple[Callable[[], None], nn.Module]:
     accelerator, task = _task(config)
     loader, device = task.data.train, accelerator.device
     model = task.model.to(device).train()
@@ -116,4 +127,4 @@ def _by_hand(config: ClassifyConfig, updates: int) -> Callable[[], None]:
             total += loss.detach()
         total.item()  # as anybody looks at the loss now and then
 
-    return run
+    return run, model

@@ -24,6 +24,7 @@ from ..heads.detection import Detector
 from . import pictures, plots
 from .data.coco import CocoLoader, DetectBatch, DetectData, build_coco
 from .data.files import UNREADABLE
+from .data.guard import printable
 from .detection_metrics import CocoScorer, metric_names
 from .engine import State
 from .run import run_evaluation, run_recipe, write_json
@@ -246,7 +247,7 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
         table.add_row(kind, *("-" if value is None else f"{value:.2f}" for value in values))
     console.print(table)
     if data.bad.names:
-        named = escape(", ".join(sorted(data.bad.names)[:5]))
+        named = escape(printable(", ".join(sorted(data.bad.names)[:5])))
         console.print(f"[yellow]{len(data.bad.names)} images left out:[/] {named}", highlight=False, soft_wrap=True)
     if files["output"] is not None:
         content = {"source": str(source), "model": model.arguments["backbone"], **figures, "n": len(found)}

@@ -47,6 +47,10 @@ from .data import Data, DataError
 
 READING = (DataError, OSError, RuntimeError)  # what a loader was seen to raise; the last from a worker that died
 NORM_EVERY = 20  # updates between two looks at the norm of a gradient that is not clipped
+LOOK_EVERY = 20  # updates, at most, that an accelerator computes without being waited for
+LOOK_SECONDS = 2.0  # and for how long, so that a run that is told to stop does in time
+BAR_SECONDS = 0.5  # between two pictures of the progress bar
+LISTS = (nn.ModuleList, nn.Sequential)
 Metrics = dict[str, float]
 
 
@@ -105,6 +109,17 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
         raise error
     if found:
         raise OtherProcessError("; ".join(found))
+
+
+@contextmanager
+def raised_by_all(accelerator: Accelerator) -> Iterator[None]:
+    """What goes wrong within it, on the main process alone, say, is raised by all processes at its end."""
+    try:
+        yield
+    except Exception as error:
+        raise_together(accelerator, error)
+        raise
+    raise_together(accelerator, None)
 
 
 class Together:
@@ -240,17 +255,25 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _is_block(module: nn.Module) -> bool:
+    """Whether ``module`` has parts and is only ever called as a whole: no list, and no stage, which holds a list of
+    blocks and of which dense tasks call the blocks and the downsampler one by one."""
+    parts = list(module.children())
+    lists = [part for part in parts if isinstance(part, LISTS)]
+    stage = any(True for each in lists for element in each for _ in element.children())
+    return bool(parts) and not isinstance(module, LISTS) and not stage
+
+
 def shard(model: nn.Module, unit: int) -> None:
     """Divides the parameters of ``model``, in place, among the processes (PyTorch's FSDP2): each element of a list or
-    sequence of blocks that has ``unit`` parameters or more, the innermost first, is gathered by itself where it is
-    used; what remains, with the whole."""
+    sequence that is a block and has ``unit`` parameters or more, the innermost first, is gathered by itself where it
+    is used; what remains, with the whole."""
     taken: set[nn.Parameter] = set()
     for module in reversed(list(model.modules())):  # children before their parents
-        if isinstance(module, nn.ModuleList | nn.Sequential):
+        if isinstance(module, LISTS):
             for element in module:
                 mine = [p for p in element.parameters() if p not in taken]
-                whole = any(True for _ in element.children()) and not isinstance(element, nn.ModuleList | nn.Sequential)
-                if whole and sum(p.numel() for p in mine) >= unit:
+                if _is_block(element) and sum(p.numel() for p in mine) >= unit:
                     fully_shard(element)
                     taken.update(element.parameters())
     fully_shard(model)
@@ -329,7 +352,7 @@ class Trainer:
         self._failure: Exception | None = None
         self._batch: Any = None
         # Looking at the loss waits for the device, so on an accelerator it is done only now and then.
-        self.check_every = 1 if accelerator.device.type == "cpu" else 20
+        self.look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
 
     @staticmethod
     def _check_divisible(train: TrainConfig) -> None:
@@ -435,15 +458,39 @@ class Trainer:
             if self.main:
                 state.loss_sum, state.loss_count = (sum(values) for values in zip(*saved["losses"], strict=True))
         self.gather()
-        if self.main:
-            try:
+        with raised_by_all(self.accelerator):
+            if self.main:
                 write_csv(self.run_folder / "metrics.csv", state.history)  # a kill may have come before it
-                if state.step == 0 and state.best is not None and state.best["epoch"] == state.epoch:
-                    self._save_best()  # likewise
-            except (checkpoint.CheckpointError, OSError) as error:
-                failure = error
-        raise_together(self.accelerator, failure)
+                self.data.bad.read(self.run_folder / "bad_samples.csv")
+                self._agree_on_best()
+        if self.accelerator.num_processes > 1:
+            state.best = broadcast_object_list([state.best])[0]
         return True
+
+    def _agree_on_best(self) -> None:
+        """Makes RUN/best and the state one: a kill may have come before the first was written, or an older checkpoint
+        was taken and it is of a later epoch, whose weights are no more this run's."""
+        state, folder = self.state, checkpoint.newest(self.run_folder / "best")
+        if state.best is None:
+            return
+        if state.step == 0 and state.best["epoch"] == state.epoch:
+            self._save_best()
+            return
+        held = checkpoint.read_epoch(folder) if folder is not None else None
+        if folder is not None and held in (None, state.best["epoch"]):  # None: an earlier version wrote it
+            return
+        now = state.step == 0 and state.history[-1][self.task.monitor] is not None
+        there = f"holds epoch {held}" if folder is not None else "is gone"
+        self.console.print(
+            f"[yellow]warning:[/] {escape(str(self.run_folder / 'best'))} {there}, where the best up to here is epoch "
+            f"{state.best['epoch']}; {f'epoch {state.epoch}' if now else 'the next one that is evaluated'} takes its "
+            "place",
+            highlight=False,
+            soft_wrap=True,
+        )
+        state.best = state.history[-1] if now else None
+        if now:
+            self._save_best()
 
     def _undamaged(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; newer ones are put aside with a warning."""
@@ -462,8 +509,12 @@ class Trainer:
                 failure = checkpoint.CheckpointError("; ".join(map(str, damaged.values())))
             for folder, error in damaged.items() if failure is None else ():
                 aside = folder.with_name(f"{folder.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)  # so that it takes no place among those that are kept
+                try:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)  # so that it takes no place among those that are kept
+                except OSError as refused:
+                    failure = checkpoint.CheckpointError(f"{error}; it can't be put aside: {refused}")
+                    break
                 self.console.print(
                     f"[yellow]warning:[/] {escape(str(error))}; going on from {found[0]}, put it aside as {aside}",
                     highlight=False,
@@ -492,18 +543,25 @@ class Trainer:
                     text += f"; train.accumulate={was['images per update'] // forward} keeps what an update is"
             raise checkpoint.CheckpointError(text)
 
-    def fit(self) -> State:
+    def fit(self, track: Callable[[dict[str, float], int], None] | None = None) -> State:
         """Runs to the end.
+
+        Args:
+            track: is given the figures of each epoch and its number, on the main process; of a run that goes on, those
+                of the epochs before it first.
 
         Raises:
             Interrupted: after a signal; everything is saved.
             NonFiniteLoss: RUN/last and RUN/best are as they were before the epoch.
         """
         state = self.state
-        log = None
-        if self.main and self.tensorboard:
-            log = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=state.epoch + 1)
-        with self._watching():
+        self.track, log = track, None
+        with raised_by_all(self.accelerator):
+            if self.main and self.tensorboard:  # whose last row is missing where a kill came before it was logged
+                log = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=max(state.epoch, 1))
+            for row in state.history if self.main else ():
+                self._record(row, log if row["epoch"] == state.epoch else None)
+        with self.watching():
             try:
                 while state.epoch < self.epochs:
                     self._epoch(log)
@@ -517,14 +575,13 @@ class Trainer:
         return state
 
     def train_epoch(self) -> None:
-        """The updates of one epoch and nothing else: for measuring their speed."""
-        with self._watching():
-            self._mark = time.perf_counter()
-            self._train()
-            self.state.epoch, self.state.step = self.state.epoch + 1, 0
+        """The updates of one epoch and nothing else, within `watching`: for measuring their speed."""
+        self._mark = time.perf_counter()
+        self._train()
+        self.state.epoch, self.state.step = self.state.epoch + 1, 0
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Within it signals are remembered, and the bar shows how far the run is."""
         columns = (
             TextColumn("{task.description}"),
@@ -535,7 +592,15 @@ class Trainer:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with StopSignals() as self.signals, Progress(*columns, console=self.console, disable=not self.main) as bar:
+        bar = Progress(
+            *columns,
+            console=self.console,
+            disable=not self.main,
+            # a thread draws it, at the cost of the updates; where it goes to a file it is drawn at the end only
+            auto_refresh=self.console.is_terminal or self.console.is_jupyter,
+            refresh_per_second=1 / BAR_SECONDS,
+        )
+        with StopSignals() as self.signals, bar:
             done = self.state.epoch * self.steps + self.state.step
             self.bar, self.bar_task = bar, bar.add_task("", total=self.epochs * self.steps, completed=done, note="")
             yield
@@ -583,9 +648,10 @@ class Trainer:
         state.loss_sum, state.loss_count, state.epoch_seconds = 0.0, 0, 0.0
         state.norm_sum, state.norm_count, state.wait_seconds = 0.0, 0, 0.0
         self._save_last(best)
-        if self.main:
-            self._log(row, log, due, best)
-            if due:
+        with raised_by_all(self.accelerator):
+            if self.main:
+                self._log(row, log, due, best)
+            if self.main and due:
                 self.task.on_epoch(self.run_folder, self.evaluated, state.epoch)
         if self._asked_to_stop() and state.epoch < self.epochs:
             raise self.signals.stop()
@@ -596,15 +662,15 @@ class Trainer:
         if state.step == self.steps:  # it was stopped in the evaluation
             return
         self.model.train()
-        device = self.accelerator.device
-        # goes on adding where the run was stopped, so that the sum is the same to the last bit
-        precision = torch.float64 if device.type != "mps" else torch.float32
-        loss_sum = torch.tensor(state.loss_sum, device=device, dtype=precision)
-        first_bad = torch.full((), -1, device=device)
+        losses: list[Tensor] = []  # since the last look, of each pass
+        norms: list[Tensor] = []
         batches = self._batches()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # accelerate's own looks for packages at each update; it is needed where a gradient is scaled
+        optimizer = self.optimizer if self.accelerator.scaler is not None else self.optimizer.optimizer
         batch = self._first(batches)
         began, first = time.perf_counter(), state.step
+        looked, looked_at, drawn, pace = began, first, 0.0, 1
         while state.step < self.steps:
             for part in range(accumulate):
                 if batch is None:
@@ -613,17 +679,18 @@ class Trainer:
                 with self._no_sync(last):
                     with self.accelerator.autocast():
                         loss = self.task.train_step(self.forward, batch, state.epoch)
-                    self.accelerator.backward(loss / accumulate)
-                batch, value = None, loss.detach()
-                loss_sum += value
-                first_bad = torch.where((first_bad < 0) & ~value.isfinite(), state.step, first_bad)
+                    self._backward(loss if accumulate == 1 else loss / accumulate)
+                batch = None
+                losses.append(loss.detach())
             ends = state.step + 1 == self.steps
             saves = self.config.save_every is not None and (state.step + 1) % self.config.save_every == 0 and not ends
-            looks = (state.step + 1) % self.check_every == 0 or ends or saves
+            looks = state.step + 1 >= looked_at + pace or ends or saves
             # an unclipped gradient need not be measured at each update
             norm = self._clip(parameters, (state.step + 1) % NORM_EVERY == 0 or ends)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            if norm is not None:
+                norms.append(norm)
+            optimizer.step()
+            optimizer.zero_grad()
             state.step += 1
             state.loss_count += accumulate
             updates = state.epoch * self.steps + state.step
@@ -632,22 +699,38 @@ class Trainer:
                 self.ema.update(self.trained, step=updates)
             stop = False
             if looks:
-                stop = self._look(int(first_bad), float(value)) and not ends
-                # with fp16 that of a step that is skipped is not finite
-                if norm is not None and math.isfinite(size := float(norm)):
+                values, sizes = _numbers(losses), _numbers(norms)  # which waits for the device
+                now = time.perf_counter()
+                bad = [looked_at + i // accumulate for i, value in enumerate(values) if not math.isfinite(value)]
+                stop, pace = self._look(bad, values[-1], (now - looked) / (state.step - looked_at))
+                stop = stop and not ends
+                for (
+                    value
+                ) in values:  # one by one, so that the sum of a run that was stopped is the same to the last bit
+                    state.loss_sum += value
+                for size in filter(math.isfinite, sizes):  # with fp16 that of a step that is skipped is not
                     state.norm_sum, state.norm_count = state.norm_sum + size, state.norm_count + 1
-                speed = (state.step - first) * self.images_per_step / (time.perf_counter() - began)
-                self.bar.update(self.bar_task, note=f"loss {float(value):.3f}  {speed:,.0f} img/s")
-            self.bar.update(self.bar_task, completed=updates)
+                if now - drawn >= BAR_SECONDS or stop or saves or ends:
+                    speed = (state.step - first) * self.images_per_step / (now - began)
+                    note = f"loss {values[-1]:.3f}  {speed:,.0f} img/s"
+                    self.bar.update(self.bar_task, completed=updates, note=note)
+                    drawn = now
             if stop or saves or ends:
-                state.loss_sum = float(loss_sum)
                 state.epoch_seconds += self._tick()
             if stop:
                 raise self.signals.stop()
             if saves:
                 self._save_last()
+            if looks:
+                looked, looked_at = time.perf_counter(), state.step
+                losses.clear()
+                norms.clear()
         batches.close()
         self._batch = None
+
+    def _backward(self, loss: Tensor) -> None:
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def _no_sync(self, last: bool) -> Any:
         """Whether the processes' gradients are added up in the backward pass to come: only in an update's last."""
@@ -693,33 +776,34 @@ class Trainer:
         self.state.wait_seconds += time.perf_counter() - start
         return self._batch
 
-    def _look(self, bad: int, value: float) -> bool:
-        """Whether to stop, after all processes have looked at each other.
+    def _look(self, bad: list[int], value: float, seconds: float) -> tuple[bool, int]:
+        """Whether to stop, and in how many updates to look again, after all processes have looked at each other.
 
         Args:
-            bad: the first update of this epoch with a loss that is not finite; -1: there is none.
+            bad: the updates of this epoch with a loss that is not finite, since the last look.
             value: the newest loss.
+            seconds: what an update took.
 
         Raises:
             NonFiniteLoss, or what kept a process from reading its data.
         """
-        bad = bad if bad >= 0 else self.steps
-        flags = [bad, -int(bool(self.signals.number)), -int(self._failure is not None)]
+        pace = max(1, min(self.look_every, int(LOOK_SECONDS / max(seconds, 1e-6))))
+        flags = [min(bad, default=self.steps), -int(bool(self.signals.number)), -int(self._failure is not None), pace]
         if self.accelerator.num_processes > 1:
             together = self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device))
             flags = together.amin(0).tolist()
-        bad, stop, failed = flags
+        first_bad, stop, failed, pace = flags
         if failed:
             raise_together(self.accelerator, self._failure)
-        if bad < self.steps:
+        if first_bad < self.steps:
             kept = checkpoint.newest(self.run_folder / "last")
             when = f"end of epoch {self.state.epoch}" if self.config.save_every is None else "from before"
             hold = f"{kept} ({when}) is intact" if kept else "nothing was saved yet"
             raise NonFiniteLoss(
-                f"the loss became {value} at epoch {self.state.epoch + 1}, step {bad + 1} of {self.steps}; {hold}. "
-                "A lower optim.lr, optim.clip_grad, or train.amp=no may help"
+                f"the loss became {value} at epoch {self.state.epoch + 1}, step {first_bad + 1} of {self.steps}; "
+                f"{hold}. A lower optim.lr, optim.clip_grad, or train.amp=no may help"
             )
-        return bool(stop)
+        return bool(stop), pace
 
     def _batches(self) -> Iterator[Any]:
         """Training batches from where the run stands: an epoch's own pass over the data, or, with ``steps_per_epoch``,
@@ -761,8 +845,12 @@ class Trainer:
         self.gather()
         trained = {name: whole(t) for name, t in self.trained.state_dict().items()} if self.ema is not None else {}
         optimizer = self._optimizer_state()
-        failure = None
-        if self.main:
+        with raised_by_all(self.accelerator):
+            if not self.main:
+                return
+            for names in found:
+                self.data.bad.merge(names)
+            self.data.bad.write(self.run_folder / "bad_samples.csv")
             plain = {key: value for key, value in vars(state).items() if key not in ("loss_sum", "loss_count")}
             saved = {
                 "format": 1,
@@ -783,35 +871,42 @@ class Trainer:
                 checkpoint.save_trainer(folder, saved)
                 checkpoint.seal(folder)
 
-            try:
-                for names in found:
-                    self.data.bad.merge(names)
-                self.data.bad.write(self.run_folder / "bad_samples.csv")
-                checkpoint.write_folder(self.run_folder / "last", fill, self.config.keep)
-                if best:
-                    self._save_best()
-                write_csv(self.run_folder / "metrics.csv", state.history)
-            except (checkpoint.CheckpointError, OSError) as error:
-                failure = error
-        raise_together(self.accelerator, failure)
+            checkpoint.write_folder(self.run_folder / "last", fill, self.config.keep)
+            if best:
+                self._save_best()
+            write_csv(self.run_folder / "metrics.csv", state.history)
 
     def _save_best(self) -> None:
-        weights = self.evaluated
-        checkpoint.write_folder(self.run_folder / "best", lambda folder: self.task.save_weights(folder, weights))
+        epoch, weights = self.state.best["epoch"], self.evaluated
 
-    def _log(self, row: dict[str, Any], log: SummaryWriter | None, due: bool, best: bool) -> None:
+        def fill(folder: Path) -> None:
+            self.task.save_weights(folder, weights)
+            checkpoint.write_epoch(folder, epoch)
+
+        checkpoint.write_folder(self.run_folder / "best", fill)
+
+    def _record(self, row: dict[str, Any], log: SummaryWriter | None) -> None:
+        """Sends the figures of an epoch where they are kept beside metrics.csv."""
         values = {key: value for key, value in row.items() if key not in ("epoch", "seconds") and value is not None}
         if log is not None:
             for key, value in values.items():
                 log.add_scalar(key, value, row["epoch"])
             log.flush()
-        self.accelerator.log(values, step=row["epoch"])
+        if self.track is not None:
+            self.track(values, row["epoch"])
+
+    def _log(self, row: dict[str, Any], log: SummaryWriter | None, due: bool, best: bool) -> None:
+        self._record(row, log)
         text = f"epoch {row['epoch']:>3}/{self.epochs}  loss {row['train_loss']:.4f}"
         if due:
             text += f"  held out: {self.task.headline(row)}{' *' if best else '  '}"
         self.console.print(
             f"{text}  {row['images_per_second']:,.0f} img/s  {row['seconds']:,.0f} s", highlight=False, soft_wrap=True
         )
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    return torch.stack(scalars).tolist() if scalars else []
 
 
 def _peak_memory(device: torch.device) -> int:

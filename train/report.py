@@ -132,13 +132,14 @@ def write(run: str | Path) -> Path:
     )
     path = run / "report.html"
     temporary = path.with_name(".report.html")
-    temporary.write_text(page + "\n".join(filter(None, parts)) + "\n</body></html>\n", encoding="utf-8")
+    text = page + "\n".join(filter(None, parts)) + "\n</body></html>\n"
+    temporary.write_text(text, encoding="utf-8", errors="replace")  # file names need not be UTF-8
     os.replace(temporary, path)
     return path
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _table(path: Path) -> list[Row]:
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return list(csv.DictReader(file))
 
 
@@ -172,9 +173,11 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "", names: int = 0) -> str:
+    """The first ``names`` columns hold names, which stay as they are ("007"); the others figures."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{_number(value)}</td>" for value in row) + "</tr>\n" for row in rows)
+    shown = [[*map(escape, row[:names]), *map(_number, row[names:])] for row in rows]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in shown)
     return (
         f'<div class=scroll><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>\n{body}</tbody></table></div>'
     )
@@ -295,7 +298,7 @@ def _precision(summary: dict[str, Any]) -> str:
             if f"{prefix}{kind}_ap" in summary:
                 figures = [summary.get(f"{prefix}{kind}_{name}") for name in AP_COLUMNS]
                 rows.append([f"{kind}, {when}", *figures])
-    return _html_table(["", *AP_COLUMNS.values()], rows) if rows else ""
+    return _html_table(["", *AP_COLUMNS.values()], rows, names=1) if rows else ""
 
 
 def _classes(run: Path) -> str:
@@ -307,7 +310,7 @@ def _classes(run: Path) -> str:
     ordered = sorted(rows, key=lambda row: float(row[figure]) if row[figure] else math.inf)
     many = len(rows) > LISTED
     shown = ordered[:LISTED] if many else rows
-    table = _html_table(list(rows[0]), [list(row.values()) for row in shown])
+    table = _html_table(list(rows[0]), [list(row.values()) for row in shown], names=1)
     return (f"<p class=dim>The {LISTED} classes with the lowest {figure} of {len(rows):,}.</p>" if many else "") + table
 
 
@@ -338,7 +341,7 @@ def _confusion(run: Path) -> str:
     if wrong:
         kept = [(true, predicted, n) for n, (true, predicted) in wrong[: LISTED if not parts else 10]]
         parts.append(
-            "<p class=dim>Most often mistaken:</p>" + _html_table(["class", "for", "images"], kept, "mistaken")
+            "<p class=dim>Most often mistaken:</p>" + _html_table(["class", "for", "images"], kept, "mistaken", names=2)
         )
     return "".join(parts)
 

@@ -137,13 +137,14 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
     try:
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
+            (run / "summary.json").unlink(missing_ok=True)  # that of a run which now goes on, by which it is finished
             save_config(config, run / "config.yaml")
             write_json(run / "environment.json", environment(accelerator))
     except OSError as error:
         failure = error
     raise_together(accelerator, failure)
-    with trackers.tracking(accelerator, run, config):
-        state = trainer.fit()
+    with trackers.tracking(accelerator, run, config) as track:
+        state = trainer.fit(track)
     checkpoint.load_exact(trainer.raw, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
     summary = task.finish(run, state, trainer.raw, draw=accelerator.is_main_process)
     if accelerator.is_main_process:

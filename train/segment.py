@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torchmetrics import SumMetric
@@ -28,6 +29,7 @@ from ..heads.segmentation.published import load_heads
 from . import checkpoint, pictures, plots
 from .data import Data, DataError
 from .data.files import UNREADABLE
+from .data.guard import printable
 from .data.semantic import IGNORE, Batch, SemanticLoader, build_semantic_data, find_classes
 from .engine import State
 from .run import run_evaluation, run_recipe, write_json
@@ -385,7 +387,7 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     console.print(table)
     bad = data.bad.names
     if bad:
-        console.print(f"[yellow]{len(bad)} bad samples left out:[/] {', '.join(sorted(bad)[:5])}")
+        console.print(f"[yellow]{len(bad)} bad samples left out:[/] {escape(printable(', '.join(sorted(bad)[:5])))}")
     if file is not None:
         by_class = {name: None if np.isnan(v) else v for name, v in zip(classes, result.iou.tolist(), strict=True)}
         content = {"source": source, "model": model.arguments["backbone"], **metrics, "iou": by_class, "n": result.n}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..configs.schema import ConfigError
+from .engine import raised_by_all
 
 TENSORBOARD = "tensorboard"  # written by the engine, which takes back what came after the checkpoint of a resumed run
 PROJECT = "foveal"
@@ -35,30 +36,49 @@ def choose(names: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, run: Path, config: Any) -> Iterator[None]:
+def tracking(
+    accelerator: Accelerator, run: Path, config: Any
+) -> Iterator[Callable[[dict[str, float], int], None] | None]:
     """Starts the accelerator's trackers, and ends them whatever happens. A run that is resumed goes on in the tracker's
-    run of before, whose number is kept in RUN/trackers.json."""
+    run of before, whose number is kept in RUN/trackers.json beside the last epoch that was logged.
+
+    Yields:
+        what logs the figures of an epoch, unless it was logged before; None without trackers.
+    """
     if not accelerator.log_with:
-        yield
+        yield None
         return
-    file = run / "trackers.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings: dict[str, dict[str, Any]] = {
-        "mlflow": {"run_id": known.get("mlflow"), "run_name": run.resolve().name},
-        "wandb": {"id": known.get("wandb"), "name": run.resolve().name, "resume": "allow", "dir": str(run)},
-    }
-    accelerator.init_trackers(PROJECT, None if known else dict(_flat(config)), settings)
+    file, known = run / "trackers.json", {}
+
+    def track(values: dict[str, float], epoch: int) -> None:
+        if epoch > known["logged"]:
+            accelerator.log(values, step=epoch)
+            known["logged"] = epoch
+            _write(file, known)
+
     try:
-        if accelerator.is_main_process:
-            numbers = {tracker.name: _number(tracker) for tracker in accelerator.trackers}
-            temporary = file.with_name(f".{file.name}")
-            temporary.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-            temporary.replace(file)
-        yield
+        with raised_by_all(accelerator):
+            if file.is_file():
+                known = json.loads(file.read_text(encoding="utf-8"))
+            settings: dict[str, dict[str, Any]] = {
+                "mlflow": {"run_id": known.get("mlflow"), "run_name": run.resolve().name},
+                "wandb": {"id": known.get("wandb"), "name": run.resolve().name, "resume": "allow", "dir": str(run)},
+            }
+            accelerator.init_trackers(PROJECT, None if known else dict(_flat(config)), settings)
+            if accelerator.is_main_process:
+                known = {"logged": 0} | known | {tracker.name: _number(tracker) for tracker in accelerator.trackers}
+                _write(file, known)
+        yield track
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def _number(tracker: Any) -> str | None:

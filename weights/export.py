@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,14 +23,17 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..backbones import family, list_models
 from ..backbones.images import to_mode
-from ..backbones.loading import Source, load, resolve
-from .formats import FORMATS, ExportError, Job, Run, as_tuple
+from ..backbones.loading import Source, load, refuse_exported, resolve
+from .formats import FORMATS, LEAST_SIZE, ExportError, Job, Run, as_tuple, library, run_of, stale
 from .images import preprocessing, read_image
+from .manifest import Checkpoint, checkpoints
 
 TOLERANCE = 1e-4  # of the largest logit: what an exported model may differ from the original
 INT8_TOLERANCE = 0.25  # root mean square, of the logits': further away, the calibration images were the wrong ones
+INT8_LARGEST = 1.0  # of the largest logit, on the inputs of the check, noise among them
 HALF_TOLERANCE = 1e-2  # the same of a model in float16, whose numbers have 11 bits
 RECORD = "conversion"  # the part of a config.json that `foveal convert` adds
+_CHECKPOINT = "checkpoint"  # of it, and what an export keeps: the name in the manifest
 _TRACED_SIZE = (136, 152)  # for any size: no map of any level has a length that a tracer takes for a constant
 ANY_SIZE = ("NAT", "DiNAT", "DiNAT_s", "OverLoCK", "CARE")  # families whose graph can leave height and width free
 _REMOVED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture")
@@ -81,35 +85,37 @@ def export(
         half: weights, and where the runtime can arithmetic, in float16; inputs and outputs stay float32.
         int8: ONNX with convolutions and linear layers in 8 bits, see `quantize.py`.
         calibration: image files, or folders of them, that set the ranges for ``int8``; some hundred suffice.
-        dynamic: leave height and width free, too.
+        dynamic: leave height and width free, too, from `LEAST_SIZE` pixels on.
         size: rows and columns of the images of a detector or segmenter.
         score: a folder with a folder of images for each class: what is written is scored on them beside the original.
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
         ValueError: for an unknown format, one that cannot hold what is asked for, a source that cannot be loaded, or an
-            output that is not empty or the source.
+            output that is not empty or the source, or that with ``force`` would keep another format's model.
         ImportError: if the format needs a package that is not installed.
-        OSError: if the output cannot be written, or a compiler is missing; the message names it.
-        ExportError: if the exported model differs by more than `TOLERANCE`, or `HALF_TOLERANCE`, or the format's own
-            library cannot convert it; nothing is written then.
+        OSError: if the output cannot be written, or an image not be read; the message names it.
+        ExportError: if the exported model differs by more than `TOLERANCE`, `HALF_TOLERANCE`, or `INT8_LARGEST`, the
+            format's own library cannot convert or run it, or finds no compiler; nothing is written then.
     """
     to = to.lower()
     if to not in FORMATS:
         raise ValueError(f"cannot export to {to!r}; the formats are {', '.join(FORMATS)}")
-    from ..heads.build import read_dense_config  # with torchvision's detectors: not for every command
-
-    if Path(source).is_dir() and read_dense_config(source) is not None:
+    if (folder := _dense_folder(source)) is not None:
         from .export_dense import export_dense
 
-        asked = {"--half": half, "--int8": int8, "--dynamic": dynamic, "--score": score is not None}
-        if any(asked.values()):
-            names = ", ".join(name for name, wanted in asked.items() if wanted)
-            raise ValueError(f"{source} holds a detector or segmenter: {names} is for classifiers")
-        return export_dense(source, to, output, images=images, size=size, force=force)
-    if size is not None:
-        raise ValueError(f"{source} is no detector or segmenter: a size is for these; --dynamic leaves it free")
+        asked = {"--half": half, "--int8": int8, "--calibration": bool(calibration), "--dynamic": dynamic}
+        names = [name for name, wanted in (asked | {"--score": score is not None}).items() if wanted]
+        if names:
+            are = "is" if len(names) == 1 else "are"
+            raise ValueError(f"{source} holds a detector or segmenter: {', '.join(names)} {are} for classifiers")
+        return export_dense(folder, to, output, images=images, size=size, force=force)
     found = resolve(source)
+    if size is not None:
+        raise ValueError(
+            f"{source} is neither a detector nor a segmenter: --size is for these; a classifier is written for its own "
+            "input size"
+        )
     FORMATS[to].check(to, dynamic, half)
     if int8:
         _check_int8(to, half, calibration)
@@ -118,13 +124,22 @@ def export(
     if dynamic and (reason := _one_size(found.architecture)):
         raise ValueError(f"{found.architecture} does not go with --dynamic: {reason}")
     sources = () if found.folder is None else (found.folder, _path(source))
-    output = check_output(output, force, sources)
+    output = check_output(output, force, sources, to)
+    if score is not None and (reason := FORMATS[to].not_here()):
+        raise ValueError(f"--score runs what was written, and {to} is not run here: {reason}")
 
     if found.config is not None and (found.config.get("model_args") or {}).get("features_only"):
         raise ValueError(f"{source} is a backbone that gives feature maps; what is exported are classifiers")
     model = load(source)
     config = found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
-    config = {key: value for key, value in config.items() if key != RECORD}  # which is of that folder's file
+    config, record = without_record(config), config.get(RECORD)
+    if dynamic and min(model.pretrained_cfg["input_size"][1:]) < LEAST_SIZE:
+        rows, columns = model.pretrained_cfg["input_size"][1:]
+        raise ValueError(
+            f"{to} with --dynamic takes heights and widths from {LEAST_SIZE} on, and {source} has images of "
+            f"{rows} x {columns}: leave out --dynamic"
+        )
+    before = None if score is None else _top1(model, config, score)  # first: a folder may not be what it should be
     job, inputs = classifier_job(model, to, half, dynamic), check_inputs(model, images, to, dynamic)
     batches = _batches(model, calibration) if int8 else ()
 
@@ -135,15 +150,75 @@ def export(
             notes = []
             if int8:
                 notes.append(_to_int8(folder, model, batches))
-                difference = _largest_difference(model, FORMATS[to].open(folder), inputs)
+                difference = _largest_difference(model, run_of(to, folder), inputs)
+                if not difference <= INT8_LARGEST:  # also true of NaN
+                    raise ExportError(
+                        f"in 8 bits the logits of {', '.join(inputs)} differ from the original's by up to "
+                        f"{difference:.1e} of the largest logit, more than {INT8_LARGEST:g}; nothing was written"
+                    )
             done = Export(output, [], difference, list(inputs) if difference is not None else [], notes)
-            if score is not None:
-                done.notes.append(_score(FORMATS[to].open(folder), job, model, config, Path(score)))
-            (folder / "README.md").write_text(_card(model, config, found, to, job, int8, done), encoding="utf-8")
+            if before is not None:
+                (was, _), (now, count) = before, _top1(_Answers(run_of(to, folder), job, model), config, score)
+                text = f"top-1 {now:.2f} % on {count:,} images of {score}, the original {was:.2f} % ({now - was:+.2f})"
+                done.notes.append(text)
+            text = _card(model, config, found, record, to, job, int8, done)
+            (folder / "README.md").write_text(text, encoding="utf-8")
             done.files.extend(sorted(path.name for path in folder.iterdir()))
-    except OSError as error:  # it names a temporary folder, if anything
-        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+    except OSError as error:
+        if error.errno is None:  # a message of this package, of an image say
+            raise
+        raise OSError(f"cannot write {output}: {error.strerror}") from error  # it names a temporary folder
     return done
+
+
+def _dense_folder(source: str | Path) -> Path | None:
+    """The folder of a detector or segmenter that `foveal.load` takes; None of anything else.
+
+    Raises:
+        ValueError: if it is one file of such a folder, or an export that cannot be loaded.
+    """
+    from ..heads.build import read_dense_config  # with torchvision's detectors: not for every command
+
+    path = _path(source)
+    if not str(source).strip():
+        return None
+    if path.suffix == ".safetensors" and path.is_file() and read_dense_config(path.parent) is not None:
+        raise ValueError(f"{source} is a file of a detector or segmenter; name its folder, {path.parent}")
+    if not path.is_dir() or (dense := read_dense_config(path)) is None:
+        return None
+    refuse_exported(dense[0])
+    return path
+
+
+def without_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the record of a conversion, which is of the converted file; but with the name of the
+    published checkpoint, whose licence stays."""
+    kept = {key: value for key, value in config.items() if key != RECORD}
+    name = (config.get(RECORD) or {}).get(_CHECKPOINT)
+    return kept if name is None else kept | {_CHECKPOINT: name}
+
+
+def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint | None:
+    """The published checkpoint that a config.json of `without_record` names."""
+    return checkpoints().get(config.get(_CHECKPOINT))
+
+
+def origin(config: Mapping[str, Any], record: Mapping[str, Any] | None, folder: Path) -> dict[str, str | None]:
+    """Rows of a card: whence the weights of a folder are, and their licence, where that is known."""
+    checkpoint = checkpoint_of(config)
+    if checkpoint is not None:
+        address = checkpoint.address or checkpoint.page
+        return {
+            "weights": f"`{checkpoint.name}`, published as {address}, converted; from {folder}",
+            "licence of the published weights": checkpoint.weights_licence,
+        }
+    if record is not None:
+        licence = (config.get("pretrained_cfg") or {}).get("license")
+        return {
+            "weights": f"from {folder}, converted from `{record['file']}`; not known to be a published file",
+            "licence of the published weights": licence or "not known: that of whoever made the file",
+        }
+    return {"weights": f"from {folder}"}
 
 
 def classifier_job(model: nn.Module, to: str, half: bool = False, dynamic: bool = False) -> Job:
@@ -169,10 +244,11 @@ def write_checked(to: str, job: Job, folder: Path, original: nn.Module, inputs: 
         ExportError: if it is more than `TOLERANCE` (`HALF_TOLERANCE` of a half job), or it cannot be converted.
     """
     name = getattr(original, "pretrained_cfg", {}).get("architecture") or type(original).__name__
-    FORMATS[to].write(job, folder)
+    with library(to, f"convert {name}"):
+        FORMATS[to].write(job, folder)
     if FORMATS[to].not_here() is not None:
         return None
-    difference = _largest_difference(original, FORMATS[to].open(folder), inputs)
+    difference = _largest_difference(original, run_of(to, folder), inputs)
     limit = HALF_TOLERANCE if job.half else TOLERANCE
     if not difference <= limit:  # also true of NaN
         raise ExportError(
@@ -182,11 +258,12 @@ def write_checked(to: str, job: Job, folder: Path, original: nn.Module, inputs: 
     return difference
 
 
-def check_output(output: str | Path, force: bool, sources: Sequence[Path] = ()) -> Path:
+def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), to: str = "safetensors") -> Path:
     """The folder to write, as a path.
 
     Raises:
-        ValueError: if it is a file, one of ``sources``, or not empty without ``force``.
+        ValueError: if it is a file, one of ``sources``, not empty without ``force``, or holds model files of another
+            format than ``to``, which would stay beside a config.json and a card that are not theirs.
     """
     output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
@@ -195,6 +272,11 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = ()) 
         raise ValueError(f"{output} is what is exported; choose another folder")
     if not force and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
+    if left := stale(output, to):
+        raise ValueError(
+            f"{output} holds {', '.join(left)}, which {to} does not replace and which would be left of another model; "
+            "choose another folder, or remove them"
+        )
     return output
 
 
@@ -241,9 +323,10 @@ def _to_int8(folder: Path, model: nn.Module, batches: Sequence[Tensor]) -> str:
     from .quantize import quantize
 
     file = folder / "model.onnx"
-    quantize(file, folder / "int8.onnx", batches)
+    with library("onnxruntime", "quantise this model"):
+        quantize(file, folder / "int8.onnx", batches)
     os.replace(folder / "int8.onnx", file)
-    run = FORMATS["onnx"].open(folder)
+    run = run_of("onnx", folder)
     expected = torch.cat([model(batch) for batch in batches])
     got = torch.cat([run(batch)[0] for batch in batches])
     error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
@@ -271,11 +354,10 @@ class _Answers(nn.Module):
         return torch.cat([self.run(part)[0] for part in (images.split(1) if self.single else [images])])
 
 
-def _score(run: Run, job: Job, model: nn.Module, config: Mapping[str, Any], images: Path) -> str:
-    from .verify import top1
+def _top1(model: nn.Module, config: Mapping[str, Any], images: str | Path) -> tuple[float, int]:
+    from .verify import top1  # which imports this module
 
-    (before, count), (after, _) = (top1(each, images, config) for each in (model, _Answers(run, job, model)))
-    return f"top-1 {after:.2f} % on {count:,} images of {images}, the original {before:.2f} % ({after - before:+.2f})"
+    return top1(model, Path(images), config)
 
 
 def _path(source: str | Path) -> Path:
@@ -286,7 +368,8 @@ def _one_size(architecture: str) -> str | None:
     """Why the graph of a model is for one height and width; None if it need not be."""
     if architecture in list_models() and family(architecture) in ANY_SIZE:
         return None
-    return "the windows of its attention follow from the size of the image; export it with the size that you need"
+    *names, last = ANY_SIZE
+    return f"free sizes are offered for {', '.join(names)} and {last} alone; without it the file has its input size"
 
 
 def check_inputs(
@@ -299,6 +382,7 @@ def check_inputs(
     inputs = {f"random, batch {n}": torch.randn(n, channels, rows, columns, generator=generator) for n in batches}
     if dynamic:
         for height, width in ((rows, columns + 32), (rows + 45, columns), (2 * rows, columns // 2 + 19)):
+            height, width = (max(side, LEAST_SIZE) for side in (height, width))
             shape = (1, channels, height, width)
             inputs[f"random, {height}x{width}"] = torch.randn(shape, generator=generator)
     transform = preprocessing(model)
@@ -326,7 +410,7 @@ def _largest_difference(model: nn.Module, run: Run, inputs: Mapping[str, Tensor]
     for x in inputs.values():
         for expected, got in zip(as_tuple(model(x)), run(x), strict=True):
             error = ((got - expected).abs().max() / expected.abs().max()).item()
-            if not error <= worst:  # NaN must win
+            if error > worst or math.isnan(error):  # NaN stays: nothing is more than it
                 worst = error
     return worst
 
@@ -341,22 +425,33 @@ def published_config(cfg: Mapping[str, Any], num_classes: int, num_features: int
     }
 
 
-def _card(model: nn.Module, config: dict[str, Any], found: Source, to: str, job: Job, int8: bool, done: Export) -> str:
+def _card(
+    model: nn.Module,
+    config: dict[str, Any],
+    found: Source,
+    record: Mapping[str, Any] | None,
+    to: str,
+    job: Job,
+    int8: bool,
+    done: Export,
+) -> str:
     cfg = {**(get_pretrained_cfg(config["architecture"]).to_dict()), **config.get("pretrained_cfg", {})}
     channels, rows, columns = model.pretrained_cfg["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
-    published = found.folder is None
-    weights = f"published as `{found.name}`, {cfg.get('origin_url')}" if published else f"from {found.folder}"
+    if found.folder is None:
+        whence = {"weights": f"published as `{found.name}`, {cfg.get('origin_url')}"}
+        whence["licence of the published weights"] = cfg.get("license")
+    else:
+        whence = origin(config, record, found.folder)
     rows_of_table = {
         "architecture": f"`{config['architecture']}`, {parameters:,} parameters",
         "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
-        "weights": weights,
-        "licence of the published weights": cfg.get("license") if published else None,
+        **whence,
         "input": f"{channels} x {rows} x {columns}, mean {_text(cfg.get('mean'))}, std {_text(cfg.get('std'))}",
         "classes": str(model.num_classes),
         "measured": _measured(found),
         "numbers": "float16; images and logits float32" if job.half else None,
-        "size": "any height and width" if job.any_size else None,
+        "size": f"any height and width from {LEAST_SIZE} on" if job.any_size else None,
         "check of this file": "; ".join([checked(to, done), *done.notes]),
     }
     size = "height, width" if job.any_size else f"{rows}, {columns}"
@@ -398,13 +493,25 @@ def _text(value: Any) -> str:
 
 
 def _put_in_place(folder: Path, output: Path) -> None:
-    """Move a finished folder to its name; into a folder that exists file by file, each replaced in one step."""
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+    """Move a finished folder to its name; into a folder that exists entry by entry, each file replaced in one step."""
+    for path in folder.rglob("*"):  # safetensors writes for the owner alone
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
     if not output.exists():
         os.rename(folder, output)
         return
     for path in sorted(folder.iterdir()):
-        staged = output / f".{path.name}.new"
-        shutil.move(path, staged)
-        os.replace(staged, output / path.name)
+        target, new, old = output / path.name, output / f".{path.name}.new", output / f".{path.name}.old"
+        for left in (new, old):  # of an export that was killed
+            _remove(left)
+        shutil.move(path, new)
+        if target.exists() and (target.is_dir() or new.is_dir()):  # a folder is replaced by no single step
+            os.rename(target, old)
+        os.replace(new, target)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -20,8 +20,8 @@ from ..backbones.images import to_mode
 from ..heads.build import load_dense, read_dense_config, reparameterize, save_dense
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
-from .export import TOLERANCE, Export, check_output, photographs, staged
-from .formats import FORMATS, ExportError, Job, Run
+from .export import RECORD, TOLERANCE, Export, check_output, origin, photographs, staged, without_record
+from .formats import FORMATS, ExportError, Job, Run, library, run_of
 from .images import read_image
 
 Size = tuple[int, int]
@@ -59,16 +59,19 @@ def export_dense(
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
-        ValueError: a format that cannot hold it, an output that is not empty or the source, a size that is none, or a
-            detector that finds nothing in the images, so that nothing could be compared.
+        ValueError: a format that cannot hold it, an output that is not empty or the source, or that with ``force``
+            would keep another format's model, a size that is none, or a detector that finds nothing in the images, so
+            that nothing could be compared.
         ImportError: if the format needs a package that is not installed.
         OSError: if the output cannot be written; the message names it.
-        ExportError: if the exported model differs by more than `TOLERANCE`; nothing is written then.
+        ExportError: if the exported model differs by more than `TOLERANCE`, or the format's own library cannot convert
+            or run it; nothing is written then.
     """
     found = read_dense_config(source)
     if found is None:
         raise ValueError(f"{source} holds no detector or segmenter")
     folder, config = found
+    config, record = without_record(config), config.get(RECORD)
     task, head = config.get("task"), (config.get("arguments") or {}).get("head")
     known = ("safetensors", "onnx", "pt2") + ("openvino",) * (head in _OPENVINO)
     if to not in known:
@@ -80,7 +83,7 @@ def export_dense(
         raise ValueError(f"safetensors does not go with a size, {size}: it holds weights, for images of any size")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"a size is rows and columns of the images, got {size}")
-    output = check_output(output, force, (folder, Path(source)))
+    output = check_output(output, force, (folder, Path(source)), to)
     model = load_dense(source)
     size = size or default_size(model)
     inputs = _inputs(model, size, images)
@@ -94,17 +97,21 @@ def export_dense(
                 run: Run = lambda image: _answer(again, image)  # noqa: E731
             else:
                 job = dense_job(model, to, size)
-                FORMATS[to].write(job, scratch)
-                record = {"format": to, "size": list(size), "outputs": list(job.outputs)}
-                text = json.dumps(config | {"export": record}, indent=2) + "\n"
+                with library(to, f"convert {source}"):
+                    FORMATS[to].write(job, scratch)
+                made = {"format": to, "size": list(size), "outputs": list(job.outputs)}
+                text = json.dumps(config | {"export": made}, indent=2) + "\n"
                 (scratch / "config.json").write_text(text, encoding="utf-8")
-                run = FORMATS[to].open(scratch)
+                run = run_of(to, scratch)
             difference, notes = _compare(model, run, inputs, source)
             done = Export(output, [], difference, list(inputs), notes)
-            (scratch / "README.md").write_text(_card(model, to, size, folder, done), encoding="utf-8")
+            text = _card(model, to, size, origin(config, record, folder), done)
+            (scratch / "README.md").write_text(text, encoding="utf-8")
             done.files.extend(sorted(path.name for path in scratch.iterdir()))
-    except OSError as error:  # it names a temporary folder, if anything
-        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+    except OSError as error:
+        if error.errno is None:  # a message of this package
+            raise
+        raise OSError(f"cannot write {output}: {error.strerror}") from error  # it names a temporary folder
     return done
 
 
@@ -340,10 +347,11 @@ def example(model: nn.Module, to: str, size: Size) -> str:
     return prepare + "\n" + run + _AFTER["detect" if detects else "segment"]
 
 
-def _card(model: nn.Module, to: str, size: Size, folder: Path, done: Export) -> str:
+def _card(model: nn.Module, to: str, size: Size, whence: Mapping[str, str | None], done: Export) -> str:
     arguments, detects = model.arguments, isinstance(model, Detector)
     rows, columns = size
-    shape = f"[{1 if detects else 'batch'}, {_channels(model)}, {rows}, {columns}]"
+    batch = "1" if detects or to == "openvino" else "batch"
+    shape = f"[{batch}, {_channels(model)}, {rows}, {columns}]"
     if to == "safetensors":
         given = returned = None
     elif detects:
@@ -357,7 +365,8 @@ def _card(model: nn.Module, to: str, size: Size, folder: Path, done: Export) -> 
         returned += f"; scores above {threshold:g}, at most {limit} detections, non-maximum suppression is inside"
     else:
         given = f"`image` {shape}, float32 in [0, 1]; normalization is inside"
-        returned = f"`logits` [batch, {len(model.classes)}, {rows}, {columns}]"
+        given += "; for other batches `reshape` the model before it is compiled" * (to == "openvino")
+        returned = f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
     parts = f"`{arguments['head']}` on `{arguments['backbone']}`"
     if arguments["head"] != "mask2former":
         parts += f", neck `{arguments['neck']}`"
@@ -365,7 +374,7 @@ def _card(model: nn.Module, to: str, size: Size, folder: Path, done: Export) -> 
     checked = f"differs from the original by {done.difference:.1e} {measure}, on {'; '.join(done.checked)}"
     table = {
         "model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "weights": f"from {folder}",
+        **whence,
         "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
         "input": given,
         "output": returned,

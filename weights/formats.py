@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..backbones.loading import WEIGHTS
+from ..backbones.loading import WEIGHT_FILES, WEIGHTS
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 INPUT = "image"
-LEAST_SIZE = (
-    64  # pixels of a free height or width: below it maps of a single row arise, which exporters take for constants
-)
+# Pixels of a free height or width: below it maps of a single row arise, for which a graph traced for longer ones is not
+# right in every digit (PyTorch's own formats refuse them, others would not say).
+LEAST_SIZE = 64
+# The model files of each format, beside config.json and the card.
+MODEL_FILES = {
+    "safetensors": (WEIGHTS,),
+    "onnx": ("model.onnx", "model.onnx.data"),  # the weights of a large model are beside it
+    "pt2": ("model.pt2",),
+    "aoti": ("model.pt2",),
+    "openvino": ("model.xml", "model.bin"),
+    "coreml": ("model.mlpackage",),
+}
 _ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
 
 
@@ -48,7 +58,7 @@ class Job:
         example: images to trace with; more than one if ``any_batch``, since one would be taken for a constant.
         outputs: names of what the model gives.
         any_batch: the file takes any number of images, else as many as ``example`` has.
-        any_size: it takes any height and width from `LEAST_SIZE` on as well.
+        any_size: it takes any height and width as well, from `LEAST_SIZE` on.
         half: weights, and what the runtime can compute so, in float16; images and answers stay float32.
         translations: operators that the model has of its own, and what writes each to ONNX (in onnxscript).
     """
@@ -121,6 +131,47 @@ class Format:
         missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
         if missing:
             raise ImportError(f"export to {name} needs {', '.join(missing)}: pip install 'foveal[{self.extra}]'")
+
+
+@contextmanager
+def library(to: str, attempt: str) -> Iterator[None]:
+    """Around a call of a format's own library: what that raises of its own becomes an `ExportError` with its reason.
+
+    Args:
+        attempt: in words, such as ``"convert this model"``.
+    """
+    try:
+        yield
+    except (ExportError, OSError, ValueError, ImportError):  # they say what is wrong, most are ours
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch.onnx wraps the reason in advice on reporting it
+            cause = cause.__cause__
+        reason = next(filter(None, map(str.strip, str(cause).splitlines())), "no reason given")
+        raise ExportError(f"{to} cannot {attempt}: {type(cause).__name__}: {reason}") from error
+
+
+def run_of(to: str, folder: Path) -> Run:
+    """What runs the files of a format.
+
+    Raises:
+        ExportError: here or when it runs, if the format's own library fails; with its reason.
+    """
+    with library(to, "open what was written"):
+        run = FORMATS[to].open(folder)
+
+    def guarded(images: Tensor) -> tuple[Tensor, ...]:
+        with library(to, f"run what was written on images {list(images.shape)}"):
+            return run(images)
+
+    return guarded
+
+
+def stale(folder: Path, to: str) -> list[str]:
+    """Model files in a folder that an export to a format would leave beside its own, of another model."""
+    names = dict.fromkeys([*WEIGHT_FILES, *(name for files in MODEL_FILES.values() for name in files)])
+    return [name for name in names if name not in MODEL_FILES.get(to, ()) and (folder / name).exists()]
 
 
 class _Half(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bias import TableBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import choose
-from ..problem import Problem, for_any_size, symbolic, tracing
+from ..problem import Problem, for_any_size, old_gpu, subclassed, symbolic, tracing
 from ..window import Window
 from . import dynamic, reference, softmax, tiled, triton
 
@@ -189,6 +189,8 @@ def _run(
         device=y.device.type,
         needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *biases)),
         tracing=tracing(),
+        subclass=subclassed(x, y, *biases),
+        old_gpu=old_gpu(y.device) if y.device.type == "cuda" else "",
     )
     chosen = choose(operation, BACKENDS, problem, backend)
     call = getattr(chosen, function, None) or partial(_mix, chosen)

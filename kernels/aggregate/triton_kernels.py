@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import (
-    choose,
     first_query,
     group_length,
     input_precision,
     last_query,
+    launch,
     power_of_2,
     window_start,
 )
@@ -461,7 +461,7 @@ def _launch(
 
     shape_class = (out.dtype, padded, kernel_size, max(dilation) > 1, boundary, softmax, math.prod(shape).bit_length())
     with torch.cuda.device_of(out):
-        run(choose(f"aggregate, {name}", shape_class, sizes(depth, out.dtype), run))
+        launch(f"aggregate, {name}", shape_class, sizes(depth, out.dtype), run)
 
 
 _NONE: dict[str, Tensor | None] = dict.fromkeys(("sums", "table", "kernel_bias"))

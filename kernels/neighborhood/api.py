@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bias import Bias, FactoredBias, TableBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import choose
-from ..problem import Problem, symbolic, tracing
+from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
 from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
 
@@ -117,6 +117,8 @@ def neighborhood_attention(
         device=q.device.type,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias_tensors)),
         tracing=tracing(),
+        subclass=subclassed(q, k, v, *bias_tensors),
+        old_gpu=old_gpu(q.device) if q.device.type == "cuda" else "",
     )
     chosen = choose("neighborhood_attention", BACKENDS, problem, backend)
     if cast:

@@ -184,20 +184,21 @@ def _sizes(kernel: str, call: Call) -> list[tuple[int, int, int, int]]:
     Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a factored
     bias none do; which is fastest has not been measured yet.
     """
-    depth, factored = max(call.blocks), call.bias == 2
+    depth, factored, keys = max(call.blocks), call.bias == 2, kernel == "keys_backward"
     if call.dtype == torch.float32:
-        if depth > 128:
-            return [(16, 16 if kernel == "keys_backward" else 32, 8, 1)]
         if depth > 64:
-            return [(16, 32, 8, 1)]
+            large = (16, 16 if keys and depth > 128 else 32, 8, 1)
+            return [large, (16, 16, 8 if keys else 4, 1)] if factored and large[1] > 16 else [large]
         if depth > 32:
             return [(32, 32, 8, 2)]
-        return [(32, 16, 4, 2) if kernel == "keys_backward" and not factored else (32, 32, 8, 2), (16, 32, 4, 2)]
+        return [(32, 16, 4, 2) if keys and not factored else (32, 32, 8, 2), (16, 32, 4, 2)]
     if depth > 128:
-        return [(16, 32, 8, 1) if factored else (64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)]
+        if factored:
+            return [(16, 32, 8, 1), (16, 16, 8, 1)]
+        return [(64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)]
     if depth > 64:
         if factored and kernel != "forward":
-            return [(32, 32, 8, 2)]
+            return [(32, 32, 8, 2), (16, 32, 8, 1)]
         return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if factored and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
         return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
@@ -300,7 +301,7 @@ def launch_queries_backward(
     count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
     constants = _constants(call, wide)
     r, c, chunks = constants["R"], constants["C"], -(-b.span // kc)
-    share = r * tw * kc if call.bias == 1 else (r + c) * constants["BD"]
+    share = r * tw * kc * chunks if call.bias == 1 else (r + c) * constants["BD"]
     programs = _programs(call, count, share, q.device) if wanted else count
 
     def run(dq: bool, dbias: bool, programs: int, work: Tensor | None, chunk: int | None) -> None:
@@ -367,7 +368,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(output, log2 of the sum of each query's exponentials); ``first`` alone is a table, with ``second`` they are row
     and column embeddings."""
-    from ..triton_common import choose, wide
+    from ..triton_common import launch, wide
 
     q, k, v = _dense(q), _dense(k), _dense(v)
     first, second = (None if t is None else t.contiguous() for t in (first, second))
@@ -380,7 +381,7 @@ def attention(
         launch_forward(q, k, v, first, second, out, lse, call, scale, choice, far)
 
     with torch.cuda.device_of(q):
-        run(choose("attention", call.shape_class, candidates("forward", call), run))
+        launch("attention", call.shape_class, candidates("forward", call), run)
     return out, lse
 
 
@@ -408,7 +409,7 @@ def attention_backward(
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dfirst, dsecond); the last two are empty where there is none or ``wanted`` is false."""
-    from ..triton_common import choose, wide
+    from ..triton_common import launch, wide
 
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     dense = tuple(None if t is None else t.contiguous() for t in (first, second))
@@ -428,8 +429,8 @@ def attention_backward(
 
     with torch.cuda.device_of(q):
         shape_class = (*call.shape_class, wanted)
-        sums = queries(choose("attention, queries", shape_class, candidates("queries_backward", call), queries))
-        keys(choose("attention, keys", shape_class, candidates("keys_backward", call), keys))  # after delta
+        sums = launch("attention, queries", shape_class, candidates("queries_backward", call), queries)
+        launch("attention, keys", shape_class, candidates("keys_backward", call), keys)  # after delta
     for target, total in zip((dfirst, dsecond), sums, strict=False):
         target.copy_(total)
     return dq, dk, dv, dfirst, dsecond
@@ -464,8 +465,10 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
-    # a bias has at most the digits of float32 here, q is never float64
-    bias_tensors = tuple(t.float() if t.dtype == torch.float64 else t for t in bias_tensors)
+    # a bias has at most the digits of float32 here, as q is never float64; beside a float32 q it has them all, as the
+    # logits' gradients are multiplied in the bias' dtype
+    exact = q.dtype == torch.float32
+    bias_tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in bias_tensors)
     first, second = (*bias_tensors, None, None)[:2]
     assert (problem.bias is TableBias) == (len(bias_tensors) == 1) and (problem.bias is FactoredBias) == (
         len(bias_tensors) == 2

@@ -392,8 +392,13 @@ def queries_backward(
 def _by_offset(sums, index, first, K: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr):
     """[queries, KEYS], by key from ``first`` on, as [queries, P], by row of the embedding."""
     key = tl.arange(0, P)[None, :] + index[:, None] - (K - 1) - first
-    picked = tl.gather(sums, tl.minimum(tl.maximum(key, 0), KEYS - 1), 1)
-    return tl.where((key >= 0) & (key < KEYS), picked, 0.0)
+    if KEYS < 16:  # up to Triton 3.8 there is no warp-local layout for a gather from so few
+        same = key[:, :, None] == tl.arange(0, KEYS)[None, None, :]
+        picked = tl.sum(tl.where(same, sums[:, None, :], 0.0), 2)
+    else:
+        picked = tl.gather(sums, tl.minimum(tl.maximum(key, 0), KEYS - 1), 1)
+        picked = tl.where((key >= 0) & (key < KEYS), picked, 0.0)
+    return picked
 
 
 @triton.jit

@@ -20,7 +20,7 @@ TOP = gpu.Ceilings(bandwidth=4e12, rate=8e14)
 def clock(monkeypatch):
     """Every call takes two milliseconds, after having been made once."""
 
-    def median_ms(self, call):
+    def median_ms(self, call, queued=True):
         call()
         return 2.0
 
@@ -40,7 +40,8 @@ def test_the_layers_of_dinat_tiny_are_those_of_the_paper():
     # q, k, v and the output of 128 * 56 * 56 * 2 queries of 32 channels, two bytes each
     tensor = 128 * 56 * 56 * 64
     assert first.bytes(backward=False) == 2 * 4 * tensor
-    assert first.bytes(backward=True) == 2 * (4 + 8) * tensor + 2 * tensor
+    # and backward these and the output's gradient read, three gradients written
+    assert first.bytes(backward=True) == 2 * (4 + 5 + 3) * tensor
     # 49 keys, a product for the logits and one for the values
     assert first.flops(backward=False) == 2 * tensor * 49 * 2
     assert first.flops(backward=True) == 2 * tensor * 49 * (2 + 5)
@@ -85,6 +86,54 @@ def test_wrong_answers_are_not_timed(clock, monkeypatch):
     rows = list(gpu.layer_rows(cases.TINY_LAYERS[2], clock, TOP, torch.float32, gpu.Budget(60), slow=False))
     wrong = [row for row in rows if row["by"] == "sdpa on windows"]
     assert wrong and all("another answer" in row["note"] and row["ms"] == "" for row in wrong)
+
+
+def test_forward_and_backward_read_one_layout():
+    layer = gpu.Layer("attention", (1, 8, 8, 2, 16), (8, 8), 16, Window(3), Window(3), "none")
+    tensors, grad = gpu.inputs_of(layer, "cpu", torch.float32)
+    seen = []
+
+    def call(*given):
+        seen.append([(t.stride(), t.data_ptr()) for t in given])
+        return sum(given)
+
+    for run in gpu._modes(call, tensors, grad):
+        run()
+    assert seen == [[(t.stride(), t.data_ptr()) for t in tensors]] * 2
+    assert not tensors[0].is_contiguous() and not any(t.requires_grad for t in tensors)
+
+
+@pytest.mark.parametrize(("part", "name"), [("convs", "conv_rows"), ("halo", "halo_rows")])
+def test_what_fails_is_counted_and_the_rest_measured(part, name, tmp_path, clock, monkeypatch, capsys):
+    def rows(*arguments):
+        yield {"case": "first", "ms": 1.0}
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(gpu, name, rows)
+    monkeypatch.setattr(gpu, "model_rows", lambda *arguments: iter([{"model": "m", "peer": "", "run": "eager"}]))
+    monkeypatch.setattr(gpu, "model_ratios", lambda table: [f"{len(table)} rows of models"])
+    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", part, "models"]
+    assert gpu.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert f"{part}: {gpu.TINY[part][0].id} fails: RuntimeError: no such luck" in out and "rows of models" in out
+    assert len(plots.read(tmp_path / f"gpu-{part}.csv")) == 1
+
+
+def test_a_model_that_fails_is_an_error(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(gpu.timm, "create_model", lambda *arguments, **options: torch.nn.Linear(2, 2))
+    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", "models", "--only", "dinat"]
+    assert gpu.main(arguments) == 1
+    assert all(row["note"] and not row["ms"] for row in plots.read(tmp_path / "gpu-models.csv"))
+
+
+def test_flex_attention_is_never_timed_in_eager_mode(monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", set())
+    q = torch.randn(1, 1, 16, 16)
+    for _ in range(2):
+        with gpu._quiet(), pytest.raises(UserWarning, match=r"without torch\.compile"):
+            flex_attention.flex_attention(q, q, q)
 
 
 def test_geometric_means_and_ratios():

@@ -37,6 +37,7 @@ def test_recipe_builds(name):
     assert sum(p.numel() for p in model.parameters()) > 0
 
 
+FURTHER = (pytest.mark.slow, pytest.mark.long)
 ONE_OF_EACH = (
     *("care_s0", "halo_h0", "maxvit_tiny_224", "overlock_xt", "ascan_tiny", "dinat_mini", "dinat_large_384", "digits"),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
@@ -44,9 +45,9 @@ ONE_OF_EACH = (
 
 
 def one_each(task: str) -> list:
-    """The recipes of a task; those of further models of a family are slow."""
+    """The recipes of a task; those of further models of a family take minutes together."""
     pairs = [(name, name.split("/")[1]) for name in of(task)]
-    return [pytest.param(n, marks=[] if short in ONE_OF_EACH else [pytest.mark.slow], id=short) for n, short in pairs]
+    return [pytest.param(n, marks=[] if short in ONE_OF_EACH else FURTHER, id=short) for n, short in pairs]
 
 
 @pytest.fixture

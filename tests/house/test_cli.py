@@ -207,6 +207,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", ""], 2, "the model name is empty"),
         (["info", "dinat_tinny"], 2, "nearest: dinat_tiny"),
         (["info", "dinat_tiny.in2k"], 2, "its tags: in1k"),
+        (["info", "dinat_tiny.in1k", "--markdown", "--json"], 2, "--json and --markdown exclude each other"),
         (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no weights to fetch. Train it"),
         (["predict", "x.png", "--model", "runs/none"], 2, "'runs/none' is no model name"),
         (["export", "test_foveal_nat", "--to", "tflite", "--output", "x"], 2, "the formats are safetensors, onnx"),

@@ -5,25 +5,44 @@ where there is one, and what needs neither: plans, dispatch, the compiler down t
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from foveal.kernels import FactoredBias, TableBias, dispatch, triton_support
+from foveal.kernels import FactoredBias, TableBias, dispatch, neighborhood_attention, triton_support
 from foveal.kernels.neighborhood import api, tiled
 from foveal.kernels.neighborhood import triton as backend
-from foveal.kernels.problem import Problem
+from foveal.kernels.problem import Problem, old_gpu, subclassed
 from foveal.kernels.window import Window
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from foveal.kernels import triton_common
+from foveal.kernels.neighborhood import triton_kernels
+
+from .compiled import SHARED_BYTES, compile_launch, launches
+
 KERNELS = ["forward", "queries_backward", "keys_backward"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_compiler = pytest.mark.skipif(triton_support.interpreting(), reason="the interpreter compiles nothing")
+both_sweeps = pytest.mark.parametrize(
+    "which",
+    [
+        "not slow",
+        pytest.param("slow and not long", marks=pytest.mark.slow),
+        pytest.param("long", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 PYTEST = Path(sys.executable).with_name("pytest")  # not `python -m pytest`, which puts our folders on the path
 SWEEP = Path(__file__).with_name("triton_attention.py")
 
@@ -42,13 +61,13 @@ def sweep(environment, *options, before=()):
     assert " passed" in run.stdout
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@both_sweeps
 def test_under_the_interpreter(which):
     sweep({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, "-m", which)
 
 
 @needs_gpu
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@both_sweeps
 def test_on_a_gpu(which):
     sweep({}, "-m", which)
 
@@ -177,6 +196,8 @@ def test_the_choice_on_cuda():
         ({"value_depth": 300}, "up to 256 .got 300"),
         ({"kernel_size": 40}, r"up to a kernel_size of 32 .got \(40, 40\)"),
         ({"device": "xpu"}, "got xpu"),
+        ({"subclass": True}, "a subclass of Tensor"),
+        ({"old_gpu": "7.5"}, r"compute capability 8.0, .* .got 7\.5"),
     ],
 )
 def test_what_is_not_supported_is_said(changes, reason):
@@ -184,12 +205,128 @@ def test_what_is_not_supported_is_said(changes, reason):
         dispatch.choose("neighborhood_attention", api.BACKENDS, problem(**changes), "triton")
 
 
+class Plain(torch.Tensor):
+    """A subclass, as DTensor is."""
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_subclass_is_told_to_the_backends(which, monkeypatch):
+    told = []
+
+    def choose(operation, backends, problem, requested):
+        told.append(problem)
+        return tiled
+
+    monkeypatch.setattr(api, "choose", choose)
+    tensors = [torch.randn(1, 5, 5, 1, 4) for _ in range(3)] + [torch.nn.Parameter(torch.randn(1, 5, 5))]
+    for plain in (True, False):
+        *qkv, table = (t.as_subclass(Plain) if i == which and not plain else t for i, t in enumerate(tensors))
+        neighborhood_attention(*qkv, kernel_size=3, bias=TableBias(table))
+    assert [p.subclass for p in told] == [False, True]
+    reasons = [backend.unsupported_reason(dataclasses.replace(p, device="cuda")) for p in told]
+    assert reasons[0] is None and "subclass" in reasons[1]
+    with FakeTensorMode() as mode:
+        assert not subclassed(mode.from_tensor(tensors[0]), None)
+
+
+def test_the_age_of_a_gpu_is_a_constant_of_a_compiled_graph(monkeypatch):
+    capability = {0: (7, 5), 1: (8, 0)}
+    cuda = types.SimpleNamespace(
+        is_available=lambda: True, get_device_capability=lambda device: capability[device.index]
+    )
+    there = types.SimpleNamespace(cuda=cuda, version=types.SimpleNamespace(hip=None))
+    monkeypatch.setattr(sys.modules[Problem.__module__], "torch", there)
+
+    def call(x, device):
+        return x + 1 if old_gpu(device) == "7.5" else x - 1
+
+    compiled, x = torch.compile(call, fullgraph=True, backend="eager"), torch.zeros(2)
+    for device, want in ((torch.device("cuda", 0), 1), (torch.device("cuda", 1), -1)):
+        torch._dynamo.reset()
+        assert call(x, device).tolist() == compiled(x, device).tolist() == [want] * 2
+    assert old_gpu(torch.device("cpu")) == ""
+
+
+# ------------------------------------------------------------------------------------------------- how it launches
+
+
+@pytest.mark.parametrize("kernel_size", [7, 32])
+def test_the_workspace_of_a_table_stays_within_its_limit(kernel_size, monkeypatch):
+    """Where the keys of a tile are several columns of blocks, there is a share for each of them."""
+    call, choice = call_of((56, 56), kernel_size, 1, torch.bfloat16), (4, 8, 4, 8, 4, 2)
+    q = torch.empty(2, 56, 56, 2, 32, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(2, 56, 56, 2, device="meta")
+    table = torch.empty(2, 2 * kernel_size - 1, 2 * kernel_size - 1, device="meta")
+
+    def shares():
+        found = launches(
+            triton_kernels,
+            ["queries_backward", "table_gradient"],
+            lambda: backend.launch_queries_backward(
+                q, q, q, table, None, q, q, lse, lse, q, call, 0.2, True, choice, False
+            ),
+        )
+        at = triton_kernels.queries_backward.arg_names.index("work")
+        return [args[at] for kernel, args, _ in found if kernel.arg_names[at] == "work" and args[at] is not None]
+
+    wanted = shares()
+    assert len(wanted) > 1 and {t.shape[1] for t in wanted} == {4}
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", sum(t.nbytes for t in wanted) // 2)
+    assert sum(t.nbytes for t in shares()) == backend.WORKSPACE_BYTES
+
+
+@pytest.fixture
+def new_setting():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no fp32_precision (2.9 on)")
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_products_are_as_exact_as_the_new_setting_says(new_setting):
+    for value, want in (("tf32", "tf32"), ("ieee", "ieee")):
+        new_setting.fp32_precision = value
+        assert triton_common.input_precision(torch.float32) == want
+
+
+def test_products_are_as_exact_as_the_old_setting_says():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for value, want in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(value)
+            assert triton_common.input_precision(torch.float32) == want
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_tile_that_does_not_fit_gives_way_to_the_next():
+    tried = []
+
+    def run(choice):
+        tried.append(choice)
+        if choice[0] > 16:
+            raise triton.runtime.errors.OutOfResources(2**18, 2**17, "shared memory")
+        return "done"
+
+    assert triton_common.launch("kernel", ("x",), ((64, 4), (32, 4), (16, 4)), run) == "done"
+    assert tried == [(64, 4), (32, 4), (16, 4)]
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        triton_common.launch("kernel", ("x",), ((64, 4), (32, 4)), run)
+
+
+def test_a_deep_call_with_a_factored_bias_has_a_smaller_tile():
+    for dtype, depth, kernel in itertools.product((torch.float16, torch.float32), (128, 256), KERNELS):
+        choices = backend.candidates(kernel, call_of((40, 33), 14, 2, dtype, depth))
+        sizes = [math.prod(choice[:4]) for choice in choices]
+        # nothing is smaller than 16 keys by 16 queries
+        assert sizes[0] > min(sizes) or sizes[0] == 256
+
+
 # ----------------------------------------------------------------------------------------------------- autotuning
 
 
 def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
-    from foveal.kernels import triton_common
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -227,10 +364,6 @@ def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
 
 def compiled(kernel, bias, depth, dtype, capability=90, which=0):
     """Resources of a kernel's launches for a layer's shape, with the ``which``-th of its tiles."""
-    from foveal.kernels.neighborhood import triton_kernels
-
-    from .compiled import SHARED_BYTES, compile_launch, launches
-
     halo = bias == 2
     options = {"stride": 8, "boundary": "zero"} if halo else {}
     call = call_of((56, 56), 14 if halo else 7, bias, dtype, depth, 8, **options)
@@ -273,8 +406,12 @@ STACK = 512
 @pytest.mark.parametrize("bias", [0, 1, 2], ids=["none", "table", "factored"])
 @pytest.mark.parametrize(
     ("dtype", "depth", "capability"),
-    [(torch.bfloat16, 64, 90), (torch.float16, 128, 90), (torch.float32, 32, 90), (torch.float16, 32, 80)],
-    ids=["bfloat16-64", "float16-128", "float32-32", "float16-32-ampere"],
+    [
+        pytest.param(torch.bfloat16, 64, 90, id="bfloat16-64"),
+        pytest.param(torch.float16, 128, 90, marks=pytest.mark.long, id="float16-128"),
+        pytest.param(torch.float32, 32, 90, marks=pytest.mark.long, id="float32-32"),
+        pytest.param(torch.float16, 32, 80, marks=pytest.mark.long, id="float16-32-ampere"),
+    ],
 )
 def test_it_compiles(kernel, bias, dtype, depth, capability):
     for name, stack in compiled(kernel, bias, depth, dtype, capability):

@@ -172,6 +172,7 @@ def test_other_tiles_and_wide_offsets(bias):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @given(calls())
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_drawn(call):
@@ -216,6 +217,19 @@ def test_bias_of_another_dtype(dtype, bias):
     for got, want in zip(*both, strict=True):
         assert got.dtype == want.dtype
         assert relative_error(got, want) < 5e-3
+
+
+@pytest.mark.parametrize("bias", ["table", "factored"])
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+def test_float32_beside_a_bias_of_fewer_digits(bias, dtype):
+    """The inputs' gradients have the digits of float32, whatever the dtype of the bias."""
+    leaves, rule = inputs((1, 6, 6, 1, 8), bias=bias, dtype=dtype)
+    leaves = [t.detach().to(DEVICE, FLOAT if i < 3 else dtype).requires_grad_(True) for i, t in enumerate(leaves)]
+    exact = [t.detach().double().requires_grad_(True) for t in leaves]
+    out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule_of(bias, leaves[3:], rule), backend="triton")
+    want = neighborhood_attention(*exact[:3], kernel_size=3, bias=rule_of(bias, exact[3:], rule), backend="reference")
+    for index, (got, best) in enumerate(zip(gradients(out, leaves), gradients(want, exact), strict=True)):
+        assert relative_error(got, best) < (1e-5 if index < 4 else 4 * torch.finfo(dtype).eps), index
 
 
 def test_an_empty_batch():

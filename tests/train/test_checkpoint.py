@@ -244,6 +244,11 @@ def stopped(one_epoch, tmp_path) -> Path:
         ("model.safetensors", None, "model.safetensors is missing"),
         ("checksums.json", lambda b: b[:-10], "checksums.json can't be read"),
         ("checksums.json", lambda b: b"[]", "checksums.json holds no checksums"),
+        (
+            "checksums.json",
+            None,
+            "has no checksums.json: an earlier version wrote it (finish the run with that version)",
+        ),
     ],
 )
 def test_resume_of_a_damaged_checkpoint(stopped, quick, capsys, name, damage, says):
@@ -275,6 +280,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(quick, tmp_path,
     for name in ("last", "last.old", "last.old2"):
         checkpoint.verify(run / name)
     assert (run / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_put_aside(stopped, quick, capsys, monkeypatch):
+    shutil.copytree(stopped / "last", stopped / "last.old")
+    file = stopped / "last/trainer.pt"
+    file.write_bytes(flipped(file.read_bytes()))
+
+    def refused(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    assert train(quick, [f"output={stopped}", "resume=auto"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trainer.pt is damaged" in said
+    assert "it can't be put aside: [Errno 13] Permission denied" in said
 
 
 def test_as_many_are_kept_as_asked_for(tmp_path):

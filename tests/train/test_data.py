@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shlex
 import struct
 import tarfile
@@ -255,6 +256,24 @@ def test_too_many_corrupt_images_stop_the_run(make_images, folder_recipe, tmp_pa
     assert "3of200images" in said
     assert "1.00%" in said
     assert "020.png" in said
+
+
+def test_names_that_are_not_utf8(make_images, tmp_path):
+    root = make_images(train=12)
+    name = os.fsdecode(os.fsencode(root / "train" / "red") + b"/caf\xe9.png")
+    Path(name).write_bytes(b"no image")
+    data, _ = build(f"data.root={root}", "data.max_bad_fraction=0.1")
+    list(data.train.epoch(0))
+    assert list(data.bad.names) == [name]
+    data.bad.write(tmp_path / "bad.csv")
+    again = BadSamples(0)
+    again.read(tmp_path / "bad.csv")
+    assert again.names == data.bad.names
+    with pytest.raises(DataError) as error:
+        again.add(again.names.items())
+    assert r"caf\udce9.png" in str(error.value)  # which can be printed
+    data, _ = build(f"data.root={root}", f"data.exclude={tmp_path / 'bad.csv'}")
+    assert data.train.samples == 24
 
 
 def test_bad_samples_count_each_name_once():

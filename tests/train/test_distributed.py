@@ -1,5 +1,7 @@
 """Several processes on one machine, through gloo: DDP and FSDP, going on with more or fewer, failures."""
 
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,14 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
 from foveal.configs.schema import ConfigError, TrainConfig
-from foveal.train import checkpoint
+from foveal.heads.build import build_detector, build_segmenter
+from foveal.train import checkpoint, engine
 from foveal.train.classify import evaluate, train
 from foveal.train.data.order import EpochOrder
 from foveal.train.engine import Trainer
@@ -23,6 +30,9 @@ from foveal.train.engine import Trainer
 from .test_resume import assert_same_run, metrics
 
 SCRIPT = Path(__file__).with_name("one_process.py")
+
+PARTS = ("head", "auxiliary")
+PORTS = itertools.count(os.getpid() * 37)
 
 PLAIN = """\
 model: {name: test_foveal_dinat, kwargs: {depths: [1, 1], num_heads: [1, 2], dilations: [[2], [1]]}}
@@ -41,13 +51,24 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def free_port() -> int:
+    """One below those that the system gives away by itself, which another program could get before it is used here;
+    every process of the tests begins its search elsewhere."""
+    for port in (20000 + number % 10000 for number in itertools.islice(PORTS, 10000)):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("none of 20000..29999 is free")
+
+
 def launch(recipe: Path, overrides: list[str], world: int, **job) -> list[int]:
     """The exit codes of ``world`` processes, forked from one that has imported everything."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["foveal.train.classify"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -137,6 +158,46 @@ def test_a_disk_that_is_full_for_the_first_process_stops_all(recipe, tmp_path):
 def test_what_fsdp_cannot_do_is_refused(override, says):
     with pytest.raises(ConfigError, match=says):
         Trainer._check_divisible(TrainConfig(parallel="fsdp", **override))
+
+
+@pytest.fixture
+def mesh(tmp_path, monkeypatch):
+    """This process alone, as a group that FSDP divides among."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    alone = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    monkeypatch.setattr(engine, "fully_shard", functools.partial(engine.fully_shard, mesh=alone))
+    yield alone
+    distributed.destroy_process_group()
+
+
+def _dense(kind: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """A small dense model, and its loss."""
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    if kind == "detect":
+        model = build_detector("test_foveal_dinat", "fcos", num_classes=2, neck_kwargs={"out_channels": 32})
+        targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+        return model, lambda m: sum(m(list(images), targets).values())
+    model = build_segmenter("test_foveal_dinat", num_classes=3, **{f"{k}_kwargs": {"channels": 16} for k in PARTS})
+    return model, lambda m: sum(each.square().mean() for each in m(images))
+
+
+@pytest.mark.parametrize("kind", ["detect", "segment"])
+def test_fsdp_of_dense_models(mesh, kind):
+    """Which call parts of a stage, not the stage: each block is divided by itself, and the gradients are the same."""
+    model, loss = _dense(kind)
+    divided = deepcopy(model)
+    engine.shard(divided, 1000)
+    units = {name for name, module in divided.named_modules() if isinstance(module, FSDPModule)}
+    assert any(".blocks." in name for name in units)
+    for each in (model, divided):
+        torch.manual_seed(0)
+        loss(each.train()).backward()
+    found = dict(divided.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert found[name].grad is None
+        else:
+            torch.testing.assert_close(engine.whole(found[name].grad), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

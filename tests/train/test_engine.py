@@ -1,6 +1,8 @@
 """What the engine can be told beside the optimizer: each key does what it says."""
 
 import csv
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,12 @@ import torch
 from torch import distributed, nn
 
 from foveal.backbones.nat import NAT
-from foveal.configs.schema import ConfigError, ModelConfig, OptimConfig
-from foveal.train import cost
+from foveal.configs.schema import ClassifyConfig, ConfigError, ModelConfig, OptimConfig, load_config
+from foveal.train import classify, cost, engine
 from foveal.train.classify import build_model, growing_sizes, train
 from foveal.train.engine import create_optimizer
 
-from .test_resume import metrics
+from .test_resume import metrics, stop_at
 
 TINY = ["schedule.epochs=1", "data.limit=64", "data.val_limit=32", "train.batch_size=32", "data.image_size=16"]
 
@@ -152,6 +154,32 @@ def test_norm_of_the_gradient_with_clipping_and_without(quick, tmp_path):
     assert norms[2] == pytest.approx(norms[0], rel=0.05)
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(0.2, 4), (0.01, 1), (1e9, 8)])
+def test_slow_updates_are_looked_at_more_often(quick, tmp_path, monkeypatch, seconds, most):
+    """As on an accelerator, which is not waited for at each update: a signal is answered within ``seconds``, or an
+    update. The first one is always looked at."""
+    original = engine.Trainer.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.look_every = 20
+
+    calls = stop_at(2, monkeypatch)
+    counted = classify.Task.train_step
+
+    def slow(self, model, batch, epoch):
+        time.sleep(0.05)
+        return counted(self, model, batch, epoch)
+
+    monkeypatch.setattr(classify.Task, "train_step", slow)
+    monkeypatch.setattr(engine.Trainer, "__init__", init)
+    monkeypatch.setattr(engine, "LOOK_SECONDS", seconds)
+    options = ["data.limit=64", "data.val_limit=32", "train.batch_size=8", "data.image_size=16"]
+    assert train(quick, [*options, "schedule.epochs=2", f"output={tmp_path / 'run'}"]) == 0
+    assert not (tmp_path / "run/summary.json").exists()
+    assert 2 <= len(calls) <= 1 + most if most < 8 else len(calls) == 8
+
+
 @pytest.mark.slow
 def test_compiled(quick, tmp_path):
     for name in ("plain", "compiled"):
@@ -161,8 +189,25 @@ def test_compiled(quick, tmp_path):
     assert float(compiled["val_loss"]) == pytest.approx(float(plain["val_loss"]), rel=1e-3)
 
 
-def test_the_cost_is_measured_on_the_same_training():
-    """Both loops leave the same weights; what they take is the benchmark's to say."""
+def test_the_cost_is_measured_on_the_same_training(tmp_path):
+    """Both loops leave the same weights, once nothing is drawn at random and the rate is constant."""
+    fixed = ["shift=0", "rotate=0", "zoom=0"]
+    options = [*cost.PLAIN, "data.image_size=16", "data.limit=256", *(f"augment.{each}" for each in fixed)]
+    options += ["schedule.name=constant", "schedule.warmup_fraction=0", f"output={tmp_path}"]
+    config = load_config("classify/digits", options, ClassifyConfig)
+    states = []
+    with ExitStack() as stack:
+        for run, model in (cost._engine(config, 3, tmp_path, stack), cost._by_hand(config, 3)):
+            before = model.head.weight.clone()
+            for _ in range(2):
+                run()
+            states.append(model.state_dict())
+            assert not torch.equal(before, model.head.weight)
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_the_cost_says():
     case = cost.EngineCase("tiny", "classify/digits", (*cost.PLAIN, "data.image_size=16", "data.limit=256"), 2)
     found = cost.rows(case, 1)
     assert [row["loop"] for row in found] == ["engine", "by hand"]

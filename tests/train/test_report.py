@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -191,6 +192,25 @@ def test_an_unfinished_run(tmp_path):
     assert "not finished: 9 epochs" in text
     (run / "metrics.csv").unlink()
     assert "not finished: 0 epochs" in write(run).read_text(encoding="utf-8")
+
+
+def test_names_are_no_figures(tmp_path):
+    run = some_run(tmp_path / "run", "classify")
+    write_confusion(run, ["007", "1990", "nan", "2e3"], {(0, 1): 1234, (1, 0): 2, (2, 3): 1, (3, 2): 1})
+    rows = write(run).read_text(encoding="utf-8").split("<tr>")
+    assert "<td>007</td><td>1990</td><td>1,234</td></tr>\n" in rows
+    assert "<td>nan</td><td>2e3</td><td>1</td></tr>\n" in rows
+    assert "<td>1990</td><td>2</td><td>0</td><td>0</td></tr>\n" in rows
+    assert any(row.startswith("<td>007</td><td>1,234</td>") for row in rows)
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    run = some_run(tmp_path / "run", "classify")
+    (run / "bad_samples.csv").write_bytes(b"sample,reason\ncaf\xe9.png,OSError\n")
+    (run / "environment.json").write_text(json.dumps({"command": ["train", os.fsdecode(b"\xe9")]}))
+    text = write(run).read_text(encoding="utf-8")
+    assert "<td>caf\ufffd.png</td>" in text
+    assert "<td>train ?</td>" in text
 
 
 def test_of_a_real_run(quick, tmp_path):

@@ -100,7 +100,10 @@ def test_killed_at_random_points(recipe, tmp_path, kills, epochs):
 
     def written(run: Path) -> int:
         file = run / "last" / checkpoint.TRAINER
-        return file.stat().st_mtime_ns if file.exists() else 0
+        try:
+            return file.stat().st_mtime_ns
+        except FileNotFoundError:  # between the two renames, too
+            return 0
 
     process = start(tmp_path / "whole")
     process.join(120)
@@ -164,3 +167,62 @@ def test_a_kill_between_last_and_best_is_made_good(recipe, tmp_path):
     assert (run / "best/model.safetensors").read_bytes() == best
     assert (run / "metrics.csv").read_text() == rows
     assert (run / "summary.json").exists()
+
+
+def stop_at(number: int, monkeypatch) -> list[int]:
+    """Has the run sent SIGTERM in the forward pass of that number, from 1; answers the list that they are added to."""
+    original, calls = classify.Task.train_step, []
+
+    def step(self, model, batch, epoch):
+        calls.append(epoch)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, batch, epoch)
+
+    monkeypatch.setattr(classify.Task, "train_step", step)
+    return calls
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(quick, tmp_path, monkeypatch):
+    options = [f"output={tmp_path / 'run'}", "data.limit=128", "data.val_limit=64"]
+    assert train(quick, [*options, "schedule.epochs=1"]) == 0
+    assert (tmp_path / "run/summary.json").exists()
+    stop_at(1, monkeypatch)
+    assert train(quick, [*options, "resume=auto"]) == 0
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_what_could_not_be_read_is_remembered(folder_recipe, make_images, tmp_path, monkeypatch):
+    """One image is bad before the run is stopped, another one after."""
+    root, run = make_images(train=60), tmp_path / "run"
+    early, late = sorted((root / "train/red").iterdir())[:2]
+    early.write_bytes(b"no image")
+    options = [f"data.root={root}", f"output={run}", "data.max_bad_fraction=0.1", "resume=auto"]
+    assert train(folder_recipe, [*options, "schedule.epochs=1"]) == 0
+    early.write_bytes(sorted((root / "train/red").iterdir())[2].read_bytes())
+    late.write_bytes(b"no image")
+    assert train(folder_recipe, [*options, "schedule.epochs=2"]) == 0
+    listed = (run / "bad_samples.csv").read_text()
+    assert early.name in listed
+    assert late.name in listed
+
+
+def test_best_of_an_epoch_that_is_not_in_the_checkpoint(quick, tmp_path, capsys):
+    """As after falling back to an older checkpoint: its own epoch takes the place, and the run comes to its end."""
+    run = tmp_path / "run"
+    options = [f"output={run}", "data.limit=128", "data.val_limit=64", "resume=auto"]
+    assert train(quick, [*options, "schedule.epochs=2"]) == 0
+    path = run / "last" / checkpoint.TRAINER
+    saved = torch.load(path, weights_only=True)
+    first = saved["state"]["history"][0]
+    saved["state"]["best"] = first  # of which best/, written by epoch 2, is not
+    torch.save(saved, path)
+    checkpoint.seal(path.parent)
+    checkpoint.write_epoch(run / "best", 7)
+    capsys.readouterr()
+    assert train(quick, [*options, "schedule.epochs=3"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "best holds epoch 7, where the best up to here is epoch 1; epoch 2 takes its place" in said
+    history = metrics(run)
+    best = max((2, 3), key=lambda epoch: float(history[epoch - 1]["top1"]))
+    assert checkpoint.read_epoch(run / "best") == best

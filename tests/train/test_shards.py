@@ -1,9 +1,13 @@
 """Shards: what `foveal shards` writes, and that reading them misses nothing, doubles nothing, and goes on anywhere."""
 
+import io
 import json
+import os
+import random
 import subprocess
 import sys
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ from foveal.cli import app
 from foveal.configs.schema import load_config
 from foveal.train.data import DataError, build_data, find_classes
 from foveal.train.data import shards as making
+from foveal.train.data.guard import NOTHING
 from foveal.train.data.shards import Options, make_shards
 from foveal.train.data.wds import StreamedImages, load_index, scan_shard
 
@@ -272,10 +277,24 @@ def test_index_follows_the_shards(made):
     stamp = file.stat().st_mtime_ns
     build(made)
     assert file.stat().st_mtime_ns == stamp  # used as it is
-    for damage in (b"", b"no index"):
+    whole = file.read_bytes()
+    at = whole.index(b"offset.npy") + 60  # in the deflated array
+    method = whole.index(b"PK\1\2") + 10  # of compression
+    damaged = [whole[:start] + bytes([255] * size) + whole[start + size :] for start, size in ((at, 20), (method, 1))]
+    for damage in (b"", b"no index", *damaged):
         file.write_bytes(damage)
         assert len(levels(build(made).val.epoch(0))) == 11
         assert file.stat().st_size > 100  # written anew
+
+
+def test_an_index_that_cannot_be_written(made):
+    """It is only a shorter way."""
+    (made / "_index-val.npz").unlink()
+    (made / "_index-val.npz").mkdir()
+    with pytest.warns(UserWarning, match=r"_index-val\.npz can't be written"):
+        data = build(made)
+    assert len(levels(data.val.epoch(0))) == 11
+    assert not [path for path in made.iterdir() if path.name.startswith("._index")]
 
 
 def test_streamed_shards(made):
@@ -286,3 +305,79 @@ def test_streamed_shards(made):
         data = build(made, *splits, f"data.workers={workers}")
         assert isinstance(data.val.dataset, StreamedImages)
         assert sorted(levels(data.val.epoch(0))) == list(range(37, 48))
+
+
+class Draws:
+    """A transform that gives its draws, after the image's level."""
+
+    def read(self, file: io.BytesIO) -> list[float]:
+        with Image.open(file) as image:
+            level = image.getpixel((0, 0))[0] / 5
+        return [round(level), random.random(), float(np.random.rand())]
+
+    def augment(self, image: list[float]) -> list[float]:
+        return [*image, float(torch.rand(()))]
+
+
+def test_draws_of_streamed_shards(made):
+    """They follow from the seed, the place in the run and the reader, and from nothing else."""
+
+    def drawn(*place: int, seed: int = 0, rank: int = 0) -> list[list[float]]:
+        shards = [f"pipe:cat {made}/train-{i:06}.tar" for i in range(4)]
+        split_up = {"rank": rank, "world": 2, "workers": 1}
+        dataset = StreamedImages(shards, Draws(), train=True, seed=seed, excluded=NOTHING, **split_up)
+        dataset.set(*place)
+        return [item[0].tolist() for item in islice(dataset, 20)]  # of 16: the second pass has begun
+
+    states = random.getstate(), torch.get_rng_state()
+    first = drawn(3, 0)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert first == drawn(3, 0)
+    others = [drawn(3, 0, seed=1), drawn(3, 0, rank=1), drawn(4, 0), drawn(3, 2)]
+    assert {level for level, *_ in first}.isdisjoint(level for level, *_ in others[1])
+    for other in (others[0], *others[2:]):
+        assert [level for level, *_ in first] != [level for level, *_ in other]
+    for column in (1, 2, 3):
+        assert len({row[column] for each in (first, *others) for row in each}) == 5 * 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_training_has_full_batches(made, workers):
+    """Also where passes over the shards end with images that can't be read, and after a resume."""
+    with tarfile.open(made / "train-000001.tar", "w") as tar:
+        for i in range(6):
+            for ending, content in (("jpg", b"no image"), ("cls", b"1")):
+                member = tarfile.TarInfo(f"broken{i}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    stream = f"data.train_split='pipe:cat {made}/train-00000{{0..3}}.tar|200'"
+    given = (stream, f"data.workers={workers}", "data.max_bad_fraction=0.1")
+    data = build(made, *given)
+    whole = list(data.train.epoch(1))
+    assert [len(batch.targets) for batch in whole] == [4] * 50
+    assert len(data.bad.names) == 6
+    rest = list(data.train.epoch(1, 20))
+    assert [len(batch.targets) for batch in rest] == [4] * 30
+    assert levels(rest) != levels(whole[:30])
+    assert list(data.train.epoch(1, 50)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_shards_without_an_image(made, tmp_path, workers):
+    excluded = [f"pipe:cat {made}/train-000000.tar:{key}" for key, *_ in scan_shard(str(made / "train-000000.tar"))]
+    (tmp_path / "list").write_text("\n".join(excluded))
+    given = (f"data.train_split='pipe:cat {made}/train-00000{{0..0}}.tar|8'", f"data.workers={workers}")
+    with pytest.raises(DataError, match=r"no image in a pass over its own: .*train-000000\.tar \(first of 1 shards\)"):
+        next(build(made, *given, f"data.exclude={tmp_path / 'list'}").train.epoch(0))
+
+
+def test_names_that_are_not_utf8(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / "train" / "ash" / "0.a.JPEG").rename(folder / "train" / "ash" / f"{name}.JPEG")
+    make_shards(folder, tmp_path / "shards", Options(samples=36))
+    data = build(tmp_path / "shards").train.dataset
+    (found,) = [data.name(i) for i in range(len(data)) if name in data.name(i)]
+    assert found == f"{tmp_path}/shards/train-000000.tar:ash/{name}"
+    (tmp_path / "list").write_bytes(os.fsencode(found))
+    assert build(tmp_path / "shards", f"data.exclude={tmp_path / 'list'}").train.samples == 35

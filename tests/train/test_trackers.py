@@ -2,13 +2,15 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from foveal.configs.schema import ConfigError
-from foveal.train import trackers
+from foveal.train import engine, trackers
 from foveal.train.classify import train
 
 FIGURES = {"train_loss", "top1", "lr", "images_per_second", "data_wait", "memory_mib", "grad_norm"}
@@ -60,7 +62,47 @@ def test_of_ones_own(quick: Path, tmp_path: Path, fake):
             assert set(row) >= FIGURES
             assert row["top1"] == pytest.approx(float(stored["top1"]))
     assert not (run / "tensorboard").exists()  # it was not asked for
-    assert (run / "trackers.json").read_text() == '{"fake": null}\n'
+    assert (run / "trackers.json").read_text() == '{"logged": 2, "fake": null}\n'
+
+
+def test_an_epoch_is_logged_once_whenever_a_kill_comes(quick: Path, tmp_path: Path, fake):
+    """After the checkpoint and before it was logged; and after a later epoch, of which the checkpoint is lost."""
+    run = tmp_path / "run"
+    given = [f"output={run}", "log.trackers=[fake,tensorboard]", "data.limit=128", "data.val_limit=64", "resume=auto"]
+    assert train(quick, [*given, "schedule.epochs=1"]) == 0
+    (run / "trackers.json").write_text('{"logged": 0, "fake": null}')
+    shutil.rmtree(run / "tensorboard")
+    fake.events.clear()
+    assert train(quick, [*given, "schedule.epochs=2"]) == 0
+    assert [event[1] for event in fake.events if event[0] == "log"] == [1, 2]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("top1")] == [1, 2]
+    (run / "trackers.json").write_text('{"logged": 3, "fake": null}')
+    fake.events.clear()
+    assert train(quick, [*given, "schedule.epochs=4"]) == 0
+    assert [event[1] for event in fake.events if event[0] == "log"] == [4]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("top1")] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_fails_is_told_to_all(quick: Path, tmp_path: Path, fake, monkeypatch):
+    """Processes that meet to hear of errors hear of this one, instead of waiting for the first."""
+    told, original = [], engine.raise_together
+
+    def together(accelerator, error):
+        told.append(error)
+        original(accelerator, error)
+
+    def gone(*_, **__):
+        raise ValueError("the tracker is gone")
+
+    monkeypatch.setattr(engine, "raise_together", together)
+    given = [f"output={tmp_path / 'run'}", "log.trackers=[fake]", "data.limit=128", "data.val_limit=64"]
+    for name in ("log", "store_init_configuration"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="the tracker is gone"):
+            patch.setattr(fake, name, gone)
+            train(quick, [*given, f"output={tmp_path / name}"])
+        assert str(told[-1]) == "the tracker is gone"
 
 
 def test_ends_with_a_run_that_fails(quick: Path, tmp_path: Path, fake):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import foveal.weights.export as exporting
 from foveal.backbones.loading import load
 from foveal.weights.export import export
 from foveal.weights.images import preprocessing, read_image
+from foveal.weights.manifest import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,57 @@ def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
         export(run, "safetensors", output / "mine.txt")
 
 
+def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
+    """As Core ML's: readable, replaced whole, also after an export that was killed."""
+    output = tmp_path / "out"
+    for number in range(3):
+        with exporting.staged(output) as folder:
+            inside = folder / "model.mlpackage" / "Data"
+            inside.mkdir(parents=True, mode=0o700)
+            (inside / f"{number}.bin").write_text(str(number))
+            (inside / f"{number}.bin").chmod(0o600)
+            (folder / "config.json").write_text(str(number))
+        found = [path for path in output.rglob("*") if path.is_file()]
+        assert sorted(path.name for path in found) == [f"{number}.bin", "config.json"]
+        assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.mlpackage"]
+        assert {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o666 & ~exporting._umask()}
+        for each in (output / "model.mlpackage", output / "model.mlpackage" / "Data"):
+            assert stat.S_IMODE(each.stat().st_mode) == 0o777 & ~exporting._umask()
+        for left in (".model.mlpackage.new", ".model.mlpackage.old"):
+            (output / left).mkdir()
+            (output / left / "half").write_text("left over")
+
+
+def test_another_format_is_not_left_beside(run: Path, tmp_path: Path) -> None:
+    """Its config.json and its card would be replaced, its model not."""
+    output = tmp_path / "model"
+    output.mkdir()
+    for name in ("model.onnx", "model.xml"):
+        (output / name).write_text("old")
+    with pytest.raises(ValueError, match=r"model holds model\.onnx, model\.xml, which safetensors does not replace"):
+        export(run, "safetensors", output, force=True)
+    assert sorted(path.name for path in output.iterdir()) == ["model.onnx", "model.xml"]
+
+
+def test_weights_that_were_converted(run: Path, tmp_path: Path) -> None:
+    """Licence and address stay in the card, also of an export of an export; the record of the file does not."""
+    source = tmp_path / "converted"
+    shutil.copytree(run / "best", source)
+    config = json.loads((source / "config.json").read_text())
+    record = {"file": "x.pth", "checkpoint": "dinat_mini.in1k"}
+    (source / "config.json").write_text(json.dumps(config | {"conversion": record}))
+    published = checkpoints()["dinat_mini.in1k"]
+    for name in ("first", "second"):
+        source = export(source, "safetensors", tmp_path / name).folder
+        card = (source / "README.md").read_text()
+        assert f"| weights | `dinat_mini.in1k`, published as {published.address}, converted; from " in card
+        assert f"| licence of the published weights | {published.weights_licence} |" in card
+        assert "conversion" not in json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"conversion": record | {"checkpoint": None}}))
+    card = (export(source, "safetensors", tmp_path / "third").folder / "README.md").read_text()
+    assert "converted from `x.pth`; not known to be a published file" in card
+
+
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
 def test_a_difference_leaves_nothing(
     difference: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +161,8 @@ def test_the_difference_is_the_worst_one() -> None:
     assert exporting._largest_difference(model, lambda x: x, inputs) == 0.0
     assert exporting._largest_difference(model, lambda x: x + (x > 3), inputs) == pytest.approx(0.25)
     assert np.isnan(exporting._largest_difference(model, lambda x: x * float("nan"), inputs))
+    # of the first alone, though the others are good
+    assert np.isnan(exporting._largest_difference(model, lambda x: x / (x.max() > 1) * (x.max() > 1), inputs))
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:

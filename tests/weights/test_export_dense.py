@@ -17,9 +17,11 @@ from torch import nn
 import foveal
 from foveal.heads.build import build_detector, build_segmenter, load_dense, reparameterize, save_dense
 from foveal.weights import export_dense as exporting
-from foveal.weights.export import export
+from foveal.weights.export import Export, export
 from foveal.weights.export_dense import _SAFETENSORS, default_size, detections_differ, example, export_dense
 from foveal.weights.formats import FORMATS, ExportError
+from foveal.weights.manifest import checkpoints
+from foveal.weights.verify import verify
 
 SLOW = pytest.mark.slow
 SIZE = (64, 96)
@@ -286,6 +288,11 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         export(run, "onnx", out, size=(0, 96))
     with pytest.raises(ValueError, match="--half is for classifiers"):
         export(run, "onnx", out, half=True)
+    with pytest.raises(ValueError, match="--calibration, --dynamic are for classifiers"):
+        export(run, "onnx", out, calibration=[tmp_path], dynamic=True)
+    for file in (run / "best" / "model.safetensors", f"local-dir:{run / 'best' / 'model.safetensors'}"):
+        with pytest.raises(ValueError, match=r"is a file of a detector or segmenter; name its folder, .*best$"):
+            export(file, "safetensors", out)
     for output in (run, run / "best"):
         with pytest.raises(ValueError, match="is what is exported; choose another folder"):
             export(run, "safetensors", output, force=True)
@@ -299,6 +306,50 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ExportError, match=r"finds other objects than .* in random"):
         export(run, "safetensors", out)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_names_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that `foveal.load` takes is exported; what it refuses, too."""
+    run = saved(segmenter("semantic_fpn"), tmp_path / "run")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "mine.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, name in enumerate((f"local-dir:{run}", "~/run", "local-dir:~/run")):
+        assert foveal.load(name).classes == load_dense(run).classes
+        done = export(name, "safetensors", tmp_path / str(number), images=[tmp_path / "mine.png"])
+        assert done.files == ["README.md", "config.json", "model.safetensors"]
+    (run / "best" / "model.safetensors").rename(run / "best" / "model.onnx")
+    for function in (foveal.load, lambda name: export(name, "onnx", tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"best is an export: model\.onnx is ONNX"):
+            function("~/run")
+
+
+def test_weights_that_were_converted(tmp_path: Path) -> None:
+    """Licence and address stay in the card, also of an export of an export; the record of the file does not."""
+    source, published = tmp_path / "converted", checkpoints()["dinat_mini.maskrcnn_coco"]
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "mine.png")
+    record = {"file": "x.pth", "checkpoint": published.name}
+    save_dense(source, segmenter("semantic_fpn"), list("abcd"), {"in_chans": 3}, conversion=record)
+    for name in ("first", "second"):
+        source = export(source, "safetensors", tmp_path / name, images=[tmp_path / "mine.png"]).folder
+        card = (source / "README.md").read_text()
+        assert f"| weights | `{published.name}`, published as {published.address}, converted; from " in card
+        assert f"| licence of the published weights | {published.weights_licence} |" in card
+        config = json.loads((source / "config.json").read_text())
+        assert ("conversion" in config, config["checkpoint"]) == (False, published.name)
+        with pytest.raises(ValueError, match="has no record of a conversion"):  # and no check of another file fails
+            list(verify(source))
+
+
+def test_openvino_is_for_one_image(tmp_path: Path) -> None:
+    """The card says of the file what the file takes."""
+    model = segmenter("semantic_fpn")
+    model.classes = list("abcd")
+    done = Export(tmp_path, [], 0.0, ["random"])
+    for to, batch in (("openvino", "1"), ("onnx", "batch")):
+        card = exporting._card(model, to, SIZE, {"weights": "from here"}, done)
+        assert f"`image` [{batch}, 3, 64, 96]" in card
+        assert f"`logits` [{batch}, 4, 64, 96]" in card
+        assert ("`reshape` the model" in card) == (to == "openvino")
 
 
 def test_a_detector_that_finds_nothing(tmp_path: Path) -> None:

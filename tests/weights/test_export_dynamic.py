@@ -9,9 +9,11 @@ import timm
 import torch
 
 import foveal  # noqa: F401  registers the models
+from foveal.weights.export import classifier_job
+from foveal.weights.formats import FORMATS
 
-# no multiples of 32, sides shorter than window times dilation, one longer than the example's
-SIZES = [(64, 64), (33, 47), (100, 71), (150, 97), (32, 190), (17, 40)]
+# no multiples of 32, maps shorter than window times dilation, some longer than the example's
+SIZES = [(64, 64), (65, 77), (100, 71), (150, 97), (64, 190), (259, 301)]
 
 SMALL = {
     "nat": ("test_foveal_nat", dict(embed_dim=8, depths=(1, 1), num_heads=(1, 2))),
@@ -42,31 +44,24 @@ def build(name: str) -> torch.nn.Module:
     return model
 
 
+LONG = ("dinat_s", "overlock")  # minutes each
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in SMALL]
+)
 def test_onnx_for_any_size(name: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra foveal[export] is not installed")
-    pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
+    for module in FORMATS["onnx"].needs:
+        pytest.importorskip(module, reason="the extra foveal[export] is not installed")
     model = build(name)
-    deployed = model.reparameterize() if hasattr(model, "reparameterize") else model
-    path = tmp_path / "model.onnx"
-    free = {axis: torch.export.Dim(word) for axis, word in ((0, "batch"), (2, "height"), (3, "width"))}
-    torch.onnx.export(
-        deployed,
-        (torch.randn(2, 3, 72, 88),),
-        path,
-        dynamo=True,
-        input_names=["image"],
-        dynamic_shapes=(free,),
-        external_data=False,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    FORMATS["onnx"].write(classifier_job(model, "onnx", dynamic=True), tmp_path)
+    run = FORMATS["onnx"].open(tmp_path)
     for count, size in enumerate(SIZES, 1):
         x = torch.randn(count, 3, *size)
         with torch.no_grad():
             want = model(x)
-        got = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+        (got,) = run(x)
         assert (got - want).abs().max() < 1e-5 * want.abs().max(), size
 
 

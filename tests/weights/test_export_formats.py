@@ -23,13 +23,13 @@ from foveal.weights.formats import FORMATS, Format, Job
 SIZE = 32
 
 
-def _save(folder: Path, name: str, **arguments) -> Path:
+def _save(folder: Path, name: str, size: int = SIZE, **arguments) -> Path:
     torch.manual_seed(3)
     model = timm.create_model(name, num_classes=5, **arguments)
     with torch.no_grad():  # branches that do not vanish, norms that are not the identity
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
-    model.pretrained_cfg |= {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.3,) * 3, "crop_pct": 1.0}
+    model.pretrained_cfg |= {"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.3,) * 3, "crop_pct": 1.0}
     save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     return folder
 
@@ -107,9 +107,8 @@ RUNNERS = {"safetensors": _safetensors, "onnx": _onnx, "pt2": _pt2, "aoti": _aot
     ],
 )
 def test_any_batch_in_its_own_runtime(to: str, half: bool, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
-    if to == "openvino":
-        pytest.importorskip("openvino", reason="the extra foveal[openvino] is not installed")
+    for module in FORMATS[to].needs:
+        pytest.importorskip(module, reason=f"the extra foveal[{FORMATS[to].extra}] is not installed")
     done = export(folder, to, tmp_path / "out", half=half)
     assert done.files == ["README.md", "config.json", *FILES[to]]
     assert done.checked == ["random, batch 1", "random, batch 3", "china.jpg", "flower.jpg"]
@@ -144,18 +143,22 @@ def test_the_branches_are_folded(care: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 32), (200, 61), (96, 128)])
-def test_one_onnx_file_for_any_size(any_size: Path, folder: Path, size: tuple[int, int]) -> None:
-    x, expected = _judge(folder, (2, 3, *size))
-    assert _apart(_onnx(any_size, x), expected) < TOLERANCE
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (128, 64), (200, 71), (96, 160)])
+def test_one_onnx_file_for_any_size(any_size: tuple[Path, Path], size: tuple[int, int]) -> None:
+    source, folder = any_size
+    x, expected = _judge(source, (2, 3, *size))
+    assert _apart(_onnx(folder, x), expected) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
-def any_size(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def any_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
-    done = export(folder, "onnx", tmp_path_factory.mktemp("any") / "onnx", dynamic=True)
-    assert "any height and width" in (done.folder / "README.md").read_text()
-    return done.folder
+    place = tmp_path_factory.mktemp("any")
+    arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
+    source = _save(place / "dinat", "test_foveal_dinat", size=64, **arguments)
+    done = export(source, "onnx", place / "onnx", dynamic=True)
+    assert "| size | any height and width from 64 on |" in (done.folder / "README.md").read_text()
+    return source, done.folder
 
 
 @pytest.mark.slow
@@ -200,14 +203,21 @@ def test_a_missing_package(to: str, module: str, extra: str, folder: Path, tmp_p
         export(folder, to, tmp_path / "out")
 
 
-def test_refusals(folder: Path, tmp_path: Path) -> None:
+def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
     output = tmp_path / "out"
     for to in ("coreml", "safetensors"):
         with pytest.raises(ValueError, match=f"{to} does not go with --dynamic: "):
             export(folder, to, output, dynamic=True)
     fixed = _save(tmp_path / "maxvit", "test_foveal_maxvit")
-    with pytest.raises(ValueError, match="test_foveal_maxvit does not go with --dynamic: the windows"):
+    with pytest.raises(
+        ValueError, match="--dynamic: free sizes are offered for NAT, DiNAT, DiNAT_s, OverLoCK and CARE a"
+    ):
         export(fixed, "pt2", output, dynamic=True)
+    for to in ("pt2", "aoti"):
+        with pytest.raises(
+            ValueError, match=rf"{to} with --dynamic .* from 64 on, and .* has images of 32 x 32: leave"
+        ):
+            export(folder, to, output, dynamic=True)
     with pytest.raises(ValueError, match="--int8 is for onnx, quantised by onnxruntime; pt2 is written in float"):
         export(folder, "pt2", output, int8=True, calibration=[tmp_path])
     with pytest.raises(ValueError, match="--int8 does not go with --half"):
@@ -219,8 +229,12 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images in .*empty"):
         export(folder, "onnx", output, int8=True, calibration=[tmp_path / "empty"])
-    with pytest.raises(ValueError, match="is no detector or segmenter: a size is for these"):
+    with pytest.raises(ValueError, match="is neither a detector nor a segmenter: --size is for these; a class"):
         export(folder, "onnx", output, size=(64, 64))
+    if formats.sys.platform != "darwin":
+        monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: name)  # as if all were installed
+        with pytest.raises(ValueError, match="--score runs what was written, and coreml is not run here: Core ML"):
+            export(folder, "coreml", output, score=tmp_path)
     assert not output.exists()
 
 
@@ -238,6 +252,61 @@ def test_a_format_that_goes_wrong_is_not_written(folder: Path, tmp_path: Path, m
     with pytest.raises(ExportError, match=r"differs from the original by 1\.0e-03 .* nothing was written"):
         export(folder, "broken", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_library_cannot_do(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its innermost reason in a line, whether it converts, opens or runs; messages of this package stay."""
+    failures: dict[str, Exception] = {}
+
+    def fail(what: str, *_) -> None:
+        if what in failures:
+            try:
+                raise failures[what]
+            except KeyError as error:
+                raise RuntimeError("please report this") from error
+
+    def start(target: Path):
+        fail("open")
+        return lambda images: fail("run")
+
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format(lambda *_: fail("write"), start, ""))
+    for what, message in (
+        ("write", r"^broken cannot convert test_foveal_dinat: KeyError: 'aten\.new'$"),
+        ("open", r"^broken cannot open what was written: KeyError"),
+        ("run", r"^broken cannot run what was written on images \[1, 3, 32, 32\]: KeyError"),
+    ):
+        failures = {what: KeyError("aten.new")}
+        with pytest.raises(ExportError, match=message):
+            export(folder, "broken", tmp_path / "out")
+    for error in (ExportError("no compiler"), ValueError("no size"), ImportError("no onnx")):
+        failures = {"write": error}
+        with pytest.raises(type(error), match=f"^{error}$"):
+            export(folder, "broken", tmp_path / "out")
+    failures = {"write": OSError(28, "No space left on device")}
+    with pytest.raises(OSError, match=r"^cannot write .*out: No space left on device$"):
+        export(folder, "broken", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checks_of_free_sizes(tmp_path: Path) -> None:
+    """No smaller than a file takes them, and of more than one."""
+    model = load(_save(tmp_path / "x", "test_foveal_nat", size=64))
+    for to in FORMATS:
+        sizes = [tuple(x.shape[2:]) for x in exporting.check_inputs(model, (), to, True).values()]
+        assert min(map(min, sizes)) == 64
+        assert len(set(sizes)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["pt2", pytest.param("aoti", marks=pytest.mark.long)])
+def test_free_sizes_of_pytorch(to: str, tmp_path: Path) -> None:
+    arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
+    source = _save(tmp_path / "x", "test_foveal_dinat", size=64, **arguments)
+    done = export(source, to, tmp_path / "out", dynamic=True)
+    assert "| size | any height and width from 64 on |" in (done.folder / "README.md").read_text()
+    for size in ((64, 64), (65, 131)):
+        x, expected = _judge(source, (2, 3, *size))
+        assert _apart(RUNNERS[to](done.folder, x), expected) < TOLERANCE
 
 
 @pytest.fixture
@@ -285,10 +354,28 @@ def test_int8_that_goes_wrong(folder: Path, pictures: Path, tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_the_score_of_what_was_written(folder: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("difference", [1.01, float("nan"), float("inf")])
+def test_int8_that_is_elsewhere(
+    difference: float, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Well on the images that it was fitted to, far away on those of the check."""
+    monkeypatch.setattr(exporting, "write_checked", lambda *_: 0.0)
+    monkeypatch.setattr(exporting, "_to_int8", lambda *_: "in 8 bits")
+    monkeypatch.setattr(exporting, "run_of", lambda *_: None)
+    monkeypatch.setattr(exporting, "_largest_difference", lambda *_: difference)
+    with pytest.raises(ExportError, match=r"in 8 bits the logits of random, batch 1.* differ .* nothing was written"):
+        export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_score_of_what_was_written(folder: Path, pictures: Path, tmp_path: Path, monkeypatch) -> None:
     done = export(folder, "safetensors", tmp_path / "out", score=pictures)
     before = done.notes[0].split("the original ")[1].split(" %")[0]
     assert done.notes == [f"top-1 {before} % on 10 images of {pictures}, the original {before} % (+0.00)"]
     shutil.rmtree(pictures / "a")
+    # before anything is converted, and of the right folder
+    monkeypatch.setattr(exporting, "write_checked", None)
+    with pytest.raises(OSError, match=f"^{tmp_path / 'absent'}: "):
+        export(folder, "safetensors", tmp_path / "out2", score=tmp_path / "absent")
     with pytest.raises(ValueError, match="has 4 folders, the model 5 classes"):
         export(folder, "safetensors", tmp_path / "out2", score=pictures)

@@ -59,7 +59,7 @@ class BadEntries(BadSamples):
             return
         path = path.with_name("bad_annotations.csv")
         temporary = Path(f"{path}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "image", "annotation", "reason"])
             writer.writerows(self.entries)

@@ -16,7 +16,7 @@ from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .guard import NOTHING, BadSamples, DataError, Excluded, check_labels
+from .guard import NOTHING, BadSamples, DataError, Excluded, check_labels, printable
 from .order import Batch, EpochOrder, Normalize, NumberedBatches
 from .transforms import EvalTransform, TrainTransform, seeded
 
@@ -252,16 +252,22 @@ class StreamLoader(FileLoader):
         return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
 
     def _read(self, epoch: int, start: int) -> Iterator[Any]:
-        """As many batches as the epoch has left, newly drawn."""
-        self.dataset.set(epoch)
+        """In training as many batches as the epoch has left, newly drawn, all of them full.
+
+        Raises:
+            DataError: a reader found no training image in any of its shards.
+        """
+        self.dataset.set(epoch, start)
         self.bad.start(-(-self.samples // self.order.world))
-        left = self.batches - start if self.order.train else None
-        for batch in self.loader:
-            if self.order.train and len(batch[0]) == 0:
-                self.bad.add(batch[2])
-                continue
+        if not self.order.train:
+            yield from self.loader
+            return
+        for _, batch in zip(range(start, self.batches), self.loader, strict=False):  # the loader has no end
+            images, _, found = batch
+            if len(images) < self.order.batch_size:
+                first = "; ".join(f"{name} ({reason})" for name, reason in found[-3:])
+                raise DataError(
+                    f"a reader of streamed shards found no image in a pass over its own: {printable(first)}; "
+                    "they are damaged, or data.exclude names them all"
+                )
             yield batch
-            if left is not None:
-                left -= 1
-                if left == 0:
-                    return

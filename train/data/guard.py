@@ -13,6 +13,11 @@ class DataError(ValueError):
     """Data that cannot be used; the message is meant for the user."""
 
 
+def printable(name: str) -> str:
+    """A file name as a terminal takes it: what is not UTF-8 is written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 class BadSamples:
     """Counts the unreadable images of each epoch, keeps their names and reasons, and says when there are too many.
 
@@ -43,7 +48,7 @@ class BadSamples:
             self.names[name] = reason
             self._epoch.add(name)
         if len(self._epoch) > self.limit * self._size:
-            first = "; ".join(f"{name} ({self.names[name]})" for name in sorted(self._epoch)[:5])
+            first = printable("; ".join(f"{name} ({self.names[name]})" for name in sorted(self._epoch)[:5]))
             raise DataError(
                 f"{len(self._epoch)} of {self._size} images could not be read, more than the allowed "
                 f"{self.limit:.2%} (data.max_bad_fraction): {first}{'; ...' if len(self._epoch) > 5 else ''}"
@@ -56,7 +61,7 @@ class BadSamples:
     def read(self, path: Path) -> None:
         """Takes over what :meth:`write` wrote, if it is there."""
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self.names.update({row["sample"]: row["reason"] for row in csv.DictReader(file)})
 
     def write(self, path: Path) -> None:
@@ -64,7 +69,7 @@ class BadSamples:
         if not self.names:
             return
         temporary = Path(f"{path}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any file name
             writer = csv.writer(file)
             writer.writerow(["sample", "reason"])
             writer.writerows(sorted(self.names.items()))
@@ -89,9 +94,9 @@ class Excluded:
         if path is None:
             return cls()
         try:
-            with Path(path).open(newline="", encoding="utf-8") as file:
+            with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = [row[0] for row in csv.reader(file) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, csv.Error) as error:
             raise DataError(f"data.exclude={path} can't be read: {error}") from None
         names = rows[1:] if rows[:1] == ["sample"] else rows
         if not names:

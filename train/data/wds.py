@@ -11,12 +11,16 @@ import json
 import os
 import random
 import re
+import socket
 import tarfile
+import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from multiprocessing import Value
+from multiprocessing import Array
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .files import UNREADABLE, Found, Images, Item
 from .guard import DataError, Excluded
-from .transforms import EvalTransform, TrainTransform
+from .transforms import EvalTransform, TrainTransform, seeded
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 OPEN_SHARDS = 64  # of each process
@@ -53,7 +57,7 @@ class ShardIndex:
         return np.bincount(self.shard, minlength=len(self.shards))
 
     def write(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # the folder may be shared
         try:
             with temporary.open("wb") as file:
                 np.savez_compressed(file, **vars(self))
@@ -87,7 +91,7 @@ def index_shards(shards: Sequence[str], names: Sequence[str]) -> ShardIndex:
         np.array(offset, np.int64),
         np.array(size, np.int64),
         np.array(label, np.int64),
-        np.array([k.encode() for k in key], bytes),
+        np.array([os.fsencode(k) for k in key], bytes),
     )
 
 
@@ -134,7 +138,7 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
 
 def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[int] = ()) -> ShardIndex:
     """The index of a split's local shards: the one beside them while it fits them, else made anew and, where that can
-    be, written there.
+    be, written there (a warning says where it could not).
 
     Args:
         lengths: samples of each shard as the data say; empty: not told.
@@ -153,7 +157,10 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
     if not same or not np.array_equal(index.stamps, stamps(paths)):
         index = index_shards(paths, names)
         if os.access(root, os.W_OK):
-            index.write(file)
+            try:
+                index.write(file)
+            except OSError as error:  # a full disk
+                warnings.warn(f"{file} can't be written, each start will index the shards: {error}", stacklevel=2)
     counts = index.lengths()
     for path, count, told in zip(paths, counts.tolist(), lengths or counts, strict=True):
         if count != told:
@@ -165,7 +172,7 @@ def _read_index(path: Path) -> ShardIndex | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return ShardIndex(**{field.name: stored[field.name] for field in fields(ShardIndex)})
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError):
         return None  # it is only a shorter way to what the shards hold, and is written anew
 
 
@@ -202,7 +209,7 @@ class ShardImages(Images):
 
     def _name(self, number: int) -> str:
         shard = os.path.join(self.root, os.fsdecode(self.index.shards[self.index.shard[number]]))
-        return f"{shard}:{self.index.key[number].decode()}"
+        return f"{shard}:{os.fsdecode(self.index.key[number])}"
 
     def name(self, position: int) -> str:
         return self._name(self.numbers[position])
@@ -234,7 +241,8 @@ class StreamedImages(IterableDataset):
     """Images in shards behind addresses or commands (``https://``, ``pipe:``), read from their beginnings.
 
     Every process and worker reads its own shards: each sample is seen exactly once in evaluation. In training the
-    shards are shuffled by seed and epoch, their samples in a buffer, and repeated as often as the epoch's batches need.
+    shards are shuffled by seed, epoch and the batch to go on from, their samples in a buffer, and repeated as often as
+    the epoch's batches need; a reader that finds no image in any of its shards says so and ends.
     """
 
     def __init__(
@@ -256,10 +264,11 @@ class StreamedImages(IterableDataset):
             )
         self.transform, self.train, self.seed = transform, train, seed
         self.rank, self.world = rank, world
-        self.number = Value("q", 0)  # shared, since workers hold copies of this object
+        self.place = Array("q", 2)  # epoch, batch; shared, since workers hold copies of this object
 
-    def set(self, epoch: int) -> None:
-        self.number.value = epoch
+    def set(self, epoch: int, start: int = 0) -> None:
+        """The next iteration reads for this epoch, from its ``start``-th batch on."""
+        self.place[:] = epoch, start
 
     def __iter__(self) -> Iterator[Item]:
         import webdataset
@@ -267,17 +276,21 @@ class StreamedImages(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         shards = list(self.shards)
-        draw = random.Random(f"{self.seed}/{self.number.value}")
+        epoch, start = self.place
+        draw = random.Random(f"{self.seed}/{epoch}/{start}")
         if self.train:
             draw.shuffle(shards)
-        mine = shards[self.rank * workers + worker :: self.world * workers]
+        reader = self.rank * workers + worker
+        mine = shards[reader :: self.world * workers]
         found: Found = []
+        count = 0
 
         def book(error: Exception) -> bool:
             found.append((str(getattr(error, "args", [""])[-1]), f"{type(error).__name__}: {error}"))
             return True
 
         while True:
+            before = count
             stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples(handler=book)]
             if self.train:
                 stages.append(webdataset.shuffle(2048, rng=draw))
@@ -285,23 +298,25 @@ class StreamedImages(IterableDataset):
                 name = f"{sample.get('__url__')}:{sample.get('__key__')}"
                 if self.excluded.holds(name):
                     continue
-                try:
-                    kind = next(k for k in IMAGES if k in sample)
-                    label = int(sample["cls"])
-                    image = self.transform.read(io.BytesIO(sample[kind]))
-                except (*UNREADABLE, KeyError, StopIteration) as error:
-                    found.append((name, f"{type(error).__name__}: {error}"))
-                    if not self.train:
-                        yield None, -1, found.copy()
-                        found.clear()
-                    continue
-                yield torch.as_tensor(self.transform.augment(image)), label, found.copy()
+                with seeded(self.seed, epoch, start, reader, count) if self.train else nullcontext():
+                    try:
+                        kind = next(k for k in IMAGES if k in sample)
+                        label = int(sample["cls"])
+                        image = self.transform.read(io.BytesIO(sample[kind]))
+                    except (*UNREADABLE, KeyError, StopIteration) as error:
+                        found.append((name, f"{type(error).__name__}: {error}"))
+                        continue
+                    pixels = torch.as_tensor(self.transform.augment(image))
+                count += 1
+                yield pixels, label, found.copy()
                 found.clear()
+            if self.train and count > before:
+                continue  # what was found comes with the next image: batches stay full
+            if self.train:
+                found.append((mine[0], f"first of {len(mine)} shards"))
             if found:
-                yield None, -1, found.copy()
-                found.clear()
-            if not self.train:
-                return
+                yield None, -1, found
+            return
 
 
 def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int], int]:
