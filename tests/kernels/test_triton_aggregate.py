@@ -20,7 +20,14 @@ SWEEP = Path(__file__).with_name("triton_aggregate.py")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-both_sweeps = pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+both_sweeps = pytest.mark.parametrize(
+    "which",
+    [
+        "not slow",
+        pytest.param("slow and not long", marks=pytest.mark.slow),
+        pytest.param("long", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 
 
 def sweep(folder, which, environment):

@@ -23,12 +23,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def kernels_run_here(monkeypatch):
-    """The interpreter multiplies the bits of bfloat16, which it keeps as integers."""
+    """The interpreter multiplies the bits of bfloat16, which it keeps as integers, and cuts where a GPU rounds."""
     if DEVICE == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    original = InterpreterBuilder.create_dot
+    original, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def rounded(self, x, to):
+        if x.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, x, to)
+        nearest = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return TensorHandle(nearest, tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
 
     def as_float32(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -93,10 +101,16 @@ def compare(case, dtype, boundary, mix):
     exact = with_gradients(partial(run, "reference", **options), high)
     peer = with_gradients(partial(run, "eager", **options), low)
     got = with_gradients(partial(run, "triton", **options), low)
-    floor = 8 * torch.finfo(dtype).eps
+    # of the value itself; and of what is summed in float32 to it, where that cancels
+    floor, terms = 8 * torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps * max(map(largest, exact))
     for index, (a, b, c) in enumerate(zip(got, peer, exact, strict=True)):
         assert a.dtype == dtype
-        assert relative_error(a, c) <= max((3 if index else 2) * relative_error(b, c), floor), index
+        limit = max((3 if index else 2) * relative_error(b, c), floor) + terms / max(largest(c), 1e-30)
+        assert relative_error(a, c) <= limit, index
+
+
+def largest(t):
+    return float(t.detach().abs().max())
 
 
 @pytest.mark.parametrize(
@@ -119,6 +133,7 @@ def test_low_precision_is_as_good_as_eager(dtype, mix):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "mix"),
     [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)],
