@@ -62,14 +62,7 @@ def neighborhood_aggregate(
     torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
-    check_tensor("weights", weights, "[B, H, W, heads, Kh * Kw]")
-    check_tensor("v", v, "[B, H, W, heads, D]")
-    if weights.shape[:4] != v.shape[:4]:
-        raise ValueError(
-            "weights and v must have one shape up to the last dimension, got "
-            f"weights {tuple(weights.shape)}, v {tuple(v.shape)}"
-        )
-    check_area("weights", weights, kernel_size)
+    _check_values("weights", weights, v, kernel_size)
     return _run(
         "neighborhood_aggregate", "forward", {"weights": weights, "v": v}, kernel_size, dilation, boundary, backend
     )
@@ -109,14 +102,7 @@ def neighborhood_mix(
         ValueError, TypeError, BackendError: as :func:`neighborhood_aggregate`; biases of another shape or device.
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
-    check_tensor("logits", logits, "[B, H, W, heads, Kh * Kw]")
-    check_tensor("v", v, "[B, H, W, heads, D]")
-    if logits.shape[:4] != v.shape[:4]:
-        raise ValueError(
-            "logits and v must have one shape up to the last dimension, got "
-            f"logits {tuple(logits.shape)}, v {tuple(v.shape)}"
-        )
-    check_area("logits", logits, kernel_size)
+    _check_values("logits", logits, v, kernel_size)
     if bias is not None and not isinstance(bias, TableBias):
         raise TypeError(f"bias must be a TableBias or None, got {type(bias).__name__}")
     table, wanted = (None if bias is None else bias.table), {"kernel_bias": (kernel_size[0] * kernel_size[1],)}
@@ -154,6 +140,18 @@ def check_area(name: str, weights: Tensor, kernel_size: tuple[int, int]) -> None
             f"{name} must have {rows} x {columns} = {rows * columns} numbers per head and position (kernel_size), "
             f"got {weights.shape[4]}: {name} {tuple(weights.shape)}"
         )
+
+
+def _check_values(name: str, weights: Tensor, v: Tensor, kernel_size: tuple[int, int]) -> None:
+    """Raise unless there is a weight, or what one is made of, for every key of the window of each value's position."""
+    check_tensor(name, weights, "[B, H, W, heads, Kh * Kw]")
+    check_tensor("v", v, "[B, H, W, heads, D]")
+    if weights.shape[:4] != v.shape[:4]:
+        raise ValueError(
+            f"{name} and v must have one shape up to the last dimension, got "
+            f"{name} {tuple(weights.shape)}, v {tuple(v.shape)}"
+        )
+    check_area(name, weights, kernel_size)
 
 
 def _run(
