@@ -209,3 +209,17 @@ GPU_MODELS = (
     SpeedCase("overlock_t", 224, "convnext_tiny"),
 )
 TINY_MODELS = (SpeedCase("test_vit", 160, batch=1), SpeedCase("test_foveal_dinat", 64, "test_vit", 1))
+
+# timm's models of the same sizes, timed beside every one of ours
+ZOO_PEERS = (
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
+    "swin_base_patch4_window7_224",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "davit_tiny",
+    "maxvit_tiny_tf_224",
+    "halonet26t",
+    "halonet50ts",
+)

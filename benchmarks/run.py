@@ -1,4 +1,4 @@
-"""`foveal bench kernels|aggregate|halo|models`: ours and peers on the same inputs, in one process, one table, one CSV.
+"""`foveal bench kernels|aggregate|halo|models|zoo`: ours and peers, the same inputs, one process, one table, one CSV.
 
 Nothing is timed before its answer, and its gradients, have been compared with the other's, except for a peer that is a
 different model. Timings are medians of interleaved rounds; memory is the rise of the process's resident set above what
@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from timm.layers.halo_attn import HaloAttn
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .._version import __version__
-from ..backbones import attention
+from ..backbones import attention, list_models
 from ..backbones.attention import HaloAttention2d
 from ..kernels import TableBias, neighborhood_aggregate, neighborhood_attention
 from ..kernels.aggregate.softmax import expand_table
@@ -46,10 +47,12 @@ from .cases import (
     HALO,
     MODELS,
     OVERLOCK_XT,
+    ZOO_PEERS,
     AggregateCase,
     AttentionCase,
     HaloCase,
     ModelCase,
+    SpeedCase,
 )
 
 TOLERANCE = 1e-5  # float32, relative to the largest value
@@ -392,6 +395,24 @@ def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
     return beside_peer(rows, case.peer_name)
 
 
+def zoo_rows(case: SpeedCase, rounds: int) -> list[dict[str, object]]:
+    """One image through a model as it is created, and as it is deployed where that folds branches or norms."""
+    x = _normal(case.batch, 3, case.size, case.size)
+    nets = {"forward": timm.create_model(case.model).eval()}
+    if hasattr(nets["forward"], "reparameterize"):
+        nets["deployed"] = copy.deepcopy(nets["forward"]).reparameterize()
+    with torch.inference_mode():
+        times = median_ms({name: partial(net, x) for name, net in nets.items()}, rounds)
+    row = {"model": case.model, "input": f"{case.batch}x3x{case.size}x{case.size}"}
+    return [row | {f"{name}_ms": round(times[name], 1) if name in times else "" for name in ("forward", "deployed")}]
+
+
+def zoo_cases() -> Iterator[SpeedCase]:
+    """Every model of ours, at the input size that it is made for, and timm's that people know, batch 1."""
+    for name in [name for name in list_models() if not name.startswith("test_")] + list(ZOO_PEERS):
+        yield SpeedCase(name, get_pretrained_cfg(name).input_size[1], batch=1)
+
+
 @dataclass(frozen=True)
 class Section:
     """What `foveal bench NAME` measures: each case gives some rows."""
@@ -405,6 +426,7 @@ SECTIONS = {
     "aggregate": Section(OVERLOCK_XT, aggregate_rows),
     "halo": Section(HALO, halo_rows),
     "models": Section(MODELS, model_rows),
+    "zoo": Section(tuple(zoo_cases()), zoo_rows),
 }
 
 
