@@ -253,7 +253,9 @@ class DetectModelConfig:
     """What ``heads.build.build_detector`` is given."""
 
     name: str = MISSING  # the backbone: any name that timm creates with features_only
-    head: str = _checked("mask_rcnn", choices=("mask_rcnn", "faster_rcnn", "retinanet", "fcos"))
+    head: str = _checked(
+        "mask_rcnn", choices=("mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former")
+    )
     neck: str = _checked("fpn", choices=("fpn", "a3fpn"))
     pretrained: bool = False  # the backbone's published weights, by the name's tag
     checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
@@ -271,8 +273,9 @@ class DetectModelConfig:
 class DetectDataConfig:
     """Annotations in COCO's format, and the folders of their images; all paths are below ``root``."""
 
-    kind: str = _checked("coco", choices=("coco", "digits"))  # digits: composites, written to `root` when not there
+    kind: str = _checked("coco", choices=("coco", "voc", "digits"))  # digits: composites, written when not there
     root: str | None = None
+    # voc: sets instead, such as VOC2007/trainval+VOC2012/trainval, which name their images
     train_annotations: str = "annotations/instances_train2017.json"
     train_images: str = "train2017"
     val_annotations: str = "annotations/instances_val2017.json"
@@ -305,6 +308,9 @@ class DetectAugmentConfig:
     crop_prob: float = _probability(0.0)  # share of images that are resized, cropped and resized again (as DETR does)
     crop_short_sides: list[int] = _checked_list([400, 500, 600], low=1)  # the first size
     crop: list[int] = _checked_list([384, 600], low=1, items=2)  # least and largest side of the crop
+    final_crop: list[int] | None = _checked(None, low=1, items=2)  # rows, columns, at a random place; null: none
+    jitter: list[float] | None = _checked(None, above=0.0, items=2)  # a factor of what fits final_crop, not short_sides
+    photometric: bool = False  # brightness, contrast, saturation, hue
 
 
 @dataclass
@@ -425,7 +431,13 @@ class SegmentConfig:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, such as ``classify/digits``."""
+    """Names of the shipped recipes, such as ``classify/digits``.
+
+    Examples:
+        >>> from foveal.configs.schema import recipe_names
+        >>> "classify/digits" in recipe_names()
+        True
+    """
     files = RECIPES.glob("*/*.yaml")
     return sorted(f"{f.parent.name}/{f.stem}" for f in files if not f.parent.name.startswith("_"))
 
@@ -502,7 +514,7 @@ def override_value(overrides: Iterable[str], key: str) -> str | None:
     return values[-1] if values else None
 
 
-def _valid_keys(schema: type, prefix: str = "") -> list[str]:
+def _valid_keys(schema: Any, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(schema):
         keys.append(prefix + f.name)
@@ -511,7 +523,7 @@ def _valid_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_keys(layer: Mapping, schema: type, source: str, root: type, prefix: str = "") -> None:
+def _check_keys(layer: Mapping, schema: Any, source: str, root: type, prefix: str = "") -> None:
     fields = {f.name: f.type for f in dataclasses.fields(schema)}
     for key, value in layer.items():
         name = f"{prefix}{key}"
@@ -581,9 +593,20 @@ def load_config(
 
     Raises:
         ConfigError: names the key, the file (or "command line") and the nearest valid key.
+
+    Examples:
+        >>> from foveal.configs.schema import ConfigError, load_config
+        >>> config = load_config("classify/digits", ["schedule.epochs=5"])
+        >>> config.model.name, config.schedule.epochs, config.output
+        ('test_foveal_dinat', 5, 'runs/digits')
+        >>> try:
+        ...     load_config("classify/digits", ["schedule.epoch=5"])
+        ... except ConfigError as error:
+        ...     print(error)
+        command line: unknown key `schedule.epoch`; did you mean `schedule.epochs`?
     """
     layers = [("defaults", dict(defaults or {}))]
-    task = next((f.default for f in dataclasses.fields(schema) if f.name == "task"), None)
+    task: Any = next((f.default for f in dataclasses.fields(schema) if f.name == "task"), None)
     stem = None
     if path is not None:
         file = find_config(path, task)
@@ -617,7 +640,15 @@ def load_config(
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes a resolved configuration, every key spelled out; :func:`load_config` reads it back to the same values."""
+    """Writes a resolved configuration, every key spelled out; `load_config` reads it back to the same values.
+
+    Examples:
+        >>> from foveal.configs.schema import load_config, save_config
+        >>> config = load_config("classify/digits")
+        >>> save_config(config, "whole.yaml")
+        >>> load_config("whole.yaml") == config
+        True
+    """
     temporary = Path(f"{path}.tmp")
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
     temporary.replace(path)

@@ -7,20 +7,24 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
+from timm.models.resnet import Bottleneck
 from torch import distributed, nn
 
 from ..backbones import list_models, loading
 from .detection import HEADS, Detector, Pyramid
 from .features import Features, FeatureSpec
-from .necks import build_neck
+from .necks import NECKS, build_neck
 from .segmentation import FCN, Mask2Former, Segmenter, SemanticFPN, UPerNet
+
+Dense = Detector | Segmenter | Mask2Former
+Model = TypeVar("Model", bound=nn.Module)
 
 # What lets a backbone take images of any size and gives each map its norm, where its class knows the argument.
 _DENSE_DEFAULTS = dict(out_norm=True, strict_img_size=False, dynamic_img_size=True)
@@ -39,6 +43,7 @@ def build_features(
     sync_bn: bool = False,
     drop_path_rate: float | None = None,
     grad_checkpointing: bool = False,
+    stride_in_1x1: bool = False,
     **kwargs: Any,
 ) -> Features:
     """The feature maps of any foveal or timm model.
@@ -51,11 +56,14 @@ def build_features(
         in_chans: channels of the images.
         strides: of the maps; of several with one stride the last is taken.
         out_indices: the maps by timm's indices instead, for models without those strides (plain transformers).
-        frozen_stages, norm_eval: see `Features`.
+        frozen_stages: see `Features`.
+        norm_eval: see `Features`.
         sync_bn: BatchNorms share their statistics between processes, if a process group is up. Without one they are
             the usual ones, so that the same arguments build the model for one device.
         drop_path_rate: stochastic depth; None: the model's default.
         grad_checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+        stride_in_1x1: the blocks of a ResNet stride in their first convolution, as those of its paper (arXiv
+            1512.03385), whose weights detectron2 starts from; timm's in their second.
         kwargs: passed to `timm.create_model`. Where the model's class knows them, ``out_norm=True`` (a new norm per
             map, as the published dense NAT, DiNAT and OverLoCK have them) and free image sizes are the default.
 
@@ -63,6 +71,15 @@ def build_features(
         ValueError: if the name, the strides or the weights do not fit; the message names them. That includes a
             checkpoint that leaves any parameter unset but the new norms.
         OSError: if published weights cannot be fetched.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_features
+        >>> features = build_features("test_foveal_dinat", strides=(8, 16, 32), frozen_stages=1)
+        >>> features.spec
+        FeatureSpec(channels=(32, 64, 128), strides=(8, 16, 32))
+        >>> [tuple(each.shape) for each in features(torch.randn(1, 3, 64, 96))]
+        [(1, 32, 8, 12), (1, 64, 4, 6), (1, 128, 2, 3)]
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r}: start from one of them")
@@ -70,6 +87,7 @@ def build_features(
     kwargs = {"in_chans": in_chans, **kwargs}
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate
+    network: Any
     with torch.device("meta"):
         whole = timm.create_model(architecture, **{**kwargs, "out_norm": False} if "out_norm" in kwargs else kwargs)
     known = inspect.signature(type(whole).__init__).parameters
@@ -84,22 +102,36 @@ def build_features(
         network = _from_checkpoint(architecture, Path(checkpoint), kwargs)
     else:
         network = timm.create_model(architecture, **kwargs)
+    if stride_in_1x1:
+        _stride_in_1x1(network, architecture)
     if grad_checkpointing:
         (network.model if hasattr(network, "model") else network).set_grad_checkpointing()
     network = _synchronized(network, sync_bn)
     return Features(network, whole, frozen_stages=frozen_stages, norm_eval=norm_eval)
 
 
-def _synchronized(model: nn.Module, wanted: bool) -> nn.Module:
+def _synchronized(model: Model, wanted: bool) -> Model:
     """The model with synchronized BatchNorms, if wanted and a process group is up; not twice on the same one.
 
     By timm's conversion: PyTorch's drops the activations that timm's norms hold.
     """
     up = distributed.is_available() and distributed.is_initialized()
-    return convert_sync_batchnorm(model) if wanted and up else model
+    if not (wanted and up):
+        return model
+    converted: Any = convert_sync_batchnorm(model)
+    return converted
 
 
-def _indices(architecture: str, whole: nn.Module, strides: Sequence[int]) -> list[int]:
+def _stride_in_1x1(network: nn.Module, architecture: str) -> None:
+    """Move the strides of a ResNet's blocks from their second convolution to the first, in place."""
+    blocks = [m for m in network.modules() if isinstance(m, Bottleneck) and m.conv2.stride != (1, 1)]
+    if not blocks:
+        raise ValueError(f"stride_in_1x1 is for ResNets with blocks of three convolutions, not for {architecture}")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _indices(architecture: str, whole: Any, strides: Sequence[int]) -> list[int]:
     """timm's indices of the last map of each stride."""
     last = {info["reduction"]: i for i, info in enumerate(getattr(whole.feature_info, "info", whole.feature_info))}
     if not set(strides) <= set(last):
@@ -125,6 +157,7 @@ def _from_checkpoint(architecture: str, checkpoint: Path, kwargs: dict[str, Any]
         statistics = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
 
     def load(state_dict: dict[str, Any]) -> nn.Module:
+        network: Any
         overlay = dict(source=None, file=None, custom_load=False, state_dict=state_dict)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -168,27 +201,40 @@ def build_detector(
     sync_bn: bool = False,
     **kwargs: Any,
 ) -> Detector:
-    """A detector of torchvision's on any foveal or timm backbone.
+    """A detector, torchvision's or Mask2Former, on any foveal or timm backbone.
 
     Args:
         backbone: a model's name.
-        head: ``"mask_rcnn"``, ``"faster_rcnn"``, ``"retinanet"`` or ``"fcos"``.
-        neck: ``"fpn"`` or ``"a3fpn"``.
+        head: a key of `detection.HEADS`; ``"mask2former"`` needs transformers.
+        neck: ``"fpn"`` or ``"a3fpn"``. Mask2Former has its own pixel decoder, with an FPN in it or A3-FPN.
         num_classes: of objects; they are numbered from 0, and the background is none of them.
-        min_size, max_size: in evaluation the short side of an image is brought to the first, unless the long one came
-            to more than the second.
-        mean, std: of images in [0, 1], by channel; None: what the backbone was trained with.
+        min_size: pixels that the short side of an image is brought to in evaluation,
+        max_size: unless the long one came to more than this.
+        mean: of images in [0, 1], by channel; None: what the backbone was trained with.
+        std: likewise.
         strides: of the maps that the neck is given. None: 4 to 32, or for RetinaNet and FCOS, which use maps from 8 on,
             8 to 32 with an FPN.
-        neck_kwargs, head_kwargs: see `necks` and `detection.HEADS`.
-        pretrained, checkpoint: the backbone's weights, see `build_features`.
+        neck_kwargs: see `necks`.
+        head_kwargs: see `detection.HEADS`.
+        pretrained: the backbone's weights, see `build_features`.
+        checkpoint: likewise.
         sync_bn: BatchNorms of the whole detector share their statistics between processes, if a process group is up.
         kwargs: of `build_features`: ``frozen_stages``, ``norm_eval``, ``drop_path_rate``, ``in_chans``, the backbone's
             own, ...
 
     Raises:
         ValueError: if a name or an argument does not fit; the message names it.
+        ImportError: ``mask2former`` without transformers.
         OSError: if published weights cannot be fetched.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_detector
+        >>> detector = build_detector("test_foveal_dinat", "fcos", num_classes=5, min_size=64, max_size=96).eval()
+        >>> with torch.no_grad():
+        ...     (found,) = detector([torch.rand(3, 60, 80)])  # float in [0, 1], of any size
+        >>> sorted(found), found["boxes"].shape[1]  # corners in pixels
+        (['boxes', 'labels', 'scores'], 4)
     """
     arguments = {
         **dict(backbone=backbone, head=head, neck=neck, num_classes=num_classes, min_size=min_size, max_size=max_size),
@@ -198,25 +244,33 @@ def build_detector(
         raise ValueError(f"unknown head {head!r}; there are {', '.join(HEADS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, must be at least 1")
-    regions = head in ("mask_rcnn", "faster_rcnn")
-    shape: dict[str, Any] = {"extra_levels": "pool" if regions else "p6p7"}
+    dense = head in ("retinanet", "fcos")
+    shape: dict[str, Any] = {"extra_levels": "p6p7" if dense else "pool"}
     if strides is None:
         strides = (4, 8, 16, 32)
-        if not regions and neck == "fpn":
+        if dense and neck == "fpn":
             strides = (8, 16, 32)
-        elif not regions:  # A3-FPN reads the finest map too, and gives none of that stride
+        elif dense:  # A3-FPN reads the finest map too, and gives none of that stride
             shape["start_level"] = 1
     features = build_features(backbone, pretrained=pretrained, checkpoint=checkpoint, strides=strides, **kwargs)
-    try:
-        pyramid = Pyramid(features, build_neck(neck, features.spec, **{**shape, **(neck_kwargs or {})}))
-    except TypeError as error:
-        raise ValueError(f"neck {neck} with {dict(neck_kwargs or {})}: {error}") from None
+    between, more = None, dict(head_kwargs or {})
+    if head == "mask2former":
+        more |= _pixel_decoder(neck, dict(neck_kwargs or {}))
+    else:
+        try:
+            between = build_neck(neck, features.spec, **{**shape, **(neck_kwargs or {})})
+        except TypeError as error:
+            raise ValueError(f"neck {neck} with {dict(neck_kwargs or {})}: {error}") from None
     mean, std = (_statistics(name, given, features, kwargs) for name, given in (("mean", mean), ("std", std)))
     model = Detector(
         head,
-        pyramid,
+        Pyramid(features, between),
         num_classes,
-        **dict(min_size=min_size, max_size=max_size, mean=mean, std=std, head_kwargs=dict(head_kwargs or {})),
+        min_size=min_size,
+        max_size=max_size,
+        mean=mean,
+        std=std,
+        head_kwargs=more,
     )
     model = _synchronized(model, sync_bn)
     model.arguments = arguments | {"mean": list(mean), "std": list(std)}
@@ -251,13 +305,16 @@ def build_segmenter(
         head: ``"upernet"``, ``"semantic_fpn"``, or ``"mask2former"`` (needs transformers).
         neck: ``"fpn"`` or ``"a3fpn"``. UPerNet with ``"fpn"`` has its own top-down path; with ``"a3fpn"`` the pooled
             last map and the finer ones go through A3-FPN, as published bottom up, at the head's width. Mask2Former
-            has its own pixel decoder.
+            has its own pixel decoder, with an FPN in it or A3-FPN.
         auxiliary: UPerNet: an FCN head on the third map, whose logits are the second answer in training.
         size_divisor: see `Segmenter`.
-        mean, std: of images in [0, 1], by channel; None: what the backbone was trained with.
-        neck_kwargs, head_kwargs, auxiliary_kwargs: settings of the neck; of `UPerNet`, `SemanticFPN`
-            or `Mask2Former`; of `FCN`, not read where there is no auxiliary head.
-        pretrained, checkpoint: the backbone's weights, see `build_features`.
+        mean: of images in [0, 1], by channel; None: what the backbone was trained with.
+        std: likewise.
+        neck_kwargs: settings of the neck.
+        head_kwargs: of `UPerNet`, `SemanticFPN` or `Mask2Former`.
+        auxiliary_kwargs: of `FCN`, not read where there is no auxiliary head.
+        pretrained: the backbone's weights, see `build_features`.
+        checkpoint: likewise.
         sync_bn: BatchNorms of the whole segmenter share their statistics between processes, if a process group is up.
         kwargs: of `build_features`: ``frozen_stages``, ``norm_eval``, ``drop_path_rate``, ``in_chans``, the backbone's
             own, ...
@@ -266,6 +323,13 @@ def build_segmenter(
         ValueError: if a name or an argument does not fit; the message names it.
         ImportError: ``mask2former`` without transformers.
         OSError: if published weights cannot be fetched.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_segmenter
+        >>> segmenter = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=5).eval()
+        >>> segmenter(torch.rand(1, 3, 50, 70)).shape
+        torch.Size([1, 5, 50, 70])
     """
     settings = [dict(each or {}) for each in (neck_kwargs, head_kwargs, auxiliary_kwargs)]
     arguments = {
@@ -280,15 +344,12 @@ def build_segmenter(
         raise ValueError(f"num_classes is {num_classes}, must be at least 1")
     features = build_features(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
     mean, std = (_statistics(name, given, features, kwargs) for name, given in (("mean", mean), ("std", std)))
-    around = dict(mean=mean, std=std, size_divisor=size_divisor)
+    around: dict[str, Any] = dict(mean=mean, std=std, size_divisor=size_divisor)
     model: Segmenter | Mask2Former
     if head == "mask2former":
-        if neck != "fpn" or neck_kwargs or auxiliary_kwargs:
-            raise ValueError(
-                f"mask2former has its own pixel decoder and no auxiliary head; given are neck={neck!r}, "
-                f"neck_kwargs={settings[0]}, auxiliary_kwargs={settings[2]}"
-            )
-        model = Mask2Former(features, num_classes, **around, **settings[1])
+        if auxiliary_kwargs:
+            raise ValueError(f"mask2former has no auxiliary head; given are auxiliary_kwargs={settings[2]}")
+        model = Mask2Former(features, num_classes, **around, **_pixel_decoder(neck, settings[0]), **settings[1])
     else:
         try:
             decoder, extra = _segmentation_heads(features.spec, head, neck, num_classes, auxiliary, *settings)
@@ -298,6 +359,17 @@ def build_segmenter(
     model = _synchronized(model, sync_bn)
     model.arguments = arguments | {"mean": list(mean), "std": list(std)}
     return model
+
+
+def _pixel_decoder(neck: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What Mask2Former is told of the pyramid in its pixel decoder."""
+    if neck not in NECKS:
+        raise ValueError(f"unknown neck {neck!r}; there are {', '.join(NECKS)}")
+    if neck == "a3fpn":
+        return {"a3fpn": settings}
+    if settings:
+        raise ValueError(f"the FPN in the pixel decoder of mask2former has no settings, given are {settings}")
+    return {}
 
 
 def _segmentation_heads(
@@ -344,31 +416,47 @@ def _statistics(
     return tuple(given)
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"detect": build_detector, "segment": build_segmenter}
+_BUILDERS: dict[str, Callable[..., Dense]] = {"detect": build_detector, "segment": build_segmenter}
 _FORMAT, _WEIGHTS = "foveal-dense", "model.safetensors"
 
 
-def build_dense(task: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model of ``"detect"`` or ``"segment"`` with these arguments of its builder."""
+def build_dense(task: str, arguments: Mapping[str, Any]) -> Dense:
+    """The model of ``"detect"`` or ``"segment"`` with these arguments of its builder.
+
+    Examples:
+        >>> from foveal.heads.build import build_dense, build_segmenter
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=5)
+        >>> type(build_dense("segment", model.arguments)).__name__
+        'Segmenter'
+    """
     return _BUILDERS[task](**arguments)
 
 
-def _foldable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _foldable(model: nn.Module) -> list[tuple[str, Any]]:
     """The outermost modules, by name, that can fold what only training needs."""
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
         if hasattr(module, "reparameterize") and not any(name.startswith(f"{outer}.") for outer, _ in found):
             found.append((name, module))
     return found
 
 
-def reparameterize(model: nn.Module) -> nn.Module:
-    """Fold the branches and norms of the backbone and the neck that only training needs, in place, for inference.
+def reparameterize(model: Model) -> Model:
+    """Fold the branches and norms of backbone, neck and heads that only training needs, in place, for inference.
 
     The outputs are those of evaluation mode up to rounding. `save_dense` and `load_dense` keep this form.
 
     Returns:
         The model itself.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_segmenter, reparameterize
+        >>> model = build_segmenter("test_foveal_care", "semantic_fpn", num_classes=5).eval()
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> before = model(image)
+        >>> torch.allclose(reparameterize(model)(image), before, atol=1e-4)
+        True
     """
     for _, module in _foldable(model):
         module.reparameterize()
@@ -377,7 +465,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 def save_dense(
     folder: str | Path,
-    model: nn.Module,
+    model: Dense,
     classes: Sequence[str],
     preprocessing: Mapping[str, Any],
     **more: Any,
@@ -393,6 +481,14 @@ def save_dense(
     Raises:
         ValueError: a model that was put together otherwise, which could not be built again; or not one name for each of
             its classes.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> import foveal
+        >>> foveal.load("folder").classes
+        ['cat', 'dog']
     """
     if not model.arguments:
         raise ValueError(
@@ -424,6 +520,14 @@ def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises:
         ValueError: if config.json is no JSON.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter, read_dense_config, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> found = read_dense_config("folder")
+        >>> found is not None and found[1]["task"]
+        'segment'
     """
     folder = Path(folder)
     # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
@@ -439,7 +543,7 @@ def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_dense(folder: str | Path, file: Path | None = None) -> nn.Module:
+def load_dense(folder: str | Path, file: Path | None = None) -> Dense:
     """Loads what `save_dense` wrote, or a run's ``best/``, in evaluation mode; with the weights of another file of that
     folder, if one is given.
 
@@ -447,6 +551,13 @@ def load_dense(folder: str | Path, file: Path | None = None) -> nn.Module:
 
     Raises:
         ValueError: the folder holds no dense model, or its parts do not fit each other.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter, load_dense, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> load_dense("folder").config["arguments"]["head"]
+        'semantic_fpn'
     """
     found = read_dense_config(folder)
     if found is None:

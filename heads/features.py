@@ -20,6 +20,11 @@ class FeatureSpec:
 
     Raises:
         ValueError: if there are not as many of both, none at all, or strides that decrease.
+
+    Examples:
+        >>> from foveal.heads.features import FeatureSpec
+        >>> len(FeatureSpec(channels=(64, 128), strides=(4, 8)))
+        2
     """
 
     channels: tuple[int, ...]
@@ -53,16 +58,22 @@ class Features(nn.Module):
 
     Raises:
         ValueError: if the network has fewer stages than are to be frozen, or does not say what belongs to them.
+
+    Examples:
+        >>> from foveal.heads.build import build_features
+        >>> features = build_features("test_foveal_dinat", frozen_stages=1)
+        >>> groups = features.parameter_groups(weight_decay=0.05, layer_decay=0.8)
+        >>> {group["weight_decay"] for group in groups} == {0.0, 0.05}
+        True
     """
 
-    def __init__(
-        self, network: nn.Module, whole: nn.Module, *, frozen_stages: int = -1, norm_eval: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, whole: Any, *, frozen_stages: int = -1, norm_eval: bool = False) -> None:
         super().__init__()
-        info = network.feature_info
+        info: Any = network.feature_info
         self.network = network
         self.spec = FeatureSpec(tuple(info.channels()), tuple(info.reduction()))
-        self.mean, self.std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
+        cfg: Any = network.pretrained_cfg
+        self.mean, self.std = (tuple(cfg[key]) for key in ("mean", "std"))
         self.norm_eval = norm_eval
         self._channels_last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -78,7 +89,7 @@ class Features(nn.Module):
                 parameter.requires_grad_(False)
         self.train()
 
-    def _names_up_to(self, count: int, whole: nn.Module) -> set[str]:
+    def _names_up_to(self, count: int, whole: Any) -> set[str]:
         """Names of the network's parameters and modules that belong to the stem and its first ``count`` stages."""
         if count < 0:
             return set()
@@ -93,7 +104,7 @@ class Features(nn.Module):
         modules = {name for name, _ in self.network.named_modules()}
         own = {name: f"{published}." if name in modules else published for name, published in own.items()}
         matcher = whole.group_matcher(coarse=True) if hasattr(whole, "group_matcher") else {}
-        groups = group_with_matcher(((name, name) for name in {*own.values(), *ends}), matcher, reverse=True)
+        groups: Any = group_with_matcher(((name, name) for name in {*own.values(), *ends}), matcher, reverse=True)
         if sorted({groups[end] for end in ends}) != [groups[end] for end in ends]:
             raise ValueError(
                 f"the group_matcher of {type(whole).__name__} does not tell its stages apart to freeze them"

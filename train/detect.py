@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from ..backbones.images import to_mode
 from ..configs.schema import ConfigError, DetectConfig, load_config, override_value
 from ..heads.build import build_detector, load_dense, save_dense
-from ..heads.detection import Detector
+from ..heads.detection import WITH_MASKS, Detector
 from . import pictures, plots
 from .data.coco import CocoLoader, DetectBatch, DetectData, build_coco
 from .data.files import UNREADABLE
@@ -63,7 +63,7 @@ def build_model(config: DetectConfig, num_classes: int) -> Detector:
             head_kwargs=model.head_kwargs,
             **model.kwargs,
         )
-    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
         raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
 
 
@@ -178,7 +178,14 @@ def score(
 
 def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides; the exit
-    code is that of `run.run_recipe`."""
+    code is that of `run.run_recipe`.
+
+    Examples:
+        >>> from foveal.train.detect import train
+        >>> train("dinat_tiny_mask_rcnn_3x", ["data.root=nowhere", "model.pretrained=false"])  # doctest: +ELLIPSIS
+        error: ...nowhere...
+        1
+    """
     return run_recipe(config_path, overrides, DetectConfig, build_task)
 
 
@@ -186,7 +193,7 @@ def build_task(config: DetectConfig, accelerator: Accelerator) -> Task:
     """Data and model of a recipe; the model on the CPU and with its initial weights."""
     data = build_coco(
         config,
-        masks=config.model.head == "mask_rcnn",
+        masks=config.model.head in WITH_MASKS,
         device=accelerator.device,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -201,6 +208,12 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
     ``output=FILE`` writes the figures as JSON, ``predictions=FILE`` all detections in COCO's result format.
 
     The exit code is that of `run.run_evaluation`.
+
+    Examples:
+        >>> from foveal.train.detect import evaluate
+        >>> evaluate("nowhere", ["data.root=/path/to/coco"])  # doctest: +ELLIPSIS
+        error: nowhere...
+        1
     """
     return run_evaluation(_evaluate, source, overrides)
 

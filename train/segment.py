@@ -316,7 +316,14 @@ def write_classes(path: Path, classes: Sequence[str], result: Score) -> None:
 
 def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides; the exit
-    code is that of `run.run_recipe`."""
+    code is that of `run.run_recipe`.
+
+    Examples:
+        >>> from foveal.train.segment import train
+        >>> train("dinat_tiny_upernet_ade20k", ["data.root=nowhere", "model.pretrained=false"])  # doctest: +ELLIPSIS
+        error: ...nowhere...
+        1
+    """
     return run_recipe(config_path, overrides, SegmentConfig, build_task)
 
 
@@ -349,6 +356,12 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
     ``output=FILE`` writes the result as JSON.
 
     The exit code is that of `run.run_evaluation`.
+
+    Examples:
+        >>> from foveal.train.segment import evaluate
+        >>> evaluate("nowhere", ["data.root=/path/to/ade20k"])  # doctest: +ELLIPSIS
+        error: nowhere...
+        1
     """
     return run_evaluation(_evaluate, source, overrides)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -23,6 +23,9 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from ..features import Features, dense_parameter_groups
+from ..mask2former import embeddings
+from .cascade import BOX_HEADS, CODES, MMDET_DEVIATIONS, STAGES, BoxHead, CascadeMaskRCNN, box_predictor
+from .mask2former import InstanceMask2Former
 
 Target = dict[str, torch.Tensor]
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
@@ -31,21 +34,27 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 class Pyramid(nn.Module):
     """Backbone and neck as torchvision's detectors take them: images ``[B, C, H, W]`` to maps by name.
 
+    Args:
+        neck: None: the backbone's maps as they are, for a head with a pixel decoder of its own.
+
     Attributes:
         strides: of the maps, the finest first.
         pooled: how many of them, from the finest, regions are pooled from: those no coarser than the backbone's.
-        out_channels: of every map.
+        out_channels: of every map of the neck.
     """
 
-    def __init__(self, features: Features, neck: nn.Module) -> None:
+    def __init__(self, features: Features, neck: nn.Module | None) -> None:
         super().__init__()
         self.features, self.neck = features, neck
-        self.strides = neck.spec.strides
+        spec = features.spec if neck is None else neck.spec
+        self.strides = spec.strides
         self.pooled = sum(stride <= features.spec.strides[-1] for stride in self.strides)
-        self.out_channels = neck.spec.channels[0]
+        self.out_channels = spec.channels[0]
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        maps = self.neck(self.features(images))
+        maps = self.features(images)
+        if self.neck is not None:
+            maps = self.neck(maps)
         return OrderedDict((str(level), x) for level, x in enumerate(maps))
 
 
@@ -54,7 +63,7 @@ class Anchors(AnchorGenerator):
     wherever a map was rounded up.
 
     Args:
-        rounded: corners on whole pixels, as torchvision has them; mmdetection does not round.
+        rounded: corners on whole pixels, as torchvision has them; mmdetection and detectron2 do not round.
     """
 
     def __init__(
@@ -79,7 +88,7 @@ class Anchors(AnchorGenerator):
 
 
 class AlignedPool(MultiScaleRoIAlign):
-    """RoIAlign as mmdetection has it: a region's corners lie between the centres of pixels (half a
+    """RoIAlign as mmdetection and detectron2 have it: a region's corners lie between the centres of pixels (half a
     pixel to the left of torchvision's), and each of its bins takes as many samples as it has pixels."""
 
     def forward(
@@ -91,12 +100,29 @@ class AlignedPool(MultiScaleRoIAlign):
         pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
         for level, (level_map, scale) in enumerate(zip(maps, self.scales, strict=True)):
             here = torch.where(levels == level)[0]
-            own = roi_align(level_map, regions[here].to(level_map.dtype), self.output_size, scale, 0, aligned=True)
+            own = roi_align(level_map.to(regions.dtype), regions[here], self.output_size, scale, 0, aligned=True)
             pooled[here] = own.to(pooled.dtype)
         return pooled
 
 
-class BoundedCoder(BoxCoder):
+class FullCoder(BoxCoder):
+    """Decodes in the more exact type of the two. torchvision takes that of the codes, a half in mixed precision, where
+    bfloat16 has nothing between 512 and 516 pixels."""
+
+    def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Codes ``[N, 4 n]`` of boxes ``[N, 4]`` to corners ``[N, 4 n]``."""
+        return super().decode_single(rel_codes.to(torch.promote_types(rel_codes.dtype, boxes.dtype)), boxes)
+
+
+class FullLinearCoder(BoxLinearCoder):
+    """The same for FCOS."""
+
+    def decode(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Codes ``[..., 4]`` of boxes ``[..., 4]`` to corners ``[..., 4]``."""
+        return super().decode(rel_codes.to(torch.promote_types(rel_codes.dtype, boxes.dtype)), boxes)
+
+
+class BoundedCoder(FullCoder):
     """Boxes as mmdetection has them: a side shrinks by no more than it may grow, 62.5 times, which torchvision limits
     alone."""
 
@@ -107,10 +133,12 @@ class BoundedCoder(BoxCoder):
         return super().decode_single(rel_codes.maximum(bounds), boxes)
 
 
-def _is_mmdet(convention: str) -> bool:
-    if convention not in ("torchvision", "mmdet"):
-        raise ValueError(f'convention must be "torchvision" or "mmdet", got {convention!r}')
-    return convention == "mmdet"
+def _is_mmdet(convention: str, *others: str) -> bool:
+    """Whether anchors and regions stay where they are, as in mmdetection and ``others``: neither rounded nor moved."""
+    known = ("torchvision", "mmdet", *others)
+    if convention not in known:
+        raise ValueError(f"convention must be one of {', '.join(known)}, got {convention!r}")
+    return convention != "torchvision"
 
 
 def _region_pool(pyramid: Pyramid, size: int, aligned: bool) -> MultiScaleRoIAlign:
@@ -154,29 +182,34 @@ def _rcnn(
     convention: str = "torchvision",
     **kwargs: Any,
 ) -> nn.Module:
-    mmdet = _is_mmdet(convention)
+    exact = _is_mmdet(convention, "detectron2")
     parts: dict[str, Any] = {
-        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not mmdet),
-        "box_roi_pool": _region_pool(pyramid, 7, mmdet),
+        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not exact),
+        "box_roi_pool": _region_pool(pyramid, 7, exact),
         "box_head": TwoMLPHead(pyramid.out_channels * 7 * 7, box_width),
         "box_predictor": FastRCNNPredictor(box_width, num_classes + 1),  # class 0 is the background
     }
     if detector is MaskRCNN:
-        parts["mask_roi_pool"] = _region_pool(pyramid, 14, mmdet)
-        parts["mask_head"] = MaskRCNNHeads(pyramid.out_channels, (mask_width,) * 4, 1)
-        parts["mask_predictor"] = MaskRCNNPredictor(mask_width, mask_width, num_classes + 1)
+        parts |= {"mask_roi_pool": _region_pool(pyramid, 14, exact), **_mask_head(pyramid, mask_width, num_classes)}
     model = detector(pyramid, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
-    if mmdet:
-        for part in (model.rpn, model.roi_heads):
-            part.box_coder = BoundedCoder(part.box_coder.weights)
+    coder = BoundedCoder if convention == "mmdet" else FullCoder
+    for part in (model.rpn, model.roi_heads):
+        part.box_coder = coder(part.box_coder.weights)
     return model
+
+
+def _mask_head(pyramid: Pyramid, width: int, num_classes: int) -> dict[str, nn.Module]:
+    return {
+        "mask_head": MaskRCNNHeads(pyramid.out_channels, (width,) * 4, 1),
+        "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
+    }
 
 
 def mask_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Mask R-CNN (He et al., arXiv 1703.06870). ``kwargs``: ``anchor_scale`` (side of an anchor in strides),
     ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers; ``convention``: ``"mmdet"``
     for weights of mmdetection, whose anchors (`Anchors`), pooling (`AlignedPool`) and boxes (`BoundedCoder`) differ a
-    little from those of ``"torchvision"``."""
+    little from those of ``"torchvision"``; ``"detectron2"``, which differs in the first two of them."""
     return _rcnn(pyramid, num_classes, transform, MaskRCNN, **kwargs)
 
 
@@ -185,6 +218,45 @@ def faster_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], *
     if "mask_width" in kwargs:
         raise ValueError("faster_rcnn has no masks, so no mask_width")
     return _rcnn(pyramid, num_classes, transform, FasterRCNN, **kwargs)
+
+
+def cascade_mask_rcnn(
+    pyramid: Pyramid,
+    num_classes: int,
+    transform: dict[str, Any],
+    anchor_scale: float = 8.0,
+    anchor_ratios: Sequence[float] = RATIOS,
+    box_head: str = "4conv1fc",
+    box_width: int = 1024,
+    mask_width: int = 256,
+    convention: str = "torchvision",
+    **kwargs: Any,
+) -> nn.Module:
+    """Cascade Mask R-CNN (Cai & Vasconcelos, arXiv 1712.00726), see `cascade.CascadeHeads`; the ``kwargs`` of
+    `mask_rcnn`. ``box_head``: ``"4conv1fc"``: four convolutions with BatchNorm and a fully connected layer, boxes for
+    each class, as (Di)NAT's were trained; ``"2fc"``: two fully connected layers, one box for all classes, as in the
+    paper."""
+    mmdet = _is_mmdet(convention)
+    if box_head not in BOX_HEADS:
+        raise ValueError(f"box_head must be one of {', '.join(BOX_HEADS)}, got {box_head!r}")
+    heads = [BoxHead(box_head, pyramid.out_channels, 7, box_width) for _ in range(STAGES)]
+    predictors = [box_predictor(box_width, num_classes + 1, box_head == "2fc") for _ in range(STAGES)]
+    masks = [_mask_head(pyramid, mask_width, num_classes) for _ in range(STAGES)]
+    codes = [tuple(1 / deviation for deviation in stage) for stage in MMDET_DEVIATIONS] if mmdet else CODES
+    coder = BoundedCoder if mmdet else FullCoder
+    parts: dict[str, Any] = {
+        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not mmdet),
+        "box_roi_pool": _region_pool(pyramid, 7, mmdet),
+        "box_head": nn.ModuleList(heads),
+        "box_predictor": nn.ModuleList(predictors),
+        "mask_roi_pool": _region_pool(pyramid, 14, mmdet),
+        **{name: nn.ModuleList(each[name] for each in masks) for name in masks[0]},
+        "coders": [coder(stage) for stage in codes],
+    }
+    told = (*_GIVEN, *parts, "box_fg_iou_thresh", "box_bg_iou_thresh", "bbox_reg_weights")  # by stage
+    model = CascadeMaskRCNN(pyramid, **parts, **transform, **_known(kwargs, CascadeMaskRCNN, told))
+    model.rpn.box_coder = coder(model.rpn.box_coder.weights)
+    return model
 
 
 def retinanet(
@@ -197,15 +269,15 @@ def retinanet(
     **kwargs: Any,
 ) -> nn.Module:
     """RetinaNet (Lin et al., arXiv 1708.02002): three anchors an octave, the smallest ``anchor_scale`` strides wide.
-    ``convention`` as for `mask_rcnn`."""
+    ``convention``: ``"torchvision"`` or ``"mmdet"``, as for `mask_rcnn`."""
     mmdet = _is_mmdet(convention)
     octave = [anchor_scale * 2 ** (step / 3) for step in range(3)]
     anchors = Anchors(pyramid.strides, octave, anchor_ratios, not mmdet)
     given = (*_GIVEN, "anchor_generator")
     model = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
-    if mmdet:
-        for part in (model, model.head.regression_head):
-            part.box_coder = BoundedCoder(part.box_coder.weights)
+    coder = BoundedCoder if mmdet else FullCoder
+    for part in (model, model.head.regression_head):
+        part.box_coder = coder(part.box_coder.weights)
     return model
 
 
@@ -214,19 +286,25 @@ def fcos(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs
     anchors = Anchors(pyramid.strides, [1.0], [1.0])
     given = (*_GIVEN, "anchor_generator")
     kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 is for showing, and cuts average precision
-    return FCOS(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, FCOS, given))
+    model = FCOS(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, FCOS, given))
+    for part in (model, model.head):
+        part.box_coder = FullLinearCoder(normalize_by_size=True)
+    return model
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn": mask_rcnn,
+    "cascade_mask_rcnn": cascade_mask_rcnn,
     "faster_rcnn": faster_rcnn,
     "retinanet": retinanet,
     "fcos": fcos,
+    "mask2former": InstanceMask2Former,
 }
+WITH_MASKS = ("mask_rcnn", "cascade_mask_rcnn", "mask2former")
 
 
 class Detector(nn.Module):
-    """One of torchvision's detectors with classes numbered 0 .. ``num_classes`` - 1, whatever it does inside.
+    """A detector with torchvision's interface and classes numbered 0 .. ``num_classes`` - 1, whatever it does inside.
 
     Args:
         head: a key of `HEADS`.
@@ -239,6 +317,9 @@ class Detector(nn.Module):
     Raises:
         ValueError: an argument that the head does not have, or maps that it cannot pool regions from.
     """
+
+    classes: list[str]  # where it was loaded, and the next
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -262,8 +343,8 @@ class Detector(nn.Module):
         except TypeError as error:
             raise ValueError(f"{head} with {head_kwargs}: {error}") from None
         self.num_classes = num_classes
-        self.masks = head == "mask_rcnn"
-        self.first_class = 1 if head in ("mask_rcnn", "faster_rcnn") else 0
+        self.masks = head in WITH_MASKS
+        self.first_class = 0 if head in ("retinanet", "fcos", "mask2former") else 1
         self.arguments: dict[str, Any] = {}  # what rebuilds it, from whoever built it
 
     @property
@@ -276,11 +357,11 @@ class Detector(nn.Module):
         Args:
             images: float ``[C, H, W]`` each, in [0, 1], of any sizes.
             targets: in training, for each image ``boxes`` float ``[N, 4]`` (corners, pixels), ``labels`` int64 ``[N]``
-                and for Mask R-CNN ``masks`` uint8 ``[N, H, W]``.
+                and for a head with masks ``masks`` uint8 ``[N, H, W]``.
 
         Returns:
             in training a mapping of losses; in evaluation for each image, the best first, ``boxes`` ``[N, 4]`` in its
-            own pixels, ``scores`` ``[N]``, ``labels`` ``[N]`` and for Mask R-CNN ``masks`` float ``[N, 1, H, W]``, the
+            own pixels, ``scores`` ``[N]``, ``labels`` ``[N]`` and with masks ``masks`` float ``[N, 1, H, W]``, the
             probability of each pixel.
         """
         if targets is not None:
@@ -293,5 +374,6 @@ class Detector(nn.Module):
     def parameter_groups(
         self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
-        """As an optimizer takes them; see `heads.features.dense_parameter_groups`."""
-        return dense_parameter_groups(self, self.pyramid.features, weight_decay, layer_decay, backbone_lr_ratio)
+        """As an optimizer takes them; see `heads.features.dense_parameter_groups`. Embeddings are not decayed."""
+        rates = weight_decay, layer_decay, backbone_lr_ratio
+        return dense_parameter_groups(self, self.pyramid.features, *rates, embeddings(self))

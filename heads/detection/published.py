@@ -1,4 +1,5 @@
-"""The parameter names of mmdetection's detectors, and what differs in their values: the place of the background."""
+"""The parameter names of mmdetection's and detectron2's detectors, and what differs in their values: the place of the
+background."""
 
 from __future__ import annotations
 
@@ -25,52 +26,73 @@ _RCNN = (
     ("roi_head.mask_head.upsample.", "detector.roi_heads.mask_predictor.conv5_mask."),
     ("roi_head.mask_head.conv_logits.", "detector.roi_heads.mask_predictor.mask_fcn_logits."),
 )
+_CASCADE = (  # the first number is the stage
+    ("roi_head.bbox_head.{}.shared_convs.{}.conv.", "detector.roi_heads.box_head.{}.convs.{}.0."),
+    ("roi_head.bbox_head.{}.shared_convs.{}.bn.", "detector.roi_heads.box_head.{}.convs.{}.1."),
+    ("roi_head.bbox_head.{}.shared_fcs.{}.", "detector.roi_heads.box_head.{}.fcs.{}."),
+    ("roi_head.bbox_head.{}.fc_cls.", "detector.roi_heads.box_predictor.{}.cls_score."),
+    ("roi_head.bbox_head.{}.fc_reg.", "detector.roi_heads.box_predictor.{}.bbox_pred."),
+    ("roi_head.mask_head.{}.convs.{}.conv.", "detector.roi_heads.mask_head.{}.{}.0."),
+    ("roi_head.mask_head.{}.upsample.", "detector.roi_heads.mask_predictor.{}.conv5_mask."),
+    ("roi_head.mask_head.{}.conv_logits.", "detector.roi_heads.mask_predictor.{}.mask_fcn_logits."),
+)
 _RETINA = (
     ("bbox_head.cls_convs.{}.conv.", "detector.head.classification_head.conv.{}.0."),
     ("bbox_head.reg_convs.{}.conv.", "detector.head.regression_head.conv.{}.0."),
     ("bbox_head.retina_cls.", "detector.head.classification_head.cls_logits."),
     ("bbox_head.retina_reg.", "detector.head.regression_head.bbox_reg."),
 )
+_DETECTRON2 = (
+    *((f"backbone.fpn_lateral{i + 2}.", f"detector.backbone.neck.pyramid.inner_blocks.{i}.0.") for i in range(4)),
+    *((f"backbone.fpn_output{i + 2}.", f"detector.backbone.neck.pyramid.layer_blocks.{i}.0.") for i in range(4)),
+    ("proposal_generator.rpn_head.conv.", "detector.rpn.head.conv.0.0."),
+    ("proposal_generator.rpn_head.objectness_logits.", "detector.rpn.head.cls_logits."),
+    ("proposal_generator.rpn_head.anchor_deltas.", "detector.rpn.head.bbox_pred."),
+    ("roi_heads.box_head.fc1.", "detector.roi_heads.box_head.fc6."),
+    ("roi_heads.box_head.fc2.", "detector.roi_heads.box_head.fc7."),
+    ("roi_heads.box_predictor.", "detector.roi_heads.box_predictor."),
+    *((f"roi_heads.mask_head.mask_fcn{i + 1}.", f"detector.roi_heads.mask_head.{i}.0.") for i in range(4)),
+    ("roi_heads.mask_head.deconv.", "detector.roi_heads.mask_predictor.conv5_mask."),
+    ("roi_heads.mask_head.predictor.", "detector.roi_heads.mask_predictor.mask_fcn_logits."),
+)
 _NAMES = [
-    (re.compile(re.escape(theirs).replace(r"\{\}", r"(\d+)")), ours) for theirs, ours in (*_FPN, *_RCNN, *_RETINA)
+    (re.compile(re.escape(theirs).replace(r"\{\}", r"(\d+)")), ours)
+    for theirs, ours in (*_FPN, *_RCNN, *_CASCADE, *_RETINA, *_DETECTRON2)
 ]
 
 
-def from_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Neck (FPN) and heads of mmdetection's Faster R-CNN, Mask R-CNN and RetinaNet under the names of `Detector`,
-    without backbone and A3-FPN.
+def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Neck (FPN) and heads of mmdetection's Faster, Mask and Cascade Mask R-CNN and RetinaNet, and of detectron2's
+    Faster and Mask R-CNN, under the names of `Detector`, without backbone and A3-FPN.
 
-    The background is mmdetection's last class and torchvision's first one. For it torchvision also has boxes and masks,
-    which nothing reads: they are zeros here. With ``convention="mmdet"`` the detections are mmdetection's; masks are
-    put into the image as torchvision does it, which rounds boxes to pixels there.
+    The background is the last class of both and torchvision's first one. For it torchvision also has boxes and masks,
+    which nothing reads: they are zeros here. With ``convention`` ``"mmdet"`` or ``"detectron2"`` the detections are
+    theirs; masks are put into the image as torchvision does it, which rounds boxes to pixels there.
 
     Args:
-        state_dict: names that are of none of these parts are passed over if they begin with ``backbone.``, or are those
-            of an A3-FPN.
+        state_dict: without the tensors of the backbone and an A3-FPN.
 
     Raises:
         ValueError: a name that is no part of these detectors.
     """
     result = {}
+    # a cascade without convolutions has one box for all classes
+    stage = r"(\d\.)?" if any(".shared_convs." in name for name in state_dict) else ""
+    by_class = re.compile(rf"\.box_predictor\.{stage}bbox_pred\.")
     for name, tensor in state_dict.items():
-        if name.startswith("backbone.") or is_a3fpn(name):
-            continue
         for theirs, ours in _NAMES:
             if match := theirs.match(name):
                 own = ours.format(*match.groups()) + name[match.end() :]
                 break
         else:
-            raise ValueError(f"{name} is no parameter of Faster R-CNN, Mask R-CNN or RetinaNet with an FPN or A3-FPN")
+            raise ValueError(
+                f"{name} is no parameter of Faster, Mask or Cascade Mask R-CNN or RetinaNet with an FPN or A3-FPN"
+            )
         if ".cls_score." in own:
             tensor = tensor.roll(1, 0)
-        elif ".box_predictor.bbox_pred." in own:
+        elif by_class.search(own):
             tensor = torch.cat([tensor.new_zeros(4, *tensor.shape[1:]), tensor])
         elif ".mask_fcn_logits." in own:
             tensor = torch.cat([tensor.new_zeros(1, *tensor.shape[1:]), tensor])
         result[own] = tensor
     return result
-
-
-def is_a3fpn(name: str) -> bool:
-    """Whether a name of a detector's checkpoint is of A3-FPN."""
-    return re.match(r"neck\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)", name) is not None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
+from .cascade import CascadeHeads
 from .detector import AlignedPool, Detector
 
 Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
@@ -84,7 +85,7 @@ class OneImage(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[1, C, H, W]``, float in [0, 1], to ``boxes`` ``[n, 4]`` in the image's pixels, ``labels`` int64 ``[n]``,
-        ``scores`` ``[n]``, the best first, and for Mask R-CNN ``masks`` ``[n, 1, H, W]``."""
+        ``scores`` ``[n]``, the best first, and for a head with masks ``masks`` ``[n, 1, H, W]``."""
         x = (image - self.mean) / self.std
         if self.seen != self.size:
             x = F.interpolate(x, self.seen, mode="bilinear", align_corners=False)
@@ -138,11 +139,15 @@ class OneImage(nn.Module):
         return boxes[keep], labels[keep], scores[keep]
 
     def _regions(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Faster and Mask R-CNN: the proposals, classified, suppressed by class."""
+        """Faster, Mask and Cascade Mask R-CNN: the proposals, classified, suppressed by class."""
         heads = self.model.detector.roi_heads
         proposals = self._proposals(maps)
-        pooled = pool_regions(heads.box_roi_pool, maps, proposals)
-        logits, codes = heads.box_predictor(heads.box_head(pooled))
+        if isinstance(heads, CascadeHeads):
+            pool = lambda regions: pool_regions(heads.box_roi_pool, maps, regions[0])  # noqa: E731
+            logits, codes, (proposals,) = heads.refine(pool, [proposals], [self.seen])
+        else:
+            pooled = pool_regions(heads.box_roi_pool, maps, proposals)
+            logits, codes = heads.box_predictor(heads.box_head(pooled))
         classes = logits.shape[-1]
         boxes = heads.box_coder.decode_single(codes, proposals).reshape(-1, 4)
         boxes = clip_boxes_to_image(boxes, self.seen).reshape(-1, classes, 4)[:, 1:].reshape(-1, 4)
@@ -176,7 +181,10 @@ class OneImage(nn.Module):
     def _masks(self, maps: list[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the found boxes, ``[n, side, side]``."""
         heads = self.model.detector.roi_heads
-        logits = heads.mask_predictor(heads.mask_head(pool_regions(heads.mask_roi_pool, maps, boxes)))
+        pooled = pool_regions(heads.mask_roi_pool, maps, boxes)
+        if isinstance(heads, CascadeHeads):
+            return heads.mask_probabilities(pooled, labels)[:, 0]
+        logits = heads.mask_predictor(heads.mask_head(pooled))
         own = labels[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
         return logits.gather(1, own)[:, 0].sigmoid()
 

@@ -18,6 +18,12 @@ def build_neck(name: str, spec: FeatureSpec, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: if there is no such neck, or the settings do not fit.
+
+    Examples:
+        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.necks import build_neck
+        >>> build_neck("fpn", FeatureSpec((64, 128), (8, 16)), out_channels=32, extra_levels="pool").spec
+        FeatureSpec(channels=(32, 32, 32), strides=(8, 16, 32))
     """
     if name not in NECKS:
         raise ValueError(f"unknown neck {name!r}; there are {', '.join(NECKS)}")

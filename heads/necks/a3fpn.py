@@ -250,16 +250,27 @@ class A3FPN(nn.Module):
         groups: by level, of the reassembly's GroupNorm.
         resampling: whether the columns resample; one for all or one for each.
         resampling_groups: by level.
-        expansion, blocks: of the network that weighs the inputs.
-        offset_scale, **kwargs: of `Resampler`.
+        expansion: of the network that weighs the inputs.
+        blocks: of the same.
+        offset_scale: of `Resampler`.
         updated_first: bottom-up, the finer level of the first column reads the new map of the coarser one, as in the
             released segmentor.
+        **kwargs: of `Resampler`.
 
     Attributes:
         spec: of the maps that it gives.
 
     Raises:
         ValueError: if the arguments do not fit the maps or one another; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.necks import A3FPN
+        >>> neck = A3FPN(FeatureSpec((64, 128), (8, 16)), out_channels=64, preset="lite").eval()
+        >>> maps = [torch.randn(1, 64, 20, 26), torch.randn(1, 128, 10, 13)]
+        >>> [tuple(each.shape) for each in neck(maps)]
+        [(1, 64, 20, 26), (1, 64, 10, 13)]
     """
 
     def __init__(

@@ -24,6 +24,14 @@ class FPN(nn.Module):
 
     Raises:
         ValueError: if ``extra_levels`` is none of these.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.necks import FPN
+        >>> maps = [torch.randn(1, 64, 20, 26), torch.randn(1, 128, 10, 13)]
+        >>> [tuple(each.shape) for each in FPN(FeatureSpec((64, 128), (8, 16)), out_channels=32)(maps)]
+        [(1, 32, 20, 26), (1, 32, 10, 13)]
     """
 
     def __init__(self, spec: FeatureSpec, out_channels: int = 256, extra_levels: str | None = None) -> None:

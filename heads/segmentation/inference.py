@@ -19,10 +19,15 @@ def fitted(size: Sequence[int], bounds: Sequence[int] | None, scale: float = 1.0
         bounds: the longer and the shorter side may grow or shrink to these, the aspect is kept; None: the image's own.
         scale: of the bounds.
         multiple_of: both sides are then rounded up to multiples of it.
+
+    Examples:
+        >>> from foveal.heads.segmentation import fitted
+        >>> fitted((375, 500), bounds=(2048, 512))  # the shorter side to 512
+        (512, 683)
     """
     factor = scale * (min(max(bounds) / max(size), min(bounds) / min(size)) if bounds is not None else 1)
     rows, columns = (max(1, int(side * factor + 0.5)) for side in size)
-    return tuple(-(-side // multiple_of) * multiple_of for side in (rows, columns))
+    return -(-rows // multiple_of) * multiple_of, -(-columns // multiple_of) * multiple_of
 
 
 def _windows(size: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -42,10 +47,17 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: Sequence[in
     Args:
         model: images to logits of the same height and width.
         images: ``[B, C, H, W]``.
-        window, stride: rows and columns; an image smaller than the window is one window.
+        window: rows and columns; an image smaller than the window is one window.
+        stride: rows and columns from a window to the next.
 
     Raises:
         ValueError: a stride of 0, or one beyond the window, which would leave pixels out.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.segmentation import slide
+        >>> slide(lambda images: images.mean(1, keepdim=True), torch.rand(1, 3, 50, 90), (32, 32), (20, 20)).shape
+        torch.Size([1, 1, 50, 90])
     """
     for side, step in zip(window, stride, strict=True):
         if not 0 < step <= side:
@@ -58,6 +70,7 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, window: Sequence[in
             total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
         total[..., rows, columns] += logits
         count[..., rows, columns] += 1
+    assert total is not None
     return total / count
 
 
@@ -81,10 +94,20 @@ def probabilities(
 
     Args:
         model: in evaluation mode; images to logits of the same height and width.
-        bounds, multiple_of: what the model sees, see :func:`fitted`.
+        bounds: what the model sees, see `fitted`.
+        multiple_of: likewise.
         antialias: when images are made smaller for it.
-        window, stride: None for whole images, else see :func:`slide`; the stride is two thirds of the window unless
-            given.
+        window: rows and columns, see `slide`; None for whole images.
+        stride: of the windows; None: two thirds of them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.segmentation import probabilities
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=5).eval()
+        >>> answer = probabilities(model, torch.rand(1, 3, 50, 90), window=(64, 64), flip=True)
+        >>> answer.shape, bool((answer.sum(1) - 1).abs().max() < 1e-5)
+        (torch.Size([1, 5, 50, 90]), True)
     """
     size = images.shape[-2:]
     if window is not None and stride is None:
@@ -97,7 +120,7 @@ def probabilities(
             scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False, antialias=antialias)
         for mirrored in (False, True) if flip else (False,):
             view = scaled.flip(-1) if mirrored else scaled
-            logits = model(view) if window is None else slide(model, view, window, stride)
+            logits = model(view) if window is None or stride is None else slide(model, view, window, stride)
             logits = logits.flip(-1) if mirrored else logits
             part = resize(logits.float(), size).softmax(1)
             total = part if total is None else total.add_(part)

@@ -1,7 +1,6 @@
-"""Mask2Former (Cheng et al., arXiv 2112.01527) for semantic segmentation: transformers' decoder on our features."""
+"""Mask2Former (Cheng et al., arXiv 2112.01527) for semantic segmentation."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,72 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features import Features, dense_parameter_groups
+from ..mask2former import answers, decoder, embeddings, losses
 from .layers import resize
 
 IGNORE = 255  # of the targets: a pixel without a class
-
-
-class _Encoder:
-    """A backbone as transformers' pixel level module calls one. No module: the segmenter owns the features."""
-
-    def __init__(self, features: Features):
-        self.features, self.channels = features, features.spec.channels
-
-    def __call__(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(feature_maps=self.features(images))
-
-
-def _decoder(features: Features, num_classes: int, settings: dict[str, Any]) -> nn.Module:
-    """transformers' Mask2FormerForUniversalSegmentation around the features, without a backbone of its own.
-
-    Raises:
-        ImportError: transformers is not there.
-        ValueError: settings that its configuration does not have.
-    """
-    try:
-        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackboneConfig
-        from transformers.models.mask2former import modeling_mask2former as published
-    except ImportError as error:
-        raise ImportError(
-            f"mask2former needs transformers and scipy: pip install transformers scipy ({error})"
-        ) from None
-    if features.spec.strides != (4, 8, 16, 32):
-        raise ValueError(f"mask2former reads maps at strides 4, 8, 16, 32, the backbone gives {features.spec.strides}")
-    unknown = set(settings) - set(Mask2FormerConfig().to_dict()) | set(settings) & {"backbone_config", "num_labels"}
-    if unknown:
-        raise ValueError(f"mask2former: no such settings: {', '.join(sorted(unknown))}")
-    # the configuration wants some backbone; none is made of it
-    config = Mask2FormerConfig(backbone_config=TimmBackboneConfig(), num_labels=num_classes, **settings)
-
-    class PixelLevel(published.Mask2FormerPixelLevelModule):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.decoder = published.Mask2FormerPixelDecoder(config, feature_channels=features.spec.channels)
-
-    class Body(published.Mask2FormerModel):
-        def __init__(self) -> None:
-            published.Mask2FormerPreTrainedModel.__init__(self, config)
-            self.pixel_level_module = PixelLevel()
-            self.transformer_module = published.Mask2FormerTransformerModule(config.feature_size, config)
-            self.post_init()
-
-    class Whole(Mask2FormerForUniversalSegmentation):
-        def __init__(self) -> None:
-            published.Mask2FormerPreTrainedModel.__init__(self, config)
-            self.model = Body()
-            self.weight_dict = {
-                "loss_cross_entropy": config.class_weight,
-                "loss_mask": config.mask_weight,
-                "loss_dice": config.dice_weight,
-            }
-            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
-            self.criterion = published.Mask2FormerLoss(config=config, weight_dict=self.weight_dict)
-            self.post_init()
-
-    whole = Whole()
-    # only now: transformers' initialization is not for the backbone
-    whole.model.pixel_level_module.encoder = _Encoder(features)
-    return whole
 
 
 class Mask2Former(nn.Module):
@@ -85,6 +22,7 @@ class Mask2Former(nn.Module):
         num_classes: the queries may also answer "none".
         mean, std: per channel, of values in [0, 1].
         size_divisor: images are padded, right and bottom, to multiples of it; there is no class in the padding.
+        a3fpn: see `heads.mask2former.decoder`.
         settings: of transformers' ``Mask2FormerConfig``: ``num_queries``, ``feature_size``, ``encoder_layers``, ...
 
     Attributes:
@@ -92,8 +30,11 @@ class Mask2Former(nn.Module):
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: other strides, or settings that transformers does not know.
+        ValueError: other strides, or settings that transformers or A3-FPN does not know.
     """
+
+    classes: list[str]  # where it was loaded, and the next
+    config: dict[str, Any]
 
     def __init__(
         self,
@@ -103,11 +44,12 @@ class Mask2Former(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         size_divisor: int = 32,
+        a3fpn: dict[str, Any] | None = None,
         **settings: Any,
     ):
         super().__init__()
         self.features, self.size_divisor = features, size_divisor
-        self.head = _decoder(features, num_classes, settings)
+        self.head = decoder(features, num_classes, settings, a3fpn)
         self.arguments: dict[str, Any] = {}
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -123,11 +65,11 @@ class Mask2Former(nn.Module):
             classes = [image.unique() for image in targets]
             classes = [found[found != IGNORE] for found in classes]
             masks = [image == found[:, None, None] for image, found in zip(targets, classes, strict=True)]
-            masks = [F.pad(mask.to(images.dtype), padding) for mask in masks]
-            return self.head(images, mask_labels=masks, class_labels=classes).loss
-        answer = self.head(images)
-        masks = resize(answer.masks_queries_logits.float(), images.shape[-2:])[..., :rows, :columns].sigmoid()
-        shares = answer.class_queries_logits.float().softmax(-1)[..., :-1]
+            masks = [F.pad(mask, padding) for mask in masks]
+            return sum(losses(self.head, images, masks, classes).values())
+        classes, masks = (layers[-1] for layers in answers(self.head, images))
+        masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
+        shares = classes.softmax(-1)[..., :-1]
         scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
         return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
@@ -135,6 +77,5 @@ class Mask2Former(nn.Module):
         self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
         """As an optimizer takes them; see `heads.features.dense_parameter_groups`. Embeddings are not decayed."""
-        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
-        embeddings |= {name for name, _ in self.named_parameters() if name.endswith("level_embed")}
-        return dense_parameter_groups(self, self.features, weight_decay, layer_decay, backbone_lr_ratio, embeddings)
+        rates = weight_decay, layer_decay, backbone_lr_ratio
+        return dense_parameter_groups(self, self.features, *rates, embeddings(self))

@@ -1,4 +1,5 @@
-"""The parameter names of published segmenters: those of mmsegmentation, and of transformers' port of its UPerNet."""
+"""The parameter names of published segmenters: of UPerNet in mmsegmentation and in transformers' port of it, and of the
+authors' Mask2Former."""
 
 import re
 from collections.abc import Mapping
@@ -17,6 +18,37 @@ _UPERNET = (
     ("decode_head.conv_seg.", "head.classifier.conv."),
     ("auxiliary_head.convs.{}.", "auxiliary.convs.{}."),
     ("auxiliary_head.conv_seg.", "auxiliary.classifier.conv."),
+)
+
+# the names of the authors' Mask2Former (on detectron2), transformers'
+_PIXELS, _MODULE = "model.pixel_level_module.decoder.", "model.transformer_module."
+_ENCODER, _DECODER = f"{_PIXELS}encoder.layers.{{}}.", f"{_MODULE}decoder.layers.{{}}."
+_MASK2FORMER = (
+    ("criterion.empty_weight", "criterion.empty_weight"),
+    ("sem_seg_head.pixel_decoder.input_proj.{}.", f"{_PIXELS}input_projections.{{}}."),
+    ("sem_seg_head.pixel_decoder.transformer.level_embed", f"{_PIXELS}level_embed"),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{}.self_attn.", f"{_ENCODER}self_attn."),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{}.norm1.", f"{_ENCODER}self_attn_layer_norm."),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{}.linear{}.", f"{_ENCODER}fc{{}}."),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{}.norm2.", f"{_ENCODER}final_layer_norm."),
+    ("sem_seg_head.pixel_decoder.adapter_{}.norm.", f"{_PIXELS}adapter_{{}}.1."),
+    ("sem_seg_head.pixel_decoder.adapter_{}.", f"{_PIXELS}adapter_{{}}.0."),
+    ("sem_seg_head.pixel_decoder.layer_{}.norm.", f"{_PIXELS}layer_{{}}.1."),
+    ("sem_seg_head.pixel_decoder.layer_{}.", f"{_PIXELS}layer_{{}}.0."),
+    ("sem_seg_head.pixel_decoder.mask_features.", f"{_PIXELS}mask_projection."),
+    ("sem_seg_head.predictor.query_feat.", f"{_MODULE}queries_features."),
+    ("sem_seg_head.predictor.query_embed.", f"{_MODULE}queries_embedder."),
+    ("sem_seg_head.predictor.level_embed.", f"{_MODULE}level_embed."),
+    ("sem_seg_head.predictor.input_proj.{}.", f"{_MODULE}input_projections.{{}}."),
+    ("sem_seg_head.predictor.transformer_cross_attention_layers.{}.multihead_attn.", f"{_DECODER}cross_attn."),
+    ("sem_seg_head.predictor.transformer_cross_attention_layers.{}.norm.", f"{_DECODER}cross_attn_layer_norm."),
+    ("sem_seg_head.predictor.transformer_self_attention_layers.{}.self_attn.", f"{_DECODER}self_attn."),
+    ("sem_seg_head.predictor.transformer_self_attention_layers.{}.norm.", f"{_DECODER}self_attn_layer_norm."),
+    ("sem_seg_head.predictor.transformer_ffn_layers.{}.linear{}.", f"{_DECODER}fc{{}}."),
+    ("sem_seg_head.predictor.transformer_ffn_layers.{}.norm.", f"{_DECODER}final_layer_norm."),
+    ("sem_seg_head.predictor.decoder_norm.", f"{_MODULE}decoder.layernorm."),
+    ("sem_seg_head.predictor.mask_embed.layers.{}.", f"{_MODULE}decoder.mask_predictor.mask_embedder.{{}}.0."),
+    ("sem_seg_head.predictor.class_embed.", "class_predictor."),
 )
 
 
@@ -45,6 +77,30 @@ def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if own is None:
             raise ValueError(f"{name} is no parameter of UPerNet")
         result[own.replace(".bn.", ".norm.")] = tensor
+    return result
+
+
+def from_mask2former(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The heads of the authors' Mask2Former under the names that transformers gives them. The projections of queries,
+    keys and values of the self attention, one tensor there, are three here.
+
+    Args:
+        state_dict: without the tensors of the backbone and an A3-FPN.
+        prefix: before transformers' names: where a model has its ``Mask2FormerForUniversalSegmentation``.
+
+    Raises:
+        ValueError: a tensor that is no part of Mask2Former.
+    """
+    result = {}
+    for name, tensor in state_dict.items():
+        own = _translate(name, _MASK2FORMER)
+        if own is None:
+            raise ValueError(f"{name} is no parameter of Mask2Former")
+        if ".self_attn.in_proj_" in own:
+            for part, value in zip("qkv", tensor.chunk(3), strict=True):
+                result[prefix + own.replace("in_proj_", f"{part}_proj.")] = value
+        else:
+            result[prefix + own] = tensor
     return result
 
 

@@ -25,6 +25,9 @@ class Segmenter(nn.Module):
         arguments: what rebuilds it, from whoever built it.
     """
 
+    classes: list[str]  # where it was loaded, and the next
+    config: dict[str, Any]
+
     def __init__(
         self,
         features: Features,

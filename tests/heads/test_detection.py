@@ -15,11 +15,14 @@ from foveal.heads.detection.detector import HEADS, Anchors
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 SMALL = {"min_size": 64, "max_size": 96, "neck_kwargs": {"out_channels": 32}}
 SLOW = pytest.mark.slow
+PYRAMIDS = [head for head in HEADS if head != "mask2former"]  # which has tests of its own
 LIGHT = {"box_width": 32, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
 
 
 def small(backbone: str = "test_foveal_dinat", head: str = "mask_rcnn", neck: str = "fpn", **kwargs) -> nn.Module:
-    head_kwargs = {} if head in ("retinanet", "fcos") else LIGHT | ({"mask_width": 32} if head == "mask_rcnn" else {})
+    head_kwargs = (
+        {} if head in ("retinanet", "fcos") else LIGHT | ({"mask_width": 32} if head.endswith("mask_rcnn") else {})
+    )
     if head == "fcos":  # its norms have 32 groups
         kwargs = {"neck_kwargs": {"out_channels": 64}} | kwargs
     torch.manual_seed(0)
@@ -65,7 +68,7 @@ def steps_and_finds(model: nn.Module, channels: int = 3) -> None:
 @pytest.mark.parametrize(
     ("head", "neck"),
     [
-        *((head, "fpn") for head in HEADS),
+        *((head, "fpn") for head in PYRAMIDS),
         *(("mask_rcnn", "a3fpn"), ("retinanet", "a3fpn")),
         *(pytest.param(head, "a3fpn", marks=SLOW) for head in ("faster_rcnn", "fcos")),  # the maps of those two
     ],
@@ -74,7 +77,7 @@ def test_every_head_on_every_neck(head, neck):
     steps_and_finds(small(head=head, neck=neck))
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", PYRAMIDS)
 def test_a_batch_without_objects_still_trains_every_part(head):
     """Processes that train together need a gradient for every parameter, whatever is in their images."""
     images, (_, empty) = batch()
@@ -276,6 +279,31 @@ def test_sizes_are_those_of_the_paper():
     with torch.device("meta"):
         model = build_detector("dinat_tiny", num_classes=80)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(48, abs=0.5)
+
+
+@pytest.mark.parametrize("head", [head for head in PYRAMIDS if not head.startswith("cascade")])  # has its own test
+@torch.no_grad()
+def test_half_precision_tells_pixels_apart(head):
+    """bfloat16 has only multiples of 4 between 512 and 1024."""
+    settings = {"score_thresh": 0.0} if head in ("retinanet", "fcos") else {"box_score_thresh": 0.0, "box_width": 32}
+    settings |= {"mask_width": 32} if head == "mask_rcnn" else {}
+    model = small(head=head, head_kwargs=settings, min_size=96, max_size=768).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = model([torch.rand(3, 96, 768)])
+    right = found["boxes"][:, 2]
+    inside = right[(right > 520) & (right < 760)]
+    assert len(inside) > 5
+    assert (inside % 4 != 0).any()
+
+
+@pytest.mark.parametrize("head", PYRAMIDS)
+@torch.no_grad()
+def test_double_precision_stays(head):
+    settings = {"score_thresh": 0.0} if head in ("retinanet", "fcos") else {"box_score_thresh": 0.0, "box_width": 32}
+    settings |= {"mask_width": 32, "box_detections_per_img": 5} if head.endswith("mask_rcnn") else {}
+    (found,) = small(head=head, head_kwargs=settings).double().eval()([torch.rand(3, 64, 64).double()])
+    assert len(found["boxes"]) > 0
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])

@@ -113,7 +113,9 @@ def test_embeddings_are_not_decayed():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"neck": "a3fpn"}, "own pixel decoder"),
+        ({"neck": "pan"}, "unknown neck 'pan'"),
+        ({"neck_kwargs": {"out_channels": 64}}, "has no settings"),
+        ({"auxiliary_kwargs": {"channels": 64}}, "no auxiliary head"),
         ({"head_kwargs": {"num_query": 5}}, "num_query"),
         ({"head_kwargs": {"num_labels": 5}}, "num_labels"),
         ({"strides": (8, 16, 32)}, r"\(8, 16, 32\)"),

@@ -322,8 +322,9 @@ def bounds(mask: torch.Tensor) -> torch.Tensor:
         {"short_sides": [50, 64, 72], "max_size": 90},
         {"short_sides": [40, 70], "sampling": "range", "vflip": 0.5},
         {"short_sides": [60], "crop_prob": 1.0, "crop_short_sides": [70, 90], "crop": [45, 65]},
+        {"final_crop": [60, 72], "jitter": [0.3, 2.0]},
     ],
-    ids=["sizes", "range", "crop"],
+    ids=["sizes", "range", "crop", "jitter"],
 )
 def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes):
     config = DetectAugmentConfig(**changes)
@@ -349,6 +350,11 @@ def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes)
                 objects += 1
     assert objects > 8
     assert len(sizes) > 1
+    if config.jitter:
+        assert all(rows <= 60 and columns <= 72 for rows, columns in sizes)
+        assert (60, 72) in sizes  # larger than that, and cut
+        assert min(min(size) for size in sizes) < 40
+        return
     assert all(min(size) <= max(config.short_sides) and max(size) <= config.max_size for size in sizes)
     if config.sampling == "choice" and not config.crop_prob:
         assert {min(size) for size in sizes} == {50, 64, 72}
@@ -380,6 +386,26 @@ def test_sizes_that_make_no_sense_are_refused():
         augmentation(DetectAugmentConfig(short_sides=[640, 700, 800], sampling="range"))
     with pytest.raises(DataError, match="the least side, then the largest"):
         augmentation(DetectAugmentConfig(crop=[600, 384]))
+    with pytest.raises(DataError, match=r"augment\.jitter=\[0\.1, 2\.0\] is the least .*augment\.final_crop=None"):
+        augmentation(DetectAugmentConfig(jitter=[0.1, 2.0]))
+
+
+def test_colours_change_and_nothing_else():
+    """Every image another way, no channel for another, and alike for the same draws."""
+    transform = augmentation(DetectAugmentConfig(hflip=0, short_sides=[40], max_size=60, photometric=True))
+    images = CocoImages(None, 3, transform, 0)
+    grey = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    grey[0] += 60
+    target = {"boxes": torch.tensor([[5.0, 5, 25, 25]]), "labels": torch.tensor([1])}
+    seen = [images._augment(grey, dict(target), (0, 0, number)) for number in range(20)]
+    assert len({tuple(image[:, 0, 0].tolist()) for image, _ in seen}) > 10
+    for image, changed in seen:
+        assert image.dtype == torch.uint8
+        assert (image == image[:, :1, :1]).all()
+        assert image[0, 0, 0] > image[1:, 0, 0].max()
+        assert torch.equal(changed["boxes"], target["boxes"])
+    again, _ = images._augment(grey, dict(target), (0, 0, 3))
+    assert torch.equal(again, seen[3][0])
 
 
 def random_results(draw: np.random.Generator, truth: dict) -> list[dict]:

@@ -280,7 +280,7 @@ def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path, capsy
     ("override", "says"),
     [
         ("model.name=dinat_minni", "dinat_minni"),
-        ("model.head=yolo", "must be one of mask_rcnn, faster_rcnn, retinanet, fcos"),
+        ("model.head=yolo", "must be one of mask_rcnn, cascade_mask_rcnn, faster_rcnn, retinanet, fcos"),
         ("model.head_kwargs.score_tresh=1", "no argument 'score_tresh'; nearest: score_thresh"),
         ("model.kwargs.colour=red", "colour"),
         ("model.neck_kwargs.out_channels=20", "fpn and fcos"),

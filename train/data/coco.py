@@ -9,7 +9,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,9 @@ from .composites import write_composites
 from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
 from .guard import BadSamples, DataError, Excluded
 from .order import EpochOrder
+from .semantic import photometric
 from .transforms import seeded
+from .voc import read_voc
 
 # reported, and still used
 CLIPPED = "box reaches beyond the image: clipped"
@@ -301,6 +303,7 @@ def read_coco(
     *,
     masks: bool,
     categories: dict[int, str] | None = None,
+    read: Callable[[Path], dict[str, list[dict]]] = _read_json,
 ) -> CocoIndex:
     """Reads and checks an annotation file.
 
@@ -310,12 +313,13 @@ def read_coco(
         masks: whether masks are learned: then an annotation without a sound one is not usable. An area that the file
             does not give is that of the mask; without masks, of the box.
         categories: id -> name of the classes to number by; None for the file's own, all of them.
+        read: what answers the lists of ``file``.
 
     Raises:
         DataError: the file is missing, damaged or not in COCO's format, or has categories that are not among
             ``categories``.
     """
-    content = _read_json(file)
+    content = read(file)
     own = read_categories(file, content["categories"])
     categories = own if categories is None else categories
     foreign = {key: name for key, name in own.items() if categories.get(key) != name}
@@ -414,17 +418,43 @@ class RandomSizedCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
         sides = v2.query_size(flat_inputs)
-        crop = [int(torch.randint(min(self.shortest, s), min(self.longest, s) + 1, ())) for s in sides]
+        crop = self._sides(sides)
         top, left = (int(torch.randint(0, s - c + 1, ())) for s, c in zip(sides, crop, strict=True))
         return {"top": top, "left": left, "height": crop[0], "width": crop[1]}
+
+    def _sides(self, sides: Sequence[int]) -> list[int]:
+        return [int(torch.randint(min(self.shortest, s), min(self.longest, s) + 1, ())) for s in sides]
 
     def transform(self, inpt: Any, params: dict[str, int]) -> Any:
         return self._call_kernel(v2.functional.crop, inpt, **params)
 
 
+class FinalCrop(RandomSizedCrop):
+    """A crop of so many rows and columns, or of as many as there are, at a random place."""
+
+    def __init__(self, rows: int, columns: int):
+        v2.Transform.__init__(self)
+        self.sides = rows, columns
+
+    def _sides(self, sides: Sequence[int]) -> list[int]:
+        return [min(most, side) for most, side in zip(self.sides, sides, strict=True)]
+
+
+class Photometric(v2.Transform):
+    """New colours, see `semantic.photometric`. torchvision's own also swaps channels."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        random = np.random.default_rng(int(torch.randint(2**31, ())))
+        return tv_tensors.wrap(photometric(inpt.as_subclass(torch.Tensor), random), like=inpt)
+
+
 def augmentation(config: DetectAugmentConfig) -> v2.Transform:
-    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again. Sizes are interpolated without
-    antialiasing, as the detectors do it in evaluation."""
+    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``jitter`` a size from
+    far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
+    What is smaller than the crop is padded in its batch. Sizes are interpolated without antialiasing, as the detectors
+    do it in evaluation."""
     if not config.short_sides or (config.crop_prob and not config.crop_short_sides):
         raise DataError("augment.short_sides and augment.crop_short_sides need a length at least")
     if config.sampling == "range":
@@ -436,6 +466,13 @@ def augmentation(config: DetectAugmentConfig) -> v2.Transform:
     if config.crop[0] > config.crop[1]:
         raise DataError(f"augment.crop={config.crop}: the least side, then the largest")
     resize = v2.RandomShortestSize(sizes, config.max_size, antialias=False)
+    if config.jitter is not None:
+        if config.final_crop is None or config.crop_prob or config.jitter[0] > config.jitter[1]:
+            raise DataError(
+                f"augment.jitter={config.jitter} is the least factor and the largest, of augment.final_crop="
+                f"{config.final_crop}, without augment.crop_prob={config.crop_prob}"
+            )
+        resize = v2.ScaleJitter(tuple(config.final_crop), tuple(config.jitter), antialias=False)
     if config.crop_prob:
         crop = [
             v2.RandomShortestSize(config.crop_short_sides, antialias=False),
@@ -448,6 +485,8 @@ def augmentation(config: DetectAugmentConfig) -> v2.Transform:
             v2.RandomHorizontalFlip(config.hflip),
             v2.RandomVerticalFlip(config.vflip),
             resize,
+            *([FinalCrop(*config.final_crop)] if config.final_crop is not None else []),
+            *([Photometric()] if config.photometric else []),
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=1.0),  # what a crop has left nothing of
         ]
@@ -587,6 +626,8 @@ def build_coco(
     data = config.data
     if data.root is None:
         raise DataError(f"data.root is needed: the folder with {data.val_annotations} and {data.val_images}")
+    if data.kind == "voc" and masks:
+        raise DataError("data.kind=voc has boxes, and this detector learns masks")
     root = Path(data.root)
     if data.kind == "digits":
         with PartialState().main_process_first():  # the others find them written
@@ -598,8 +639,11 @@ def build_coco(
     loaders = {}
     for split in ("train", "val") if train else ("val",):
         training = split == "train"
-        file, folder = root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images")
-        index = read_coco(file, folder, bad, masks=masks, categories=categories)
+        annotations, images = (getattr(data, f"{split}_{name}") for name in ("annotations", "images"))
+        file, folder, read = root / annotations, root / images, _read_json
+        if data.kind == "voc":
+            folder, read = root, lambda _, sets=annotations, training=training: read_voc(root, sets, train=training)
+        index = read_coco(file, folder, bad, masks=masks, categories=categories, read=read)
         categories = index.categories
         if excluded:
             paths = [index.folder / name for name in index.names]

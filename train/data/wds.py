@@ -323,13 +323,21 @@ def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int
     """Names of a split's shards, how many samples each holds (empty where that is not told), and how many all do.
 
     Raises:
-        DataError: no such split, or no shards.
+        DataError: no such split, no shards, or data that name an address or a command instead of their own files.
     """
+    from webdataset.shardlists import expand_urls
+
     try:
         reader = create_dataset("wds/", root, split=split, is_training=train).reader
     except (RuntimeError, KeyError, ValueError) as error:
         raise DataError(f"WebDataset split {split!r} in {root}: {error}") from None
     names = [str(name) for name in reader.split_info.filenames]
+    asked = set(expand_urls(split.partition("|")[0]))
+    if foreign := [name for name in names if ":" in name and name not in asked]:  # pipe:COMMAND would be run
+        raise DataError(
+            f"_info.json in {root} names the shard {foreign[0]!r}, which is no file beside it and could be a command; "
+            "if it is meant, give it as the split"
+        )
     if "://" in root:
         names = [name if ":" in name else f"{root.rstrip('/')}/{name}" for name in names]
     if not names:

@@ -1,0 +1,126 @@
+"""Mask2Former (Cheng et al., arXiv 2112.01527) for instances: each query is an object or none, its box that of its
+mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from ..mask2former import answers, decoder, losses
+
+Size = Sequence[int]  # rows, columns
+
+
+class InstanceMask2Former(nn.Module):
+    """transformers' Mask2Former with the interface of torchvision's detectors; classes are numbered from 0.
+
+    Args:
+        pyramid: with a backbone that gives maps at strides 4, 8, 16, 32; the pixel decoder reads them itself.
+        transform: arguments of torchvision's ``GeneralizedRCNNTransform``.
+        a3fpn: see `heads.mask2former.decoder`.
+        detections_per_img: how many pairs of a query and a class are answered, those of the most probable classes.
+        score_thresh: lowest score of an answer; one without a pixel has 0.
+        settings: of transformers' ``Mask2FormerConfig``, whose defaults are the published ones: ``num_queries`` (100),
+            ``class_weight`` (2), ``mask_weight`` (5), ``dice_weight`` (5), ``no_object_weight`` (0.1),
+            ``train_num_points`` (12,544), ``decoder_layers`` (10: nine, and the queries themselves), ...
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: other strides, settings that transformers or A3-FPN does not know, or fewer than one detection.
+    """
+
+    def __init__(
+        self,
+        pyramid: nn.Module,
+        num_classes: int,
+        transform: dict[str, Any],
+        *,
+        a3fpn: dict[str, Any] | None = None,
+        detections_per_img: int = 100,
+        score_thresh: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if detections_per_img < 1:
+            raise ValueError(f"detections_per_img must be at least 1, got {detections_per_img}")
+        self.transform = GeneralizedRCNNTransform(**transform)
+        self.backbone = pyramid
+        self.head = decoder(pyramid.features, num_classes, settings, a3fpn)
+        self.detections_per_img, self.score_thresh = detections_per_img, score_thresh
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """As `Detector`; objects whose mask is empty, as a crop leaves them, are not learned."""
+        if self.training and (targets is None or any("masks" not in target for target in targets)):
+            raise ValueError("mask2former learns from targets with masks; in training each image has them")
+        sizes = [image.shape[-2:] for image in images]
+        batch, targets = self.transform(images, targets if self.training else None)
+        if self.training:
+            masks, labels = zip(*(_objects(each, batch.tensors.shape[-2:]) for each in targets), strict=True)
+            return losses(self.head, batch.tensors, masks, labels)
+        classes, masks = (layers[-1] for layers in answers(self.head, batch.tensors))
+        padded, seen = batch.tensors.shape[-2:], batch.image_sizes
+        limits = self.detections_per_img, self.score_thresh
+        each = zip(classes, masks, seen, sizes, strict=True)
+        return [instances(logits, own, padded, inner, size, *limits) for logits, own, inner, size in each]
+
+
+def _objects(target: dict[str, Tensor], size: Size) -> tuple[Tensor, Tensor]:
+    """Masks, in the size of the batch, and labels of the objects that have a pixel."""
+    masks = target["masks"]
+    keep = masks.bool().flatten(1).any(1)
+    padding = (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])
+    return F.pad(masks[keep], padding), target["labels"][keep]
+
+
+def instances(
+    classes: Tensor, masks: Tensor, padded: Size, seen: Size, size: Size, limit: int, threshold: float = 0.0
+) -> dict[str, Tensor]:
+    """The objects that the queries of one image stand for (the paper's section 4.1, post-processing).
+
+    The pairs of a query and a class with the most probable classes, "none" left out; the score of each is its class's
+    probability times the mean of its mask's over the pixels that are more probable than one half.
+
+    Args:
+        classes, masks: logits ``[queries, classes + 1]``, the last that of none, and ``[queries, h, w]``.
+        padded, seen, size: rows and columns of the batch, of the image in it, at the top left, and of the original.
+        limit: how many pairs.
+        threshold: below the lowest score.
+
+    Returns:
+        the best first, ``boxes`` ``[N, 4]`` (the corners around the mask's pixels), ``labels`` int64 ``[N]``,
+        ``scores`` ``[N]`` and ``masks`` ``[N, 1, rows, columns]``, the probability of each pixel.
+    """
+    shares = classes.softmax(-1)[:, :-1]
+    best = shares.flatten().topk(min(limit, shares.numel()))
+    query, labels = best.indices // shares.shape[1], best.indices % shares.shape[1]
+    query, own = query.unique(return_inverse=True)  # several classes may be of one
+    logits = F.interpolate(masks[None, query], tuple(padded), mode="bilinear", align_corners=False)
+    logits = logits[..., : seen[0], : seen[1]]
+    masks = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[0].sigmoid()
+    inside = masks > 0.5
+    scores = best.values * ((masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1))[own]
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] > threshold]
+    own = own[order]
+    return {
+        "boxes": around(inside)[own],
+        "labels": labels[order],
+        "scores": scores[order],
+        "masks": masks[own, None],
+    }
+
+
+def around(masks: Tensor) -> Tensor:
+    """Corners ``[N, 4]`` of the boxes around the pixels of masks, bool ``[N, H, W]``, by their outer edges: a pixel has
+    an area. Of a mask without a pixel, those of the whole image."""
+    sides = []
+    for along in (masks.any(1).byte(), masks.any(2).byte()):  # columns, rows
+        first, last = along.argmax(1), along.shape[1] - along.flip(1).argmax(1)
+        sides.append((first, last))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 1).float()

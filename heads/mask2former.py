@@ -1,0 +1,171 @@
+"""Mask2Former (Cheng et al., arXiv 2112.01527) on the maps of any backbone: transformers' pixel decoder, queries,
+matching and losses. What its segmenter and its detector share."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from .features import Features, FeatureSpec
+from .necks import A3FPN
+
+# the parts of the published loss and their names here
+LOSSES = {"cross_entropy": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
+
+
+class _Encoder:
+    """A backbone as transformers' pixel level module calls one. No module: the model around it owns the features."""
+
+    def __init__(self, features: Features):
+        self.features, self.channels = features, features.spec.channels
+
+    def __call__(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(feature_maps=self.features(images))
+
+
+def decoder(
+    features: Features, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None
+) -> nn.Module:
+    """transformers' Mask2FormerForUniversalSegmentation around the features, without a backbone of its own.
+
+    Args:
+        settings: of transformers' ``Mask2FormerConfig``: ``num_queries``, ``feature_size``, ``encoder_layers``, ...
+        a3fpn: settings of an `A3FPN`, which then stands in the pixel decoder in place of its FPN, and mixes what the
+            encoder gives with the finest map, as in A3-FPN's released models. None: the FPN.
+
+    Raises:
+        ImportError: transformers is not there.
+        ValueError: other strides than 4, 8, 16, 32, settings that its configuration or A3-FPN does not have or take, or
+            an A3-FPN that gives other maps than the decoder reads.
+    """
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackboneConfig
+        from transformers.models.mask2former import modeling_mask2former as published
+    except ImportError as error:
+        raise ImportError(
+            f"mask2former needs transformers and scipy: pip install transformers scipy ({error})"
+        ) from None
+    if features.spec.strides != (4, 8, 16, 32):
+        raise ValueError(f"mask2former reads maps at strides 4, 8, 16, 32, the backbone gives {features.spec.strides}")
+    known = Mask2FormerConfig().to_dict()
+    unknown = set(settings) - set(known) | set(settings) & {"backbone_config", "num_labels"}
+    if unknown:
+        raise ValueError(f"mask2former: no such settings: {', '.join(sorted(unknown))}")
+    # YAML has 2 for 2.0, which the configuration does not take
+    settings = {k: float(v) if type(v) is int and type(known[k]) is float else v for k, v in settings.items()}
+    try:  # the configuration wants some backbone; none is made of it
+        config = Mask2FormerConfig(backbone_config=TimmBackboneConfig(), num_labels=num_classes, **settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"mask2former: {' '.join(str(error).split())}") from None
+
+    class A3FPNPixelDecoder(published.Mask2FormerPixelDecoder):
+        def __init__(self, config: Any, feature_channels: Sequence[int]) -> None:
+            super().__init__(config, feature_channels)
+            del self.adapter_1, self.layer_1  # the FPN's
+            self.num_fpn_levels, self.lateral_convolutions, self.output_convolutions = 0, [], []
+
+        def forward(self, features: Sequence[Tensor], **kwargs: Any) -> Any:
+            found = super().forward(features, **kwargs)
+            finest, *maps = self.a3fpn([features[0], *reversed(found.multi_scale_features)])
+            found.mask_features, found.multi_scale_features = self.mask_projection(finest), tuple(reversed(maps))
+            return found
+
+    class PixelLevel(published.Mask2FormerPixelLevelModule):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            kind = published.Mask2FormerPixelDecoder if a3fpn is None else A3FPNPixelDecoder
+            self.decoder = kind(config, feature_channels=features.spec.channels)
+
+    class Body(published.Mask2FormerModel):
+        def __init__(self) -> None:
+            published.Mask2FormerPreTrainedModel.__init__(self, config)
+            self.pixel_level_module = PixelLevel()
+            self.transformer_module = published.Mask2FormerTransformerModule(config.feature_size, config)
+            self.post_init()
+
+    class Loss(published.Mask2FormerLoss):
+        def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+            """Masks for each process; transformers divides by the processes twice."""
+            count = torch.tensor(float(sum(map(len, class_labels))), device=device)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(count)
+                count /= distributed.get_world_size()
+            return count.clamp(min=1)
+
+    class Whole(Mask2FormerForUniversalSegmentation):
+        def __init__(self) -> None:
+            published.Mask2FormerPreTrainedModel.__init__(self, config)
+            self.model = Body()
+            self.weight_dict = {
+                "loss_cross_entropy": config.class_weight,
+                "loss_mask": config.mask_weight,
+                "loss_dice": config.dice_weight,
+            }
+            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.criterion = Loss(config=config, weight_dict=self.weight_dict)
+            self.post_init()
+
+    whole = Whole()
+    # only now: transformers' initialization is not for these
+    whole.model.pixel_level_module.encoder = _Encoder(features)
+    if a3fpn is not None:
+        spec = FeatureSpec((features.spec.channels[0], *[config.feature_size] * 3), features.spec.strides)
+        own = dict(out_channels=config.feature_size, columns=1, squeeze=(1, 1, 1, 1))
+        try:
+            neck = A3FPN(spec, **own | a3fpn)
+        except TypeError as error:
+            raise ValueError(f"neck a3fpn with {a3fpn}: {error}") from None
+        wanted = FeatureSpec((config.feature_size,) * 4, spec.strides)
+        if neck.spec != wanted:
+            raise ValueError(f"neck a3fpn with {a3fpn} gives {neck.spec}, the decoder of mask2former reads {wanted}")
+        whole.model.pixel_level_module.decoder.a3fpn = neck
+    return whole
+
+
+def answers(head: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What the queries say of normalized images ``[B, C, H, W]`` whose sides the strides divide, before the first and
+    after each layer of the decoder.
+
+    Returns:
+        logits of the classes ``[B, queries, classes + 1]``, the last that of none, and of the masks ``[B, queries,
+        H / 4, W / 4]``; not in half precision, whatever is around it.
+    """
+    found = head.model(images, output_hidden_states=True, return_dict=True)
+    states = found.transformer_decoder_intermediate_states
+    classes = [_exact(head.class_predictor(state.transpose(0, 1))) for state in states]
+    return classes, [_exact(masks) for masks in found.masks_queries_logits]
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def losses(head: nn.Module, images: Tensor, masks: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The weighted losses of classes, masks and their overlap (dice), each summed over the layers of the decoder.
+
+    Args:
+        images: as `answers` takes them.
+        masks: by image, 0 or 1 in any type, ``[N, H, W]`` for its N objects, perhaps none.
+        labels: by image, int64 ``[N]``.
+    """
+    class_logits, mask_logits = answers(head, images)
+    deep = head.config.use_auxiliary_loss
+    with torch.autocast(images.device.type, enabled=False):  # they are matched in NumPy, which has no bfloat16
+        found = head.get_loss_dict(
+            masks_queries_logits=mask_logits[-1],
+            class_queries_logits=class_logits[-1],
+            mask_labels=[each.float() for each in masks],
+            class_labels=labels,
+            auxiliary_predictions=head.get_auxiliary_logits(class_logits, mask_logits) if deep else None,
+        )
+    layers = ["", *(f"_{layer}" for layer in range(deep * (len(class_logits) - 1)))]
+    return {ours: sum(found[f"loss_{name}{layer}"] for layer in layers) for name, ours in LOSSES.items()}
+
+
+def embeddings(model: nn.Module) -> set[str]:
+    """Names of the parameters of a model around such a head that are embeddings, which are not decayed."""
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return tables | {name for name, _ in model.named_parameters() if name.endswith("level_embed")}
