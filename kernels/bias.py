@@ -13,6 +13,14 @@ class TableBias:
 
     ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
     their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import TableBias, neighborhood_attention
+        >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
+        >>> bias = TableBias(torch.zeros(2, 2 * 7 - 1, 2 * 7 - 1))
+        >>> neighborhood_attention(q, k, v, kernel_size=7, bias=bias).shape
+        torch.Size([1, 14, 14, 2, 32])
     """
 
     table: Tensor
@@ -37,6 +45,15 @@ class FactoredBias:
     ``counted`` matters with a query stride, which must then divide the stride: the queries that share a window are
     counted one by one from the first of them, so that the third, which stands four positions behind it at a query
     stride of 2, is offset by two (timm's ``HaloAttn``).
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import FactoredBias, neighborhood_attention
+        >>> q = k = v = torch.randn(1, 16, 16, 2, 32)
+        >>> rows, columns = torch.zeros(2, 2 * 14 - 1, 32)  # HaloNet: blocks of 8, a halo of 3
+        >>> bias = FactoredBias(rows, columns)
+        >>> neighborhood_attention(q, k, v, kernel_size=14, stride=8, boundary="mask", bias=bias).shape
+        torch.Size([1, 16, 16, 2, 32])
     """
 
     rows: Tensor

@@ -50,7 +50,14 @@ def na2d_qk(
 
     Raises:
         NotImplementedError: ``additional_keys`` or ``is_causal``.
-        ValueError, TypeError, BackendError: as :func:`~foveal.kernels.neighborhood_attention`.
+        ValueError, TypeError, BackendError: as `neighborhood_attention`.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels.compat import na2d_qk
+        >>> q, k = torch.randn(2, 1, 2, 14, 14, 32)
+        >>> na2d_qk(q * 32**-0.5, k, kernel_size=7, dilation=2, rpb=torch.zeros(2, 13, 13)).shape
+        torch.Size([1, 2, 14, 14, 49])
     """
     _refuse("additional_keys", additional_keys, is_causal)
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
@@ -82,11 +89,11 @@ def na2d_av(
     """The output of neighborhood attention: the values of every window, weighted with ``attn``.
 
     Args:
-        attn: ``[B, heads, H, W, Kh * Kw]``, any weights, keys row by row; dtypes as in :func:`na2d_qk`.
+        attn: ``[B, heads, H, W, Kh * Kw]``, any weights, keys row by row; dtypes as in `na2d_qk`.
         value: ``[B, heads, H, W, D]``, same dtype and device.
         kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
         dilation: distance of neighbouring keys.
-        additional_values: not supported, as ``additional_keys`` of :func:`na2d_qk`.
+        additional_values: not supported, as ``additional_keys`` of `na2d_qk`.
         is_causal: not supported.
 
     Returns:
@@ -94,7 +101,14 @@ def na2d_av(
 
     Raises:
         NotImplementedError: ``additional_values`` or ``is_causal``.
-        ValueError, TypeError, BackendError: as :func:`~foveal.kernels.neighborhood_aggregate`.
+        ValueError, TypeError, BackendError: as `neighborhood_aggregate`.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels.compat import na2d_av
+        >>> attn = torch.randn(1, 2, 14, 14, 49).softmax(-1)
+        >>> na2d_av(attn, torch.randn(1, 2, 14, 14, 32), kernel_size=7, dilation=2).shape
+        torch.Size([1, 2, 14, 14, 32])
     """
     _refuse("additional_values", additional_values, is_causal)
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)

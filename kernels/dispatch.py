@@ -51,7 +51,18 @@ _forced: list[tuple[str | None, str]] = [
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for does not exist or cannot run this call."""
+    """The backend that was asked for does not exist or cannot run this call.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import BackendError, neighborhood_attention
+        >>> q = torch.randn(1, 6, 6, 1, 8)
+        >>> try:
+        ...     neighborhood_attention(q, q, q, kernel_size=3, backend="fast")
+        ... except BackendError as error:
+        ...     print(error)
+        unknown backend 'fast' from the argument backend; there are reference, tiled, dynamic, triton, natten
+    """
 
 
 @contextmanager
@@ -59,10 +70,16 @@ def backend(name: str | None) -> Iterator[None]:
     """Use the backend ``name`` for every call inside the block (``None``: automatic choice).
 
     The choice is process-wide, like ``FOVEAL_BACKEND``, which is read once, at import; an explicit ``backend=``
-    argument of a call wins over both. A backend that cannot run a call raises :class:`BackendError` with its reason.
+    argument of a call wins over both. A backend that cannot run a call raises `BackendError` with its reason.
 
-    >>> with foveal.kernels.backend("reference"):
-    ...     model(images)
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import backend, neighborhood_attention
+        >>> q = torch.randn(1, 6, 6, 1, 8)
+        >>> with backend("reference"):
+        ...     judge = neighborhood_attention(q, q, q, kernel_size=3)
+        >>> torch.allclose(neighborhood_attention(q, q, q, kernel_size=3), judge, atol=1e-5)
+        True
     """
     if name is not None:
         _check_name(name, "backend()")

@@ -11,7 +11,7 @@ Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,7 +66,7 @@ def _side(window: Window, length: int, device: torch.device) -> Side:
     each = (window.queries(longest) + tile - 1) // tile  # tiles of a phase
     tiles = d * each
     # how far apart the windows of a tile's first and last query begin; a tile begins with a stride group
-    span = (tile - 1) * n // window.stride * window.stride + window.kernel_size
+    span: Any = (tile - 1) * n // window.stride * window.stride + window.kernel_size
     if window.boundary != "zero":
         span = torch.sym_min(span, longest)  # what is outside need not be there
 
@@ -103,20 +103,32 @@ def _side(window: Window, length: int, device: torch.device) -> Side:
     )
 
 
+def _gather(x: Tensor, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+    """[B, H, W, N, C] -> [B, M, M2, N, T*T2, C], by the rows [M*T] and columns [M2*T2] of tiles; ``sizes``: M, M2, T,
+    T2.
+
+    Axis by axis there would be less to compute, but then the tiles of one row would have to change places with the
+    rows of a tile: an exporter would take down whether there is more than one, as else that is no change.
+    """
+    a, b, t, t2 = sizes
+    at = rows.unflatten(0, (a, 1, t, 1)) * x.shape[2] + columns.unflatten(0, (1, b, 1, t2))
+    x = x.clone(memory_format=torch.contiguous_format).flatten(1, 2).index_select(1, at.flatten())
+    return x.unflatten(1, (a, b, t * t2)).transpose(3, 4)
+
+
 def query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:
-    """[B, h, w, N, C] -> [B, M, M2, N, T, T2, C]."""
-    x = x.index_select(1, a.query_at).index_select(2, b.query_at)
-    x = x.unflatten(2, (b.tiles, b.tile)).unflatten(1, (a.tiles, a.tile))
-    return x.permute(0, 1, 3, 5, 2, 4, 6)
+    """[B, h, w, N, C] -> [B, M, M2, N, T*T2, C]."""
+    return _gather(x, a.query_at, b.query_at, (a.tiles, b.tiles, a.tile, b.tile))
 
 
 def key_spans(x: Tensor, a: Side, b: Side, boundary: str) -> Tensor:
     """[B, H, W, N, C] -> [B, M, M2, N, S*S2, C], with boundary "zero" zeros outside the map."""
-    x = x.index_select(1, a.key_at).index_select(2, b.key_at)
+    sizes = a.tiles, b.tiles, a.span, b.span
+    x = _gather(x, a.key_at, b.key_at, sizes)
     if boundary == "zero":
-        x = x * (a.inside[:, None] & b.inside).to(x.dtype)[:, :, None, None]
-    x = x.unflatten(2, (b.tiles, b.span)).unflatten(1, (a.tiles, a.span))
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+        inside = a.inside.unflatten(0, (a.tiles, 1, a.span, 1)) & b.inside.unflatten(0, (1, b.tiles, 1, b.span))
+        x = x * inside.flatten(2, 3).to(x.dtype)[:, :, None, :, None]
+    return x
 
 
 def from_query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:

@@ -60,7 +60,7 @@ def for_any_size(function: Callable) -> Callable:
         free = any(isinstance(x, Tensor) and symbolic(*x.shape[1:3]) for x in args)
         if not free or torch.compiler.is_dynamo_compiling():
             return function(*args)
-        with _config.patch(backed_size_oblivious=True):
+        with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
             return function(*args)
 
     return wrapped

@@ -23,6 +23,7 @@ _KEYS = {
     "mmdet": "a whole model of mmdetection or mmsegmentation",
     "detectron2": "a whole model of detectron2",
 }
+_PIXELS = "the class of each pixel and does not tell objects apart"
 _USE = """```python
 import foveal, timm
 
@@ -97,6 +98,7 @@ def card(config: Mapping[str, Any], measured: str | None = None) -> str:
             "code of the authors": f"{checkpoint.code}, licence: {checkpoint.code_licence}",
             "licence of the weights": checkpoint.weights_licence,
             "published score": checkpoint.score_text() + of_part if checkpoint.score else None,
+            "gives": _PIXELS if checkpoint.task == "panoptic" and whole and config["task"] == "segment" else None,
             "measured speed": None if whole or features else _speed(checkpoint),
             "note": _note(checkpoint),
         }
@@ -107,6 +109,7 @@ def card(config: Mapping[str, Any], measured: str | None = None) -> str:
         f"all {record['tensors']} tensors of it are used, all parameters are set",
         *([f"left out, of the heads: {_groups(record['heads'])}"] if record["heads"] else []),
         *([f"left out, as nothing reads them: {_text(record['dropped'])}"] if record["dropped"] else []),
+        *(["its first filters, for images in the order BGR, turned round for RGB"] if record.get("bgr") else []),
         f"`model.safetensors` has sha256 `{record['model_sha256']}`",
         "the answer to a fixed image was computed before writing and is that of the written model; it is stored in "
         "`config.json`, and `foveal verify` computes it again",
@@ -157,11 +160,11 @@ def _preprocessing(checkpoint: Checkpoint) -> str:
 
 
 def _converted(checkpoint: Checkpoint) -> str:
-    """How much of a dense model can be converted, see `dense.plan` and `dense.refuse`."""
-    if checkpoint.keys == "mmdet" and re.match(r"(a3fpn_)?(maskrcnn|retinanet|upernet)_", checkpoint.tag):
-        return "the whole model; with --backbone its backbone"
-    if checkpoint.model.startswith("resnet"):
-        return "not: the file does not tell where detectron2's ResNet strides"
+    """How much of a dense model can be converted, see `dense.plan` and `dense.timm_alone`."""
+    backbone = "" if checkpoint.arguments.get("stride_in_1x1") else "; with --backbone its backbone"
+    if re.match(r"(a3fpn_)?(maskrcnn|cascade|faster_rcnn|retinanet|upernet|mask2former)_", checkpoint.tag):
+        gives = f"; it then gives {_PIXELS}" if checkpoint.task == "panoptic" else ""
+        return f"the whole model{gives}{backbone}"
     return "the backbone, with --backbone; there are no such heads here"
 
 

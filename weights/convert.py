@@ -68,7 +68,11 @@ class Conversion:
         if record["heads"]:
             lines.append(f"not of the backbone and left out: {_counted(record['heads'])}")
         if record["dropped"]:
-            lines.append(f"computed by the authors' code, read by nothing, and left out: {_listed(record['dropped'])}")
+            lines.append(f"read by nothing, and left out: {_listed(record['dropped'])}")
+        if record["bgr"]:
+            lines.append(
+                "the file's takes images in the order BGR: its first filters were turned round, this takes RGB"
+            )
         if record["checkpoint"] is None:
             lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
         return lines
@@ -111,8 +115,15 @@ def convert(
     of the names are told apart: the authors', timm's, transformers', mmdetection's, mmsegmentation's, detectron2's.
 
     A whole detector or segmenter becomes one of this package, where it has those heads and they answer alike: Faster
-    and Mask R-CNN on an FPN or A3-FPN, RetinaNet on A3-FPN, UPerNet (also with A3-FPN), of mmdetection and
-    mmsegmentation. Others are refused with the reason; ``backbone`` converts theirs.
+    and Mask R-CNN on an FPN or A3-FPN (of mmdetection and detectron2), Cascade Mask R-CNN (of mmdetection), RetinaNet
+    on A3-FPN, UPerNet (also with A3-FPN), Mask2Former (the authors', on detectron2). Others are refused with the
+    reason; ``backbone`` converts theirs.
+
+    Detectron2's files do not tell what their configurations do; the manifest does of published ones, else it is asked
+    for, as arguments: ``stride_in_1x1`` of a ResNet, ``channel_order`` of the images (``"bgr"`` or ``"rgb"``; the
+    converted model takes RGB), their ``mean`` and ``std`` (of RGB in [0, 1]), and of a Mask2Former ``task``,
+    ``"segment"`` or ``"detect"``. One for panoptic segmentation becomes a segmenter, which gives the class of each
+    pixel and does not tell objects apart, unless ``task`` says otherwise.
 
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
@@ -129,6 +140,14 @@ def convert(
         ValueError: if the source, the model or the output is none, the file is damaged or holds code, or file and model
             do not fit; the message lists what is left over on either side.
         OSError: if something cannot be fetched, read or written.
+
+    Examples:
+        >>> import timm, torch
+        >>> torch.save(timm.create_model("test_foveal_dinat", num_classes=3).state_dict(), "weights.pth")
+        >>> from foveal.weights.convert import convert
+        >>> done = convert("weights.pth", "folder", model="test_foveal_dinat")
+        >>> done.files
+        ['README.md', 'config.json', 'model.safetensors']
     """
     found = _locate(source, model)
     output = check_output(output, force, [found.file.parent])
@@ -136,19 +155,22 @@ def convert(
     state, averaged = _tensors(content, found.file, ema)
     keys, heads = key_format(state, found.architecture), {}
     whole = len(state)
-    body = {name: value for name, value in state.items() if _bare(name).startswith("backbone.")}
-    rest = Counter(_bare(name).partition(".")[0] for name in state if name not in body)
+    inside = dense.body(map(_bare, state))
+    body = {name: value for name, value in state.items() if _bare(name) in inside}
+    rest = Counter(_bare(name).removeprefix(dense.BACKBONE).partition(".")[0] for name in state if name not in body)
     is_dense = bool(body) or _has_level_norms(state)
     if backbone and not is_dense:
         raise ConversionError(f"{found.file} has no backbone under its heads: leave out --backbone")
-    try:
-        dense.refuse({_bare(name): value for name, value in state.items()})
-    except ValueError as error:
-        raise ConversionError(f"{found.file}: {error}") from error
     arguments = {**found.arguments, **(arguments or {})}
+    if is_dense:
+        try:
+            told = dense.told({_bare(name): value for name, value in state.items()}, arguments, found.checkpoint)
+            arguments = dense.timm_alone(told) if backbone else told.arguments
+        except ValueError as error:
+            raise ConversionError(f"{found.file}: {error}") from error
     if is_dense and not backbone:
         try:
-            made = _whole(state, content, found, arguments)
+            made = _whole(state, content, found, told)
         except _NotWhole as error:
             belong = f" and to its heads {_counted(rest)}" if body and rest else ""
             raise ConversionError(
@@ -171,6 +193,7 @@ def convert(
         "averaged": averaged,
         "heads": dict(heads),
         "dropped": made.dropped,
+        "bgr": is_dense and told.bgr,
         "tensors": len(state) - len(made.dropped),
         "parameters": sum(p.numel() for p in made.model.parameters()),
         "fingerprint": fingerprint(made.answers, _fingerprint_size(found, made.arguments)),
@@ -197,6 +220,15 @@ def restore(folder: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: if the folder was not written by `convert`.
+
+    Examples:
+        >>> import timm, torch
+        >>> torch.save(timm.create_model("test_foveal_dinat", num_classes=3).state_dict(), "weights.pth")
+        >>> from foveal.weights.convert import convert, restore
+        >>> _ = convert("weights.pth", "folder", model="test_foveal_dinat")
+        >>> original = torch.load("weights.pth", weights_only=True)
+        >>> all(torch.equal(value, original[name]) for name, value in restore("folder").items())
+        True
     """
     folder = Path(folder)
     whole = read_dense_config(folder)
@@ -210,7 +242,8 @@ def restore(folder: str | Path) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         if whole is not None:
             net = build_dense(whole[1]["task"], whole[1]["arguments"])
-            translate = _of_dense(net, whole[1]["arguments"]["backbone"])
+            bgr = (whole[1].get(RECORD) or {}).get("bgr", False)
+            translate = _of_dense(net, whole[1]["arguments"]["backbone"], bgr)
         else:
             arguments = dict(found.config.get("model_args") or {})
             if not arguments.get("features_only"):
@@ -334,7 +367,8 @@ def _told_by(state: Mapping[str, torch.Tensor], found: _Found, arguments: dict[s
         plain = _create(found.architecture, shaped)
     known = inspect.signature(type(plain).__init__).parameters
     if arguments.get("features_only"):
-        if "out_norm" in known and _has_level_norms(dict.fromkeys(unwrap(dict(state)))):
+        names = dict.fromkeys(dense.body(map(_bare, state)).values() or state)
+        if "out_norm" in known and _has_level_norms(unwrap(names)):
             arguments.setdefault("out_norm", True)
         return arguments
     folded = any(name.endswith(".lk_origin.bias") for name in state)
@@ -387,14 +421,18 @@ class _NotWhole(ValueError):
 
 def _single(state: dict[str, torch.Tensor], found: _Found, arguments: dict[str, Any], features: bool) -> _Made:
     """A classifier or a backbone."""
+    statistics = {}
     if features:
         arguments["features_only"] = True
+        statistics = {key: arguments.pop(key) for key in ("mean", "std") if key in arguments}
     arguments = _told_by(state, found, arguments)
     net = _create(found.architecture, arguments).eval()
     inner = _inner(net)
     result, _ = _fitted(state, inner, _of_family(inner, found.architecture), found)
     inner.load_state_dict(result)  # strict
     config = _config(net, found, arguments)
+    if statistics:
+        config["pretrained_cfg"] |= statistics
 
     def write(folder: Path) -> None:
         save_file({name: value.detach().contiguous() for name, value in inner.state_dict().items()}, folder / WEIGHTS)
@@ -404,7 +442,7 @@ def _single(state: dict[str, torch.Tensor], found: _Found, arguments: dict[str, 
     return _Made(inner, net, result, arguments, words, write)
 
 
-def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Found, arguments: dict[str, Any]) -> _Made:
+def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Found, told: dense.Told) -> _Made:
     """A detector or segmenter.
 
     Raises:
@@ -413,25 +451,29 @@ def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Foun
     """
     bare = {_bare(name): value for name, value in state.items()}
     try:
-        plan = dense.plan(bare)
+        plan = dense.plan(bare, told.task)
     except ValueError as error:
         raise _NotWhole(str(error)) from error
     known = found.checkpoint
-    net = dense.build(plan, found.architecture, arguments, known and known.mean, known and known.std)
-    unread = lambda name: dense.is_neck(_bare(name))  # noqa: E731  where all that is known finds its place
-    result, dropped = _fitted(state, net, _of_dense(net, found.architecture), found, unread)
+    net = dense.build(plan, found.architecture, told.arguments, known and known.mean, known and known.std)
+    unread = lambda name: dense.may_be_unread(_bare(name))  # noqa: E731  where all that is known finds its place
+    result, dropped = _fitted(state, net, _of_dense(net, found.architecture, told.bgr), found, unread)
     net.load_state_dict(result)  # strict
     count = plan.arguments["num_classes"]
     classes = dense.names_of_classes(content, count) or [f"class {i}" for i in range(count)]
     more = {}
-    if plan.task == "detect" and known is not None and known.tag.endswith("_coco") and count == len(_COCO):
+    if plan.task == "detect" and known is not None and "_coco" in known.tag and count == len(_COCO):
         more["category_ids"] = list(_COCO)
 
     def write(folder: Path) -> None:
         save_dense(folder, net, classes, dense.preprocessing(net), **more)
 
     words = f"{plan.arguments['head']} on {found.architecture} with {plan.arguments['neck']}, {count} classes"
-    return _Made(net, dense.Raw(net), result, arguments, words, write, dropped)
+    if told.task == "panoptic":
+        words += (
+            "; made for panoptic segmentation, it gives the class of each pixel here and does not tell objects apart"
+        )
+    return _Made(net, dense.Raw(net), result, told.arguments, words, write, dropped)
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -449,7 +491,7 @@ def _inner(model: nn.Module) -> nn.Module:
 def _filter(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
     """The filter of a model's family; for others of timm, what is around the names is taken off."""
     module = sys.modules[model_entrypoint(architecture).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(dense.deep_stem(state, net)))
+    return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(dense.of_timm(state, net)))
 
 
 _Translate = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -457,16 +499,22 @@ _Translate = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 def _of_family(net: nn.Module, architecture: str) -> _Translate:
     """From a file's names to those of a classifier or backbone, by its family's filter."""
-    return lambda state: _filter(architecture)(clean_state_dict(dict(state)), net)
+
+    def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        places = dense.body(map(_bare, state))
+        named = {places.get(_bare(name), name): value for name, value in state.items()}
+        return _filter(architecture)(clean_state_dict(named), net)
+
+    return translate
 
 
-def _of_dense(net: nn.Module, architecture: str) -> _Translate:
+def _of_dense(net: nn.Module, architecture: str, bgr: bool) -> _Translate:
     """From a file's names to those of a detector or segmenter."""
     family = _filter(architecture)
 
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         bare = {_bare(name): value for name, value in state.items()}
-        return dense.translated(bare, net, lambda own, network: family(clean_state_dict(dict(own)), network))
+        return dense.translated(bare, net, lambda own, network: family(clean_state_dict(dict(own)), network), bgr)
 
     return translate
 

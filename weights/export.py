@@ -70,14 +70,14 @@ def export(
     H, W]``, float32, at the model's input size with any batch, and output ``logits`` ``[batch, classes]``. A model with
     a `reparameterize` method is written in that form. Detectors and segmenters: see `export_dense`.
 
-    ======================  ========================================================================================
-    ``safetensors``         ``model.safetensors``, as trained: ``timm.create_model("local-dir:...", pretrained=True)``
-    ``onnx``                ``model.onnx``, run by onnxruntime and others
-    ``pt2``                 ``model.pt2``: `torch.export.load`, for PyTorch without this package
-    ``aoti``                ``model.pt2``: compiled for this machine's processor, `torch._inductor.aoti_load_package`
-    ``openvino``            ``model.xml`` and ``model.bin``, for OpenVINO's runtime
-    ``coreml``              ``model.mlpackage``, one image at a time, for macOS and iOS; run and checked on macOS only
-    ======================  ========================================================================================
+    | `to` | |
+    |---|---|
+    | ``safetensors`` | ``model.safetensors``, as trained: ``timm.create_model("local-dir:...", pretrained=True)`` |
+    | ``onnx`` | ``model.onnx``, run by onnxruntime and others |
+    | ``pt2`` | ``model.pt2``: `torch.export.load`, for PyTorch without this package |
+    | ``aoti`` | ``model.pt2``: compiled for this machine's processor, `torch._inductor.aoti_load_package` |
+    | ``openvino`` | ``model.xml`` and ``model.bin``, for OpenVINO's runtime |
+    | ``coreml`` | ``model.mlpackage``, one image at a time, for macOS and iOS; run and checked on macOS only |
 
     Args:
         source: what `foveal.load` takes.
@@ -97,6 +97,15 @@ def export(
         OSError: if the output cannot be written, or an image not be read; the message names it.
         ExportError: if the exported model differs by more than `TOLERANCE`, `HALF_TOLERANCE`, or `INT8_LARGEST`, the
             format's own library cannot convert or run it, or finds no compiler; nothing is written then.
+
+    Examples:
+        >>> import timm
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=3)
+        >>> timm.models.save_for_hf(model, "folder", safe_serialization=True)
+        >>> from foveal.weights.export import export
+        >>> done = export("folder", "safetensors", "exported")
+        >>> done.files, done.difference
+        (['README.md', 'config.json', 'model.safetensors'], 0.0)
     """
     to = to.lower()
     if to not in FORMATS:
@@ -131,6 +140,10 @@ def export(
     if found.config is not None and (found.config.get("model_args") or {}).get("features_only"):
         raise ValueError(f"{source} is a backbone that gives feature maps; what is exported are classifiers")
     model = load(source)
+    if to != "safetensors" and model.num_classes < 1:
+        raise ValueError(
+            f"{source} has no classifier, num_classes is 0: {to} holds one; --to safetensors takes it as it is"
+        )
     config = found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
     config, record = without_record(config), config.get(RECORD)
     if dynamic and min(model.pretrained_cfg["input_size"][1:]) < LEAST_SIZE:
@@ -268,6 +281,9 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
     output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; the output is a folder")
+    above = next((parent for parent in output.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{output} cannot be a folder: {above} is a file")
     if output.resolve() in (source.resolve() for source in sources):
         raise ValueError(f"{output} is what is exported; choose another folder")
     if not force and output.is_dir() and any(output.iterdir()):
@@ -381,8 +397,7 @@ def check_inputs(
     batches = (1,) if to == "coreml" else (1, 3)
     inputs = {f"random, batch {n}": torch.randn(n, channels, rows, columns, generator=generator) for n in batches}
     if dynamic:
-        for height, width in ((rows, columns + 32), (rows + 45, columns), (2 * rows, columns // 2 + 19)):
-            height, width = (max(side, LEAST_SIZE) for side in (height, width))
+        for height, width in ((LEAST_SIZE, columns + 32), (rows + 45, LEAST_SIZE), (2 * rows, columns // 2 + 19)):
             shape = (1, channels, height, width)
             inputs[f"random, {height}x{width}"] = torch.randn(shape, generator=generator)
     transform = preprocessing(model)

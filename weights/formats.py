@@ -24,15 +24,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config
 
 from ..backbones.loading import WEIGHT_FILES, WEIGHTS
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 INPUT = "image"
-# Pixels of a free height or width: below it maps of a single row arise, for which a graph traced for longer ones is not
-# right in every digit (PyTorch's own formats refuse them, others would not say).
-LEAST_SIZE = 64
+LEAST_SIZE = 32  # pixels of a free height or width: the stride of the last map, which is of one row then
 # The model files of each format, beside config.json and the card.
 MODEL_FILES = {
     "safetensors": (WEIGHTS,),
@@ -92,7 +91,9 @@ class Job:
         free = {0: Dim("batch", min=1)} if self.any_batch else {}
         if self.any_size:
             free |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
-        with torch.no_grad():
+        # PyTorch asks of every length whether it is 1 and takes down the answer: without this a graph of free sizes
+        # would be for last maps of more than one row and column.
+        with torch.no_grad(), _config.patch(backed_size_oblivious=self.any_size):
             return torch.export.export(model, (self.example,), dynamic_shapes=(free or None,))
 
 

@@ -51,7 +51,14 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One released file; the fields are explained at the head of the manifest."""
+    """One released file; the fields are explained at the head of the manifest.
+
+    Examples:
+        >>> from foveal.weights.manifest import checkpoints
+        >>> mini = checkpoints()["dinat_mini.in1k"]
+        >>> mini.task, mini.score_text(), mini.preprocessing()["input_size"]
+        ('classify', 'top-1 81.8', (3, 224, 224))
+    """
 
     family: str
     code: str
@@ -78,6 +85,7 @@ class Checkpoint:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    channel_order: str | None = None
     note: str | None = None
     about: str | None = None  # the family's note
 
@@ -114,6 +122,11 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
 
     Raises:
         ManifestError: if something is missing, unknown or there twice.
+
+    Examples:
+        >>> from foveal.weights.manifest import checkpoints
+        >>> checkpoints()["dinat_mini.in1k"].weights_licence
+        'mit'
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with libyaml: ten times as fast
     families = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)["families"]
@@ -135,7 +148,13 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
 
 
 def of_model(architecture: str) -> dict[str, Checkpoint]:
-    """The checkpoints of one model, dense ones on it as a backbone included, by tag."""
+    """The checkpoints of one model, dense ones on it as a backbone included, by tag.
+
+    Examples:
+        >>> from foveal.weights.manifest import of_model
+        >>> "in1k" in of_model("dinat_mini")
+        True
+    """
     return {each.tag: each for each in checkpoints().values() if each.model == architecture}
 
 
@@ -160,6 +179,7 @@ def _checked(row: dict[str, Any]) -> Checkpoint:
     demand(checkpoint.task in TASKS, f"task {checkpoint.task!r} is none of {', '.join(TASKS)}")
     demand(checkpoint.keys in FORMATS, f"keys {checkpoint.keys!r} is none of {', '.join(FORMATS)}")
     demand(set(checkpoint.score) <= set(SCORES), f"scores {sorted(checkpoint.score)}, known are {', '.join(SCORES)}")
+    demand(checkpoint.channel_order in (None, "rgb", "bgr"), f"channel_order {checkpoint.channel_order!r}, rgb or bgr")
     demand(all(0 < value < 100 for value in checkpoint.score.values()), f"scores {checkpoint.score} are not per cent")
     sha256 = checkpoint.sha256
     demand(sha256 is None or re.fullmatch(r"[0-9a-f]{8,64}", str(sha256)) is not None, f"sha256 {sha256!r}")

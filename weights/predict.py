@@ -28,6 +28,17 @@ def predict(
 
     Raises:
         ValueError: if `source` cannot be loaded or has no classifier.
+
+    Examples:
+        >>> import timm
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=3)
+        >>> timm.models.save_for_hf(model, "folder", safe_serialization=True)
+        >>> from PIL import Image
+        >>> Image.new("RGB", (80, 60)).save("image.png")
+        >>> from foveal.weights.predict import predict
+        >>> for path, answers in predict("folder", ["image.png"], top=2):
+        ...     print(path, answers if isinstance(answers, OSError) else len(answers))
+        image.png 2
     """
     model = load(source)
     if model.num_classes < 1:

@@ -52,6 +52,19 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         ValueError: if the folder was not written by `convert`, or the folders of ``images`` are not the classes, or
             the model is no classifier.
         OSError: if something cannot be read.
+
+    Examples:
+        >>> import timm, torch
+        >>> torch.save(timm.create_model("test_foveal_dinat", num_classes=3).state_dict(), "weights.pth")
+        >>> from foveal.weights.convert import convert
+        >>> from foveal.weights.verify import verify
+        >>> _ = convert("weights.pth", "folder", model="test_foveal_dinat")
+        >>> for check in verify("folder"):
+        ...     print(check.name, check.passed)
+        file True
+        names True
+        parameters True
+        answer to the fixed image True
     """
     folder = Path(str(folder).removeprefix("local-dir:"))
     whole = read_dense_config(folder)

@@ -57,9 +57,12 @@ def neighborhood_aggregate(
         TypeError: dtypes that differ or are not floating point, or options of a wrong type.
         BackendError: the backend asked for cannot run this call.
 
-    >>> weights = torch.randn(1, 14, 14, 2, 5 * 5).softmax(-1)
-    >>> neighborhood_aggregate(weights, torch.randn(1, 14, 14, 2, 32), kernel_size=5).shape
-    torch.Size([1, 14, 14, 2, 32])
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import neighborhood_aggregate
+        >>> weights = torch.randn(1, 14, 14, 2, 5 * 5).softmax(-1)
+        >>> neighborhood_aggregate(weights, torch.randn(1, 14, 14, 2, 32), kernel_size=5).shape
+        torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     _check_values("weights", weights, v, kernel_size)
@@ -79,7 +82,7 @@ def neighborhood_mix(
     boundary: str = "shift",
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`neighborhood_aggregate` with weights that are the softmax of logits: a convolution whose kernel each
+    """`neighborhood_aggregate` with weights that are the softmax of logits: a convolution whose kernel each
     position derives from its content (OverLoCK's ContMix, arXiv 2502.20087, section 3.3).
 
     The kernels written for it make the weights from the logits as they read them; elsewhere they are made first.
@@ -87,10 +90,11 @@ def neighborhood_mix(
     Args:
         logits: ``[B, H, W, heads, Kh * Kw]``, the keys of a window row by row, any strides.
         v: values ``[B, H, W, heads, D]``, same dtype and device as ``logits``.
-        kernel_size, dilation: as in :func:`neighborhood_aggregate`.
+        kernel_size: as in `neighborhood_aggregate`.
+        dilation: likewise.
         bias: a table of ``[heads, 2*Kh - 1, 2*Kw - 1]`` that is added to the logits by the offset from query to key.
         kernel_bias: ``[Kh * Kw]``, added to the logits of every position and head.
-        boundary: as in :func:`~foveal.kernels.neighborhood_attention`: ``"shift"``, ``"zero"`` (positions outside the
+        boundary: as in `neighborhood_attention`: ``"shift"``, ``"zero"`` (positions outside the
             map take part in the softmax, with values of zero) or ``"mask"`` (they are left out).
         backend: a backend's name, or ``None`` for the automatic choice.
 
@@ -99,13 +103,21 @@ def neighborhood_mix(
         The softmax is computed in float32 at least.
 
     Raises:
-        ValueError, TypeError, BackendError: as :func:`neighborhood_aggregate`; biases of another shape or device.
+        ValueError, TypeError, BackendError: as `neighborhood_aggregate`; biases of another shape or device.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import TableBias, neighborhood_mix
+        >>> logits, v = torch.randn(1, 14, 14, 2, 5 * 5), torch.randn(1, 14, 14, 2, 32)
+        >>> neighborhood_mix(logits, v, kernel_size=5, bias=TableBias(torch.zeros(2, 9, 9))).shape
+        torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     _check_values("logits", logits, v, kernel_size)
     if bias is not None and not isinstance(bias, TableBias):
         raise TypeError(f"bias must be a TableBias or None, got {type(bias).__name__}")
-    table, wanted = (None if bias is None else bias.table), {"kernel_bias": (kernel_size[0] * kernel_size[1],)}
+    table = None if bias is None else bias.table
+    wanted: dict[str, tuple[int, ...]] = {"kernel_bias": (kernel_size[0] * kernel_size[1],)}
     wanted["bias.table"] = v.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
     for (name, shape), t in zip(wanted.items(), (kernel_bias, table), strict=True):
         if t is not None and (t.shape != shape or t.device != v.device):
@@ -170,7 +182,7 @@ def _run(
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
     if not symbolic(*y.shape[1:3]) and min(y.shape[1:]) < 1:
         raise ValueError(f"only the batch may be empty, got {name} {tuple(x.shape)}, {other} {tuple(y.shape)}")
-    check_window(tuple(y.shape[1:3]), kernel_size, dilation, boundary)
+    check_window((y.shape[1], y.shape[2]), kernel_size, dilation, boundary)
     cast = autocast_enabled(y)
     if cast:
         x, y = autocast(x, y)

@@ -21,7 +21,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def _sides(problem: Problem, x: Tensor) -> tuple[Side, Side]:
-    return tuple(dynamic.side(w, x.shape[1 + i], x.device) for i, w in enumerate((problem.rows, problem.columns)))
+    return dynamic.side(problem.rows, x.shape[1], x.device), dynamic.side(problem.columns, x.shape[2], x.device)
 
 
 def _places(problem: Problem, a: Side, b: Side) -> Tensor:
@@ -39,7 +39,7 @@ def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """[B, H, W, N, Kh*Kw] x [B, H, W, N, D] -> [B, H, W, N, D]."""
     working = working_dtype(v.dtype)
     a, b = _sides(problem, v)
-    tiles = dynamic.query_tiles(weights.to(working), a, b).flatten(4, 5)
+    tiles = dynamic.query_tiles(weights.to(working), a, b)
     places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)
     matrix = tiles.new_zeros(*tiles.shape[:5], a.span * b.span).scatter(-1, places, tiles)
     values = dynamic.key_spans(v.to(working), a, b, problem.boundary)
@@ -51,7 +51,7 @@ def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
     """[B, H, W, N, D] x [B, H, W, N, D] -> [B, H, W, N, Kh*Kw]: ``q . k`` for the keys of every window."""
     working = working_dtype(k.dtype)
     a, b = _sides(problem, k)
-    tiles = dynamic.query_tiles(q.to(working), a, b).flatten(4, 5)
+    tiles = dynamic.query_tiles(q.to(working), a, b)
     products = tiles @ dynamic.key_spans(k.to(working), a, b, problem.boundary).transpose(-1, -2)
     places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)
     return dynamic.from_query_tiles(products.gather(-1, places), a, b).to(k.dtype)

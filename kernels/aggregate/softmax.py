@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
     return z.softmax(-1).to(logits.dtype).permute(0, 2, 3, 1, 4)
 
 
-def expand_table(table: Tensor, rows: Window, columns: Window, size: tuple[int, int]) -> Tensor:
+def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[int]) -> Tensor:
     """A bias table ``[N, 2*Kh - 1, 2*Kw - 1]`` as every position of a map of ``size`` meets it,
     ``[N, H, W, Kh*Kw]``."""
     row, column = (

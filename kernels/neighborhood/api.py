@@ -67,11 +67,14 @@ def neighborhood_attention(
         TypeError: dtypes that differ or are not floating point, or options of a wrong type.
         BackendError: the backend asked for cannot run this call.
 
-    >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
-    >>> neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
-    torch.Size([1, 14, 14, 2, 32])
-    >>> neighborhood_attention(q[:, ::2, ::2], k, v, kernel_size=7, query_stride=2).shape
-    torch.Size([1, 7, 7, 2, 32])
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import neighborhood_attention
+        >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
+        >>> neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
+        torch.Size([1, 14, 14, 2, 32])
+        >>> neighborhood_attention(q[:, ::2, ::2], k, v, kernel_size=7, query_stride=2).shape
+        torch.Size([1, 7, 7, 2, 32])
     """
     kernel_size, stride, dilation, query_stride = (
         pair(name, value)
@@ -88,7 +91,7 @@ def neighborhood_attention(
         q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    check_window(tuple(k.shape[1:3]), kernel_size, dilation, boundary)
+    check_window((k.shape[1], k.shape[2]), kernel_size, dilation, boundary)
     if max(query_stride) > 1 and max(dilation) > 1:
         raise ValueError(f"query_stride {query_stride} and dilation {dilation} are not possible together")
     counted = isinstance(bias, FactoredBias) and bias.counted

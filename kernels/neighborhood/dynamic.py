@@ -37,7 +37,7 @@ def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], a: Side, b: 
         (bias_tensors[1], b.row, (1, 1, b.tiles, 1, 1, b.tile, b.span)),
     ):
         embedding = embedding if embedding.ndim == 3 else embedding[None]
-        dots = tiles @ embedding.transpose(-1, -2)[:, None]  # B M M2 N T T2 2K-1
+        dots = (tiles @ embedding.transpose(-1, -2)).unflatten(4, (a.tile, b.tile))  # B M M2 N T T2 2K-1
         at = at.clamp(max=embedding.shape[1] - 1).reshape(shape).expand(*dots.shape[:6], -1)
         sums.append(dots.gather(-1, at))
     return (sums[0].unsqueeze(-1) + sums[1].unsqueeze(-2)).flatten(6, 7).flatten(4, 5)
@@ -59,7 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         bias = _bias(tiles.new_zeros(1, *(2 * size - 1 for size in problem.kernel_size)), a, b)
         if bias_tensors:
             bias = bias + _factored_bias(tiles, bias_tensors, a, b)
-    logits = (tiles.flatten(4, 5) * problem.scale) @ keys.transpose(-1, -2) + bias
+    logits = (tiles * problem.scale) @ keys.transpose(-1, -2) + bias
     weights = logits.softmax(-1).to(values.dtype)
     if problem.dropout_p > 0:
         weights = F.dropout(weights, problem.dropout_p)

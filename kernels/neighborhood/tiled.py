@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,22 +107,23 @@ _expanding = threading.Lock()
 def _patterns(table: Tensor | None, problem: Problem, plans: Plans) -> tuple[Tensor | None, ...]:
     """``_pattern_bias`` of each plan, without a gradient; of a table that is a parameter kept between calls in eval."""
     working, device = tiling.working_dtype(problem.dtype), torch.device(problem.device)
-    keep = type(table) is torch.nn.Parameter and not problem.needs_grad
-    call = (problem.rows, problem.columns, problem.shape[1:3], working, table.dtype) if keep else None
-    if keep:
-        found = _expanded.get(table)
-        if found is not None and found[0] == call and torch.equal(found[1], table):
+    keep = table if type(table) is torch.nn.Parameter and not problem.needs_grad else None
+    call = None if keep is None else (problem.rows, problem.columns, problem.shape[1:3], working, keep.dtype)
+    if keep is not None:
+        found = _expanded.get(keep)
+        if found is not None and found[0] == call and torch.equal(found[1], keep):
             return found[2]
     with torch.inference_mode(False), torch.no_grad():
-        copy = table.detach().clone() if keep else None  # before: what another thread writes meanwhile shows next time
-        source = copy if keep else table
+        # before: what another thread writes meanwhile shows next time
+        copy = None if keep is None else keep.detach().clone()
+        source = table if keep is None else copy
         source = None if source is None else source.to(working)
         patterns = tuple(_pattern_bias(source, problem, a, b, working, device) for a, b in plans)
-    if keep and tiling.may_keep((copy, *patterns)):
+    if keep is not None and tiling.may_keep((copy, *patterns)):
         with _expanding:
             if tiling.size_of(patterns, *(kept for _, _, kept in _expanded.values())) > tiling.CONSTANT_BYTES:
                 _expanded.clear()
-            _expanded[table] = (call, copy, patterns)
+            _expanded[keep] = (call, copy, patterns)
     return patterns
 
 
@@ -215,7 +218,7 @@ class _PieceBias:
     tile, which are the same for every tile.
     """
 
-    def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: tuple[Tensor, ...]):
+    def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: Sequence[Tensor]):
         self.problem, self.a, self.b, self.patterns, self.embedding = problem, a, b, patterns, None
         if problem.bias is FactoredBias:
             sides = []
@@ -296,6 +299,7 @@ class _PieceBias:
 
     def _of(self, heads: slice, count: int, tiles: int) -> Tensor:
         """The embedding for ``count`` = n*N*R*Q tiles: one for all, [1, M, D], or one for each, [n*N*R*Q, M, D]."""
+        assert self.embedding is not None
         if len(self.embedding) == 1:
             return self.embedding
         some = self.embedding[heads]
@@ -303,6 +307,7 @@ class _PieceBias:
 
     def _joined(self, x: Tensor) -> Tensor:
         """[n*N*R*Q, T*T2, C], as one matrix [1, n*N*R*Q*T*T2, C] where there is one embedding for all."""
+        assert self.embedding is not None
         return x.view(1, -1, x.shape[2]) if len(self.embedding) == 1 else x
 
     def _by_key(self, dots: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,7 +383,7 @@ class _Chunked(torch.autograd.Function):
                 tiles, grad_tiles = (tiling.query_tiles(tiling.take(t, part), a, b) for t in (qs, gs))
                 keys, values = (scratch.spans(n, tiling.take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
                 targets = [tiling.take(t, part) for t in (dks, dvs)]
-                sums = [
+                sums: list[Any] = [
                     None if apart else scratch(n, *tiling.padded_shape(t, a, b)).zero_()
                     for n, t in zip(("all dk", "all dv"), targets, strict=True)
                 ]

@@ -113,6 +113,97 @@ def test_mask_rcnn(name: str, tmp_path: Path) -> None:
     assert (got["boxes"] - want.bboxes).abs().max() < 1e-2  # pixels
 
 
+@pytest.mark.parametrize("box_head", ["4conv1fc", "2fc"])
+@torch.no_grad()
+def test_cascade_mask_rcnn(box_head: str, tmp_path: Path) -> None:
+    """The detections after three stages and the mean of the stages' masks; the stages one by one are compared by their
+    losses, in the tests of the head."""
+    from ..heads.test_cascade import mmdets
+
+    name = "test_foveal_nat"
+    original = mmdets(name, box_head)
+    state = published(original)
+    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
+    assert done.record["tensors"] == len(state)
+    assert done.lines()[2] == f"it is cascade_mask_rcnn on {name} with fpn, 3 classes"
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    assert all(check.passed for check in verify(done.folder))
+
+    from mmdet.structures import DetDataSample
+
+    model = foveal.load(done.folder)
+    assert model.arguments["head_kwargs"]["box_head"] == box_head
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
+    x = ((image - mean) / std)[None]
+    shapes = dict(img_shape=(96, 128), ori_shape=(96, 128), scale_factor=(1.0, 1.0), batch_input_shape=(96, 128))
+    original.roi_head.test_cfg.update(score_thr=0.05, max_per_img=100)
+    original.rpn_head.test_cfg.update(nms_pre=1000, max_per_img=1000)
+    merged: list[torch.Tensor] = []  # of all stages, before they are put into the image
+    last = original.roi_head.mask_head[-1]
+    last.predict_by_feat = lambda mask_preds, results_list, **_: merged.extend(mask_preds) or results_list
+    want = original.predict(x, [DetDataSample(metainfo=shapes)], rescale=False)[0].pred_instances
+    transform, masks = model.detector.transform, []
+    transform.min_size, transform.max_size = (96,), 128
+    heads = model.detector.roi_heads
+    compute = heads.mask_probabilities
+    heads.mask_probabilities = lambda *given: masks.append(compute(*given)) or masks[0]
+    (got,) = model([image])
+    assert len(want.scores) > 5
+    close(got["scores"], want.scores)
+    assert torch.equal(got["labels"], want.labels)
+    assert (got["boxes"] - want.bboxes).abs().max() < 1e-2  # pixels
+    close(masks[0][:, 0], merged[0][range(len(want.labels)), want.labels])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"roi_head.bbox_head.3.fc_cls.weight": (4, 32)}, "it is a cascade of 4 stages, here are 3"),
+        ({"roi_head.bbox_head.0.fc_reg.weight": (4, 32)}, "have 4 convolutions, 1 fully connected layers and 4 deltas"),
+        ({"roi_head.bbox_head.1.cls_fcs.0.weight": (4, 32)}, r"cls_fcs\.0\.weight is no parameter of Faster, Mask"),
+        ({"roi_head.mask_head.": None}, "it is a cascade without masks"),
+    ],
+)
+def test_cascades_that_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    small = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 32, "mask_width": 16})
+    model = build_detector("test_foveal_nat", "cascade_mask_rcnn", num_classes=3, **small)
+    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state |= to_mmdet(model.state_dict())
+    for name, shape in change.items():
+        state = {key: x for key, x in state.items() if not key.startswith(name)}
+        state |= {} if shape is None else {name: torch.zeros(shape)}
+    with pytest.raises(ConversionError, match=says):
+        convert(write(tmp_path / "x", state), tmp_path / "ours", model="test_foveal_nat")
+
+
+def test_a_published_cascade_is_known_by_its_name(tmp_path: Path) -> None:
+    """With the dilations that its file does not tell."""
+    checkpoint = checkpoints()["dinat_s_tiny.cascade_coco"]
+    small = dict(embed_dim=16, num_heads=[1, 2, 4, 8])
+    model = build_detector(
+        "dinat_s_tiny", "cascade_mask_rcnn", num_classes=80, neck_kwargs={"out_channels": 16},
+        head_kwargs={"box_width": 32, "mask_width": 16, "convention": "mmdet"}, **small, **checkpoint.arguments,
+    )  # fmt: skip
+    model.load_state_dict(filler.of(model))
+    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state |= to_mmdet(model.state_dict())
+    file = write(tmp_path / "x", state).rename(tmp_path / "x" / "cascadedmaskrcnn_dinat_s_tiny.pth")
+    done = convert(file, tmp_path / "ours", model="dinat_s_tiny", arguments=small)
+    assert done.record["checkpoint"] == checkpoint.name
+    loaded = foveal.load(done.folder)
+    assert loaded.arguments["head"] == "cascade_mask_rcnn"
+    assert loaded.arguments["dilations"] == checkpoint.arguments["dilations"]
+    assert loaded.config["category_ids"][-1] == 90
+    own, expected = loaded.state_dict(), model.state_dict()
+    heads = [key for key in own if key.startswith("detector.roi_heads.")]
+    foreground = [key for key in heads if not re.search(r"(bbox_pred|mask_fcn_logits)\.", key)]
+    assert len(foreground) > 70
+    assert all(torch.equal(own[key], expected[key]) for key in foreground)
+
+
 def a3fpn_state(channels: tuple[int, ...], prefix: str, direction: str = "top_down", **kwargs: Any):
     """A neck under the authors' names, with the settings of their models for these widths, 16 channels to a map."""
     from ..heads.test_a3fpn import published_spec
@@ -252,15 +343,21 @@ def test_what_is_refused_whole(tmp_path: Path) -> None:
     inner = {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
     one = torch.ones(1)
     for heads, reason in (
-        ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "it is a cascade of heads"),
-        ({"sem_seg_head.predictor.query_feat.weight": one, "criterion.empty_weight": one}, "are detectron2's, whose"),
+        ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "it is a cascade of 1 stages"),
+        (
+            {"sem_seg_head.p2.0.weight": one, "criterion.x": one},
+            "this package has no heads like criterion, sem_seg_head",
+        ),
+        ({"roi_heads.res5.0.conv1.weight": one, "proposal_generator.x": one}, "no heads like proposal_generator, roi_"),
+        ({"sem_seg_head.predictor.class_embed.weight": one}, "it has no sem_seg_head.pixel_decoder.transformer.level_"),
         ({"decode_head.scale_heads.0.0.conv.weight": one}, "FPNHead, with BatchNorm where the semantic FPN here"),
         ({"bbox_head.retina_cls.weight": one, "neck.lateral_convs.0.conv.weight": one}, "a RetinaNet on an FPN"),
         ({"bbox_head.conv_centerness.weight": one}, "this package has no heads like bbox_head"),
         ({"decode_head.psp_modules.0.1.conv.weight": one}, "it has no decode_head.conv_seg.weight"),
     ):
         with pytest.raises(ConversionError) as caught:
-            convert(write(tmp_path / "x", inner | heads), tmp_path / "ours", model="test_foveal_nat")
+            told = {"task": "segment", "channel_order": "rgb", "mean": [0.5] * 3, "std": [0.5] * 3}
+            convert(write(tmp_path / "x", inner | heads), tmp_path / "ours", model="test_foveal_nat", arguments=told)
         message = str(caught.value)
         count = len(inner) + len(heads)
         assert f"of its {count} tensors {len(inner)} belong to the backbone and to its heads" in message
@@ -321,10 +418,11 @@ def to_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The heads of a detector under mmdetection's names, with the background last and without its boxes and masks."""
     result = {}
     for name, tensor in state.items():
-        for theirs, ours in (*published_names._FPN, *published_names._RCNN):
+        for theirs, ours in (*published_names._CASCADE, *published_names._FPN, *published_names._RCNN):
             match = re.match(re.escape(ours).replace(r"\{\}", r"(\d+)"), name)
             if match:
                 skip = 4 if ".bbox_pred." in name and "rpn" not in name else 1 if "mask_fcn_logits" in name else 0
-                tensor = tensor.roll(-1, 0) if ".cls_score." in name else tensor[skip:]
+                tensor = tensor.roll(-1, 0) if ".cls_score." in name else tensor[skip:] if skip else tensor
                 result[theirs.format(*match.groups()) + name[match.end() :]] = tensor
+                break
     return result

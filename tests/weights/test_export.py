@@ -92,6 +92,8 @@ def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in output.iterdir()) == ["README.md", "config.json", "mine.txt", "model.safetensors"]
     with pytest.raises(ValueError, match="is a file; the output is a folder"):
         export(run, "safetensors", output / "mine.txt")
+    with pytest.raises(ValueError, match=r"deeper cannot be a folder: .*mine\.txt is a file$"):
+        export(run, "safetensors", output / "mine.txt" / "deeper")
 
 
 def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def detector(
     if head.endswith("rcnn"):
         settings = {"box_width": 32, "rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 60}
         settings |= {"box_detections_per_img": 20} | (
-            {"mask_width": 32} if head == "mask_rcnn" else {"convention": "mmdet"}
+            {"mask_width": 32} if head.endswith("mask_rcnn") else {"convention": "mmdet"}
         )
     sizes = {"min_size": min_size, "max_size": max(min_size, 96)}
     neck_kwargs = {"out_channels": 64 if head == "fcos" else 32}  # whose norms have 32 groups
@@ -156,6 +156,7 @@ def test_a_detector_in_onnx(tmp_path: Path) -> None:
         for head, to in [
             *(("retinanet", "pt2"), ("fcos", "onnx"), ("fcos", "pt2")),
             *(("faster_rcnn", "onnx"), ("faster_rcnn", "pt2"), ("mask_rcnn", "onnx"), ("mask_rcnn", "pt2")),
+            *(("cascade_mask_rcnn", "onnx"), ("cascade_mask_rcnn", "pt2")),
         ]
     ],
 )

@@ -23,9 +23,9 @@ from foveal.weights.formats import FORMATS, Format, Job
 SIZE = 32
 
 
-def _save(folder: Path, name: str, size: int = SIZE, **arguments) -> Path:
+def _save(folder: Path, name: str, size: int = SIZE, classes: int = 5, **arguments) -> Path:
     torch.manual_seed(3)
-    model = timm.create_model(name, num_classes=5, **arguments)
+    model = timm.create_model(name, num_classes=classes, **arguments)
     with torch.no_grad():  # branches that do not vanish, norms that are not the identity
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
@@ -143,7 +143,7 @@ def test_the_branches_are_folded(care: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(64, 64), (65, 97), (128, 64), (200, 71), (96, 160)])
+@pytest.mark.parametrize("size", [(32, 32), (65, 97), (128, 33), (200, 71), (96, 160)])
 def test_one_onnx_file_for_any_size(any_size: tuple[Path, Path], size: tuple[int, int]) -> None:
     source, folder = any_size
     x, expected = _judge(source, (2, 3, *size))
@@ -155,9 +155,9 @@ def any_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pytest.importorskip("onnxscript", reason="the extra foveal[export] is not installed")
     place = tmp_path_factory.mktemp("any")
     arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
-    source = _save(place / "dinat", "test_foveal_dinat", size=64, **arguments)
+    source = _save(place / "dinat", "test_foveal_dinat", **arguments)
     done = export(source, "onnx", place / "onnx", dynamic=True)
-    assert "| size | any height and width from 64 on |" in (done.folder / "README.md").read_text()
+    assert "| size | any height and width from 32 on |" in (done.folder / "README.md").read_text()
     return source, done.folder
 
 
@@ -213,11 +213,9 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
         ValueError, match="--dynamic: free sizes are offered for NAT, DiNAT, DiNAT_s, OverLoCK and CARE a"
     ):
         export(fixed, "pt2", output, dynamic=True)
-    for to in ("pt2", "aoti"):
-        with pytest.raises(
-            ValueError, match=rf"{to} with --dynamic .* from 64 on, and .* has images of 32 x 32: leave"
-        ):
-            export(folder, to, output, dynamic=True)
+    small = _save(tmp_path / "small", "test_foveal_care", size=28)
+    with pytest.raises(ValueError, match=r"pt2 with --dynamic .* from 32 on, and .* has images of 28 x 28: leave"):
+        export(small, "pt2", output, dynamic=True)
     with pytest.raises(ValueError, match="--int8 is for onnx, quantised by onnxruntime; pt2 is written in float"):
         export(folder, "pt2", output, int8=True, calibration=[tmp_path])
     with pytest.raises(ValueError, match="--int8 does not go with --half"):
@@ -231,6 +229,11 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
         export(folder, "onnx", output, int8=True, calibration=[tmp_path / "empty"])
     with pytest.raises(ValueError, match="is neither a detector nor a segmenter: --size is for these; a class"):
         export(folder, "onnx", output, size=(64, 64))
+    headless = _save(tmp_path / "headless", "test_foveal_care", classes=0)
+    with pytest.raises(
+        ValueError, match="headless has no classifier, num_classes is 0: pt2 holds one; --to safetensors"
+    ):
+        export(headless, "pt2", output)
     if formats.sys.platform != "darwin":
         monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: name)  # as if all were installed
         with pytest.raises(ValueError, match="--score runs what was written, and coreml is not run here: Core ML"):
@@ -293,7 +296,7 @@ def test_checks_of_free_sizes(tmp_path: Path) -> None:
     model = load(_save(tmp_path / "x", "test_foveal_nat", size=64))
     for to in FORMATS:
         sizes = [tuple(x.shape[2:]) for x in exporting.check_inputs(model, (), to, True).values()]
-        assert min(map(min, sizes)) == 64
+        assert min(map(min, sizes)) == 32
         assert len(set(sizes)) == 4
 
 
@@ -301,10 +304,10 @@ def test_checks_of_free_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["pt2", pytest.param("aoti", marks=pytest.mark.long)])
 def test_free_sizes_of_pytorch(to: str, tmp_path: Path) -> None:
     arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
-    source = _save(tmp_path / "x", "test_foveal_dinat", size=64, **arguments)
+    source = _save(tmp_path / "x", "test_foveal_dinat", **arguments)
     done = export(source, to, tmp_path / "out", dynamic=True)
-    assert "| size | any height and width from 64 on |" in (done.folder / "README.md").read_text()
-    for size in ((64, 64), (65, 131)):
+    assert "| size | any height and width from 32 on |" in (done.folder / "README.md").read_text()
+    for size in ((32, 32), (33, 64), (65, 131)):
         x, expected = _judge(source, (2, 3, *size))
         assert _apart(RUNNERS[to](done.folder, x), expected) < TOLERANCE
 

@@ -82,8 +82,13 @@ def test_dense_checkpoints_are_of_models_that_exist(name: str) -> None:
     """With a list of dilations for each of their levels, one for each block."""
     checkpoint = ALL[name]
     assert is_model(checkpoint.model)
-    assert set(checkpoint.arguments) <= {"dilations"}
-    if checkpoint.arguments:
+    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1"}
+    # of a ResNet of detectron2 both are known
+    assert ("stride_in_1x1" in checkpoint.arguments) == (
+        checkpoint.keys == "detectron2" and "resnet" in checkpoint.model
+    )
+    assert ("stride_in_1x1" in checkpoint.arguments) == (checkpoint.channel_order is not None)
+    if "dilations" in checkpoint.arguments:
         with torch.device("meta"):
             model = timm.create_model(checkpoint.model, **checkpoint.arguments)  # refuses others
         layers = [m for m in model.modules() if isinstance(m, NeighborhoodAttention2d)]
@@ -121,6 +126,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         ({"score": {"top_1": 81.8}}, r"scores \['top_1'\], known are top1"),
         ({"score": {"top1": 818}}, "not per cent"),
         ({"sha256": "abc"}, "sha256 'abc'"),
+        ({"channel_order": "gbr"}, "channel_order 'gbr', rgb or bgr"),
         ({"crop": None}, "inputs"),
         ({"model": "nat_tiny"}, "nat_tiny.in1k is there twice"),
         ({"address": "https://shi-labs.com/projects/nat/checkpoints/CLS/nat_tiny.pth"}, "of more than one checkpoint"),
