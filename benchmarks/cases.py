@@ -207,6 +207,14 @@ GPU_MODELS = (
     SpeedCase("nat_tiny", 224, "convnext_tiny"),
     SpeedCase("davit_tiny", 224),
     SpeedCase("overlock_t", 224, "convnext_tiny"),
+    # those that are trained on many GPUs, whose steps docs/scaling.md derives from these figures
+    SpeedCase("dinat_large", 224, batch=64),
+    SpeedCase("dinat_s_large", 224, batch=64),
+    SpeedCase("overlock_b", 224),
+    SpeedCase("maxvit_large_224", 224, batch=64),
+    SpeedCase("maxvit_xlarge_224", 224, batch=64),
+    SpeedCase("halo_h7", 600, batch=32),
+    SpeedCase("ascan_large", 224),
 )
 TINY_MODELS = (SpeedCase("test_vit", 160, batch=1), SpeedCase("test_foveal_dinat", 64, "test_vit", 1))
 

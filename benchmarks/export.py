@@ -26,6 +26,9 @@ Exporter = Callable[[nn.Module, Path], tuple[nn.Module, Mapping[str, Run]]]
 PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
+SETTLE = 0.2  # seconds until the threads of the runtime before sleep
+
+
 @dataclass(frozen=True)
 class ExportCase:
     """A model, run on batches of these sizes."""
@@ -67,7 +70,7 @@ def export_rows(case: ExportCase, rounds: int, export: Exporter, compiled: bool 
                 apart = ((call() - want).abs().max() / want.abs().max()).item()
                 if not apart <= MODEL_TOLERANCE:
                     raise RuntimeError(f"{case.id}, batch {batch}: {name} differs from eager by {apart:.1e}; not timed")
-            times = median_ms(calls, rounds)
+            times = median_ms(calls, rounds, settle=SETTLE)
             for name, each in times.items():
                 row = {"model": case.model, "input": f"{batch}x{'x'.join(map(str, size))}", "by": name}
                 rows.append(row | {"ms": round(each, 2), "over_eager": round(each / times["eager"], 3)})

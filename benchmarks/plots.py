@@ -1,84 +1,443 @@
-"""The tables of `foveal bench gpu` as pictures: ``python -m foveal.benchmarks.plots FOLDER`` reads and writes there."""
+"""The tables of `foveal bench` as pictures: `foveal bench plots [FOLDER] [--output FOLDER]`.
+
+Every row of a table is drawn. Colours are Okabe and Ito's, each with a marker of its own, so that nothing hangs on a
+colour alone. ``python -m foveal.benchmarks.plots`` draws the same but for accuracy, whose figures the command brings.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import hashlib
+import io
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# Okabe and Ito's palette, which everyone can tell apart
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+from PIL import Image, PngImagePlugin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).with_name("results")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+MARKERS = "osD^vP*X<>phd"
+DPI = 160  # 8 inches are 1280 pixels, sharp at the 800 of a page
+
+Row = dict[str, str]
+Facts = Callable[[str], Mapping[str, Any]]
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def bars(path: Path, title: str, unit: str, groups: dict[str, dict[str, float]], told: str) -> None:
-    """One group of horizontal bars for each key of ``groups``, one bar for each name in it; written as PNG."""
+def machine(row: Row) -> str:
+    """What a table was measured on and with, in one line."""
+    found = [row["gpu"]] if row.get("gpu") else []
+    if row.get("cpu"):
+        found.append(f"{row['cpu']}, {row['threads']} thread{'s' * (row['threads'] != '1')}")
+    versions = [f"{name} {row[name].partition('+')[0]}" for name in ("foveal", "torch", "triton") if row.get(name)]
+    return ", ".join([*found, *versions, *filter(None, [row.get("date")])])
+
+
+# ------------------------------------------------------------------------------------------------------ dots
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One axis of a picture: a column of the rows that have the values of ``where``."""
+
+    title: str
+    column: str
+    where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a table is drawn: a line for each ``label``, a dot in it for each ``series``; ``variant``: a hollow one."""
+
+    title: str
+    label: Callable[[Row], str]
+    series: Callable[[Row], str]
+    panels: tuple[Panel, ...]
+    variant: Callable[[Row], str] = lambda row: ""
+
+
+TABLES = {
+    "kernels": Table(
+        "Neighborhood attention, the layers of DiNAT-T at 224, batch 8",
+        lambda row: row["map"].replace(" d", ", dilation "),
+        lambda row: (
+            "foveal" if row["backend"] == "tiled" else row["backend"].replace("natten", f"NATTEN {row['natten']}")
+        ),
+        (Panel("forward, ms", "forward_ms"), Panel("memory, forward, MiB", "forward_extra_mib")),
+        lambda row: "with bias" if row["bias"] == "table" else "",
+    ),
+    "aggregate": Table(
+        "Neighborhood aggregation, the layers of OverLoCK-XT",
+        lambda row: f"{row['map'].replace(' k', ', kernel ').replace(' depth ', ', depth ')}, batch {row['batch']}",
+        lambda row: row["backend"].replace("tiled", "foveal"),
+        (
+            Panel("forward, ms", "forward_ms"),
+            Panel("forward + backward, ms", "forward_backward_ms"),
+            Panel("memory, MiB", "forward_backward_extra_mib"),
+        ),
+    ),
+    "halo": Table(
+        "Halo attention, the layers of timm's HaloNets",
+        lambda row: f"{row['model']} {row['input']}: {row['layer'].partition(',')[0]}",
+        lambda row: row["by"],
+        (
+            Panel("forward, ms", "forward_ms", {"part": "attention"}),
+            Panel("with projections, ms", "forward_ms", {"part": "module"}),
+            Panel("memory, MiB", "forward_extra_mib", {"part": "attention"}),
+        ),
+    ),
+    "export": Table(
+        "One image through a model in PyTorch and as exported",
+        lambda row: f"{row['model']}, {row['input'].replace('x3x', ' x ', 1)}",
+        lambda row: row["by"],
+        (Panel("ms", "ms"),),
+    ),
+    "data": Table(
+        "Loading JPEG files, per core",
+        lambda row: f"{row['files']}, {row['augmentation']}",
+        lambda row: row["loader"],
+        (Panel("images per second", "images_per_core_second"),),
+    ),
+    "zoo": Table(
+        "One image through every model",
+        lambda row: f"{row['model']}, {row['input'].rpartition('x')[2]}",
+        lambda row: row["form"],
+        (Panel("ms", "ms"),),
+    ),
+}
+GPU = {  # one picture for each way to run
+    "layers": ("share_of_floor", "share of the memory or arithmetic floor"),
+    "convs": ("share_of_floor", "share of the memory or arithmetic floor"),
+    "halo": ("ms", "ms"),
+    "models": ("images_per_second", "images per second"),
+}
+
+
+def dots(table: Table, rows: Sequence[Row], width: float = 8.0) -> Figure:
+    """A line for each label, in the order of the rows, with a dot for each series; logarithmic where tenfold."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure = Figure(figsize=(9, 1.5 + 0.2 * sum(len(group) + 1 for group in groups.values())), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    y, ticks, drawn = 0.0, [], set()
-    for group in groups.values():
-        ticks.append(y + (len(group) - 1) / 2)
-        for name, value in group.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            axis.barh(y, value, color=colour, edgecolor="black", linewidth=0.3, label=None if name in drawn else name)
-            axis.text(value, y, f" {value:.3g}", va="center", fontsize=6)
-            drawn.add(name)
-            y += 1
-        y += 1
-    axis.set_yticks(ticks, list(groups), fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel(unit)
-    axis.set_title(f"{title}\n{told}", fontsize=9)
-    axis.margins(x=0.1, y=0.01)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    labels = list(dict.fromkeys(table.label(row) for row in rows))
+    names = sorted(dict.fromkeys(table.series(row) for row in rows), key=lambda name: not name.startswith("foveal"))
+    styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(names)}
+    variants = list(dict.fromkeys(table.variant(row) for row in rows))
+    step = 0.22 if len(variants) == 1 else 0.34
+    figure = Figure(figsize=(width, 1.35 + step * len(labels)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display
+    axes = figure.subplots(1, len(table.panels), sharey=True, squeeze=False)[0]
+    for axis, panel in zip(axes, table.panels, strict=True):
+        values = []
+        for at, label in enumerate(labels):
+            for number, variant in enumerate(variants):
+                y = at + (number - (len(variants) - 1) / 2) * 0.42
+                line = []
+                for row in rows:
+                    wanted = (table.label(row), table.variant(row)) == (label, variant)
+                    if not wanted or not row[panel.column] or any(row[k] != v for k, v in panel.where.items()):
+                        continue
+                    line.append(value := float(row[panel.column]))
+                    colour, marker = styles[table.series(row)]
+                    axis.plot(
+                        value,
+                        y,
+                        marker,
+                        color=colour,
+                        markerfacecolor="white" if number else colour,
+                        markeredgecolor=colour if number else "white",
+                        markeredgewidth=1.1 if number else 0.5,
+                        markersize=5.5 if number else 6.5,
+                        zorder=4 if table.series(row) == names[0] else 3,
+                    )
+                if line:
+                    axis.plot([min(line), max(line)], [y, y], color="0.8", linewidth=1.2, zorder=1)
+                values += line
+        if logarithmic := min(values) > 0 and max(values) >= 10 * min(values):
+            _logarithmic(axis, values, wide=len(table.panels) == 1)
+        else:
+            axis.set_xlim(0, 1.05 * max(values))
+        axis.set_title(panel.title + (" (log)" if logarithmic else ""), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color="0.88", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    _legend(figure, styles, [variant for variant in variants if variant])
+    _titles(figure, table.title, machine(rows[0]))
+    return figure
 
 
-def draw(folder: Path) -> list[Path]:
-    """A picture for each table and mode in ``folder``; the paths written."""
-    written = []
-    for part, value, unit in (
-        ("layers", "share_of_floor", "share of the memory or arithmetic floor"),
-        ("convs", "share_of_floor", "share of the memory or arithmetic floor"),
-        ("halo", "ms", "milliseconds"),
-        ("models", "images_per_second", "images per second"),
-    ):
-        table = folder / f"gpu-{part}.csv"
-        if not table.exists():
+def _logarithmic(axis: Axes, values: Sequence[float], wide: bool = True) -> None:
+    """The ticks are 1, 2, 5, 10 where there is room: over three decades, over one on an axis that is not ``wide``."""
+    from matplotlib.ticker import LogLocator
+
+    room = max(values) < (1000 if wide else 15) * min(values)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if room else (1.0,)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axis.xaxis.minorticks_off()
+
+
+def _legend(figure: Figure, series: Mapping[str, tuple[str, str]], hollow: Sequence[str] = ()) -> None:
+    """Colour and marker of each name; what a hollow marker means."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], marker=m, color=colour, ls="", label=name) for name, (colour, m) in series.items()]
+    handles += [Line2D([], [], marker="o", color="0.3", markerfacecolor="white", ls="", label=name) for name in hollow]
+    if len(handles) > 1:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False
+        )
+
+
+def _titles(figure: Figure, title: str, told: str) -> None:
+    figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
+    figure.text(0.99, 1 - 0.09 / figure.get_figheight(), told, fontsize=7, color="0.35", ha="right", va="top")
+
+
+# -------------------------------------------------------------------------------------------------- accuracy
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model: its family, what stands beside its marker, and where; ``larger``: trained on more than ImageNet-1K."""
+
+    family: str
+    label: str
+    x: float
+    y: float
+    larger: bool
+    ours: bool
+    line: tuple[Any, ...]  # what it is joined with
+
+
+SIZES = (("parameters", 1e6), ("macs", 1e9))
+_SHORT = {"mini": "M", "tiny": "T", "small": "S", "base": "B", "large": "L", "xlarge": "XL"}
+
+
+def short(name: str) -> str:
+    """What tells a model from the others of its family: ``dinat_large_384`` is ``L 384``."""
+    name = re.sub(r"^(dinat_s|dinat|nat|maxvit|overlock|care|swin|convnext|davit)_(?!isotropic)", "", name)
+    name = re.sub(r"^(\w+)_isotropic", r"\1", name).replace("vitrpb", "vit").replace("halonet", "").replace("halo", "")
+    words = [word for word in name.split("_") if word not in ("patch4", "window7", "tf", "224", "256")]
+    return " ".join(_SHORT.get(word, word.upper() if len(word) < 3 else word) for word in words)
+
+
+def points(known: Mapping[str, Mapping[str, Any]], x: Mapping[str, float]) -> list[Point]:
+    """The models whose accuracy is published; ``x``: where each lies."""
+    found = []
+    for name, facts in known.items():
+        if facts["top1"] is None:
             continue
-        rows = read(table)
-        told = ", ".join(f"{key} {rows[0][key]}" for key in ("gpu", "torch", "triton", "date") if rows[0].get(key))
-        modes = dict.fromkeys((row.get("run", ""), row["mode"]) for row in rows if row[value])
-        for run, mode in modes:
-            groups: dict[str, dict[str, float]] = {}
-            for row in rows:
-                if row["mode"] == mode and row.get("run", "") == run and row[value]:
-                    label = " ".join(row[key] for key in ("case", "map", "rule", "layer", "model") if row.get(key))
-                    groups.setdefault(label, {})[row.get("by") or "images per second"] = float(row[value])
-            name = "-".join(filter(None, ("gpu", part, run, mode.replace("+", "-"))))
-            path = folder / f"{name}.png"
-            bars(path, f"{part}, {' '.join(filter(None, (run, mode)))}", unit, groups, told)
-            written.append(path)
+        kind = re.sub(r"_?(mini|tiny|small|base|large|xlarge|xt|[tsb]|s\d)(_|$).*", "", name)
+        larger = bool(facts["larger"])
+        line = (facts["family"], name if "hybrid" in facts["family"] else kind, larger, facts["input"][1])
+        found.append(Point(facts["family"], short(name), x[name], facts["top1"], larger, facts["ours"], line))
+    return sorted(found, key=lambda point: (not point.ours, "timm" in point.family, point.family))
+
+
+def scatter(title: str, told: str, axis_label: str, models: Sequence[Point]) -> Figure:
+    """Accuracy over what it costs, a marker and colour for each family, hollow after training on more images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.6), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    families = dict.fromkeys(point.family for point in models if point.ours)
+    peers = dict.fromkeys(point.family for point in models if not point.ours)  # grey, so that there are colours enough
+    styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(families)}
+    styles |= {name: ("0.45", MARKERS[::-1][n % len(MARKERS)]) for n, name in enumerate(peers)}
+    for line in dict.fromkeys(point.line for point in models):
+        joined = sorted((point.x, point.y) for point in models if point.line == line)
+        axis.plot(*zip(*joined, strict=True), color=styles[line[0]][0], linewidth=0.8, alpha=0.45, zorder=1)
+    for point in models:
+        colour, marker = styles[point.family]
+        axis.plot(
+            point.x,
+            point.y,
+            marker,
+            color=colour,
+            markerfacecolor="white" if point.larger else colour,
+            markersize=6,
+            zorder=3 + point.ours,
+        )
+    _logarithmic(axis, [point.x for point in models])
+    axis.margins(0.06)
+    axis.set_xlabel(f"{axis_label} (log)", fontsize=9)
+    axis.set_ylabel("top-1 on ImageNet-1K, %, published", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    hollow = ["pre-trained on ImageNet-21K or 22K"] if any(point.larger for point in models) else []
+    _legend(figure, styles, hollow)
+    _titles(figure, title, told)
+    _place_labels(axis, models, {name: colour for name, (colour, _) in styles.items()})
+    return figure
+
+
+def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str]) -> None:
+    """Each label as near to its marker as it can be without covering a marker or another label.
+
+    Raises:
+        ValueError: where there is no room for one of them.
+    """
+    from matplotlib import patheffects
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.transforms import Bbox
+
+    figure, font = axis.figure, FontProperties(size=7.5)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is placed must stay
+    renderer, frame, pixel = figure.canvas.get_renderer(), axis.get_window_extent(), figure.dpi / 72
+    places = axis.transData.transform([(point.x, point.y) for point in models])
+    radius = 4 * pixel
+    _, line, _ = renderer.get_text_width_height_descent("lp", font, False)  # as high as any line
+    taken = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in places]
+    for point, (x, y) in zip(models, places, strict=True):
+        width, _, _ = renderer.get_text_width_height_descent(point.label, font, False)
+        width, height = width + 2 * pixel, line + pixel
+        box = None
+        for far, turn in ((far, turn) for far in range(5, 90, 3) for turn in range(0, 360, 15)):
+            dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+            dx, dy = dx * (far * pixel + width / 2), dy * (far * pixel + height / 2)
+            tried = Bbox.from_bounds(x + dx - width / 2, y + dy - height / 2, width, height)
+            inside = frame.x0 < tried.x0 and tried.x1 < frame.x1 and frame.y0 < tried.y0 and tried.y1 < frame.y1
+            if inside and not tried.count_overlaps(taken):
+                box = tried
+                break
+        if box is None:
+            raise ValueError(f"there is no room for the label {point.label!r} of {point.family}")
+        taken.append(box)
+        axis.annotate(
+            point.label,
+            (point.x, point.y),
+            (dx / pixel, dy / pixel),
+            textcoords="offset points",
+            fontproperties=font,
+            color=colours[point.family],
+            ha="center",
+            va="center",
+            zorder=5,
+            path_effects=[patheffects.withStroke(linewidth=1.8, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            if far > 11
+            else None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def figures(folder: Path, facts: Facts | None = None) -> Iterator[tuple[str, Figure, Path]]:
+    """A name, a picture and the table that it is of, for each table in ``folder``; of accuracy if there are facts."""
+    for part, table in TABLES.items():
+        for path in sorted(folder.glob(f"{part}-cpu-*.csv")):
+            rows = read(path)
+            yield path.stem, dots(table, _both_forms(rows) if part == "zoo" else rows), path
+            if part == "zoo" and facts is not None:
+                yield from _accuracy(path, rows, facts)
+    for part, (value, unit) in GPU.items():
+        path = folder / f"gpu-{part}.csv"
+        rows = [row for row in read(path) if row[value]] if path.exists() else []
+        for run, mode in dict.fromkeys((row.get("run", ""), row["mode"]) for row in rows):
+            way = " ".join(filter(None, (run, mode)))
+            table = Table(
+                f"{part}, {way}",
+                lambda row: " ".join(row[key] for key in ("case", "map", "rule", "layer", "model") if row.get(key)),
+                lambda row: row.get("by") or "foveal and timm",
+                (Panel(unit, value),),
+            )
+            chosen = [row for row in rows if (row.get("run", ""), row["mode"]) == (run, mode)]
+            yield "-".join(["gpu", part, *way.replace("+", "-").split()]), dots(table, chosen), path
+
+
+def _both_forms(rows: Sequence[Row]) -> list[Row]:
+    forms = (("as created", "forward_ms"), ("reparameterized", "deployed_ms"))
+    return [{**row, "form": form, "ms": row[column]} for row in rows for form, column in forms if row[column]]
+
+
+def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[tuple[str, Figure, Path]]:
+    known = {row["model"]: facts(row["model"]) for row in rows}
+    speed = {row["model"]: float(row["forward_ms"]) for row in rows}
+    size, macs = ({name: each[key] / unit for name, each in known.items()} for key, unit in SIZES)
+    own = {name: each for name, each in known.items() if not each["same"]}  # timm's twins have the same size
+    for what, title, label, x in (
+        ("accuracy", "Accuracy and speed, one image", "milliseconds for one image", speed),
+        ("parameters", "Accuracy and size", "million parameters", size),
+        ("macs", "Accuracy and arithmetic", "GMACs of one image", macs),
+    ):
+        if found := points(known if x is speed else own, x):
+            yield f"{path.stem}-{what}", scatter(title, machine(rows[0]) if x is speed else "", label, found), path
+
+
+def fingerprint(path: Path) -> str:
+    """What a picture says of the table that it was drawn from."""
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def save(figure: Figure, path: Path, source: str, colours: int | None = None) -> None:
+    """Write a PNG under a temporary name, then rename it; ``source`` becomes its description, ``colours`` limit it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=figure.dpi)
+    drawn.seek(0)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Description", source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with Image.open(drawn) as image:
+            picture = image.convert("RGB")
+        if colours is not None:  # the method that keeps what is rare, such as a mark
+            picture = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture.save(temporary, format="PNG", optimize=True, pnginfo=text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw(folder: Path, output: Path | None = None, facts: Facts | None = None) -> list[Path]:
+    """A picture for each table in ``folder``, and mode, into ``output`` (default: there); the paths written."""
+    written = []
+    for name, figure, source in figures(folder, facts):
+        written.append((output or folder) / f"{name}.png")
+        save(figure, written[-1], fingerprint(source))
     return written
 
 
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print("usage: python -m foveal.benchmarks.plots FOLDER (with the tables of foveal bench gpu)", file=sys.stderr)
+def main(arguments: Sequence[str], facts: Facts | None = None) -> int:
+    """``facts``: family, ours, same, top1, larger, input, parameters and macs of a model, by its name, for accuracy."""
+    parser = argparse.ArgumentParser(prog="foveal bench plots", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="of the tables (default: those shipped)")
+    parser.add_argument("--output", type=Path, help="folder of the pictures (default: that of the tables)")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        print(f"foveal bench plots: {options.folder} is no folder", file=sys.stderr)
         return 2
-    written = draw(Path(arguments[0]))
+    written = draw(options.folder, options.output, facts)
+    if not written:
+        print(f"foveal bench plots: {options.folder} has no table of foveal bench", file=sys.stderr)
+        return 1
     print(*(f"wrote {path}" for path in written), sep="\n")
-    return 0 if written else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -80,8 +80,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def median_ms(calls: dict[str, Callable[[], object]], rounds: int, slow: float = 1.0) -> dict[str, float]:
-    """Median milliseconds of each call, in interleaved rounds; one that takes over ``slow`` seconds gets three only."""
+def median_ms(
+    calls: dict[str, Callable[[], object]], rounds: int, slow: float = 1.0, settle: float = 0.0
+) -> dict[str, float]:
+    """Median milliseconds of each call, in interleaved rounds; one that takes over ``slow`` seconds gets three only.
+
+    ``settle``: seconds of rest and one call untimed before each that is timed, where the calls are of several runtimes:
+    the threads of one keep spinning for a while after its answer, and would take the cores from the next.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # warm-up
@@ -89,6 +95,9 @@ def median_ms(calls: dict[str, Callable[[], object]], rounds: int, slow: float =
         for name, call in calls.items():
             if i >= 3 and times[name][0] > slow:
                 continue
+            if settle:
+                time.sleep(settle)
+                call()
             begin = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begin)

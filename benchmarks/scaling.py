@@ -1,4 +1,6 @@
-"""`foveal bench scaling`: step time and communication at many GPUs, derived from a measured single-GPU figure.
+"""`foveal bench scaling`: step time and communication at many GPUs, derived from measured single-GPU figures.
+
+They are the training rows of the tables that `foveal bench gpu` writes (``gpu-models*.csv``), or given by hand.
 
 For a step of P parameters on G GPUs of B images each (docs/scaling.md has the reasoning):
 
@@ -13,6 +15,9 @@ For a step of P parameters on G GPUs of B images each (docs/scaling.md has the r
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +26,10 @@ import timm
 import torch
 from rich.console import Console
 
+from ..backbones import list_models
 from .run import print_table, write_csv
 
+RESULTS = Path(__file__).parent / "results"
 # The large models of each family, and the batch of one GPU in their recipes.
 LARGE = {
     "dinat_large": 64,
@@ -58,6 +65,33 @@ class Step:
     efficiency: float | None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Training on one GPU: images per second, at a batch, ``run`` eager or compiled."""
+
+    images_per_second: float
+    batch: int
+    run: str
+    gpu: str
+    date: str
+
+
+def measured(folder: Path) -> dict[str, Measured]:
+    """What `foveal bench gpu` has measured of our models' training, by name; the faster of two figures."""
+    found: dict[str, Measured] = {}
+    for path in sorted(folder.glob("gpu-models*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                # without a GPU it was a dry run; without images per second it failed
+                if row["mode"] != "training" or not row.get("gpu") or not row["images_per_second"]:
+                    continue
+                speed, batch = float(row["images_per_second"]), int(row["input"].split("x")[0])
+                known = found.get(row["model"])
+                if row["model"] in list_models() and (known is None or speed > known.images_per_second):
+                    found[row["model"]] = Measured(speed, batch, row["run"], row["gpu"], row["date"])
+    return found
+
+
 def derive(
     parameters: int,
     gpus: int,
@@ -86,20 +120,26 @@ def derive(
     return Step(sent, messages, seconds, compute / seconds)
 
 
+@functools.cache
 def parameters_of(name: str) -> int:
-    """Trained parameters of a model, without its memory."""
+    """Trained parameters of a model of 1,000 classes, without its memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
+        return sum(p.numel() for p in timm.create_model(name, num_classes=1000).parameters())
 
 
-def rows(names: list[str], speed: float | None, batch: int | None, overlap: float) -> list[dict[str, object]]:
+def rows(
+    names: list[str], figures: dict[str, Measured], speed: float | None, batch: int | None, overlap: float
+) -> list[dict[str, object]]:
+    """What is printed: for each model, way and number of GPUs. ``speed`` and ``batch`` replace what was measured."""
     table = []
     for name in names:
         parameters = parameters_of(name)
-        images = batch or LARGE.get(name, 64)
+        own = figures.get(name)
+        images = batch or (own.batch if own and speed is None else LARGE.get(name, 64))
+        rate = speed or (own.images_per_second if own else None)
         for gpus in GPUS:
             for fsdp in (False, True):
-                step = derive(parameters, gpus, images, speed, fsdp=fsdp, overlap=overlap)
+                step = derive(parameters, gpus, images, rate, fsdp=fsdp, overlap=overlap)
                 table.append(
                     {
                         "model": name,
@@ -116,15 +156,80 @@ def rows(names: list[str], speed: float | None, batch: int | None, overlap: floa
     return table
 
 
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _both(name: str, speed: float | None, batch: int) -> list[Step]:
+    """DDP on all numbers of GPUs, then FSDP."""
+    parameters = parameters_of(name)
+    return [derive(parameters, gpus, batch, speed, fsdp=fsdp) for fsdp in (False, True) for gpus in GPUS]
+
+
+COLUMNS = [f"{way}, {gpus} GPUs" if gpus == GPUS[0] else str(gpus) for way in ("DDP", "FSDP") for gpus in GPUS]
+
+
+def sent_table() -> str:
+    """What each GPU sends for the large models, as the page has it."""
+    lines = [_line(["model", "parameters", *COLUMNS]), "|" + "---|" * (2 + len(COLUMNS))]
+    for name in LARGE:
+        cells = [f"{step.bytes / 1e6:,.0f} MB, {1e3 * step.messages:.1f} ms" for step in _both(name, None, 1)]
+        lines.append(_line([name, f"{parameters_of(name) / 1e6:.1f} M", *cells]))
+    return "\n".join(lines)
+
+
+def step_table(figures: dict[str, Measured]) -> str:
+    """Step times and efficiencies of what has been measured, the large models first; what has not is named."""
+    names = [*(name for name in LARGE if name in figures), *sorted(set(figures) - set(LARGE))]
+    missing = [name for name in LARGE if name not in figures]
+    lines = []
+    if names:
+        lines = [_line(["model", "measured: images/s", "batch", *COLUMNS]), "|" + "---|" * (3 + len(COLUMNS))]
+    for name in names:
+        own = figures[name]
+        steps = _both(name, own.images_per_second, own.batch)
+        cells = [f"{1e3 * step.seconds:,.0f} ms, {100 * step.efficiency:.1f} %" for step in steps]
+        speed = f"{own.images_per_second:,.0f} ({own.gpu}, {own.run}, {own.date})"
+        lines.append(_line([name, speed, str(own.batch), *cells]))
+    if missing:
+        lines += [""] * bool(lines)
+        lines.append(f"**Not measured on a GPU yet, so without step times: {', '.join(missing)}.**")
+    return "\n".join(lines)
+
+
+def write_page(path: Path, figures: dict[str, Measured]) -> None:
+    """Puts both tables between their marks in the page.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    for mark, table in (("sent", sent_table()), ("steps", step_table(figures))):
+        block = re.compile(rf"(<!-- {mark} -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+        if len(block.findall(text)) != 1:
+            raise ValueError(f"{path} has not one place between <!-- {mark} --> and <!-- end -->")
+        text = block.sub(lambda found, table=table: found[1] + table + found[2], text)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="foveal bench scaling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", action="append", help="a model's name; may be repeated (default: the large ones)")
+    parser.add_argument(
+        "--model", action="append", help="a model's name; may be repeated (default: the large ones, and the measured)"
+    )
     parser.add_argument("--images-per-second", type=float, help="of training on one GPU, measured; with one --model")
-    parser.add_argument("--batch", type=int, help="images for each GPU (default: the recipe's)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the tables of `foveal bench gpu` (the package's own)"
+    )
+    parser.add_argument("--batch", type=int, help="images for each GPU (default: the measured, else the recipe's)")
     parser.add_argument("--overlap", type=float, default=0.8, help="share of the window that hides messages (0.8)")
     parser.add_argument("--csv", type=Path, help="also write the table here")
+    parser.add_argument("--page", type=Path, help="also write both tables into this page (docs/scaling.md)")
     options = parser.parse_args(arguments)
-    names = options.model or list(LARGE)
+    figures = measured(options.results)
+    names = options.model or [*LARGE, *sorted(set(figures) - set(LARGE))]
     for name in names:
         if not timm.is_model(name):
             parser.error(f"there is no model {name!r}")
@@ -135,12 +240,29 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--overlap must lie between 0 and 1, got {options.overlap}")
     if options.batch is not None and options.batch < 1:
         parser.error(f"--batch must be at least 1, got {options.batch}")
-    table = rows(names, speed, options.batch, options.overlap)
+    if not options.results.is_dir():
+        parser.error(f"--results {options.results} is no folder")
+    table = rows(names, figures, speed, options.batch, options.overlap)
     console = Console(width=None if sys.stdout.isatty() else 200)
     print_table("foveal bench scaling: derived, not measured", table, console)
     if speed is None:
-        console.print("step times wait for a measured figure: --model NAME --images-per-second N")
+        for name in (n for n in names if n in figures):
+            own = figures[name]
+            console.print(
+                f"{name}: {own.images_per_second:,.0f} images/s, batch {own.batch}, {own.run}, {own.gpu}, {own.date}",
+                highlight=False,
+            )
+        if missing := [name for name in names if name not in figures]:
+            console.print(
+                f"step times wait for a measured figure of {', '.join(missing)}: `foveal bench gpu`, or --model NAME "
+                "--images-per-second N",
+                highlight=False,
+                soft_wrap=True,
+            )
     if options.csv:
         write_csv(options.csv, table)
         console.print(f"wrote {options.csv}")
+    if options.page:
+        write_page(options.page, figures)
+        console.print(f"wrote {options.page}")
     return 0

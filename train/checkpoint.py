@@ -8,7 +8,6 @@ disk and renamed; those before it stand as ``NAME.old``, ``NAME.old2`` ..., wher
 many as are to be kept, and one between the two renames.
 """
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -26,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
+
+from ..backbones.loading import read_checkpoint
 
 WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
@@ -217,9 +218,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        # published files hold the arguments of their training beside the tensors; a Namespace only holds attributes
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         # torch's own text goes on with the advice to load unsafely
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
@@ -238,7 +237,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         except UNREADABLE as error:
             raise CheckpointError(f"{path} can't be read as safetensors: {error}") from None
-    content = _read_pickle(path)
+    try:
+        content = read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).replace(f"{path} ", "it ", 1)
+        raise CheckpointError(f"{path} can't be read as a checkpoint: {reason}") from None
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

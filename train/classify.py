@@ -282,7 +282,17 @@ class Task:
 
 def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
     """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides; the exit
-    code is that of `run.run_recipe`."""
+    code is that of `run.run_recipe`.
+
+    Examples:
+        >>> from foveal.train.classify import train
+        >>> train("digits", ["schedule.epoch=1"])
+        error: command line: unknown key `schedule.epoch`; did you mean `schedule.epochs`?
+        1
+        >>> train("digits", ["schedule.epochs=1", "train.steps_per_epoch=4", "output=runs/short"])  # doctest: +ELLIPSIS
+        test_foveal_dinat...
+        0
+    """
     return run_recipe(config_path, overrides, ClassifyConfig, build_task)
 
 
@@ -319,6 +329,19 @@ def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
     writes the result as JSON.
 
     The exit code is that of `run.run_evaluation`.
+
+    Examples:
+        >>> import timm
+        >>> from foveal.train.classify import evaluate
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=10, in_chans=1)
+        >>> timm.models.save_for_hf(model, "folder", model_args={"in_chans": 1}, safe_serialization=True)
+        >>> data = ["data.kind=digits", "data.image_size=32", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
+        >>> evaluate("folder", [*data, "output=score.json"])  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+        folder: digits, 32 px ...
+        0
+        >>> import json
+        >>> json.load(open("score.json"))["n"]
+        360
     """
     return run_evaluation(_evaluate, source, overrides)
 

@@ -106,6 +106,14 @@ def write(run: str | Path) -> Path:
 
     Raises:
         ValueError: the folder holds no run.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from foveal.train.report import write
+        >>> Path("run").mkdir()
+        >>> _ = Path("run/config.yaml").write_text("model: {name: nat_mini}")
+        >>> write("run").name  # of what there is so far
+        'report.html'
     """
     run = Path(run)
     recipe = run / "config.yaml"

@@ -5,6 +5,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import safetensors.torch
 import timm
 import torch
 
-from foveal.train import checkpoint
+from foveal.train import checkpoint, classify
 from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
 from foveal.train.classify import train
 
@@ -123,6 +125,68 @@ def test_run_on_a_full_disk_says_so(quick, tmp_path, monkeypatch, capsys):
     assert train(quick, [f"output={run}", "schedule.epochs=2", "resume=auto"]) == 0
 
 
+def test_metrics_that_a_full_disk_does_not_take(quick, tmp_path, capsys):
+    """The checkpoint before them is whole, and the run goes on from it once there is room."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.csv.tmp").symlink_to("/dev/full")
+    options = [f"output={run}", "schedule.epochs=2", "data.limit=128", "data.val_limit=64", "resume=auto"]
+    assert train(quick, options) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"error: writing {run} or reading data: [Errno 28] No space left on device" in said
+    assert "Traceback" not in said
+    checkpoint.verify(run / "last")
+    (run / "metrics.csv.tmp").unlink()
+    assert train(quick, options) == 0
+    assert "resumed at epoch 2, update 1" in " ".join(capsys.readouterr().out.split())
+    assert len((run / "metrics.csv").read_text().splitlines()) == 3
+
+
+ON_A_SMALL_DISK = """
+import os, sys
+from pathlib import Path
+from foveal.train import checkpoint, classify
+
+recipe, disk = map(Path, sys.argv[1:])
+options = [f"output={disk / 'run'}", "data.limit=128", "data.val_limit=64", "resume=auto", "log.trackers=[]"]
+assert classify.train(recipe, [*options, "schedule.epochs=1"]) == 0
+best, last = (sum(f.stat().st_size for f in (disk / "run" / name).iterdir()) for name in ("best", "last"))
+left, room = best + 40_000, os.statvfs(disk)  # best/ is written anew by a run that goes on, beside a few small files
+assert left < last
+(disk / "filler").write_bytes(bytes(room.f_bavail * room.f_bsize - left))
+assert classify.train(recipe, [*options, "schedule.epochs=3"]) == 1
+checkpoint.verify(disk / "run/last")
+assert not list((disk / "run").glob("*.tmp/*"))
+(disk / "filler").unlink()
+assert classify.train(recipe, [*options, "schedule.epochs=3"]) == 0
+assert len((disk / "run/metrics.csv").read_text().splitlines()) == 4
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_disk_that_becomes_full(quick, tmp_path):
+    """A file system of 8 MB in memory, which only this run sees."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    small = f"mount -t tmpfs -o size=8m none {disk}"
+    if shutil.which("unshare") is None or subprocess.run([*mount, small], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody mount a file system of their own (unshare, mount)")
+    command = f'{small}; exec "$0" -c "$1" "$2" "$3"'
+    done = subprocess.run(
+        [*mount, command, sys.executable, ON_A_SMALL_DISK, str(quick), str(disk)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{disk}/run/last from before is intact" in said
+    assert "No space left on device" in said
+    assert said.count("resumed at epoch 2, update 1") == 2
+
+
 # Reading
 
 
@@ -142,7 +206,7 @@ FOREIGN = {"stem.weight": torch.zeros(2)}
         ("w.pth", b"this is no checkpoint", "can't be read"),
         ("w.pth", bytes(range(256)), "can't be read"),
         ("w.pth", {"epoch": 3}, "holds no model weights"),
-        ("w.pth", [1, 2], "holds no model weights"),
+        ("w.pth", [1, 2], "holds no named tensors"),
         ("w.pth", {"state_dict": FOREIGN}, "not a checkpoint of this model"),
         ("w.safetensors", b"", "can't be read"),
         ("w.safetensors", b"this is no checkpoint", "can't be read"),
@@ -166,7 +230,17 @@ def test_foreign_files(tmp_path, name, content, says):
 def test_code_in_a_pickle_is_not_run(tmp_path):
     path = tmp_path / "evil.pth"
     torch.save({"a": Path("x")}, path)  # any class beyond tensors and plain values
-    with pytest.raises(CheckpointError, match="can't be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"can't be read as a checkpoint: it holds more than tensors \(pathlib"):
+        load_initial(tiny(), path)
+
+
+def test_a_bit_that_a_pickle_lost(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {"a": torch.arange(1000.0)}}, path)
+    content = path.read_bytes()
+    at = content.find(torch.tensor(500.0).numpy().tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError, match="can't be read as a checkpoint: it is damaged: the checksum"):
         load_initial(tiny(), path)
 
 
@@ -341,6 +415,32 @@ def test_run_in_a_read_only_folder_says_so(quick, tmp_path, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "Permission denied" in said
     assert "Traceback" not in said
+
+
+def test_a_run_whose_folder_becomes_read_only(capsys, monkeypatch, no_rights):
+    """In the second epoch; it goes on when it may write again."""
+    place = Path(tempfile.mkdtemp())
+    recipe, run = place / "quick.yaml", place / "run"
+    recipe.write_text(QUICK)
+    original = classify.Task.train_step
+
+    def step(self, model, batch, epoch):
+        if epoch == 1:
+            run.chmod(0o500)
+        return original(self, model, batch, epoch)
+
+    options = [f"output={run}", "data.limit=128", "data.val_limit=64", "resume=auto", "schedule.epochs=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(classify.Task, "train_step", step)
+        assert train(recipe, options) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Permission denied" in said
+    assert "last from before is intact" in said
+    checkpoint.verify(run / "last")
+    run.chmod(0o700)
+    assert train(recipe, options) == 0
+    assert "resumed at epoch 2, update 1" in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,34 @@
 """Several processes on one machine, through gloo: DDP and FSDP, going on with more or fewer, failures."""
 
+import argparse
 import functools
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.run import get_args_parser
 
-from foveal.configs.schema import ConfigError, TrainConfig
+from foveal.configs.schema import ConfigError, TrainConfig, load_config
 from foveal.heads.build import build_detector, build_segmenter
-from foveal.train import checkpoint, engine
+from foveal.train import checkpoint, classify, engine
 from foveal.train.classify import evaluate, train
 from foveal.train.data.order import EpochOrder
 from foveal.train.engine import Trainer
@@ -336,6 +342,69 @@ def test_the_slurm_script(slurm, tmp_path):
     code, asked = slurm(arguments, f"touch {run}/summary.json")
     assert (code, len(asked)) == (0, 2)
     assert slurm(["dinat_tiny"], "true") == (1, [])
+
+
+PAGE = (Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8")
+
+
+def launched(command: str) -> argparse.Namespace:
+    """What torchrun makes of a command, whose end has to be a training that `foveal` would begin."""
+    words = shlex.split(command, comments=True)
+    found = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert (found.module, found.training_script) == (True, "foveal")
+    verb, task, name, *overrides = found.training_script_args
+    assert (verb, task) == ("train", "classify")
+    load_config(name, overrides)
+    return found
+
+
+def test_the_commands_of_the_page():
+    (block,) = re.findall(r"```\n(torchrun .*?)```", PAGE, re.DOTALL)
+    alone, many = map(launched, block.replace("\\\n", "").strip().splitlines())
+    assert (alone.standalone, alone.nproc_per_node) == (True, "8")
+    assert (many.nnodes, many.max_restarts, many.rdzv_endpoint) == ("4", 3, "HOST:29500")
+
+
+def test_the_kubernetes_job():
+    """Its parts agree: pods with nodes, GPUs with processes, addresses with names, paths with volumes."""
+    job = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (command,) = container["args"]
+    found = launched(command.replace("$JOB_COMPLETION_INDEX", "3"))
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+    assert int(found.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert (found.node_rank, int(found.nproc_per_node)) == (3, container["resources"]["limits"]["nvidia.com/gpu"])
+    assert found.rdzv_endpoint == f"{job['metadata']['name']}-0.{pod['subdomain']}:29500"
+    assert pod["terminationGracePeriodSeconds"] > 30  # which torchrun gives its processes
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    paths = [o.partition("=")[2] for o in found.training_script_args if o.startswith(("output=", "data.root="))]
+    assert len(paths) == 2
+    assert all(any(path.startswith(mount) for mount in mounts.values()) for path in paths)
+
+
+def test_the_code_for_ray(monkeypatch):
+    """With classes of Ray's names, of which the trainer runs its function here."""
+
+    class TorchTrainer:
+        def __init__(self, worker: Callable, train_loop_config: dict, scaling_config: dict, run_config: dict):
+            assert scaling_config["num_workers"] == 32
+            assert run_config["failure_config"]["max_failures"] > 0
+            self.fit = functools.partial(worker, train_loop_config)
+
+    asked, codes = [], [0, 1]
+    names = ("ScalingConfig", "RunConfig", "FailureConfig")
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.train", types.SimpleNamespace(**dict.fromkeys(names, dict)))
+    monkeypatch.setitem(sys.modules, "ray.train.torch", types.SimpleNamespace(TorchTrainer=TorchTrainer))
+    monkeypatch.setattr(classify, "train", lambda *given: asked.append(given) or codes.pop(0))
+    code = compile(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], "distributed.md", "exec")
+    exec(code, {})
+    with pytest.raises(RuntimeError, match="the run failed"):
+        exec(code, {})
+    for name, overrides in asked:
+        assert load_config(name, overrides).resume == "auto"
 
 
 @pytest.mark.slow

@@ -193,7 +193,7 @@ def test_the_cost_is_measured_on_the_same_training(tmp_path):
     """Both loops leave the same weights, once nothing is drawn at random and the rate is constant."""
     fixed = ["shift=0", "rotate=0", "zoom=0"]
     options = [*cost.PLAIN, "data.image_size=16", "data.limit=256", *(f"augment.{each}" for each in fixed)]
-    options += ["schedule.name=constant", "schedule.warmup_fraction=0", f"output={tmp_path}"]
+    options += [f"output={tmp_path}"]
     config = load_config("classify/digits", options, ClassifyConfig)
     states = []
     with ExitStack() as stack:

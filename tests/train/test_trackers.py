@@ -1,8 +1,11 @@
 """Figures reach the trackers of accelerate, every epoch once, also over a resume."""
 
 import csv
+import json
 import os
 import shutil
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,3 +137,50 @@ def test_mlflow(quick: Path, tmp_path: Path, monkeypatch):
     assert set(kept.data.metrics) >= FIGURES
     assert [each.step for each in client.get_metric_history(kept.info.run_id, "top1")] == [1, 2, 3]
     assert os.listdir(run / "tensorboard")
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """What an offline run has written: seven bytes, then LevelDB's log, records cut to blocks of 32 KiB."""
+    data, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, part = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if part in (1, 4):  # all of a record, its end
+            yield whole
+            whole = b""
+
+
+@pytest.mark.slow
+def test_wandb(quick: Path, tmp_path: Path, monkeypatch):
+    """Offline: every epoch once, of one run, also over a resume."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    given = [f"output={run}", "log.trackers=[wandb]", "data.limit=128", "data.val_limit=64", "resume=auto"]
+    assert train(quick, [*given, "schedule.epochs=1"]) == 0
+    assert train(quick, [*given, "schedule.epochs=3"]) == 0
+    number = json.loads((run / "trackers.json").read_text())["wandb"]
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
+    rows, settings = [], {}
+    for file in files:
+        for data in wandb_records(file):
+            record = Record.FromString(data)
+            kind = record.WhichOneof("record_type")
+            items = record.history.item if kind == "history" else record.config.update if kind == "config" else ()
+            found = {each.key or each.nested_key[0]: json.loads(each.value_json) for each in items}
+            if kind == "history":
+                rows.append(found)
+            settings |= found if kind == "config" else {}
+    assert [row["_step"] for row in rows] == [1, 2, 3]
+    assert all(set(row) >= FIGURES for row in rows)
+    with (run / "metrics.csv").open() as file:
+        assert [row["top1"] for row in rows] == [pytest.approx(float(row["top1"])) for row in csv.DictReader(file)]
+    assert settings["model.name"] == "test_foveal_dinat"
