@@ -8,7 +8,13 @@ _MODULES = (nat, halonet, care, maxvit, overlock, ascan)
 
 
 def list_models() -> list[str]:
-    """The names of all models registered by this package, sorted."""
+    """The names of all models registered by this package, sorted.
+
+    Examples:
+        >>> import foveal
+        >>> "dinat_tiny" in foveal.list_models()
+        True
+    """
     return sorted(name for module in _MODULES for name in module.default_cfgs)
 
 
@@ -17,6 +23,11 @@ def family(name: str) -> str:
 
     Raises:
         ValueError: if the name is not one of `list_models`.
+
+    Examples:
+        >>> from foveal.backbones import family
+        >>> family("dinat_s_tiny")
+        'DiNAT_s'
     """
     for module in _MODULES:
         if name in module.default_cfgs:

@@ -170,6 +170,16 @@ class AsCAN(StagedBackbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.backbones.ascan import AsCAN
+        >>> model = timm.create_model("test_foveal_ascan", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('AsCAN', (1, 10))
+        >>> assert isinstance(model, AsCAN)
+        >>> model.reparameterize()(torch.randn(1, 3, 64, 96)).shape  # folded, for inference
+        torch.Size([1, 10])
     """
 
     def __init__(

@@ -54,6 +54,13 @@ class NeighborhoodAttention2d(nn.Module):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import NeighborhoodAttention2d
+        >>> attention = NeighborhoodAttention2d(dim=64, num_heads=2, kernel_size=7, dilation=2)
+        >>> attention(torch.randn(1, 16, 20, 64)).shape
+        torch.Size([1, 16, 20, 64])
     """
 
     def __init__(
@@ -149,8 +156,8 @@ def shortfall(length: int, least: int) -> int:
 
 def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for free sizes, as a matrix product for each axis."""
-    for dim, target in ((3, size[1]), (2, size[0])):
-        source = x.shape[dim]
+    for target in (size[1], size[0]):
+        source = x.shape[3]
         number = torch.arange(target, device=x.device)[:, None]
         length = torch.full((), source, dtype=torch.int64, device=x.device)
         start = torch.div(number * length, target, rounding_mode="floor")
@@ -158,7 +165,9 @@ def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         position = torch.arange(source, device=x.device)
         inside = (position >= start) & (position < stop)
         matrix = (inside / (stop - start)).to(x.dtype)  # target, source
-        x = x @ matrix.t() if dim == 3 else matrix @ x
+        # of two dimensions each, without a broadcast: there an exporter takes down which lengths are 1
+        lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
+        x = (lines @ matrix.t()).unflatten(0, x.shape[:3]).transpose(2, 3)
     return x
 
 
@@ -276,6 +285,13 @@ class PartitionAttention2d(nn.Module):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import PartitionAttention2d
+        >>> attention = PartitionAttention2d(dim=64, num_heads=2, partition_size=(7, 7), kind="grid")
+        >>> attention(torch.randn(1, 16, 20, 64)).shape
+        torch.Size([1, 16, 20, 64])
     """
 
     def __init__(
@@ -371,6 +387,13 @@ class HaloAttention2d(nn.Module):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import HaloAttention2d
+        >>> attention = HaloAttention2d(dim=64, num_heads=2, block_size=8, halo_size=3, stride=2)
+        >>> attention(torch.randn(1, 64, 16, 21)).shape
+        torch.Size([1, 64, 8, 11])
     """
 
     def __init__(
@@ -519,6 +542,15 @@ def context_mixing(
 
     Returns:
         ``[B, H, W, C]``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import context_mixing
+        >>> q, k = torch.randn(1, 14, 14, 2, 8), torch.randn(1, 49, 2, 8)
+        >>> proj = torch.nn.Conv2d(49, 7 * 7 + 5 * 5, 1)
+        >>> tables = torch.zeros(2, 13, 13), torch.zeros(2, 9, 9)
+        >>> context_mixing(q, k, torch.randn(1, 14, 14, 32), proj, tables, 8**-0.5).shape
+        torch.Size([1, 14, 14, 32])
     """
     H, W, heads = q.shape[1:4]
     sizes = [_kernel_size(table) for table in tables]
@@ -554,6 +586,13 @@ class FullAttention2d(nn.Module):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import FullAttention2d
+        >>> attention = FullAttention2d(dim=64, num_heads=2, map_size=(14, 14))
+        >>> attention(torch.randn(1, 16, 20, 64)).shape
+        torch.Size([1, 16, 20, 64])
     """
 
     def __init__(

@@ -86,12 +86,19 @@ def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return linear_attention(qk.to(wide), v.to(wide), head_dim).to(dtype)
-    # positions come last: [B, heads, head_dim, N]
-    q, k = (F.elu(qk.to(wide)) + 1.0).reshape(B, 2, C // head_dim, head_dim, H * W).unbind(1)
-    v = v.to(wide).reshape(B, C // head_dim, head_dim, H * W)
-    vk = v @ k.mT / (H * W)
-    z = k.mean(-1).unsqueeze(-2) @ q + 1e-6
-    return (vk @ q / z).reshape(B, C, H, W).to(dtype)
+    q, k = (F.elu(qk.to(wide)) + 1.0).chunk(2, dim=1)
+    q, k, v = (_by_head(x, head_dim) for x in (q, k, v.to(wide)))
+    vk = torch.bmm(v, k.mT) / (H * W)
+    z = torch.bmm(k.mean(-1).unsqueeze(-2), q) + 1e-6
+    return (torch.bmm(vk, q) / z).reshape(B, C, H, W).to(dtype)
+
+
+def _by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``[B, C, H, W]`` to ``[B * C / head_dim, head_dim, H * W]``."""
+    B, C, H, W = x.shape
+    if symbolic(H, W):  # whether a view will do, an exporter decides by whether there is but one position
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.reshape(B * (C // head_dim), head_dim, H * W)
 
 
 class Interaction(nn.Module):
@@ -216,6 +223,16 @@ class CARE(StagedBackbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.backbones.care import CARE
+        >>> model = timm.create_model("test_foveal_care", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('CARE', (1, 10))
+        >>> assert isinstance(model, CARE)
+        >>> model.reparameterize()(torch.randn(1, 3, 64, 96)).shape  # folded, for inference
+        torch.Size([1, 10])
     """
 
     output_fmt = "NCHW"

@@ -116,6 +116,12 @@ class HaloNet(StagedBackbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import foveal, timm, torch
+        >>> model = timm.create_model("test_foveal_halonet", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('HaloNet', (1, 10))
     """
 
     output_fmt = "NCHW"
@@ -263,6 +269,15 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: if ``model`` itself is the attention, which has no parent to be replaced in; make the new one with
             `HaloAttention2d.from_timm`.
+
+    Examples:
+        >>> import foveal, torch
+        >>> from timm.layers.halo_attn import HaloAttn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), HaloAttn(16, num_heads=2, block_size=4, halo_size=1))
+        >>> list(foveal.replace_attention(model))
+        ['1']
+        >>> model(torch.randn(1, 3, 9, 13)).shape  # timm's own takes multiples of 4
+        torch.Size([1, 16, 9, 13])
     """
     if type(model) is HaloAttn:
         raise ValueError("the model is itself a HaloAttn; HaloAttention2d.from_timm(module) makes the new module")

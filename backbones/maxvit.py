@@ -170,6 +170,16 @@ class MaxViT(StagedBackbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.backbones.maxvit import MaxViT
+        >>> model = timm.create_model("test_foveal_maxvit", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('MaxViT', (1, 10))
+        >>> assert isinstance(model, MaxViT)
+        >>> model.reparameterize()(torch.randn(1, 3, 64, 96)).shape  # folded, for inference
+        torch.Size([1, 10])
     """
 
     output_fmt = "NCHW"

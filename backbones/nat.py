@@ -112,7 +112,10 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        if symbolic(*x.shape[2:]):  # whether channels lie last in memory, an exporter decides by which lengths are 1
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self.norm(self.reduction(x).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -182,6 +185,12 @@ class NAT(StagedBackbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import foveal, timm, torch
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('NAT', (1, 10))
     """
 
     levels_name = "levels"  # the authors' name of the level list, part of every parameter's name
@@ -285,7 +294,15 @@ class NAT(StagedBackbone):
 
 
 class DiNATs(NAT):
-    """DiNAT_s: NAT's levels between Swin's patch embedding and patch merging. Arguments as for `NAT`."""
+    """DiNAT_s: NAT's levels between Swin's patch embedding and patch merging. Arguments as for `NAT`.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.nat import DiNATs
+        >>> model = DiNATs(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=10)
+        >>> model(torch.randn(1, 3, 64, 96)).shape  # dinat_s_tiny and others are such models
+        torch.Size([1, 10])
+    """
 
     levels_name = "layers"
 
@@ -312,6 +329,13 @@ class Isotropic(Backbone):
 
     Raises:
         ValueError: on arguments that do not fit together, and, with ``full_attention``, on an input of another size.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.nat import Isotropic
+        >>> model = Isotropic(embed_dim=24, depth=2, num_heads=2, num_classes=10)
+        >>> model(torch.randn(1, 3, 64, 96)).shape  # nat_isotropic_small and others are such models
+        torch.Size([1, 10])
     """
 
     def __init__(

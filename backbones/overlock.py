@@ -120,6 +120,15 @@ class ResDWConv(nn.Conv2d):
         return x + super().forward(x)
 
 
+class ChannelNorm(LayerNorm2d):
+    """LayerNorm over the channels of ``[B, C, H, W]``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        # it turns the channels last; whether they lie so in memory, an exporter decides by whether there is but one row
+        return x.clone(memory_format=torch.contiguous_format) if symbolic(*x.shape[2:]) else x
+
+
 class LayerScale(nn.Module):
     """A factor and an offset per channel."""
 
@@ -173,7 +182,7 @@ class RepConvBlock(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.dwconv = ResDWConv(dim)
         self.proj = nn.Sequential(
-            LayerNorm2d(dim),
+            ChannelNorm(dim),
             DilatedReparam(dim, kernel_size),
             nn.BatchNorm2d(dim),
             SqueezeExcite(dim),
@@ -231,7 +240,7 @@ class ContMixBlock(nn.Module):
         self.x_scale = None if first else LayerScale(context_dim)
         self.h_scale = None if first else LayerScale(context_dim)
         self.dwconv1 = ResDWConv(both)
-        self.norm1 = LayerNorm2d(both)
+        self.norm1 = ChannelNorm(both)
         self.fusion = nn.Sequential(
             nn.Conv2d(both, both, 3, padding=1, groups=both),
             nn.BatchNorm2d(both),
@@ -253,7 +262,7 @@ class ContMixBlock(nn.Module):
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, both, 1))
 
         self.dwconv2 = ResDWConv(both)
-        self.norm2 = LayerNorm2d(both)
+        self.norm2 = ChannelNorm(both)
         self.mlp = nn.Sequential(
             nn.Conv2d(both, hidden, 1), nn.GELU(), ResDWConv(hidden), GRN(hidden), nn.Conv2d(hidden, both, 1)
         )
@@ -310,7 +319,8 @@ def _enlarged_or_same(height: int, width: int, least: int) -> tuple[int, int]:
     ends below the whole number that it stands for."""
     shorter = torch.sym_min(height, width)
     enlarged = torch.sym_max(shorter, least)
-    return enlarged * height // shorter, enlarged * width // shorter
+    # neither is below the least, which an exporter does not see by itself
+    return torch.sym_max(enlarged * height // shorter, least), torch.sym_max(enlarged * width // shorter, least)
 
 
 class ContextDownsample(nn.Module):
@@ -365,6 +375,16 @@ class OverLoCK(Backbone):
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.backbones.overlock import OverLoCK
+        >>> model = timm.create_model("test_foveal_overlock", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('OverLoCK', (1, 10))
+        >>> assert isinstance(model, OverLoCK)
+        >>> model.reparameterize()(torch.randn(1, 3, 64, 96)).shape  # folded, for inference
+        torch.Size([1, 10])
     """
 
     output_fmt = "NCHW"
@@ -532,7 +552,8 @@ class OverLoCK(Backbone):
 
     def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
-        if x.device.type == "cpu":
+        # for a free size not: whether a map lies in memory so, an exporter decides by whether it is of one row
+        if x.device.type == "cpu" and not symbolic(*x.shape[2:]):
             x = x.contiguous(memory_format=torch.channels_last)
         maps, overview = [self._rep_blocks(self.blocks1, self.patch_embed1(x))], None
         if last >= 1:

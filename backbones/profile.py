@@ -23,7 +23,14 @@ from . import attention
 
 @dataclass(frozen=True)
 class Profile:
-    """Size and cost of a model at one input."""
+    """Size and cost of a model at one input.
+
+    Examples:
+        >>> from foveal.backbones.profile import Profile, profile
+        >>> counted = profile("test_foveal_dinat")
+        >>> isinstance(counted, Profile) and counted.macs > counted.parameters > 0
+        True
+    """
 
     parameters: int
     macs: int
@@ -37,9 +44,14 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
         name: a registered model, with or without a pretrained tag.
         img_size: rows and columns of the input; None takes the model's own default size.
         kwargs: passed to `timm.create_model`.
+
+    Examples:
+        >>> from foveal.backbones.profile import profile
+        >>> profile("test_foveal_dinat", img_size=(64, 96), num_classes=10).input_size
+        (3, 64, 96)
     """
     with torch.device("meta"):
-        model = timm.create_model(name, **kwargs).eval()
+        model: Any = timm.create_model(name, **kwargs).eval()
     channels, rows, columns = model.pretrained_cfg["input_size"]
     channels = kwargs.get("in_chans", channels)
     if img_size is not None:

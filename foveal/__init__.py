@@ -31,6 +31,16 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
         ValueError: if `source` is none of these, names an unknown architecture, has no trained weights, or its weights
             do not fit the architecture.
         OSError: if published weights cannot be fetched.
+
+    Examples:
+        >>> import foveal, timm, torch
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=3)
+        >>> timm.models.save_for_hf(model, "folder", safe_serialization=True)
+        >>> foveal.load("folder")(torch.randn(1, 3, 96, 64)).shape
+        torch.Size([1, 3])
+        >>> maps = foveal.load("folder", features_only=True)(torch.randn(1, 3, 96, 64))
+        >>> [tuple(each.shape[2:]) for each in maps]
+        [(24, 16), (12, 8), (6, 4), (3, 2)]
     """
     path = _Path(str(source).removeprefix("local-dir:")).expanduser()
     file = path if path.suffix == ".safetensors" and path.is_file() else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,12 +98,14 @@ def list_command(
     ] = False,
 ) -> None:
     """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
+    from . import zoo
+
     names = [name for name in list_models() if fnmatch(name, pattern.lower())]
     if not names:
         raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
-    rows = [_describe(name) for name in names]
+    rows = [zoo.describe(name) for name in names]
     if markdown:
-        print(_markdown([row for row in rows if not row["name"].startswith("test_")]))
+        print(zoo.markdown([row for row in rows if not row["name"].startswith("test_")]))
         return
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -137,6 +138,7 @@ def info(
     """Show one model: size, cost, preprocessing, and its weights; with a tag, such as dinat_mini.in1k, their card."""
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
+    from . import zoo
     from .backbones.loading import resolve
     from .weights import card as cards
     from .weights.manifest import checkpoints, of_model
@@ -167,7 +169,7 @@ def info(
         print(_card(found.architecture), end="")
         return
     cfg = get_pretrained_cfg(found.name)
-    facts = _describe(found.name)
+    facts = zoo.describe(found.name)
     facts |= {
         "paper": ", ".join(filter(None, [cfg.paper_name, _words(cfg.paper_ids)])),
         "origin": cfg.origin_url,
@@ -253,59 +255,6 @@ def _readme(folder: Path) -> str | None:
         if (place / "README.md").is_file():
             return (place / "README.md").read_text(encoding="utf-8")
     return None
-
-
-def _describe(name: str) -> dict[str, Any]:
-    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
-    from .backbones import family
-    from .backbones.profile import profile
-
-    architecture = name.partition(".")[0]
-    cfgs = get_arch_pretrained_cfgs(architecture)
-    counted = profile(name)
-    return {
-        "name": name,
-        "family": family(architecture) if architecture in list_models() else "timm",
-        "parameters": counted.parameters,
-        "macs": counted.macs,
-        "input": list(counted.input_size),
-        "tags": sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights),
-        "licence": getattr(get_pretrained_cfg(name), "license", None),
-    }
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    """The models as a Markdown table, by family and size, with what is published of their default weights."""
-    from timm.models import get_pretrained_cfg
-
-    from .weights.manifest import of_model
-
-    order = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
-    rank = {family: at for at, family in enumerate(order)}
-    lines = [
-        "| name | input | parameters | GMACs | top-1, published | pre-trained on | licence of the weights |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (rank.get(row["family"], len(rank)), row["family"], row["parameters"])):
-        tag = get_pretrained_cfg(row["name"]).tag
-        weights = of_model(row["name"]).get(tag)
-        score = f"{weights.score['top1']:.1f}" if weights and "top1" in weights.score else ""
-        larger = re.match(r"(in2[12]k)(_ft|$)", tag or "")
-        trained = f"ImageNet-{larger[1][2:].upper()}" if larger and weights else ""
-        if larger and not larger[2] and weights:
-            trained += " (that classifier)"
-        cells = (
-            f"`{row['name']}`",
-            str(row["input"][1]),
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['macs'] / 1e9:.2f}",
-            score,
-            trained,
-            weights.weights_licence if weights else "none published",
-        )
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
-    return "\n".join(lines)
 
 
 def _card(architecture: str) -> str:
@@ -444,7 +393,12 @@ def export(
     calibration: Annotated[
         list[Path] | None, typer.Option(help="For --int8: image file, or folder of them; may be repeated.")
     ] = None,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Leave height and width free, too.")] = False,
+    dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic", help="Leave height and width free, too, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE."
+        ),
+    ] = False,
     size: Annotated[
         str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: the size of the images.")
     ] = None,
@@ -507,8 +461,9 @@ def convert(
 ) -> None:
     """Write someone's file of weights as a model folder, checked: safetensors, configuration and card.
 
-    The format of the names is found out. Detectors and segmenters of mmdetection and mmsegmentation become this
-    package's where it has their heads; --backbone converts the backbone of any."""
+    The format of the names is found out. Detectors and segmenters of mmdetection, mmsegmentation and detectron2 become
+    this package's where it has their heads; --backbone converts the backbone of any. What a file of detectron2 does not
+    tell is asked for, unless it is a published one."""
     import yaml
 
     from .weights.convert import convert as write
@@ -633,7 +588,8 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 @command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
     """Measure speed: `foveal bench kernels`, `models`, `data` and others; `foveal bench --help` tells more."""
-    from .benchmarks import data, export, gpu, run, scaling
+    from . import zoo
+    from .benchmarks import data, export, gpu, plots, run, scaling
     from .train import cost
 
     if context.args[:1] == ["gpu"]:
@@ -642,6 +598,8 @@ def bench(context: typer.Context) -> int:
         return data.main(context.args[1:], _image_passes)
     if context.args[:1] == ["scaling"]:
         return scaling.main(context.args[1:])
+    if context.args[:1] == ["plots"]:
+        return plots.main(context.args[1:], zoo.facts)
     more = {"export": export.section(_exported), "engine": run.Section(cost.CASES, cost.rows)}
     return run.main(context.args, more)
 

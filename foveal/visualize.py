@@ -18,6 +18,7 @@ from .backbones import attention
 from .kernels import FactoredBias, TableBias
 from .kernels.window import Window
 
+KEY = "#56b4e9"  # sky blue, and
 MARK = "#d55e00"  # vermillion of Okabe and Ito's palette, told apart from the grey of images by everyone
 
 
@@ -52,6 +53,14 @@ def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[L
         model: any model with attention of ours.
         image: ``[1, C, H, W]``, prepared for the model.
         point: (x, y) as fractions of the width and the height, in [0, 1).
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.visualize import looks
+        >>> model = timm.create_model("test_foveal_dinat").eval()
+        >>> first = looks(model, torch.randn(1, 3, 64, 96), (0.5, 0.5))[0]
+        >>> first.query  # row and column on a map of 16 x 24
+        (8, 12)
     """
     check_point(point)
     found: list[Look] = []
@@ -65,10 +74,19 @@ def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float])
     one image): the absolute gradient of the sum of its channels, summed over the input's channels, of the largest.
 
     Args:
-        image, point: as for `looks`.
+        image: as for `looks`.
+        point: likewise.
 
     Returns:
         ``[H, W]`` in [0, 1].
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.visualize import receptive_field
+        >>> model = timm.create_model("test_foveal_dinat").eval()
+        >>> field = receptive_field(model, torch.randn(1, 3, 64, 96), (0.5, 0.5))
+        >>> field.shape, field.max().item()
+        (torch.Size([64, 96]), 1.0)
     """
     check_point(point)
     image = image.clone().requires_grad_(True)
@@ -81,7 +99,15 @@ def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float])
 
 def feature_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
     """The map of each stage as a picture ``[h, w, 3]`` in [0, 1]: its first three principal components over the
-    positions, the first percentile black and the last full."""
+    positions, the first percentile black and the last full.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.visualize import feature_maps
+        >>> model = timm.create_model("test_foveal_dinat").eval()
+        >>> [tuple(each.shape) for each in feature_maps(model, torch.randn(1, 3, 64, 96))]
+        [(16, 24, 3), (8, 12, 3), (4, 6, 3), (2, 3, 3)]
+    """
     with torch.no_grad():
         maps = model.forward_intermediates(image, intermediates_only=True)
     pictures = []
@@ -124,6 +150,15 @@ def visualize(
     Raises:
         ValueError: for a point outside the image, fewer than one layer, or a model without any attention of ours.
         OSError: if the file cannot be written.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.visualize import visualize
+        >>> model = timm.create_model("test_foveal_dinat").eval()
+        >>> image = torch.rand(1, 3, 64, 96)
+        >>> seen = visualize(model, image, image[0].permute(1, 2, 0).numpy(), "look.png", layers=2)
+        >>> len(seen)  # attention layers, two of them drawn
+        7
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -166,6 +201,44 @@ def visualize(
     finally:
         temporary.unlink(missing_ok=True)
     return seen
+
+
+def patterns(seen: list[Look]) -> list[Look]:
+    """The first of each rule on each size of map, in order."""
+    found: dict[tuple[str, tuple[int, int]], Look] = {}
+    for look in seen:
+        found.setdefault((look.rule, look.size), look)
+    return list(found.values())
+
+
+def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, int], keys: Tensor) -> None:
+    """The picture in grey, and on it which positions of a map a query sees, whatever it gives to them.
+
+    Args:
+        axis: matplotlib's.
+        shown: ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
+        size: rows and columns of the map.
+        keys: (row, column) of each key ``[keys, 2]``; may lie outside the map.
+    """
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    height, width = shown.shape[:2]
+    h, w = height / size[0], width / size[1]
+    grey = shown if shown.ndim == 2 else shown.mean(-1)
+    _backdrop(axis, 0.75 * grey, (height, width))
+    boxes = [Rectangle((column * w, row * h), w, h) for row, column in keys.tolist()]
+    few = len(boxes) < 500  # of more, the edges would hide the picture
+    edges = {"edgecolor": "black", "linewidth": 0.3} if few else {"linewidth": 0}
+    alpha = 0.9 if 8 * len(boxes) < size[0] * size[1] else 0.55
+    axis.add_collection(PatchCollection(boxes, facecolor=KEY, alpha=alpha, antialiased=few, **edges))
+    at = ((query[1] + 0.5) * w, (query[0] + 0.5) * h)
+    axis.plot(*at, "o", color=MARK, markersize=5, markeredgecolor="white", markeredgewidth=0.8)
+    low, high = keys.amin(0).tolist(), (keys.amax(0) + 1).tolist()
+    axis.set_xlim(min(0, low[1] * w), max(width, high[1] * w))
+    axis.set_ylim(max(height, high[0] * h), min(0, low[0] * h))
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def check_point(point: tuple[float, float]) -> None:

@@ -1,15 +1,31 @@
-"""The pages of docs/: their code runs as it stands, and their links lead somewhere."""
+"""The pages of docs/: their code runs as it stands, their tables are what the code says, their links lead somewhere."""
 
 from __future__ import annotations
 
+import html
 import json
+import os
 import re
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+import timm
+import torch
+
+from foveal.configs.schema import load_config
+from foveal.kernels import FactoredBias, TableBias
+from foveal.kernels.neighborhood import api, natten
+from foveal.kernels.problem import Problem
+from foveal.kernels.window import Window
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob(".github/*.md")])
 
 
 def blocks(page: str) -> list[str]:
@@ -40,6 +56,95 @@ def test_the_code_for_newcomers_runs() -> None:
     assert names["new"].shape == (2, 14, 14, 4, 32)
 
 
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/kernels.md", "docs/recipes.md", "docs/weights.md"])
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("test_foveal_dinat", num_classes=2)
+    timm.models.save_for_hf(model, "dinat-mini", safe_serialization=True)  # as if it had been converted
+    names: dict = {}
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), names)
+    assert names
+
+
+def test_a_recipe_of_ones_own() -> None:
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    file = ROOT / "configs/classify/dinat_tiny.yaml"
+    assert recipe.startswith(f"base: {file.name} ")
+    values = [line for line in recipe.splitlines()[1:] if line]
+    options = []
+    for line in values:  # a section on each line, {key: value, ...}
+        section, inside = line.split(": ", 1)
+        options += [f"{section}.{each.strip().replace(': ', '=')}" for each in inside.strip("{}").split(",")]
+    config = load_config(file, options)
+    assert (config.model.name, config.model.pretrained, config.schedule.epochs) == ("dinat_tiny", True, 30)
+
+
+def test_the_generated_tables_are_as_their_sources_say() -> None:
+    tables = runpy.run_path(str(ROOT / "docs/tables.py"))
+    for page in tables["TABLES"]:
+        assert tables["filled"](page) == (ROOT / "docs" / page).read_text(encoding="utf-8"), "python docs/tables.py"
+
+
+def called(*, kernel_size=7, stride=1, dilation=1, query_stride=1, boundary="shift", size=56, **changes) -> Problem:
+    """A call as the backends are told of it."""
+    rows, columns = (
+        Window(kernel, stride, dilation, boundary, query_stride)
+        for kernel in (kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size))
+    )
+    whole = {"shape": (2, size, size, 2, 32), "value_depth": 32, "dtype": torch.float32, "device": "cuda"} | changes
+    return Problem(rows=rows, columns=columns, needs_grad=whole.pop("needs_grad", False), tracing=False, **whole)
+
+
+def depth(channels: int) -> Problem:
+    return called(shape=(2, 56, 56, 2, channels), value_depth=channels)
+
+
+# what each row of the table in docs/kernels.md is about
+ROWS = {
+    "NVIDIA GPU from compute capability 8.0 on": [called(), called(needs_grad=True)],
+    "older NVIDIA GPU": [called(old_gpu="7.5")],
+    "CPU, forward": [called(device="cpu")],
+    "CPU, with gradients": [called(device="cpu", needs_grad=True)],
+    "another device (mps, xpu)": [called(device="mps"), called(device="xpu")],
+    "float16, bfloat16, float32": [called(dtype=t) for t in (torch.float16, torch.bfloat16, torch.float32)],
+    "float64": [called(dtype=torch.float64)],
+    "`TableBias`, kernel up to 32": [called(bias=TableBias, kernel_size=k) for k in (7, 32)],
+    "`FactoredBias`, kernel up to 32": [called(bias=FactoredBias, kernel_size=k) for k in (7, 32)],
+    "either bias, larger kernel": [called(bias=b, kernel_size=33) for b in (TableBias, FactoredBias)],
+    "kernel of 1": [called(kernel_size=1)],
+    "even kernel, rows unlike columns": [called(kernel_size=(4, 7)), called(kernel_size=(2, 2))],
+    "stride, dilation (also one that does not divide the map)": [called(stride=3), called(dilation=5)],
+    "query stride": [called(query_stride=2)],
+    "boundary `zero` or `mask`": [called(boundary="zero"), called(boundary="mask")],
+    "head size 20": [depth(20)],
+    "head size 24": [depth(24)],
+    "head size above 256": [depth(264)],
+    "values of another depth": [called(value_depth=40)],
+    "attention dropout": [called(dropout_p=0.1)],
+    "empty batch": [called(shape=(0, 56, 56, 2, 32))],
+}
+
+
+def test_what_each_backend_takes(monkeypatch) -> None:
+    """Every cell of the table is the backend's own answer."""
+    monkeypatch.setattr(natten, "installed_version", lambda: "0.21.7")
+    monkeypatch.setattr("foveal.kernels.triton_support._installed", True)
+    monkeypatch.setattr("foveal.kernels.triton_support._interpreted", False)
+    text = (
+        (ROOT / "docs/kernels.md").read_text(encoding="utf-8").partition("<!-- backends -->\n")[2].partition("\n\n")[0]
+    )
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert set(head[1:]) == set(api.BACKENDS)
+    assert [row[0] for row in rows] == list(ROWS)
+    for name, *cells in rows:
+        for backend, cell in zip(head[1:], cells, strict=True):
+            answers = {api.BACKENDS[backend].unsupported_reason(problem) for problem in ROWS[name]}
+            assert ("yes" if answers == {None} else "no") == cell, (name, backend, answers)
+            assert cell == "yes" or None not in answers, (name, backend, answers)  # the same for all that the row names
+
+
 def anchors(text: str) -> set[str]:
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
@@ -57,3 +162,57 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.is_relative_to(ROOT), target
         if anchor:
             assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+class Links(HTMLParser):
+    """What a page asks for and what it offers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.ids: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {key: value or "" for key, value in attrs}
+        self.ids |= {given[key] for key in ("id", "name") if key in given}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag in ("script", "img", "iframe", "source") and "src" in given:
+            self.loaded.append(given["src"])
+        elif tag == "link" and given.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loaded.append(given["href"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="the extra 'docs' is not installed")
+def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path) -> None:
+    mkdocs = Path(sys.executable).with_name("mkdocs")
+    run = subprocess.run(
+        [mkdocs, "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    pages = {}
+    for file in sorted(tmp_path.rglob("*.html")):
+        pages[file] = Links()
+        pages[file].feed(file.read_text(encoding="utf-8"))
+    assert len(pages) > 15
+    assert "torch.Size([1, 14, 14, 2, 32])" in html.unescape(
+        re.sub(r"<[^>]+>", "", (tmp_path / "api/kernels.html").read_text(encoding="utf-8"))
+    )
+    for page, found in pages.items():
+        assert [src for src in found.loaded if re.match(r"([a-z]+:)?//", src)] == [], page  # nothing from the network
+        if page.name == "404.html":
+            continue
+        for target in [*found.links, *found.loaded]:
+            path, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", path):
+                continue
+            file = (page.parent / unquote(path)).resolve() if path else page
+            assert file.exists(), (page.name, target)
+            if anchor and file in pages:
+                assert unquote(anchor) in pages[file].ids, (page.name, target)

@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "foveal": {"kernels", "backbones", "heads"},
     "foveal.cli": set(PACKAGES),
     "foveal.demo": set(PACKAGES),
+    "foveal.gallery": set(PACKAGES),
+    "foveal.zoo": {"backbones", "weights"},
 }
 # The version is a leaf without imports: everyone may read it.
 LEAF = "_version"

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from foveal.backbones import list_models
@@ -15,7 +16,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_examples_run() -> None:
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they write there
     assert len(EXAMPLES) == 6
     names: dict = {}
     for example in EXAMPLES:
@@ -24,6 +26,8 @@ def test_the_examples_run() -> None:
     assert names["out"].shape == names["v"].shape
     assert names["pixels"].shape == (1, 150, 200, 312)
     assert set(names["found"]) == {"boxes", "labels", "scores", "masks"}
+    assert (tmp_path / "exported" / "model.pt2").stat().st_size > 0
+    assert names["done"].difference < 1e-5
     # the comment behind the shapes is what a reader believes
     (comment,) = re.findall(r"shapes = .*# (\[.*\])", README)
     assert str(names["shapes"]) == comment

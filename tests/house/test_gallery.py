@@ -1,0 +1,310 @@
+"""The gallery in a browser; its plots and those of the README: every row drawn, nothing covered, nothing stale."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from foveal import gallery, zoo
+from foveal.backbones import family, list_models
+from foveal.benchmarks import plots
+from foveal.cli import app
+from foveal.kernels import neighborhood_attention
+from foveal.kernels.window import Window
+from foveal.visualize import KEY, MARK
+
+ROOT = Path(__file__).parents[2]
+NASTY = '<script>document.title="broken"</script>'
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Run by the page itself when everything is there: what the test wants to know goes to the page around it.
+LOOK = """<script>
+addEventListener("error", e => { window.failed = String(e.message || e.target.src); }, true);
+addEventListener("load", () => {
+  const images = [...document.images].map(i => [i.naturalWidth, i.alt]);
+  const root = document.documentElement, back = getComputedStyle(document.body);
+  parent.postMessage({images, inner: innerWidth, over: root.scrollWidth - root.clientWidth, title: document.title,
+    colours: [back.color, back.backgroundColor], failed: window.failed || null,
+    fetched: performance.getEntriesByType("resource").map(r => r.name)}, "*");
+});
+</script>"""
+# A frame has the width of a phone, which a browser's window cannot have.
+FRAME = """<!doctype html><body><script>
+addEventListener("message", e => { document.body.dataset.found = JSON.stringify(e.data); });
+</script><iframe src="looked-at.html" style="width:%dpx;height:800px;border:0"></iframe>"""
+
+
+def zoo_table(folder: Path, models: tuple[str, ...]) -> None:
+    rows = [row for row in plots.read(plots.RESULTS / "zoo-cpu-2core.csv") if row["model"] in models]
+    assert len(rows) == len(models)
+    with (folder / "zoo-cpu-2core.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A gallery of two families, four models, two tables and two runs, one of them with a name that is HTML."""
+    folder = tmp_path_factory.mktemp("gallery")
+    results, runs = folder / "results", folder / "runs"
+    for name, summary in (("detect", {"box_ap": 31.5, "mask_ap": 28.25}), ("demo/run", {"top1": 98.75, "n": 360})):
+        (runs / name / "best").mkdir(parents=True)
+        (runs / name / "best" / "config.json").write_text("{}")
+        (runs / name / "summary.json").write_text(json.dumps({"parameters": 450_000, **summary}))
+        Image.fromarray(np.full((300, 1200, 3), 90, np.uint8)).save(runs / name / "predictions.png")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(runs / "demo" / "digit.png")
+    (runs / "detect").rename(runs / (NASTY.replace("/", "")[:40] + " 50% #1?"))
+    (runs / "unfinished" / "best").mkdir(parents=True)
+    (runs / "unfinished" / "best" / "config.json").write_text("{}")
+    results.mkdir()
+    shutil.copy(plots.RESULTS / "export-cpu-2core.csv", results)
+    zoo_table(results, ("care_s0", "halo_h0", "overlock_xt", "swin_tiny_patch4_window7_224"))
+    families = [gallery.Family(NASTY, f"test_foveal_{name}", "a <b> & c") for name in ("dinat", "halonet")]
+    models = ["care_s0", "halo_h0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "load", lambda run: timm.create_model("test_foveal_dinat"))
+        return gallery.build(folder / "built", results, runs, families, models)
+
+
+def look(page: Path, width: int, *settings: str) -> tuple[dict, list[str]]:
+    """What the page says of itself at a width, and what the browser's console says."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    text = page.read_text(encoding="utf-8")
+    page.with_name("looked-at.html").write_text(text.replace("</head>", LOOK + "</head>"), encoding="utf-8")
+    page.with_name("frame.html").write_text(FRAME % width)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={page.parent / 'user'}", "--virtual-time-budget=8000", "--dump-dom"]
+    command = [browser, *options, *settings, page.with_name("frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    attribute = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert attribute, done.stderr[-2000:]
+    return json.loads(html.unescape(attribute[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_in_a_browser(page):
+    found, console = look(page, 390)
+    assert console == []
+    assert found["failed"] is None
+    assert (found["inner"], found["over"]) == (390, 0)  # nothing to scroll to the side
+    # the windows of the README and of two families, export, four of the zoo, two predictions and a trained look
+    assert len(found["images"]) == 1 + 2 + 1 + 4 + 2 + 1
+    assert all(width > 0 and alt for width, alt in found["images"])
+    assert all(name.startswith("file:") for name in found["fetched"])
+    assert found["title"] == "foveal: gallery"  # names were not run
+    dark, _ = look(page, 1200, "--blink-settings=preferredColorScheme=0")
+    assert found["colours"] == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
+    assert dark["colours"] == ["rgb(230, 233, 237)", "rgb(20, 23, 27)"]
+
+
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r'(?:href|src)="([^"]*)"', text)
+    assert {"#look", "#speed", "#kernels", "#runs", "#models"} <= set(targets)
+    for target in targets:
+        if target.startswith("#"):
+            assert f'id="{target[1:]}"' in text
+        elif target != "data:,":
+            assert (page.parent / unquote(html.unescape(target))).is_file(), target
+    assert "<script" not in text
+    assert "a &lt;b&gt; &amp; c" in text
+    assert "unfinished" not in text
+    assert "98.75" in text and "28.25" in text
+    assert re.findall(r"<tr><td>(\w+)</td>", text) == ["halo_h0", "care_s0"]
+
+
+def test_without_tables_and_runs(tmp_path):
+    text = gallery.build(tmp_path / "out", tmp_path, tmp_path / "nowhere", [], []).read_text(encoding="utf-8")
+    assert re.findall(r'section id="(\w+)"', text) == ["look"]
+
+
+def test_a_folder_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert gallery.main([str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'}: " in capsys.readouterr().err
+
+
+def test_every_family_is_there():
+    named = {each.name.lower().rstrip("s") for each in gallery.FAMILIES}
+    assert {name.lower().rstrip("s") for name in zoo.FAMILIES} == named
+    assert {each.model for each in gallery.FAMILIES} - {None} <= set(list_models())
+
+
+# ------------------------------------------------------------------------------------------------------ plots
+
+
+def known() -> dict[str, dict]:
+    """The facts of the models as the README's table has them, which takes no time; of timm's, made up."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("| name |"))
+    head = [cell.strip() for cell in lines[at].strip("|").split("|")]
+    facts = {}
+    for line in lines[at + 2 :]:
+        if not line.startswith("|"):
+            break
+        row = dict(zip(head, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+        name = row["name"].strip("`")
+        facts[name] = {
+            "family": family(name),
+            "ours": True,
+            "same": "",
+            "top1": float(row["top-1, published"]) if row["top-1, published"] else None,
+            "larger": row["pre-trained on"],
+            "input": [3, int(row["input"]), int(row["input"])],
+            "parameters": 1e6 * float(row["parameters"].split()[0]),
+            "macs": 1e9 * float(row["GMACs"]),
+        }
+    for name, (title, top1) in zoo.PEERS.items():
+        facts[name] = {**facts["dinat_tiny"], "family": title, "ours": False, "top1": top1}
+    for name, twin in zoo.SAME.items():
+        facts[name] = {**facts[twin], "family": "timm's", "ours": False, "same": twin}
+    return facts
+
+
+def drawn(axis) -> list[float]:
+    """Where the markers of an axis are."""
+    return sorted(float(line.get_xdata()[0]) for line in axis.lines if line.get_marker() != "None")
+
+
+def covered(figure) -> list[tuple[str, str]]:
+    """Pairs of texts that lie on each other."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    texts = [*figure.texts, figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+        for line, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            ticks = [tick for tick in line.get_major_ticks() if min(limits) <= tick.get_loc() <= max(limits)]
+            texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
+    # an annotation's own extent counts its leader line
+    boxes = {text: Text.get_window_extent(text) for text in texts if text.get_text()}
+    frame = figure.bbox
+    outside = [(t.get_text(), "edge") for t, b in boxes.items() if b.x0 < frame.x0 - 1 or b.x1 > frame.x1 + 1]
+    pairs = [(a.get_text(), b.get_text()) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    return outside + pairs
+
+
+@pytest.mark.parametrize("part", plots.TABLES)
+def test_every_row_of_a_table_is_drawn(part, tmp_path):
+    (shipped,) = plots.RESULTS.glob(f"{part}-cpu-*.csv")
+    path = tmp_path / shipped.name
+    shutil.copy(shipped, path)
+    ((name, figure, source),) = plots.figures(tmp_path)
+    rows = plots.read(path)
+    if part == "zoo":
+        want = [[float(row[key]) for row in rows for key in ("forward_ms", "deployed_ms") if row[key]]]
+    else:
+        panels = plots.TABLES[part].panels
+        want = [[float(row[p.column]) for row in rows if all(row[k] == v for k, v in p.where.items())] for p in panels]
+    assert (name, source) == (path.stem, path)
+    assert [drawn(axis) for axis in figure.axes] == [sorted(values) for values in want]
+    assert covered(figure) == []
+
+
+def test_the_accuracy_of_every_model_is_drawn():
+    path = plots.RESULTS / "zoo-cpu-2core.csv"
+    facts, rows = known(), plots.read(path)
+    figures = {name: figure for name, figure, _ in plots._accuracy(path, rows, facts.__getitem__)}
+    published = [row for row in rows if facts[row["model"]]["top1"] is not None]
+    own = [facts[row["model"]] for row in published if not facts[row["model"]]["same"]]
+    want = {
+        "accuracy": [float(row["forward_ms"]) for row in published],
+        "parameters": [each["parameters"] / 1e6 for each in own],
+        "macs": [each["macs"] / 1e9 for each in own],
+    }
+    assert len(published) > 50
+    assert list(figures) == [f"zoo-cpu-2core-{what}" for what in want]
+    for (what, values), figure in zip(want.items(), figures.values(), strict=True):
+        (axis,) = figure.axes
+        np.testing.assert_allclose(drawn(axis), sorted(values), err_msg=what)
+        assert len(axis.texts) == len(values)
+        assert covered(figure) == []
+
+
+def test_names_are_short():
+    names = ("dinat_large_384_11x11", "nat_mini", "overlock_xt", "dinat_s_small", "vitrpb_isotropic_base", "care_s2")
+    assert [plots.short(name) for name in names] == ["L 384 11x11", "M", "XT", "S", "vit B", "S2"]
+    peers = ("swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224", "halo2bot50ts_256", "halonet26t")
+    assert [plots.short(name) for name in peers] == ["T", "T", "2bot50ts", "26t"]
+
+
+def test_no_room_for_a_label():
+    models = [plots.Point("NAT", label, 1.0, 80.0, False, True, ("NAT",)) for label in ("S", "wide" * 60)]
+    with pytest.raises(ValueError, match="no room for the label 'widewide"):
+        plots.scatter("title", "", "ms", models)
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "new" / "picture.png"
+    plots.save(Figure(), path, "source")
+    before = path.read_bytes()
+    with Image.open(path) as picture:
+        assert picture.text["Description"] == "source"
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        plots.save(Figure(facecolor="red"), path, "other")
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["picture.png"]
+
+
+def test_the_command(tmp_path):
+    shutil.copy(plots.RESULTS / "data-cpu-2core.csv", tmp_path)
+    invoked = CliRunner().invoke(app, ["bench", "plots", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert invoked.exit_code == 0, invoked.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data-cpu-2core.png"]
+    assert CliRunner().invoke(app, ["bench", "plots", str(tmp_path / "out")]).exit_code == 1
+    assert CliRunner().invoke(app, ["bench", "plots", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+# ------------------------------------------------------------------------------------- pictures of the README
+
+
+@pytest.mark.parametrize("name", gallery.README)
+def test_the_pictures_are_those_of_the_tables(name):
+    path = ROOT / "docs" / "pictures" / f"{name}.png"
+    assert path.stat().st_size <= 150_000
+    with Image.open(path) as picture:
+        assert picture.width >= 1200
+        said = picture.text["Description"]
+        colours = np.asarray(picture.convert("RGB"), dtype=int)
+    for wanted in (KEY, MARK) if name == "windows" else plots.COLOURS[:3]:
+        rgb = [int(wanted[at : at + 2], 16) for at in (1, 3, 5)]
+        assert (abs(colours - rgb).max(-1) < 20).sum() > 50, f"{wanted} is lost"
+    table = plots.RESULTS / f"{name.removesuffix('-accuracy')}.csv"
+    assert said == (plots.fingerprint(table) if name != "windows" else "foveal.gallery"), "run `make pictures`"
+
+
+def test_what_two_layers_reach_is_what_their_attention_reads():
+    side, query = 16, (3, 9)
+    x = torch.rand(1, side, side, 1, 1, requires_grad=True)
+    flat = torch.zeros_like(x)
+    near = neighborhood_attention(flat, flat, x, kernel_size=3, backend="reference")
+    far = neighborhood_attention(flat, flat, near, kernel_size=3, dilation=4, backend="reference")
+    (gradient,) = torch.autograd.grad(far[0, query[0], query[1]].sum(), x)
+    want = gradient[0, :, :, 0, 0].nonzero().tolist()
+    rows, columns = (gallery.reach(side, at, [Window(3, dilation=4), Window(3)]) for at in query)
+    assert [[row, column] for row in rows for column in columns] == want
+    assert 9 < len(want) <= 81
