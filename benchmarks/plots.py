@@ -36,7 +36,10 @@ Facts = Callable[[str], Mapping[str, Any]]
 
 def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no rows to draw")
+    return rows
 
 
 def machine(row: Row) -> str:
@@ -426,15 +429,21 @@ def draw(folder: Path, output: Path | None = None, facts: Facts | None = None) -
 def main(arguments: Sequence[str], facts: Facts | None = None) -> int:
     """``facts``: family, ours, same, top1, larger, input, parameters and macs of a model, by its name, for accuracy."""
     parser = argparse.ArgumentParser(prog="foveal bench plots", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="of the tables (default: those shipped)")
-    parser.add_argument("--output", type=Path, help="folder of the pictures (default: that of the tables)")
+    parser.add_argument("folder", type=Path, nargs="?", help="of tables named like those shipped (the default)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the pictures (default: that of the tables; of those shipped, plots)"
+    )
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        print(f"foveal bench plots: {options.folder} is no folder", file=sys.stderr)
+    folder = options.folder or RESULTS
+    if not folder.is_dir():
+        print(f"foveal bench plots: {folder} is no folder", file=sys.stderr)
         return 2
-    written = draw(options.folder, options.output, facts)
+    written = draw(folder, options.output or options.folder or Path("plots"), facts)
     if not written:
-        print(f"foveal bench plots: {options.folder} has no table of foveal bench", file=sys.stderr)
+        print(
+            f"foveal bench plots: {folder} has no table called like kernels-cpu-NAME.csv or gpu-models.csv",
+            file=sys.stderr,
+        )
         return 1
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0

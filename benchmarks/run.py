@@ -472,7 +472,11 @@ def write_csv(path: Path, rows: list[dict[str, object]], extra: dict[str, str] |
 def main(arguments: list[str], more: Mapping[str, Section] | None = None) -> int:
     """Runs ``foveal bench``; ``more``: sections of parts that this package does not import."""
     sections = SECTIONS | dict(more or {})
-    parser = argparse.ArgumentParser(prog="foveal bench", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="foveal bench",
+        description=__doc__.split("\n\n")[0],
+        epilog="Others have a --help of their own: foveal bench data, gpu, scaling, plots.",
+    )
     parser.add_argument("what", choices=tuple(sections))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; the median is printed (default 15)")
     parser.add_argument("--only", help="cases whose name holds this text, such as 56x56")

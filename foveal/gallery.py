@@ -355,6 +355,9 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"{options.folder}: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:  # such as a damaged run, which it names
+        print(error, file=sys.stderr)
+        return 1
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
 

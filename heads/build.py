@@ -255,7 +255,7 @@ def build_detector(
     features = build_features(backbone, pretrained=pretrained, checkpoint=checkpoint, strides=strides, **kwargs)
     between, more = None, dict(head_kwargs or {})
     if head == "mask2former":
-        more |= _pixel_decoder(neck, dict(neck_kwargs or {}))
+        more |= _pixel_decoder(neck, dict(neck_kwargs or {}), more)
     else:
         try:
             between = build_neck(neck, features.spec, **{**shape, **(neck_kwargs or {})})
@@ -349,7 +349,7 @@ def build_segmenter(
     if head == "mask2former":
         if auxiliary_kwargs:
             raise ValueError(f"mask2former has no auxiliary head; given are auxiliary_kwargs={settings[2]}")
-        model = Mask2Former(features, num_classes, **around, **_pixel_decoder(neck, settings[0]), **settings[1])
+        model = Mask2Former(features, num_classes, **around, **_pixel_decoder(neck, *settings[:2]), **settings[1])
     else:
         try:
             decoder, extra = _segmentation_heads(features.spec, head, neck, num_classes, auxiliary, *settings)
@@ -361,10 +361,12 @@ def build_segmenter(
     return model
 
 
-def _pixel_decoder(neck: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _pixel_decoder(neck: str, settings: dict[str, Any], head_kwargs: dict[str, Any]) -> dict[str, Any]:
     """What Mask2Former is told of the pyramid in its pixel decoder."""
     if neck not in NECKS:
         raise ValueError(f"unknown neck {neck!r}; there are {', '.join(NECKS)}")
+    if "a3fpn" in head_kwargs:
+        raise ValueError(f"neck='a3fpn' and neck_kwargs set A3-FPN, not head_kwargs with a3fpn={head_kwargs['a3fpn']}")
     if neck == "a3fpn":
         return {"a3fpn": settings}
     if settings:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
         raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
     try:
-        model = timm.create_model(
-            config.name, pretrained=config.pretrained, num_classes=outputs, in_chans=in_chans, **arguments
-        )
+        # not by timm's pretrained=True, which compares no hash and tries no mirror
+        create = load if config.pretrained and not local else partial(timm.create_model, pretrained=config.pretrained)
+        model = create(config.name, num_classes=outputs, in_chans=in_chans, **arguments).train()
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
     if config.grad_checkpointing:

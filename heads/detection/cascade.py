@@ -227,9 +227,9 @@ class CascadeHeads(RoIHeads):
             logits, codes = self.predict(stage, self.box_roi_pool(features, regions, image_shapes), dtype)
             moves = self._own(codes, every)[every > 0]
             wanted = torch.cat([own[index] for own, index in zip(objects, which, strict=True)])
-            loss = self._box_loss(stage, moves, torch.cat(positive), wanted) / max(len(every), 1)
-            losses[f"loss_classifier_{stage}"] = weight * F.cross_entropy(logits, every)
-            losses[f"loss_box_reg_{stage}"] = weight * loss
+            share = weight / max(len(every), 1)
+            losses[f"loss_classifier_{stage}"] = share * F.cross_entropy(logits, every, reduction="sum")
+            losses[f"loss_box_reg_{stage}"] = share * self._box_loss(stage, moves, torch.cat(positive), wanted)
 
             pooled = self.mask_roi_pool(features, positive, image_shapes)
             found = self.mask_predictor[stage](self.mask_head[stage](pooled))

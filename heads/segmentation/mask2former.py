@@ -1,6 +1,7 @@
 """Mask2Former (Cheng et al., arXiv 2112.01527) for semantic segmentation."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,7 +71,11 @@ class Mask2Former(nn.Module):
         classes, masks = (layers[-1] for layers in answers(self.head, images))
         masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
         shares = classes.softmax(-1)[..., :-1]
-        scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
+        kind = images.device.type
+        # half precision cannot tell the shares of near classes apart; a traced graph is not to hold the context
+        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with exact:
+            scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
         return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
     def parameter_groups(

@@ -23,6 +23,7 @@ def test_unfolding_is_the_shifted_window(size, kernel_size):
     [
         ("kernels", "7x7 d1", {"tiled", "gather"}, "backend"),
         ("aggregate", "7x7 k5", {"tiled", "unfold"}, "backend"),
+        ("zoo", "care_s0", {"care_s0"}, "model"),
     ],
 )
 def test_a_section_becomes_a_table(section, only, rows, text, tmp_path, capsys):

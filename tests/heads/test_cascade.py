@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: the losses of every stage are mmdetection's, it learns, and is as large as the published ones."""
+"""Cascade Mask R-CNN: every stage has mmdetection's losses, it learns, and is as large as the published ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def mmdets(name: str, box_head: str) -> nn.Module:
 
 @pytest.mark.parametrize("box_head", ["4conv1fc", pytest.param("2fc", marks=SLOW)])
 def test_losses_are_those_of_mmdetection(box_head):
-    """Of all three stages, from the same maps, proposals and objects: so the boxes between the stages, too."""
+    """Of all three stages, from the same maps, proposals and objects: so the boxes between the stages, too. Masks are
+    of the whole image: at an outline torchvision interpolates what is learned, where mmdetection rounds it."""
     theirs = mmdets("test_foveal_nat", box_head)
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -102,6 +103,16 @@ def test_losses_are_those_of_mmdetection(box_head):
 def test_one_box_for_all_classes_steps_and_finds():
     """The other box head has the tests of all detectors."""
     steps_and_finds(small("2fc"))
+
+
+def test_a_stage_without_a_region_has_no_loss():
+    """No proposal, no object: the mean over none."""
+    heads = small().detector.roi_heads.train()
+    maps = {str(i): torch.rand(1, 32, 64 // s, 64 // s) for i, s in enumerate((4, 8, 16, 32))}
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "masks": torch.zeros(0, 64, 64).byte()}
+    _, losses = heads(maps, [torch.zeros(0, 4)], [(64, 64)], [target])
+    assert set(losses) == {f"loss_{name}_{stage}" for name in ("classifier", "box_reg", "mask") for stage in range(3)}
+    assert all(loss == 0 for loss in losses.values())
 
 
 def test_half_precision_moves_boxes_in_full():

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from foveal.heads.build import build_segmenter, load_dense, save_dense
+from foveal.heads.mask2former import answers
 from foveal.heads.segmentation import Mask2Former
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -74,6 +75,20 @@ def test_learns_and_survives_images_without_a_class():
     assert model(images, targets).isfinite()
 
 
+def test_half_precision_ends_before_the_scores():
+    """What the queries say may be rounded; their sums are not rounded again."""
+    model, said = segmenter().eval(), []
+    images = torch.rand(1, 3, 64, 64)
+    model.head.class_predictor.register_forward_hook(lambda *call: said.append(call[-1]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = model(images)
+        classes, masks = (layers[-1] for layers in answers(model.head, (images - model.mean) / model.std))
+    assert said[0].dtype == torch.bfloat16
+    masks = torch.nn.functional.interpolate(masks, (64, 64), mode="bilinear").sigmoid()
+    want = torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks)
+    torch.testing.assert_close(got.exp(), want, rtol=1e-5, atol=1e-7)
+
+
 def test_padding_belongs_to_no_class():
     """A class that fills the image does not fill the padding around it."""
     model = segmenter().eval()
@@ -117,6 +132,7 @@ def test_embeddings_are_not_decayed():
         ({"neck_kwargs": {"out_channels": 64}}, "has no settings"),
         ({"auxiliary_kwargs": {"channels": 64}}, "no auxiliary head"),
         ({"head_kwargs": {"num_query": 5}}, "num_query"),
+        ({"head_kwargs": {"a3fpn": {}}}, "neck='a3fpn' and neck_kwargs set A3-FPN"),
         ({"head_kwargs": {"num_labels": 5}}, "num_labels"),
         ({"strides": (8, 16, 32)}, r"\(8, 16, 32\)"),
     ],

@@ -145,14 +145,21 @@ def test_losses_of_every_layer(deep):
 
 def test_masks_are_counted_over_the_processes(monkeypatch):
     """The losses of masks are divided by their number for each process."""
-    criterion = detector().detector.head.criterion
+    model, (images, targets) = detector(drop_path_rate=0.0), batch()
+    criterion = model.detector.head.criterion
     labels = [torch.tensor([1]), torch.tensor([], dtype=torch.long)]
     assert criterion.get_num_masks(labels, torch.device("cpu")) == 1
+    torch.manual_seed(2)
+    alone = model(images, targets)  # two masks
     others = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, all_reduce=lambda x: x.add_(4), get_world_size=lambda: 2
     )
     monkeypatch.setattr(mask2former, "distributed", others)
     assert criterion.get_num_masks(labels, torch.device("cpu")) == 2.5
+    torch.manual_seed(2)
+    together = model(images, targets)
+    for name, share in (("loss_mask", 2 / 3), ("loss_dice", 2 / 3), ("loss_class", 1)):
+        torch.testing.assert_close(together[name], share * alone[name])
 
 
 @pytest.mark.parametrize("neck", ["fpn", "a3fpn"])
@@ -391,6 +398,7 @@ def test_names_of_the_network_are_those_of_the_segmenter():
         ({"neck": "a3fpn", "neck_kwargs": {"depth": 2}}, "neck a3fpn with {'depth': 2}"),
         ({"neck": "a3fpn", "neck_kwargs": {"out_channels": 64}}, r"gives FeatureSpec\(channels=\(64, 64, 64, 64\)"),
         ({"neck": "a3fpn", "neck_kwargs": {"extra_levels": 1}}, r"strides=\(4, 8, 16, 32, 64\)\), the decoder of"),
+        ({"neck": "a3fpn", "head_kwargs": {"a3fpn": {"columns": 2}}}, r"not head_kwargs with a3fpn=\{'columns': 2\}"),
         ({"head_kwargs": {"num_queries": "many"}}, "'num_queries' expected int, got str"),
         ({"head_kwargs": {"num_query": 5}}, "no such settings: num_query"),
         ({"head_kwargs": {"detections_per_img": 0}}, "at least 1, got 0"),

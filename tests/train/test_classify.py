@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 
-from foveal.configs.schema import ConfigError, DenseOptimConfig, ScheduleConfig, load_config
+from foveal.configs.schema import ConfigError, DenseOptimConfig, ModelConfig, ScheduleConfig, load_config
 from foveal.train import classify
 from foveal.train.classify import evaluate, train
 from foveal.train.engine import create_optimizer, create_schedule
@@ -86,6 +86,23 @@ def test_evaluate_a_folder_of_timm(finished, tmp_path):
     assert evaluate(str(tmp_path / "model"), data) == 0
     best = max(float(r["top1"]) for r in rows(finished))
     assert json.loads((tmp_path / "result.json").read_text())["top1"] == best
+
+
+def test_published_weights_are_fetched_with_their_hash(tmp_path, monkeypatch):
+    source, asked = timm.create_model("nat_mini"), []
+    torch.save(source.state_dict(), tmp_path / "published.pth")
+
+    def fetch(name, addresses, sha256):
+        asked.append(name)
+        return tmp_path / "published.pth"
+
+    monkeypatch.setattr("foveal.backbones.loading.download.fetch", fetch)
+    model = classify.build_model(ModelConfig(name="nat_mini", pretrained=True), classes=7, in_chans=3)
+    assert asked == ["nat_mini.in1k"]
+    assert model.training
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    key = next(name for name, parameter in source.named_parameters() if parameter.ndim == 4)
+    assert torch.equal(model.state_dict()[key], source.state_dict()[key])
 
 
 @pytest.mark.parametrize("source", ["no_such_model", "runs/none"])

@@ -363,6 +363,18 @@ def test_streamed_training_has_full_batches(made, workers):
     assert list(data.train.epoch(1, 50)) == []
 
 
+@pytest.mark.parametrize("name", ["pipe:touch {}", " pipe:touch {}", "https://localhost/{}.tar"])
+def test_data_name_no_command(made, tmp_path, name):
+    """A recipe may say what is run or asked for, a folder of images may not."""
+    info = json.loads((made / "_info.json").read_text())
+    name = name.format(tmp_path / "ran")
+    info["splits"]["train"]["filenames"][0] = name
+    (made / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=f"_info.json in .* names the shard '{name}'"):
+        list(build(made).train.epoch(0))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streamed_shards_without_an_image(made, tmp_path, workers):
     excluded = [f"pipe:cat {made}/train-000000.tar:{key}" for key, *_ in scan_shard(str(made / "train-000000.tar"))]

@@ -19,6 +19,7 @@ import foveal.weights.formats as formats
 from foveal.backbones.loading import load
 from foveal.weights.export import HALF_TOLERANCE, TOLERANCE, ExportError, export
 from foveal.weights.formats import FORMATS, Format, Job
+from foveal.zoo import FAMILIES
 
 SIZE = 32
 
@@ -122,6 +123,33 @@ def test_any_batch_in_its_own_runtime(to: str, half: bool, folder: Path, tmp_pat
     assert ("float16" in card) == half
     assert f"differs from the original by {done.difference:.1e}" in card
     assert json.loads((done.folder / "config.json").read_text())["architecture"] == "test_foveal_dinat"
+
+
+SMALLEST = {
+    "NAT": "test_foveal_nat",
+    "DiNAT": "test_foveal_dinat",
+    "DiNAT_s": "dinat_s_tiny",
+    "isotropic": "nat_isotropic_small",
+    "HaloNet": "test_foveal_halonet",
+    "HaloNet hybrid": "haloregz_b",
+    "MaxViT": "test_foveal_maxvit",
+    "OverLoCK": "test_foveal_overlock",
+    "CARE": "test_foveal_care",
+    "AsCAN": "test_foveal_ascan",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("to", ["onnx", "pt2", "openvino", "aoti"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, to: str, tmp_path: Path) -> None:
+    """What the table of models promises by "all"."""
+    for module in FORMATS[to].needs:
+        pytest.importorskip(module, reason=f"the extra foveal[{FORMATS[to].extra}] is not installed")
+    model = timm.create_model(SMALLEST[family], num_classes=5).eval()
+    save_for_hf(model, str(tmp_path / "x"), safe_serialization=True)
+    assert export(tmp_path / "x", to, tmp_path / "out").difference <= TOLERANCE
 
 
 def test_half_is_half_as_large(folder: Path, tmp_path: Path) -> None:

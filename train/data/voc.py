@@ -18,7 +18,8 @@ def read_voc(root: Path, sets: str, *, train: bool) -> dict[str, list[dict[str, 
         sets: ``YEAR/SPLIT``, such as ``VOC2007/test``; several with ``+`` between them. SPLIT is a list of
             ``YEAR/ImageSets/Main``.
         train: learn what VOC marks as difficult like the rest; else it is a crowd, which COCO's evaluation neither
-            demands nor counts as wrong, as VOC's own does.
+            demands nor counts as wrong, as VOC's own does. By COCO's rule that holds for a box on a part of it, too,
+            which VOC's counts as wrong.
 
     Returns:
         ``images`` (``file_name`` below ``root``), ``annotations`` and ``categories``, 1 to 20 by name. VOC's pixels

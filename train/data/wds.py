@@ -325,13 +325,13 @@ def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int
     Raises:
         DataError: no such split, no shards, or data that name an address or a command instead of their own files.
     """
-    from webdataset.shardlists import expand_urls
-
     try:
         reader = create_dataset("wds/", root, split=split, is_training=train).reader
     except (RuntimeError, KeyError, ValueError) as error:
         raise DataError(f"WebDataset split {split!r} in {root}: {error}") from None
     names = [str(name) for name in reader.split_info.filenames]
+    from webdataset.shardlists import expand_urls
+
     asked = set(expand_urls(split.partition("|")[0]))
     if foreign := [name for name in names if ":" in name and name not in asked]:  # pipe:COMMAND would be run
         raise DataError(
