@@ -462,7 +462,7 @@ def convert(
     """Write someone's file of weights as a model folder, checked: safetensors, configuration and card.
 
     The format of the names is found out. Detectors and segmenters of mmdetection, mmsegmentation and detectron2 become
-    this package's where it has their heads; --backbone converts the backbone of any. What a file of detectron2 does not
+    this package's where it has their heads; --backbone converts the backbone alone. What a file of detectron2 does not
     tell is asked for, unless it is a published one."""
     import yaml
 

@@ -2,8 +2,8 @@
 
 A plan of ``kernels/tiling.py`` is made of numbers and holds for one size. Here the side of a tile is a number, and how
 many tiles there are, which positions they hold and which keys their queries see is arithmetic on tensors, so that one
-traced graph serves every size. Queries and keys are gathered into their tiles, axis by axis, each tile is dense, and
-the answers are gathered back.
+traced graph serves every size. Queries and keys are gathered into their tiles, each tile is dense, and the answers are
+gathered back.
 
 Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation phases, phase by phase.
 """

@@ -75,6 +75,8 @@ class Conversion:
             )
         if record["checkpoint"] is None:
             lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
+        elif note := checkpoints()[record["checkpoint"]].note:
+            lines.append(note)
         return lines
 
 
@@ -314,6 +316,8 @@ def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None]:
                 if (folder / name).is_file():
                     return folder / name, None, None
             raise OSError(f"{folder} has no weights: none of {', '.join(loading.WEIGHT_FILES)}")
+    if read_dense_config(folder) is not None:
+        raise ValueError(f"{folder} holds a detector or segmenter of this package already: foveal.load reads it")
     found = loading.resolve(folder)
     # a converted folder still tells which checkpoint it is of
     checkpoint = (found.config.get(RECORD) or {}).get("checkpoint")
@@ -454,8 +458,13 @@ def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Foun
         plan = dense.plan(bare, told.task)
     except ValueError as error:
         raise _NotWhole(str(error)) from error
-    known = found.checkpoint
-    net = dense.build(plan, found.architecture, told.arguments, known and known.mean, known and known.std)
+    if told.task not in (None, plan.task) and (told.task, plan.task) != ("panoptic", "segment"):
+        raise ConversionError(f"{found.file} is of a model to {plan.task}, not to {told.task}")
+    known, arguments = found.checkpoint, dict(told.arguments)
+    if plan.task == "detect" and known is not None and known.input is not None:
+        _, short_side, most = known.input
+        arguments = {"min_size": short_side, "max_size": most, **arguments}
+    net = dense.build(plan, found.architecture, arguments, known and known.mean, known and known.std)
     unread = lambda name: dense.may_be_unread(_bare(name))  # noqa: E731  where all that is known finds its place
     result, dropped = _fitted(state, net, _of_dense(net, found.architecture, told.bgr), found, unread)
     net.load_state_dict(result)  # strict

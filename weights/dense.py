@@ -60,8 +60,11 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
     """What is known of a file besides its tensors: of detectron2's, what its configuration says.
 
     Raises:
-        ValueError: if something of it is not known; the message lists it.
+        ValueError: if something of it is not known (the message lists it) or said in a way that it cannot be, or if
+            ``known`` is a classifier.
     """
+    if known is not None and known.task == "classify":
+        raise ValueError(f"it is of a dense model, {known.name} is a classifier: it is not that checkpoint")
     arguments = dict(arguments)
     given = {key: arguments.pop(key, None) for key in ("channel_order", "task")}
     order = given["channel_order"] or (known and known.channel_order)
@@ -76,6 +79,7 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
         if name in state:
             values = (state[name].flatten() / 255).tolist()
             arguments.setdefault(key, values[::-1] if order == "bgr" else values)
+    _check_said(arguments)
     missing = []
     if resnet and "stride_in_1x1" not in arguments:
         missing.append(
@@ -92,6 +96,18 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
             f"it is detectron2's, and does not tell what its configuration does. Say with --set: {'; '.join(missing)}"
         )
     return Told(arguments, order == "bgr", task)
+
+
+def _check_said(arguments: Mapping[str, Any]) -> None:
+    first, channels = arguments.get("stride_in_1x1", False), arguments.get("in_chans", 3)
+    if not isinstance(first, bool):
+        raise ValueError(f"stride_in_1x1 is {first!r}, it must be true or false")
+    for key in [key for key in ("mean", "std") if key in arguments]:
+        values = arguments[key]
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(each, (int, float)) for each in values)
+        inside = numbers and all((0 if key == "mean" else 1e-6) <= each <= 1 for each in values)
+        if not inside or len(values) != channels:
+            raise ValueError(f"{key} is {values!r}, it must be {channels} numbers from 0 to 1, one for each channel")
 
 
 def plan(state: State, task: str | None = None) -> Plan:

@@ -49,8 +49,8 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         write_card: write the score into the folder's card.
 
     Raises:
-        ValueError: if the folder was not written by `convert`, or the folders of ``images`` are not the classes, or
-            the model is no classifier.
+        ValueError: if the folder was not written by `convert`, its record is damaged, the folders of ``images`` are not
+            the classes, the model is no classifier, or the card is to be written without images.
         OSError: if something cannot be read.
 
     Examples:
@@ -76,6 +76,10 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     record = config.get(RECORD)
     if record is None:
         raise ValueError(f"{folder} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote")
+    if lacking := sorted({"checkpoint", "fingerprint", "model_sha256", "parameters"} - set(record)):
+        raise ValueError(f"the record of the conversion in {place / 'config.json'} is damaged: no {', '.join(lacking)}")
+    if write_card and images is None:
+        raise ValueError("the score goes into the card, and there is none without images: --card goes with --images")
     if images is not None and whole is not None:
         raise ValueError(f"{folder} is a model to {config['task']}: `foveal evaluate` scores it, with data.root=...")
     digest = file_sha256(file)

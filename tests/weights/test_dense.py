@@ -179,6 +179,28 @@ def test_cascades_that_are_refused(change: dict[str, Any], says: str, tmp_path: 
         convert(write(tmp_path / "x", state), tmp_path / "ours", model="test_foveal_nat")
 
 
+def test_a_file_is_of_what_it_is_called(tmp_path: Path) -> None:
+    """Else it would carry another's licence and score."""
+    small = dict(embed_dim=16, num_heads=[1, 2, 4, 8], depths=[1] * 4, kernel_size=3, dilations=[[1]] * 4)
+    heads = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 32, "mask_width": 16})
+    model = build_detector("nat_mini", "mask_rcnn", num_classes=3, **heads, **small)
+    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    file = write(tmp_path / "x", state | to_mmdet(model.state_dict()))
+
+    def refused(message: str, name: str, **kwargs: Any) -> None:
+        arguments = small | kwargs.pop("arguments", {})
+        with pytest.raises(ConversionError, match=message):
+            convert(file, tmp_path / "ours", model=name, arguments=arguments, **kwargs)
+
+    for backbone in (False, True):
+        refused("nat_mini.in1k is a classifier: it is not that checkpoint", "nat_mini.in1k", backbone=backbone)
+    refused("is of a model to detect, not to segment", "nat_mini.upernet_ade20k")
+    refused("is of a model to detect, not to segment", "nat_mini", arguments={"task": "segment"})
+    done = convert(file, tmp_path / "ours", model="nat_mini.maskrcnn_coco", arguments=small)
+    with pytest.raises(ValueError, match="holds a detector or segmenter of this package already: "):
+        convert(done.folder, tmp_path / "again")
+
+
 def test_a_published_cascade_is_known_by_its_name(tmp_path: Path) -> None:
     """With the dilations that its file does not tell."""
     checkpoint = checkpoints()["dinat_s_tiny.cascade_coco"]

@@ -344,6 +344,17 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
     assert "PQ 58.5" in card
     assert "does not tell objects apart" in card
     assert foveal.load(done.folder).config["task"] == "segment"
+    assert len(done.lines()) == 3
+    file = file.rename(tmp_path / "x" / "mask2former_dinat_large_cityscapes_panoptic.pth")
+    unsure = convert(file, tmp_path / "unsure", model=model, arguments=small)
+    assert unsure.lines()[3].startswith("The dilations that it was trained with are not known here")
+    # the sizes of the images that objects are found in
+    named = f"{model}.mask2former_cityscapes_instance"
+    for own, expected in (({}, (1024, 2048)), ({"min_size": 96, "max_size": 128}, (96, 128))):
+        found = convert(file, tmp_path / f"objects {expected[0]}", model=named, arguments=small | own)
+        transform = foveal.load(found.folder).detector.transform
+        assert (*transform.min_size, transform.max_size) == expected
+    file = file.rename(tmp_path / "x" / "mask2former_dinat_large_coco_panoptic.pth")
     with pytest.raises(ValueError, match="task is 'panoptic', it must be detect or segment"):
         convert(file, tmp_path / "more", model=model, arguments=small | {"task": "panoptic"})
 
@@ -525,6 +536,11 @@ def test_what_the_file_does_not_tell(tmp_path: Path) -> None:
     refused(r"Say with --set: stride_in_1x1=true or false \([^;]*$", dict(rest, channel_order="rgb"))
     refused(r"Say with --set: channel_order=bgr or rgb \([^;]*$", dict(rest, stride_in_1x1=True))
     refused("channel_order is 'grb', it must be one of rgb, bgr", dict(rest, channel_order="grb"))
+    refused("stride_in_1x1 is 'maybe', it must be true or false", dict(rest, stride_in_1x1="maybe"))
+    for backbone in (False, True):
+        for values in ("hello", [123.675, 116.28, 103.53], [0.5], None):
+            refused("mean is .*, it must be 3 numbers from 0 to 1", dict(rest, mean=values), backbone=backbone)
+    refused("std is .*, it must be 3 numbers", dict(rest, std=[0.2, 0.2, 0.0]))
     refused(
         "strides in the first convolutions of its blocks, which timm's do not: --backbone is not for it",
         dict(rest, stride_in_1x1=True, channel_order="rgb"),

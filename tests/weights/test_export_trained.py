@@ -70,4 +70,4 @@ def test_a_segmenter(tmp_path: Path) -> None:
     ((_, shares),) = segment.predict(tmp_path / "run", [image])
     counted = np.bincount(logits.argmax(1).ravel(), minlength=len(model.classes)) / logits[0, 0].size
     for name, share in shares:
-        assert abs(counted[model.classes.index(name)] - share) <= 2 / logits[0, 0].size  # ties of two classes
+        assert abs(counted[model.classes.index(name)] - share) <= 2e-3  # ties of two classes, on another processor

@@ -135,6 +135,15 @@ def test_folders_that_are_not_checked(folder: Path, tmp_path: Path) -> None:
         list(verify(tmp_path))
 
 
+def test_a_card_without_a_score_and_a_damaged_record(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(folder), "--card"])
+    assert result.exit_code == 2
+    assert "--card goes with --images" in result.output
+    edit(folder, lambda config: [config["conversion"].pop(key) for key in ("fingerprint", "model_sha256")])
+    with pytest.raises(ValueError, match=r"config\.json is damaged: no fingerprint, model_sha256$"):
+        next(verify(folder))
+
+
 def test_the_fixed_image() -> None:
     """The same numbers everywhere and always: they are stored in files."""
     x = image((1, 3, 64, 64))
