@@ -475,7 +475,7 @@ def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Foun
         more["category_ids"] = list(_COCO)
 
     def write(folder: Path) -> None:
-        save_dense(folder, net, classes, dense.preprocessing(net), **more)
+        save_dense(folder, net, classes, dense.preprocessing(net, known), **more)
 
     words = f"{plan.arguments['head']} on {found.architecture} with {plan.arguments['neck']}, {count} classes"
     if told.task == "panoptic":

@@ -180,12 +180,17 @@ def build(plan: Plan, architecture: str, arguments: Mapping[str, Any], mean: Any
         raise ValueError(f"{architecture} does not take these arguments: {error}") from error
 
 
-def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """What a reader of config.json should know of the images, as training writes it."""
+def preprocessing(model: nn.Module, known: Checkpoint | None = None) -> dict[str, Any]:
+    """What a reader of config.json should know of the images, as training writes it; of a published segmenter of ADE20K
+    also the size at which it was evaluated, its crops' short side and four times that at most."""
     channels = model.arguments.get("in_chans", 3)
     images = {"in_chans": channels, "mean": model.arguments["mean"], "std": model.arguments["std"]}
     if not isinstance(model, Detector):
-        return images
+        if known is None or known.input is None or "ade20k" not in known.tag:
+            return images
+        side = min(known.input[1:])
+        # mmsegmentation resizes by OpenCV, detectron2 by Pillow
+        return images | {"inference": {"bounds": [4 * side, side], "antialias": known.keys == "detectron2"}}
     transform = model.detector.transform
     return images | {"short_side": transform.min_size[-1], "max_size": transform.max_size}
 

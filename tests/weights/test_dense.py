@@ -15,9 +15,11 @@ import foveal
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.detection import published as published_names
 from foveal.heads.necks.a3fpn import load_published
+from foveal.heads.segmentation import probabilities
 from foveal.heads.segmentation.published import to_mmseg
+from foveal.weights import dense
 from foveal.weights.convert import ConversionError, convert, restore
-from foveal.weights.manifest import checkpoints
+from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
 from . import filler
@@ -448,3 +450,31 @@ def to_mmdet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 result[theirs.format(*match.groups()) + name[match.end() :]] = tensor
                 break
     return result
+
+
+def test_published_segmenters_see_the_size_of_their_score() -> None:
+    model = build_segmenter("test_foveal_dinat", "upernet", num_classes=3, head_kwargs={"channels": 16}).eval()
+    found = {}
+    for architecture, tag in (
+        ("nat_mini", "upernet_ade20k"),
+        ("dinat_large", "upernet_ade20k"),
+        ("dinat_large_384_11x11", "mask2former_ade20k_semantic"),
+        ("dinat_large_384_11x11", "mask2former_cityscapes_semantic"),
+    ):
+        found[architecture, tag] = dense.preprocessing(model, of_model(architecture)[tag]).get("inference")
+    assert [*found.values()] == [
+        {"bounds": [2048, 512], "antialias": False},
+        {"bounds": [2560, 640], "antialias": False},
+        {"bounds": [2560, 640], "antialias": True},
+        None,  # whole images
+    ]
+    assert "inference" not in dense.preprocessing(model)
+    image = torch.rand(1, 3, 30, 40)
+    seen = []
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return x
+
+    probabilities(answer, image, **found["nat_mini", "upernet_ade20k"])
+    assert seen == [(1, 3, 512, 683)]
