@@ -44,7 +44,7 @@ def build(name: str) -> torch.nn.Module:
     return model
 
 
-LONG = ("dinat_s", "overlock")  # minutes each
+LONG = ("nat", "dinat_s", "overlock")  # minutes each; nat is dinat without dilation
 
 
 @pytest.mark.slow
