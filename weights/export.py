@@ -130,7 +130,7 @@ def export(
         _check_int8(to, half, calibration)
     elif calibration:
         raise ValueError("calibration images are for --int8")
-    if dynamic and (reason := _one_size(found.architecture)):
+    if dynamic and (reason := _one_size(found.architecture, to)):
         raise ValueError(f"{found.architecture} does not go with --dynamic: {reason}")
     sources = () if found.folder is None else (found.folder, _path(source))
     output = check_output(output, force, sources, to)
@@ -380,9 +380,11 @@ def _path(source: str | Path) -> Path:
     return Path(str(source).removeprefix("local-dir:")).expanduser()
 
 
-def _one_size(architecture: str) -> str | None:
+def _one_size(architecture: str, to: str) -> str | None:
     """Why the graph of a model is for one height and width; None if it need not be."""
     if architecture in list_models() and family(architecture) in ANY_SIZE:
+        if to == "aoti" and family(architecture) != "CARE":
+            return "AOTInductor does not end within ten minutes with windows of free sizes; pt2 and onnx hold them"
         return None
     *names, last = ANY_SIZE
     return f"free sizes are offered for {', '.join(names)} and {last} alone; without it the file has its input size"

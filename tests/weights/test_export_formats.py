@@ -241,6 +241,8 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
         ValueError, match="--dynamic: free sizes are offered for NAT, DiNAT, DiNAT_s, OverLoCK and CARE a"
     ):
         export(fixed, "pt2", output, dynamic=True)
+    with pytest.raises(ValueError, match="AOTInductor does not end within ten minutes with windows"):
+        export(folder, "aoti", output, dynamic=True)
     small = _save(tmp_path / "small", "test_foveal_care", size=28)
     with pytest.raises(ValueError, match=r"pt2 with --dynamic .* from 32 on, and .* has images of 28 x 28: leave"):
         export(small, "pt2", output, dynamic=True)
@@ -332,7 +334,8 @@ def test_checks_of_free_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["pt2", pytest.param("aoti", marks=pytest.mark.long)])
 def test_free_sizes_of_pytorch(to: str, tmp_path: Path) -> None:
     arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
-    source = _save(tmp_path / "x", "test_foveal_dinat", **arguments)
+    name, arguments = ("test_foveal_dinat", arguments) if to == "pt2" else ("test_foveal_care", {})
+    source = _save(tmp_path / "x", name, **arguments)
     done = export(source, to, tmp_path / "out", dynamic=True)
     assert "| size | any height and width from 32 on |" in (done.folder / "README.md").read_text()
     for size in ((32, 32), (33, 64), (65, 131)):
