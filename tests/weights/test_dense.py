@@ -44,6 +44,19 @@ def published(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace("backbone.network.model.", "backbone."): x for name, x in model.state_dict().items()}
 
 
+def converted(original: nn.Module, what: str, tmp_path: Path, name: str) -> Path:
+    """The folder that its file becomes: every tensor used, the file given back bit for bit, verified."""
+    state = published(original)
+    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
+    assert done.record["tensors"] == len(state)
+    assert done.lines()[2] == f"it is {what}"
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    assert all(check.passed for check in verify(done.folder))
+    return done.folder
+
+
 def write(folder: Path, state: dict[str, torch.Tensor], **meta: Any) -> Path:
     folder.mkdir(exist_ok=True)
     torch.save({"state_dict": state, "meta": {"epoch": 36, **meta}}, folder / "dense.pth")
@@ -64,16 +77,9 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_mask_rcnn(name: str, tmp_path: Path) -> None:
     """Maps, logits, anchors, regions' classes, boxes and masks, and the detections themselves."""
     original = theirs("mask_rcnn", name)
-    state = published(original)
-    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
-    assert done.record["tensors"] == len(state)
-    assert done.lines()[2] == f"it is mask_rcnn on {name} with fpn, 3 classes"
-    back = restore(done.folder)
-    assert list(back) == list(state)
-    assert all(torch.equal(back[key], value) for key, value in state.items())
-    assert all(check.passed for check in verify(done.folder))
+    folder = converted(original, f"mask_rcnn on {name} with fpn, 3 classes", tmp_path, name)
 
-    model = foveal.load(done.folder)
+    model = foveal.load(folder)
     assert model.classes == list(NAMES)
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
@@ -124,18 +130,11 @@ def test_cascade_mask_rcnn(box_head: str, tmp_path: Path) -> None:
 
     name = "test_foveal_nat"
     original = mmdets(name, box_head)
-    state = published(original)
-    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
-    assert done.record["tensors"] == len(state)
-    assert done.lines()[2] == f"it is cascade_mask_rcnn on {name} with fpn, 3 classes"
-    back = restore(done.folder)
-    assert list(back) == list(state)
-    assert all(torch.equal(back[key], value) for key, value in state.items())
-    assert all(check.passed for check in verify(done.folder))
+    folder = converted(original, f"cascade_mask_rcnn on {name} with fpn, 3 classes", tmp_path, name)
 
     from mmdet.structures import DetDataSample
 
-    model = foveal.load(done.folder)
+    model = foveal.load(folder)
     assert model.arguments["head_kwargs"]["box_head"] == box_head
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
