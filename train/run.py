@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,18 @@ from .engine import Interrupted, NonFiniteLoss, OtherProcessError, State, Traine
 
 USER_ERRORS = (ConfigError, DataError, checkpoint.CheckpointError, NonFiniteLoss, OtherProcessError)
 RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
+
+
+def shared_store(environ: Mapping[str, str], processes: int) -> str | None:
+    """A word to the user where torchrun restarts processes and keeps one store over all attempts: a process may then
+    read there the address of one that is gone, and cannot connect to it."""
+    restarts = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if processes == 1 or not restarts or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        f"torchrun --max-restarts={restarts}: a restart may find old addresses and fail; with "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment, on every node, each attempt has its own"
+    )
 
 
 class Task(engine.Task):
@@ -126,7 +138,7 @@ def _run(config: Any, build_task: Callable[[Any, Accelerator], Task], console: C
         f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads",
         highlight=False,
     )
-    for note in task.notes:
+    for note in filter(None, [*task.notes, shared_store(os.environ, accelerator.num_processes)]):
         console.print(note, highlight=False, soft_wrap=True)
     if resumed and trainer.state.epoch >= trainer.epochs and (run / "summary.json").exists():
         console.print(f"{run} is finished: {trainer.epochs} epochs; nothing to do", highlight=False, soft_wrap=True)

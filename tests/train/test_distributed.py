@@ -32,10 +32,12 @@ from foveal.train import checkpoint, classify, engine
 from foveal.train.classify import evaluate, train
 from foveal.train.data.order import EpochOrder
 from foveal.train.engine import Trainer
+from foveal.train.run import shared_store
 
 from .test_resume import assert_same_run, metrics
 
 SCRIPT = Path(__file__).with_name("one_process.py")
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # for restarts, as docs/distributed.md says
 
 PARTS = ("head", "auxiliary")
 PORTS = itertools.count(os.getpid() * 37)
@@ -92,6 +94,7 @@ def launch(recipe: Path, overrides: list[str], world: int, **job) -> list[int]:
 
 def torchrun(recipe: Path, overrides: list[str], world: int, folder: Path, restarts: int = 0, **job) -> str:
     """What a real launch says; it has to succeed."""
+    environment = OWN_STORE if restarts else {}
     file = folder / "job.json"
     file.write_text(json.dumps({"recipe": str(recipe), "overrides": overrides, **job}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
@@ -100,7 +103,7 @@ def torchrun(recipe: Path, overrides: list[str], world: int, folder: Path, resta
         capture_output=True,
         text=True,
         timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -293,9 +296,20 @@ def test_a_killed_process_is_restarted_from_the_last_checkpoint(recipe, tmp_path
     """torchrun's elastic restart: the second process dies without a word in the second epoch."""
     options = ["resume=auto", "train.save_every=3", "model.drop_path_rate=0.2", "augment.mixup=0.3"]
     assert launch(recipe, [f"output={tmp_path / 'whole'}", *options], 2) == [0, 0]
-    said = torchrun(recipe, [f"output={tmp_path / 'run'}", *options], 2, tmp_path, restarts=3, kill=[1, 13])
+    said = torchrun(recipe, [f"output={tmp_path / 'run'}", *options], 2, tmp_path, restarts=1, kill=[1, 13])
     assert "resumed at epoch 2, update 1" in said
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in said
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_restarts_that_may_fail_are_told():
+    """torchrun keeps one store over its restarts, with the addresses of processes that are gone."""
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in shared_store(shared, processes=2)
+    assert shared_store(shared, processes=1) is None
+    assert shared_store(shared | {"TORCHELASTIC_MAX_RESTARTS": "0"}, processes=2) is None
+    assert shared_store(shared | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, processes=2) is None
+    assert shared_store({}, processes=2) is None
 
 
 @pytest.fixture
@@ -342,6 +356,8 @@ def test_the_slurm_script(slurm, tmp_path):
     code, asked = slurm(arguments, f"touch {run}/summary.json")
     assert (code, len(asked)) == (0, 2)
     assert slurm(["dinat_tiny"], "true") == (1, [])
+    code, asked = slurm(arguments, 'env >> "$ASKED"')
+    assert {f"{name}={value}" for name, value in OWN_STORE.items()} <= set(asked)
 
 
 PAGE = (Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8")
@@ -362,6 +378,7 @@ def test_the_commands_of_the_page():
     (block,) = re.findall(r"```\n(torchrun .*?)```", PAGE, re.DOTALL)
     alone, many = map(launched, block.replace("\\\n", "").strip().splitlines())
     assert (alone.standalone, alone.nproc_per_node) == (True, "8")
+    assert all(f"{name}={value} torchrun" in block for name, value in OWN_STORE.items())
     assert (many.nnodes, many.max_restarts, many.rdzv_endpoint) == ("4", 3, "HOST:29500")
 
 
@@ -375,6 +392,7 @@ def test_the_kubernetes_job():
     assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
     assert int(found.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert (found.node_rank, int(found.nproc_per_node)) == (3, container["resources"]["limits"]["nvidia.com/gpu"])
+    assert {entry["name"]: entry["value"] for entry in container["env"]}.items() >= OWN_STORE.items()
     assert found.rdzv_endpoint == f"{job['metadata']['name']}-0.{pod['subdomain']}:29500"
     assert pod["terminationGracePeriodSeconds"] > 30  # which torchrun gives its processes
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
