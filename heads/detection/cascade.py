@@ -18,7 +18,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
-from torchvision.ops import Conv2dNormActivation, box_iou, clip_boxes_to_image, generalized_box_iou_loss
+from torchvision.ops import Conv2dNormActivation, box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
 OVERLAPS = (0.5, 0.6, 0.7)  # with an object, from which on a box is one, by stage
 CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # what scales the boxes' deltas
@@ -29,6 +29,34 @@ STAGES = len(OVERLAPS)
 BOX_HEADS = ("4conv1fc", "2fc")
 
 Pool = Callable[[list[Tensor]], Tensor]  # regions [N, 4] of each image to what is pooled of them, [sum of N, C, h, w]
+
+
+# logits, boxes of each image, masks and classes of its objects, which object each box has: to a loss
+MaskLoss = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]], Tensor]
+
+
+def aligned_mask_loss(
+    logits: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor], matched: list[Tensor]
+) -> Tensor:
+    """torchvision's ``maskrcnn_loss`` with what mmdetection and detectron2 have a mask head learn: the object's mask
+    at the bins of a region as they pool it, half a pixel from torchvision's, and rounded to 0 or 1.
+
+    Args:
+        logits: ``[N, classes, side, side]``, of the boxes of all images.
+        boxes: ``[n, 4]`` of each image, N in all.
+        masks: ``[objects, H, W]`` of each image, 0 or 1.
+        labels: ``[objects]``, each image's.
+        matched: ``[n]`` of each image: the object of each box.
+    """
+    wanted = []
+    for own, mask, which in zip(boxes, masks, matched, strict=True):
+        regions = torch.cat([which[:, None].to(own), own], 1)
+        wanted.append(roi_align(mask[:, None].to(own), regions, logits.shape[-2:], sampling_ratio=0, aligned=True))
+    classes = torch.cat([own[which] for own, which in zip(labels, matched, strict=True)])
+    if not len(classes):  # whose mean would not be a number
+        return logits.sum() * 0
+    target = (torch.cat(wanted)[:, 0] >= 0.5).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits[torch.arange(len(classes)), classes], target)
 
 
 class BoxHead(nn.Module):
@@ -83,13 +111,16 @@ class CascadeMaskRCNN(MaskRCNN):
 
     Args:
         coders: of the boxes, by stage.
+        mask_loss: of a stage's masks; torchvision's ``maskrcnn_loss`` or `aligned_mask_loss`.
         kwargs: of `MaskRCNN`; ``box_head``, ``box_predictor``, ``mask_head`` and ``mask_predictor`` hold a module for
             each stage.
     """
 
-    def __init__(self, backbone: nn.Module, coders: Sequence[BoxCoder], **kwargs: Any) -> None:
+    def __init__(
+        self, backbone: nn.Module, coders: Sequence[BoxCoder], mask_loss: MaskLoss = maskrcnn_loss, **kwargs: Any
+    ) -> None:
         super().__init__(backbone, **kwargs)
-        self.roi_heads = CascadeHeads(self.roi_heads, coders)
+        self.roi_heads = CascadeHeads(self.roi_heads, coders, mask_loss)
 
 
 class CascadeHeads(RoIHeads):
@@ -105,9 +136,10 @@ class CascadeHeads(RoIHeads):
     Args:
         heads: torchvision's, with a module for each stage.
         coders: of the boxes, by stage.
+        mask_loss: as for `CascadeMaskRCNN`.
     """
 
-    def __init__(self, heads: RoIHeads, coders: Sequence[BoxCoder]) -> None:
+    def __init__(self, heads: RoIHeads, coders: Sequence[BoxCoder], mask_loss: MaskLoss) -> None:
         super().__init__(
             heads.box_roi_pool,
             heads.box_head,
@@ -124,7 +156,7 @@ class CascadeHeads(RoIHeads):
             mask_head=heads.mask_head,
             mask_predictor=heads.mask_predictor,
         )
-        self.coders = list(coders)
+        self.coders, self.mask_loss = list(coders), mask_loss
         self.box_coder = self.coders[-1]  # what the detections are decoded by
         self.agnostic = self.box_predictor[0].bbox_pred.out_features == 4  # with the background there are two classes
 
@@ -233,7 +265,7 @@ class CascadeHeads(RoIHeads):
 
             pooled = self.mask_roi_pool(features, positive, image_shapes)
             found = self.mask_predictor[stage](self.mask_head[stage](pooled))
-            losses[f"loss_mask_{stage}"] = weight * maskrcnn_loss(found, positive, masks, names, which)
+            losses[f"loss_mask_{stage}"] = weight * self.mask_loss(found, positive, masks, names, which)
 
             if stage < STAGES - 1:
                 chosen = torch.where(every > 0, every, logits[:, 1:].argmax(1) + 1)

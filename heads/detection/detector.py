@@ -19,12 +19,22 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from ..features import Features, dense_parameter_groups
 from ..mask2former import embeddings
-from .cascade import BOX_HEADS, CODES, MMDET_DEVIATIONS, STAGES, BoxHead, CascadeMaskRCNN, box_predictor
+from .cascade import (
+    BOX_HEADS,
+    CODES,
+    MMDET_DEVIATIONS,
+    STAGES,
+    BoxHead,
+    CascadeMaskRCNN,
+    aligned_mask_loss,
+    box_predictor,
+)
 from .mask2former import InstanceMask2Former
 
 Target = dict[str, torch.Tensor]
@@ -133,6 +143,47 @@ class BoundedCoder(FullCoder):
         return super().decode_single(rel_codes.maximum(bounds), boxes)
 
 
+class AlignedMasks(RoIHeads):
+    """torchvision's heads, whose masks learn by `aligned_mask_loss`.
+
+    Args:
+        heads: torchvision's, of a Mask R-CNN.
+    """
+
+    def __init__(self, heads: RoIHeads) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(heads))
+
+    def forward(
+        self,
+        features: dict[str, torch.Tensor],
+        proposals: list[torch.Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, torch.Tensor]] | None = None,
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """As `RoIHeads`."""
+        found, losses = super().forward(features, proposals, image_shapes, targets)
+        if self.training:
+            regions, matched, labels, _ = self.samples
+            inside = [own > 0 for own in labels]
+            regions = [own[chosen] for own, chosen in zip(regions, inside, strict=True)]
+            matched = [own[chosen] for own, chosen in zip(matched, inside, strict=True)]
+            logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, regions, image_shapes)))
+            objects = ([target[name] for target in targets] for name in ("masks", "labels"))
+            losses["loss_mask"] = aligned_mask_loss(logits, regions, *objects, matched)
+            del self.samples
+        return found, losses
+
+    def has_mask(self) -> bool:
+        """Whether torchvision's forward shall compute masks: not in training."""
+        return not self.training
+
+    def select_training_samples(self, *given: Any) -> tuple[Any, ...]:
+        """torchvision's, kept for the masks."""
+        self.samples = super().select_training_samples(*given)
+        return self.samples
+
+
 def _is_mmdet(convention: str, *others: str) -> bool:
     """Whether anchors and regions stay where they are, as in mmdetection and ``others``: neither rounded nor moved."""
     known = ("torchvision", "mmdet", *others)
@@ -195,6 +246,8 @@ def _rcnn(
     coder = BoundedCoder if convention == "mmdet" else FullCoder
     for part in (model.rpn, model.roi_heads):
         part.box_coder = coder(part.box_coder.weights)
+    if exact and detector is MaskRCNN:
+        model.roi_heads = AlignedMasks(model.roi_heads)
     return model
 
 
@@ -208,8 +261,9 @@ def _mask_head(pyramid: Pyramid, width: int, num_classes: int) -> dict[str, nn.M
 def mask_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Mask R-CNN (He et al., arXiv 1703.06870). ``kwargs``: ``anchor_scale`` (side of an anchor in strides),
     ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers; ``convention``: ``"mmdet"``
-    for weights of mmdetection, whose anchors (`Anchors`), pooling (`AlignedPool`) and boxes (`BoundedCoder`) differ a
-    little from those of ``"torchvision"``; ``"detectron2"``, which differs in the first two of them."""
+    for weights of mmdetection, whose anchors (`Anchors`), pooling (`AlignedPool`), masks to learn (`AlignedMasks`) and
+    boxes (`BoundedCoder`) differ a little from those of ``"torchvision"``; ``"detectron2"``, which differs in all but
+    the last of them."""
     return _rcnn(pyramid, num_classes, transform, MaskRCNN, **kwargs)
 
 
@@ -252,6 +306,7 @@ def cascade_mask_rcnn(
         "mask_roi_pool": _region_pool(pyramid, 14, mmdet),
         **{name: nn.ModuleList(each[name] for each in masks) for name in masks[0]},
         "coders": [coder(stage) for stage in codes],
+        "mask_loss": aligned_mask_loss if mmdet else maskrcnn_loss,
     }
     told = (*_GIVEN, *parts, "box_fg_iou_thresh", "box_bg_iou_thresh", "bbox_reg_weights")  # by stage
     model = CascadeMaskRCNN(pyramid, **parts, **transform, **_known(kwargs, CascadeMaskRCNN, told))

@@ -28,16 +28,16 @@ def small(box_head: str = "4conv1fc", **kwargs) -> nn.Module:
     return build_detector("test_foveal_dinat", "cascade_mask_rcnn", num_classes=3, head_kwargs=settings, **SMALL)
 
 
-def mmdets(name: str, box_head: str) -> nn.Module:
+def mmdets(name: str, box_head: str | None) -> nn.Module:
     """mmdetection's detector, small, with a value for every parameter and statistic that makes it count: our
-    configuration of it, or with the heads of its own one."""
+    configuration of it, or with the heads of its own one; without a cascade for none."""
     for module in ("mmengine", "mmcv", "mmdet"):
         pytest.importorskip(module, reason=REASON, exc_type=ImportError)
     from mmengine import Config
 
     from .test_mmdet import MODELS, build, shrink
 
-    model = build("cascade_mask_rcnn", name)
+    model = build("cascade_mask_rcnn" if box_head else "mask_rcnn", name)
     if box_head == "2fc":
         own = Config.fromstring('_base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"', ".py")
         heads = shrink(own.model.roi_head.bbox_head)
@@ -46,19 +46,18 @@ def mmdets(name: str, box_head: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("box_head", ["4conv1fc", pytest.param("2fc", marks=SLOW)])
+@pytest.mark.parametrize("box_head", ["4conv1fc", pytest.param("2fc", marks=SLOW), None])
 def test_losses_are_those_of_mmdetection(box_head):
-    """Of all three stages, from the same maps, proposals and objects: so the boxes between the stages, too. Masks are
-    of the whole image: at an outline torchvision interpolates what is learned, where mmdetection rounds it."""
+    """Of all three stages, from the same maps, proposals and objects: so the boxes between the stages, too. Of Mask
+    R-CNN, without a cascade, those of classes and masks: torchvision's boxes have another loss there."""
     theirs = mmdets("test_foveal_nat", box_head)
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
-    sizes = dict(box_head=box_head, box_width=32, mask_width=16, convention="mmdet")
-    ours = build_detector(
-        "test_foveal_nat", "cascade_mask_rcnn", num_classes=3, head_kwargs=sizes, neck_kwargs={"out_channels": 16}
-    )
+    sizes = dict(box_width=32, mask_width=16, convention="mmdet") | ({"box_head": box_head} if box_head else {})
+    head = "cascade_mask_rcnn" if box_head else "mask_rcnn"
+    ours = build_detector("test_foveal_nat", head, num_classes=3, head_kwargs=sizes, neck_kwargs={"out_channels": 16})
     heads = {key: x for key, x in theirs.state_dict().items() if not key.startswith("backbone.")}
     ours.load_state_dict(ours.state_dict() | from_published(heads))
 
@@ -72,32 +71,42 @@ def test_losses_are_those_of_mmdetection(box_head):
     far = torch.cat([far[:, :2], far[:, :2] + far[:, 2:] + 8], 1)
     proposals = [clip_boxes_to_image(each, shape) for each in (torch.cat([around, far]), far + 5)]
 
+    rows, columns = torch.arange(96)[:, None], torch.arange(128)
+    discs = [
+        ((rows - (top + bottom) / 2) / (bottom - top)) ** 2 + ((columns - (left + right) / 2) / (right - left)) ** 2
+        < 0.2
+        for left, top, right, bottom in boxes.tolist()
+    ]
+    outlines = [torch.stack(discs).byte(), torch.zeros(0, *shape, dtype=torch.uint8)]
+
     samples = []
-    for own, labels in zip(objects, names, strict=True):
+    for own, labels, masks in zip(objects, names, outlines, strict=True):
         sample = DetDataSample(metainfo=dict(img_shape=shape))
-        masks = BitmapMasks(torch.ones(len(own), *shape, dtype=torch.uint8).numpy(), *shape)
-        sample.gt_instances = InstanceData(bboxes=own, labels=labels, masks=masks)
+        sample.gt_instances = InstanceData(bboxes=own, labels=labels, masks=BitmapMasks(masks.numpy(), *shape))
         samples.append(sample)
     theirs.train()
-    for sampler in theirs.roi_head.bbox_sampler:
+    for sampler in theirs.roi_head.bbox_sampler if box_head else [theirs.roi_head.bbox_sampler]:
         sampler.num = 512  # all of them
     want = theirs.roi_head.loss(maps, [InstanceData(bboxes=each.clone()) for each in proposals], samples)
 
     targets = [
-        {"boxes": own, "labels": labels + 1, "masks": torch.ones(len(own), *shape, dtype=torch.uint8)}
-        for own, labels in zip(objects, names, strict=True)
+        {"boxes": own, "labels": labels + 1, "masks": masks}
+        for own, labels, masks in zip(objects, names, outlines, strict=True)
     ]
     heads = ours.detector.roi_heads.train()
     positive = []
     heads.mask_roi_pool.register_forward_pre_hook(lambda _, inputs: positive.append(sum(map(len, inputs[1]))))
     _, got = heads({str(i): m for i, m in enumerate(maps)}, proposals, [shape, shape], targets)
     assert min(positive) > 3  # the objects' own boxes
-    assert positive[0] > positive[2]
-    for stage in range(3):
-        for own, other in (("classifier", "cls"), ("box_reg", "bbox"), ("mask", "mask")):
-            expected = want[f"s{stage}.loss_{other}"]
-            assert expected > 1e-3
-            torch.testing.assert_close(got[f"loss_{own}_{stage}"], expected.reshape(()), rtol=1e-5, atol=0)
+    pairs = [("classifier", "cls"), ("mask", "mask")]
+    names = {f"loss_{own}": f"loss_{other}" for own, other in pairs}
+    if box_head:
+        assert positive[0] > positive[2]
+        pairs.append(("box_reg", "bbox"))
+        names = {f"loss_{own}_{stage}": f"s{stage}.loss_{other}" for own, other in pairs for stage in range(3)}
+    for own, other in names.items():
+        assert want[other] > 1e-3
+        torch.testing.assert_close(got[own], want[other].reshape(()), rtol=1e-5, atol=0)
 
 
 def test_one_box_for_all_classes_steps_and_finds():
