@@ -37,7 +37,7 @@ test: .venv/ready-test
 
 test-slow: .venv/ready-test
 	$(SIDE_BY_SIDE) -m 'slow and not long' --ignore tests/train/test_fashion_mnist.py
-	$(BIN)/pytest -m slow tests/train/test_fashion_mnist.py  # alone, since it promises a time
+	$(BIN)/pytest -m slow tests/train/test_fashion_mnist.py  # alone: it trains with both cores
 
 test-long: .venv/ready-test
 	$(BIN)/pytest -m long

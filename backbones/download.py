@@ -34,6 +34,7 @@ _TIMEOUT = 10  # seconds without any answer
 _ATTEMPTS = 4  # that bring nothing, in a row
 _PAUSE = 1.0  # seconds before another one
 _CHUNK = 1 << 20
+_PAGES = ("text/html", "text/xml", "application/xhtml+xml", "application/xml", "application/json")
 
 
 def fetch(name: str, addresses: Sequence[str], sha256: str | None = None) -> Path:
@@ -168,21 +169,31 @@ def _ask(address: str, part: Path) -> HTTPResponse:
 
 def _write(response: HTTPResponse, part: Path) -> int | None:
     """Append or begin anew, as the answer says. Returns the size of the whole file, if untold of what came."""
-    if response.headers.get_content_type() == "text/html":
-        raise OSError("it answers with a web page instead of the file")
+    kind, coding = response.headers.get_content_type(), response.headers.get("Content-Encoding", "identity")
+    if kind in _PAGES:
+        raise OSError(f"it answers with a web page instead of the file ({kind})")
+    if coding.lower() not in ("", "identity"):  # what came would be kept as it came
+        raise OSError(f"it sends the file in another coding than asked for, {coding}")
+    tag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified")
     start, total = 0, None
     if response.status == 206:
         extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if extent is None or int(extent[1]) != part.stat().st_size:
+        kept = _version_file(part).read_text(encoding="utf-8") if _version_file(part).is_file() else ""
+        if extent is None or int(extent[1]) != (part.stat().st_size if kept and part.exists() else 0):
             _forget(part)
             raise ConnectionError(f"it continues at another place: {response.headers.get('Content-Range')}")
         start, total = int(extent[1]), int(extent[2])
-    elif (length := response.headers.get("Content-Length")) is not None:
+        version = tag if kept.startswith('"') else date
+        if start and version and version != kept:  # the server does not look at If-Range
+            _forget(part)
+            raise ConnectionError("the file was replaced meanwhile")
+    elif (length := response.headers.get("Content-Length", "")).isdecimal():
         total = int(length)
+    elif not response.chunked:  # whose end is marked
+        raise OSError(f"it does not say how long the file is (Content-Length {length or 'missing'})")
     if not start:
         _forget(part)
-        tag = response.headers.get("ETag", "")
-        version = tag if tag.startswith('"') else response.headers.get("Last-Modified")  # a weak tag does not identify
+        version = tag if tag.startswith('"') else date  # a weak tag does not identify
         if version:
             _version_file(part).write_text(version, encoding="utf-8")
     with part.open("ab" if start else "wb") as out:

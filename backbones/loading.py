@@ -143,7 +143,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
                 f"{file} holds more than tensors ({refused[1]}), which could run code, and is not read for safety; "
                 f"save the weights as {WEIGHTS} instead"
             ) from error
-        reason = _first_lines(error, 1) or type(error).__name__
+        # torch's first line advises to load it unsafely
+        said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = said[1] if said else _first_lines(error, 1) or type(error).__name__
         raise ValueError(f"{file} is damaged, cut off, or no file of weights: {reason}") from error
     if broken is not None:
         raise ValueError(f"{file} is damaged: the checksum of {broken} in it is wrong")

@@ -33,6 +33,7 @@ app.add_typer(train_app, name="train")
 # What a user can bring about: bad names and values, files, missing extras, failed checks. Anything else is our mistake
 # and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ImportError, BackendError, ExportError)
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # what PyTorch says in a RuntimeError, on a CPU and on CUDA
 
 
 def main() -> None:
@@ -60,8 +61,9 @@ def command(group: typer.Typer, *names: str, **settings: Any) -> Callable[[Calla
 def _short_errors() -> Iterator[None]:
     try:
         yield
-    except _USER_ERRORS as error:
-        if os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
+    except (*_USER_ERRORS, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (*_USER_ERRORS, MemoryError)) or any(words in str(error) for words in _NO_MEMORY)
+        if not known or os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {escape(message)}")
@@ -156,8 +158,8 @@ def info(
         return
     if markdown:
         raise ValueError(f"--markdown prints the card of published weights, NAME.TAG; {name} is none")
-    if name.strip() and Path(name.removeprefix("local-dir:")).is_dir():
-        readme = _readme(Path(name.removeprefix("local-dir:")))
+    if name.strip() and (folder := Path(name.removeprefix("local-dir:")).expanduser()).is_dir():
+        readme = _readme(folder)
         if not card or readme is None:
             raise ValueError(
                 f"{name} is a folder; info takes a model name, --card a folder that was converted or exported"
@@ -344,18 +346,21 @@ def predict(
     ] = None,
 ) -> int:
     """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
+    from .backbones.loading import refuse_exported
     from .train import tasks
     from .weights.predict import predict as classify
 
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
-    if tasks.task_of(model) == "classify":
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    if tasks.task_of(folder) == "classify":
         if output is not None:
             raise ValueError(f"{model} is a classifier: --output is for detectors and segmenters")
         rows = classify(model, images, top)
     else:
-        rows = tasks.predict(model, images, threshold, output)
+        refuse_exported(folder)
+        rows = tasks.predict(folder, images, threshold, output)
     failed = 0
     for path, answers in rows:
         if isinstance(answers, OSError):

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -299,7 +299,7 @@ def predict(
     for path, place in zip(images, places, strict=True):
         try:
             with Image.open(path) as file:
-                image = F.pil_to_tensor(to_mode(file, channels)).float() / 255
+                image = F.pil_to_tensor(to_mode(ImageOps.exif_transpose(file), channels)).float() / 255
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -431,7 +431,7 @@ def predict(
     for path, place in zip(images, places, strict=True):
         try:
             with Image.open(path) as file:
-                pixels = np.array(to_mode(file, channels))
+                pixels = np.array(to_mode(ImageOps.exif_transpose(file), channels))
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue

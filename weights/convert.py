@@ -39,6 +39,8 @@ from .manifest import Checkpoint, checkpoints
 
 _SOURCE = "source"  # the field of the safetensors header with the names of the file that was converted
 _COCO = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # the ids of its 80 categories
+_ODD = 1103515245  # times this modulo 2^31 every place is another
+_TIMMS = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}  # no arguments of a model
 _INDEX = ".relative_position_index"  # stored by the authors' isotropic ViT, though it follows from the image size
 
 
@@ -99,6 +101,7 @@ class _Found:
     checkpoint: Checkpoint | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None  # of a timm folder
+    dilations: list[int] | None = None  # of every block, as a folder of transformers tells
 
 
 def convert(
@@ -163,7 +166,13 @@ def convert(
     is_dense = bool(body) or _has_level_norms(state)
     if backbone and not is_dense:
         raise ConversionError(f"{found.file} has no backbone under its heads: leave out --backbone")
+    if backbone and (left := [key for key in ("task", "num_classes") if key in (arguments or {})]):
+        raise ConversionError(f"{' and '.join(left)}: that is of the heads, which --backbone leaves out")
     arguments = {**found.arguments, **(arguments or {})}
+    if wrong := sorted(_TIMMS & set(arguments)):
+        raise ValueError(f"{', '.join(wrong)}: that says how timm loads a model, it is no argument of one")
+    if "out_indices" in arguments and not (is_dense or arguments.get("features_only")):
+        raise ValueError("out_indices: that is of a model that gives feature maps; this becomes a classifier")
     if is_dense:
         try:
             told = dense.told({_bare(name): value for name, value in state.items()}, arguments, found.checkpoint)
@@ -184,9 +193,6 @@ def convert(
         if body:
             state, heads = body, rest
         made = _single(state, found, arguments, is_dense)
-    if broken := [n for n, value in made.state.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise ConversionError(f"{found.file} is damaged: {_listed(broken)} not finite")
-
     record = {
         "file": found.file.name,
         "sha256": file_sha256(found.file),
@@ -201,6 +207,10 @@ def convert(
         "fingerprint": fingerprint(made.answers, _fingerprint_size(found, made.arguments)),
         "version": __version__,
     }
+    if not all(math.isfinite(each["norm"]) for each in record["fingerprint"]["outputs"]):
+        raise ConversionError(
+            f"{found.file} is damaged or of another model: the answer to the fixed image is not finite"
+        )
     spec = {
         name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
         for name, value in state.items()
@@ -274,11 +284,11 @@ def restore(folder: str | Path) -> dict[str, torch.Tensor]:
 def _locate(source: str | Path, model: str | None) -> _Found:
     """Find the file, the model and what the manifest says of them."""
     path = Path(str(source).removeprefix("local-dir:")).expanduser()
-    known = checkpoints()
+    known, dilations = checkpoints(), None
     if path.is_file():
         file, told, config = path, None, None
     elif path.is_dir():
-        file, told, config = _in_folder(path)
+        file, told, config, dilations = _in_folder(path)
     elif str(source) in known:
         checkpoint = known[str(source)]
         file, told, config = download.fetch(checkpoint), checkpoint.name, None
@@ -290,38 +300,62 @@ def _locate(source: str | Path, model: str | None) -> _Found:
         )
     if told is None and model is None:
         raise ValueError(f"{file} does not tell which model it is of: name it with --model")
-    name = model or told
+    name = told if model is None else model
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         raise loading.unknown_model(architecture)
-    if told is not None and told.partition(".")[0] != architecture:
+    if told is not None and (of := told.partition(".")[0]) != architecture:
+        if of in list_models():
+            raise ValueError(f"{path} says that it is of {of}, not of {architecture}")
         config = None  # timm's own folder of weights that a model here loads, say
     of_this = {each.name: each for each in known.values() if each.model == architecture}
     if tag and name not in of_this and config is None:
         raise ValueError(f"{name} is not in the manifest; of {architecture} there are: {', '.join(of_this) or 'none'}")
     checkpoint = of_this.get(name) if tag else next((each for each in of_this.values() if _is_of(file, each)), None)
+    if path.is_file():
+        _check_name(file, name, checkpoint)
     arguments = dict((config or {}).get("model_args") or {})
     if checkpoint is not None:
         arguments = {**checkpoint.arguments, **arguments}
-    return _Found(file, architecture, checkpoint, arguments, config)
+    return _Found(file, architecture, checkpoint, arguments, config, dilations)
 
 
-def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None]:
-    """File, model name and timm configuration of a folder; a folder of transformers has neither of the latter."""
+def _check_name(file: Path, name: str, checkpoint: Checkpoint | None) -> None:
+    """Hold a file with the name of a published one to that: of other models the shapes may be the same."""
+    published = next((each for each in checkpoints().values() if _is_of(file, each)), None)
+    if published is None:
+        return
+    if published is not checkpoint:
+        raise ValueError(
+            f"{file} has the name of the published {published.name}, not of {name}: rename the file if it is not that"
+        )
+    if published.sha256 and not (digest := file_sha256(file)).startswith(published.sha256):
+        raise ConversionError(
+            f"{file} has the name of {published.name}, but is not it: its sha256 is {digest}, that of the published "
+            f"file is {published.sha256}"
+        )
+
+
+def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, list[int] | None]:
+    """File, model name and timm configuration of a folder; a folder of transformers has neither of the latter, but
+    tells dilations."""
     config = folder / "config.json"
     with contextlib.suppress(ValueError):
         content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         if isinstance(content, dict) and "architecture" not in content and "model_type" in content:
             for name in loading.WEIGHT_FILES:
                 if (folder / name).is_file():
-                    return folder / name, None, None
+                    dilations = content.get("dilations") or []
+                    if content["model_type"] == "nat":
+                        dilations = [[1] * depth for depth in content.get("depths") or []]
+                    return folder / name, None, None, [each for level in dilations for each in level] or None
             raise OSError(f"{folder} has no weights: none of {', '.join(loading.WEIGHT_FILES)}")
     if read_dense_config(folder) is not None:
         raise ValueError(f"{folder} holds a detector or segmenter of this package already: foveal.load reads it")
     found = loading.resolve(folder)
     # a converted folder still tells which checkpoint it is of
     checkpoint = (found.config.get(RECORD) or {}).get("checkpoint")
-    return loading.weights_file(found), checkpoint or found.architecture, found.config
+    return loading.weights_file(found), checkpoint or found.architecture, found.config, None
 
 
 def _is_of(file: Path, checkpoint: Checkpoint) -> bool:
@@ -332,9 +366,21 @@ def _is_of(file: Path, checkpoint: Checkpoint) -> bool:
 
 def _tensors(checkpoint: dict[str, Any], file: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], bool | None]:
     """The tensors of a checkpoint, and whether they are averaged; None where it holds one kind and does not say."""
+    other = checkpoint.get("ema_state_dict")
+    if isinstance(other, dict) and isinstance(checkpoint.get("state_dict"), dict):
+        # mmengine changes the two about when it saves: state_dict is of the averaged ones (EMAHook)
+        raw = {name.removeprefix("module."): value for name, value in other.items() if name.startswith("module.")}
+        checkpoint = {"state_dict": raw, "state_dict_ema": checkpoint["state_dict"]}
     state, averaged = loading.pick_weights(checkpoint, file, ema)
     said = averaged or any(key in checkpoint for key in ("state_dict_ema", "model_ema"))
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}, averaged if said else None
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if strange := [
+        name
+        for name, value in tensors.items()
+        if value.is_quantized or value.is_complex() or value.layout is not torch.strided
+    ]:
+        raise ConversionError(f"{file} holds quantised, complex or sparse numbers: {_listed(strange)}")
+    return tensors, averaged if said else None
 
 
 # ---- what the names tell
@@ -432,8 +478,15 @@ def _single(state: dict[str, torch.Tensor], found: _Found, arguments: dict[str, 
     arguments = _told_by(state, found, arguments)
     net = _create(found.architecture, arguments).eval()
     inner = _inner(net)
+    if found.dilations is not None:
+        own = [m.dilation for m in inner.modules() if hasattr(m, "rpb") and hasattr(m, "dilation")]
+        if own != found.dilations:
+            raise ConversionError(
+                f"{found.file.with_name('config.json')} has the dilations {found.dilations}, {found.architecture} has "
+                f"{own}: it is of another model, or say --set dilations=..."
+            )
     result, _ = _fitted(state, inner, _of_family(inner, found.architecture), found)
-    inner.load_state_dict(result)  # strict
+    _load(inner, result, found)
     config = _config(net, found, arguments)
     if statistics:
         config["pretrained_cfg"] |= statistics
@@ -461,13 +514,22 @@ def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Foun
     if told.task not in (None, plan.task) and (told.task, plan.task) != ("panoptic", "segment"):
         raise ConversionError(f"{found.file} is of a model to {plan.task}, not to {told.task}")
     known, arguments = found.checkpoint, dict(told.arguments)
+    if known is not None:
+        try:
+            dense.check_tag(plan, known)
+        except ValueError as error:
+            raise ConversionError(f"{found.file}: {error}") from error
     if plan.task == "detect" and known is not None and known.input is not None:
         _, short_side, most = known.input
         arguments = {"min_size": short_side, "max_size": most, **arguments}
     net = dense.build(plan, found.architecture, arguments, known and known.mean, known and known.std)
+    try:
+        dense.check_anchors(bare, net)
+    except ValueError as error:
+        raise ConversionError(f"{found.file}: {error}") from error
     unread = lambda name: dense.may_be_unread(_bare(name))  # noqa: E731  where all that is known finds its place
     result, dropped = _fitted(state, net, _of_dense(net, found.architecture, told.bgr), found, unread)
-    net.load_state_dict(result)  # strict
+    _load(net, result, found)
     count = plan.arguments["num_classes"]
     classes = dense.names_of_classes(content, count) or [f"class {i}" for i in range(count)]
     more = {}
@@ -483,6 +545,28 @@ def _whole(state: dict[str, torch.Tensor], content: dict[str, Any], found: _Foun
             "; made for panoptic segmentation, it gives the class of each pixel here and does not tell objects apart"
         )
     return _Made(net, dense.Raw(net), result, told.arguments, words, write, dropped)
+
+
+def _load(net: nn.Module, state: Mapping[str, torch.Tensor], found: _Found) -> None:
+    """Set everything in a model, strictly.
+
+    Raises:
+        ConversionError: for numbers that are not finite, or that the model cannot hold.
+    """
+    if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ConversionError(f"{found.file} is damaged: {_listed(broken)} not finite")
+    net.load_state_dict(state)
+    own = net.state_dict()
+    changed = [
+        f"{name} in {str(value.dtype).removeprefix('torch.')}"
+        for name, value in state.items()
+        if own[name].is_floating_point() > value.is_floating_point()
+        or not torch.equal(own[name].double(), value.double())
+    ]
+    if changed:
+        raise ConversionError(
+            f"{found.file} holds numbers that the model, in float32, does not hold as they are: {_listed(changed)}"
+        )
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -531,7 +615,11 @@ def _of_dense(net: nn.Module, architecture: str, bgr: bool) -> _Translate:
 def _trace(state: Mapping[str, torch.Tensor], translate: _Translate) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Where each element of the model's state comes from, by its place, from 1 on, among all elements of ``state`` in
     their order, or 0 if it is made up; and the place at which each tensor of ``state`` begins. Tensors that a filter
-    takes from elsewhere are left out."""
+    takes from elsewhere are left out.
+
+    Raises:
+        ValueError: if elements are computed, as by resampling, not taken.
+    """
     starts, total = {}, 1
     for name, value in state.items():
         starts[name], total = total, total + value.numel()
@@ -542,6 +630,10 @@ def _trace(state: Mapping[str, torch.Tensor], translate: _Translate) -> tuple[di
         for name, start in starts.items()
     }
     result = translate(places)
+    again = translate({name: (value.long() * _ODD % 2**31).int() for name, value in places.items()})
+    for name, value in result.items():
+        if value.dtype == torch.int32 and not torch.equal((value.long() * _ODD % 2**31).int(), again[name]):
+            raise ValueError(f"{name} would be computed from the file's numbers (resampled), not taken from it")
     return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
 
 

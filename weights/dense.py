@@ -26,7 +26,10 @@ NECK = re.compile(  # A3-FPN's
     r"\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)"
 )
 ORDERS = ("rgb", "bgr")
-STATISTICS = ("pixel_mean", "pixel_std")  # in files of older versions of detectron2
+# in files of older versions of detectron2, which learn neither
+STATISTICS = ("pixel_mean", "pixel_std")
+_STORED = dict(zip(STATISTICS, ("mean", "std"), strict=True))
+ANCHORS = re.compile(r"proposal_generator\.anchor_generator\.cell_anchors\.(\d+)")  # of each level
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ class Plan:
     @property
     def task(self) -> str:
         return "detect" if self.build is build_detector else "segment"
+
+
+# what the tags of published files say: head; dataset (and task), classes
+_HEADS = {
+    "maskrcnn": "mask_rcnn",
+    "cascade": "cascade_mask_rcnn",
+    "faster_rcnn": "faster_rcnn",
+    "retinanet": "retinanet",
+    "upernet": "upernet",
+    "mask2former": "mask2former",
+}
+_CLASSES = {
+    "coco_panoptic": 133,
+    "coco": 80,
+    "ade20k_instance": 100,
+    "ade20k": 150,
+    "cityscapes_instance": 8,
+    "cityscapes": 19,
+    "voc": 20,
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +83,8 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
     """What is known of a file besides its tensors: of detectron2's, what its configuration says.
 
     Raises:
-        ValueError: if something of it is not known (the message lists it) or said in a way that it cannot be, or if
-            ``known`` is a classifier.
+        ValueError: if something of it is not known (the message lists it), said in a way that it cannot be or otherwise
+            than by the file, or if ``known`` is a classifier.
     """
     if known is not None and known.task == "classify":
         raise ValueError(f"it is of a dense model, {known.name} is a classifier: it is not that checkpoint")
@@ -75,11 +98,11 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
         raise ValueError(f"task is {given['task']!r}, it must be detect or segment")
     resnet = any(name.startswith(("backbone.res2.", "backbone.bottom_up.res2.")) for name in state)
     regions = any(name.startswith("proposal_generator.") for name in state)
-    for name, key in zip(STATISTICS, ("mean", "std"), strict=True):
-        if name in state:
-            values = (state[name].flatten() / 255).tolist()
-            arguments.setdefault(key, values[::-1] if order == "bgr" else values)
+    stored = {key: state[name].flatten().double() / 255 for name, key in _STORED.items() if name in state}
+    stored = {key: (value.flip(0) if order == "bgr" else value).tolist() for key, value in stored.items()}
     _check_said(arguments)
+    if order == "bgr" and arguments.get("in_chans", 3) != 3:
+        raise ValueError(f"channel_order is bgr, but the images have {arguments['in_chans']} channels")
     missing = []
     if resnet and "stride_in_1x1" not in arguments:
         missing.append(
@@ -89,12 +112,24 @@ def told(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -
     if (resnet or regions) and order is None:
         missing.append("channel_order=bgr or rgb (INPUT.FORMAT)")
     for key in ("mean", "std") if resnet or regions else ():
-        if known is None and key not in arguments:
+        if known is None and key not in (*arguments, *stored):
             missing.append(f"{key}=[...] (MODEL.PIXEL_{key.upper()} over 255, in the order red, green, blue)")
     if missing:
         raise ValueError(
             f"it is detectron2's, and does not tell what its configuration does. Say with --set: {'; '.join(missing)}"
         )
+    for key, values in stored.items():
+        said = arguments.get(key) or (known and getattr(known, key)) or values
+        if len(said) != len(values) or not torch.allclose(
+            torch.tensor(said), torch.tensor(values), rtol=1e-5, atol=1e-6
+        ):
+            raise ValueError(
+                f"its pixel_{key} over 255, in the order red, green, blue, is {values}, but {key} is said to be "
+                f"{list(said)}" + ("" if key in arguments else f" of {known.name}")
+            )
+        if known is None:
+            arguments.setdefault(key, values)
+    _check_said(arguments)
     return Told(arguments, order == "bgr", task)
 
 
@@ -152,6 +187,24 @@ def plan(state: State, task: str | None = None) -> Plan:
             "GroupNorm"
         )
     raise ValueError(f"this package has no heads like {', '.join(groups) or 'none'}")
+
+
+def check_tag(plan: Plan, known: Checkpoint) -> None:
+    """Compare what a file is of with what the tag of a published one says.
+
+    Raises:
+        ValueError: if the head, the neck or the number of classes is another.
+    """
+    head = next((head for start, head in _HEADS.items() if known.tag.removeprefix("a3fpn_").startswith(start)), None)
+    classes = next((count for dataset, count in _CLASSES.items() if dataset in known.tag), None)
+    neck = "a3fpn" if known.tag.startswith("a3fpn_") else "fpn"
+    expected = {"head": head, "neck": neck, "num_classes": classes}
+    if wrong := {key: value for key, value in expected.items() if value not in (None, plan.arguments[key])}:
+        got = ", ".join(f"{key} {plan.arguments[key]}" for key in wrong)
+        raise ValueError(
+            f"it has {got}, {known.name} has {', '.join(f'{key} {value}' for key, value in wrong.items())}: it is not "
+            "that checkpoint"
+        )
 
 
 def timm_alone(told: Told) -> dict[str, Any]:
@@ -235,7 +288,7 @@ def translated(
     for place, neck in model.named_modules():
         if isinstance(neck, A3FPN):
             result |= {f"{place}.{name}": tensor for name, tensor in published_state(neck, between).items()}
-    rest = {name: state[name] for name in state if not (name in own or name in between or name in STATISTICS)}
+    rest = {name: state[name] for name in state if not (name in own or name in between or _not_learned(name))}
     detector = isinstance(model, Detector)
     if model.arguments["head"] == "mask2former":
         return result | from_mask2former(rest, "detector.head." if detector else "head.")
@@ -244,8 +297,29 @@ def translated(
 
 def may_be_unread(name: str) -> bool:
     """Whether a tensor may stay behind: of A3-FPN, of which the authors compute parts that nothing reads, or statistics
-    of the images, which are no weights here."""
-    return NECK.match(name) is not None or name in STATISTICS
+    of the images and anchors, which are no weights here."""
+    return NECK.match(name) is not None or _not_learned(name)
+
+
+def _not_learned(name: str) -> bool:
+    return name in STATISTICS or ANCHORS.fullmatch(name) is not None
+
+
+def check_anchors(state: State, model: nn.Module) -> None:
+    """Compare the anchors that a file holds with those of the model that it becomes.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    rpn = getattr(getattr(model, "detector", None), "rpn", None)
+    own = rpn.anchor_generator.cell_anchors if rpn is not None else []
+    for name in state:
+        if not (found := ANCHORS.fullmatch(name)):
+            continue
+        level = int(found[1])
+        theirs, ours = state[name].float(), own[level].float() if level < len(own) else torch.empty(0, 4)
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-3):  # pixels
+            raise ValueError(f"its anchors {name} are {theirs.tolist()}, here they are {ours.tolist()}")
 
 
 def of_timm(state: State, network: nn.Module) -> dict[str, Tensor]:

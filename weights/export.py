@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from timm.data import resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from ..backbones import family, list_models
 from ..backbones.images import to_mode
 from ..backbones.loading import Source, load, refuse_exported, resolve
 from .formats import FORMATS, LEAST_SIZE, ExportError, Job, Run, as_tuple, library, run_of, stale
-from .images import preprocessing, read_image
+from .images import label_names, preparing, preprocessing, read_image
 from .manifest import Checkpoint, checkpoints
 
 TOLERANCE = 1e-4  # of the largest logit: what an exported model may differ from the original
@@ -36,6 +37,7 @@ RECORD = "conversion"  # the part of a config.json that `foveal convert` adds
 _CHECKPOINT = "checkpoint"  # of it, and what an export keeps: the name in the manifest
 _TRACED_SIZE = (136, 152)  # for any size: no map of any level has a length that a tracer takes for a constant
 ANY_SIZE = ("NAT", "DiNAT", "DiNAT_s", "OverLoCK", "CARE")  # families whose graph can leave height and width free
+_LISTED = 100  # class names in a card at most
 _REMOVED = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture")
 
 
@@ -67,13 +69,14 @@ def export(
     """Write a model to the folder `output` in the format `to`, check it there, and only then put it in place.
 
     Beside the model's own files the folder gets ``config.json`` and a card, README.md. Input is ``image`` ``[batch, C,
-    H, W]``, float32, at the model's input size with any batch, and output ``logits`` ``[batch, classes]``. A model with
-    a `reparameterize` method is written in that form. Detectors and segmenters: see `export_dense`.
+    H, W]``, float32, at the model's input size with any batch, and output ``logits`` ``[batch, classes]``. Images are
+    prepared as the card shows: normalization is not part of the file. A model with a `reparameterize` method is written
+    in that form. Detectors and segmenters: see `export_dense`.
 
     | `to` | |
     |---|---|
     | ``safetensors`` | ``model.safetensors``, as trained: ``timm.create_model("local-dir:...", pretrained=True)`` |
-    | ``onnx`` | ``model.onnx``, run by onnxruntime and others |
+    | ``onnx`` | ``model.onnx``, run by onnxruntime and others; preprocessing and class names are in its metadata |
     | ``pt2`` | ``model.pt2``: `torch.export.load`, for PyTorch without this package |
     | ``aoti`` | ``model.pt2``: compiled for this machine's processor, `torch._inductor.aoti_load_package` |
     | ``openvino`` | ``model.xml`` and ``model.bin``, for OpenVINO's runtime |
@@ -154,6 +157,12 @@ def export(
         )
     before = None if score is None else _top1(model, config, score)  # first: a folder may not be what it should be
     job, inputs = classifier_job(model, to, half, dynamic), check_inputs(model, images, to, dynamic)
+    with torch.no_grad():
+        if (shape := tuple(as_tuple(model(job.example))[0].shape[1:])) != (model.num_classes,) and to != "safetensors":
+            raise ValueError(
+                f"{source} gives {list(shape)} of an image, not {model.num_classes} logits (global_pool?): "
+                f"{to} holds a classifier; --to safetensors takes it as it is"
+            )
     batches = _batches(model, calibration) if int8 else ()
 
     try:
@@ -170,6 +179,8 @@ def export(
                         f"{difference:.1e} of the largest logit, more than {INT8_LARGEST:g}; nothing was written"
                     )
             done = Export(output, [], difference, list(inputs) if difference is not None else [], notes)
+            if to == "onnx":
+                describe_onnx(folder, _facts(model))
             if before is not None:
                 (was, _), (now, count) = before, _top1(_Answers(run_of(to, folder), job, model), config, score)
                 text = f"top-1 {now:.2f} % on {count:,} images of {score}, the original {was:.2f} % ({now - was:+.2f})"
@@ -275,8 +286,8 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
     """The folder to write, as a path.
 
     Raises:
-        ValueError: if it is a file, one of ``sources``, not empty without ``force``, or holds model files of another
-            format than ``to``, which would stay beside a config.json and a card that are not theirs.
+        ValueError: if it is a file, one of ``sources``, a training run, not empty without ``force``, or holds model
+            files of another format than ``to``, which would stay beside a config.json and a card that are not theirs.
     """
     output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
@@ -288,6 +299,12 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
         raise ValueError(f"{output} is what is exported; choose another folder")
     if not force and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder, or --force to replace files in it")
+    for best in ("best", "best.old"):
+        if (output / best / "config.json").is_file():
+            raise ValueError(
+                f"{output} is a training run: its {best}/ would be read instead of what is written; choose another "
+                "folder"
+            )
     if left := stale(output, to):
         raise ValueError(
             f"{output} holds {', '.join(left)}, which {to} does not replace and which would be left of another model; "
@@ -298,12 +315,20 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder under a temporary name, whose files are put in place as `output` if the block ends well."""
+    """A folder under a temporary name, whose files are put in place as `output` if the block ends well.
+
+    Raises:
+        OSError: if it cannot be written, or meanwhile another export was put there, which would be mixed with this one.
+    """
+    config = output / "config.json"
+    filled = config.exists()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
         yield folder
+        if config.exists() and not filled:
+            raise OSError(f"{output} was written by another export meanwhile; choose another folder")
         _put_in_place(folder, output)
 
 
@@ -374,6 +399,26 @@ def _top1(model: nn.Module, config: Mapping[str, Any], images: str | Path) -> tu
     from .verify import top1  # which imports this module
 
     return top1(model, Path(images), config)
+
+
+def describe_onnx(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Put facts into the metadata of ``model.onnx``, each as JSON, for whoever has the file without the folder."""
+    import onnx
+
+    file, new = folder / "model.onnx", folder / "described.onnx"
+    model = onnx.load(file, load_external_data=False)
+    onnx.helper.set_model_props(model, {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()})
+    onnx.save(model, new)
+    os.replace(new, file)
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared for a classifier, and what its classes are called, where that is known."""
+    facts = {"architecture": model.pretrained_cfg["architecture"]}
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    facts |= {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
+    names = label_names(model)
+    return facts if names is None else facts | {"label_names": names}
 
 
 def _path(source: str | Path) -> Path:
@@ -453,7 +498,11 @@ def _card(
     done: Export,
 ) -> str:
     cfg = {**(get_pretrained_cfg(config["architecture"]).to_dict()), **config.get("pretrained_cfg", {})}
-    channels, rows, columns = model.pretrained_cfg["input_size"]
+    facts, names, classes = _facts(model), label_names(model), str(model.num_classes)
+    if names:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names)).replace("|", "\\|")
+        classes += f": {listed}" if len(names) <= _LISTED else ", their names in config.json"
+    channels, rows, columns = facts["input_size"]
     parameters = sum(p.numel() for p in model.parameters())
     if found.folder is None:
         whence = {"weights": f"published as `{found.name}`, {cfg.get('origin_url')}"}
@@ -464,8 +513,9 @@ def _card(
         "architecture": f"`{config['architecture']}`, {parameters:,} parameters",
         "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
         **whence,
-        "input": f"{channels} x {rows} x {columns}, mean {_text(cfg.get('mean'))}, std {_text(cfg.get('std'))}",
-        "classes": str(model.num_classes),
+        "input": f"{channels} x {rows} x {columns}, from pixels in [0, 1] less mean {_text(facts['mean'])}, by std "
+        f"{_text(facts['std'])}; resized ({facts['interpolation']}), crop {facts['crop_pct']} ({facts['crop_mode']})",
+        "classes": classes,
         "measured": _measured(found),
         "numbers": "float16; images and logits float32" if job.half else None,
         "size": f"any height and width from {LEAST_SIZE} on" if job.any_size else None,
@@ -473,6 +523,10 @@ def _card(
     }
     size = "height, width" if job.any_size else f"{rows}, {columns}"
     use = FORMATS[to].use.replace("SHAPE", f"[{'batch' if job.any_batch else 1}, {channels}, {size}]")
+    if prepare := preparing(model):
+        own = dict.fromkeys(("safetensors", "pt2", "aoti"), "images = torch.from_numpy(images)\n")
+        own["coreml"] = "image = images\n"
+        use = prepare + "\n" + use.replace("\n\n", "\n\n" + own.get(to, ""), 1)
     options = " --half" * job.half + " --int8" * int8 + " --dynamic" * job.any_size
     table = "\n".join(f"| {name} | {value} |" for name, value in rows_of_table.items() if value)
     return (
@@ -496,7 +550,8 @@ def _measured(found: Source) -> str | None:
     if not summary.is_file():
         return None
     score = json.loads(summary.read_text(encoding="utf-8"))
-    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after {score['epochs']} epochs"
+    epoch = score.get("best_epoch", score["epochs"])
+    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after epoch {epoch} of {score['epochs']}"
 
 
 def _umask() -> int:

@@ -16,11 +16,11 @@ from torchvision.models.detection.roi_heads import expand_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .._version import __version__
-from ..backbones.images import to_mode
+from ..backbones.images import MODES, to_mode
 from ..heads.build import load_dense, read_dense_config, reparameterize, save_dense
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
-from .export import RECORD, TOLERANCE, Export, check_output, origin, photographs, staged, without_record
+from .export import RECORD, TOLERANCE, Export, check_output, describe_onnx, origin, photographs, staged, without_record
 from .formats import FORMATS, ExportError, Job, Run, library, run_of
 from .images import read_image
 
@@ -49,7 +49,7 @@ def export_dense(
     * segmenters: ``[batch, C, rows, columns]`` to ``logits`` ``[batch, classes, rows, columns]``
 
     ``safetensors`` is the folder as `foveal.load` reads it. In all others branches are folded where the backbone or the
-    neck can.
+    neck can; an ONNX file has the names of the classes in its metadata.
 
     Args:
         source: a run's folder, or one of `save_dense`.
@@ -101,6 +101,9 @@ def export_dense(
                 job = dense_job(model, to, size)
                 with library(to, f"convert {source}"):
                     FORMATS[to].write(job, scratch)
+                if to == "onnx":
+                    shape = list(job.example.shape[1:])
+                    describe_onnx(scratch, {"task": task, "input_size": shape, "classes": list(model.classes)})
                 made = {"format": to, "size": list(size), "outputs": list(job.outputs)}
                 text = json.dumps(config | {"export": made}, indent=2) + "\n"
                 (scratch / "config.json").write_text(text, encoding="utf-8")
@@ -282,10 +285,10 @@ def _masks_differ(expected: Sequence[Tensor], got: Sequence[Tensor], i: int, j: 
 
 _PREPARE = """\
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 rows, columns = {size}
-photo = Image.open("photo.jpg").convert("{mode}")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
 scale = min(rows / photo.height, columns / photo.width)
 height, width = (max(1, round(side * scale)) for side in (photo.height, photo.width))
 image = np.empty((1, {channels}, rows, columns), np.float32)
@@ -343,10 +346,12 @@ def example(model: nn.Module, to: str, size: Size) -> str:
     outputs = ", ".join(names) + "," * (len(names) == 1 and to != "pt2")
     call = "model(torch.from_numpy(image))"
     prepare = _PREPARE.format(
-        size=f"{size[0]}, {size[1]}", mode="L" if channels == 1 else "RGB", channels=channels, mean=_mean(model)
+        size=f"{size[0]}, {size[1]}", mode=MODES.get(channels), channels=channels, mean=_mean(model)
     )
     torchvision = "\nimport torchvision  # the file uses its operators" if detects else ""
     run = _RUN[to].format(outputs=outputs, call=call, torchvision=torchvision)
+    if channels not in MODES:  # which no photograph has
+        return run
     return prepare + "\n" + run + _AFTER["detect" if detects else "segment"]
 
 

@@ -53,8 +53,8 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
         if ours["shape"] != theirs["shape"] or len(ours["values"]) != len(theirs["values"]):
             return math.inf
         error = max(abs(a - b) for a, b in zip(ours["values"], theirs["values"], strict=True))
-        errors = (error / theirs["largest"], abs(ours["norm"] - theirs["norm"]) / theirs["norm"])
-        for each in errors:
+        for apart, largest in ((error, theirs["largest"]), (abs(ours["norm"] - theirs["norm"]), theirs["norm"])):
+            each = apart / largest if largest else math.inf if apart else 0.0  # a head that starts from zeros
             if not each <= worst:  # NaN must win
                 worst = each
     return worst

@@ -340,7 +340,9 @@ FORMATS = {
     "safetensors": Format(
         _write_safetensors,
         _open_safetensors,
-        'import foveal, timm\n\nmodel = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()',
+        "import foveal, timm, torch\n\n"
+        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()\n'
+        "outputs = model(images)  # float32 SHAPE",
         no_size="it holds weights, for any size that the model takes",
     ),
     "onnx": Format(

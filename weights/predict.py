@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from ..backbones.loading import load
-from .images import preprocessing, read_image
+from .images import label_names, preprocessing, read_image
 
 
 def predict(
@@ -44,7 +44,7 @@ def predict(
     if model.num_classes < 1:
         raise ValueError(f"{source} has no classifier")
     transform = preprocessing(model)
-    labels = _labels(model)
+    labels = _labels(model, source)
     channels = model.pretrained_cfg["input_size"][0]
     for path in images:
         try:
@@ -59,16 +59,21 @@ def predict(
             yield str(path), OSError(f"{path}: {reason}")
             continue
         with torch.inference_mode():
-            probabilities = model(prepared[None]).softmax(-1)[0]
+            logits = model(prepared[None])
+        if logits.shape != (1, model.num_classes):
+            raise ValueError(f"{source} gives {list(logits.shape)} of an image, not {model.num_classes} logits")
+        probabilities = logits.softmax(-1)[0]
         best = probabilities.topk(min(top, len(probabilities)))
         answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         yield str(path), [(labels[i] if labels else f"class {i}", p) for i, p in answers]
 
 
-def _labels(model: nn.Module) -> Sequence[str] | None:
+def _labels(model: nn.Module, source: str | Path) -> Sequence[str] | None:
     """The names that came with the weights, else timm's of the ImageNet the classifier has the size of."""
-    names = model.pretrained_cfg.get("label_names")
-    if names:
+    names = label_names(model)
+    if names is not None:
+        if len(names) != model.num_classes:
+            raise ValueError(f"{source} has {len(names)} label_names for {model.num_classes} classes")
         return names
     subset = infer_imagenet_subset(model)
     if not subset:

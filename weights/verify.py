@@ -67,6 +67,8 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         answer to the fixed image True
     """
     folder = Path(str(folder).removeprefix("local-dir:"))
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no {folder}; `foveal verify` checks a folder that `foveal convert` wrote")
     whole = read_dense_config(folder)
     if whole is None:
         found = loading.resolve(folder)
@@ -76,8 +78,8 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     record = config.get(RECORD)
     if record is None:
         raise ValueError(f"{folder} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote")
-    if lacking := sorted({"checkpoint", "fingerprint", "model_sha256", "parameters"} - set(record)):
-        raise ValueError(f"the record of the conversion in {place / 'config.json'} is damaged: no {', '.join(lacking)}")
+    if damaged := _damaged(record):
+        raise ValueError(f"the record of the conversion in {place / 'config.json'} is damaged: {damaged}")
     if write_card and images is None:
         raise ValueError("the score goes into the card, and there is none without images: --card goes with --images")
     if images is not None and whole is not None:
@@ -88,7 +90,7 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
 
     try:
         model = answering(place)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter of arguments that a model does not take
         yield Check("loads", False, str(error))
         return
     inner = model.model if type(model).__name__ in ("FeatureGetterNet", "Raw") else model
@@ -105,6 +107,8 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     yield Check("answer to the fixed image", apart <= TOLERANCE, what)
     if checkpoint is not None:
         yield _published(config, checkpoint)
+    elif record["checkpoint"] is not None:
+        yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
     if images is not None:
         score, count = top1(model, Path(images), config)
         text = f"top-1 {score:.3f} % on {count:,} images"
@@ -115,6 +119,24 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
             temporary = target.with_name(".README.md.new")
             temporary.write_text(card(config, text), encoding="utf-8")
             temporary.replace(target)
+
+
+def _damaged(record: Any) -> str | None:
+    """What is wrong with the form of a record, in words."""
+    kinds = {"checkpoint": (str, type(None)), "fingerprint": dict, "model_sha256": str, "parameters": int}
+    if not isinstance(record, dict):
+        return f"it is {record!r}"
+    if lacking := sorted(set(kinds) - set(record)):
+        return f"no {', '.join(lacking)}"
+    if wrong := [key for key, kind in kinds.items() if not isinstance(record[key], kind)]:
+        return ", ".join(f"{key} is {record[key]!r}" for key in wrong)
+    shape, outputs = record["fingerprint"].get("input"), record["fingerprint"].get("outputs")
+    if not (isinstance(shape, list) and len(shape) == 4 and all(isinstance(each, int) for each in shape)):
+        return f"the fingerprint's input is {shape!r}"
+    fields = {"shape", "norm", "largest", "values"}
+    if not (isinstance(outputs, list) and all(isinstance(each, dict) and fields <= set(each) for each in outputs)):
+        return f"the fingerprint's outputs lack {', '.join(sorted(fields))}"
+    return None
 
 
 def _parameters(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:

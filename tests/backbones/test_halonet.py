@@ -1,6 +1,7 @@
 """HaloNet: attention, hybrids and network against timm's; the paper's parameter counts; the rest by hand."""
 
 import copy
+import gc
 import io
 import math
 import zlib
@@ -141,8 +142,13 @@ def test_attention_by_hand(boundary, stride, size):
 
 def peak_memory(module: nn.Module, x: torch.Tensor) -> int:
     """Bytes that a forward and a backward pass hold at once, beyond parameters and input."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module(x).sum().backward()
+    gc.collect()  # what tests before have left would count as given back here, were it collected meanwhile
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            module(x).sum().backward()
+    finally:
+        gc.enable()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -166,7 +166,27 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         return call("bench")
 
     assert isinstance(fail(RuntimeError("ours")).exception, RuntimeError)
+    memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes"
+    assert fail(RuntimeError(memory)).stderr == f"error: {memory}\n"
+    assert fail(MemoryError()).stderr == "error: MemoryError\n"
     assert fail(BackendError("no such backend")).stderr == "error: no such backend\n"
+
+
+def test_names_of_folders(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `foveal.load` takes, of detectors and segmenters too; an export of one is said to be one."""
+    from foveal.heads.build import build_segmenter, save_dense
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = build_segmenter("test_foveal_care", "semantic_fpn", num_classes=2)
+    save_dense(tmp_path / "dense", model, ["cat", "dog"], {"in_chans": 3})
+    (tmp_path / "dense" / "README.md").write_text("# a card\n")
+    for name in (tmp_path / "dense", f"local-dir:{tmp_path / 'dense'}", "~/dense", "local-dir:~/dense"):
+        result = call("predict", image, "--model", name)
+        assert result.exit_code == 0, result.output
+        assert "cat" in result.stdout or "dog" in result.stdout
+        assert call("info", name, "--card").stdout == "# a card\n"
+    (tmp_path / "dense" / "model.safetensors").rename(tmp_path / "dense" / "model.onnx")
+    assert "dense is an export: model.onnx is ONNX" in call("predict", image, "--model", "~/dense").stderr
 
 
 def test_export(run: Path, tmp_path: Path) -> None:

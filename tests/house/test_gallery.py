@@ -90,9 +90,10 @@ def look(page: Path, width: int, *settings: str) -> tuple[dict, list[str]]:
     page.with_name("looked-at.html").write_text(text.replace("</head>", LOOK + "</head>"), encoding="utf-8")
     page.with_name("frame.html").write_text(FRAME % width)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += ["--disable-dev-shm-usage"]  # which is small in a container
     options += [f"--user-data-dir={page.parent / 'user'}", "--virtual-time-budget=8000", "--dump-dom"]
     command = [browser, *options, *settings, page.with_name("frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     attribute = re.search(r'data-found="([^"]*)"', done.stdout)
     assert attribute, done.stderr[-2000:]
     return json.loads(html.unescape(attribute[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]

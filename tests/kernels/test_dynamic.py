@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.kernels import TableBias, dynamic, neighborhood_aggregate, neighborhood_attention
@@ -25,7 +25,7 @@ def assert_same(got, want):
 
 
 @given(test_neighborhood.calls())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_attention_equals_reference(call):
     shape, value_depth, bias, options = call
     leaves, rule = test_neighborhood.inputs(shape, value_depth, bias=bias, dtype=torch.float64, **options)
@@ -33,7 +33,7 @@ def test_attention_equals_reference(call):
 
 
 @given(test_aggregate.calls())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_aggregate_equals_reference(call):
     shape, options = call
     leaves = test_aggregate.inputs(shape, options["kernel_size"], torch.float64)
@@ -41,9 +41,10 @@ def test_aggregate_equals_reference(call):
 
 
 @given(st.tuples(st.integers(1, 5), st.integers(1, 3)), st.tuples(st.integers(15, 30), st.integers(15, 30)))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 def test_logits_equal_reference(window, size):
-    q, k = (torch.randn(2, *size, 2, 3, dtype=torch.float64) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)  # an example that fails has to fail again
+    q, k = (torch.randn(2, *size, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     options = {"kernel_size": window[0], "dilation": window[1]}
     assert_same(*([neighborhood_logits(q, k, backend=name, **options)] for name in ("dynamic", "reference")))
 

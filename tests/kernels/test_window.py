@@ -24,7 +24,7 @@ def windows(draw):
 
 
 @given(windows())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_keys_follow_the_formula(case):
     rule, length = case
     position, inside, row = rule.keys(length)
@@ -42,7 +42,7 @@ def test_keys_follow_the_formula(case):
 
 
 @given(windows())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_integer_and_tensor_rule_agree(case):
     rule, length = case
     group = rule.group_length(length)
@@ -51,7 +51,7 @@ def test_integer_and_tensor_rule_agree(case):
 
 
 @given(windows(), st.integers(1, 24))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_tile_spans_the_windows_of_its_queries(case, tile):
     rule, length = case
     group = rule.group_length(length)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
@@ -155,6 +155,18 @@ def test_predict_answers_in_the_pixels_of_the_file(finished, tmp_path):
         assert b["box"] == pytest.approx([2 * v for v in a["box"]], abs=0.05)
         assert 0 <= b["box"][0] < b["box"][2] <= 160
     assert [each["score"] for each in one] == sorted((each["score"] for each in one), reverse=True)
+
+
+def test_photographs_are_turned_upright(finished, tmp_path):
+    """Stored lying on its side with a tag that says so, an image has the objects of the same image standing up."""
+    with Image.open(finished.parent / "rectangles" / "val" / "001.png") as image:
+        image.save(tmp_path / "upright.png")
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees to the right
+        image.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    (_, upright), (_, lying) = detect.predict(finished, [tmp_path / "upright.png", tmp_path / "lying.png"], 0.1)
+    assert upright == lying
+    assert upright
 
 
 def test_drawings_replace_no_image_and_not_each_other(finished, tmp_path):

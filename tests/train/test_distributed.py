@@ -86,9 +86,12 @@ def launch(recipe: Path, overrides: list[str], world: int, **job) -> list[int]:
         processes.append(server.Process(target=runpy.run_path, args=(str(SCRIPT), {"JOB": given}, "__main__")))
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(240)
-        process.kill()
+    try:
+        for process in processes:
+            process.join()
+    finally:  # also when the test runs out of time
+        for process in processes:
+            process.kill()
     return [process.exitcode for process in processes]
 
 
@@ -98,16 +101,19 @@ def torchrun(recipe: Path, overrides: list[str], world: int, folder: Path, resta
     file = folder / "job.json"
     file.write_text(json.dumps({"recipe": str(recipe), "overrides": overrides, **job}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*command, f"--max-restarts={restarts}", str(SCRIPT), str(file)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    try:
+        said, _ = process.communicate()
+    finally:  # also when the test runs out of time; torchrun ends the processes that it has started
+        process.terminate()
+    assert process.returncode == 0, said
+    return said
 
 
 def close(run: Path, other: Path, names: tuple[str, ...] = ("model", "raw")) -> None:
@@ -335,7 +341,7 @@ def slurm(tmp_path):
             time.sleep(0.01)
         if stop:
             process.terminate()
-        return process.wait(60), asked.read_text().splitlines()
+        return process.wait(), asked.read_text().splitlines()
 
     return sbatch
 
@@ -350,7 +356,7 @@ def test_the_slurm_script(slurm, tmp_path):
     assert "--nnodes=2" in asked[1]
     assert "--rdzv_endpoint=node1:29500" in asked[1]
     assert asked[1].endswith(f"-m foveal train classify dinat_tiny output={run} optim.lr=1e-3 resume=auto")
-    waits = 'trap \'echo stopped >> "$ASKED"; exit 1\' TERM; echo ready >> "$ASKED"; sleep 60 & wait'
+    waits = 'trap \'kill $!; echo stopped >> "$ASKED"; exit 1\' TERM; sleep 600 & echo ready >> "$ASKED"; wait'
     code, asked = slurm(arguments, waits, stop=True)
     assert (code, asked[2:]) == (1, ["ready", "stopped", "scontrol requeue 7"])
     code, asked = slurm(arguments, f"touch {run}/summary.json")
@@ -447,10 +453,13 @@ def test_sigterm_to_torchrun_saves(recipe, tmp_path):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
-    while process.poll() is None and not (run / "metrics.csv").exists():
-        time.sleep(0.1)
-    process.terminate()
-    said, _ = process.communicate(timeout=100)
+    try:
+        while process.poll() is None and not (run / "metrics.csv").exists():
+            time.sleep(0.1)
+        process.terminate()
+        said, _ = process.communicate()
+    finally:  # also when this test runs out of time; torchrun ends the processes that it has started
+        process.terminate()
     assert f"stopped, saved as {run}/last" in said
     checkpoint.verify(run / "last")
     assert not (run / "summary.json").exists()

@@ -101,12 +101,13 @@ def look(report: Path, folder: Path, width: int, *settings: str) -> tuple[dict, 
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # which is small in a container
         "--enable-logging=stderr",
         f"--user-data-dir={folder}/user",
     ]
     address = (folder / "frame.html").as_uri()
     command = [browser, *options, *settings, "--virtual-time-budget=5000", "--dump-dom", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     attribute = re.search(r'data-found="([^"]*)"', done.stdout)
     assert attribute, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

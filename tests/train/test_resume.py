@@ -94,7 +94,7 @@ def test_killed_at_random_points(recipe, tmp_path, kills, epochs):
 
     def start(run: Path) -> multiprocessing.Process:
         options = [f"output={run}", f"schedule.epochs={epochs}", "resume=auto"]
-        process = server.Process(target=train, args=(recipe, options))
+        process = server.Process(target=train, args=(recipe, options), daemon=True)  # ends with this one at the latest
         process.start()
         return process
 
@@ -106,7 +106,7 @@ def test_killed_at_random_points(recipe, tmp_path, kills, epochs):
             return 0
 
     process = start(tmp_path / "whole")
-    process.join(120)
+    process.join()
     assert (tmp_path / "whole/summary.json").exists()
     draw, left = random.Random(kills), kills
     for attempt in itertools.count():
@@ -121,7 +121,7 @@ def test_killed_at_random_points(recipe, tmp_path, kills, epochs):
                 process.join(draw.uniform(0, 0.3))
                 left -= process.is_alive()
                 process.kill()
-            process.join(120)
+            process.join()
         assert_same_run(run, tmp_path / "whole")
         if not left:
             return

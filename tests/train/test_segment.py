@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
 
@@ -213,6 +213,20 @@ def test_predict_writes_the_classes(finished, blocks, tmp_path):
     with torch.no_grad():
         expected = load_dense(finished)(truth(blocks)[0][0][None]).argmax(1)[0].numpy()
     assert (drawn == expected).all()
+
+
+def test_photographs_are_turned_upright(finished, blocks, tmp_path):
+    """Stored lying on its side with a tag that says so, an image has the classes of the same image standing up."""
+    with Image.open(blocks / "images" / "val" / "000.png") as image:
+        image.crop((0, 0, image.width - 8, image.height)).save(tmp_path / "upright.png")
+    with Image.open(tmp_path / "upright.png") as image:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees to the right
+        image.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    list(predict(finished, [tmp_path / "upright.png", tmp_path / "lying.png"], tmp_path / "out"))
+    upright, lying = (np.asarray(Image.open(tmp_path / "out" / f"{name}.png")) for name in ("upright", "lying"))
+    assert upright.shape[0] != upright.shape[1]
+    assert np.array_equal(upright, lying)
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])

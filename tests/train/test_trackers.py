@@ -162,6 +162,7 @@ def test_wandb(quick: Path, tmp_path: Path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "400")  # seconds for its own process to start, on a busy machine
     run = tmp_path / "run"
     given = [f"output={run}", "log.trackers=[wandb]", "data.limit=128", "data.val_limit=64", "resume=auto"]
     assert train(quick, [*given, "schedule.epochs=1"]) == 0

@@ -278,6 +278,19 @@ def test_averaged_or_raw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one\.pth holds no averaged \(EMA\) weights, only raw ones"):
         convert(one, tmp_path / "none", model=NAME, ema=True)
     assert "weights" not in convert(one, tmp_path / "plain", model=NAME).lines()[1]
+    # mmengine's hook changes them about: what it saves as state_dict are the averaged ones
+    hook = pytest.importorskip("mmengine.hooks", reason="needs mmengine").EMAHook()
+    net = timm.create_model(NAME)
+    net.load_state_dict(raw)
+    hook.before_run(argparse.Namespace(model=net))
+    hook.ema_model.module.load_state_dict(averaged)
+    content = {"state_dict": net.state_dict()}
+    hook.before_save_checkpoint(None, content)
+    swapped = write(tmp_path / "x", "swapped.pth", content)
+    for ema, expected, said in ((None, averaged, True), (True, averaged, True), (False, raw, False)):
+        done = convert(swapped, tmp_path / "ours", model=NAME, ema=ema, force=True)
+        assert done.record["averaged"] is said
+        same(restore(done.folder), expected)
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -295,6 +308,19 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     refused(r"of another shape: 1 \(norm\.bias \(7,\) for \(128,\)\)", {"norm.bias": torch.ones(7)})
     refused(r"damaged: 1 \(norm\.bias\) not finite", {"norm.bias": torch.full((128,), torch.nan)})
     refused("rpb of the checkpoint is 5x5", {}, arguments={"kernel_size": 5})
+    resampled = {"kernel_size": 5, "interpolate_rpb": True}
+    refused(r"rpb would be computed from the file's numbers \(resampled\)", {}, arguments=resampled)
+    bias = state["head.bias"]
+    for kind, value in (
+        ("int8", (100 * bias).to(torch.int8)),
+        ("bool", bias > 0),
+        ("float64", bias.double() * (1 + 1e-12)),
+        ("float64", bias.double() * 1e300),
+    ):
+        refused(rf"in float32, does not hold as they are: 1 \(head\.bias in {kind}\)", {"head.bias": value})
+    for value in (torch.complex(bias, bias), bias.to_sparse()):
+        refused(r"quantised, complex or sparse numbers: 1 \(head\.bias\)", {"head.bias": value})
+    refused("answer to the fixed image is not finite", {"norm.weight": 1e38 * state["norm.weight"]})
     refused("leave out --backbone", {}, backbone=True)
     state = vit()
     wrong = state["layers.0.attn.relative_position_index"].flip(0)
@@ -330,6 +356,10 @@ def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
     torch.save(state, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:-100])
     refused(file, "is damaged")
+    file.write_text("# a note\n")
+    refused(
+        file, r"is damaged, cut off, or no file of weights: Unsupported operand \d+$"
+    )  # no word of loading it anyway
 
     class Payload:
         def __reduce__(self):
@@ -386,6 +416,7 @@ def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file = write(tmp_path / "x", "x.pth", filler.of(timm.create_model(NAME)))
     for source, model, message in (
         (file, None, "does not tell which model it is of: name it with --model"),
+        (file, "", "unknown model ''"),
         (file, "dinat_tinny", "unknown model 'dinat_tinny'; nearest: dinat_tiny"),
         (file, "dinat_tiny.in5k", r"not in the manifest; of dinat_tiny there are: dinat_tiny\.in1k, .*upernet_ade20k"),
         ("nat_mini", None, r"no file, folder or name of a published checkpoint; those of that model: .*nat_mini\.in1k"),
@@ -394,6 +425,15 @@ def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ):
         with pytest.raises(ValueError, match=message):
             convert(source, tmp_path / "y", model=model)
+    for arguments in ({"pretrained": True}, {"checkpoint_path": "x.pth"}, {"pretrained_cfg_overlay": {}}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))}: that says how timm loads a model"):
+            convert(file, tmp_path / "y", model=NAME, arguments=arguments)
+    with pytest.raises(ValueError, match="out_indices: that is of a model that gives feature maps"):
+        convert(file, tmp_path / "y", model=NAME, arguments={"out_indices": [0]})
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="run is a training run: its best/ would be read instead"):
+        convert(file, tmp_path / "run", model=NAME, force=True)
     with pytest.raises(ValueError, match=r"does not take these arguments.*no_such"):
         convert(file, tmp_path / "y", model=NAME, arguments={"no_such": 1})
     with pytest.raises(ConversionError, match=r"has 1000 classes, dinat_large\.in22k has 21841"):
@@ -429,6 +469,39 @@ def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     again = convert(done.folder, tmp_path / "care3")
     assert again.record["checkpoint"] == "care_s0.in1k"
     assert again.record["fingerprint"] == done.record["fingerprint"]
+
+
+def test_another_model_of_the_same_shapes(tmp_path: Path) -> None:
+    """NAT and DiNAT differ in their dilations alone, which no tensor tells: names of files and folders do."""
+    small: dict[str, Any] = dict(embed_dim=16, depths=[1, 2, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3)
+    net = timm.create_model("nat_mini", **small)
+    dilated = {"dilations": [[1], [1, 2], [1], [1]]}
+    file = write(tmp_path / "x", "nat_mini.pth", net.state_dict())
+    for name in ("dinat_mini", "dinat_mini.in1k"):
+        with pytest.raises(ValueError, match=rf"has the name of the published nat_mini\.in1k, not of {name}: rename"):
+            convert(file, tmp_path / "y", model=name, arguments=small | dilated)
+    save_for_hf(net, tmp_path / "folder", safe_serialization=True)
+    with pytest.raises(ValueError, match="folder says that it is of nat_mini, not of dinat_mini"):
+        convert(tmp_path / "folder", tmp_path / "y", model="dinat_mini", arguments=small | dilated)
+    # a file with a published hash
+    hybrid = filler.of(timm.create_model("halonet26t", width_factor=0.25))
+    file = write(tmp_path / "x", "halonet26t_a1h_256-3083328c.pth", hybrid)
+    with pytest.raises(ConversionError, match=r"is not it: its sha256 is [0-9a-f]{64}, that .* is 3083328c"):
+        convert(file, tmp_path / "y", model="halo26t", arguments={"width_factor": 0.25})
+    # a folder of transformers
+    theirs = pytest.importorskip("transformers", reason="transformers is not installed")
+    told = theirs.DinatConfig(depths=[1, 2, 1, 1], dilations=[[1], [1, 3], [1], [1]]).to_dict()
+    state = {
+        re.sub(r"^levels\.(\d)\.blocks\.(\d)\.", r"dinat.encoder.levels.\1.layers.\2.", name): value
+        for name, value in net.state_dict().items()
+    } | {"dinat.embeddings.patch_embeddings.projection.0.weight": torch.ones(1)}
+    hub = write(tmp_path / "hub", "pytorch_model.bin", state).parent
+    for model_type, expected in (("dinat", r"\[1, 1, 3, 1, 1\]"), ("nat", r"\[1, 1, 1, 1, 1\]")):
+        (hub / "config.json").write_text(json.dumps(told | {"model_type": model_type}))
+        message = rf"config\.json has the dilations {expected}, dinat_mini has \[1, 1, 2, 1, 1\]"
+        with pytest.raises(ConversionError, match=message):
+            convert(hub, tmp_path / "y", model="dinat_mini", arguments=small | dilated)
+    assert not (tmp_path / "y").exists()
 
 
 def test_a_training_run(tmp_path: Path) -> None:

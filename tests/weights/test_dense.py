@@ -184,9 +184,12 @@ def test_a_file_is_of_what_it_is_called(tmp_path: Path) -> None:
     """Else it would carry another's licence and score."""
     small = dict(embed_dim=16, num_heads=[1, 2, 4, 8], depths=[1] * 4, kernel_size=3, dilations=[[1]] * 4)
     heads = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 32, "mask_width": 16})
-    model = build_detector("nat_mini", "mask_rcnn", num_classes=3, **heads, **small)
-    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
-    file = write(tmp_path / "x", state | to_mmdet(model.state_dict()))
+    files = {}
+    for count in (3, 80):
+        model = build_detector("nat_mini", "mask_rcnn", num_classes=count, **heads, **small)
+        state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+        files[count] = write(tmp_path / f"{count}", state | to_mmdet(model.state_dict()))
+    file = files[80]
 
     def refused(message: str, name: str, **kwargs: Any) -> None:
         arguments = small | kwargs.pop("arguments", {})
@@ -197,7 +200,15 @@ def test_a_file_is_of_what_it_is_called(tmp_path: Path) -> None:
         refused("nat_mini.in1k is a classifier: it is not that checkpoint", "nat_mini.in1k", backbone=backbone)
     refused("is of a model to detect, not to segment", "nat_mini.upernet_ade20k")
     refused("is of a model to detect, not to segment", "nat_mini", arguments={"task": "segment"})
-    done = convert(file, tmp_path / "ours", model="nat_mini.maskrcnn_coco", arguments=small)
+    refused(
+        "has head mask_rcnn, nat_mini.cascade_coco has head cascade_mask_rcnn: it is not that", "nat_mini.cascade_coco"
+    )
+    file = files[3]
+    refused("has num_classes 3, nat_mini.maskrcnn_coco has num_classes 80", "nat_mini.maskrcnn_coco")
+    for key in ("task", "num_classes"):
+        arguments = {"task": "detect", "num_classes": 3}
+        refused(f"{key}: that is of the heads", "nat_mini", arguments={key: arguments[key]}, backbone=True)
+    done = convert(files[80], tmp_path / "ours", model="nat_mini.maskrcnn_coco", arguments=small)
     with pytest.raises(ValueError, match="holds a detector or segmenter of this package already: "):
         convert(done.folder, tmp_path / "again")
 

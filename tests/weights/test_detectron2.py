@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +294,11 @@ def test_mask2former_for_objects(mask2former: None, tmp_path: Path) -> None:
     state, body = mask2former_state("backbone.bottom_up.")
     mean, std = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
     state |= {name: torch.tensor(x).view(3, 1, 1) for name, x in (("pixel_mean", mean), ("pixel_std", std))}
-    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=NAME, arguments={"task": "detect"})
+    file = write(tmp_path / "x", state)
+    with pytest.raises(ConversionError, match=r"its pixel_mean over 255, .*0\.392.*, but mean is said to be \[0\.4, "):
+        told = {"task": "detect", "mean": [0.4, 0.4, 0.4]}
+        convert(file, tmp_path / "ours", model=NAME, arguments=told)
+    done = convert(file, tmp_path / "ours", model=NAME, arguments={"task": "detect"})
     assert done.record["dropped"] == ["pixel_mean", "pixel_std"]
     check_folder(done.folder, state, ("pixel_mean", "pixel_std"))
     model = foveal.load(done.folder)
@@ -334,10 +340,16 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
     body = timm.create_model(model, features_only=True, out_norm=True, **small)
     state = filler.of(body.model, "backbone.")
     state |= filler.state_dict(mask2former_spec(tuple(body.feature_info.channels())))
-    file = write(tmp_path / "x", state)
+
+    def published(name: str, classes: int) -> Path:
+        shapes = {key: x.shape for key, x in state.items() if re.search(r"class_embed|empty_weight", key)}
+        own = {key: (classes + 1, *shape[1:]) for key, shape in shapes.items()}
+        return write(tmp_path / "x", state | filler.state_dict(own)).rename(tmp_path / "x" / f"{name}.pth")
+
+    file = published("of_mine", 5)
     with pytest.raises(ConversionError, match="not tell whether it is for the class of each pixel or for objects: say"):
         convert(file, tmp_path / "ours", model=model, arguments=small)
-    file = file.rename(tmp_path / "x" / "mask2former_dinat_large_coco_panoptic.pth")
+    file = published("mask2former_dinat_large_coco_panoptic", 133)
     done = convert(file, tmp_path / "ours", model=model, arguments=small)
     assert "gives the class of each pixel here and does not tell objects apart" in done.lines()[2]
     card = (done.folder / "README.md").read_text()
@@ -345,16 +357,21 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
     assert "does not tell objects apart" in card
     assert foveal.load(done.folder).config["task"] == "segment"
     assert len(done.lines()) == 3
-    file = file.rename(tmp_path / "x" / "mask2former_dinat_large_cityscapes_panoptic.pth")
+    file = published("mask2former_dinat_large_cityscapes_panoptic", 19)
     unsure = convert(file, tmp_path / "unsure", model=model, arguments=small)
     assert unsure.lines()[3].startswith("The dilations that it was trained with are not known here")
     # the sizes of the images that objects are found in
     named = f"{model}.mask2former_cityscapes_instance"
+    with pytest.raises(
+        ValueError, match=r"name of the published \S+cityscapes_panoptic, not of \S+cityscapes_instance"
+    ):
+        convert(file, tmp_path / "objects", model=named, arguments=small)
+    file = published("mine", 8)
     for own, expected in (({}, (1024, 2048)), ({"min_size": 96, "max_size": 128}, (96, 128))):
         found = convert(file, tmp_path / f"objects {expected[0]}", model=named, arguments=small | own)
         transform = foveal.load(found.folder).detector.transform
         assert (*transform.min_size, transform.max_size) == expected
-    file = file.rename(tmp_path / "x" / "mask2former_dinat_large_coco_panoptic.pth")
+    file = published("mask2former_dinat_large_coco_panoptic", 133)
     with pytest.raises(ValueError, match="task is 'panoptic', it must be detect or segment"):
         convert(file, tmp_path / "more", model=model, arguments=small | {"task": "panoptic"})
 
@@ -437,6 +454,10 @@ def detectron2_state(original: nn.Module) -> State:
 
 
 def same_detections(original: nn.Module, model: nn.Module, image: Tensor, x: Tensor) -> None:
+    """In float64: two boxes whose scores are nearly alike must come in the same order."""
+    original, model = deepcopy(original).double(), deepcopy(model).double()
+    image, x = image.double(), x.double()
+    original.roi_head.mask_head = None  # which are pasted in float32
     from mmdet.structures import DetDataSample
 
     size = tuple(image.shape[-2:])
@@ -506,6 +527,68 @@ def test_faster_rcnn_on_an_fpn(theirs: Callable[..., nn.Module], tmp_path: Path)
     assert network.pretrained_cfg["mean"] == told["mean"]
     for got, want in zip(network(x), original.backbone(x), strict=True):
         close(got, want)
+
+
+def old_file(folder: Path, channels: int, stored: dict[str, list[float]], **change: Tensor) -> Path:
+    """A Faster R-CNN of the detectron2 of 2019, which stores anchors and statistics beside what is learned."""
+    heads: dict[str, Any] = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 8})
+    model = build_detector(NAME, "faster_rcnn", num_classes=2, in_chans=channels, **heads)
+    state = filler.of(model.pyramid.features.network.model, "backbone.bottom_up.")
+    spec: dict[str, tuple[int, ...]] = {}
+
+    def add(name: str, *shape: int) -> None:
+        spec.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    for i, width in enumerate(model.pyramid.features.spec.channels):
+        add(f"backbone.fpn_lateral{i + 2}", 16, width, 1, 1)
+        add(f"backbone.fpn_output{i + 2}", 16, 16, 3, 3)
+    add("proposal_generator.rpn_head.conv", 16, 16, 3, 3)
+    add("proposal_generator.rpn_head.objectness_logits", 3, 16, 1, 1)
+    add("proposal_generator.rpn_head.anchor_deltas", 12, 16, 1, 1)
+    add("roi_heads.box_head.fc1", 8, 16 * 7 * 7)
+    add("roi_heads.box_head.fc2", 8, 8)
+    add("roi_heads.box_predictor.cls_score", 3, 8)
+    add("roi_heads.box_predictor.bbox_pred", 8, 8)
+    state |= filler.state_dict(spec) | {f"pixel_{key}": torch.tensor(x).view(-1, 1, 1) for key, x in stored.items()}
+    for level in range(5):  # a size for each, height over width 1 / 2, 1 and 2
+        sides = [(32 * 2**level / ratio**0.5, 32 * 2**level * ratio**0.5) for ratio in (0.5, 1.0, 2.0)]
+        anchors = torch.tensor([[-w / 2, -h / 2, w / 2, h / 2] for w, h in sides])
+        state[f"proposal_generator.anchor_generator.cell_anchors.{level}"] = anchors
+    return write(folder, state | change)
+
+
+def test_an_old_file_of_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors and statistics are compared and left behind; the statistics of a published one are the manifest's."""
+    bgr = {"mean": [103.53, 116.28, 123.675], "std": [57.375, 57.12, 58.395]}
+    told = {"channel_order": "bgr"}
+    file = old_file(tmp_path / "x", 3, bgr)
+    done = convert(file, tmp_path / "ours", model=NAME, arguments=told)
+    anchors = [f"proposal_generator.anchor_generator.cell_anchors.{level}" for level in range(5)]
+    assert done.record["dropped"] == ["pixel_mean", "pixel_std", *anchors]
+    assert all(check.passed for check in verify(done.folder))
+    assert foveal.load(done.folder).arguments["mean"] == pytest.approx([0.485, 0.456, 0.406])
+
+    known = dataclasses.replace(checkpoints()["nat_mini.maskrcnn_coco"], model=NAME, tag="mine", channel_order="bgr")
+    every = checkpoints() | {known.name: known}
+    for module in ("convert", "card", "verify"):
+        monkeypatch.setattr(f"foveal.weights.{module}.checkpoints", lambda: every)
+    done = convert(file, tmp_path / "published", model=known.name)
+    assert all(check.passed for check in verify(done.folder))
+    assert tuple(foveal.load(done.folder).arguments["mean"]) == known.mean
+    with pytest.raises(ConversionError, match=r"but mean is said to be \[0\.485, 0\.456, 0\.406\] of \S+mine"):
+        convert(file, tmp_path / "no", model=known.name, arguments={"channel_order": "rgb"})
+
+    file = old_file(tmp_path / "y", 3, bgr, **{anchors[1]: torch.ones(3, 4)})
+    with pytest.raises(ConversionError, match=r"its anchors \S+\.1 are \[\[1\.0, 1\.0, .* here they are \[\[-45\.25"):
+        convert(file, tmp_path / "no", model=NAME, arguments=told)
+    file = old_file(tmp_path / "z", 3, bgr | {"std": [0.0] * 3})
+    with pytest.raises(ConversionError, match=r"std is \[0\.0, 0\.0, 0\.0\], it must be 3 numbers"):
+        convert(file, tmp_path / "no", model=NAME, arguments=told)
+    file = old_file(tmp_path / "z", 4, {})
+    rest = {"in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4}
+    with pytest.raises(ConversionError, match="channel_order is bgr, but the images have 4 channels"):
+        convert(file, tmp_path / "no", model=NAME, arguments=told | rest)
+    assert not (tmp_path / "no").exists()
 
 
 def resnet_file(folder: Path) -> Path:

@@ -154,6 +154,67 @@ def test_servers_that_cannot_continue(setting: dict[str, object], server: Server
     assert place.read_bytes() == CONTENT
 
 
+def test_a_replaced_file_where_the_server_does_not_look_at_if_range(
+    server: Server, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be half of one and half of the other, with the right size."""
+    original = Handler.do_GET
+
+    def answer(self: Handler) -> None:
+        if self.headers.get("Range"):
+            self.server.content, self.server.tag = CONTENT[::-1], '"2"'
+            self.headers.replace_header("If-Range", '"2"')
+        original(self)
+
+    monkeypatch.setattr(Handler, "do_GET", answer)
+    server.breaks = 1
+    fetch("x", [server.address()])
+    assert place.read_bytes() == CONTENT[::-1]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        ({"Content-Encoding": "gzip", "Content-Length": "9"}, "sends the file in another coding than asked for, gzip"),
+        ({}, r"does not say how long the file is \(Content-Length missing\)"),
+        ({"Content-Length": "many"}, r"does not say how long the file is \(Content-Length many\)"),
+        (
+            {"Content-Type": "application/xml", "Content-Length": "9"},
+            r"web page instead of the file \(application/xml\)",
+        ),
+    ],
+    ids=["compressed", "no length", "no number", "a message"],
+)
+def test_answers_that_are_not_the_file(
+    headers: dict[str, str], says: str, server: Server, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: Handler) -> None:
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"123456789")
+
+    monkeypatch.setattr(Handler, "do_GET", answer)
+    with pytest.raises(OSError, match=says):
+        fetch("x", [server.address()])
+    assert left_over(place) == set()
+
+
+def test_a_part_that_is_the_whole(server: Server, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status 206 that nobody has asked for."""
+    original = Handler.do_GET
+
+    def answer(self: Handler) -> None:
+        self.headers.add_header("Range", "bytes=0-")
+        original(self)
+
+    monkeypatch.setattr(Handler, "do_GET", answer)
+    fetch("x", [server.address()])
+    assert place.read_bytes() == CONTENT
+
+
 def test_what_was_complete_but_not_renamed(server: Server, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server says 416 to a range after the end."""
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):

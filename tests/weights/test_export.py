@@ -17,8 +17,9 @@ from timm.models import save_for_hf
 import foveal.weights.export as exporting
 from foveal.backbones.loading import load
 from foveal.weights.export import export
-from foveal.weights.images import preprocessing, read_image
+from foveal.weights.images import preparing, preprocessing, read_image
 from foveal.weights.manifest import checkpoints
+from foveal.weights.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = {"in_chans": 1, "embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "dilations": "auto"}
     labels = {"label_names": list("abcde")}
     save_for_hf(model, str(folder / "best"), model_config=labels, model_args=arguments, safe_serialization=True)
-    (folder / "summary.json").write_text(json.dumps({"top1": 98.5, "n": 360, "epochs": 40}))
+    (folder / "summary.json").write_text(json.dumps({"top1": 98.5, "n": 360, "best_epoch": 33, "epochs": 40}))
     return folder
 
 
@@ -56,12 +57,51 @@ def test_safetensors_folder_is_loaded_by_timm_alone(run: Path, image: Path, tmp_
     with torch.no_grad():
         assert torch.equal(model(x), original(x))
     card = (done.folder / "README.md").read_text()
-    assert "top-1 98.50 % on 360 held-out images" in card
+    assert "top-1 98.50 % on 360 held-out images, after epoch 33 of 40" in card
     assert "arXiv:2209.15001" in card
     # readable for whom the folder is readable, whatever the writer of the tensors does
     assert stat.S_IMODE((done.folder / "model.safetensors").stat().st_mode) == stat.S_IMODE(
         (done.folder / "config.json").stat().st_mode
     )
+
+
+@pytest.mark.parametrize(("size", "crop"), [((3, 48, 32), 0.875), ((1, 32, 32), 0.9)])
+def test_the_card_prepares_images(size: tuple[int, ...], crop: float, tmp_path: Path) -> None:
+    """With Pillow and NumPy alone, and to the same numbers as `preprocessing`."""
+    channels = size[0]
+    model = timm.create_model("test_foveal_care", num_classes=3, in_chans=channels)
+    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.4)[:channels]
+    model.pretrained_cfg |= {"input_size": size, "mean": mean, "std": std, "crop_pct": crop}
+    labels, arguments = {"label_names": ["a", "b|c", "d"]}, {"in_chans": channels}
+    save_for_hf(model, tmp_path / "x", model_config=labels, model_args=arguments, safe_serialization=True)
+    done = export(tmp_path / "x", "safetensors", tmp_path / "out")
+    card = (done.folder / "README.md").read_text()
+    assert "| classes | 3: 0 a, 1 b\\|c, 2 d |" in card
+    assert f"resized (bicubic), crop {crop} (center) |" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(done.folder))
+    original, exif = load(tmp_path / "x"), Image.Exif()
+    exif[0x0112] = 6
+    for width, height in ((61, 90), (90, 61), (33, 33), (7, 5)):
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        photo = tmp_path / f"{width}.jpg"
+        Image.fromarray(pixels).save(photo, exif=exif)
+        found: dict[str, object] = {}
+        exec(code.replace("photo.jpg", str(photo)), found)
+        expected = preprocessing(original)(read_image(photo, channels))[None]
+        torch.testing.assert_close(found["images"], expected, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(found["outputs"], original(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_cards_of_other_images(tmp_path: Path) -> None:
+    """No code for channels that no photograph has, or that would crop otherwise."""
+    model = timm.create_model("test_foveal_care", num_classes=3, in_chans=4)
+    model.pretrained_cfg |= {"input_size": (4, 32, 32), "mean": (0.5,) * 4, "std": (0.2,) * 4}
+    assert preparing(model) is None
+    model.pretrained_cfg |= {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    assert preparing(model) is not None
+    model.pretrained_cfg["crop_mode"] = "squash"
+    assert preparing(model) is None
 
 
 def test_onnx_for_any_batch(run: Path, image: Path, tmp_path: Path) -> None:
@@ -70,6 +110,17 @@ def test_onnx_for_any_batch(run: Path, image: Path, tmp_path: Path) -> None:
     assert done.files == ["README.md", "config.json", "model.onnx"]
     assert done.difference < 1e-4
     session = onnxruntime.InferenceSession(str(done.folder / "model.onnx"))
+    described = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert described == {
+        "architecture": "test_foveal_dinat",
+        "input_size": [1, 32, 32],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": [0.3],
+        "std": [0.4],
+        "label_names": list("abcde"),
+    }
     model = load(run)
     for batch in (1, 2, 7):
         x = torch.randn(batch, 1, 32, 32, generator=torch.Generator().manual_seed(batch))
@@ -83,6 +134,10 @@ def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
     output.mkdir()
     (output / "mine.txt").write_text("keep")
     (output / "config.json").write_text("old")
+    (tmp_path / "another" / "best").mkdir(parents=True)
+    (tmp_path / "another" / "best" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="another is a training run: its best/ would be read instead"):
+        export(run, "safetensors", tmp_path / "another", force=True)
     with pytest.raises(ValueError, match=r"is not empty.*--force"):
         export(run, "safetensors", output)
     assert (output / "config.json").read_text() == "old"
@@ -115,6 +170,47 @@ def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
         for left in (".model.mlpackage.new", ".model.mlpackage.old"):
             (output / left).mkdir()
             (output / left / "half").write_text("left over")
+
+
+def test_two_exports_to_one_folder(tmp_path: Path) -> None:
+    """The one that ends later leaves the other's as it is."""
+    output = tmp_path / "out"
+    with pytest.raises(OSError, match=r"out was written by another export meanwhile"), exporting.staged(output) as late:
+        (late / "config.json").write_text("late")
+        (late / "model.onnx").write_text("late")
+        with exporting.staged(output) as early:
+            (early / "config.json").write_text("early")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert (output / "config.json").read_text() == "early"
+    with exporting.staged(output) as folder:  # what stood there before may be replaced
+        (folder / "config.json").write_text("new")
+    assert (output / "config.json").read_text() == "new"
+
+
+def test_answers_that_are_no_logits(run: Path, image: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_foveal_nat", num_classes=3, global_pool="")
+    save_for_hf(model, tmp_path / "map", model_args={"global_pool": ""}, safe_serialization=True)
+    with pytest.raises(
+        ValueError, match=r"map gives \[2, 2, 3\] of an image, not 3 logits .*--to safetensors takes it"
+    ):
+        export(tmp_path / "map", "pt2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"map gives \[1, 2, 2, 3\] of an image, not 3 logits"):
+        list(predict(tmp_path / "map", [image]))
+
+
+def test_label_names_of_a_folder(run: Path, image: Path, tmp_path: Path) -> None:
+    """As timm has them: a list, or by number; one for each class."""
+    shutil.copytree(run / "best", tmp_path / "x")
+    file = tmp_path / "x" / "config.json"
+    config = json.loads(file.read_text())
+    ((_, expected),) = predict(tmp_path / "x", [image])
+    file.write_text(json.dumps(config | {"label_names": {str(i): "abcde"[i] for i in reversed(range(5))}}))
+    assert list(predict(tmp_path / "x", [image])) == [(str(image), expected)]
+    file.write_text(json.dumps(config | {"label_names": ["a", "b"]}))
+    with pytest.raises(ValueError, match="x has 2 label_names for 5 classes"):
+        list(predict(tmp_path / "x", [image]))
 
 
 def test_another_format_is_not_left_beside(run: Path, tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def test_a_detector_in_onnx(tmp_path: Path) -> None:
     runs_as_its_card_says(done.folder, model, "onnx", SIZE)
     session = onnxruntime.InferenceSession(done.folder / "model.onnx")
     assert [each.name for each in session.get_outputs()] == ["boxes", "labels", "scores"]
+    described = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert described == {"task": "detect", "input_size": [3, *SIZE], "classes": ["class_0", "class_1", "class_2"]}
     # where it is sure of nothing there are no rows
     noise = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     assert len(model(list(noise))[0]["boxes"]) == 0
@@ -351,6 +353,15 @@ def test_openvino_is_for_one_image(tmp_path: Path) -> None:
         assert f"`image` [{batch}, 3, 64, 96]" in card
         assert f"`logits` [{batch}, 4, 64, 96]" in card
         assert ("`reshape` the model" in card) == (to == "openvino")
+
+
+def test_the_card_of_four_channels(tmp_path: Path) -> None:
+    """No photograph has them: the card shows how the file is run."""
+    model = segmenter("semantic_fpn")
+    assert 'Image.open("photo.jpg").convert("RGB")' in example(model, "onnx", SIZE)
+    model.mean = torch.zeros(4, 1, 1)
+    assert "photo" not in example(model, "onnx", SIZE)
+    assert "session.run" in example(model, "onnx", SIZE)
 
 
 def test_a_detector_that_finds_nothing(tmp_path: Path) -> None:

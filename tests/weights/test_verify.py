@@ -144,6 +144,38 @@ def test_a_card_without_a_score_and_a_damaged_record(folder: Path) -> None:
         next(verify(folder))
 
 
+def test_records_of_another_form(folder: Path) -> None:
+    original = (folder / "config.json").read_text()
+
+    def damaged(says: str, **change: object) -> None:
+        (folder / "config.json").write_text(original)
+        edit(folder, lambda config: config["conversion"].update(change))
+        with pytest.raises(ValueError, match=rf"config\.json is damaged: {says}"):
+            next(verify(folder))
+
+    print_of = json.loads(original)["conversion"]["fingerprint"]
+    damaged("fingerprint is 'x'", fingerprint="x")
+    damaged("checkpoint is \\[3\\], parameters is 'many'", checkpoint=[3], parameters="many")
+    damaged("the fingerprint's input is \\[1, 3\\]", fingerprint=print_of | {"input": [1, 3]})
+    damaged("the fingerprint's outputs lack largest, norm, shape, values", fingerprint={"input": [1, 3, 64, 64]})
+    damaged("the fingerprint's outputs lack", fingerprint=print_of | {"outputs": [{"norm": 1.0}]})
+    (folder / "config.json").write_text(original)
+    edit(folder, lambda config: config.update(conversion="x"))
+    with pytest.raises(ValueError, match=r"is damaged: it is 'x'"):
+        next(verify(folder))
+    for change in ({"model_args": {"no_such": 1}}, {"model_args": {"pretrained": True}}):
+        (folder / "config.json").write_text(original)
+        edit(folder, lambda config, change=change: config.update(change))
+        assert failed(folder) == {"loads"}
+    # a name that no manifest has
+    (folder / "config.json").write_text(original)
+    edit(folder, lambda config: config["conversion"].update(checkpoint="nat_mini.in5k"))
+    (check,) = (check for check in verify(folder) if not check.passed)
+    assert (check.name, check.detail) == ("as the manifest says", "it has no nat_mini.in5k")
+    with pytest.raises(FileNotFoundError, match="there is no nat_mini; `foveal verify` checks a folder"):
+        next(verify("nat_mini"))
+
+
 def test_the_fixed_image() -> None:
     """The same numbers everywhere and always: they are stored in files."""
     x = image((1, 3, 64, 64))
@@ -167,6 +199,11 @@ def test_differences_of_fingerprints() -> None:
     assert difference(fingerprint(net, size), one) == pytest.approx(0.01, rel=1e-4)
     net.scale = float("nan")
     assert np.isnan(difference(fingerprint(net, size), one))
+    net.scale = 0.0  # as of a head that starts from zeros
+    zeros = fingerprint(net, size)
+    assert difference(zeros, zeros) == 0.0
+    net.scale = 1e-9
+    assert difference(fingerprint(net, size), zeros) == float("inf")
     net.scale, net.values = 1.0, 99
     assert difference(fingerprint(net, size), one) == float("inf")
     net.forward = lambda x: [x, x]
