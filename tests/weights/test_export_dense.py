@@ -358,7 +358,7 @@ def test_openvino_is_for_one_image(tmp_path: Path) -> None:
 def test_the_card_of_four_channels(tmp_path: Path) -> None:
     """No photograph has them: the card shows how the file is run."""
     model = segmenter("semantic_fpn")
-    assert 'Image.open("photo.jpg").convert("RGB")' in example(model, "onnx", SIZE)
+    assert '(Image.open("photo.jpg")).convert("RGB")' in example(model, "onnx", SIZE)
     model.mean = torch.zeros(4, 1, 1)
     assert "photo" not in example(model, "onnx", SIZE)
     assert "session.run" in example(model, "onnx", SIZE)
