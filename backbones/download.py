@@ -161,9 +161,8 @@ def _receive(address: str, part: Path) -> None:
 
 def _ask(address: str, part: Path) -> HTTPResponse:
     headers = {"User-Agent": "foveal", "Accept-Encoding": "identity"}
-    version = _version_file(part)
-    if part.exists() and version.is_file():
-        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": version.read_text(encoding="utf-8")}
+    if kept := _kept_version(part):
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": kept}
     return urlopen(Request(address, headers=headers), timeout=_TIMEOUT)
 
 
@@ -178,13 +177,12 @@ def _write(response: HTTPResponse, part: Path) -> int | None:
     start, total = 0, None
     if response.status == 206:
         extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        kept = _version_file(part).read_text(encoding="utf-8") if _version_file(part).is_file() else ""
-        if extent is None or int(extent[1]) != (part.stat().st_size if kept and part.exists() else 0):
+        kept = _kept_version(part)
+        if extent is None or int(extent[1]) != (part.stat().st_size if kept else 0):
             _forget(part)
             raise ConnectionError(f"it continues at another place: {response.headers.get('Content-Range')}")
         start, total = int(extent[1]), int(extent[2])
-        version = tag if kept.startswith('"') else date
-        if start and version and version != kept:  # the server does not look at If-Range
+        if start and ((tag if kept.startswith('"') else date) or kept) != kept:  # the server does not look at If-Range
             _forget(part)
             raise ConnectionError("the file was replaced meanwhile")
     elif (length := response.headers.get("Content-Length", "")).isdecimal():
@@ -287,6 +285,12 @@ def _hash_file(target: Path) -> Path:
 
 def _version_file(part: Path) -> Path:
     return part.with_suffix(".version")
+
+
+def _kept_version(part: Path) -> str | None:
+    """Of which version of the file the bytes in ``part`` are; None if there are none, or it was not told."""
+    version = _version_file(part)
+    return version.read_text(encoding="utf-8") if part.exists() and version.is_file() else None
 
 
 def _forget(part: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from pathlib import Path
+
+from PIL import Image, ImageOps
 
 MODES = {1: "L", 3: "RGB"}
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -30,3 +32,13 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert(MODES[channels])
+
+
+def read_upright(path: str | Path, channels: int) -> Image.Image:
+    """Open a photograph, turned upright by its EXIF tag, as `to_mode` makes it.
+
+    Raises:
+        ValueError: as `to_mode`. What Pillow raises on files that are missing or damaged comes through.
+    """
+    with Image.open(path) as image:
+        return to_mode(ImageOps.exif_transpose(image), channels)

@@ -48,12 +48,17 @@ class Source:
         return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
 
 
+def local_path(source: str | Path) -> Path:
+    """Where ``local-dir:FOLDER``, ``~/FOLDER`` or a path as it is would lie, if it is one."""
+    return Path(str(source).removeprefix("local-dir:")).expanduser()
+
+
 def resolve(source: str | Path) -> Source:
     """Find out what `source` names; see `load` for what it may be and what is raised."""
     text = str(source)
     if not text.strip():
         raise ValueError("the model name is empty; `foveal list` shows the names")
-    path = Path(text.removeprefix("local-dir:")).expanduser()
+    path = local_path(source)
     if not isinstance(source, Path) and not text.startswith("local-dir:") and is_model(text):
         return _resolve_name(text)
     if path.is_dir():

@@ -42,7 +42,7 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
         >>> [tuple(each.shape[2:]) for each in maps]
         [(24, 16), (12, 8), (6, 4), (3, 2)]
     """
-    path = _Path(str(source).removeprefix("local-dir:")).expanduser()
+    path = loading.local_path(source)
     file = path if path.suffix == ".safetensors" and path.is_file() else None
     if str(source).strip() and (path.is_dir() or file is not None):
         from .heads.build import load_dense, read_dense_config  # detectors take torchvision's with them

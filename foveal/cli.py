@@ -141,7 +141,7 @@ def info(
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
     from . import zoo
-    from .backbones.loading import resolve
+    from .backbones.loading import local_path, resolve
     from .weights import card as cards
     from .weights.manifest import checkpoints, of_model
 
@@ -158,7 +158,7 @@ def info(
         return
     if markdown:
         raise ValueError(f"--markdown prints the card of published weights, NAME.TAG; {name} is none")
-    if name.strip() and (folder := Path(name.removeprefix("local-dir:")).expanduser()).is_dir():
+    if name.strip() and (folder := local_path(name)).is_dir():
         readme = _readme(folder)
         if not card or readme is None:
             raise ValueError(
@@ -346,14 +346,14 @@ def predict(
     ] = None,
 ) -> int:
     """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
-    from .backbones.loading import refuse_exported
+    from .backbones.loading import local_path, refuse_exported
     from .train import tasks
     from .weights.predict import predict as classify
 
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
-    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    folder = local_path(model)
     if tasks.task_of(folder) == "classify":
         if output is not None:
             raise ValueError(f"{model} is a classifier: --output is for detectors and segmenters")

@@ -10,14 +10,13 @@ import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
-from ..backbones.images import to_mode
+from ..backbones.images import read_upright
 from ..configs.schema import ConfigError, DetectConfig, load_config, override_value
 from ..heads.build import build_detector, load_dense, save_dense
 from ..heads.detection import WITH_MASKS, Detector
@@ -298,8 +297,7 @@ def predict(
     ids = model.config.get("category_ids") or list(range(len(model.classes)))
     for path, place in zip(images, places, strict=True):
         try:
-            with Image.open(path) as file:
-                image = F.pil_to_tensor(to_mode(ImageOps.exif_transpose(file), channels)).float() / 255
+            image = F.pil_to_tensor(read_upright(path, channels)).float() / 255
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..backbones.images import to_mode
+from ..backbones.images import read_upright
 from ..configs.schema import ConfigError, SegmentConfig, load_config, override_value
 from ..heads.build import build_segmenter, load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
@@ -430,8 +430,7 @@ def predict(
     channels = model.arguments.get("in_chans", 3)
     for path, place in zip(images, places, strict=True):
         try:
-            with Image.open(path) as file:
-                pixels = np.array(to_mode(ImageOps.exif_transpose(file), channels))
+            pixels = np.array(read_upright(path, channels))
         except UNREADABLE as error:
             yield str(path), OSError(f"{path}: {error}")
             continue

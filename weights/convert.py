@@ -283,7 +283,7 @@ def restore(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def _locate(source: str | Path, model: str | None) -> _Found:
     """Find the file, the model and what the manifest says of them."""
-    path = Path(str(source).removeprefix("local-dir:")).expanduser()
+    path = loading.local_path(source)
     known, dilations = checkpoints(), None
     if path.is_file():
         file, told, config = path, None, None
@@ -629,10 +629,11 @@ def _trace(state: Mapping[str, torch.Tensor], translate: _Translate) -> tuple[di
         name: torch.arange(start, start + state[name].numel(), dtype=torch.int32).reshape(state[name].shape)
         for name, start in starts.items()
     }
+    elsewhere = lambda value: (value.long() * _ODD % 2**31).int()  # noqa: E731
     result = translate(places)
-    again = translate({name: (value.long() * _ODD % 2**31).int() for name, value in places.items()})
+    again = translate({name: elsewhere(value) for name, value in places.items()})
     for name, value in result.items():
-        if value.dtype == torch.int32 and not torch.equal((value.long() * _ODD % 2**31).int(), again[name]):
+        if value.dtype == torch.int32 and not torch.equal(elsewhere(value), again[name]):
             raise ValueError(f"{name} would be computed from the file's numbers (resampled), not taken from it")
     return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..backbones import family, list_models
 from ..backbones.images import to_mode
-from ..backbones.loading import Source, load, refuse_exported, resolve
+from ..backbones.loading import Source, load, local_path, refuse_exported, resolve
 from .formats import FORMATS, LEAST_SIZE, ExportError, Job, Run, as_tuple, library, run_of, stale
 from .images import label_names, preparing, preprocessing, read_image
 from .manifest import Checkpoint, checkpoints
@@ -135,7 +135,7 @@ def export(
         raise ValueError("calibration images are for --int8")
     if dynamic and (reason := _one_size(found.architecture, to)):
         raise ValueError(f"{found.architecture} does not go with --dynamic: {reason}")
-    sources = () if found.folder is None else (found.folder, _path(source))
+    sources = () if found.folder is None else (found.folder, local_path(source))
     output = check_output(output, force, sources, to)
     if score is not None and (reason := FORMATS[to].not_here()):
         raise ValueError(f"--score runs what was written, and {to} is not run here: {reason}")
@@ -203,7 +203,7 @@ def _dense_folder(source: str | Path) -> Path | None:
     """
     from ..heads.build import read_dense_config  # with torchvision's detectors: not for every command
 
-    path = _path(source)
+    path = local_path(source)
     if not str(source).strip():
         return None
     if path.suffix == ".safetensors" and path.is_file() and read_dense_config(path.parent) is not None:
@@ -419,10 +419,6 @@ def _facts(model: nn.Module) -> dict[str, Any]:
     facts |= {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
     names = label_names(model)
     return facts if names is None else facts | {"label_names": names}
-
-
-def _path(source: str | Path) -> Path:
-    return Path(str(source).removeprefix("local-dir:")).expanduser()
 
 
 def _one_size(architecture: str, to: str) -> str | None:

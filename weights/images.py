@@ -7,11 +7,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ..backbones.images import MODES, to_mode
+from ..backbones.images import MODES, read_upright
 
 # What Pillow's decoders are known to raise on files that are damaged, made up or too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError)
@@ -28,8 +28,7 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
     if channels not in (1, 3):
         raise ValueError(f"the model takes {channels} channels; image files have 1 or 3")
     try:
-        with Image.open(path) as image:
-            return to_mode(ImageOps.exif_transpose(image), channels)
+        return read_upright(path, channels)
     except FileNotFoundError as error:
         raise OSError(f"{path}: no such file") from error
     except _UNREADABLE as error:

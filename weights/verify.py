@@ -66,7 +66,7 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         parameters True
         answer to the fixed image True
     """
-    folder = Path(str(folder).removeprefix("local-dir:"))
+    folder = loading.local_path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"there is no {folder}; `foveal verify` checks a folder that `foveal convert` wrote")
     whole = read_dense_config(folder)

@@ -29,8 +29,6 @@ STAGES = len(OVERLAPS)
 BOX_HEADS = ("4conv1fc", "2fc")
 
 Pool = Callable[[list[Tensor]], Tensor]  # regions [N, 4] of each image to what is pooled of them, [sum of N, C, h, w]
-
-
 # logits, boxes of each image, masks and classes of its objects, which object each box has: to a loss
 MaskLoss = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]], Tensor]
 
@@ -56,7 +54,9 @@ def aligned_mask_loss(
     if not len(classes):  # whose mean would not be a number
         return logits.sum() * 0
     target = (torch.cat(wanted)[:, 0] >= 0.5).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits[torch.arange(len(classes)), classes], target)
+    return F.binary_cross_entropy_with_logits(
+        logits[torch.arange(len(classes), device=classes.device), classes], target
+    )
 
 
 class BoxHead(nn.Module):

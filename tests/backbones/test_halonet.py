@@ -1,7 +1,6 @@
 """HaloNet: attention, hybrids and network against timm's; the paper's parameter counts; the rest by hand."""
 
 import copy
-import gc
 import io
 import math
 import zlib
@@ -17,6 +16,8 @@ from torch import nn
 
 from foveal.backbones.attention import HaloAttention2d
 from foveal.backbones.halonet import _HYBRIDS, HaloNet, replace_attention
+
+from ..kernels.test_neighborhood import peak_bytes
 
 # Largest difference from timm's answer, relative to the largest value. Random networks with norms that fit them
 # amplify rounding some thousand times: these are compared in double precision.
@@ -140,31 +141,14 @@ def test_attention_by_hand(boundary, stride, size):
             torch.testing.assert_close(got[:, :, row // stride, column // stride], want)
 
 
-def peak_memory(module: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that a forward and a backward pass hold at once, beyond parameters and input."""
-    gc.collect()  # what tests before have left would count as given back here, were it collected meanwhile
-    gc.disable()
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            module(x).sum().backward()
-    finally:
-        gc.enable()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("image", [256, pytest.param(512, marks=pytest.mark.slow)])
 def test_windows_are_not_unfolded(image):
     """The first stage's attention of H1: at most a third of the memory that unfolding its windows takes."""
     theirs = HaloAttn(64, num_heads=8, block_size=8, halo_size=3)
     ours = HaloAttention2d.from_timm(theirs)
     x = images(1, 64, image // 4, image // 4).requires_grad_(True)
-    got = peak_memory(ours, x)
-    assert 6 * x.nbytes < got < peak_memory(theirs, x) / 3  # q, k, v, the output and their gradients at least
+    got, timms = (peak_bytes(lambda f=f: f(x).sum().backward()) for f in (ours, theirs))
+    assert 6 * x.nbytes < got < timms / 3  # q, k, v, the output and their gradients at least
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return convert(tmp_path / "x.pth", tmp_path / "model", model=NAME).folder
 
 
-def failed(folder: Path) -> set[str]:
+def failed(folder: str | Path) -> set[str]:
     return {check.name for check in verify(folder) if not check.passed}
 
 
@@ -45,6 +45,12 @@ def edit(folder: Path, change) -> None:
 
 def test_nothing_is_wrong(folder: Path) -> None:
     assert failed(folder) == set()
+
+
+def test_a_folder_in_the_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the sign for it as it is behind ``local-dir:``."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert failed("local-dir:~/model") == set()
 
 
 def test_one_bit(folder: Path) -> None:
