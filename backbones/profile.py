@@ -4,6 +4,8 @@ What is counted: every matrix product and convolution; for each query of neighbo
 once for the logits and once for the values; for neighborhood aggregation its ``Kh * Kw`` values; whatever the backend
 computes and masks away. What is not: normalization, activations, softmax, additions, pooling, resampling. One MAC is
 what papers of this field print as one FLOP.
+
+``python -m foveal.backbones.profile`` counts every model and writes the table of `foveal.backbones.figures`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import attention
+from . import attention, family, figures, list_models
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,20 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
     )
 
 
+def count(name: str) -> figures.Figures:
+    """The row of `figures.figures` for a registered model, counted anew."""
+    counted, cfgs = profile(name), get_arch_pretrained_cfgs(name)
+    return figures.Figures(
+        name=name,
+        family=family(name),
+        parameters=counted.parameters,
+        macs=counted.macs,
+        input_size=counted.input_size,
+        tags=tuple(sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights)),
+        licence=get_pretrained_cfg(name).license or "",
+    )
+
+
 @contextmanager
 def _neighborhood_macs() -> Iterator[list[int]]:
     """Answer the neighborhood operations by shape and note their MACs, one entry per call.
@@ -94,3 +111,8 @@ def _neighborhood_macs() -> Iterator[list[int]]:
     finally:
         for name, original in originals.items():
             setattr(attention, name, original)
+
+
+if __name__ == "__main__":
+    figures.write([count(name) for name in list_models()])
+    print(figures.FILE)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 
-from foveal.backbones.profile import profile
+import foveal
+from foveal.backbones.figures import FILE, figures, write
+from foveal.backbones.profile import count, profile
 
 # Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.
 PUBLISHED = {
@@ -81,3 +85,27 @@ def test_the_operation_is_back_after_a_failed_count(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="size"):
         profile("vitrpb_isotropic_small", (32, 33))
     assert attention.neighborhood_attention is original
+
+
+SMALL = [name for name in foveal.list_models() if name.startswith("test_") or name.endswith(("_tiny", "_mini", "_xt"))]
+
+
+def test_the_table_holds_every_model() -> None:
+    assert list(figures()) == foveal.list_models()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_table_is_true_of_small_models(name: str) -> None:
+    """`python -m foveal.backbones.profile` writes it."""
+    assert figures()[name] == count(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(foveal.list_models()) - set(SMALL)))
+def test_the_table_is_true_of_large_models(name: str) -> None:
+    assert figures()[name] == count(name)
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write(list(figures().values())[::-1], tmp_path / "figures.csv")
+    assert (tmp_path / "figures.csv").read_bytes() == FILE.read_bytes()
