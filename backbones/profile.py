@@ -10,18 +10,18 @@ what papers of this field print as one FLOP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
-from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import attention, family, figures, list_models
+from ..kernels import Call, recording
+from . import family, figures, list_models
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,28 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
     if img_size is not None:
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
 
+    macs: list[int] = []
+
+    def count_macs(call: Call) -> Tensor:
+        macs.append(_macs(call))
+        return call.empty_output()  # a backend may compute more than the windows hold, and counts here like any product
+
     image = torch.empty(1, channels, rows, columns, device="meta")
-    with torch.no_grad(), _neighborhood_macs() as macs, FlopCounterMode(display=False) as flops:
+    with torch.no_grad(), recording(count_macs), FlopCounterMode(display=False) as flops:
         model(image)
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
         macs=flops.get_total_flops() // 2 + sum(macs),
         input_size=(channels, rows, columns),
     )
+
+
+def _macs(call: Call) -> int:
+    """Of a neighborhood operation."""
+    problem = call.problem
+    batch, _, _, heads, depth = problem.shape
+    pairs = batch * heads * math.prod(problem.query_size) * math.prod(problem.kernel_size)
+    return pairs * (depth + problem.value_depth if call.operation == "neighborhood_attention" else depth)
 
 
 def count(name: str) -> figures.Figures:
@@ -82,35 +96,6 @@ def count(name: str) -> figures.Figures:
         tags=tuple(sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights)),
         licence=get_pretrained_cfg(name).license or "",
     )
-
-
-@contextmanager
-def _neighborhood_macs() -> Iterator[list[int]]:
-    """Answer the neighborhood operations by shape and note their MACs, one entry per call.
-
-    A backend is free to compute more than the windows hold (tiles with a mask), and none of them has to run on tensors
-    without data, so the operations themselves are set aside while counting.
-    """
-    macs: list[int] = []
-
-    def attend(q, k, v, *, kernel_size, **_):  # q, k [B, H, W, heads, D]; v [B, H, W, heads, Dv]
-        rows, columns = to_2tuple(kernel_size)
-        macs.append(q.shape[:-1].numel() * rows * columns * (q.shape[-1] + v.shape[-1]))
-        return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-    def mix(weights, v, **_):  # weights [B, H, W, heads, Kh * Kw]; v [B, H, W, heads, D]
-        macs.append(weights.numel() * v.shape[-1])
-        return torch.empty_like(v)
-
-    stand_ins = {"neighborhood_attention": attend, "neighborhood_mix": mix}
-    originals = {name: getattr(attention, name) for name in stand_ins}
-    for name, stand_in in stand_ins.items():
-        setattr(attention, name, stand_in)
-    try:
-        yield macs
-    finally:
-        for name, original in originals.items():
-            setattr(attention, name, original)
 
 
 if __name__ == "__main__":

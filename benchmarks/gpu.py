@@ -32,9 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import attention
 from ..backbones.attention import HaloAttention2d
-from ..kernels import FactoredBias, TableBias, neighborhood_attention, neighborhood_mix
+from ..kernels import Call, FactoredBias, TableBias, neighborhood_attention, neighborhood_mix, recording
 from ..kernels.aggregate.softmax import expand_table
 from ..kernels.window import Window
 from .cases import (
@@ -137,33 +136,19 @@ def layers_of(case: LayersCase) -> list[Layer]:
     """What the neighborhood operations of a model are called with, the distinct calls in their order."""
     found: dict[Layer, int] = {}
 
-    def windows(boundary: str, kernel_size, stride=1, dilation=1, query_stride=1, counted=False) -> list[Window]:
-        pairs = [(x, x) if isinstance(x, int) else tuple(x) for x in (kernel_size, stride, dilation, query_stride)]
-        return [Window(k, s, d, boundary, n, counted) for k, s, d, n in zip(*pairs, strict=True)]
-
-    def attend(q, k, v, *, bias=None, boundary="shift", scale=None, dropout_p=0.0, **options):
-        kind = {type(None): "none", TableBias: "table", FactoredBias: "factored"}[type(bias)]
-        counted = kind == "factored" and bias.counted
-        rows, columns = windows(boundary, counted=counted, **options)
-        layer = Layer("attention", tuple(k.shape), tuple(q.shape[1:3]), v.shape[4], rows, columns, kind)
+    def count(call: Call) -> Tensor:
+        attend, problem = call.operation == "neighborhood_attention", call.problem
+        kind = {None: "none", TableBias: "table", FactoredBias: "factored"}[problem.bias] if attend else "table"
+        operation = "attention" if attend else "mix"
+        sizes = problem.shape, problem.query_size, problem.value_depth
+        layer = Layer(operation, *sizes, problem.rows, problem.columns, kind)
         found[layer] = found.get(layer, 0) + 1
-        return q.new_empty(*q.shape[:4], v.shape[4])
-
-    def mix(logits, v, *, bias=None, kernel_bias=None, boundary="shift", **options):
-        rows, columns = windows(boundary, **options)
-        layer = Layer("mix", tuple(v.shape), tuple(v.shape[1:3]), v.shape[4], rows, columns, "table")
-        found[layer] = found.get(layer, 0) + 1
-        return torch.empty_like(v)
+        return call.empty_output()
 
     with torch.device("meta"):
         net = timm.create_model(case.model, num_classes=0).eval()
-    originals = attention.neighborhood_attention, attention.neighborhood_mix
-    attention.neighborhood_attention, attention.neighborhood_mix = attend, mix
-    try:
-        with torch.no_grad():
-            net(torch.empty(case.batch, 3, case.rows, case.columns, device="meta"))
-    finally:
-        attention.neighborhood_attention, attention.neighborhood_mix = originals
+    with torch.no_grad(), recording(count):
+        net(torch.empty(case.batch, 3, case.rows, case.columns, device="meta"))
     return [dataclasses.replace(layer, count=count) for layer, count in found.items()]
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .._version import __version__
-from ..backbones import attention, list_models
+from ..backbones import list_models
 from ..backbones.attention import HaloAttention2d
-from ..kernels import TableBias, neighborhood_aggregate, neighborhood_attention
+from ..kernels import Call, TableBias, neighborhood_aggregate, neighborhood_attention, recording
 from ..kernels.aggregate.softmax import expand_table
 from ..kernels.neighborhood.natten import installed_version
-from ..kernels.window import Window
 from .cases import (
     DINAT_TINY,
     HALO,
@@ -260,11 +259,12 @@ def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int
     return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
 
 
-def unfold_mix(logits: Tensor, v: Tensor, *, kernel_size: int, bias: TableBias, kernel_bias: Tensor) -> Tensor:
-    """The same with weights from a softmax."""
-    table = expand_table(bias.table, Window(kernel_size), Window(kernel_size), v.shape[1:3]) + kernel_bias
-    weights = (logits.permute(0, 3, 1, 2, 4) + table).softmax(-1).permute(0, 2, 3, 1, 4)
-    return unfold_aggregate(weights, v, kernel_size=kernel_size)
+def unfold_mix(call: Call) -> Tensor:
+    """`unfold_aggregate` in place of a `neighborhood_mix`."""
+    logits, v, table, kernel_bias = call.tensors
+    bias = expand_table(table, call.problem.rows, call.problem.columns, v.shape[1:3]) + kernel_bias
+    weights = (logits.permute(0, 3, 1, 2, 4) + bias).softmax(-1).permute(0, 2, 3, 1, 4)
+    return unfold_aggregate(weights, v, kernel_size=call.problem.kernel_size)
 
 
 def aggregate_rows(case: AggregateCase, rounds: int) -> list[dict[str, object]]:
@@ -362,18 +362,6 @@ def halo_rows(case: HaloCase, rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-@contextmanager
-def _by_unfold(active: bool) -> Iterator[None]:
-    """The models' neighborhood aggregation done by unfolding."""
-    ours = attention.neighborhood_mix
-    if active:
-        attention.neighborhood_mix = unfold_mix
-    try:
-        yield
-    finally:
-        attention.neighborhood_mix = ours
-
-
 def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
     """Whole models, inference and a training step without the optimiser."""
     x = _normal(case.batch, 3, case.size, case.size)
@@ -383,15 +371,15 @@ def model_rows(case: ModelCase, rounds: int) -> list[dict[str, object]]:
         ours.load_state_dict(peer.state_dict())
     forward, both = {}, {}
     for name, net in nets.items():
-        unfold = case.unfold and net is peer
+        mixing = partial(recording, unfold_mix) if case.unfold and net is peer else nullcontext
 
-        def inference(net=net, unfold=unfold) -> Tensor:
-            with torch.inference_mode(), _by_unfold(unfold):
+        def inference(net=net, mixing=mixing) -> Tensor:
+            with torch.inference_mode(), mixing():
                 return net(x)
 
-        def training(net=net, unfold=unfold) -> Tensor:
+        def training(net=net, mixing=mixing) -> Tensor:
             net.zero_grad(set_to_none=True)
-            with _by_unfold(unfold):
+            with mixing():
                 loss = net(x).square().mean()
             loss.backward()
             return loss.detach()

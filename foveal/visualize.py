@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .backbones import attention
-from .kernels import FactoredBias, TableBias
+from .kernels import Call, recording
 from .kernels.window import Window
 
 KEY = "#56b4e9"  # sky blue, and
@@ -64,8 +62,14 @@ def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[L
     """
     check_point(point)
     found: list[Look] = []
-    with _recorded(model, point, found), torch.no_grad():
+
+    def note(call: Call) -> None:
+        found.append(_look(running[-1], call, point))
+
+    with _module_names(model) as running, recording(note), torch.no_grad():
         model(image)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no neighborhood attention or aggregation to look at")
     return found
 
 
@@ -313,116 +317,68 @@ def _draw_look(axis: Any, look: Look, shown: Any, size: tuple[int, int]) -> None
 
 
 @contextmanager
-def _recorded(model: nn.Module, point: tuple[float, float], found: list[Look]) -> Iterator[None]:
-    """Note every call of the neighborhood operations that the model makes, by the module that makes it."""
-    path: list[str] = []
+def _module_names(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules that are running, the innermost last."""
+    running: list[str] = []
     hooks = []
     for name, module in model.named_modules():
 
         def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
-            path.append(name)
+            running.append(name)
 
         def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-            path.pop()
+            running.pop()
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    attend, mix = attention.neighborhood_attention, attention.neighborhood_mix
-
-    def noted_attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> Tensor:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        found.append(_attention_look(path[-1], q, k, scale, point, **options))
-        return attend(q, k, v, scale=scale, **options)
-
-    def noted_mix(logits: Tensor, v: Tensor, **options: Any) -> Tensor:
-        found.append(_mix_look(path[-1], logits, point, **options))
-        return mix(logits, v, **options)
-
-    attention.neighborhood_attention, attention.neighborhood_mix = noted_attend, noted_mix
     try:
-        yield
+        yield running
     finally:
-        attention.neighborhood_attention, attention.neighborhood_mix = attend, mix
         for hook in hooks:
             hook.remove()
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no neighborhood attention or aggregation to look at")
 
 
-def _attention_look(
-    layer: str,
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    point: tuple[float, float],
-    *,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    dilation: int | tuple[int, int] = 1,
-    query_stride: int | tuple[int, int] = 1,
-    boundary: str = "shift",
-    bias: TableBias | FactoredBias | None = None,
-    **_: Any,
-) -> Look:
-    size = tuple(k.shape[1:3])
-    counted = isinstance(bias, FactoredBias) and bias.counted
-    axes = []
-    for axis, length in enumerate(size):
-        window = Window(
-            to_2tuple(kernel_size)[axis],
-            to_2tuple(stride)[axis],
-            to_2tuple(dilation)[axis],
-            boundary,
-            to_2tuple(query_stride)[axis],
-            counted,
-        )
-        axes.append(_Axis(window, length, point[1 - axis]))
-    rows, columns = axes
+def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
+    """The query at ``point`` and what it gives to its keys."""
+    problem = call.problem
+    x, y = point
+    rows, columns = _Axis(problem.rows, problem.size[0], y), _Axis(problem.columns, problem.size[1], x)
+    if call.operation == "neighborhood_aggregate":
+        weights = call.tensors[0][0, rows.number, columns.number].float().unflatten(-1, problem.kernel_size)
+    else:
+        logits = _mix_logits if call.operation == "neighborhood_mix" else _attention_logits
+        logits = logits(call, rows, columns)
+        if problem.boundary == "mask":
+            logits = logits.masked_fill(~(rows.inside[:, None] & columns.inside), float("-inf"))
+        weights = logits.flatten(1).softmax(-1).reshape(logits.shape)
+    options = {"stride": problem.stride, "dilation": problem.dilation, "every": problem.query_stride}
+    kernel = "window" if call.operation == "neighborhood_attention" else "kernel"
+    rule = [f"{kernel} {_short(problem.kernel_size)}"]
+    rule += [f"{name} {_short(value)}" for name, value in options.items() if value != (1, 1)]
+    query = rows.query, columns.query
+    return Look(layer, problem.size, ", ".join(rule), query, rows.position, columns.position, weights.cpu())
+
+
+def _attention_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
+    """Of one query to its keys, with their bias: ``[heads, Kh, Kw]``."""
+    q, k, _, bias = call.tensors
     query = q[0, rows.number, columns.number].float()  # heads D
     near = k[0, rows.inside_position][:, columns.inside_position].float()  # Kh Kw heads D
-    inside = rows.inside[:, None] & columns.inside[None]
-    logits = scale * torch.einsum("nd,ijnd->nij", query, near * inside[..., None, None])
-    if isinstance(bias, TableBias):
-        logits = logits + bias.table.float()[:, rows.row][:, :, columns.row]
-    elif bias is not None:
-        by_row, by_column = (
-            t if t.ndim == 3 else t[None].expand(len(query), -1, -1) for t in (bias.rows, bias.columns)
-        )
-        logits = logits + torch.einsum("nd,nid->ni", query, by_row.float()[:, rows.row])[:, :, None]
-        logits = logits + torch.einsum("nd,njd->nj", query, by_column.float()[:, columns.row])[:, None]
-    if boundary == "mask":
-        logits = logits.masked_fill(~inside, float("-inf"))
-    weights = logits.flatten(1).softmax(-1).reshape(logits.shape)
-    words = {"window": kernel_size, "stride": stride, "dilation": dilation, "every": query_stride}
-    rule = ", ".join(f"{n} {_short(v)}" for n, v in words.items() if n == "window" or to_2tuple(v) != (1, 1))
-    return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, weights.cpu())
+    near = near * (rows.inside[:, None] & columns.inside)[..., None, None]
+    logits = call.problem.scale * torch.einsum("nd,ijnd->nij", query, near)
+    if len(bias) == 1:
+        return logits + bias[0].float()[:, rows.row][:, :, columns.row]
+    if len(bias) == 2:
+        by_row, by_column = (t.float() if t.ndim == 3 else t.float().expand(len(query), -1, -1) for t in bias)
+        logits = logits + torch.einsum("nd,nid->ni", query, by_row[:, rows.row])[:, :, None]
+        logits = logits + torch.einsum("nd,njd->nj", query, by_column[:, columns.row])[:, None]
+    return logits
 
 
-def _mix_look(
-    layer: str,
-    logits: Tensor,
-    point: tuple[float, float],
-    *,
-    kernel_size: int | tuple[int, int],
-    dilation: int | tuple[int, int] = 1,
-    boundary: str = "shift",
-    bias: TableBias | None = None,
-    kernel_bias: Tensor | None = None,
-    **_: Any,
-) -> Look:
-    size = tuple(logits.shape[1:3])
-    rows, columns = (
-        _Axis(Window(to_2tuple(kernel_size)[i], 1, to_2tuple(dilation)[i], boundary), length, point[1 - i])
-        for i, length in enumerate(size)
-    )
+def _mix_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
+    logits, _, table, kernel_bias = call.tensors
     given = logits[0, rows.number, columns.number].float()
-    given = (given if kernel_bias is None else given + kernel_bias.float()).unflatten(-1, to_2tuple(kernel_size))
-    if bias is not None:
-        given = given + bias.table.float()[:, rows.row][:, :, columns.row]
-    if boundary == "mask":
-        given = given.masked_fill(~(rows.inside[:, None] & columns.inside[None]), float("-inf"))
-    given = given.flatten(1).softmax(-1).reshape(given.shape)
-    rule = f"kernel {_short(kernel_size)}" + (f", dilation {_short(dilation)}" if to_2tuple(dilation) != (1, 1) else "")
-    return Look(layer, size, rule, (rows.query, columns.query), rows.position, columns.position, given.cpu())
+    given = (given if kernel_bias is None else given + kernel_bias.float()).unflatten(-1, call.problem.kernel_size)
+    return given if table is None else given + table.float()[:, rows.row][:, :, columns.row]
 
 
 class _Axis:
@@ -440,6 +396,6 @@ class _Axis:
         self.row = window.table_row(key, torch.tensor(index))
 
 
-def _short(value: int | tuple[int, int]) -> str:
-    rows, columns = to_2tuple(value)
+def _short(value: tuple[int, int]) -> str:
+    rows, columns = value
     return str(rows) if rows == columns else f"{rows}x{columns}"

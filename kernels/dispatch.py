@@ -1,46 +1,28 @@
-"""Which backend runs a call: the first of the measured order that supports it, or the one asked for by name.
+"""Which backend runs a call, and who is notified of it: every call of every operation passes through `run`.
 
-A backend is a module with ``unsupported_reason(problem) -> str | None`` and
-``forward(*tensors, problem)``.
+A backend is a module with ``unsupported_reason(problem) -> str | None`` and, for each operation it has,
+a function ``(*tensors, problem) -> Tensor``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import triton_support
 from .problem import Problem
 
 ENVIRONMENT = "FOVEAL_BACKEND"
 NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
-
-# Measured order, per device type; what is not listed (mps, xpu, ...) takes "other". On CUDA nothing has been measured
-# yet: the kernels written for it go first, then what needs nothing installed and gives gradients for everything.
-ORDER: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("tiled", "reference"),
-    "cuda": ("triton", "tiled", "natten", "reference")
-    if triton_support.AUTOMATIC
-    else ("tiled", "natten", "reference"),
-    "other": ("tiled", "reference"),
-}
-
-
-def _passed_over(name: str, operation: str, problem: Problem) -> str | None:
-    """Why the automatic choice leaves a call that a backend can run to one behind it.
-
-    Plain windows are dense attention, which ``tiled`` hands to PyTorch's own kernels. That these win there is not
-    measured yet; if they do not, this condition goes.
-    """
-    if name == "triton" and operation == "neighborhood_attention" and problem.plain_windows:
-        return "these windows have no neighbours, which is dense attention"
-    return None
-
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
@@ -51,7 +33,7 @@ _forced: list[tuple[str | None, str]] = [
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for does not exist or cannot run this call.
+    """The requested backend does not exist or cannot run this call.
 
     Examples:
         >>> import torch
@@ -61,7 +43,7 @@ class BackendError(RuntimeError):
         ...     neighborhood_attention(q, q, q, kernel_size=3, backend="fast")
         ... except BackendError as error:
         ...     print(error)
-        unknown backend 'fast' from the argument backend; there are reference, tiled, dynamic, triton, natten
+        unknown backend 'fast' (from the argument backend), choose from reference, tiled, dynamic, triton, natten
     """
 
 
@@ -77,8 +59,8 @@ def backend(name: str | None) -> Iterator[None]:
         >>> from foveal.kernels import backend, neighborhood_attention
         >>> q = torch.randn(1, 6, 6, 1, 8)
         >>> with backend("reference"):
-        ...     judge = neighborhood_attention(q, q, q, kernel_size=3)
-        >>> torch.allclose(neighborhood_attention(q, q, q, kernel_size=3), judge, atol=1e-5)
+        ...     reference = neighborhood_attention(q, q, q, kernel_size=3)
+        >>> torch.allclose(neighborhood_attention(q, q, q, kernel_size=3), reference, atol=1e-5)
         True
     """
     if name is not None:
@@ -94,52 +76,142 @@ def backend(name: str | None) -> Iterator[None]:
 
 def _check_name(name: str, source: str) -> None:
     if name not in NAMES:
-        raise BackendError(f"unknown backend {name!r} from {source}; there are {', '.join(NAMES)}")
+        raise BackendError(f"unknown backend {name!r} (from {source}), choose from {', '.join(NAMES)}")
 
 
-def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> ModuleType:
-    """The backend module for ``problem``, a call of ``operation``.
+# ---------------------------------------------------------------------------------------------------- recording
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operation, as `recording` reports it.
+
+    Attributes:
+        operation: ``"neighborhood_attention"``, ``"neighborhood_aggregate"``, ``"neighborhood_mix"`` or
+            ``"neighborhood_logits"``.
+        problem: its shapes, windows, dtype and options: ``shape`` (of the keys), ``value_depth``, ``query_size``,
+            ``rows`` and ``columns`` (a `Window` each), ``bias`` (its class), ``scale``, ``dropout_p``, ``device``.
+        tensors: the inputs of the backend: of attention q, k, v and a tuple of the bias tensors, of aggregation weights
+            and v, of mix logits, v, table and kernel_bias.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import Call, neighborhood_aggregate, recording
+        >>> calls: list[Call] = []
+        >>> with recording(calls.append):
+        ...     out = neighborhood_aggregate(torch.ones(1, 6, 8, 1, 9), torch.ones(1, 6, 8, 1, 4), kernel_size=3)
+        >>> calls[0].backend, calls[0].problem.kernel_size
+        ('tiled', (3, 3))
+    """
+
+    operation: str
+    problem: Problem
+    tensors: tuple
+    _backends: Mapping[str, ModuleType]
+    _requested: str | None
+
+    def empty_output(self) -> Tensor:
+        """Uninitialised, of the shape and dtype that the operation returns."""
+        *lead, depth = self.tensors[2 if self.operation == "neighborhood_attention" else 1].shape
+        if self.operation == "neighborhood_logits":
+            depth = math.prod(self.problem.kernel_size)
+        return self.tensors[1].new_empty(lead[0], *self.problem.query_size, lead[3], depth)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend chosen for it; raises `BackendError` if the requested one cannot run it."""
+        return choose(self.operation, self._backends, self.problem, self._requested)
+
+
+_recorders: ContextVar[tuple[Callable[[Call], Tensor | None], ...]] = ContextVar("recorders", default=())
+
+
+@contextmanager
+def recording(on_call: Callable[[Call], Tensor | None]) -> Iterator[None]:
+    """Call ``on_call`` with every call of an operation inside the block, in this thread, before its backend runs.
+
+    If ``on_call`` returns a tensor, that is the output and no backend runs (to count calls: ``call.empty_output()``).
+    Calls that are traced, or that run inside a compiled graph, are not reported. Blocks nest, the innermost first.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.kernels import neighborhood_attention, recording
+        >>> q = torch.randn(1, 6, 6, 1, 8)
+        >>> with recording(lambda call: print(call.operation, call.problem.kernel_size)):
+        ...     out = neighborhood_attention(q, q, q, kernel_size=3)
+        neighborhood_attention (3, 3)
+    """
+    token = _recorders.set((on_call, *_recorders.get()))
+    try:
+        yield
+    finally:
+        _recorders.reset(token)
+
+
+# --------------------------------------------------------------------------------------------------- the choice
+
+
+def run(
+    operation: str,
+    backends: Mapping[str, ModuleType],
+    problem: Problem,
+    tensors: tuple,
+    requested: str | None,
+    *,
+    function: str = "forward",
+) -> Tensor:
+    """``function`` of the backend chosen for ``problem``, on ``tensors``."""
+    if not problem.tracing:
+        for on_call in _recorders.get():
+            out = on_call(Call(operation, problem, tensors, backends, requested))
+            if out is not None:
+                return out
+    chosen = backends[choose(operation, backends, problem, requested)]
+    return getattr(chosen, function)(*tensors, problem)
+
+
+def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> str:
+    """Name of the backend for ``problem``, a call of ``operation``.
 
     Raises:
-        BackendError: the backend asked for (argument, context or environment variable) cannot run it, with its reason.
+        BackendError: the requested backend (argument, context or environment variable) cannot run it; with its reason.
     """
     name, source = (requested, "the argument backend") if requested is not None else _forced[-1]
-    if name is not None:
-        _check_name(name, source)
-        if name not in backends:
-            raise BackendError(
-                f"{operation} has no backend {name!r} (asked for by {source}); it has {', '.join(backends)}"
-            )
-        reason = backends[name].unsupported_reason(problem)
-        if reason is not None:
-            raise BackendError(f"backend {name!r} (asked for by {source}) cannot run this call: {reason}")
-        return backends[name]
-    if problem.tracing:  # compilers and exporters are to see standard operators, or one node that they know
-        if _as_one_node(operation, backends, problem):
-            return backends["triton"]
-        return backends["dynamic" if problem.free else "tiled"]
-    reasons = []
-    for name in ORDER.get(problem.device, ORDER["other"]):
-        if name not in backends:
-            continue
-        reason = backends[name].unsupported_reason(problem) or _passed_over(name, operation, problem)
-        if reason is None:
-            if (problem.device, name) not in _announced:
-                _announced.add((problem.device, name))
-                _log.info("backend %s on %s%s", name, problem.device, f" ({'; '.join(reasons)})" if reasons else "")
-            return backends[name]
-        reasons.append(f"{name}: {reason}")
-    raise BackendError(f"no backend can run this call: {'; '.join(reasons)}")
+    if name is None:
+        return _automatic(operation, backends, problem)
+    _check_name(name, source)
+    if name not in backends:
+        raise BackendError(f"{operation} has no backend {name!r} (from {source}), choose from {', '.join(backends)}")
+    reason = backends[name].unsupported_reason(problem)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} (from {source}) cannot run this call: {reason}")
+    return name
 
 
-def _as_one_node(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> bool:
-    """Whether the Triton kernels run under ``torch.compile``; exporters cannot take them."""
-    return (
-        problem.device == "cuda"
-        and torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and "triton" in backends
-        and "triton" in ORDER["cuda"]
-        and backends["triton"].unsupported_reason(problem) is None
-        and _passed_over("triton", operation, problem) is None
-    )
+def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str:
+    """``triton`` where it runs, else ``tiled``, which runs everything; ``natten`` and ``reference`` only by name.
+
+    Non-overlapping windows are dense attention, which ``tiled`` hands to ``scaled_dot_product_attention``. Exporters
+    get standard operators, with a dynamic shape from ``dynamic``; ``torch.compile`` sees a Triton kernel as one node.
+    """
+    reason = _not_triton(operation, backends, problem) if problem.device == "cuda" else None
+    name = "tiled"
+    if problem.device == "cuda" and reason is None:
+        name = "triton"
+    elif problem.tracing and problem.free:
+        name = "dynamic"
+    if not problem.tracing and (problem.device, name) not in _announced:
+        _announced.add((problem.device, name))
+        _log.info("backend %s on %s%s", name, problem.device, f" (not triton: {reason})" if reason else "")
+    return name
+
+
+def _not_triton(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str | None:
+    """Why the automatic choice on a GPU is not Triton."""
+    if not triton_support.AUTOMATIC:
+        return "switched off"
+    if problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling()):
+        return "exporters need standard operators"
+    if operation == "neighborhood_attention" and problem.plain_windows:
+        return "windows that do not overlap are dense attention"
+    return backends["triton"].unsupported_reason(problem)

@@ -5,19 +5,15 @@ Layout legend: B batch, H W map, N heads, D value channels, Kh Kw keys of a wind
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..bias import TableBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
-from ..dispatch import choose
-from ..problem import Problem, for_any_size, old_gpu, subclassed, symbolic, tracing
+from ..dispatch import run
+from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
 from ..window import Window
-from . import dynamic, reference, softmax, tiled, triton
+from . import dynamic, reference, tiled, triton
 
 BACKENDS = {"reference": reference, "tiled": tiled, "dynamic": dynamic, "triton": triton}
 
@@ -202,21 +198,7 @@ def _run(
         subclass=subclassed(x, y, *biases),
         old_gpu=old_gpu(y.device) if y.device.type == "cuda" else "",
     )
-    chosen = choose(operation, BACKENDS, problem, backend)
-    call = getattr(chosen, function, None) or partial(_mix, chosen)
     if cast:
         with torch.autocast(y.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
-            return call(x, y, *biases, problem)
-    return call(x, y, *biases, problem)
-
-
-@for_any_size
-def _mix(
-    backend: ModuleType, logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem
-) -> Tensor:
-    """``mix`` of a backend that has none: its ``forward`` with weights made before."""
-    made = softmax.weights(logits, table, kernel_bias, problem)
-    if problem.boundary == "mask":
-        rows, columns = (replace(window, boundary="zero") for window in (problem.rows, problem.columns))
-        problem = replace(problem, rows=rows, columns=columns)
-    return backend.forward(made, v, problem)
+            return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)
+    return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)

@@ -13,6 +13,7 @@ from .. import dynamic
 from ..dynamic import Side
 from ..problem import Problem, for_any_size
 from ..tiling import working_dtype
+from .softmax import mix_by
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -44,6 +45,9 @@ def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     matrix = tiles.new_zeros(*tiles.shape[:5], a.span * b.span).scatter(-1, places, tiles)
     values = dynamic.key_spans(v.to(working), a, b, problem.boundary)
     return dynamic.from_query_tiles(matrix @ values, a, b).to(v.dtype)
+
+
+mix = mix_by(forward)
 
 
 @for_any_size

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from .softmax import mix_by
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -33,6 +34,9 @@ def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     near = _near(v, problem)
     weights = weights.to(near.dtype).unflatten(-1, problem.kernel_size)
     return torch.einsum("bhwnij,bhwijnd->bhwnd", weights, near).to(v.dtype)
+
+
+mix = mix_by(forward)
 
 
 def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, for_any_size
 from ..tiling import constant
 from ..window import Window
 
@@ -31,6 +32,20 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
         inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
         z = z.masked_fill(~inside, float("-inf"))
     return z.softmax(-1).to(logits.dtype).permute(0, 2, 3, 1, 4)
+
+
+def mix_by(forward: Callable[[Tensor, Tensor, Problem], Tensor]) -> Callable[..., Tensor]:
+    """The ``mix`` of a backend that computes the weights before its ``forward``."""
+
+    @for_any_size
+    def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
+        made = weights(logits, table, kernel_bias, problem)
+        if problem.boundary == "mask":
+            rows, columns = (replace(window, boundary="zero") for window in (problem.rows, problem.columns))
+            problem = replace(problem, rows=rows, columns=columns)
+        return forward(made, v, problem)
+
+    return mix
 
 
 def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[int]) -> Tensor:

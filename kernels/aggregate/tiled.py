@@ -29,6 +29,7 @@ from .. import tiling
 from ..problem import Problem
 from ..tiling import Axis, Plans
 from ..window import Window
+from .softmax import mix_by
 
 # What copying one key and value into a span costs, in units of one query-key pair; fitted on a 2-core CPU.
 COPY_COST = 32.0
@@ -211,6 +212,9 @@ def _run(name: str, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
 def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """[B, H, W, N, Kh*Kw] x [B, H, W, N, D] -> [B, H, W, N, D]."""
     return _run("apply", weights, v, problem)
+
+
+mix = mix_by(forward)
 
 
 def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bias import Bias, FactoredBias, TableBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
-from ..dispatch import choose
+from ..dispatch import run
 from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
 from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
@@ -123,11 +123,11 @@ def neighborhood_attention(
         subclass=subclassed(q, k, v, *bias_tensors),
         old_gpu=old_gpu(q.device) if q.device.type == "cuda" else "",
     )
-    chosen = choose("neighborhood_attention", BACKENDS, problem, backend)
+    tensors = q, k, v, bias_tensors
     if cast:
         with torch.autocast(q.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
-            return chosen.forward(q, k, v, bias_tensors, problem)
-    return chosen.forward(q, k, v, bias_tensors, problem)
+            return run("neighborhood_attention", BACKENDS, problem, tensors, backend)
+    return run("neighborhood_attention", BACKENDS, problem, tensors, backend)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int]) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import foveal
 from foveal.backbones.figures import FILE, figures, write
 from foveal.backbones.profile import count, profile
+from foveal.kernels import backend, neighborhood_attention
 
 # Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.
 PUBLISHED = {
@@ -78,13 +80,19 @@ def test_other_inputs_and_arguments() -> None:
     assert grey.parameters < profile("test_foveal_nat").parameters
 
 
-def test_the_operation_is_back_after_a_failed_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveal.backbones import attention
-
-    original = attention.neighborhood_attention
+def test_the_operation_is_back_after_a_failed_count() -> None:
     with pytest.raises(ValueError, match="size"):
         profile("vitrpb_isotropic_small", (32, 33))
-    assert attention.neighborhood_attention is original
+    q = torch.randn(1, 5, 6, 1, 8)
+    out, want = (neighborhood_attention(q, q, q, kernel_size=3, backend=name) for name in (None, "reference"))
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("name", ["test_foveal_dinat", "test_foveal_overlock"])
+def test_counting_needs_no_backend_that_runs_without_data(name: str) -> None:
+    want = profile(name)
+    with backend("triton"):
+        assert profile(name) == want
 
 
 SMALL = [name for name in foveal.list_models() if name.startswith("test_") or name.endswith(("_tiny", "_mini", "_xt"))]

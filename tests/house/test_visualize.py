@@ -39,7 +39,6 @@ def test_the_weights_are_those_of_the_operation(name, monkeypatch):
         monkeypatch.setattr(attention, operation, noted)
     seen = visualize.looks(model, torch.randn(1, 3, *MODELS[name]), point)
     assert len(seen) == len(calls) > 0
-    assert getattr(attention, operation) is noted, "the operation is put back"
     modules = dict(model.named_modules())
     for look, (v, options, out) in zip(seen, calls, strict=True):
         assert look.layer in modules

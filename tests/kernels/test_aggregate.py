@@ -207,7 +207,7 @@ def test_autocast_casts_like_the_functional_operators():
     assert [g.dtype for g in torch.autograd.grad(out.float().sum(), leaves)] == [torch.float32] * 2
     with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
         assert neighborhood_aggregate(*(t.double() for t in leaves), kernel_size=3).dtype == torch.float64
-        with pytest.raises(TypeError, match="one dtype"):
+        with pytest.raises(TypeError, match=r"float32.*float64"):
             neighborhood_aggregate(leaves[0], leaves[1].double(), kernel_size=3)
 
 
@@ -445,41 +445,41 @@ def call_of(shape=(1, 9, 9, 1, 4), area=9, weights=None, v=None):
             ValueError,
             r"7 x dilation 2 = 14 .* 13 columns",
         ),
-        (call_of(), {"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
-        (call_of(), {"kernel_size": 3, "dilation": (1, 0)}, ValueError, r"dilation must be at least 1, got \(1, 0\)"),
-        (call_of(), {"kernel_size": 3.0}, TypeError, "kernel_size must be an int"),
-        (call_of(), {"kernel_size": 3, "boundary": "wrap"}, ValueError, "boundary 'wrap' is not one of"),
-        (call_of(), {"kernel_size": 5}, ValueError, r"5 x 5 = 25 numbers .* got 9: weights \(1, 9, 9, 1, 9\)"),
-        (call_of(area=1)[:1] * 2, {"kernel_size": (1, 2)}, ValueError, r"1 x 2 = 2 numbers"),
+        (call_of(), {"kernel_size": 0}, ValueError, "kernel_size.*0"),
+        (call_of(), {"kernel_size": 3, "dilation": (1, 0)}, ValueError, r"dilation.*\(1, 0\)"),
+        (call_of(), {"kernel_size": 3.0}, TypeError, r"kernel_size.*3\.0"),
+        (call_of(), {"kernel_size": 3, "boundary": "wrap"}, ValueError, "'wrap'.*shift, zero, mask"),
+        (call_of(), {"kernel_size": 5}, ValueError, r"25.*9.*weights \(1, 9, 9, 1, 9\)"),
+        (call_of(area=1)[:1] * 2, {"kernel_size": (1, 2)}, ValueError, "1 x 2.*weights"),
         (
             call_of(v=torch.randn(1, 9, 8, 1, 4)),
             {"kernel_size": 3},
             ValueError,
             r"weights \(1, 9, 9, 1, 9\), v \(1, 9, 8, 1, 4\)",
         ),
-        (call_of(v=torch.randn(9, 9, 1, 4)), {"kernel_size": 3}, ValueError, r"v must be \[B, H, W, heads, D\], got 4"),
+        (call_of(v=torch.randn(9, 9, 1, 4)), {"kernel_size": 3}, ValueError, r"v .*heads, D\].*\(9, 9, 1, 4\)"),
         (
             call_of(weights=torch.randn(9, 9, 1, 9)),
             {"kernel_size": 3},
             ValueError,
-            r"weights must be \[B, H, W, heads, Kh \* Kw\], got 4 dimensions: \(9, 9, 1, 9\)",
+            r"weights .*\[B, H, W, heads, Kh \* Kw\].*\(9, 9, 1, 9\)",
         ),
-        (call_of(v=torch.randn(1, 9, 9, 1, 0)), {"kernel_size": 3}, ValueError, "only the batch may be empty"),
-        (call_of(v=torch.randn(1, 9, 9, 1, 4, device="meta")), {"kernel_size": 3}, ValueError, "got cpu and meta"),
+        (call_of(v=torch.randn(1, 9, 9, 1, 0)), {"kernel_size": 3}, ValueError, r"v \(1, 9, 9, 1, 0\)"),
+        (call_of(v=torch.randn(1, 9, 9, 1, 4, device="meta")), {"kernel_size": 3}, ValueError, "cpu.*meta"),
         (
             call_of(v=torch.randn(1, 9, 9, 1, 4).double()),
             {"kernel_size": 3},
             TypeError,
-            "one dtype, got torch.float32 and torch.float64",
+            "float32.*float64",
         ),
-        (call_of(v=torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)), {"kernel_size": 3}, TypeError, "v must be .*int32"),
-        (([1.0], torch.randn(1, 9, 9, 1, 4)), {"kernel_size": 3}, TypeError, "weights must be a tensor, got list"),
-        (call_of(), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "unknown backend 'cutlass'"),
+        (call_of(v=torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)), {"kernel_size": 3}, TypeError, "v .*int32"),
+        (([1.0], torch.randn(1, 9, 9, 1, 4)), {"kernel_size": 3}, TypeError, "weights.*list"),
+        (call_of(), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "'cutlass'.*backend"),
         (
             call_of(),
             {"kernel_size": 3, "backend": "natten"},
             BackendError,
-            r"neighborhood_aggregate has no backend 'natten' \(asked for by the argument backend\)",
+            "neighborhood_aggregate.*'natten'.*argument",
         ),
     ],
 )
@@ -491,6 +491,6 @@ def test_bad_input(arguments, options, error, message):
 def test_backend_context():
     weights, v = call_of()
     with backend("natten"):
-        with pytest.raises(BackendError, match=r"no backend 'natten' \(asked for by the backend\(\) context\)"):
+        with pytest.raises(BackendError, match=r"'natten'.*backend\(\)"):
             neighborhood_aggregate(weights, v, kernel_size=3)
         neighborhood_aggregate(weights, v, kernel_size=3, backend="reference")  # the argument wins

@@ -103,11 +103,11 @@ def test_expanded_tables_are_not_tied_to_the_mode_that_made_them():
 
 def test_errors_name_the_values():
     logits, v, table, kernel_bias = leaves_of((5, 5), (3, 3))
-    with pytest.raises(ValueError, match=r"bias.table must be \(2, 5, 5\) on the device of v, cpu; got \(2, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"table.*\(2, 5, 5\).*\(2, 5, 4\)"):
         neighborhood_mix(logits, v, kernel_size=3, bias=TableBias(table[..., :4]))
-    with pytest.raises(ValueError, match=r"kernel_bias must be \(9,\) .* got \(8,\)"):
+    with pytest.raises(ValueError, match=r"kernel_bias.*\(9,\).*\(8,\)"):
         neighborhood_mix(logits, v, kernel_size=3, kernel_bias=kernel_bias[:8])
-    with pytest.raises(ValueError, match="logits must have 3 x 3 = 9 numbers"):
+    with pytest.raises(ValueError, match=r"logits.*3 x 3"):
         neighborhood_mix(logits[..., :8], v, kernel_size=3)
-    with pytest.raises(TypeError, match="bias must be a TableBias or None, got Tensor"):
+    with pytest.raises(TypeError, match=r"bias.*Tensor"):
         neighborhood_mix(logits, v, kernel_size=3, bias=table)

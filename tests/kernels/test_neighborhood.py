@@ -496,7 +496,7 @@ def test_second_derivative_belongs_to_the_reference():
         return neighborhood_attention(q, k, v, kernel_size=3, backend=name)
 
     assert torch.autograd.gradgradcheck(call, leaves)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
+    with pytest.raises(RuntimeError, match=r"'tiled'.*create_graph.*'reference'"):
         torch.autograd.grad(call(*leaves, name="tiled").sum(), leaves[0], create_graph=True)
 
 
@@ -623,22 +623,22 @@ def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bias": TableBias(torch.zeros(1, 5, 5))}, "no relative position bias"),
-        ({"boundary": "zero"}, "boundary 'shift'"),
-        ({"query_stride": (1, 2)}, r"a query at every key \(got query_stride \(1, 2\)\)"),
-        ({"dropout_p": 0.1}, "dropout"),
-        ({"grad": True}, "no gradient on a CPU"),
-        ({"dtype": torch.float64}, "no float64"),
-        ({"kernel_size": (1, 3)}, r"kernel_size of at least 2 \(got \(1, 3\)\)"),
-        ({"depth": 24}, r"power of two \(got 24\)"),
-        ({"depth": 7}, r"multiple of 8.*got 7"),
-        ({"value_depth": 16}, "as deep as the queries"),
-        ({"batch": 0}, "empty batch"),
+        ({"bias": TableBias(torch.zeros(1, 5, 5))}, "bias.*TableBias"),
+        ({"boundary": "zero"}, "'shift'.*'zero'"),
+        ({"query_stride": (1, 2)}, r"query_stride.*\(1, 2\)"),
+        ({"dropout_p": 0.1}, r"dropout.*0\.1"),
+        ({"grad": True}, "gradient.*CPU"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"kernel_size": (1, 3)}, r"kernel_size.*\(1, 3\)"),
+        ({"depth": 24}, "depth.*24"),
+        ({"depth": 7}, "depth.*8.*7"),
+        ({"value_depth": 16}, "16.*8"),
+        ({"batch": 0}, "batch"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 @needs_natten
-def test_natten_says_why_it_cannot(change, reason):
+def test_natten_names_what_it_lacks(change, reason):
     change = {"batch": 1, "depth": 8, "value_depth": None, "dtype": torch.float32, "grad": False, **change}
     shape = (change.pop("batch"), 6, 6, 1, change.pop("depth"))
     query_stride = change.get("query_stride", (1, 1))
@@ -795,7 +795,7 @@ def test_autocast_casts_like_the_functional_operators():
     with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
         double = [t.double() for t in leaves[:3]]
         assert neighborhood_attention(*double, kernel_size=3).dtype == torch.float64
-        with pytest.raises(TypeError, match="one dtype"):
+        with pytest.raises(TypeError, match=r"float32.*float64"):
             neighborhood_attention(leaves[0], *double[1:], kernel_size=3)
 
 
@@ -1020,25 +1020,25 @@ def tensors(*shape, **options):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (tensors(1, 6, 6, 1, 4), {"kernel_size": 7}, ValueError, r"kernel_size 7 x dilation 1 = 7 .* map's 6 rows"),
-        (tensors(1, 20, 13, 1, 4), {"kernel_size": 7, "dilation": 2}, ValueError, r"7 x dilation 2 = 14 .* 13 columns"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "stride": 4}, ValueError, "stride 4 is larger than kernel_size 3"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, -1)}, ValueError, r"got \(3, -1\)"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dilation": 0}, ValueError, "dilation must be at least 1"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3.0}, TypeError, "kernel_size must be an int"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, 3, 3)}, TypeError, "pair"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": True}, TypeError, "kernel_size must be an int"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "boundary": "wrap"}, ValueError, "boundary 'wrap' is not one of"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dropout_p": 1.0}, ValueError, "dropout_p"),
-        (tensors(9, 9, 1, 4), {"kernel_size": 3}, ValueError, r"q must be \[B, H, W, heads, D\], got 4 dimensions"),
-        (tensors(1, 9, 9, 0, 4), {"kernel_size": 3}, ValueError, "only the batch may be empty"),
-        (tensors(1, 0, 9, 1, 4), {"kernel_size": 3, "boundary": "zero"}, ValueError, "only the batch may be empty"),
+        (tensors(1, 6, 6, 1, 4), {"kernel_size": 7}, ValueError, "kernel_size 7.*dilation 1.*6 rows"),
+        (tensors(1, 20, 13, 1, 4), {"kernel_size": 7, "dilation": 2}, ValueError, "7.*2.*13 columns"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "stride": 4}, ValueError, "stride 4.*kernel_size 3"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 0}, ValueError, "kernel_size.*0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, -1)}, ValueError, r"kernel_size.*\(3, -1\)"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dilation": 0}, ValueError, "dilation.*0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3.0}, TypeError, r"kernel_size.*3\.0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": (3, 3, 3)}, TypeError, r"kernel_size.*\(3, 3, 3\)"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": True}, TypeError, "kernel_size.*True"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "boundary": "wrap"}, ValueError, "'wrap'.*shift, zero, mask"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "dropout_p": 1.0}, ValueError, r"dropout_p.*1\.0"),
+        (tensors(9, 9, 1, 4), {"kernel_size": 3}, ValueError, r"q .*\[B, H, W, heads, D\].*\(9, 9, 1, 4\)"),
+        (tensors(1, 9, 9, 0, 4), {"kernel_size": 3}, ValueError, r"\(1, 9, 9, 0, 4\)"),
+        (tensors(1, 0, 9, 1, 4), {"kernel_size": 3, "boundary": "zero"}, ValueError, r"\(1, 0, 9, 1, 4\)"),
         (
             tensors(1, 9, 9, 1, 4, device="meta")[:2] + tensors(1, 9, 9, 1, 4)[:1],
             {"kernel_size": 3},
             ValueError,
-            "one device",
+            "meta, meta and cpu",
         ),
         (
             [*tensors(1, 9, 9, 1, 4)[:2], torch.randn(1, 9, 8, 1, 4)],
@@ -1056,50 +1056,50 @@ def tensors(*shape, **options):
             [*tensors(1, 9, 9, 1, 4)[:2], torch.randn(1, 9, 9, 1, 4).double()],
             {"kernel_size": 3},
             TypeError,
-            "one dtype, got torch.float32, torch.float32 and torch.float64",
+            "float32.*float32.*float64",
         ),
-        ([torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)] * 3, {"kernel_size": 3}, TypeError, "got torch.int32"),
+        ([torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)] * 3, {"kernel_size": 3}, TypeError, "q .*int32"),
         (
             tensors(1, 9, 9, 2, 4),
             {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 6))},
             ValueError,
-            r"TableBias.table has shape \[2, 5, 6\], expected \[2, 5, 5\]",
+            r"table.*\[2, 5, 6\].*\[2, 5, 5\]",
         ),
         (
             tensors(1, 9, 9, 2, 4),
             {"kernel_size": (3, 5), "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4))},
             ValueError,
-            r"FactoredBias.columns has shape \[5, 4\], expected \[9, 4\] or \[2, 9, 4\]",
+            r"columns.*\[5, 4\].*\[9, 4\].*\[2, 9, 4\]",
         ),
         (
             tensors(1, 9, 9, 2, 4),
             {"kernel_size": 3, "bias": torch.zeros(2, 5, 5)},
             TypeError,
-            "TableBias, a FactoredBias",
+            "bias.*Tensor",
         ),
         (
             tensors(1, 9, 9, 2, 4),
             {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, dtype=torch.int64))},
             TypeError,
-            "must be floating point",
+            "table.*int64",
         ),
         (
             tensors(1, 9, 9, 2, 4),
             {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, device="meta"))},
             ValueError,
-            "table is on meta, q on cpu",
+            "table.*meta.*cpu",
         ),
         (
             tensors(1, 9, 9, 1, 4),
             {"kernel_size": 3, "query_stride": 2},
             ValueError,
-            r"one shape, but 5 x 5 queries \(query_stride\).*q \(1, 9, 9, 1, 4\)",
+            r"5 x 5.*query_stride.*q \(1, 9, 9, 1, 4\)",
         ),
         (
             [torch.randn(1, 5, 9, 1, 4), *tensors(1, 9, 9, 1, 4)[:2]],
             {"kernel_size": 3, "query_stride": (2, 1), "dilation": (1, 2)},
             ValueError,
-            r"query_stride \(2, 1\) and dilation \(1, 2\)",
+            r"query_stride \(2, 1\).*dilation \(1, 2\)",
         ),
         (
             [torch.randn(1, 5, 9, 1, 4), *tensors(1, 9, 9, 1, 4)[:2]],
@@ -1110,11 +1110,11 @@ def tensors(*shape, **options):
                 "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4), counted=True),
             },
             ValueError,
-            r"divides stride, got query_stride 2, stride 3 \(rows\)",
+            "query_stride 2.*stride 3.*rows",
         ),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "query_stride": 0}, ValueError, "query_stride must be at least 1"),
-        ([[1.0], *tensors(1, 9, 9, 1, 4)[:2]], {"kernel_size": 3}, TypeError, "q must be a tensor, got list"),
-        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "unknown backend 'cutlass'"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "query_stride": 0}, ValueError, "query_stride.*0"),
+        ([[1.0], *tensors(1, 9, 9, 1, 4)[:2]], {"kernel_size": 3}, TypeError, "q .*list"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "'cutlass'.*argument"),
     ],
 )
 def test_bad_input(arguments, options, error, message):
@@ -1132,12 +1132,10 @@ def test_smallest_map_that_fits():
 
 def test_backend_context_and_argument():
     q, k, v = tensors(1, 6, 6, 1, 4)
-    with pytest.raises(BackendError, match=r"unknown backend 'fast' from backend\(\)"), backend("fast"):
+    with pytest.raises(BackendError, match=r"'fast'.*backend\(\)"), backend("fast"):
         pass
     with backend("natten"):
-        with pytest.raises(
-            BackendError, match=r"'natten' \(asked for by the backend\(\) context\) cannot run this call"
-        ):
+        with pytest.raises(BackendError, match=r"'natten'.*backend\(\)"):
             neighborhood_attention(q, k, v, kernel_size=3, boundary="mask")
         neighborhood_attention(q, k, v, kernel_size=3, boundary="mask", backend="tiled")  # the argument wins
         with backend(None):
@@ -1157,28 +1155,23 @@ def test_backend_blocks_of_threads_may_end_in_any_order():
     neighborhood_attention(q, k, v, kernel_size=3)
 
 
-def test_automatic_choice_takes_the_first_that_can(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "ORDER", {"cpu": ("natten", "reference"), "other": ()})
+def test_the_automatic_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_announced", set())
     leaves, rule = inputs((1, 6, 6, 1, 8), None, (3, 3), "table")
     with caplog.at_level("INFO", logger=dispatch.__name__):
         for _ in range(2):
             neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule)
-    assert len(caplog.records) == 1
-    assert "backend reference on cpu (natten: " in caplog.text
-    monkeypatch.setattr(dispatch, "ORDER", {"cpu": ("natten",), "other": ()})
-    with pytest.raises(BackendError, match=r"no backend can run this call: natten: "):
-        neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule)
+    assert [record.args[:2] for record in caplog.records] == [("tiled", "cpu")]
 
 
 def test_missing_natten_is_a_reason(monkeypatch):
     monkeypatch.setattr(natten_backend, "installed_version", lambda: None)
-    with pytest.raises(BackendError, match="natten is not installed"):
+    with pytest.raises(BackendError, match=r"foveal\[natten\]"):
         neighborhood_attention(*tensors(1, 6, 6, 1, 4), kernel_size=3, backend="natten")
     monkeypatch.setattr(natten_backend, "installed_version", lambda: "0.21rc1")
     neighborhood_attention(*tensors(1, 6, 6, 1, 8), kernel_size=3, boundary="mask")
     monkeypatch.setattr(natten_backend, "installed_version", lambda: "0.17.5")
-    with pytest.raises(BackendError, match=r"0\.17\.5 is older than 0\.20"):
+    with pytest.raises(BackendError, match=r"0\.17\.5.*0\.20"):
         neighborhood_attention(*tensors(1, 6, 6, 1, 4), kernel_size=3, backend="natten")
 
 
@@ -1195,7 +1188,7 @@ def test_backend_from_the_environment():
         text=True,
         check=True,
     )
-    assert "unknown backend 'cutlass' from the environment" in run.stdout
+    assert "'cutlass'" in run.stdout and dispatch.ENVIRONMENT in run.stdout
 
 
 def test_threads_share_the_plans():

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from foveal.kernels import FactoredBias, TableBias, dispatch, neighborhood_attention, triton_support
-from foveal.kernels.neighborhood import api, tiled
+from foveal.kernels import FactoredBias, TableBias, dispatch, neighborhood_attention, recording, triton_support
+from foveal.kernels.neighborhood import api
 from foveal.kernels.neighborhood import triton as backend
 from foveal.kernels.problem import Problem, old_gpu, subclassed
 from foveal.kernels.window import Window
@@ -175,32 +175,32 @@ def chosen(call):
 
 @pytest.mark.skipif(not triton_support.AUTOMATIC, reason="the Triton kernels are switched off")
 def test_the_choice_on_cuda():
-    assert chosen(problem()) is backend
-    assert chosen(problem(bias=None)) is backend
-    assert chosen(problem(dropout_p=0.1)) is tiled
-    assert chosen(problem(dtype=torch.float64)) is tiled
-    assert chosen(problem(shape=(2, 56, 56, 2, 512))) is tiled
+    assert chosen(problem()) == "triton"
+    assert chosen(problem(bias=None)) == "triton"
+    assert chosen(problem(dropout_p=0.1)) == "tiled"
+    assert chosen(problem(dtype=torch.float64)) == "tiled"
+    assert chosen(problem(shape=(2, 56, 56, 2, 512))) == "tiled"
     # plain windows and grids are dense attention; those of HaloNet are not, nor blocks that do not fill the map
-    assert chosen(problem(stride=7)) is tiled
-    assert chosen(problem(dilation=8)) is tiled
-    assert chosen(problem(size=(57, 56), stride=7)) is backend
-    assert chosen(problem(bias=FactoredBias, stride=7)) is backend
-    assert chosen(problem(device="cpu")) is tiled
+    assert chosen(problem(stride=7)) == "tiled"
+    assert chosen(problem(dilation=8)) == "tiled"
+    assert chosen(problem(size=(57, 56), stride=7)) == "triton"
+    assert chosen(problem(bias=FactoredBias, stride=7)) == "triton"
+    assert chosen(problem(device="cpu")) == "tiled"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dropout_p": 0.5}, "dropout .got 0.5"),
-        ({"dtype": torch.float64}, "got torch.float64"),
-        ({"value_depth": 300}, "up to 256 .got 300"),
-        ({"kernel_size": 40}, r"up to a kernel_size of 32 .got \(40, 40\)"),
-        ({"device": "xpu"}, "got xpu"),
-        ({"subclass": True}, "a subclass of Tensor"),
-        ({"old_gpu": "7.5"}, r"compute capability 8.0, .* .got 7\.5"),
+        ({"dropout_p": 0.5}, "dropout.*0.5"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"value_depth": 300}, "256.*300"),
+        ({"kernel_size": 40}, r"kernel_size.*32.*\(40, 40\)"),
+        ({"device": "xpu"}, "xpu"),
+        ({"subclass": True}, "subclass"),
+        ({"old_gpu": "7.5"}, r"compute capability 8\.0.*7\.5"),
     ],
 )
-def test_what_is_not_supported_is_said(changes, reason):
+def test_unsupported_calls(changes, reason):
     with pytest.raises(dispatch.BackendError, match=reason):
         dispatch.choose("neighborhood_attention", api.BACKENDS, problem(**changes), "triton")
 
@@ -210,20 +210,16 @@ class Plain(torch.Tensor):
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_a_subclass_is_told_to_the_backends(which, monkeypatch):
-    told = []
-
-    def choose(operation, backends, problem, requested):
-        told.append(problem)
-        return tiled
-
-    monkeypatch.setattr(api, "choose", choose)
+def test_backends_see_subclasses(which):
+    calls = []
     tensors = [torch.randn(1, 5, 5, 1, 4) for _ in range(3)] + [torch.nn.Parameter(torch.randn(1, 5, 5))]
     for plain in (True, False):
         *qkv, table = (t.as_subclass(Plain) if i == which and not plain else t for i, t in enumerate(tensors))
-        neighborhood_attention(*qkv, kernel_size=3, bias=TableBias(table))
-    assert [p.subclass for p in told] == [False, True]
-    reasons = [backend.unsupported_reason(dataclasses.replace(p, device="cuda")) for p in told]
+        with recording(calls.append):
+            neighborhood_attention(*qkv, kernel_size=3, bias=TableBias(table))
+    problems = [call.problem for call in calls]
+    assert [p.subclass for p in problems] == [False, True]
+    reasons = [backend.unsupported_reason(dataclasses.replace(p, device="cuda")) for p in problems]
     assert reasons[0] is None and "subclass" in reasons[1]
     with FakeTensorMode() as mode:
         assert not subclassed(mode.from_tensor(tensors[0]), None)
@@ -355,7 +351,7 @@ def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert list(json.loads(path.read_text()).values()) == [[2, 4]]
     assert choose(("float16", 9)) == (2, 4) and len(measured) == 6
     monkeypatch.setenv(triton_common.ENVIRONMENT, "yes")
-    with pytest.raises(ValueError, match="FOVEAL_AUTOTUNE must be 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match=r"FOVEAL_AUTOTUNE.*'yes'"):
         choose()
 
 

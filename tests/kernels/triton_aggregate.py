@@ -225,8 +225,8 @@ def test_compiled_without_a_break():
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (torch.ones(1, 3, 3, 1, 300), "heads of at most 256 channels .got 300"),
-        (torch.ones(1, 3, 3, 1, 4, dtype=torch.float64), "float16, bfloat16 and float32 .got torch.float64"),
+        (torch.ones(1, 3, 3, 1, 300), "256.*300"),
+        (torch.ones(1, 3, 3, 1, 4, dtype=torch.float64), "float32.*float64"),
     ],
 )
 def test_what_it_cannot_run_is_an_error_by_name_and_runs_elsewhere_without(tensor, reason):
