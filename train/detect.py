@@ -46,7 +46,7 @@ def build_model(config: DetectConfig, num_classes: int) -> Detector:
             model.head,
             model.neck,
             num_classes=num_classes,
-            min_size=data.short_side,
+            min_size=data.min_size,
             max_size=data.max_size,
             mean=data.mean,
             std=data.std,
@@ -123,9 +123,7 @@ class Task:
 
     def describe(self) -> str:
         model, data = self.config.model, self.config.data
-        return (
-            f"{model.name}, {model.neck}, {model.head}, {data.short_side}/{data.max_size}, {len(self.classes)} classes"
-        )
+        return f"{model.name}, {model.neck}, {model.head}, {data.min_size}/{data.max_size}, {len(self.classes)} classes"
 
     def finish(self, run: Path, state: State, model: nn.Module, draw: bool) -> dict[str, Any]:
         best, last = state.best, state.history[-1]  # the last epoch is always evaluated
@@ -228,7 +226,7 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     defaults = {
         "output": "-",
         "model": {key: model.arguments[name] for key, name in (("name", "backbone"), ("head", "head"))},
-        "data": prepared(model),
+        "data": {"min_size" if key == "short_side" else key: value for key, value in prepared(model).items()},
     }
     config = load_config(recipe, overrides, DetectConfig, defaults)
     if config.train.threads:
@@ -236,7 +234,7 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     accelerator = Accelerator()
     device = accelerator.device
     transform = model.to(device).detector.transform
-    transform.min_size, transform.max_size = (config.data.short_side,), config.data.max_size
+    transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
     categories = dict(zip(model.config["category_ids"], model.classes, strict=True))
     shares = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     data = build_coco(config, masks=model.masks, device=device, categories=categories, train=False, **shares)

@@ -1,8 +1,8 @@
 """The training loop, for any task: what a task brings is a step, an evaluation, and what its checkpoints hold.
 
-One update is ``accumulate`` forward passes of every process. The learning rate is set per update. A run can be stopped
-at any update: the state written then (weights, optimizer, scaler, random numbers, place in the epoch) goes on as if
-nothing had happened, bit for bit where the loader's images do not depend on worker processes.
+One update is ``train.grad_accum_steps`` forward passes of every process. The learning rate is set per update. A run can
+be stopped at any update: the state written then (weights, optimizer, scaler, random numbers, place in the epoch) goes
+on as if nothing had happened, bit for bit where the loader's images do not depend on worker processes.
 
 Several processes meet at fixed places only: what goes wrong on one of them is kept until the next such place and raised
 there by all, so that none waits for another that is gone.
@@ -316,12 +316,13 @@ class Trainer:
         self.main, self.tensorboard = accelerator.is_main_process, tensorboard
         self.clip_grad = optim.clip_grad
         # updates in an epoch
-        self.steps = train.steps_per_epoch or self.data.train.batches // train.accumulate
+        self.steps = train.steps_per_epoch or self.data.train.batches // train.grad_accum_steps
         if self.steps == 0:
             raise ConfigError(
-                f"an epoch has {self.data.train.batches} batches, fewer than train.accumulate={train.accumulate}"
+                f"an epoch has {self.data.train.batches} batches, fewer than "
+                f"train.grad_accum_steps={train.grad_accum_steps}"
             )
-        self.images_per_step = train.batch_size * train.accumulate * accelerator.num_processes
+        self.images_per_step = train.batch_size * train.grad_accum_steps * accelerator.num_processes
         if accelerator.num_processes > 1:
             self.data.val = Together(self.data.val, accelerator)
         model = task.model
@@ -335,7 +336,7 @@ class Trainer:
         self.ema = None
         averaged = deepcopy(model) if self.divided and train.ema_decay else None
         if self.divided:
-            shard(model.to(accelerator.device), train.fsdp_unit)
+            shard(model.to(accelerator.device), train.fsdp_min_num_params)
         optimizer = create_optimizer(model, optim, self.images_per_step)
         self.scheduler, self.epochs = create_schedule(optimizer, schedule, self.steps)
         if self.divided:
@@ -347,7 +348,7 @@ class Trainer:
         if train.ema_decay:
             self.ema = ModelEmaV3(averaged or self.raw, decay=train.ema_decay, use_warmup=train.ema_warmup)
             if self.divided:
-                shard(self.ema.module.to(accelerator.device), train.fsdp_unit)
+                shard(self.ema.module.to(accelerator.device), train.fsdp_min_num_params)
         self.state = State()
         self._failure: Exception | None = None
         self._batch: Any = None
@@ -540,7 +541,7 @@ class Trainer:
                 forward = self.config.batch_size * now
                 text += f", with {now} process(es) instead of {then}"
                 if key != "images per pass" and was["images per update"] % forward == 0:
-                    text += f"; train.accumulate={was['images per update'] // forward} keeps what an update is"
+                    text += f"; train.grad_accum_steps={was['images per update'] // forward} keeps what an update is"
             raise checkpoint.CheckpointError(text)
 
     def fit(self, track: Callable[[dict[str, float], int], None] | None = None) -> State:
@@ -619,7 +620,7 @@ class Trainer:
         try:
             self._train()
             training = state.epoch_seconds
-            due = (state.epoch + 1) % self.config.eval_every == 0 or state.epoch + 1 == self.epochs
+            due = (state.epoch + 1) % self.config.eval_interval == 0 or state.epoch + 1 == self.epochs
             metrics = self._evaluate() if due else {}
         except Interrupted:
             self._tick()
@@ -658,7 +659,7 @@ class Trainer:
 
     def _train(self) -> None:
         """The rest of the epoch's updates."""
-        state, accumulate = self.state, self.config.accumulate
+        state, accumulate = self.state, self.config.grad_accum_steps
         if state.step == self.steps:  # it was stopped in the evaluation
             return
         self.model.train()
@@ -683,7 +684,8 @@ class Trainer:
                 batch = None
                 losses.append(loss.detach())
             ends = state.step + 1 == self.steps
-            saves = self.config.save_every is not None and (state.step + 1) % self.config.save_every == 0 and not ends
+            interval = self.config.save_interval
+            saves = interval is not None and (state.step + 1) % interval == 0 and not ends
             looks = state.step + 1 >= looked_at + pace or ends or saves
             # an unclipped gradient need not be measured at each update
             norm = self._clip(parameters, (state.step + 1) % NORM_EVERY == 0 or ends)
@@ -797,7 +799,7 @@ class Trainer:
             raise_together(self.accelerator, self._failure)
         if first_bad < self.steps:
             kept = checkpoint.newest(self.run_folder / "last")
-            when = f"end of epoch {self.state.epoch}" if self.config.save_every is None else "from before"
+            when = f"end of epoch {self.state.epoch}" if self.config.save_interval is None else "from before"
             hold = f"{kept} ({when}) is intact" if kept else "nothing was saved yet"
             raise NonFiniteLoss(
                 f"the loss became {value} at epoch {self.state.epoch + 1}, step {first_bad + 1} of {self.steps}; "
@@ -808,7 +810,7 @@ class Trainer:
     def _batches(self) -> Iterator[Any]:
         """Training batches from where the run stands: an epoch's own pass over the data, or, with ``steps_per_epoch``,
         one pass after the other whatever the epoch."""
-        state, accumulate = self.state, self.config.accumulate
+        state, accumulate = self.state, self.config.grad_accum_steps
         if self.config.steps_per_epoch is None:
             yield from self.data.train.epoch(state.epoch, state.step * accumulate)
             return
@@ -871,7 +873,7 @@ class Trainer:
                 checkpoint.save_trainer(folder, saved)
                 checkpoint.seal(folder)
 
-            checkpoint.write_folder(self.run_folder / "last", fill, self.config.keep)
+            checkpoint.write_folder(self.run_folder / "last", fill, self.config.save_total_limit)
             if best:
                 self._save_best()
             write_csv(self.run_folder / "metrics.csv", state.history)

@@ -109,20 +109,20 @@ def inference(config: SegmentConfig) -> dict[str, Any]:
         ConfigError: sliding windows that would leave pixels out, or windows for whole images.
     """
     given = config.eval
-    if given.mode == "whole" and (given.window or given.stride):
+    if given.mode == "whole" and (given.crop_size or given.stride):
         raise ConfigError(
-            f"eval.mode=whole with eval.window={given.window}, eval.stride={given.stride}: mode=slide has them"
+            f"eval.mode=whole with eval.crop_size={given.crop_size}, eval.stride={given.stride}: mode=slide has them"
         )
-    window = None if given.mode == "whole" else list(given.window or config.augment.crop)
+    window = None if given.mode == "whole" else list(given.crop_size or config.augment.crop_size)
     if window and given.stride and any(step > side for step, side in zip(given.stride, window, strict=True)):
         raise ConfigError(f"eval.stride={given.stride} is beyond the windows of {window}, which would leave pixels out")
     return {
-        "bounds": given.resize,
-        "multiple_of": given.multiple_of,
+        "bounds": given.scale,
+        "multiple_of": given.size_divisor,
         "antialias": config.data.antialias,
         "window": window,
         "stride": given.stride if window else None,
-        "scales": list(given.scales),
+        "scales": list(given.ratios),
         "flip": given.flip,
     }
 
@@ -278,7 +278,7 @@ class Task:
 
     def describe(self) -> str:
         model = self.config.model
-        crop = "x".join(map(str, self.config.augment.crop))
+        crop = "x".join(map(str, self.config.augment.crop_size))
         neck = "" if model.head == "mask2former" else f" with {model.neck}"
         return f"{model.name}, {model.head}{neck}, crop {crop}, {len(self.classes)} classes"
 
@@ -375,10 +375,10 @@ def _evaluate(source: str, overrides: list[str], console: Console) -> None:
     defaults = {"output": "-", "model": {"name": model.arguments["backbone"]}}
     if recipe is None:  # as it was evaluated where it was trained, unless the overrides say otherwise
         given = dict(model.config["preprocessing"].get("inference", {}))
-        antialias, bounds = given.pop("antialias", True), given.pop("bounds", None)
-        mode = "slide" if given.get("window") else "whole"
-        seen = {"antialias": antialias, "in_chans": model.arguments.get("in_chans", 3)}
-        defaults |= {"eval": given | {"resize": bounds, "mode": mode}, "data": seen}
+        seen = {"antialias": given.pop("antialias", True), "in_chans": model.arguments.get("in_chans", 3)}
+        recipe_keys = {"bounds": "scale", "multiple_of": "size_divisor", "window": "crop_size", "scales": "ratios"}
+        evaluation = {recipe_keys.get(key, key): value for key, value in given.items()}
+        defaults |= {"eval": evaluation | {"mode": "slide" if given.get("window") else "whole"}, "data": seen}
     config = load_config(recipe, overrides, SegmentConfig, defaults)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -5,8 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+import yaml
 
 from ..heads.build import read_dense_config
 
@@ -24,10 +23,10 @@ def task_of(source: str | Path) -> str:
         return _known(dense[1].get("task"), dense[0] / "config.json")
     recipe = Path(source) / "config.yaml"  # of a run that has no best/ yet
     try:
-        content = OmegaConf.load(recipe) if recipe.is_file() else {}
-    except (YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{recipe} can't be read as YAML: {error}") from None
-    if not isinstance(content, DictConfig | dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{recipe} holds no recipe")
     return _known(content.get("task", "classify"), recipe)
 

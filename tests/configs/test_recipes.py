@@ -148,8 +148,8 @@ def segmenter_step(config: SegmentConfig) -> None:
     with device:
         model = segment.build_model(config, len(classes)).train()
         task = segment.Task(config, model, classes, SimpleNamespace(val=None, notes=[]))
-        images = torch.zeros(2, config.data.in_chans, *config.augment.crop)
-        loss = task.train_step(model, SegmentBatch(images, torch.zeros(2, *config.augment.crop).long()), 0)
+        images = torch.zeros(2, config.data.in_chans, *config.augment.crop_size)
+        loss = task.train_step(model, SegmentBatch(images, torch.zeros(2, *config.augment.crop_size).long()), 0)
     update(model, loss, config, config.train.steps_per_epoch or 10)
 
 
@@ -158,7 +158,7 @@ def test_segmenter_steps(name):
     """The segmenter at full size; of Mask2Former a small crop."""
     config = load_config(name, SEGMENTER, SegmentConfig)
     if config.model.head == "mask2former":
-        config.augment.crop = [64, 64]
+        config.augment.crop_size = [64, 64]
     segmenter_step(config)
 
 
@@ -184,9 +184,9 @@ def test_small_segmenter_steps(name, tmp_path):
                 Image.fromarray(draw.integers(0, 3 if len(shape) == 2 else 256, shape, np.uint8)).save(tmp_path / place)
     loaders = build_semantic_data(config, find_classes(data), [0.5] * data.in_chans, device=torch.device("cpu"))
     batch = next(loaders.train.epoch(0))
-    assert batch.images.shape == (2, data.in_chans, *config.augment.crop)
+    assert batch.images.shape == (2, data.in_chans, *config.augment.crop_size)
     assert batch.targets.unique().tolist() != [255]
-    config.augment.crop = [64, 64]
+    config.augment.crop_size = [64, 64]
     segmenter_step(config)
 
 
@@ -204,7 +204,7 @@ def detector_step(config: DetectConfig) -> None:
 
 
 DETECTOR = ["train.batch_size=2", "model.pretrained=false", "model.checkpoint=null"]
-DETECTOR += ["data.short_side=64", "data.max_size=96"]
+DETECTOR += ["data.min_size=64", "data.max_size=96"]
 
 
 @pytest.mark.parametrize("name", one_each("detect"))
@@ -246,7 +246,7 @@ def test_small_detector_steps(name, tmp_path):
             Image.fromarray(noise).save(tmp_path / folder / f"{number}.png")
     loaders = build_coco(config, masks=head in WITH_MASKS, device=torch.device("cpu"))
     batch = next(loaders.train.epoch(0))
-    crop = config.augment.final_crop or [config.augment.max_size] * 2
+    crop = config.augment.final_crop_size or [config.augment.max_size] * 2
     for image, target in zip(batch.images, batch.targets, strict=True):
         assert len(image) == data.in_chans
         assert all(side <= most for side, most in zip(image.shape[1:], crop, strict=True))
@@ -313,8 +313,13 @@ def test_published_detection_schedules():
         assert (config.optim.lr, config.optim.backbone_lr_ratio, config.optim.clip_grad) == (1e-4, 0.1, 0.01)
         assert (config.model.head_kwargs["num_queries"], config.train.amp) == (queries, "no")
     detr = load_config("detect/dinat_mini_mask_rcnn_3x", [], DetectConfig).augment
-    assert detr.short_sides == list(range(480, 801, 32))
-    assert (detr.max_size, detr.crop_prob, detr.crop_short_sides, detr.crop) == (1333, 0.5, [400, 500, 600], [384, 600])
+    assert detr.min_size == list(range(480, 801, 32))
+    assert (detr.max_size, detr.crop_prob, detr.crop_min_size, detr.crop_size) == (
+        1333,
+        0.5,
+        [400, 500, 600],
+        [384, 600],
+    )
 
 
 @pytest.mark.parametrize("name", of("segment"))
@@ -371,7 +376,7 @@ def test_published_dilations_fit_the_depths():
         config = load_config(f"segment/dinat_{size}_upernet_ade20k", [], SegmentConfig)
         depths = [2, 2, deep, 2] if size.startswith("s_") else [3, 4, deep, 5]
         assert [len(level) for level in config.model.kwargs["dilations"]] == depths
-        stride, side = 4, config.augment.crop[0]
+        stride, side = 4, config.augment.crop_size[0]
         for level in config.model.kwargs["dilations"]:
             assert 7 * max(level) <= side // stride  # no padding of the crop's maps
             stride *= 2

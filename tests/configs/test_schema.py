@@ -1,13 +1,17 @@
 """The strict loader: what it merges, and what it says when something is wrong."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from foveal.configs.schema import (
+    OLD_KEYS,
     ClassifyConfig,
     ConfigError,
+    DetectConfig,
+    SegmentConfig,
     find_config,
     load_config,
     override_value,
@@ -24,6 +28,13 @@ def write(path: Path, text: str) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     return write(tmp_path / "mine.yaml", "model: {name: test_vit}\naugment: {scale: [0.5, 1.0]}\noptim: {lr: 0.1}\n")
+
+
+def valid_keys(schema: type, prefix: str = "") -> set[str]:
+    found = set()
+    for f in dataclasses.fields(schema):
+        found |= valid_keys(f.type, f"{prefix}{f.name}.") if dataclasses.is_dataclass(f.type) else {prefix + f.name}
+    return found
 
 
 def test_file_then_command_line(recipe):
@@ -54,57 +65,146 @@ def test_loads_share_nothing(recipe):
 def test_cycle_of_bases(tmp_path):
     write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")
-    with pytest.raises(ConfigError, match=r"circle: a\.yaml -> b\.yaml -> a\.yaml"):
+    with pytest.raises(ConfigError, match=r"a\.yaml -> b\.yaml -> a\.yaml"):
         load_config(tmp_path / "a.yaml")
 
 
 def test_missing_base(tmp_path):
     file = write(tmp_path / "a.yaml", "base: gone.yaml\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: base file .*gone\.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"a\.yaml.*gone\.yaml"):
         load_config(file)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "named"),
     [
-        ("optim: {learning_rate: 1}", r"bad\.yaml: unknown key `optim\.learning_rate`"),
-        (
-            "optim: {wieght_decay: 1}",
-            r"bad\.yaml: unknown key `optim\.wieght_decay`; did you mean `optim\.weight_decay`",
-        ),
-        ("optimizer: {lr: 1}", r"unknown key `optimizer`; did you mean `optim`"),
-        ("batch_size: 4", r"unknown key `batch_size`; did you mean `train\.(val_)?batch_size`"),
-        ("optim: {lr: fast}", r"bad\.yaml: `optim\.lr` has a wrong value: .*fast"),
-        ("optim: 3", r"bad\.yaml: `optim` is a section"),
-        (
-            "model: {name: m}\ndata: {kind: foldr}",
-            r"bad\.yaml: `data\.kind` is 'foldr', must be one of .*did you mean 'folder'",
-        ),
-        ("model: {name: m}\ntrain: {batch_size: 0}", r"bad\.yaml: `train\.batch_size` is 0, must be at least 1"),
-        ("model: {name: [}", r"bad\.yaml can't be read as YAML"),
-        ("- a\n- b", r"bad\.yaml holds a list"),
-        ("base: 3", r"bad\.yaml: `base` must be a file name"),
-        ("seed: 1", r"no value for `model\.name`"),
+        ("optim: {learning_rate: 1}", r"bad\.yaml: .*`optim\.learning_rate`"),
+        ("optim: {wieght_decay: 1}", r"bad\.yaml: .*`optim\.wieght_decay`.*`optim\.weight_decay`"),
+        ("optimizer: {lr: 1}", r"`optimizer`.*`optim`"),
+        ("batch_size: 4", r"`batch_size`.*`train\.(val_)?batch_size`"),
+        ("1: 4", r"bad\.yaml: .*`1`"),
+        ("optim: {lr: fast}", r"bad\.yaml: `optim\.lr` is 'fast'"),
+        ("optim: 3", r"bad\.yaml: `optim` is 3"),
+        ("optim:", r"bad\.yaml: `optim` is None"),
+        ("data: {kind: foldr}", r"bad\.yaml: `data\.kind` is 'foldr'.*'wds'.*'folder'\?$"),
+        ("train: {batch_size: 0}", r"bad\.yaml: `train\.batch_size` is 0.* 0$"),
+        ("data: {classes: [a, [b]]}", r"bad\.yaml: `data\.classes\[1\]` is \['b'\]"),
+        ("optim: {lr: 1, lr: 2}", r"(?s)bad\.yaml.*'lr'"),
+        ("model: {kwargs: {a: 1, a: 2}}", r"(?s)bad\.yaml.*'a'"),
+        ("model: {name: [}", r"bad\.yaml.*YAML"),
+        ("model: &a [*a]", r"bad\.yaml.*YAML"),
+        ("- a\n- b", r"bad\.yaml.* list"),
+        ("base: 3", r"bad\.yaml: `base`.* 3"),
+        ("seed: 1", r"bad\.yaml: .*`model\.name`"),
+        ("model: {name: }", r"bad\.yaml: `model\.name` is None"),
     ],
 )
-def test_what_is_wrong_in_a_file(tmp_path, text, says):
-    with pytest.raises(ConfigError, match=says):
+def test_what_is_wrong_in_a_file(tmp_path, text, named):
+    with pytest.raises(ConfigError) as raised:
         load_config(write(tmp_path / "bad.yaml", text))
+    assert any(re.search(named, line) for line in [str(raised.value), *str(raised.value).splitlines()])
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "named"),
     [
-        ("optim.lrr=1", r"command line: unknown key `optim\.lrr`; did you mean `optim\.lr`"),
-        ("optim.lr=x", r"command line: `optim\.lr` has a wrong value"),
-        ("seed", r"command line: 'seed' is not of the form key=value"),
-        ("seed=-1", r"command line: `seed` is -1, must be at least 0"),
-        ("model.kwargs=3", r"command line: `model\.kwargs` has a wrong value"),
+        ("optim.lrr=1", r"`optim\.lrr`.*`optim\.lr`"),
+        ("optim.lr=x", r"`optim\.lr` is 'x'"),
+        ("optim.lr=[", r"optim\.lr=\["),
+        ("seed", r"'seed'.* key=value"),
+        ("seed=-1", r"`seed` is -1.* 0$"),
+        ("model.kwargs=3", r"`model\.kwargs` is 3"),
+        ("model.name=", r"`model\.name` is None"),
+        ("optim=x", r"`optim` is 'x'"),
+        ("optim..lr=1", r"'optim\.\.lr=1'"),
     ],
 )
-def test_what_is_wrong_on_the_command_line(recipe, override, says):
-    with pytest.raises(ConfigError, match=says):
+def test_what_is_wrong_on_the_command_line(recipe, override, named):
+    with pytest.raises(ConfigError, match=f"^command line: .*{named}"):
         load_config(recipe, [override])
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path):
+    file = write(tmp_path / "bad.yaml", "optim: {lr: -1, lrr: 2}\ntrain: {batch_size: 2.5}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(file, ["seed=-1", "data.kind=x"])
+    lines = str(raised.value).splitlines()
+    for key, source in (
+        *(("optim.lr", file), ("optim.lrr", file), ("train.batch_size", file), ("model.name", file)),
+        *(("seed", "command line"), ("data.kind", "command line")),
+    ):
+        assert sum(re.match(f"{source}: [a-z ]*`{key}`", line) is not None for line in lines) == 1, key
+    assert len(lines) == 6
+
+
+def test_text_is_taken_as_it_stands(tmp_path):
+    """Where a key is text YAML's types do not matter: no dates, numbers, booleans; on the command line no comments and
+    no quotes either."""
+    file = write(
+        tmp_path / "mine.yaml",
+        "model: {name: m, checkpoint: 1e5, kwargs: {rate: 1e-3, name: 2024-05-01, on: yes}}\noutput: 2024_05_01\n"
+        "data: {classes: [no, yes, 007, null, 'null', ~], root: 2024-05-01, train_split: null, mean: null}\n"
+        "train: {amp: no}\n",
+    )
+    config = load_config(file)
+    assert (config.output, config.data.root, config.data.train_split) == ("2024_05_01", "2024-05-01", "null")
+    assert (config.model.checkpoint, config.train.amp, config.data.mean) == ("1e5", "no", None)
+    assert config.data.classes == ["no", "yes", "007", "null", "null", "~"]
+    assert config.model.kwargs == {"rate": 1e-3, "name": "2024-05-01", "on": True}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.root=d/site #2", "d/site #2"),
+        ("data.root=2024_05_01", "2024_05_01"),
+        ("data.root= [a]: {b", " [a]: {b"),
+        ("data.root='a #2'", "a #2"),
+        ('data.root="null"', "null"),
+        ("data.root='a' 'b'", "'a' 'b'"),
+        ("data.root=a=b", "a=b"),
+        ("data.root=None", "None"),
+        ("data.root=null", None),
+        ("data.root=", None),
+        ("data.classes=[no, yes, 007, 1e3, 'a # b']", ["no", "yes", "007", "1e3", "a # b"]),
+        ("data.classes=null", None),
+        ("data.mean=[.5, 1e-1]", [0.5, 0.1]),
+        ("data.val_split=val-{0000..0063}.tar|50000", "val-{0000..0063}.tar|50000"),
+        ("data.in_chans=1_0", 10),
+    ],
+)
+def test_overrides_are_read_by_the_type_of_their_key(recipe, override, value):
+    config = load_config(recipe, [override])
+    assert getattr(config.data, override.split("=")[0].removeprefix("data.")) == value
+
+
+def test_old_keys_load_and_name_the_new_ones(tmp_path):
+    file = write(tmp_path / "old.yaml", "model: {name: m}\ntrain: {accumulate: 3, keep: 4}\naugment: {ratio: [1, 2]}\n")
+    with pytest.warns(DeprecationWarning) as caught:
+        config = load_config(file, ["train.save_every=7", "train.fsdp_unit=5"])
+    train = config.train
+    assert (train.grad_accum_steps, train.save_total_limit, train.save_interval) == (3, 4, 7)
+    assert (train.fsdp_min_num_params, config.augment.ratio) == (5, [1.0, 2.0])  # a classifier's key was not renamed
+    warned = [str(warning.message) for warning in caught]
+    assert any(all(part in w for part in (str(file), "train.accumulate", "train.grad_accum_steps")) for w in warned)
+    assert any(all(part in w for part in ("command line", "train.save_every", "train.save_interval")) for w in warned)
+    assert len(warned) == 4
+
+
+def test_every_old_key_has_a_new_one_somewhere():
+    for old, new in OLD_KEYS.items():
+        schemas = [ClassifyConfig, DetectConfig, SegmentConfig]
+        reached = [s for s in schemas if new in valid_keys(s) and old not in valid_keys(s)]
+        assert reached, old
+
+
+def test_old_and_new_key_together_are_refused(recipe):
+    file = write(recipe.parent / "both.yaml", "base: mine.yaml\ntrain: {accumulate: 3, grad_accum_steps: 4}\n")
+    with pytest.raises(ConfigError, match=r"both\.yaml.*`train`.*accumulate, grad_accum_steps"):
+        load_config(file)
+    assert load_config(recipe, ["train.accumulate=3", "train.grad_accum_steps=4"]).train.grad_accum_steps == 4
 
 
 def test_saved_configuration_reads_back_equal(tmp_path, recipe):
@@ -117,13 +217,13 @@ def test_short_names():
     assert find_config("digits", "classify") == find_config("classify/digits") == find_config("classify/digits.yaml")
     assert find_config("digits", "detect") == find_config("detect/digits")
     assert find_config("fashion_mnist") == find_config("classify/fashion_mnist")
-    with pytest.raises(ConfigError, match=r"ambiguous: classify/digits, detect/digits, segment/digits"):
+    with pytest.raises(ConfigError, match=r"classify/digits, detect/digits, segment/digits"):
         find_config("digits")
     assert "classify/digits" in recipe_names()
     assert not any(name.startswith("_") for name in recipe_names())
-    with pytest.raises(ConfigError, match=r"did you mean .*classify/digits"):
+    with pytest.raises(ConfigError, match=r"'digts'.*classify/digits"):
         find_config("digts")
-    with pytest.raises(ConfigError, match=r"did you mean segment/digits\?"):
+    with pytest.raises(ConfigError, match=r"'digts'[^,]*segment/digits[^,]*$"):
         find_config("digts", "segment")
 
 
@@ -140,23 +240,30 @@ def test_every_default_is_of_its_type():
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "limits"),
     [
-        ("augment.hflip=7", "`augment.hflip` is 7.0, must be at least 0 and at most 1"),
-        ("loss.smoothing=1.5", "must be at least 0 and below 1"),
-        ("optim.lr=.inf", "must be a finite number"),
-        ("optim.lr=0", "must be above 0"),
-        ("optim.clip_grad=0", "must be above 0"),
-        ("optim.betas=[0.9]", "must have 2 items"),
-        ("optim.betas=[0.9, 1.0]", "must be at least 0 and below 1"),
-        ("model.drop_path_rate=2", "must be at least 0 and below 1"),
-        ("train.ema_decay=1.5", "must be at least 0 and below 1"),
-        ("data.std=[0.0]", "must be above 0"),
-        ("seed=5000000000", "must be at least 0 and below"),
+        ("augment.hflip=7", ["7", "1"]),
+        ("augment.hflip=-1", ["-1", "0"]),
+        ("loss.smoothing=1", ["1"]),
+        ("loss.smoothing=-0.1", ["-0.1", "0"]),
+        ("optim.lr=.inf", ["inf"]),
+        ("optim.lr=.nan", ["nan"]),
+        ("optim.lr=0", ["0"]),
+        ("optim.clip_grad=0", ["0"]),
+        ("optim.betas=[0.9]", ["[0.9]", "2"]),
+        ("optim.betas=[0.9,1.0]", ["[1]", "1.0", "1"]),
+        ("model.drop_path_rate=2", ["2", "1"]),
+        ("train.ema_decay=1.5", ["1.5", "1"]),
+        ("data.std=[0.0]", ["[0]", "0.0"]),
+        ("data.val_fraction=1", ["1"]),
+        ("schedule.decay_fraction=0", ["0"]),
+        ("train.batch_size=1.5", ["1.5"]),
+        ("seed=5000000000", ["5000000000", "4294967296"]),
     ],
 )
-def test_values_out_of_range(override, says):
+def test_values_out_of_range(override, limits):
     with pytest.raises(ConfigError) as raised:
         load_config("digits", [override])
-    assert says in str(raised.value)
-    assert str(raised.value).startswith("command line: `" + override.split("=")[0])
+    message = str(raised.value)
+    assert message.startswith("command line: `" + override.split("=")[0])
+    assert all(re.search(rf"(?<![\d.]){re.escape(limit)}(?![\d.])", message) for limit in limits), message

@@ -219,7 +219,7 @@ def test_a_recipe_names_it(tmp_path, undrawn):
 def test_it_learns_two_images_by_heart(tmp_path, undrawn):
     """As `foveal train`, `foveal evaluate` and `foveal predict` do it."""
     learn = ["schedule.epochs=80", "optim.lr=3e-3", "optim.clip_grad=1", "model.drop_path_rate=0", "augment.hflip=0"]
-    run = train(tmp_path, 2, *learn, "train.eval_every=80", "augment.short_sides=[64]")
+    run = train(tmp_path, 2, *learn, "train.eval_interval=80", "augment.min_size=[64]")
     assert detect.evaluate(str(run), [f"output={tmp_path / 'result.json'}"]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["box_ap"] > 50

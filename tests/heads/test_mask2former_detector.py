@@ -522,7 +522,7 @@ data:
   short_side: 64
   max_size: 64
   workers: 0
-augment: {{short_sides: [64], max_size: 64}}
+augment: {{min_size: [64], max_size: 64}}
 optim: {{lr: 1.0e-4, backbone_lr_ratio: 0.1, clip_grad: 0.01}}
 schedule: {{epochs: 1}}
 train: {{batch_size: 2, threads: 1}}

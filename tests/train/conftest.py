@@ -112,10 +112,10 @@ data:
   train_images: train
   val_annotations: annotations/instances_val.json
   val_images: val
-  short_side: 64
+  min_size: 64
   max_size: 96
   workers: 0
-augment: {short_sides: [56, 64], max_size: 96}
+augment: {min_size: [56, 64], max_size: 96}
 optim: {lr: 1e-3}
 schedule: {epochs: 2, warmup_fraction: 0.1}
 train: {batch_size: 4, threads: 1}

@@ -337,7 +337,7 @@ def test_resume_of_a_damaged_checkpoint(stopped, quick, capsys, name, damage, sa
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(quick, tmp_path, capsys):
     run = tmp_path / "run"
-    whole, options = tmp_path / "whole", ["train.keep=3"]
+    whole, options = tmp_path / "whole", ["train.save_total_limit=3"]
     assert train(quick, [f"output={whole}", *options, "schedule.epochs=4"]) == 0
     shutil.copytree(whole, run)
     assert [path.name for path in checkpoint.generations(run / "last")] == ["last", "last.old", "last.old2"]

@@ -129,7 +129,7 @@ def test_a_run_is_not_overwritten(quick, tmp_path, capsys):
 
 def test_resumed_equals_uninterrupted(quick, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit."""
-    options = ["schedule.epochs=3", "train.ema_decay=0.9", "augment.mixup=0.2", "train.accumulate=2"]
+    options = ["schedule.epochs=3", "train.ema_decay=0.9", "augment.mixup=0.2", "train.grad_accum_steps=2"]
     assert train(quick, [f"output={tmp_path / 'whole'}", *options]) == 0
 
     original, stops = classify.Task.train_step, {3, 8, 11}  # batches: 8 an epoch
@@ -241,8 +241,8 @@ def test_fine_tuning_from_a_run_with_other_classes(finished, folder_recipe, make
         ("model.num_classes=5", "model.num_classes is 5, but the data have 10 classes"),
         ("optim.name=adamww", "'adamww' can't be made"),
         ("train.batch_size=4096", "512 training images don't fill one batch of 4096"),
-        ("train.accumulate=100", "an epoch has 8 batches, fewer than train.accumulate=100"),
-        ("data.val_fraction=1.5", "must be above 0 and below 1"),
+        ("train.grad_accum_steps=100", "an epoch has 8 batches, fewer than train.grad_accum_steps=100"),
+        ("data.val_fraction=1.5", "`data.val_fraction` is 1.5"),
         ("data.in_chans=2", "images have 1 (grey) or 3 (RGB) channels"),
         ("data.mean=[0.1,0.2]", "data.mean has 2 values, data.in_chans is 1"),
         ("data.classes=[a,b]", "is outside 0..1"),
@@ -295,7 +295,7 @@ def test_two_processes_count_every_sample_once(quick, tmp_path):
         ["schedule.name=poly", "schedule.cooldown_fraction=1"],
         ["loss.name=bce", "loss.smoothing=0.1", "augment.cutmix=1"],
         ["model.grad_checkpointing=true", "optim.layer_decay=0.8", "optim.betas=[0.9,0.95]", "optim.eps=1e-7"],
-        ["optim.clip_grad=1.0", "optim.name=muon", "train.eval_every=2", "schedule.epochs=3"],
+        ["optim.clip_grad=1.0", "optim.name=muon", "train.eval_interval=2", "schedule.epochs=3"],
     ],
     ids=lambda options: options[0],
 )

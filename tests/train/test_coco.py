@@ -319,10 +319,10 @@ def bounds(mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"short_sides": [50, 64, 72], "max_size": 90},
-        {"short_sides": [40, 70], "sampling": "range", "vflip": 0.5},
-        {"short_sides": [60], "crop_prob": 1.0, "crop_short_sides": [70, 90], "crop": [45, 65]},
-        {"final_crop": [60, 72], "jitter": [0.3, 2.0]},
+        {"min_size": [50, 64, 72], "max_size": 90},
+        {"min_size": [40, 70], "sampling": "range", "vflip": 0.5},
+        {"min_size": [60], "crop_prob": 1.0, "crop_min_size": [70, 90], "crop_size": [45, 65]},
+        {"final_crop_size": [60, 72], "scale_jitter": [0.3, 2.0]},
     ],
     ids=["sizes", "range", "crop", "jitter"],
 )
@@ -350,12 +350,12 @@ def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes)
                 objects += 1
     assert objects > 8
     assert len(sizes) > 1
-    if config.jitter:
+    if config.scale_jitter:
         assert all(rows <= 60 and columns <= 72 for rows, columns in sizes)
         assert (60, 72) in sizes  # larger than that, and cut
         assert min(min(size) for size in sizes) < 40
         return
-    assert all(min(size) <= max(config.short_sides) and max(size) <= config.max_size for size in sizes)
+    assert all(min(size) <= max(config.min_size) and max(size) <= config.max_size for size in sizes)
     if config.sampling == "choice" and not config.crop_prob:
         assert {min(size) for size in sizes} == {50, 64, 72}
 
@@ -383,16 +383,16 @@ def test_what_is_drawn_depends_on_seed_epoch_and_number_alone(detect_recipe):
 
 def test_sizes_that_make_no_sense_are_refused():
     with pytest.raises(DataError, match="the least and the largest"):
-        augmentation(DetectAugmentConfig(short_sides=[640, 700, 800], sampling="range"))
+        augmentation(DetectAugmentConfig(min_size=[640, 700, 800], sampling="range"))
     with pytest.raises(DataError, match="the least side, then the largest"):
-        augmentation(DetectAugmentConfig(crop=[600, 384]))
-    with pytest.raises(DataError, match=r"augment\.jitter=\[0\.1, 2\.0\] is the least .*augment\.final_crop=None"):
-        augmentation(DetectAugmentConfig(jitter=[0.1, 2.0]))
+        augmentation(DetectAugmentConfig(crop_size=[600, 384]))
+    with pytest.raises(DataError, match=r"augment\.scale_jitter=\[0\.1, 2\.0\].*augment\.final_crop_size=None"):
+        augmentation(DetectAugmentConfig(scale_jitter=[0.1, 2.0]))
 
 
 def test_colours_change_and_nothing_else():
     """Every image another way, no channel for another, and alike for the same draws."""
-    transform = augmentation(DetectAugmentConfig(hflip=0, short_sides=[40], max_size=60, photometric=True))
+    transform = augmentation(DetectAugmentConfig(hflip=0, min_size=[40], max_size=60, photometric=True))
     images = CocoImages(None, 3, transform, 0)
     grey = torch.full((3, 40, 60), 100, dtype=torch.uint8)
     grey[0] += 60

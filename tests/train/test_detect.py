@@ -48,7 +48,7 @@ def finished(tmp_path_factory) -> Path:
     root = write_rectangles(folder / "rectangles", {"train": 16, "val": 6})
     recipe = folder / "quick.yaml"
     recipe.write_text(DETECT.replace("data:\n", f"data:\n  root: {root}\n"))
-    more = ["schedule.epochs=6", "train.eval_every=3", "train.ema_decay=0.8", "optim.lr=3e-3", "optim.clip_grad=1"]
+    more = ["schedule.epochs=6", "train.eval_interval=3", "train.ema_decay=0.8", "optim.lr=3e-3", "optim.clip_grad=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detect, "SHOWN", 2)
         assert detect.train(recipe, [f"output={folder / 'run'}", "seed=1", *MASKS, *more]) == 0
@@ -222,8 +222,8 @@ def test_the_commands(finished, tmp_path):
 def test_resumed_equals_uninterrupted(detect_recipe, tmp_path, monkeypatch, undrawn):
     """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit, whatever
     the number of loading processes."""
-    options = ["train.ema_decay=0.9", "augment.crop_prob=0.5", "augment.crop=[40,60]", *MASKS]
-    options += ["augment.crop_short_sides=[64]", "data.limit=12", "data.val_limit=2"]
+    options = ["train.ema_decay=0.9", "augment.crop_prob=0.5", "augment.crop_size=[40,60]", *MASKS]
+    options += ["augment.crop_min_size=[64]", "data.limit=12", "data.val_limit=2"]
     assert detect.train(detect_recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
 
     original, stops = detect.Task.train_step, {2, 3}  # batches: 3 an epoch
@@ -292,7 +292,7 @@ def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path, capsy
     ("override", "says"),
     [
         ("model.name=dinat_minni", "dinat_minni"),
-        ("model.head=yolo", "must be one of mask_rcnn, cascade_mask_rcnn, faster_rcnn, retinanet, fcos"),
+        ("model.head=yolo", "`model.head` is 'yolo'"),
         ("model.head_kwargs.score_tresh=1", "no argument 'score_tresh'; nearest: score_thresh"),
         ("model.kwargs.colour=red", "colour"),
         ("model.neck_kwargs.out_channels=20", "fpn and fcos"),
@@ -300,8 +300,8 @@ def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path, capsy
         ("model.frozen_stages=9", "frozen_stages=9"),
         ("data.root=null", "data.root is needed"),
         ("data.val_annotations=none.json", "none.json does not exist"),
-        ("augment.short_sides=[]", "augment.short_sides"),
-        ("augment.crop=[10]", "must have 2 items"),
+        ("augment.min_size=[]", "augment.min_size"),
+        ("augment.crop_size=[10]", "`augment.crop_size` is [10]"),
         ("train.batch_size=17", "16 training images don't fill one batch of 17"),
     ],
 )
@@ -318,7 +318,7 @@ def test_mistakes_are_one_clear_line(detect_recipe, tmp_path, capsys, override, 
     [
         ["train.amp=bf16", "model.head=retinanet", "optim.backbone_lr_ratio=0.1", "optim.layer_decay=0.7"],
         ["schedule.name=multistep", "schedule.milestones=[0.5]", "model.frozen_stages=1", "optim.name=sgd"],
-        ["train.steps_per_epoch=2", "train.accumulate=2", "model.grad_checkpointing=true", "data.in_chans=1"],
+        ["train.steps_per_epoch=2", "train.grad_accum_steps=2", "model.grad_checkpointing=true", "data.in_chans=1"],
     ],
     ids=lambda options: options[0],
 )

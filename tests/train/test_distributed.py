@@ -48,7 +48,7 @@ data: {kind: digits, image_size: 16, in_chans: 1, mean: [0.3], std: [0.37], limi
 augment: {hflip: 0.0}
 optim: {lr: 3e-3, clip_grad: 1.0}
 schedule: {epochs: 2, warmup_fraction: 0.1}
-train: {batch_size: 8, accumulate: 2, ema_decay: 0.9, threads: 1}
+train: {batch_size: 8, grad_accum_steps: 2, ema_decay: 0.9, threads: 1}
 """
 
 
@@ -221,8 +221,8 @@ def test_fsdp_is_ddp_is_one_process(recipe, tmp_path, more):
     """The same images in each update: the same weights but for rounding, and files of the same form."""
     runs = {"one": 1, "ddp": 2, "fsdp": 2}
     for name, world in runs.items():
-        parts = [f"train.accumulate={4 // world}", f"train.parallel={'fsdp' if name == 'fsdp' else 'ddp'}"]
-        options = [f"output={tmp_path / name}", "train.fsdp_unit=1000", "train.batch_size=4", *parts, *more]
+        parts = [f"train.grad_accum_steps={4 // world}", f"train.parallel={'fsdp' if name == 'fsdp' else 'ddp'}"]
+        options = [f"output={tmp_path / name}", "train.fsdp_min_num_params=1000", "train.batch_size=4", *parts, *more]
         assert launch(recipe, options, world) == [0] * world
     if not more:  # in bf16 rounding decides too much
         close(tmp_path / "ddp", tmp_path / "one")
@@ -250,9 +250,9 @@ def test_going_on_with_others(recipe, tmp_path, before, after):
     def options(kind: str, world: int) -> list[str]:
         return [
             f"train.parallel={kind}",
-            f"train.accumulate={4 // world}",
+            f"train.grad_accum_steps={4 // world}",
             "train.batch_size=4",
-            "train.fsdp_unit=1000",
+            "train.fsdp_min_num_params=1000",
         ]
 
     assert launch(recipe, [f"output={whole}", *options(*before)], before[1]) == [0] * before[1]
@@ -285,14 +285,16 @@ def test_another_number_of_processes_needs_updates_of_as_many_images(recipe, tmp
     checkpoint.seal(path.parent)
     assert train(recipe, [f"output={tmp_path / 'run'}", "resume=auto"]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "updates per epoch were 4, are now 8, with 1 process(es) instead of 2; train.accumulate=4 keeps" in said
-    assert train(recipe, [f"output={tmp_path / 'run'}", "resume=auto", "train.accumulate=4"]) == 0
+    assert (
+        "updates per epoch were 4, are now 8, with 1 process(es) instead of 2; train.grad_accum_steps=4 keeps" in said
+    )
+    assert train(recipe, [f"output={tmp_path / 'run'}", "resume=auto", "train.grad_accum_steps=4"]) == 0
 
 
 @pytest.mark.slow
 def test_four_processes_of_torchrun(recipe, tmp_path):
-    assert train(recipe, [f"output={tmp_path / 'one'}", "train.batch_size=4", "train.accumulate=4"]) == 0
-    options = [f"output={tmp_path / 'four'}", "train.batch_size=4", "train.accumulate=1"]
+    assert train(recipe, [f"output={tmp_path / 'one'}", "train.batch_size=4", "train.grad_accum_steps=4"]) == 0
+    options = [f"output={tmp_path / 'four'}", "train.batch_size=4", "train.grad_accum_steps=1"]
     torchrun(recipe, options, 4, tmp_path)
     close(tmp_path / "four", tmp_path / "one")
 
@@ -300,7 +302,7 @@ def test_four_processes_of_torchrun(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(recipe, tmp_path):
     """torchrun's elastic restart: the second process dies without a word in the second epoch."""
-    options = ["resume=auto", "train.save_every=3", "model.drop_path_rate=0.2", "augment.mixup=0.3"]
+    options = ["resume=auto", "train.save_interval=3", "model.drop_path_rate=0.2", "augment.mixup=0.3"]
     assert launch(recipe, [f"output={tmp_path / 'whole'}", *options], 2) == [0, 0]
     said = torchrun(recipe, [f"output={tmp_path / 'run'}", *options], 2, tmp_path, restarts=1, kill=[1, 13])
     assert "resumed at epoch 2, update 1" in said

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from foveal.configs.schema import ClassifyConfig, ConfigError
+from foveal.configs.schema import ClassifyConfig, ConfigError, ModelConfig
 from foveal.train.classify import Task, Teacher, distillation_loss, evaluate, prepare_heads, train
 
 from .conftest import QUICK
@@ -35,8 +35,7 @@ class TwoHeads(torch.nn.Module):
 
 
 def recipe(**sections) -> ClassifyConfig:
-    config = ClassifyConfig(output="-")
-    config.model.name = "two_heads"
+    config = ClassifyConfig(output="-", model=ModelConfig(name="two_heads"))
     for section, values in sections.items():
         for key, value in values.items():
             setattr(getattr(config, section), key, value)

@@ -30,7 +30,7 @@ augment: {hflip: 0.0, shift: 0.08, rotate: 10, erase: 0.2, mixup: 0.3, cutmix: 1
 loss: {smoothing: 0.1}
 optim: {lr: 3e-3, clip_grad: 1.0}
 schedule: {epochs: 10, warmup_fraction: 0.1, cooldown_fraction: 0.1}
-train: {batch_size: 16, accumulate: 2, ema_decay: 0.95, save_every: 3, threads: 1}
+train: {batch_size: 16, grad_accum_steps: 2, ema_decay: 0.95, save_interval: 3, threads: 1}
 """
 
 

@@ -32,7 +32,7 @@ data:
   root: ROOT
   classes: [ground, red, green]
   workers: 0
-augment: {crop: [48, 64], ratio: [0.8, 1.25]}
+augment: {crop_size: [48, 64], ratio_range: [0.8, 1.25]}
 optim: {lr: 2e-3}
 schedule: {epochs: 2, warmup_fraction: 0.1}
 train: {batch_size: 4, threads: 1}
@@ -84,7 +84,7 @@ def recipe(tmp_path: Path, blocks: Path, monkeypatch) -> Path:
 def finished(tmp_path_factory, blocks) -> Path:
     """A run that has learnt the blocks, with averaged weights."""
     folder = tmp_path_factory.mktemp("finished")
-    options = ["train.ema_decay=0.9", "train.ema_warmup=true", "schedule.epochs=12", "train.eval_every=6"]
+    options = ["train.ema_decay=0.9", "train.ema_warmup=true", "schedule.epochs=12", "train.eval_interval=6"]
     assert train(write_recipe(folder, blocks), [f"output={folder / 'run'}", *options]) == 0
     return folder / "run"
 
@@ -108,7 +108,7 @@ def test_what_a_run_leaves(finished):
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["n"] == 5
-    assert load_config(finished / "config.yaml", schema=SegmentConfig).augment.crop == [48, 64]
+    assert load_config(finished / "config.yaml", schema=SegmentConfig).augment.crop_size == [48, 64]
 
 
 def test_it_learns(finished):
@@ -188,9 +188,9 @@ def test_evaluate_gives_the_recorded_scores(finished, blocks, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["eval.mode=slide", "eval.window=[32,40]"],
-        ["eval.scales=[0.75,1.0,1.5]", "eval.flip=true"],
-        ["eval.resize=[72,48]", "eval.multiple_of=32", "train.val_batch_size=1"],
+        ["eval.mode=slide", "eval.crop_size=[32,40]"],
+        ["eval.ratios=[0.75,1.0,1.5]", "eval.flip=true"],
+        ["eval.scale=[72,48]", "eval.size_divisor=32", "train.val_batch_size=1"],
     ],
 )
 def test_other_ways_to_evaluate(finished, tmp_path, options):
@@ -232,7 +232,12 @@ def test_photographs_are_turned_upright(finished, blocks, tmp_path):
 @pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, workers):
     """Stopped in the middle of an epoch and at the end of one, the continuation is the same to the last bit."""
-    options = [f"data.workers={workers}", "train.ema_decay=0.9", "model.head_kwargs.channels=16", "train.eval_every=2"]
+    options = [
+        f"data.workers={workers}",
+        "train.ema_decay=0.9",
+        "model.head_kwargs.channels=16",
+        "train.eval_interval=2",
+    ]
     assert train(recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
 
     original, stops = segment.Task.train_step, {2, 4}  # updates: 4 an epoch
@@ -254,7 +259,7 @@ def test_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, workers):
 
 
 def test_updates_instead_of_passes(recipe, tmp_path):
-    options = ["train.steps_per_epoch=3", "schedule.name=poly", "schedule.epochs=3", "train.eval_every=3"]
+    options = ["train.steps_per_epoch=3", "schedule.name=poly", "schedule.epochs=3", "train.eval_interval=3"]
     options += ["train.amp=bf16", "data.limit=8"]
     assert train(recipe, [f"output={tmp_path / 'run'}", *options, "model.head_kwargs.channels=16"]) == 0
     assert len(rows(tmp_path / "run")) == 3
@@ -325,12 +330,12 @@ def test_bad_samples_of_a_run(blocks, tmp_path, capsys):
         ("model.segmenter=/nowhere", "model.segmenter: /nowhere is neither a file nor a folder of a segmenter"),
         ("train.batch_size=1", "UPerNet normalises maps of one pixel"),
         ("data.classes=[ground,red]", "holds the label 2, but data.classes has 2"),
-        ("augment.crop=[48]", "`augment.crop` is [48], must have 2 items"),
+        ("augment.crop_size=[48]", "`augment.crop_size` is [48]"),
         ("eval.mod=slide", "unknown key `eval.mod`; did you mean `eval.mode`?"),
-        ("data.std=[0.1,0.2,0]", "must be above 0"),
+        ("data.std=[0.1,0.2,0]", "`data.std[2]` is 0"),
         ("data.mean=[0.5]", "mean has 1 values, the images have 3 channels"),
-        ("eval={mode: slide, window: [32, 32], stride: [24, 40]}", "eval.stride=[24, 40] is beyond the windows"),
-        ("eval={mode: whole, window: [32, 32]}", "eval.mode=whole with eval.window=[32, 32]"),
+        ("eval={mode: slide, crop_size: [32, 32], stride: [24, 40]}", "eval.stride=[24, 40] is beyond the windows"),
+        ("eval={mode: whole, crop_size: [32, 32]}", "eval.mode=whole with eval.crop_size=[32, 32]"),
     ],
 )
 def test_mistakes_are_one_clear_line(recipe, tmp_path, capsys, override, says):
@@ -360,11 +365,11 @@ def test_held_out_images_without_a_class_are_one_clear_line(recipe, tmp_path, ca
 
 def test_a_continuation_of_other_updates_is_refused(recipe, tmp_path, capsys):
     """An epoch of so many updates does not tell the size of a batch, nor that of the data."""
-    options = [f"output={tmp_path / 'run'}", "train.steps_per_epoch=1", "train.eval_every=9", "data.val_limit=1"]
+    options = [f"output={tmp_path / 'run'}", "train.steps_per_epoch=1", "train.eval_interval=9", "data.val_limit=1"]
     options += ["model.head_kwargs.channels=16", "resume=auto"]
     assert train(recipe, [*options, "schedule.epochs=1"]) == 0
     for change, says in (
-        ("train.accumulate=2", "images per update were 4, are now 8"),
+        ("train.grad_accum_steps=2", "images per update were 4, are now 8"),
         ("data.limit=8", "images per pass were 16, are now 8"),
     ):
         capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig
+from foveal.configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig, SegmentModelConfig
 from foveal.train import plots
 from foveal.train.data import DataError
 from foveal.train.data.class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
@@ -54,8 +54,10 @@ def folder(tmp_path: Path) -> Path:
 
 def build(root: Path, train: bool = False, **data):
     settings = {"kind": "folder", "classes": ["a", "b", "c"], "workers": 0, **data}
-    config = SegmentConfig(output="-", data=SegmentDataConfig(root=str(root), **settings))
-    config.augment = SegmentAugmentConfig(crop=[16, 24])
+    config = SegmentConfig(
+        output="-", model=SegmentModelConfig(name="-"), data=SegmentDataConfig(root=str(root), **settings)
+    )
+    config.augment = SegmentAugmentConfig(crop_size=[16, 24])
     config.train.batch_size = 4
     classes = find_classes(config.data)
     return build_semantic_data(config, classes, [0.5] * 3, device=torch.device("cpu"), train=train)
@@ -268,7 +270,7 @@ def test_labels_stay_with_their_pixels():
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, 6, (6, 8)).astype(np.uint8))
     labels = labels.repeat_interleave(10, 0).repeat_interleave(10, 1)  # squares of 10
     image = (labels * 40)[None].repeat(3, 1, 1)
-    change = augment(crop=[70, 90], resize=[80, 60], ratio=[0.5, 2.0], photometric=False)
+    change = augment(crop_size=[70, 90], scale=[80, 60], ratio_range=[0.5, 2.0], photometric=False)
     inside = 0
     for seed in range(20):
         pixels, targets = change(image, labels, np.random.default_rng(seed))
@@ -296,7 +298,7 @@ def test_crops_avoid_a_single_class():
     image = torch.zeros(3, 40, 100, dtype=torch.uint8)
 
     def shares(limit: float) -> list[float]:
-        change = augment(crop=[40, 60], ratio=[1.0, 1.0], cat_max_ratio=limit, hflip=0.0, photometric=False)
+        change = augment(crop_size=[40, 60], ratio_range=[1.0, 1.0], cat_max_ratio=limit, hflip=0.0, photometric=False)
         found = [change(image, labels, np.random.default_rng(s))[1].float().mean().item() for s in range(60)]
         return [max(share, 1 - share) for share in found]
 

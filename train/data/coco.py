@@ -451,32 +451,32 @@ class Photometric(v2.Transform):
 
 
 def augmentation(config: DetectAugmentConfig) -> v2.Transform:
-    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``jitter`` a size from
-    far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
+    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``scale_jitter`` a size
+    from far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
     What is smaller than the crop is padded in its batch. Sizes are interpolated without antialiasing, as the detectors
     do it in evaluation."""
-    if not config.short_sides or (config.crop_prob and not config.crop_short_sides):
-        raise DataError("augment.short_sides and augment.crop_short_sides need a length at least")
+    if not config.min_size or (config.crop_prob and not config.crop_min_size):
+        raise DataError("augment.min_size and augment.crop_min_size need a length at least")
     if config.sampling == "range":
-        if len(config.short_sides) != 2 or config.short_sides[0] > config.short_sides[1]:
-            raise DataError(f"augment.short_sides={config.short_sides}: sampling=range takes the least and the largest")
-        sizes = list(range(config.short_sides[0], config.short_sides[1] + 1))
+        if len(config.min_size) != 2 or config.min_size[0] > config.min_size[1]:
+            raise DataError(f"augment.min_size={config.min_size}: sampling=range takes the least and the largest")
+        sizes = list(range(config.min_size[0], config.min_size[1] + 1))
     else:
-        sizes = config.short_sides
-    if config.crop[0] > config.crop[1]:
-        raise DataError(f"augment.crop={config.crop}: the least side, then the largest")
+        sizes = config.min_size
+    if config.crop_size[0] > config.crop_size[1]:
+        raise DataError(f"augment.crop_size={config.crop_size}: the least side, then the largest")
     resize = v2.RandomShortestSize(sizes, config.max_size, antialias=False)
-    if config.jitter is not None:
-        if config.final_crop is None or config.crop_prob or config.jitter[0] > config.jitter[1]:
+    if config.scale_jitter is not None:
+        if config.final_crop_size is None or config.crop_prob or config.scale_jitter[0] > config.scale_jitter[1]:
             raise DataError(
-                f"augment.jitter={config.jitter} is the least factor and the largest, of augment.final_crop="
-                f"{config.final_crop}, without augment.crop_prob={config.crop_prob}"
+                f"augment.scale_jitter={config.scale_jitter} is the least factor and the largest, of "
+                f"augment.final_crop_size={config.final_crop_size}, without augment.crop_prob={config.crop_prob}"
             )
-        resize = v2.ScaleJitter(tuple(config.final_crop), tuple(config.jitter), antialias=False)
+        resize = v2.ScaleJitter(tuple(config.final_crop_size), tuple(config.scale_jitter), antialias=False)
     if config.crop_prob:
         crop = [
-            v2.RandomShortestSize(config.crop_short_sides, antialias=False),
-            RandomSizedCrop(*config.crop),
+            v2.RandomShortestSize(config.crop_min_size, antialias=False),
+            RandomSizedCrop(*config.crop_size),
             v2.RandomShortestSize(sizes, config.max_size, antialias=False),
         ]
         resize = v2.RandomChoice([resize, v2.Compose(crop)], p=[1 - config.crop_prob, config.crop_prob])
@@ -485,7 +485,7 @@ def augmentation(config: DetectAugmentConfig) -> v2.Transform:
             v2.RandomHorizontalFlip(config.hflip),
             v2.RandomVerticalFlip(config.vflip),
             resize,
-            *([FinalCrop(*config.final_crop)] if config.final_crop is not None else []),
+            *([FinalCrop(*config.final_crop_size)] if config.final_crop_size is not None else []),
             *([Photometric()] if config.photometric else []),
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=1.0),  # what a crop has left nothing of

@@ -305,7 +305,7 @@ class SemanticAugment:
     def __call__(self, image: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """uint8 ``[C, H, W]`` and ``[H, W]`` of any size to those of the crop's."""
         config = self.config
-        size = fitted(image.shape[-2:], config.resize, random.uniform(*config.ratio))
+        size = fitted(image.shape[-2:], config.scale, random.uniform(*config.ratio_range))
         image, labels = resize_pair(image, labels, size, self.antialias)
         rows, columns = self._crop(labels, random)
         image, labels = image[:, rows, columns], labels[rows, columns]
@@ -314,9 +314,9 @@ class SemanticAugment:
         if config.photometric:
             image = photometric(image, random)
         height, width = labels.shape
-        whole = self.fill.expand(-1, *config.crop).clone()
+        whole = self.fill.expand(-1, *config.crop_size).clone()
         whole[:, :height, :width] = image
-        targets = torch.full(tuple(config.crop), IGNORE, dtype=torch.uint8)
+        targets = torch.full(tuple(config.crop_size), IGNORE, dtype=torch.uint8)
         targets[:height, :width] = labels
         return whole, targets
 
@@ -324,7 +324,7 @@ class SemanticAugment:
         """A place where no class covers more than ``cat_max_ratio`` of what is labelled, else the tenth tried."""
         for _ in range(10):
             place = []
-            for length, side in zip(labels.shape, self.config.crop, strict=True):
+            for length, side in zip(labels.shape, self.config.crop_size, strict=True):
                 start = int(random.integers(max(length - side, 0) + 1))
                 place.append(slice(start, start + side))
             if self.config.cat_max_ratio >= 1:
