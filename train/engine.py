@@ -9,6 +9,7 @@ there by all, so that none waits for another that is gone.
 """
 
 import csv
+import json
 import math
 import os
 import random
@@ -41,7 +42,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig, TrainConfig
+from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig, TrainConfig, rename_keys
 from . import checkpoint
 from .data import Data, DataError
 
@@ -526,9 +527,12 @@ class Trainer:
 
     def _check_continues(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self.task.identity.items():
-            if saved["identity"].get(key) != value:
+            earlier = saved["identity"].get(key)
+            if key == "augmentation" and earlier is not None:  # which has the recipe's keys
+                earlier = json.dumps(rename_keys("augment", json.loads(earlier), json.loads(value)), sort_keys=True)
+            if earlier != value:
                 raise checkpoint.CheckpointError(
-                    f"{folder} belongs to another run: {key} was {saved['identity'].get(key)!r}, is now {value!r}"
+                    f"{folder} belongs to another run: {key} was {earlier!r}, is now {value!r}"
                 )
         was = saved["shape"]
         for key, value in self.shape.items():
