@@ -257,7 +257,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_foveal_stays_light() -> None:
-    heavy = "{'matplotlib', 'accelerate', 'onnx', 'onnxruntime', 'sklearn', 'tensorboard', 'pydantic'}"
+    heavy = "{'matplotlib', 'accelerate', 'onnx', 'onnxruntime', 'sklearn', 'tensorboard'}"
     code = f"import sys, foveal; print(sorted({heavy} & sys.modules.keys()), 'foveal.train' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[] False\n"
