@@ -17,7 +17,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..kernels import FactoredBias, TableBias, neighborhood_attention, neighborhood_mix
+from ..kernels import DecomposedRelativePositionBias, RelativePositionBias, neighborhood_attention, neighborhood_mix
 from ..kernels.problem import for_any_size, symbolic, tracing
 
 
@@ -128,7 +128,7 @@ class NeighborhoodAttention2d(nn.Module):
             v,
             kernel_size=self.kernel_size,
             dilation=dilation,
-            bias=None if self.rpb is None else TableBias(self.rpb),
+            bias=None if self.rpb is None else RelativePositionBias(self.rpb),
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
@@ -339,7 +339,7 @@ class PartitionAttention2d(nn.Module):
             kernel_size=size,
             stride=size,
             dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
-            bias=TableBias(self.rel_pos(size)),
+            bias=RelativePositionBias(self.rel_pos(size)),
             boundary="mask",
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
@@ -497,7 +497,7 @@ class HaloAttention2d(nn.Module):
             kernel_size=(window, window),
             stride=self.block_size,
             query_stride=self.stride,
-            bias=FactoredBias(*tables, counted=self.dense_offsets),
+            bias=DecomposedRelativePositionBias(*tables, counted=self.dense_offsets),
             boundary=self.boundary,
             scale=self.scale,
         )
@@ -562,7 +562,8 @@ def context_mixing(
     mixed = []
     for size, table, kernel, bias, share in zip(sizes, tables, kernels, biases, shares, strict=True):
         logits = (q @ (k @ kernel.t())).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4)  # B H W heads K*K
-        mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=TableBias(table), kernel_bias=bias))
+        table = RelativePositionBias(table)
+        mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=table, kernel_bias=bias))
     return torch.stack(mixed, dim=3).flatten(3)
 
 
@@ -626,7 +627,7 @@ class FullAttention2d(nn.Module):
             k,
             v,
             kernel_size=(H, W),
-            bias=None if self.rel_pos is None else TableBias(self.rel_pos((H, W))),
+            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos((H, W))),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))

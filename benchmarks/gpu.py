@@ -33,7 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.attention import HaloAttention2d
-from ..kernels import Call, FactoredBias, TableBias, neighborhood_attention, neighborhood_mix, recording
+from ..kernels import (
+    Call,
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
+    neighborhood_attention,
+    neighborhood_mix,
+    recording,
+)
 from ..kernels.aggregate.softmax import expand_table
 from ..kernels.window import Window
 from .cases import (
@@ -138,7 +145,8 @@ def layers_of(case: LayersCase) -> list[Layer]:
 
     def count(call: Call) -> Tensor:
         attend, problem = call.operation == "neighborhood_attention", call.problem
-        kind = {None: "none", TableBias: "table", FactoredBias: "factored"}[problem.bias] if attend else "table"
+        kinds = {None: "none", RelativePositionBias: "table", DecomposedRelativePositionBias: "factored"}
+        kind = kinds[problem.bias] if attend else "table"
         operation = "attention" if attend else "mix"
         sizes = problem.shape, problem.query_size, problem.value_depth
         layer = Layer(operation, *sizes, problem.rows, problem.columns, kind)
@@ -274,7 +282,7 @@ def ours(layer: Layer, backend: str | None) -> Callable[..., Tensor]:
     if layer.operation == "mix":
 
         def mix(logits: Tensor, v: Tensor, table: Tensor, kernel_bias: Tensor) -> Tensor:
-            bias = TableBias(table)
+            bias = RelativePositionBias(table)
             return neighborhood_mix(logits, v, bias=bias, kernel_bias=kernel_bias, backend=backend, **layer.options)
 
         return mix
@@ -282,7 +290,10 @@ def ours(layer: Layer, backend: str | None) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
         bias = None
         if biases:
-            bias = TableBias(*biases) if layer.bias == "table" else FactoredBias(*biases, counted=layer.rows.counted)
+            if layer.bias == "table":
+                bias = RelativePositionBias(*biases)
+            else:
+                bias = DecomposedRelativePositionBias(*biases, counted=layer.rows.counted)
         return neighborhood_attention(q, k, v, bias=bias, backend=backend, **layer.options)
 
     return attend

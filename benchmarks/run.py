@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from .._version import __version__
 from ..backbones import list_models
 from ..backbones.attention import HaloAttention2d
-from ..kernels import Call, TableBias, neighborhood_aggregate, neighborhood_attention, recording
+from ..kernels import Call, RelativePositionBias, neighborhood_aggregate, neighborhood_attention, recording
 from ..kernels.aggregate.softmax import expand_table
 from ..kernels.neighborhood.natten import installed_version
 from .cases import (
@@ -225,7 +225,7 @@ def kernel_rows(case: AttentionCase, rounds: int) -> list[dict[str, object]]:
     for with_bias in (False, True):
 
         def call(tensors: list[Tensor], backend: str, with_bias: bool = with_bias) -> Tensor:
-            bias = TableBias(tensors[3]) if with_bias else None
+            bias = RelativePositionBias(tensors[3]) if with_bias else None
             options = {"kernel_size": case.kernel_size, "dilation": case.dilation}
             return neighborhood_attention(*tensors[:3], bias=bias, backend=backend, **options)
 

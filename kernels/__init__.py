@@ -1,18 +1,31 @@
 """The attention operations every backbone stands on (see README.md here for layouts and the support matrix)."""
 
+import warnings as _warnings
+from typing import Any as _Any
+
+from . import bias as _bias
 from .aggregate import neighborhood_aggregate, neighborhood_mix
-from .bias import FactoredBias, TableBias
+from .bias import DecomposedRelativePositionBias, RelativePositionBias
 from .dispatch import BackendError, Call, backend, recording
 from .neighborhood import neighborhood_attention
 
 __all__ = [
     "BackendError",
     "Call",
-    "FactoredBias",
-    "TableBias",
+    "DecomposedRelativePositionBias",
+    "RelativePositionBias",
     "backend",
     "neighborhood_aggregate",
     "neighborhood_attention",
     "neighborhood_mix",
     "recording",
 ]
+
+_RENAMED = {"FactoredBias": "DecomposedRelativePositionBias", "TableBias": "RelativePositionBias"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return getattr(_bias, _RENAMED[name])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class TableBias:
+class RelativePositionBias:
     """One learned number per head and relative position (NAT, arXiv 2204.07143; MaxViT, arXiv 2204.01697).
 
     ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
@@ -16,9 +16,9 @@ class TableBias:
 
     Examples:
         >>> import torch
-        >>> from foveal.kernels import TableBias, neighborhood_attention
+        >>> from foveal.kernels import RelativePositionBias, neighborhood_attention
         >>> q = k = v = torch.randn(1, 14, 14, 2, 32)
-        >>> bias = TableBias(torch.zeros(2, 2 * 7 - 1, 2 * 7 - 1))
+        >>> bias = RelativePositionBias(torch.zeros(2, 2 * 7 - 1, 2 * 7 - 1))
         >>> neighborhood_attention(q, k, v, kernel_size=7, bias=bias).shape
         torch.Size([1, 14, 14, 2, 32])
     """
@@ -35,7 +35,7 @@ class TableBias:
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredBias:
+class DecomposedRelativePositionBias:
     """Row and column embeddings dotted with the query (HaloNet, arXiv 2103.12731; Bottleneck Transformers).
 
     ``rows`` is ``[2*Kh - 1, D]`` or, one set per head, ``[heads, 2*Kh - 1, D]``; ``columns`` likewise with ``Kw``.
@@ -48,10 +48,10 @@ class FactoredBias:
 
     Examples:
         >>> import torch
-        >>> from foveal.kernels import FactoredBias, neighborhood_attention
+        >>> from foveal.kernels import DecomposedRelativePositionBias, neighborhood_attention
         >>> q = k = v = torch.randn(1, 16, 16, 2, 32)
         >>> rows, columns = torch.zeros(2, 2 * 14 - 1, 32)  # HaloNet: blocks of 8, a halo of 3
-        >>> bias = FactoredBias(rows, columns)
+        >>> bias = DecomposedRelativePositionBias(rows, columns)
         >>> neighborhood_attention(q, k, v, kernel_size=14, stride=8, boundary="mask", bias=bias).shape
         torch.Size([1, 16, 16, 2, 32])
     """
@@ -72,4 +72,4 @@ class FactoredBias:
         return (self.rows, self.columns)
 
 
-Bias = TableBias | FactoredBias
+Bias = RelativePositionBias | DecomposedRelativePositionBias

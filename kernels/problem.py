@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from .bias import FactoredBias
+from .bias import DecomposedRelativePositionBias
 from .window import Window
 
 
@@ -81,7 +81,7 @@ class Problem:
     subclass: bool = False  # whether a tensor is of a class of its own, such as DTensor; unknown under Dynamo
     old_gpu: str = ""  # the compute capability of a GPU below 8.0
     # of attention alone
-    bias: type | None = None  # TableBias, FactoredBias or None
+    bias: type | None = None  # RelativePositionBias, DecomposedRelativePositionBias or None
     scale: float = 1.0
     dropout_p: float = 0.0
 
@@ -99,7 +99,7 @@ class Problem:
     def plain_windows(self) -> bool:
         """Whether attention is dense inside windows that do not overlap: a query to each key, blocks that fill the map
         (MaxViT's block attention), or groups that are one window each (its grid attention)."""
-        return self.bias is not FactoredBias and all(
+        return self.bias is not DecomposedRelativePositionBias and all(
             window.query_stride == 1
             and (
                 length == window.kernel_size * window.dilation

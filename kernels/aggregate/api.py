@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bias import TableBias
+from ..bias import RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
 from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
@@ -73,7 +73,7 @@ def neighborhood_mix(
     *,
     kernel_size: IntPair,
     dilation: IntPair = 1,
-    bias: TableBias | None = None,
+    bias: RelativePositionBias | None = None,
     kernel_bias: Tensor | None = None,
     boundary: str = "shift",
     backend: str | None = None,
@@ -103,15 +103,15 @@ def neighborhood_mix(
 
     Examples:
         >>> import torch
-        >>> from foveal.kernels import TableBias, neighborhood_mix
+        >>> from foveal.kernels import RelativePositionBias, neighborhood_mix
         >>> logits, v = torch.randn(1, 14, 14, 2, 5 * 5), torch.randn(1, 14, 14, 2, 32)
-        >>> neighborhood_mix(logits, v, kernel_size=5, bias=TableBias(torch.zeros(2, 9, 9))).shape
+        >>> neighborhood_mix(logits, v, kernel_size=5, bias=RelativePositionBias(torch.zeros(2, 9, 9))).shape
         torch.Size([1, 14, 14, 2, 32])
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     _check_values("logits", logits, v, kernel_size)
-    if bias is not None and not isinstance(bias, TableBias):
-        raise TypeError(f"bias must be a TableBias or None, got {type(bias).__name__}")
+    if bias is not None and not isinstance(bias, RelativePositionBias):
+        raise TypeError(f"bias must be a RelativePositionBias or None, got {type(bias).__name__}")
     table = None if bias is None else bias.table
     wanted: dict[str, tuple[int, ...]] = {"kernel_bias": (kernel_size[0] * kernel_size[1],)}
     wanted["bias.table"] = v.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1

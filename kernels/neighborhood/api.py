@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bias import Bias, FactoredBias, TableBias
+from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
 from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
@@ -16,6 +16,7 @@ from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
 
 BACKENDS = {"reference": reference, "tiled": tiled, "dynamic": dynamic, "triton": triton, "natten": natten}
+BIASES = RelativePositionBias, DecomposedRelativePositionBias
 
 
 def neighborhood_attention(
@@ -50,7 +51,8 @@ def neighborhood_attention(
         query_stride: distance of neighbouring queries: query ``(i, j)`` stands at the key ``(i, j) * query_stride``,
             and its window and bias are those of that position. ``h = ceil(H / query_stride)``, likewise ``w``. Not
             together with a dilation.
-        bias: ``TableBias`` or ``FactoredBias``, added to the scaled logits, in at least float32.
+        bias: ``RelativePositionBias`` or ``DecomposedRelativePositionBias``, added to the scaled logits in at least
+            float32.
         boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that
             take part in the softmax) or ``"mask"`` (keys outside are left out).
         scale: factor on ``q . k``; ``None`` is ``D ** -0.5``.
@@ -94,7 +96,7 @@ def neighborhood_attention(
     check_window((k.shape[1], k.shape[2]), kernel_size, dilation, boundary)
     if max(query_stride) > 1 and max(dilation) > 1:
         raise ValueError(f"query_stride {query_stride} and dilation {dilation} are not possible together")
-    counted = isinstance(bias, FactoredBias) and bias.counted
+    counted = isinstance(bias, DecomposedRelativePositionBias) and bias.counted
     for axis, size, step, apart in zip(("rows", "columns"), kernel_size, stride, query_stride, strict=True):
         if step > size:
             raise ValueError(f"stride {step} is larger than kernel_size {size} ({axis})")
@@ -152,8 +154,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
 def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> tuple[Tensor, ...]:
     if bias is None:
         return ()
-    if not isinstance(bias, (TableBias, FactoredBias)):
-        raise TypeError(f"bias must be a TableBias, a FactoredBias or None, got {type(bias).__name__}")
+    if not isinstance(bias, BIASES):
+        raise TypeError(f"bias must be a {' or a '.join(kind.__name__ for kind in BIASES)}, got {type(bias).__name__}")
     for name, allowed in bias.expected(q.shape[3], q.shape[4], kernel_size).items():
         t = getattr(bias, name)
         if tuple(t.shape) not in allowed:

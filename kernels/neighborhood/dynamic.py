@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dynamic
-from ..bias import TableBias
+from ..bias import RelativePositionBias
 from ..dynamic import Side
 from ..problem import Problem, for_any_size
 from ..tiling import working_dtype
@@ -29,7 +29,7 @@ def _bias(table: Tensor, a: Side, b: Side) -> Tensor:
     return bias.permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
-def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], a: Side, b: Side) -> Tensor:
+def _decomposed_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], a: Side, b: Side) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, M, M2, N, T*T2, S*S2]."""
     sums = []
     for embedding, at, shape in (
@@ -53,12 +53,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
     tiles = dynamic.query_tiles(q, a, b).to(working)
     keys = dynamic.key_spans(k, a, b, problem.boundary).to(working)
     values = dynamic.key_spans(v, a, b, problem.boundary)
-    if problem.bias is TableBias:
+    if problem.bias is RelativePositionBias:
         bias = _bias(bias_tensors[0], a, b)
     else:
         bias = _bias(tiles.new_zeros(1, *(2 * size - 1 for size in problem.kernel_size)), a, b)
         if bias_tensors:
-            bias = bias + _factored_bias(tiles, bias_tensors, a, b)
+            bias = bias + _decomposed_bias(tiles, bias_tensors, a, b)
     logits = (tiles * problem.scale) @ keys.transpose(-1, -2) + bias
     weights = logits.softmax(-1).to(values.dtype)
     if problem.dropout_p > 0:

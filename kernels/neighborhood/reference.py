@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bias import TableBias
+from ..bias import RelativePositionBias
 from ..problem import Problem
 
 
@@ -37,7 +37,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         return near.masked_fill(~inside[None, :, :, :, :, None, None], 0.0)
 
     logits = torch.einsum("bhwnd,bhwijnd->bhwnij", q * problem.scale, gather(k))
-    if problem.bias is TableBias:
+    if problem.bias is RelativePositionBias:
         (table,) = bias_tensors
         entries = table[:, row[:, None, :, None], column[None, :, None, :]]  # N h w Kh Kw
         logits = logits + entries.permute(1, 2, 0, 3, 4)

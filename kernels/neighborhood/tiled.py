@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import tiling
-from ..bias import FactoredBias, TableBias
+from ..bias import DecomposedRelativePositionBias, RelativePositionBias
 from ..problem import Problem
 from ..tiling import Axis, Plans, Scratch
 from ..window import Window
@@ -144,7 +144,7 @@ def _attend(
         keys, values = (
             tiling.key_spans(tiling.pad_keys(tiling.of_class(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v)
         )
-        table = bias_tensors[0] if problem.bias is TableBias else None
+        table = bias_tensors[0] if problem.bias is RelativePositionBias else None
         bias = _pattern_bias(table, problem, a, b, working, q.device)
         if bias is not None:  # N R Q T*T2 S*S2
             for dim, axis in ((1, a), (2, b)):
@@ -153,8 +153,8 @@ def _attend(
                 else:
                     bias = bias.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
         if bias_tensors and table is None:
-            factored = _factored_bias(tiles.to(working), bias_tensors, problem, a, b)
-            bias = factored if bias is None else bias + factored
+            decomposed = _decomposed_bias(tiles.to(working), bias_tensors, problem, a, b)
+            bias = decomposed if bias is None else bias + decomposed
         # Exporters trace one attention kernel and decompose into another, of other strides, where the views behind it
         # fail: they get the three products.
         if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8) or torch.compiler.is_exporting():
@@ -173,7 +173,7 @@ def _attend(
     return tiling.join(outs, plans, problem)
 
 
-def _factored_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, a: Axis, b: Axis) -> Tensor:
+def _decomposed_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, a: Axis, b: Axis) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, G, G2, N, R, Q, T*T2, S*S2]."""
     sides = []
     for embedding, window, axis, (tile_dim, query_dim) in zip(
@@ -213,14 +213,14 @@ def _sum_offsets(x: Tensor, axis: Axis) -> Tensor:
 class _PieceBias:
     """The bias of one plan during a walk over its pieces, and the sum of its gradients.
 
-    The table stands in ``patterns``, with the mask. The factored bias of a piece is a product of its queries with
+    The table stands in ``patterns``, with the mask. The decomposed bias of a piece is a product of its queries with
     ``embedding`` [N or 1, M + M2, D]: the rows of both embeddings for the offsets between the queries and keys of a
     tile, which are the same for every tile.
     """
 
     def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: Sequence[Tensor]):
         self.problem, self.a, self.b, self.patterns, self.embedding = problem, a, b, patterns, None
-        if problem.bias is FactoredBias:
+        if problem.bias is DecomposedRelativePositionBias:
             sides = []
             for t, window, axis in zip(tensors, (problem.rows, problem.columns), (a, b), strict=True):
                 before, first, count = _offsets(window, axis)
@@ -251,7 +251,7 @@ class _PieceBias:
         return torch.softmax(logits, -1, out=logits)
 
     def add_grad(self, scratch: Scratch, q: Tensor, dq: Tensor, logit_grad: Tensor, heads: slice, rows: slice) -> None:
-        """Take in the gradient of the logits of a piece, and add to ``dq`` what comes through the factored bias."""
+        """Take in the gradient of the logits of a piece, and add to ``dq`` what comes through the decomposed bias."""
         tiles = (rows.stop - rows.start) * self.b.tiles
         if self.embedding is not None:
             if self.grad is None:
@@ -270,7 +270,7 @@ class _PieceBias:
                 products = scratch.bmm("products", dots.transpose(1, 2), q)
                 self.grad[heads] += products.view(-1, heads.stop - heads.start, tiles, *embedding.shape[1:]).sum((0, 2))
             dq.baddbmm_(dots, embedding)
-        elif self.problem.bias is TableBias:
+        elif self.problem.bias is RelativePositionBias:
             if self.grad is None:
                 self.grad = logit_grad.new_zeros(self.problem.shape[3], *logit_grad.shape[1:])
             shaped = logit_grad.view(-1, heads.stop - heads.start, tiles, *logit_grad.shape[1:])
@@ -331,7 +331,7 @@ class _Chunked(torch.autograd.Function):
         ctx.problem, ctx.plans, ctx.patterns = problem, plans, patterns
         # what is one piece keeps its probabilities: a fifth of the time of a backward, for at most 4 bytes x PIECE
         logits = sum(_logits(problem, a, b) for a, b in plans)
-        keep = problem.needs_grad and problem.bias is not FactoredBias and logits <= tiling.PIECE
+        keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.PIECE
         kept = []
         scratch = Scratch(q, tiling.working_dtype(q.dtype))
         qs, ks, vs = (tiling.split_phases(t, problem.dilation) for t in (q, k, v))
@@ -423,9 +423,9 @@ def _logits(problem: Problem, a: Axis, b: Axis) -> int:
 
 
 def _piece(problem: Problem, a: Axis, b: Axis) -> int:
-    """Logits of a piece of one plan. Fewer with the factored bias, where the layers are few and their memory counts
+    """Logits of a piece of one plan. Fewer with the decomposed bias, where the layers are few and their memory counts
     (HaloNet): about a quarter of all at most, so that even a small map is never unfolded as a whole."""
-    if problem.bias is not FactoredBias:
+    if problem.bias is not DecomposedRelativePositionBias:
         return tiling.PIECE
     return max(1, min(tiling.PIECE, _logits(problem, a, b)) // 4)
 
@@ -448,7 +448,7 @@ def _window_rows(window: Window, length: int, device: torch.device) -> tuple[Ten
 
 def _in_one_window(problem: Problem) -> bool:
     """Whether all queries share a window that holds the whole map, and their logits are one piece at most."""
-    if problem.bias is not FactoredBias or problem.boundary == "shift":
+    if problem.bias is not DecomposedRelativePositionBias or problem.boundary == "shift":
         return False
     for window, length in zip((problem.rows, problem.columns), problem.size, strict=True):
         start = window.start(0, length)
@@ -501,6 +501,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
     )
     if not chunked:
         return _attend(q, k, v, bias_tensors, problem, plans)
-    patterns = _patterns(bias_tensors[0] if problem.bias is TableBias else None, problem, plans)
+    patterns = _patterns(bias_tensors[0] if problem.bias is RelativePositionBias else None, problem, plans)
     out = _Chunked.apply(q, k, v, problem, plans, patterns, *bias_tensors)
     return tiling.crop(out, *problem.query_size)

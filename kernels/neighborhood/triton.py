@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..bias import FactoredBias, TableBias
+from ..bias import DecomposedRelativePositionBias, RelativePositionBias
 from ..problem import Problem
 from ..window import BOUNDARIES, Window
 
@@ -102,7 +102,7 @@ def query_span(window: Window, length: int, tile: int) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """A call's sizes and options; ``bias`` is 0, 1 (table) or 2 (factored)."""
+    """A call's sizes and options; ``bias`` is 0, 1 (table) or 2 (decomposed)."""
 
     batch: int
     heads: int
@@ -181,26 +181,26 @@ def _key_tile(call: Call, keys: int, queries: int) -> tuple[int, int, int, int]:
 def _sizes(kernel: str, call: Call) -> list[tuple[int, int, int, int]]:
     """(queries or keys of a tile, keys or queries of a block, warps, stages): the first is the default.
 
-    Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a factored
+    Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a decomposed
     bias none do; which is fastest has not been measured yet.
     """
-    depth, factored, keys = max(call.blocks), call.bias == 2, kernel == "keys_backward"
+    depth, decomposed, keys = max(call.blocks), call.bias == 2, kernel == "keys_backward"
     if call.dtype == torch.float32:
         if depth > 64:
             large = (16, 16 if keys and depth > 128 else 32, 8, 1)
-            return [large, (16, 16, 8 if keys else 4, 1)] if factored and large[1] > 16 else [large]
+            return [large, (16, 16, 8 if keys else 4, 1)] if decomposed and large[1] > 16 else [large]
         if depth > 32:
             return [(32, 32, 8, 2)]
-        return [(32, 16, 4, 2) if keys and not factored else (32, 32, 8, 2), (16, 32, 4, 2)]
+        return [(32, 16, 4, 2) if keys and not decomposed else (32, 32, 8, 2), (16, 32, 4, 2)]
     if depth > 128:
-        if factored:
+        if decomposed:
             return [(16, 32, 8, 1), (16, 16, 8, 1)]
         return [(64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)]
     if depth > 64:
-        if factored and kernel != "forward":
+        if decomposed and kernel != "forward":
             return [(32, 32, 8, 2), (16, 32, 8, 1)]
         return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
-    if factored and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
+    if decomposed and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
         return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
     small = [(32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
     return [(64, 64, 4, 3), (64, 32, 4, 3), *small, (128, 64, 8, 2)]
@@ -470,7 +470,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
     exact = q.dtype == torch.float32
     bias_tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in bias_tensors)
     first, second = (*bias_tensors, None, None)[:2]
-    assert (problem.bias is TableBias) == (len(bias_tensors) == 1) and (problem.bias is FactoredBias) == (
-        len(bias_tensors) == 2
-    )
+    assert len(bias_tensors) == {None: 0, RelativePositionBias: 1, DecomposedRelativePositionBias: 2}[problem.bias]
     return attention(q, k, v, first, second, _window_list(problem), problem.scale)[0]

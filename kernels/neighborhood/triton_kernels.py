@@ -6,7 +6,7 @@ the row and a part for the column of the key, so that a single logit costs one a
 
 * no bias: both parts are 0 or -inf;
 * table: both parts are offsets into the padded table, whose last row and column are -inf, for keys that are not seen;
-* factored: both parts are the products of the query with one row of an embedding, or -inf.
+* decomposed: both parts are the products of the query with one row of an embedding, or -inf.
 
 The columns of all tiles lie alike, from ``before`` keys left of the first query on: what a program sums for the
 gradient of a table is then summed by position in the tile, over many tiles, and by offset only in the end.

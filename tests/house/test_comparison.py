@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from foveal.kernels import TableBias, neighborhood_aggregate, neighborhood_attention
+from foveal.kernels import RelativePositionBias, neighborhood_aggregate, neighborhood_attention
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 # What a peer raises where it cannot do something. Anything else is a mistake of this file, and fails.
@@ -48,7 +48,7 @@ def natten_forward(grad: bool = False) -> Tensor:
 
 
 def ours_forward(grad: bool = False) -> Tensor:
-    return neighborhood_attention(*inputs(grad), kernel_size=7, bias=TableBias(torch.randn(2, 13, 13)))
+    return neighborhood_attention(*inputs(grad), kernel_size=7, bias=RelativePositionBias(torch.randn(2, 13, 13)))
 
 
 def timms(name: str) -> nn.Module:

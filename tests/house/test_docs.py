@@ -19,7 +19,7 @@ import timm
 import torch
 
 from foveal.configs.schema import load_config
-from foveal.kernels import FactoredBias, TableBias
+from foveal.kernels import DecomposedRelativePositionBias, RelativePositionBias
 from foveal.kernels.neighborhood import api, natten
 from foveal.kernels.problem import Problem
 from foveal.kernels.window import Window
@@ -110,9 +110,13 @@ ROWS = {
     "another device (mps, xpu)": [called(device="mps"), called(device="xpu")],
     "float16, bfloat16, float32": [called(dtype=t) for t in (torch.float16, torch.bfloat16, torch.float32)],
     "float64": [called(dtype=torch.float64)],
-    "`TableBias`, kernel up to 32": [called(bias=TableBias, kernel_size=k) for k in (7, 32)],
-    "`FactoredBias`, kernel up to 32": [called(bias=FactoredBias, kernel_size=k) for k in (7, 32)],
-    "either bias, larger kernel": [called(bias=b, kernel_size=33) for b in (TableBias, FactoredBias)],
+    "`RelativePositionBias`, kernel up to 32": [called(bias=RelativePositionBias, kernel_size=k) for k in (7, 32)],
+    "`DecomposedRelativePositionBias`, kernel up to 32": [
+        called(bias=DecomposedRelativePositionBias, kernel_size=k) for k in (7, 32)
+    ],
+    "either bias, larger kernel": [
+        called(bias=b, kernel_size=33) for b in (RelativePositionBias, DecomposedRelativePositionBias)
+    ],
     "kernel of 1": [called(kernel_size=1)],
     "even kernel, rows unlike columns": [called(kernel_size=(4, 7)), called(kernel_size=(2, 2))],
     "stride, dilation (also one that does not divide the map)": [called(stride=3), called(dilation=5)],

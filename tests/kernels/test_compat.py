@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from foveal.kernels import TableBias, backend, neighborhood_attention
+from foveal.kernels import RelativePositionBias, backend, neighborhood_attention
 from foveal.kernels.compat import na2d_av, na2d_qk
 
 from . import naive
@@ -82,7 +82,11 @@ def test_the_two_and_a_softmax_are_neighborhood_attention(name, size, kernel_siz
         out = na2d_av(attn, v, kernel_size=kernel_size, dilation=dilation)
         got = [out, *torch.autograd.grad(out, leaves, grad)]
         out = neighborhood_attention(
-            *channels_last(q, k, v), kernel_size=kernel_size, dilation=dilation, bias=TableBias(rpb), scale=0.3
+            *channels_last(q, k, v),
+            kernel_size=kernel_size,
+            dilation=dilation,
+            bias=RelativePositionBias(rpb),
+            scale=0.3,
         )
         want = [heads_first(out), *torch.autograd.grad(heads_first(out), leaves, grad)]
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-11

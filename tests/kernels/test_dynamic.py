@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveal.kernels import TableBias, dynamic, neighborhood_aggregate, neighborhood_attention
+from foveal.kernels import RelativePositionBias, dynamic, neighborhood_aggregate, neighborhood_attention
 from foveal.kernels.aggregate.api import neighborhood_logits
 from foveal.kernels.window import Window
 
@@ -52,7 +52,7 @@ def test_logits_equal_reference(window, size):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision(dtype):
     q, k, v = (torch.randn(1, 16, 19, 2, 8).to(dtype) for _ in range(3))
-    options = {"kernel_size": 5, "dilation": 2, "bias": TableBias(torch.randn(2, 9, 9).to(dtype))}
+    options = {"kernel_size": 5, "dilation": 2, "bias": RelativePositionBias(torch.randn(2, 9, 9).to(dtype))}
     got = neighborhood_attention(q, k, v, backend="dynamic", **options)
     want = neighborhood_attention(q, k, v, backend="reference", **options)
     assert got.dtype == dtype
@@ -81,7 +81,7 @@ class Mix(torch.nn.Module):
         self.options = {"kernel_size": 5, **options}
 
     def forward(self, x):
-        bias = TableBias(self.table) if self.options.get("stride", 1) == 1 else None
+        bias = RelativePositionBias(self.table) if self.options.get("stride", 1) == 1 else None
         x = neighborhood_attention(x, x.cos(), x.sin(), bias=bias, **self.options)
         weights = x.sum(-1, keepdim=True).expand(-1, -1, -1, -1, 9).cumsum(-1).softmax(-1)
         return neighborhood_aggregate(weights, x, kernel_size=3)

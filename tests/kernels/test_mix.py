@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foveal.kernels import TableBias, neighborhood_mix
+from foveal.kernels import RelativePositionBias, neighborhood_mix
 from foveal.kernels.aggregate.softmax import expand_table
 from foveal.kernels.window import Window
 
@@ -63,7 +63,9 @@ def test_against_loops(name, case, boundary):
     options = {"kernel_size": kernel_size, "dilation": dilation, "boundary": boundary}
 
     def mix(logits, v, table, kernel_bias):
-        return neighborhood_mix(logits, v, bias=TableBias(table), kernel_bias=kernel_bias, backend=name, **options)
+        return neighborhood_mix(
+            logits, v, bias=RelativePositionBias(table), kernel_bias=kernel_bias, backend=name, **options
+        )
 
     got = with_gradients(mix, leaves)
     want = with_gradients(lambda *tensors: by_loops(*tensors, **options), leaves)
@@ -74,7 +76,7 @@ def test_biases_are_added_to_the_logits():
     logits, v, table, kernel_bias = leaves_of((5, 5), (3, 3))
     expanded = expand_table(table, Window(3), Window(3), (5, 5)).permute(1, 2, 0, 3)
     want = neighborhood_mix(logits + expanded + kernel_bias, v, kernel_size=3)
-    got = neighborhood_mix(logits, v, kernel_size=3, bias=TableBias(table), kernel_bias=kernel_bias)
+    got = neighborhood_mix(logits, v, kernel_size=3, bias=RelativePositionBias(table), kernel_bias=kernel_bias)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(
         neighborhood_mix(logits, v, kernel_size=3, kernel_bias=kernel_bias),
@@ -85,7 +87,7 @@ def test_biases_are_added_to_the_logits():
 def test_autocast_casts_logits_and_values_alone():
     leaves = leaves_of((6, 6), (3, 3), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = neighborhood_mix(*leaves[:2], kernel_size=3, bias=TableBias(leaves[2]), kernel_bias=leaves[3])
+        out = neighborhood_mix(*leaves[:2], kernel_size=3, bias=RelativePositionBias(leaves[2]), kernel_bias=leaves[3])
     assert out.dtype == torch.bfloat16
     assert [g.dtype for g in torch.autograd.grad(out.float().sum(), leaves)] == [torch.float32] * 4
 
@@ -104,7 +106,7 @@ def test_expanded_tables_are_not_tied_to_the_mode_that_made_them():
 def test_errors_name_the_values():
     logits, v, table, kernel_bias = leaves_of((5, 5), (3, 3))
     with pytest.raises(ValueError, match=r"table.*\(2, 5, 5\).*\(2, 5, 4\)"):
-        neighborhood_mix(logits, v, kernel_size=3, bias=TableBias(table[..., :4]))
+        neighborhood_mix(logits, v, kernel_size=3, bias=RelativePositionBias(table[..., :4]))
     with pytest.raises(ValueError, match=r"kernel_bias.*\(9,\).*\(8,\)"):
         neighborhood_mix(logits, v, kernel_size=3, kernel_bias=kernel_bias[:8])
     with pytest.raises(ValueError, match=r"logits.*3 x 3"):

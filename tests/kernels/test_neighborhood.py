@@ -11,7 +11,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from foveal.kernels import BackendError, FactoredBias, TableBias, backend, dispatch, neighborhood_attention, tiling
+from foveal import kernels
+from foveal.kernels import (
+    BackendError,
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
+    backend,
+    dispatch,
+    neighborhood_attention,
+    tiling,
+)
 from foveal.kernels.neighborhood import natten as natten_backend
 from foveal.kernels.neighborhood import tiled
 
@@ -35,13 +44,13 @@ def inputs(
     rows, columns = (2 * k - 1 for k in kernel_size)
     if bias == "table":
         leaves.append(leaf(shape[3], rows, columns))
-        return leaves, TableBias(leaves[3])
+        return leaves, RelativePositionBias(leaves[3])
     if bias in ("factored", "counted"):
         leaves += [leaf(rows, shape[4]), leaf(columns, shape[4])]
-        return leaves, FactoredBias(leaves[3], leaves[4], counted=bias == "counted")
+        return leaves, DecomposedRelativePositionBias(leaves[3], leaves[4], counted=bias == "counted")
     if bias == "factored-per-head":
         leaves += [leaf(shape[3], rows, shape[4]), leaf(shape[3], columns, shape[4])]
-        return leaves, FactoredBias(leaves[3], leaves[4])
+        return leaves, DecomposedRelativePositionBias(leaves[3], leaves[4])
     return leaves, None
 
 
@@ -182,7 +191,11 @@ def test_tiled_equals_reference(call, dtype, piece):
         got = with_gradients(leaves, rule, "tiled", **options)
     exact = [t.detach().double().requires_grad_(True) for t in leaves]
     if bias is not None:
-        rule = TableBias(exact[3]) if bias == "table" else FactoredBias(*exact[3:], counted=rule.counted)
+        rule = (
+            RelativePositionBias(exact[3])
+            if bias == "table"
+            else DecomposedRelativePositionBias(*exact[3:], counted=rule.counted)
+        )
     want = with_gradients(exact, rule, "reference", rounded=dtype, **options)
     limit = 1e-5 if dtype == torch.float32 else 1e-12
     rounding = 8 * torch.finfo(dtype).eps * largest_term(exact, want, dtype) if shape[0] else 0
@@ -221,7 +234,11 @@ def test_all_at_once_equals_piece_by_piece(call):
     plain = [t.detach().as_subclass(Plain).requires_grad_(True) for t in leaves]
     plain_rule = rule
     if rule is not None:
-        plain_rule = TableBias(*plain[3:]) if bias == "table" else FactoredBias(*plain[3:], counted=rule.counted)
+        plain_rule = (
+            RelativePositionBias(*plain[3:])
+            if bias == "table"
+            else DecomposedRelativePositionBias(*plain[3:], counted=rule.counted)
+        )
     got = with_gradients(plain, plain_rule, "tiled", **options)
     scale = max((float(t.detach().abs().max()) for t in want if t.numel()), default=1.0)
     for a, b in zip(got, want, strict=True):
@@ -320,8 +337,8 @@ def test_one_window_with_large_logits(dtype):
     with torch.no_grad():
         leaves[3].mul_(60), leaves[4].mul_(60)
     exact = [t.detach().double().requires_grad_(True) for t in leaves]
-    want = with_gradients(exact, FactoredBias(*exact[3:]), "reference", **options)
-    got = with_gradients(leaves, FactoredBias(*leaves[3:]), "tiled", **options)
+    want = with_gradients(exact, DecomposedRelativePositionBias(*exact[3:]), "reference", **options)
+    got = with_gradients(leaves, DecomposedRelativePositionBias(*leaves[3:]), "tiled", **options)
     # a logit is the sum of a few terms, each rounded at its size
     largest = sum(float((exact[0] @ t.t()).abs().max()) for t in exact[3:])
     assert largest > 500
@@ -365,7 +382,7 @@ def test_halo_attention_takes_a_third_of_timms_memory(size, heads, depth):
     def ours():
         k, v = kv.unflatten(-1, (heads, 2 * depth)).split(depth, -1)
         shifted = (torch.nn.functional.pad(t[3:], (0, 0, 0, 3)) for t in tables)
-        options = {**HALO, "boundary": "zero", "bias": FactoredBias(*shifted)}
+        options = {**HALO, "boundary": "zero", "bias": DecomposedRelativePositionBias(*shifted)}
         return neighborhood_attention(q.unflatten(-1, (heads, depth)), k, v, **options).flatten(3)
 
     def infer(attend):
@@ -406,7 +423,7 @@ def test_table_is_expanded_once_in_eval_and_never_stale(monkeypatch):
 
     def check(expected, calls=2, table=None, **options):
         expansions.clear()
-        want_table = TableBias((module.table if table is None else table).detach().clone())
+        want_table = RelativePositionBias((module.table if table is None else table).detach().clone())
         want = neighborhood_attention(*x, bias=want_table, backend="reference", **module.options)
         for _ in range(calls):
             with torch.inference_mode(options.get("inference", False)), torch.no_grad():
@@ -483,7 +500,13 @@ def test_gradcheck(name, bias, size, options):
     leaves, _ = inputs((1, *size, 2, 1), 2, bias=bias, dtype=torch.float64, **options)
 
     def call(q, k, v, *tensors):
-        rule = None if bias is None else TableBias(*tensors) if bias == "table" else FactoredBias(*tensors)
+        rule = (
+            None
+            if bias is None
+            else RelativePositionBias(*tensors)
+            if bias == "table"
+            else DecomposedRelativePositionBias(*tensors)
+        )
         return neighborhood_attention(q, k, v, bias=rule, backend=name, **options)
 
     assert torch.autograd.gradcheck(call, leaves)
@@ -513,7 +536,13 @@ def test_low_precision_is_as_good_as_eager(dtype, bias):
     low = [t.detach().to(dtype).requires_grad_(True) for t in exact]
 
     def rule_of(leaves):
-        return None if bias is None else TableBias(leaves[3]) if bias == "table" else FactoredBias(*leaves[3:])
+        return (
+            None
+            if bias is None
+            else RelativePositionBias(leaves[3])
+            if bias == "table"
+            else DecomposedRelativePositionBias(*leaves[3:])
+        )
 
     want = with_gradients(exact, rule_of(exact), "reference", **options)
     got = with_gradients(low, rule_of(low), "tiled", **options)
@@ -623,7 +652,7 @@ def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bias": TableBias(torch.zeros(1, 5, 5))}, "bias.*TableBias"),
+        ({"bias": RelativePositionBias(torch.zeros(1, 5, 5))}, "bias.*RelativePositionBias"),
         ({"boundary": "zero"}, "'shift'.*'zero'"),
         ({"query_stride": (1, 2)}, r"query_stride.*\(1, 2\)"),
         ({"dropout_p": 0.1}, r"dropout.*0\.1"),
@@ -735,7 +764,9 @@ def test_part_of_the_inputs_wants_gradients():
         picked = [t if i in chosen else t.detach() for i, t in enumerate(leaves)]
         got, want = (
             torch.autograd.grad(
-                neighborhood_attention(*picked[:3], bias=TableBias(picked[3]), kernel_size=3, backend=name).sum(),
+                neighborhood_attention(
+                    *picked[:3], bias=RelativePositionBias(picked[3]), kernel_size=3, backend=name
+                ).sum(),
                 [picked[i] for i in chosen],
             )
             for name in ("tiled", "reference")
@@ -764,7 +795,7 @@ def test_activation_checkpointing(reentrant):
 def test_transforms_of_torch_func():
     leaves, rule = inputs((1, 7, 8, 2, 4), None, (3, 3), "table")
     q, k, v = (t.detach() for t in leaves[:3])
-    rule = TableBias(rule.table.detach())
+    rule = RelativePositionBias(rule.table.detach())
 
     def call(q, name="tiled"):
         return neighborhood_attention(q, k, v, bias=rule, kernel_size=3, backend=name).square().sum()
@@ -816,9 +847,9 @@ def test_a_subclass_among_the_inputs_gets_standard_operators(chosen):
         pass
 
     leaves, _ = inputs((1, 9, 8, 2, 4), None, (3, 3), "table")
-    want = neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+    want = neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]))
     leaves[chosen] = leaves[chosen].detach().as_subclass(Plain)
-    got = neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+    got = neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]))
     assert type(got) is Plain
     torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
 
@@ -827,7 +858,7 @@ def test_plans_made_in_inference_mode_serve_training():
     leaves, rule = inputs((1, 11, 13, 2, 4), None, (3, 3), "table")
     tiling._constants.clear()
     with torch.inference_mode():
-        neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]))
+        neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]))
     with_gradients(leaves, rule, "tiled", kernel_size=3)
 
 
@@ -851,7 +882,7 @@ def test_fake_tensors_leave_nothing_behind():
 def test_meta_tensors_give_the_shape():
     q = torch.empty(2, 14, 15, 2, 8, device="meta")
     table = torch.empty(2, 5, 5, device="meta")
-    out = neighborhood_attention(q, q, q[..., :3], kernel_size=3, dilation=2, bias=TableBias(table))
+    out = neighborhood_attention(q, q, q[..., :3], kernel_size=3, dilation=2, bias=RelativePositionBias(table))
     assert out.device.type == "meta" and out.shape == (2, 14, 15, 2, 3)
 
 
@@ -881,7 +912,11 @@ def test_compile_without_graph_breaks(bias, options):
     def call(q, k, v, *tensors):
         rule = None
         if bias is not None:
-            rule = TableBias(*tensors) if bias == "table" else FactoredBias(*tensors, counted=bias == "counted")
+            rule = (
+                RelativePositionBias(*tensors)
+                if bias == "table"
+                else DecomposedRelativePositionBias(*tensors, counted=bias == "counted")
+            )
         return neighborhood_attention(q, k, v, bias=rule, **options)
 
     compiled = torch.compile(call, fullgraph=True, backend=count)
@@ -921,7 +956,9 @@ def test_torch_jit_trace(bias):
     leaves, _ = inputs((2, 9, 11, 2, 4), None, (3, 3), bias)
 
     def call(q, k, v, *tables):
-        return neighborhood_attention(q, k, v, kernel_size=3, dilation=2, bias=TableBias(*tables) if tables else None)
+        return neighborhood_attention(
+            q, k, v, kernel_size=3, dilation=2, bias=RelativePositionBias(*tables) if tables else None
+        )
 
     traced = torch.jit.trace(call, tuple(leaves), check_trace=False)
     others, _ = inputs((5, 9, 11, 2, 4), None, (3, 3), bias, seed=1)
@@ -933,7 +970,7 @@ def test_compile_with_the_default_compiler():
     leaves, _ = inputs((2, 10, 9, 2, 8), None, (3, 3), "table")
 
     def call(q, k, v, table):
-        return neighborhood_attention(q, k, v, kernel_size=3, dilation=3, bias=TableBias(table))
+        return neighborhood_attention(q, k, v, kernel_size=3, dilation=3, bias=RelativePositionBias(table))
 
     torch.use_deterministic_algorithms(False)  # Inductor has no index_put for it; the poison is tested elsewhere
     got = torch.compile(call, fullgraph=True)(*leaves)
@@ -954,7 +991,7 @@ class Attention(torch.nn.Module):
         self.options = options
 
     def forward(self, q, k, v):
-        return neighborhood_attention(q, k, v, bias=TableBias(self.table), **self.options)
+        return neighborhood_attention(q, k, v, bias=RelativePositionBias(self.table), **self.options)
 
 
 EXPORTS = [
@@ -1061,13 +1098,13 @@ def tensors(*shape, **options):
         ([torch.ones(1, 9, 9, 1, 4, dtype=torch.int32)] * 3, {"kernel_size": 3}, TypeError, "q .*int32"),
         (
             tensors(1, 9, 9, 2, 4),
-            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 6))},
+            {"kernel_size": 3, "bias": RelativePositionBias(torch.zeros(2, 5, 6))},
             ValueError,
             r"table.*\[2, 5, 6\].*\[2, 5, 5\]",
         ),
         (
             tensors(1, 9, 9, 2, 4),
-            {"kernel_size": (3, 5), "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4))},
+            {"kernel_size": (3, 5), "bias": DecomposedRelativePositionBias(torch.zeros(5, 4), torch.zeros(5, 4))},
             ValueError,
             r"columns.*\[5, 4\].*\[9, 4\].*\[2, 9, 4\]",
         ),
@@ -1079,13 +1116,13 @@ def tensors(*shape, **options):
         ),
         (
             tensors(1, 9, 9, 2, 4),
-            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, dtype=torch.int64))},
+            {"kernel_size": 3, "bias": RelativePositionBias(torch.zeros(2, 5, 5, dtype=torch.int64))},
             TypeError,
             "table.*int64",
         ),
         (
             tensors(1, 9, 9, 2, 4),
-            {"kernel_size": 3, "bias": TableBias(torch.zeros(2, 5, 5, device="meta"))},
+            {"kernel_size": 3, "bias": RelativePositionBias(torch.zeros(2, 5, 5, device="meta"))},
             ValueError,
             "table.*meta.*cpu",
         ),
@@ -1107,7 +1144,7 @@ def tensors(*shape, **options):
                 "kernel_size": 3,
                 "stride": (3, 1),
                 "query_stride": (2, 1),
-                "bias": FactoredBias(torch.zeros(5, 4), torch.zeros(5, 4), counted=True),
+                "bias": DecomposedRelativePositionBias(torch.zeros(5, 4), torch.zeros(5, 4), counted=True),
             },
             ValueError,
             "query_stride 2.*stride 3.*rows",
@@ -1173,6 +1210,16 @@ def test_missing_natten_is_a_reason(monkeypatch):
     monkeypatch.setattr(natten_backend, "installed_version", lambda: "0.17.5")
     with pytest.raises(BackendError, match=r"0\.17\.5.*0\.20"):
         neighborhood_attention(*tensors(1, 6, 6, 1, 4), kernel_size=3, backend="natten")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("TableBias", RelativePositionBias), ("FactoredBias", DecomposedRelativePositionBias)]
+)
+def test_the_former_names_of_the_biases(old, new):
+    with pytest.warns(DeprecationWarning, match=new.__name__):
+        assert getattr(kernels, old) is new
+    with pytest.raises(AttributeError, match="Bias2"):
+        _ = kernels.Bias2
 
 
 def test_backend_from_the_environment():

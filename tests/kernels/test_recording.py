@@ -9,8 +9,8 @@ import torch
 
 from foveal.kernels import (
     BackendError,
-    FactoredBias,
-    TableBias,
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
     backend,
     neighborhood_aggregate,
     neighborhood_attention,
@@ -27,9 +27,16 @@ EMBEDDINGS = torch.randn(2, 9, 4)
 
 def operations():
     yield lambda: neighborhood_attention(Q, Q, Q[..., :3], kernel_size=3)
-    yield lambda: neighborhood_attention(Q, Q, Q, kernel_size=3, bias=TableBias(TABLE))
+    yield lambda: neighborhood_attention(Q, Q, Q, kernel_size=3, bias=RelativePositionBias(TABLE))
     yield lambda: neighborhood_attention(
-        Q[:, ::2, ::2], Q, Q, kernel_size=5, stride=2, query_stride=2, boundary="mask", bias=FactoredBias(*EMBEDDINGS)
+        Q[:, ::2, ::2],
+        Q,
+        Q,
+        kernel_size=5,
+        stride=2,
+        query_stride=2,
+        boundary="mask",
+        bias=DecomposedRelativePositionBias(*EMBEDDINGS),
     )
     yield lambda: neighborhood_aggregate(LOGITS, Q, kernel_size=(3, 5), boundary="zero")
     yield lambda: neighborhood_mix(LOGITS, Q, kernel_size=(3, 5))
@@ -43,7 +50,7 @@ def test_what_is_reported():
     assert [call.operation.removeprefix("neighborhood_") for call in calls] == [
         "attention", "attention", "attention", "aggregate", "mix", "logits"
     ]  # fmt: skip
-    assert [call.problem.bias for call in calls[:3]] == [None, TableBias, FactoredBias]
+    assert [call.problem.bias for call in calls[:3]] == [None, RelativePositionBias, DecomposedRelativePositionBias]
     assert [call.problem.rows.kernel_size for call in calls] == [3, 3, 5, 3, 3, 3]
     assert {call.backend for call in calls} == {"tiled"}
     for call, out in zip(calls, outs, strict=True):

@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from foveal.kernels import FactoredBias, TableBias, dispatch, neighborhood_attention, recording, triton_support
+from foveal.kernels import (
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
+    dispatch,
+    neighborhood_attention,
+    recording,
+    triton_support,
+)
 from foveal.kernels.neighborhood import api
 from foveal.kernels.neighborhood import triton as backend
 from foveal.kernels.problem import Problem, old_gpu, subclassed
@@ -160,7 +167,7 @@ def test_there_are_tiles_for_every_call(dtype):
 # ------------------------------------------------------------------------------------------------------- dispatch
 
 
-def problem(size=(56, 56), kernel_size=7, bias=TableBias, **changes):
+def problem(size=(56, 56), kernel_size=7, bias=RelativePositionBias, **changes):
     window = Window(kernel_size, changes.pop("stride", 1), changes.pop("dilation", 1))
     base = Problem(
         shape=(2, *size, 2, 32), value_depth=32, rows=window, columns=window, dtype=torch.bfloat16, device="cuda",
@@ -184,7 +191,7 @@ def test_the_choice_on_cuda():
     assert chosen(problem(stride=7)) == "tiled"
     assert chosen(problem(dilation=8)) == "tiled"
     assert chosen(problem(size=(57, 56), stride=7)) == "triton"
-    assert chosen(problem(bias=FactoredBias, stride=7)) == "triton"
+    assert chosen(problem(bias=DecomposedRelativePositionBias, stride=7)) == "triton"
     assert chosen(problem(device="cpu")) == "tiled"
 
 
@@ -216,7 +223,7 @@ def test_backends_see_subclasses(which):
     for plain in (True, False):
         *qkv, table = (t.as_subclass(Plain) if i == which and not plain else t for i, t in enumerate(tensors))
         with recording(calls.append):
-            neighborhood_attention(*qkv, kernel_size=3, bias=TableBias(table))
+            neighborhood_attention(*qkv, kernel_size=3, bias=RelativePositionBias(table))
     problems = [call.problem for call in calls]
     assert [p.subclass for p in problems] == [False, True]
     reasons = [backend.unsupported_reason(dataclasses.replace(p, device="cuda")) for p in problems]

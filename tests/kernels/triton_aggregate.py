@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from foveal.kernels import BackendError, TableBias, neighborhood_aggregate, neighborhood_mix
+from foveal.kernels import BackendError, RelativePositionBias, neighborhood_aggregate, neighborhood_mix
 from foveal.kernels.aggregate import triton as backend
 from foveal.kernels.aggregate.api import neighborhood_logits
 from foveal.kernels.aggregate.softmax import expand_table
@@ -88,7 +88,9 @@ def run(name, *tensors, mix, **options):
     if not mix:
         return neighborhood_aggregate(*tensors[:2], backend=name, **options)
     logits, v, table, kernel_bias = tensors
-    return neighborhood_mix(logits, v, bias=TableBias(table), kernel_bias=kernel_bias, backend=name, **options)
+    return neighborhood_mix(
+        logits, v, bias=RelativePositionBias(table), kernel_bias=kernel_bias, backend=name, **options
+    )
 
 
 def compare(case, dtype, boundary, mix):
@@ -213,7 +215,7 @@ def test_compiled_without_a_break():
 
     def call(logits, v, table, kernel_bias):
         out = neighborhood_mix(
-            2 * logits, v, kernel_size=3, bias=TableBias(table), kernel_bias=kernel_bias, backend="triton"
+            2 * logits, v, kernel_size=3, bias=RelativePositionBias(table), kernel_bias=kernel_bias, backend="triton"
         )
         return neighborhood_aggregate(logits, out, kernel_size=3, backend="triton").sin()
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from hypothesis import assume, given, settings
 
-from foveal.kernels import BackendError, TableBias, neighborhood_attention, triton_common, triton_support
+from foveal.kernels import BackendError, RelativePositionBias, neighborhood_attention, triton_common, triton_support
 from foveal.kernels.neighborhood import triton as backend
 from foveal.kernels.window import Window
 
@@ -82,7 +82,13 @@ def gradients(out, leaves):
 
 def rule_of(bias, tensors, rule):
     """The bias object ``rule`` with other tensors."""
-    return None if rule is None else TableBias(*tensors) if bias == "table" else type(rule)(*tensors, rule.counted)
+    return (
+        None
+        if rule is None
+        else RelativePositionBias(*tensors)
+        if bias == "table"
+        else type(rule)(*tensors, rule.counted)
+    )
 
 
 def judge(shape, value_depth, bias, options, dtype):
@@ -187,7 +193,8 @@ def test_the_same_answer_twice():
     leaves = [t.detach().to(DEVICE).requires_grad_(True) for t in leaves]
     first, second = (
         gradients(
-            neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]), backend="triton"), leaves
+            neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]), backend="triton"),
+            leaves,
         )
         for _ in range(2)
     )
@@ -268,7 +275,7 @@ def test_compiles_to_one_node():
     leaves, _ = arguments("table")
 
     def call(q, k, v, table):
-        return neighborhood_attention(q, k, v, kernel_size=3, bias=TableBias(table), backend="triton")
+        return neighborhood_attention(q, k, v, kernel_size=3, bias=RelativePositionBias(table), backend="triton")
 
     want = gradients(call(*leaves), leaves)
     got = gradients(torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), leaves)
@@ -279,7 +286,7 @@ def test_what_it_cannot_do_it_says():
     (q, k, v, table), _ = arguments("table")
 
     def call(q):
-        return neighborhood_attention(q, k, v, kernel_size=3, bias=TableBias(table), backend="triton")
+        return neighborhood_attention(q, k, v, kernel_size=3, bias=RelativePositionBias(table), backend="triton")
 
     (first,) = torch.autograd.grad(call(q).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
@@ -293,7 +300,7 @@ def test_a_cuda_graph_holds_it():
     leaves, _ = arguments("table")
 
     def step():
-        out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=TableBias(leaves[3]), backend="triton")
+        out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]), backend="triton")
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     want, graph = step(), torch.cuda.CUDAGraph()
