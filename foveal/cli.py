@@ -142,7 +142,7 @@ def info(
 
     from . import zoo
     from .backbones.loading import local_path, resolve
-    from .weights import card as cards
+    from .weights import cards
     from .weights.manifest import checkpoints, of_model
 
     asked = [option for option, given in (("--json", as_json), ("--card", card), ("--markdown", markdown)) if given]
@@ -413,8 +413,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
 ) -> None:
     """Write a model for use elsewhere, checked against the original."""
-    from .weights.export import FORMATS
     from .weights.export import export as write
+    from .weights.formats import FORMATS
 
     done = write(
         source,
@@ -611,16 +611,16 @@ def bench(context: typer.Context) -> int:
 
 def _exported(model: Any, folder: Path) -> tuple[Any, dict[str, Callable[[Any], Any]]]:
     """A model in the form that is exported, and runners of its files, for the benchmark beside eager."""
-    from .weights.export import classifier_job
+    from .weights.export import classifier_spec
     from .weights.formats import FORMATS
 
-    job = classifier_job(model, "onnx")
+    spec = classifier_spec(model, "onnx")
     runs = {}
     for to, runtime in (("onnx", "onnxruntime"), ("openvino", "openvino")):
         FORMATS[to].check(to)
-        FORMATS[to].write(job, folder)
+        FORMATS[to].write(spec, folder)
         runs[runtime] = FORMATS[to].open(folder)
-    return job.model, runs
+    return spec.model, runs
 
 
 def _image_passes(

@@ -18,7 +18,9 @@ from rich.console import Console
 from .backbones.loading import load
 from .train import classify, detect, segment, tasks
 from .train.data.memory import load_digits
-from .weights.export import TOLERANCE, ExportError, export
+from .weights.export import export
+from .weights.folder import TOLERANCE
+from .weights.formats import ExportError
 from .weights.images import preprocessing, read_image
 from .weights.predict import predict
 

@@ -12,7 +12,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from .backbones import family, list_models
 from .backbones.profile import profile
-from .weights.export import ANY_SIZE
+from .weights import ANY_SIZE
 from .weights.manifest import of_model
 
 FAMILIES = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")

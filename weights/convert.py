@@ -32,9 +32,10 @@ from ..backbones.layers import unwrap
 from ..backbones.loading import WEIGHTS
 from ..heads.build import build_dense, load_dense, read_dense_config, save_dense
 from . import dense, download
-from .card import card
-from .export import RECORD, TOLERANCE, check_output, published_config, staged
+from .cards import KEY_FORMATS as FORMATS
+from .cards import converted_card, counted, listed, summary
 from .fingerprint import difference, fingerprint
+from .folder import RECORD, TOLERANCE, check_output, published_config, staged
 from .manifest import Checkpoint, checkpoints
 
 _SOURCE = "source"  # the field of the safetensors header with the names of the file that was converted
@@ -59,37 +60,7 @@ class Conversion:
 
     def lines(self) -> list[str]:
         """The same for people."""
-        record = self.record
-        kind = {True: "the averaged (EMA) weights, ", False: "the raw weights, ", None: ""}[record["averaged"]]
-        lines = [
-            f"{self.folder}: {', '.join(self.files)}",
-            f"{record['file']}: {kind}keys of {FORMATS[record['keys']]}; {record['tensors']} tensors used, "
-            f"{record['parameters']:,} parameters set: all there are",
-            f"it is {self.model}",
-        ]
-        if record["heads"]:
-            lines.append(f"not of the backbone and left out: {_counted(record['heads'])}")
-        if record["dropped"]:
-            lines.append(f"read by nothing, and left out: {_listed(record['dropped'])}")
-        if record["bgr"]:
-            lines.append(
-                "the file's takes images in the order BGR: its first filters were turned round, this takes RGB"
-            )
-        if record["checkpoint"] is None:
-            lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
-        elif note := checkpoints()[record["checkpoint"]].note:
-            lines.append(note)
-        return lines
-
-
-FORMATS = {
-    "authors": "the authors' models",
-    "timm": "timm's models",
-    "foveal": "this package's models",
-    "transformers": "transformers",
-    "mmdet": "mmdetection or mmsegmentation",
-    "detectron2": "detectron2",
-}
+        return [f"{self.folder}: {', '.join(self.files)}", *summary(self.record, self.model)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +154,7 @@ def convert(
         try:
             made = _whole(state, content, found, told)
         except _NotWhole as error:
-            belong = f" and to its heads {_counted(rest)}" if body and rest else ""
+            belong = f" and to its heads {counted(rest)}" if body and rest else ""
             raise ConversionError(
                 f"{found.file} is of a dense model, keys of {FORMATS[keys]}: of its {whole} tensors "
                 f"{len(body or state)} belong to the backbone{belong}. It is not converted whole: {error}. --backbone "
@@ -216,13 +187,10 @@ def convert(
         for name, value in state.items()
         if name not in made.dropped
     }
-    try:
-        with staged(output) as folder:
-            made.write(folder)
-            _complete(folder, record, spec)
-            files = sorted(path.name for path in folder.iterdir())
-    except OSError as error:  # it names a temporary folder, if anything
-        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+    with staged(output) as folder:
+        made.write(folder)
+        _complete(folder, record, spec)
+        files = sorted(path.name for path in folder.iterdir())
     return Conversion(output, files, record, made.words)
 
 
@@ -379,7 +347,7 @@ def _tensors(checkpoint: dict[str, Any], file: Path, ema: bool | None) -> tuple[
         for name, value in tensors.items()
         if value.is_quantized or value.is_complex() or value.layout is not torch.strided
     ]:
-        raise ConversionError(f"{file} holds quantised, complex or sparse numbers: {_listed(strange)}")
+        raise ConversionError(f"{file} holds quantised, complex or sparse numbers: {listed(strange)}")
     return tensors, averaged if said else None
 
 
@@ -554,7 +522,7 @@ def _load(net: nn.Module, state: Mapping[str, torch.Tensor], found: _Found) -> N
         ConversionError: for numbers that are not finite, or that the model cannot hold.
     """
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise ConversionError(f"{found.file} is damaged: {_listed(broken)} not finite")
+        raise ConversionError(f"{found.file} is damaged: {listed(broken)} not finite")
     net.load_state_dict(state)
     own = net.state_dict()
     changed = [
@@ -565,7 +533,7 @@ def _load(net: nn.Module, state: Mapping[str, torch.Tensor], found: _Found) -> N
     ]
     if changed:
         raise ConversionError(
-            f"{found.file} holds numbers that the model, in float32, does not hold as they are: {_listed(changed)}"
+            f"{found.file} holds numbers that the model, in float32, does not hold as they are: {listed(changed)}"
         )
 
 
@@ -675,9 +643,9 @@ def _fitted(
     ]
     if unused or unset or shapes:
         parts = [
-            *([f"of the file not used: {_listed(unused)}"] if unused else []),
-            *([f"of the model not set: {_listed(unset)}"] if unset else []),
-            *([f"of another shape: {_listed(shapes)}"] if shapes else []),
+            *([f"of the file not used: {listed(unused)}"] if unused else []),
+            *([f"of the model not set: {listed(unset)}"] if unset else []),
+            *([f"of another shape: {listed(shapes)}"] if shapes else []),
         ]
         raise ConversionError(f"{found.file} does not fit {found.architecture}; {'; '.join(parts)}")
     return translate(state), dropped
@@ -706,10 +674,10 @@ def _complete(folder: Path, record: dict[str, Any], spec: dict[str, Any]) -> Non
     apart = difference(fingerprint(answering(folder), size), record["fingerprint"])
     if not apart <= TOLERANCE:  # also true of NaN
         raise ConversionError(
-            f"the converted model answers with a difference of {apart:.1e} of the largest value, more than "
-            f"{TOLERANCE:.0e}; nothing was written"
+            f"the outputs of the converted model differ by {apart:.1e} of the largest value, more than "
+            f"{TOLERANCE:g}; nothing was written"
         )
-    (folder / "README.md").write_text(card(config), encoding="utf-8")
+    (folder / "README.md").write_text(converted_card(config), encoding="utf-8")
 
 
 def answering(folder: Path) -> nn.Module:
@@ -744,12 +712,3 @@ def _fingerprint_size(found: _Found, arguments: Mapping[str, Any]) -> tuple[int,
     size = arguments.get("img_size", get_pretrained_cfg(found.architecture).input_size[1:])
     rows, columns = (size, size) if isinstance(size, int) else size
     return (arguments.get("in_chans", 3), rows, columns)
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{rest})"
-
-
-def _counted(groups: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {group}" for group, count in groups.items())

@@ -216,8 +216,8 @@ def timm_alone(told: Told) -> dict[str, Any]:
     arguments = dict(told.arguments)
     first = arguments.pop("stride_in_1x1", False)
     if first or told.bgr:
-        what = "strides in the first convolutions of its blocks" if first else "takes images in the order BGR"
-        raise ValueError(f"its backbone {what}, which timm's do not: --backbone is not for it, it is converted whole")
+        what = "stride_in_1x1 true" if first else "channel_order bgr"
+        raise ValueError(f"its backbone has {what}, timm's do not: convert it whole, without --backbone")
     return arguments
 
 

@@ -1,6 +1,6 @@
 """The formats that models are exported to: how each is written, what it cannot hold, and how it is run again.
 
-A model here takes one tensor, images ``[B, C, H, W]`` in float32, and gives a tensor or a tuple of them.
+A model here takes one tensor, images ``[B, C, H, W]`` in float32, and returns a tensor or a tuple of them.
 """
 
 from __future__ import annotations
@@ -26,40 +26,33 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config
 
-from ..backbones.loading import WEIGHT_FILES, WEIGHTS
+from ..backbones.loading import WEIGHTS
+from ..heads.build import load_dense, read_dense_config
+from ..heads.detection import Detector
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 INPUT = "image"
 LEAST_SIZE = 32  # pixels of a free height or width: the stride of the last map, which is of one row then
-# The model files of each format, beside config.json and the card.
-MODEL_FILES = {
-    "safetensors": (WEIGHTS,),
-    "onnx": ("model.onnx", "model.onnx.data"),  # the weights of a large model are beside it
-    "pt2": ("model.pt2",),
-    "aoti": ("model.pt2",),
-    "openvino": ("model.xml", "model.bin"),
-    "coreml": ("model.mlpackage",),
-}
 _ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
 
 
 class ExportError(RuntimeError):
-    """A model cannot be converted, or what was exported does not answer as the original does."""
+    """A model cannot be converted, or the outputs of the exported one are not the original's."""
 
 
 @dataclass
-class Job:
+class ExportSpec:
     """A model to write, and how.
 
     Args:
         model: in evaluation mode, in the form that is deployed.
         example: images to trace with; more than one if ``any_batch``, since one would be taken for a constant.
-        outputs: names of what the model gives.
-        any_batch: the file takes any number of images, else as many as ``example`` has.
-        any_size: it takes any height and width as well, from `LEAST_SIZE` on.
-        half: weights, and what the runtime can compute so, in float16; images and answers stay float32.
-        translations: operators that the model has of its own, and what writes each to ONNX (in onnxscript).
+        outputs: names of the model's outputs.
+        any_batch: the batch size is dynamic, else that of ``example``.
+        any_size: height and width are dynamic as well, from `LEAST_SIZE` on.
+        half: weights, and what the runtime can compute so, in float16; inputs and outputs stay float32.
+        translations: the model's own operators, and what writes each to ONNX (in onnxscript).
     """
 
     model: nn.Module
@@ -72,7 +65,7 @@ class Job:
 
     @functools.cached_property
     def program(self) -> ExportedProgram:
-        """The model traced, in float16 between images and answers in float32 if half."""
+        """The model traced; if half, in float16 between inputs and outputs in float32."""
         return self._trace(_Half(self.model) if self.half else self.model)
 
     @functools.cached_property
@@ -83,16 +76,16 @@ class Job:
         return torch.onnx.export(self.program, dynamo=True, verbose=False, custom_translation_table=table, **names)
 
     @functools.cached_property
-    def in_float(self) -> Job:
-        """The job in float32, for formats that make float16 of it themselves."""
+    def in_float(self) -> ExportSpec:
+        """The same in float32, for formats that convert to float16 themselves."""
         return dataclasses.replace(self, half=False) if self.half else self
 
     def _trace(self, model: nn.Module) -> ExportedProgram:
         free = {0: Dim("batch", min=1)} if self.any_batch else {}
         if self.any_size:
             free |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
-        # PyTorch asks of every length whether it is 1 and takes down the answer: without this a graph of free sizes
-        # would be for last maps of more than one row and column.
+        # PyTorch specializes on whether a length is 1: without this a graph of dynamic shape would not take images
+        # whose last map has one row or column.
         with torch.no_grad(), _config.patch(backed_size_oblivious=self.any_size):
             return torch.export.export(model, (self.example,), dynamic_shapes=(free or None,))
 
@@ -102,41 +95,34 @@ class Format:
     """One format.
 
     Args:
-        write: puts the files of a job into a folder.
-        open: gives what runs a folder: images -> the outputs, in order.
-        use: Python that does so, for the card; ``SHAPE`` stands for the images'.
-        needs: modules, with the extra of this package that brings them.
-        no_size, no_half: why it cannot have a free height and width, or float16; None: it can.
-        not_here: gives why this machine cannot run it; None: it can.
+        write: writes the model's files into a folder.
+        open: returns a function that runs them: images -> the outputs, in order.
+        needs: modules, and the extra of this package that installs them.
+        no_size: why its height and width cannot be dynamic; None: they can.
+        not_here: returns why this machine cannot run it; None: it can.
     """
 
-    write: Callable[[Job, Path], None]
+    write: Callable[[ExportSpec, Path], None]
     open: Callable[[Path], Run]
-    use: str
     needs: tuple[str, ...] = ()
     extra: str = ""
     no_size: str | None = None
-    no_half: str | None = None
     not_here: Callable[[], str | None] = lambda: None
 
-    def check(self, name: str, any_size: bool = False, half: bool = False) -> None:
-        """Refuse what the format cannot hold, and say what is not installed.
-
-        Raises:
-            ValueError: if it cannot hold what is asked for.
-            ImportError: if a module is missing.
+    def check(self, name: str, any_size: bool = False) -> None:
+        """Raises:
+        ValueError: the format has no dynamic shape.
+        ImportError: a module is missing.
         """
-        for asked, option, reason in ((any_size, "--dynamic", self.no_size), (half, "--half", self.no_half)):
-            if asked and reason:
-                raise ValueError(f"{name} does not go with {option}: {reason}")
-        missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
-        if missing:
+        if any_size and self.no_size:
+            raise ValueError(f"{name} does not support --dynamic: {self.no_size}")
+        if missing := [module for module in self.needs if importlib.util.find_spec(module) is None]:
             raise ImportError(f"export to {name} needs {', '.join(missing)}: pip install 'foveal[{self.extra}]'")
 
 
 @contextmanager
 def library(to: str, attempt: str) -> Iterator[None]:
-    """Around a call of a format's own library: what that raises of its own becomes an `ExportError` with its reason.
+    """Turn what a format's own library raises into an `ExportError` with its innermost reason.
 
     Args:
         attempt: in words, such as ``"convert this model"``.
@@ -154,7 +140,7 @@ def library(to: str, attempt: str) -> Iterator[None]:
 
 
 def run_of(to: str, folder: Path) -> Run:
-    """What runs the files of a format.
+    """A function that runs the files of a format.
 
     Raises:
         ExportError: here or when it runs, if the format's own library fails; with its reason.
@@ -169,14 +155,8 @@ def run_of(to: str, folder: Path) -> Run:
     return guarded
 
 
-def stale(folder: Path, to: str) -> list[str]:
-    """Model files in a folder that an export to a format would leave beside its own, of another model."""
-    names = dict.fromkeys([*WEIGHT_FILES, *(name for files in MODEL_FILES.values() for name in files)])
-    return [name for name in names if name not in MODEL_FILES.get(to, ()) and (folder / name).exists()]
-
-
 class _Half(nn.Module):
-    """A model in float16 between images and answers in float32."""
+    """A model in float16 between inputs and outputs in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -189,31 +169,43 @@ class _Half(nn.Module):
         return tuple(each.float() if each.is_floating_point() else each for each in outputs)
 
 
-def as_tuple(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
+def output_names(model: nn.Module) -> tuple[str, ...]:
+    """What a model returns, by name, in the order in which an export returns it."""
+    return ("boxes", "labels", "scores", "masks")[: 3 + model.masks] if isinstance(model, Detector) else ("logits",)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """What a model returns for ``[B, C, H, W]`` (a detector: for one image), in the order in which an export does."""
+    if isinstance(model, Detector):
+        (found,) = model(list(images))
+        return tuple(found[name] for name in output_names(model))
+    outputs = model(images)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-# ---- safetensors: a folder for timm, with the config.json that stands there
+# ---- safetensors: with its config.json a folder that `foveal.load` reads
 
 
-def _write_safetensors(job: Job, folder: Path) -> None:
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in job.model.state_dict().items()}
-    if job.half:
+def _write_safetensors(spec: ExportSpec, folder: Path) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in spec.model.state_dict().items()}
+    if spec.half:
         state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _open_safetensors(folder: Path) -> Run:
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return lambda images: as_tuple(model(images))
+    dense = read_dense_config(folder) is not None
+    model = load_dense(folder) if dense else timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return functools.partial(outputs_of, model)
 
 
 # ---- ONNX
 
 
-def _write_onnx(job: Job, folder: Path) -> None:
-    size = sum(p.numel() * p.element_size() for p in job.program.parameters())
-    job.onnx.save(folder / "model.onnx", external_data=size > _ONNX_SINGLE_FILE)
+def _write_onnx(spec: ExportSpec, folder: Path) -> None:
+    size = sum(p.numel() * p.element_size() for p in spec.program.parameters())
+    spec.onnx.save(folder / "model.onnx", external_data=size > _ONNX_SINGLE_FILE)
 
 
 def _open_onnx(folder: Path) -> Run:
@@ -228,46 +220,46 @@ def _open_onnx(folder: Path) -> Run:
 # ---- torch.export's own archive, and one with compiled code
 
 
-def _write_pt2(job: Job, folder: Path) -> None:
-    torch.export.save(job.program, folder / "model.pt2")
+def _write_pt2(spec: ExportSpec, folder: Path) -> None:
+    torch.export.save(spec.program, folder / "model.pt2")
 
 
 def _open_pt2(folder: Path) -> Run:
     module = torch.export.load(folder / "model.pt2").module()
-    return lambda images: as_tuple(module(images))
+    return functools.partial(outputs_of, module)
 
 
-def _write_aoti(job: Job, folder: Path) -> None:
+def _write_aoti(spec: ExportSpec, folder: Path) -> None:
     from torch._inductor import aoti_compile_and_package, config
 
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise ExportError(f"export to aoti compiles C++ and finds no {compiler!r}; install one, or name yours in CXX")
     with config.patch({"cpp.cxx": (None, compiler)}):
-        aoti_compile_and_package(job.program, package_path=str(folder / "model.pt2"))
+        aoti_compile_and_package(spec.program, package_path=str(folder / "model.pt2"))
 
 
 def _open_aoti(folder: Path) -> Run:
     from torch._inductor import aoti_load_package
 
     package = aoti_load_package(str(folder / "model.pt2"))
-    return lambda images: as_tuple(package(images))
+    return functools.partial(outputs_of, package)
 
 
 # ---- OpenVINO
 
 
-def _write_openvino(job: Job, folder: Path) -> None:
+def _write_openvino(spec: ExportSpec, folder: Path) -> None:
     """From ONNX: OpenVINO's own reader of PyTorch's programs gets some of these models wrong (2026.4)."""
     import openvino
 
     with tempfile.TemporaryDirectory() as scratch:
-        _write_onnx(job.in_float, Path(scratch))
+        _write_onnx(spec.in_float, Path(scratch))
         model = openvino.convert_model(Path(scratch) / "model.onnx")
         # With free dimensions its CPU runtime reads uninitialised memory (2026.4). The file has one shape, and what
         # was free when it was traced can be given another with `reshape`.
-        model.reshape([1 if job.any_batch else len(job.example), *job.example.shape[1:]])
-        openvino.save_model(model, folder / "model.xml", compress_to_fp16=job.half)
+        model.reshape([1 if spec.any_batch else len(spec.example), *spec.example.shape[1:]])
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=spec.half)
 
 
 def _open_openvino(folder: Path) -> Run:
@@ -283,8 +275,8 @@ def _open_openvino(folder: Path) -> Run:
         return core.compile_model(model, "CPU", settings)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        answers = compiled(tuple(images.shape))(images.numpy())
-        return tuple(torch.from_numpy(each.copy()) for each in answers.values())
+        outputs = compiled(tuple(images.shape))(images.numpy())
+        return tuple(torch.from_numpy(each.copy()) for each in outputs.values())
 
     return run
 
@@ -292,17 +284,17 @@ def _open_openvino(folder: Path) -> Run:
 # ---- Core ML
 
 
-def _write_coreml(job: Job, folder: Path) -> None:
+def _write_coreml(spec: ExportSpec, folder: Path) -> None:
     import coremltools
 
     kind = coremltools.precision
     try:
         model = coremltools.convert(
-            job.in_float.program.run_decompositions(_FOR_COREML),
-            inputs=[coremltools.TensorType(name=INPUT, shape=tuple(job.example.shape))],
-            outputs=[coremltools.TensorType(name=name) for name in job.outputs],
+            spec.in_float.program.run_decompositions(_FOR_COREML),
+            inputs=[coremltools.TensorType(name=INPUT, shape=tuple(spec.example.shape))],
+            outputs=[coremltools.TensorType(name=name) for name in spec.outputs],
             minimum_deployment_target=coremltools.target.iOS17,
-            compute_precision=kind.FLOAT16 if job.half else kind.FLOAT32,
+            compute_precision=kind.FLOAT16 if spec.half else kind.FLOAT32,
             skip_model_load=True,
         )
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -326,8 +318,8 @@ def _open_coreml(folder: Path) -> Run:
     names = [each.name for each in model.get_spec().description.output]
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        answers = model.predict({INPUT: images.numpy()})
-        return tuple(torch.from_numpy(answers[name]) for name in names)
+        outputs = model.predict({INPUT: images.numpy()})
+        return tuple(torch.from_numpy(outputs[name]) for name in names)
 
     return run
 
@@ -338,46 +330,15 @@ def _no_coreml() -> str | None:
 
 FORMATS = {
     "safetensors": Format(
-        _write_safetensors,
-        _open_safetensors,
-        "import foveal, timm, torch\n\n"
-        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()\n'
-        "outputs = model(images)  # float32 SHAPE",
-        no_size="it holds weights, for any size that the model takes",
+        _write_safetensors, _open_safetensors, no_size="it holds weights, for any size that the model takes"
     ),
-    "onnx": Format(
-        _write_onnx,
-        _open_onnx,
-        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-        'outputs = session.run(None, {"image": images})  # float32 SHAPE',
-        ("onnx", "onnxscript", "onnxruntime"),
-        "export",
-    ),
-    "pt2": Format(
-        _write_pt2,
-        _open_pt2,
-        'import torch\n\nmodel = torch.export.load("model.pt2").module()\noutputs = model(images)  # float32 SHAPE',
-    ),
-    "aoti": Format(
-        _write_aoti,
-        _open_aoti,
-        "import torch._inductor\n\n"
-        'model = torch._inductor.aoti_load_package("model.pt2")\noutputs = model(images)  # float32 SHAPE',
-    ),
-    "openvino": Format(
-        _write_openvino,
-        _open_openvino,
-        'import openvino\n\ncore = openvino.Core()\nmodel = core.read_model("model.xml")\n'
-        "model.reshape(images.shape)  # the file is for one image; free dimensions go wrong on its CPU runtime\n"
-        'outputs = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)  # float32 SHAPE',
-        ("openvino", "onnx", "onnxscript"),
-        "openvino",
-    ),
+    "onnx": Format(_write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), "export"),
+    "pt2": Format(_write_pt2, _open_pt2),
+    "aoti": Format(_write_aoti, _open_aoti),
+    "openvino": Format(_write_openvino, _open_openvino, ("openvino", "onnx", "onnxscript"), "openvino"),
     "coreml": Format(
         _write_coreml,
         _open_coreml,
-        'import coremltools\n\nmodel = coremltools.models.MLModel("model.mlpackage")\n'
-        'outputs = model.predict({"image": image})  # float32 SHAPE',
         ("coremltools",),
         "coreml",
         no_size="the file is for one image of one size",

@@ -1,18 +1,22 @@
-"""Image files as a model takes them."""
+"""Image files as a model takes them, and the score of a classifier on folders of them."""
 
 from __future__ import annotations
 
-import math
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torch import nn
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
 
-from ..backbones.images import MODES, read_upright
+from ..backbones.images import MODES, read_upright, to_mode
 
+_BATCH = 32
 # What Pillow's decoders are known to raise on files that are damaged, made up or too large.
 _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError)
 _UNREADABLE += (struct.error, NotImplementedError, Image.DecompressionBombError)
@@ -25,7 +29,7 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         ValueError: if the model takes another number of channels.
         OSError: if the file is missing or is not an image; the message names it.
     """
-    if channels not in (1, 3):
+    if channels not in MODES:
         raise ValueError(f"the model takes {channels} channels; image files have 1 or 3")
     try:
         return read_upright(path, channels)
@@ -35,41 +39,9 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         raise OSError(f"{path}: not a readable image: {error or type(error).__name__}") from error
 
 
-_PREPARE = """\
-import numpy as np
-from PIL import Image, ImageOps
-
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
-width, height = {resized}
-photo = photo.resize((width, height), Image.Resampling.{interpolation})
-left, top = round((width - {columns}) / 2), round((height - {rows}) / 2)
-pixels = np.asarray(photo.crop((left, top, left + {columns}, top + {rows})), np.float32) / 255
-pixels = (pixels.reshape({rows}, {columns}, {channels}) - {mean}) / {std}
-images = pixels.transpose(2, 0, 1)[None].astype(np.float32)
-"""
-
-
-def preparing(model: nn.Module) -> str | None:
-    """Python that makes ``images`` ``[1, C, H, W]`` of ``photo.jpg`` as `preprocessing` does, with Pillow and NumPy
-    alone; None for images that no file holds, or that are not cropped from the centre."""
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    channels, rows, columns = config["input_size"]
-    if channels not in MODES or config["crop_mode"] != "center":
-        return None
-    height, width = (math.floor(side / config["crop_pct"]) for side in (rows, columns))
-    resized = f"(int({height} * side / min(photo.size)) for side in photo.size)"
-    if height != width:
-        resized = f"(round(side / min(photo.width / {width}, photo.height / {height})) for side in photo.size)"
-    return _PREPARE.format(
-        mode=MODES[channels],
-        resized=resized,
-        interpolation=config["interpolation"].upper(),
-        rows=rows,
-        columns=columns,
-        channels=channels,
-        mean=list(config["mean"]),
-        std=list(config["std"]),
-    )
+def preprocessing(model: nn.Module) -> Any:
+    """The evaluation transform of a model, from a PIL image to a ``[C, H, W]`` tensor, by its ``pretrained_cfg``."""
+    return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)
 
 
 def label_names(model: nn.Module) -> list[str] | None:
@@ -80,6 +52,70 @@ def label_names(model: nn.Module) -> list[str] | None:
     return list(names) if names else None
 
 
-def preprocessing(model: nn.Module) -> Any:
-    """The evaluation transform of a model, from a PIL image to a ``[C, H, W]`` tensor, by its ``pretrained_cfg``."""
-    return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared for a classifier, in timm's terms, and the names of its classes where they are known."""
+    facts = {"architecture": model.pretrained_cfg["architecture"]}
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    facts |= {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
+    names = label_names(model)
+    return facts if names is None else facts | {"label_names": names}
+
+
+def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image.Image]:
+    """Images to check a model with, by name: those of the paths; without any, two photographs of scikit-learn's, if the
+    model takes 1 or 3 channels."""
+    if paths or channels not in MODES:
+        return {str(path): read_image(path, channels) for path in paths}
+    from sklearn.datasets import load_sample_images  # takes a second to import
+
+    found = load_sample_images()
+    photos = zip(found.filenames, found.images, strict=True)
+    return {Path(name).name: to_mode(Image.fromarray(pixels), channels) for name, pixels in photos}
+
+
+def read_batches(model: nn.Module, paths: Sequence[str | Path]) -> list[Tensor]:
+    """Image files, or all in folders of them, as a classifier takes them: ``[B, C, H, W]`` each."""
+    files, extensions = [], get_img_extensions(as_set=True)
+    for path in map(Path, paths):
+        below = sorted(each for each in path.rglob("*") if each.suffix.lower() in extensions)
+        files += below if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}")
+    transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
+    return list(torch.stack([transform(read_image(file, channels)) for file in files]).split(_BATCH))
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: str | Path, config: Mapping[str, Any]) -> tuple[float, int]:
+    """Score of a classifier on an ImageFolder, in per cent, and the number of images.
+
+    Args:
+        images: a folder with a folder of images for each class, named in the order of the classes, or as the
+            ``label_names`` of ``config``, the model's config.json.
+
+    Raises:
+        ValueError: if the folders are not the classes of the model, or it has none.
+        OSError: if there are no images, or one cannot be read.
+    """
+    if (config.get("model_args") or {}).get("features_only"):
+        raise ValueError(f"{config['architecture']} is a backbone here: it returns feature maps and has no classes")
+    try:
+        data = ImageFolder(str(images))
+    except FileNotFoundError as error:
+        raise OSError(f"{images}: {error}") from error
+    labels = config.get("label_names")
+    unknown = sorted(set(data.classes) - set(labels)) if labels else data.classes
+    if unknown and (labels or len(data.classes) != model.num_classes):
+        raise ValueError(
+            f"{images} has {len(data.classes)} folders, the model {model.num_classes} classes; "
+            f"not among them: {', '.join(unknown[:8])}"
+        )
+    index = {name: i for i, name in enumerate(labels or data.classes)}
+    transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
+    correct = 0
+    for start in range(0, len(data.samples), _BATCH):
+        batch = data.samples[start : start + _BATCH]
+        x = torch.stack([transform(read_image(path, channels)) for path, _ in batch])
+        target = torch.tensor([index[data.classes[label]] for _, label in batch])
+        correct += int((model(x).argmax(1) == target).sum())
+    return 100 * correct / len(data.samples), len(data.samples)

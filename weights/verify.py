@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import nn
-from torchvision.datasets import ImageFolder
 
 from ..backbones import loading
 from ..backbones.download import file_sha256
+from ..files import atomic
 from ..heads.build import read_dense_config
-from .card import card
+from .cards import converted_card
 from .convert import answering
-from .export import RECORD, TOLERANCE
 from .fingerprint import difference, fingerprint
-from .images import preprocessing, read_image
+from .folder import RECORD, TOLERANCE
+from .images import top1
 from .manifest import Checkpoint, checkpoints
-
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -110,15 +107,14 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     elif record["checkpoint"] is not None:
         yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
     if images is not None:
-        score, count = top1(model, Path(images), config)
+        score, count = top1(model, images, config)
         text = f"top-1 {score:.3f} % on {count:,} images"
         expected = checkpoint.score.get("top1") if checkpoint is not None else None
         yield Check("score", True, text + (f", published: {expected:g}" if expected is not None else ""))
         if write_card:
             target = place / "README.md"
-            temporary = target.with_name(".README.md.new")
-            temporary.write_text(card(config, text), encoding="utf-8")
-            temporary.replace(target)
+            with atomic(target) as new:
+                new.write_text(converted_card(config, text), encoding="utf-8")
 
 
 def _damaged(record: Any) -> str | None:
@@ -167,39 +163,3 @@ def _published(config: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
 
     wrong = [f"{k} {cfg.get(k)}, not {plain(v)}" for k, v in expected.items() if cfg.get(k) != plain(v)]
     return Check("as the manifest says", not wrong, "; ".join(wrong) or ", ".join(expected))
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    """Score of a classifier on an ImageFolder, in per cent, and the number of images.
-
-    Raises:
-        ValueError: if the folders are not the classes of the model, or it has none.
-        OSError: if there are no images, or one cannot be read.
-    """
-    if (config.get("model_args") or {}).get("features_only"):
-        raise ValueError(f"{config['architecture']} is a backbone here: it gives feature maps and has no classes")
-    try:
-        data = ImageFolder(str(images))
-    except FileNotFoundError as error:
-        raise OSError(f"{images}: {error}") from error
-    labels = config.get("label_names")
-    if labels:
-        unknown = sorted(set(data.classes) - set(labels))
-        index = {name: i for i, name in enumerate(labels)}
-    else:
-        unknown = [] if len(data.classes) == model.num_classes else data.classes
-        index = {name: i for i, name in enumerate(data.classes)}
-    if unknown:
-        raise ValueError(
-            f"{images} has {len(data.classes)} folders, the model {model.num_classes} classes; "
-            f"not among them: {', '.join(unknown[:8])}"
-        )
-    transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
-    right = 0
-    for start in range(0, len(data.samples), _BATCH):
-        batch = data.samples[start : start + _BATCH]
-        x = torch.stack([transform(read_image(path, channels)) for path, _ in batch])
-        wanted = torch.tensor([index[data.classes[label]] for _, label in batch])
-        right += int((model(x).argmax(1) == wanted).sum())
-    return 100 * right / len(data.samples), len(data.samples)

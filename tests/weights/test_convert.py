@@ -24,7 +24,7 @@ import foveal
 import foveal.weights.convert as converting
 from foveal.backbones.profile import Profile
 from foveal.cli import app
-from foveal.weights import card as cards
+from foveal.weights import cards
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.export import export
 from foveal.weights.manifest import Checkpoint, checkpoints
@@ -219,11 +219,7 @@ def test_backbones_of_dense_models(form: str, tmp_path: Path) -> None:
     whole = {"model" if "detectron2" in form else "state_dict": state | heads, "meta": {"epoch": 36}}
     file = write(tmp_path / "theirs", "dense.pth", whole)
     group = head.partition(".")[0]
-    message = (
-        rf"dense model, keys of \w+.*of its {len(state) + 2} tensors {len(state)} belong to the backbone and to its "
-    )
-    message += rf"heads 2 {group}\. It is not converted whole: .*\. --backbone converts the backbone"
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(ConversionError, match=rf" {len(state) + 2} .* {len(state)} .*2 {group}.*--backbone"):
         convert(file, tmp_path / "ours", model=name)
     assert not (tmp_path / "ours").exists()
     done = convert(file, tmp_path / "ours", model=name, backbone=True)
@@ -233,7 +229,7 @@ def test_backbones_of_dense_models(form: str, tmp_path: Path) -> None:
     assert all(check.passed for check in verify(done.folder))
     model.model.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
     assert torch.equal(answer(foveal.load(done.folder)), answer(model))
-    with pytest.raises(ValueError, match="gives feature maps; what is exported are classifiers"):
+    with pytest.raises(ValueError, match=str(done.folder)):
         export(done.folder, "onnx", tmp_path / "onnx")
 
 
@@ -275,7 +271,7 @@ def test_averaged_or_raw(tmp_path: Path) -> None:
         same(restore(done.folder), expected)
     assert "the raw weights" in done.lines()[1]
     one = write(tmp_path / "x", "one.pth", {"state_dict": raw})
-    with pytest.raises(ValueError, match=r"one\.pth holds no averaged \(EMA\) weights, only raw ones"):
+    with pytest.raises(ValueError, match=r"one\.pth.*EMA"):
         convert(one, tmp_path / "none", model=NAME, ema=True)
     assert "weights" not in convert(one, tmp_path / "plain", model=NAME).lines()[1]
     # mmengine's hook changes them about: what it saves as state_dict are the averaged ones
@@ -301,15 +297,15 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         assert not (tmp_path / "ours").exists()
 
     state = filler.of(timm.create_model(NAME))
-    refused(r"missing 1 \(norm\.bias\), unexpected none", {"norm.bias": None})
-    refused(r"missing none, unexpected 1 \(extra\.weight\)", {"extra.weight": torch.ones(2)})
-    refused(r"of the model not set: 2 \(head\.weight, head\.bias\)", {"head.weight": None, "head.bias": None})
-    refused(r"of the file not used: 1 \(head\.scale\)", {"head.scale": torch.ones(2)})
-    refused(r"of another shape: 1 \(norm\.bias \(7,\) for \(128,\)\)", {"norm.bias": torch.ones(7)})
-    refused(r"damaged: 1 \(norm\.bias\) not finite", {"norm.bias": torch.full((128,), torch.nan)})
-    refused("rpb of the checkpoint is 5x5", {}, arguments={"kernel_size": 5})
+    refused(r"1 \(norm\.bias\)", {"norm.bias": None})
+    refused(r"1 \(extra\.weight\)", {"extra.weight": torch.ones(2)})
+    refused(r"2 \(head\.weight, head\.bias\)", {"head.weight": None, "head.bias": None})
+    refused(r"1 \(head\.scale\)", {"head.scale": torch.ones(2)})
+    refused(r"1 \(norm\.bias \(7,\) for \(128,\)\)", {"norm.bias": torch.ones(7)})
+    refused(r"1 \(norm\.bias\) not finite", {"norm.bias": torch.full((128,), torch.nan)})
+    refused(r"rpb.*5x5", {}, arguments={"kernel_size": 5})
     resampled = {"kernel_size": 5, "interpolate_rpb": True}
-    refused(r"rpb would be computed from the file's numbers \(resampled\)", {}, arguments=resampled)
+    refused(r"rpb.*resampled", {}, arguments=resampled)
     bias = state["head.bias"]
     for kind, value in (
         ("int8", (100 * bias).to(torch.int8)),
@@ -317,15 +313,15 @@ def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         ("float64", bias.double() * (1 + 1e-12)),
         ("float64", bias.double() * 1e300),
     ):
-        refused(rf"in float32, does not hold as they are: 1 \(head\.bias in {kind}\)", {"head.bias": value})
+        refused(rf"float32.*1 \(head\.bias in {kind}\)", {"head.bias": value})
     for value in (torch.complex(bias, bias), bias.to_sparse()):
-        refused(r"quantised, complex or sparse numbers: 1 \(head\.bias\)", {"head.bias": value})
-    refused("answer to the fixed image is not finite", {"norm.weight": 1e38 * state["norm.weight"]})
-    refused("leave out --backbone", {}, backbone=True)
+        refused(r": 1 \(head\.bias\)", {"head.bias": value})
+    refused("finite", {"norm.weight": 1e38 * state["norm.weight"]})
+    refused("--backbone", {}, backbone=True)
     state = vit()
     wrong = state["layers.0.attn.relative_position_index"].flip(0)
     change = {"layers.0.attn.relative_position_index": wrong}
-    refused("orders the position bias in another way", change, "vitrpb_isotropic_small", arguments=TINY_VIT)
+    refused("relative_position_index", change, "vitrpb_isotropic_small", arguments=TINY_VIT)
 
 
 def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
@@ -341,7 +337,7 @@ def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
         content = file.read_bytes()
         for keep in (0, 10, len(content) // 2, len(content) - 1):
             file.write_bytes(content[:keep])
-            refused(file, rf"{name} is damaged")
+            refused(file, name)
     # one bit, anywhere in the tensors
     flips = random.Random(0)
     file = write(tmp_path / "flipped", "pytorch_model.bin", state)
@@ -350,16 +346,14 @@ def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
         place = content.index(b"data/40") + 200 + flips.randrange(100)
         content[place] ^= 1 << flips.randrange(8)
         file.write_bytes(content)
-        refused(file, r"is damaged: the checksum of \S+/data/\d+ in it is wrong")
+        refused(file, r"/data/\d+")
         content[place] = write(tmp_path / "good", "pytorch_model.bin", state).read_bytes()[place]
     # the format of old
     torch.save(state, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:-100])
-    refused(file, "is damaged")
+    refused(file, file.name)
     file.write_text("# a note\n")
-    refused(
-        file, r"is damaged, cut off, or no file of weights: Unsupported operand \d+$"
-    )  # no word of loading it anyway
+    refused(file, r": Unsupported operand \d+$")  # no word of loading it anyway
 
     class Payload:
         def __reduce__(self):
@@ -368,7 +362,7 @@ def test_damaged_and_dangerous_files(tmp_path: Path) -> None:
     for number, content in enumerate(({"state_dict": Payload()}, {**state, "hook": Payload()})):
         file = tmp_path / f"{number}.pth"
         torch.save(content, file)
-        refused(file, r"holds more than tensors \(getattr\), which could run code, and is not read for safety")
+        refused(file, r"\(getattr\)")
     assert not (tmp_path / "executed").exists()
 
 
@@ -392,7 +386,7 @@ def test_what_mmengine_writes_beside_the_weights(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save(content | {"more": Payload()}, file)
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(ValueError, match=r"epoch_1\.pth.*HistoryBuffer"):
         convert(file, tmp_path / "none", model=NAME)
     assert not (tmp_path / "executed").exists()
 
@@ -400,13 +394,13 @@ def test_what_mmengine_writes_beside_the_weights(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "x", "x.pth", filler.of(timm.create_model(NAME)))
     monkeypatch.setattr(converting, "difference", lambda *_: float("nan"))
-    with pytest.raises(ConversionError, match=r"answers with a difference of nan.*nothing was written"):
+    with pytest.raises(ConversionError, match=r"nan.*0\.0001"):
         convert(file, tmp_path / "ours", model=NAME)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     monkeypatch.undo()
     folder = convert(file, tmp_path / "ours", model=NAME).folder
     (folder / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--force"):
         convert(file, folder, model=NAME)
     convert(file, folder, model=NAME, force=True)
     assert (folder / "mine.txt").read_text() == "keep"
@@ -415,28 +409,28 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "x", "x.pth", filler.of(timm.create_model(NAME)))
     for source, model, message in (
-        (file, None, "does not tell which model it is of: name it with --model"),
-        (file, "", "unknown model ''"),
-        (file, "dinat_tinny", "unknown model 'dinat_tinny'; nearest: dinat_tiny"),
-        (file, "dinat_tiny.in5k", r"not in the manifest; of dinat_tiny there are: dinat_tiny\.in1k, .*upernet_ade20k"),
-        ("nat_mini", None, r"no file, folder or name of a published checkpoint; those of that model: .*nat_mini\.in1k"),
-        (tmp_path / "absent.pth", NAME, "no file, folder or name"),
-        (tmp_path, NAME, "no model folder"),
+        (file, None, "--model"),
+        (file, "", "''"),
+        (file, "dinat_tinny", "'dinat_tinny'.*dinat_tiny"),
+        (file, "dinat_tiny.in5k", r"dinat_tiny\.in5k.*dinat_tiny\.in1k, .*upernet_ade20k"),
+        ("nat_mini", None, r"'nat_mini'.*nat_mini\.in1k"),
+        (tmp_path / "absent.pth", NAME, "absent.pth"),
+        (tmp_path, NAME, str(tmp_path)),
     ):
         with pytest.raises(ValueError, match=message):
             convert(source, tmp_path / "y", model=model)
     for arguments in ({"pretrained": True}, {"checkpoint_path": "x.pth"}, {"pretrained_cfg_overlay": {}}):
-        with pytest.raises(ValueError, match=f"{next(iter(arguments))}: that says how timm loads a model"):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
             convert(file, tmp_path / "y", model=NAME, arguments=arguments)
-    with pytest.raises(ValueError, match="out_indices: that is of a model that gives feature maps"):
+    with pytest.raises(ValueError, match="out_indices"):
         convert(file, tmp_path / "y", model=NAME, arguments={"out_indices": [0]})
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="run is a training run: its best/ would be read instead"):
+    with pytest.raises(ValueError, match=r"run.*best"):
         convert(file, tmp_path / "run", model=NAME, force=True)
-    with pytest.raises(ValueError, match=r"does not take these arguments.*no_such"):
+    with pytest.raises(ValueError, match=rf"{NAME}.*no_such"):
         convert(file, tmp_path / "y", model=NAME, arguments={"no_such": 1})
-    with pytest.raises(ConversionError, match=r"has 1000 classes, dinat_large\.in22k has 21841"):
+    with pytest.raises(ConversionError, match=r"1000 .*dinat_large\.in22k.* 21841"):
         convert(file, tmp_path / "y", model="dinat_large.in22k")
 
     # a published name is fetched; what is published of it is in the folder
@@ -478,15 +472,15 @@ def test_another_model_of_the_same_shapes(tmp_path: Path) -> None:
     dilated = {"dilations": [[1], [1, 2], [1], [1]]}
     file = write(tmp_path / "x", "nat_mini.pth", net.state_dict())
     for name in ("dinat_mini", "dinat_mini.in1k"):
-        with pytest.raises(ValueError, match=rf"has the name of the published nat_mini\.in1k, not of {name}: rename"):
+        with pytest.raises(ValueError, match=rf"nat_mini\.in1k.*{name}"):
             convert(file, tmp_path / "y", model=name, arguments=small | dilated)
     save_for_hf(net, tmp_path / "folder", safe_serialization=True)
-    with pytest.raises(ValueError, match="folder says that it is of nat_mini, not of dinat_mini"):
+    with pytest.raises(ValueError, match=r" nat_mini.* dinat_mini"):
         convert(tmp_path / "folder", tmp_path / "y", model="dinat_mini", arguments=small | dilated)
     # a file with a published hash
     hybrid = filler.of(timm.create_model("halonet26t", width_factor=0.25))
     file = write(tmp_path / "x", "halonet26t_a1h_256-3083328c.pth", hybrid)
-    with pytest.raises(ConversionError, match=r"is not it: its sha256 is [0-9a-f]{64}, that .* is 3083328c"):
+    with pytest.raises(ConversionError, match=r"[0-9a-f]{64}.* 3083328c"):
         convert(file, tmp_path / "y", model="halo26t", arguments={"width_factor": 0.25})
     # a folder of transformers
     theirs = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -498,8 +492,7 @@ def test_another_model_of_the_same_shapes(tmp_path: Path) -> None:
     hub = write(tmp_path / "hub", "pytorch_model.bin", state).parent
     for model_type, expected in (("dinat", r"\[1, 1, 3, 1, 1\]"), ("nat", r"\[1, 1, 1, 1, 1\]")):
         (hub / "config.json").write_text(json.dumps(told | {"model_type": model_type}))
-        message = rf"config\.json has the dilations {expected}, dinat_mini has \[1, 1, 2, 1, 1\]"
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(ConversionError, match=rf"config\.json.*{expected}.*dinat_mini.*\[1, 1, 2, 1, 1\]"):
             convert(hub, tmp_path / "y", model="dinat_mini", arguments=small | dilated)
     assert not (tmp_path / "y").exists()
 

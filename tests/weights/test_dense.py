@@ -162,10 +162,10 @@ def test_cascade_mask_rcnn(box_head: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"roi_head.bbox_head.3.fc_cls.weight": (4, 32)}, "it is a cascade of 4 stages, here are 3"),
-        ({"roi_head.bbox_head.0.fc_reg.weight": (4, 32)}, "have 4 convolutions, 1 fully connected layers and 4 deltas"),
-        ({"roi_head.bbox_head.1.cls_fcs.0.weight": (4, 32)}, r"cls_fcs\.0\.weight is no parameter of Faster, Mask"),
-        ({"roi_head.mask_head.": None}, "it is a cascade without masks"),
+        ({"roi_head.bbox_head.3.fc_cls.weight": (4, 32)}, "4 stages"),
+        ({"roi_head.bbox_head.0.fc_reg.weight": (4, 32)}, "4 convolutions, 1 .* 4 "),
+        ({"roi_head.bbox_head.1.cls_fcs.0.weight": (4, 32)}, r"cls_fcs\.0\.weight"),
+        ({"roi_head.mask_head.": None}, "Cascade Mask R-CNN"),
     ],
 )
 def test_cascades_that_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -197,19 +197,17 @@ def test_a_file_is_of_what_it_is_called(tmp_path: Path) -> None:
             convert(file, tmp_path / "ours", model=name, arguments=arguments, **kwargs)
 
     for backbone in (False, True):
-        refused("nat_mini.in1k is a classifier: it is not that checkpoint", "nat_mini.in1k", backbone=backbone)
-    refused("is of a model to detect, not to segment", "nat_mini.upernet_ade20k")
-    refused("is of a model to detect, not to segment", "nat_mini", arguments={"task": "segment"})
-    refused(
-        "has head mask_rcnn, nat_mini.cascade_coco has head cascade_mask_rcnn: it is not that", "nat_mini.cascade_coco"
-    )
+        refused("nat_mini.in1k", "nat_mini.in1k", backbone=backbone)
+    refused("detect.*segment", "nat_mini.upernet_ade20k")
+    refused("detect.*segment", "nat_mini", arguments={"task": "segment"})
+    refused("head mask_rcnn.*nat_mini.cascade_coco.*head cascade_mask_rcnn", "nat_mini.cascade_coco")
     file = files[3]
-    refused("has num_classes 3, nat_mini.maskrcnn_coco has num_classes 80", "nat_mini.maskrcnn_coco")
+    refused("num_classes 3.*nat_mini.maskrcnn_coco.*num_classes 80", "nat_mini.maskrcnn_coco")
     for key in ("task", "num_classes"):
         arguments = {"task": "detect", "num_classes": 3}
-        refused(f"{key}: that is of the heads", "nat_mini", arguments={key: arguments[key]}, backbone=True)
+        refused(key, "nat_mini", arguments={key: arguments[key]}, backbone=True)
     done = convert(files[80], tmp_path / "ours", model="nat_mini.maskrcnn_coco", arguments=small)
-    with pytest.raises(ValueError, match="holds a detector or segmenter of this package already: "):
+    with pytest.raises(ValueError, match=str(done.folder)):
         convert(done.folder, tmp_path / "again")
 
 
@@ -356,8 +354,7 @@ def test_a_resnet_of_three_convolutions(tmp_path: Path, monkeypatch: pytest.Monk
     small = {"layers": [1, 1, 1, 1]}
     state = {f"backbone.{key}": x for key, x in original.state_dict().items()}
     file = write(tmp_path / "x", state | {"neck.x": torch.ones(1)})
-    message = "does not fit resnet50: its stem has three convolutions, as that of ResNet-C"
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(ConversionError, match=r"resnet50.*resnet50c"):
         convert(file, tmp_path / "ours", model="resnet50", backbone=True, arguments=small)
     small["out_indices"] = (1, 2, 3, 4)
     done = convert(file, tmp_path / "ours", model="resnet50c", backbone=True, arguments=small)
@@ -377,36 +374,34 @@ def test_what_is_refused_whole(tmp_path: Path) -> None:
     inner = {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
     one = torch.ones(1)
     for heads, reason in (
-        ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "it is a cascade of 1 stages"),
+        ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "1 stages"),
         (
             {"sem_seg_head.p2.0.weight": one, "criterion.x": one},
-            "this package has no heads like criterion, sem_seg_head",
+            "criterion, sem_seg_head",
         ),
-        ({"roi_heads.res5.0.conv1.weight": one, "proposal_generator.x": one}, "no heads like proposal_generator, roi_"),
-        ({"sem_seg_head.predictor.class_embed.weight": one}, "it has no sem_seg_head.pixel_decoder.transformer.level_"),
-        ({"decode_head.scale_heads.0.0.conv.weight": one}, "FPNHead, with BatchNorm where the semantic FPN here"),
-        ({"bbox_head.retina_cls.weight": one, "neck.lateral_convs.0.conv.weight": one}, "a RetinaNet on an FPN"),
-        ({"bbox_head.conv_centerness.weight": one}, "this package has no heads like bbox_head"),
-        ({"decode_head.psp_modules.0.1.conv.weight": one}, "it has no decode_head.conv_seg.weight"),
+        ({"roi_heads.res5.0.conv1.weight": one, "proposal_generator.x": one}, "proposal_generator, roi_heads"),
+        ({"sem_seg_head.predictor.class_embed.weight": one}, "sem_seg_head.pixel_decoder.transformer.level_"),
+        ({"decode_head.scale_heads.0.0.conv.weight": one}, "FPNHead"),
+        ({"bbox_head.retina_cls.weight": one, "neck.lateral_convs.0.conv.weight": one}, "RetinaNet"),
+        ({"bbox_head.conv_centerness.weight": one}, "bbox_head"),
+        ({"decode_head.psp_modules.0.1.conv.weight": one}, "decode_head.conv_seg.weight"),
     ):
         with pytest.raises(ConversionError) as caught:
             told = {"task": "segment", "channel_order": "rgb", "mean": [0.5] * 3, "std": [0.5] * 3}
             convert(write(tmp_path / "x", inner | heads), tmp_path / "ours", model="test_foveal_nat", arguments=told)
         message = str(caught.value)
         count = len(inner) + len(heads)
-        assert f"of its {count} tensors {len(inner)} belong to the backbone and to its heads" in message
-        assert reason in message.partition("It is not converted whole: ")[2]
-        assert message.endswith("--backbone converts the backbone")
+        assert re.search(rf" {count} .* {len(inner)} .*{re.escape(reason)}.*--backbone", message)
     # and a whole one, of which something is missing, or left over
     state = to_mmseg(model.state_dict()) | inner
     gone = {key: x for key, x in state.items() if key != "decode_head.fpn_bottleneck.bn.bias"}
-    with pytest.raises(ConversionError, match=r"of the model not set: 1 \(head\.fuse\.norm\.bias\)"):
+    with pytest.raises(ConversionError, match=r"1 \(head\.fuse\.norm\.bias\)"):
         convert(write(tmp_path / "x", gone), tmp_path / "ours", model="test_foveal_nat")
     more = state | {"decode_head.extra.weight": one}
-    with pytest.raises(ConversionError, match=r"decode_head\.extra\.weight is no parameter of UPerNet"):
+    with pytest.raises(ConversionError, match=r"decode_head\.extra\.weight"):
         convert(write(tmp_path / "x", more), tmp_path / "ours", model="test_foveal_nat")
     more = state | {"backbone.extra.weight": one}
-    with pytest.raises(ConversionError, match=r"unexpected 1 \(extra\.weight\)"):
+    with pytest.raises(ConversionError, match=r"1 \(extra\.weight\)"):
         convert(write(tmp_path / "x", more), tmp_path / "ours", model="test_foveal_nat")
     assert not (tmp_path / "ours").exists()
 
@@ -436,7 +431,7 @@ def test_what_the_manifest_knows_of_it(tmp_path: Path) -> None:
     checks = {check.name: check for check in verify(done.folder)}
     assert all(check.passed for check in checks.values())
     assert checks["as the manifest says"].detail == "mean, std, dilations"
-    with pytest.raises(ValueError, match="is a model to detect: `foveal evaluate` scores it"):
+    with pytest.raises(ValueError, match=r"detect.*foveal evaluate"):
         list(verify(done.folder, tmp_path))
     weights = done.folder / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)

@@ -295,7 +295,7 @@ def test_mask2former_for_objects(mask2former: None, tmp_path: Path) -> None:
     mean, std = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
     state |= {name: torch.tensor(x).view(3, 1, 1) for name, x in (("pixel_mean", mean), ("pixel_std", std))}
     file = write(tmp_path / "x", state)
-    with pytest.raises(ConversionError, match=r"its pixel_mean over 255, .*0\.392.*, but mean is said to be \[0\.4, "):
+    with pytest.raises(ConversionError, match=r"pixel_mean.*0\.392.*\[0\.4, "):
         told = {"task": "detect", "mean": [0.4, 0.4, 0.4]}
         convert(file, tmp_path / "ours", model=NAME, arguments=told)
     done = convert(file, tmp_path / "ours", model=NAME, arguments={"task": "detect"})
@@ -347,7 +347,7 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
         return write(tmp_path / "x", state | filler.state_dict(own)).rename(tmp_path / "x" / f"{name}.pth")
 
     file = published("of_mine", 5)
-    with pytest.raises(ConversionError, match="not tell whether it is for the class of each pixel or for objects: say"):
+    with pytest.raises(ConversionError, match=r"task=segment.*task=detect"):
         convert(file, tmp_path / "ours", model=model, arguments=small)
     file = published("mask2former_dinat_large_coco_panoptic", 133)
     done = convert(file, tmp_path / "ours", model=model, arguments=small)
@@ -362,9 +362,7 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
     assert unsure.lines()[3].startswith("The dilations that it was trained with are not known here")
     # the sizes of the images that objects are found in
     named = f"{model}.mask2former_cityscapes_instance"
-    with pytest.raises(
-        ValueError, match=r"name of the published \S+cityscapes_panoptic, not of \S+cityscapes_instance"
-    ):
+    with pytest.raises(ValueError, match=r"cityscapes_panoptic.*cityscapes_instance"):
         convert(file, tmp_path / "objects", model=named, arguments=small)
     file = published("mine", 8)
     for own, expected in (({}, (1024, 2048)), ({"min_size": 96, "max_size": 128}, (96, 128))):
@@ -372,7 +370,7 @@ def test_mask2former_by_the_manifest(mask2former: None, tmp_path: Path) -> None:
         transform = foveal.load(found.folder).detector.transform
         assert (*transform.min_size, transform.max_size) == expected
     file = published("mask2former_dinat_large_coco_panoptic", 133)
-    with pytest.raises(ValueError, match="task is 'panoptic', it must be detect or segment"):
+    with pytest.raises(ValueError, match=r"task.*'panoptic'"):
         convert(file, tmp_path / "more", model=model, arguments=small | {"task": "panoptic"})
 
 
@@ -486,7 +484,7 @@ def test_mask_rcnn_on_a3fpn(theirs: Callable[..., nn.Module], tmp_path: Path) ->
     done = convert(write(tmp_path / "x", state), tmp_path / "ours", model="resnet50", arguments=SMALL | told)
     assert done.record["tensors"] == len(state)
     assert done.lines()[2] == "it is mask_rcnn on resnet50 with a3fpn, 3 classes"
-    assert "its first filters were turned round" in done.lines()[3]
+    assert "BGR" in done.lines()[3]
     check_folder(done.folder, state)
 
     model = foveal.load(done.folder)
@@ -570,23 +568,23 @@ def test_an_old_file_of_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     known = dataclasses.replace(checkpoints()["nat_mini.maskrcnn_coco"], model=NAME, tag="mine", channel_order="bgr")
     every = checkpoints() | {known.name: known}
-    for module in ("convert", "card", "verify"):
+    for module in ("convert", "cards", "verify"):
         monkeypatch.setattr(f"foveal.weights.{module}.checkpoints", lambda: every)
     done = convert(file, tmp_path / "published", model=known.name)
     assert all(check.passed for check in verify(done.folder))
     assert tuple(foveal.load(done.folder).arguments["mean"]) == known.mean
-    with pytest.raises(ConversionError, match=r"but mean is said to be \[0\.485, 0\.456, 0\.406\] of \S+mine"):
+    with pytest.raises(ConversionError, match=r"mean.*\[0\.485, 0\.456, 0\.406\].*mine"):
         convert(file, tmp_path / "no", model=known.name, arguments={"channel_order": "rgb"})
 
     file = old_file(tmp_path / "y", 3, bgr, **{anchors[1]: torch.ones(3, 4)})
-    with pytest.raises(ConversionError, match=r"its anchors \S+\.1 are \[\[1\.0, 1\.0, .* here they are \[\[-45\.25"):
+    with pytest.raises(ConversionError, match=r"\.1 .*\[\[1\.0, 1\.0, .*\[\[-45\.25"):
         convert(file, tmp_path / "no", model=NAME, arguments=told)
     file = old_file(tmp_path / "z", 3, bgr | {"std": [0.0] * 3})
-    with pytest.raises(ConversionError, match=r"std is \[0\.0, 0\.0, 0\.0\], it must be 3 numbers"):
+    with pytest.raises(ConversionError, match=r"std.*\[0\.0, 0\.0, 0\.0\]"):
         convert(file, tmp_path / "no", model=NAME, arguments=told)
     file = old_file(tmp_path / "z", 4, {})
     rest = {"in_chans": 4, "mean": [0.5] * 4, "std": [0.5] * 4}
-    with pytest.raises(ConversionError, match="channel_order is bgr, but the images have 4 channels"):
+    with pytest.raises(ConversionError, match=r"bgr.* 4 channels"):
         convert(file, tmp_path / "no", model=NAME, arguments=told | rest)
     assert not (tmp_path / "no").exists()
 
@@ -609,33 +607,32 @@ def test_what_the_file_does_not_tell(tmp_path: Path) -> None:
 
     for backbone in (False, True):
         refused(
-            r"Say with --set: stride_in_1x1=true or false \(MODEL\.RESNETS\.STRIDE_IN_1X1: .*\); "
-            r"channel_order=bgr or rgb \(INPUT\.FORMAT\); mean=.* \(MODEL\.PIXEL_MEAN over 255.*\); "
-            r"std=.* \(MODEL\.PIXEL_STD over 255",
+            r"--set.*stride_in_1x1=.*MODEL\.RESNETS\.STRIDE_IN_1X1.*channel_order=.*INPUT\.FORMAT.*mean=.*"
+            r"MODEL\.PIXEL_MEAN.*std=.*MODEL\.PIXEL_STD",
             {},
             backbone=backbone,
         )
     rest: dict[str, Any] = dict(mean=[0.5] * 3, std=[0.2] * 3)
-    refused(r"Say with --set: stride_in_1x1=true or false \([^;]*$", dict(rest, channel_order="rgb"))
-    refused(r"Say with --set: channel_order=bgr or rgb \([^;]*$", dict(rest, stride_in_1x1=True))
-    refused("channel_order is 'grb', it must be one of rgb, bgr", dict(rest, channel_order="grb"))
-    refused("stride_in_1x1 is 'maybe', it must be true or false", dict(rest, stride_in_1x1="maybe"))
+    refused(r"--set.* stride_in_1x1=[^;]*$", dict(rest, channel_order="rgb"))
+    refused(r"--set.* channel_order=[^;]*$", dict(rest, stride_in_1x1=True))
+    refused("channel_order.*'grb'", dict(rest, channel_order="grb"))
+    refused("stride_in_1x1.*'maybe'", dict(rest, stride_in_1x1="maybe"))
     for backbone in (False, True):
         for values in ("hello", [123.675, 116.28, 103.53], [0.5], None):
-            refused("mean is .*, it must be 3 numbers from 0 to 1", dict(rest, mean=values), backbone=backbone)
-    refused("std is .*, it must be 3 numbers", dict(rest, std=[0.2, 0.2, 0.0]))
+            refused("mean.* 3 ", dict(rest, mean=values), backbone=backbone)
+    refused("std.* 3 ", dict(rest, std=[0.2, 0.2, 0.0]))
     refused(
-        "strides in the first convolutions of its blocks, which timm's do not: --backbone is not for it",
+        "stride_in_1x1.*--backbone",
         dict(rest, stride_in_1x1=True, channel_order="rgb"),
         backbone=True,
     )
     refused(
-        "takes images in the order BGR, which timm's do not",
+        "channel_order.*--backbone",
         dict(rest, stride_in_1x1=False, channel_order="bgr"),
         backbone=True,
     )
     # the manifest tells it of published ones
-    refused("strides in the first convolutions", {}, "resnet50.a3fpn_maskrcnn_coco", backbone=True)
+    refused("stride_in_1x1", {}, "resnet50.a3fpn_maskrcnn_coco", backbone=True)
     known = checkpoints()["resnet50.a3fpn_mask2former_coco"]
     done = convert(
         file, tmp_path / "ours", model=known.name, arguments=SMALL | {"out_indices": (1, 2, 3, 4)}, backbone=True
@@ -655,7 +652,7 @@ def test_where_a_resnet_strides() -> None:
     for a, b in zip(nets[0](x), nets[1](x), strict=True):
         assert a.shape == b.shape
     assert sizes == {"0": (16, 16), "1": (8, 8)}
-    with pytest.raises(ValueError, match="blocks of three convolutions, not for test_foveal_nat"):
+    with pytest.raises(ValueError, match="test_foveal_nat"):
         build_features("test_foveal_nat", stride_in_1x1=True)
 
 
@@ -670,7 +667,7 @@ def test_sides_of_boxes_shrink_without_a_bound() -> None:
         assert (found[3] - found[1]).item() == pytest.approx(100 * 1000 / 16, rel=1e-5)
         corners = model.detector.rpn.anchor_generator.cell_anchors[0][0]  # of ratio 1 / 2
         assert corners.tolist() == pytest.approx([-16 * 2**0.5, -16 / 2**0.5, 16 * 2**0.5, 16 / 2**0.5])
-    with pytest.raises(ValueError, match="convention must be one of torchvision, mmdet, detectron2, got 'caffe'"):
+    with pytest.raises(ValueError, match=r"convention.*torchvision, mmdet, detectron2.*'caffe'"):
         build_detector("test_foveal_nat", "faster_rcnn", num_classes=2, head_kwargs={"convention": "caffe"})
-    with pytest.raises(ValueError, match="convention must be one of torchvision, mmdet, got 'detectron2'"):
+    with pytest.raises(ValueError, match=r"convention.*torchvision, mmdet.*'detectron2'"):
         build_detector("test_foveal_nat", "retinanet", num_classes=2, head_kwargs={"convention": "detectron2"})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,12 @@ from timm.models import save_for_hf
 
 import foveal.weights.export as exporting
 from foveal.backbones.loading import load
+from foveal.weights import folder as folders
+from foveal.weights.cards import preparing
+from foveal.weights.compare import compare, relative_error
 from foveal.weights.export import export
-from foveal.weights.images import preparing, preprocessing, read_image
+from foveal.weights.formats import ExportError
+from foveal.weights.images import preprocessing, read_image
 from foveal.weights.manifest import checkpoints
 from foveal.weights.predict import predict
 
@@ -88,9 +94,9 @@ def test_the_card_prepares_images(size: tuple[int, ...], crop: float, tmp_path: 
         found: dict[str, object] = {}
         exec(code.replace("photo.jpg", str(photo)), found)
         expected = preprocessing(original)(read_image(photo, channels))[None]
-        torch.testing.assert_close(found["images"], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(found["image"]), expected, rtol=0, atol=1e-6)
         with torch.no_grad():
-            torch.testing.assert_close(found["outputs"], original(expected), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["logits"], original(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_cards_of_other_images(tmp_path: Path) -> None:
@@ -136,26 +142,27 @@ def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
     (output / "config.json").write_text("old")
     (tmp_path / "another" / "best").mkdir(parents=True)
     (tmp_path / "another" / "best" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="another is a training run: its best/ would be read instead"):
+    with pytest.raises(ValueError, match=r"another.*best"):
         export(run, "safetensors", tmp_path / "another", force=True)
-    with pytest.raises(ValueError, match=r"is not empty.*--force"):
+    with pytest.raises(ValueError, match=r"model.*--force"):
         export(run, "safetensors", output)
     assert (output / "config.json").read_text() == "old"
     export(run, "safetensors", output, force=True)
     assert (output / "mine.txt").read_text() == "keep"
     assert json.loads((output / "config.json").read_text())["architecture"] == "test_foveal_dinat"
     assert sorted(p.name for p in output.iterdir()) == ["README.md", "config.json", "mine.txt", "model.safetensors"]
-    with pytest.raises(ValueError, match="is a file; the output is a folder"):
+    with pytest.raises(ValueError, match=r"mine\.txt"):
         export(run, "safetensors", output / "mine.txt")
-    with pytest.raises(ValueError, match=r"deeper cannot be a folder: .*mine\.txt is a file$"):
+    with pytest.raises(ValueError, match=r"deeper.*mine\.txt"):
         export(run, "safetensors", output / "mine.txt" / "deeper")
 
 
 def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
     """As Core ML's: readable, replaced whole, also after an export that was killed."""
     output = tmp_path / "out"
+    os.umask(mask := os.umask(0))
     for number in range(3):
-        with exporting.staged(output) as folder:
+        with folders.staged(output) as folder:
             inside = folder / "model.mlpackage" / "Data"
             inside.mkdir(parents=True, mode=0o700)
             (inside / f"{number}.bin").write_text(str(number))
@@ -164,9 +171,9 @@ def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
         found = [path for path in output.rglob("*") if path.is_file()]
         assert sorted(path.name for path in found) == [f"{number}.bin", "config.json"]
         assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.mlpackage"]
-        assert {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o666 & ~exporting._umask()}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o666 & ~mask}
         for each in (output / "model.mlpackage", output / "model.mlpackage" / "Data"):
-            assert stat.S_IMODE(each.stat().st_mode) == 0o777 & ~exporting._umask()
+            assert stat.S_IMODE(each.stat().st_mode) == 0o777 & ~mask
         for left in (".model.mlpackage.new", ".model.mlpackage.old"):
             (output / left).mkdir()
             (output / left / "half").write_text("left over")
@@ -175,15 +182,15 @@ def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
 def test_two_exports_to_one_folder(tmp_path: Path) -> None:
     """The one that ends later leaves the other's as it is."""
     output = tmp_path / "out"
-    with pytest.raises(OSError, match=r"out was written by another export meanwhile"), exporting.staged(output) as late:
+    with pytest.raises(OSError, match="out"), folders.staged(output) as late:
         (late / "config.json").write_text("late")
         (late / "model.onnx").write_text("late")
-        with exporting.staged(output) as early:
+        with folders.staged(output) as early:
             (early / "config.json").write_text("early")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in output.iterdir()] == ["config.json"]
     assert (output / "config.json").read_text() == "early"
-    with exporting.staged(output) as folder:  # what stood there before may be replaced
+    with folders.staged(output) as folder:  # what stood there before may be replaced
         (folder / "config.json").write_text("new")
     assert (output / "config.json").read_text() == "new"
 
@@ -191,12 +198,10 @@ def test_two_exports_to_one_folder(tmp_path: Path) -> None:
 def test_answers_that_are_no_logits(run: Path, image: Path, tmp_path: Path) -> None:
     model = timm.create_model("test_foveal_nat", num_classes=3, global_pool="")
     save_for_hf(model, tmp_path / "map", model_args={"global_pool": ""}, safe_serialization=True)
-    with pytest.raises(
-        ValueError, match=r"map gives \[2, 2, 3\] of an image, not 3 logits .*--to safetensors takes it"
-    ):
+    with pytest.raises(ValueError, match=r"map.*\[2, 2, 3\].* 3 .*pt2"):
         export(tmp_path / "map", "pt2", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"map gives \[1, 2, 2, 3\] of an image, not 3 logits"):
+    with pytest.raises(ValueError, match=r"\[1, 2, 2, 3\]"):
         list(predict(tmp_path / "map", [image]))
 
 
@@ -209,7 +214,7 @@ def test_label_names_of_a_folder(run: Path, image: Path, tmp_path: Path) -> None
     file.write_text(json.dumps(config | {"label_names": {str(i): "abcde"[i] for i in reversed(range(5))}}))
     assert list(predict(tmp_path / "x", [image])) == [(str(image), expected)]
     file.write_text(json.dumps(config | {"label_names": ["a", "b"]}))
-    with pytest.raises(ValueError, match="x has 2 label_names for 5 classes"):
+    with pytest.raises(ValueError, match=r"2 .*5"):
         list(predict(tmp_path / "x", [image]))
 
 
@@ -219,7 +224,7 @@ def test_another_format_is_not_left_beside(run: Path, tmp_path: Path) -> None:
     output.mkdir()
     for name in ("model.onnx", "model.xml"):
         (output / name).write_text("old")
-    with pytest.raises(ValueError, match=r"model holds model\.onnx, model\.xml, which safetensors does not replace"):
+    with pytest.raises(ValueError, match=r"model\.onnx, model\.xml.*safetensors"):
         export(run, "safetensors", output, force=True)
     assert sorted(path.name for path in output.iterdir()) == ["model.onnx", "model.xml"]
 
@@ -247,31 +252,38 @@ def test_weights_that_were_converted(run: Path, tmp_path: Path) -> None:
 def test_a_difference_leaves_nothing(
     difference: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "_largest_difference", lambda *_: difference)
-    with pytest.raises(exporting.ExportError, match=r"differs from the original by .* nothing was written"):
+    monkeypatch.setattr(exporting._Classifier, "difference", staticmethod(lambda *_: difference))
+    with pytest.raises(ExportError, match=rf"{difference:.1e} on random, batch 1.*0\.0001"):
         export(run, "safetensors", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_difference_is_the_worst_one() -> None:
-    model = torch.nn.Identity()
     inputs = {"good": torch.ones(1, 2), "bad": torch.tensor([[2.0, 4.0]])}
-    assert exporting._largest_difference(model, lambda x: x, inputs) == 0.0
-    assert exporting._largest_difference(model, lambda x: x + (x > 3), inputs) == pytest.approx(0.25)
-    assert np.isnan(exporting._largest_difference(model, lambda x: x * float("nan"), inputs))
-    # of the first alone, though the others are good
-    assert np.isnan(exporting._largest_difference(model, lambda x: x / (x.max() > 1) * (x.max() > 1), inputs))
+    expected = {name: (x,) for name, x in inputs.items()}
+
+    def compared(change: Callable[[torch.Tensor], torch.Tensor], limit: float = 0.5) -> float:
+        return compare(expected, lambda x: (change(x),), inputs, limit, relative_error)
+
+    assert compared(lambda x: x) == 0.0
+    assert compared(lambda x: x + (x > 3)) == pytest.approx(0.25)
+    with pytest.raises(ExportError, match=r"2\.5e-01 on bad.*0\.2"):
+        compared(lambda x: x + (x > 3), limit=0.2)
+    # of the first alone, though the other is good
+    with pytest.raises(ExportError, match="nan on good"):
+        compared(lambda x: x / (x.max() > 1) * (x.max() > 1))
+    assert np.isnan(relative_error([torch.ones(2), torch.ones(2)], [torch.ones(2), torch.tensor([1.0, np.nan])]))
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot export to 'tflite'; the formats are safetensors, onnx, pt2, aoti"):
+    with pytest.raises(ValueError, match=r"tflite.*safetensors, onnx, pt2, aoti"):
         export(run, "tflite", tmp_path / "x")
     for output in (run, run / "best", run / ".." / run.name):
-        with pytest.raises(ValueError, match="is what is exported; choose another folder"):
+        with pytest.raises(ValueError, match=run.name):
             export(run, "safetensors", output, force=True)
-    with pytest.raises(ValueError, match="no weights to fetch"):
+    with pytest.raises(ValueError, match="test_foveal_nat"):
         export("test_foveal_nat", "onnx", tmp_path / "x")
-    with pytest.raises(OSError, match=r"absent\.png: no such file"):
+    with pytest.raises(OSError, match=r"absent\.png"):
         export(run, "safetensors", tmp_path / "x", images=[tmp_path / "absent.png"])
     assert list(tmp_path.iterdir()) == []
 
@@ -280,8 +292,8 @@ def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path, monkeypatch
     def refuse(prefix: str, dir: Path):
         raise PermissionError(13, "Permission denied", str(dir / f"{prefix}abc"))
 
-    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refuse)
-    with pytest.raises(OSError, match=r"^cannot write .*model: Permission denied$"):
+    monkeypatch.setattr(folders.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(OSError, match=r"model: Permission denied$"):
         export(run, "SafeTensors", tmp_path / "model")
 
 
@@ -295,14 +307,14 @@ def test_values_of_images(tmp_path: Path) -> None:
     Image.new("RGBA", (1, 1), (200, 100, 50, 128)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png", 3).getpixel((0, 0)) == (100, 50, 25)
     Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(OSError, match=r"float\.tiff: not a readable image: .*mode F|mode.*F"):
+    with pytest.raises(OSError, match=r"float\.tiff.*F"):
         read_image(tmp_path / "float.tiff", 3)
 
 
 def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (100, 100)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(OSError, match=r"x\.png: not a readable image: .*decompression bomb"):
+    with pytest.raises(OSError, match=r"x\.png"):
         read_image(tmp_path / "x.png", 1)
 
 
@@ -310,10 +322,10 @@ def test_images(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.new("RGBA", (4, 6), (255, 0, 0, 128)).save(path)
     assert (read_image(path, 1).mode, read_image(path, 3).mode) == ("L", "RGB")
-    with pytest.raises(ValueError, match="takes 4 channels; image files have 1 or 3"):
+    with pytest.raises(ValueError, match="4 channels"):
         read_image(path, 4)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(OSError, match=r"x\.png: not a readable image"):
+    with pytest.raises(OSError, match=r"x\.png"):
         read_image(path, 3)
     # a photo taken with the camera on its side
     exif = Image.Exif()

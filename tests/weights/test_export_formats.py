@@ -17,8 +17,9 @@ from timm.models import save_for_hf
 import foveal.weights.export as exporting
 import foveal.weights.formats as formats
 from foveal.backbones.loading import load
-from foveal.weights.export import HALF_TOLERANCE, TOLERANCE, ExportError, export
-from foveal.weights.formats import FORMATS, Format, Job
+from foveal.weights.export import HALF_TOLERANCE, export
+from foveal.weights.folder import TOLERANCE
+from foveal.weights.formats import FORMATS, ExportError, ExportSpec, Format
 from foveal.zoo import FAMILIES
 
 SIZE = 32
@@ -163,10 +164,10 @@ def test_half_is_half_as_large(folder: Path, tmp_path: Path) -> None:
 def test_the_branches_are_folded(care: Path) -> None:
     """What is written is the deployed form; what it is compared with is the trained one."""
     model = load(care)
-    job = exporting.classifier_job(model, "pt2")
-    count = [sum(p.numel() for p in each.parameters()) for each in (model, job.model)]
+    spec = exporting.classifier_spec(model, "pt2")
+    count = [sum(p.numel() for p in each.parameters()) for each in (model, spec.model)]
     assert count[1] < count[0]
-    assert exporting.classifier_job(model, "safetensors").model is model
+    assert exporting.classifier_spec(model, "safetensors").model is model
     assert sum(p.numel() for p in model.parameters()) == count[0]
 
 
@@ -208,14 +209,14 @@ def test_coreml_is_converted(care: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_coreml_says_what_it_cannot_convert(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("coremltools", reason="the extra foveal[coreml] is not installed")
-    with pytest.raises(ExportError, match=r"coremltools .* cannot convert this model: .*(rank|Unsupported)"):
+    with pytest.raises(ExportError, match=r"coremltools .*(rank|Unsupported)"):
         export(folder, "coreml", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_aoti_without_a_compiler(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ExportError, match="compiles C\\+\\+ and finds no 'no-such-compiler'"):
+    with pytest.raises(ExportError, match=r"no-such-compiler.*CXX"):
         export(folder, "aoti", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -227,46 +228,42 @@ def test_aoti_without_a_compiler(folder: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_missing_package(to: str, module: str, extra: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
     find = formats.importlib.util.find_spec
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == module else find(name))
-    with pytest.raises(ImportError, match=rf"export to {to} needs {module}.*: pip install 'foveal\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"{to}.*{module}.*foveal\[{extra}\]"):
         export(folder, to, tmp_path / "out")
 
 
 def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
     output = tmp_path / "out"
     for to in ("coreml", "safetensors"):
-        with pytest.raises(ValueError, match=f"{to} does not go with --dynamic: "):
+        with pytest.raises(ValueError, match=rf"{to}.*--dynamic"):
             export(folder, to, output, dynamic=True)
     fixed = _save(tmp_path / "maxvit", "test_foveal_maxvit")
-    with pytest.raises(
-        ValueError, match="--dynamic: free sizes are offered for NAT, DiNAT, DiNAT_s, OverLoCK and CARE a"
-    ):
+    with pytest.raises(ValueError, match=r"test_foveal_maxvit.*--dynamic.*NAT, DiNAT, DiNAT_s, OverLoCK, CARE"):
         export(fixed, "pt2", output, dynamic=True)
-    with pytest.raises(ValueError, match="AOTInductor does not end within ten minutes with windows"):
+    with pytest.raises(ValueError, match=r"test_foveal_dinat.*--dynamic.*AOTInductor"):
         export(folder, "aoti", output, dynamic=True)
     small = _save(tmp_path / "small", "test_foveal_care", size=28)
-    with pytest.raises(ValueError, match=r"pt2 with --dynamic .* from 32 on, and .* has images of 28 x 28: leave"):
+    with pytest.raises(ValueError, match=r"--dynamic.*32.*\(28, 28\)"):
         export(small, "pt2", output, dynamic=True)
-    with pytest.raises(ValueError, match="--int8 is for onnx, quantised by onnxruntime; pt2 is written in float"):
+    with pytest.raises(ValueError, match=r"--int8.*onnx"):
         export(folder, "pt2", output, int8=True, calibration=[tmp_path])
-    with pytest.raises(ValueError, match="--int8 does not go with --half"):
+    with pytest.raises(ValueError, match=r"--int8.*--half"):
         export(folder, "onnx", output, int8=True, half=True, calibration=[tmp_path])
-    with pytest.raises(ValueError, match="--int8 needs images"):
+    with pytest.raises(ValueError, match=r"--int8.*--calibration"):
         export(folder, "onnx", output, int8=True)
-    with pytest.raises(ValueError, match="calibration images are for --int8"):
+    with pytest.raises(ValueError, match=r"--int8.*--calibration"):
         export(folder, "onnx", output, calibration=[tmp_path])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no images in .*empty"):
+    with pytest.raises(ValueError, match="empty"):
         export(folder, "onnx", output, int8=True, calibration=[tmp_path / "empty"])
-    with pytest.raises(ValueError, match="is neither a detector nor a segmenter: --size is for these; a class"):
+    with pytest.raises(ValueError, match=r"--size \(64, 64\).*dinat"):
         export(folder, "onnx", output, size=(64, 64))
     headless = _save(tmp_path / "headless", "test_foveal_care", classes=0)
-    with pytest.raises(
-        ValueError, match="headless has no classifier, num_classes is 0: pt2 holds one; --to safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"headless.* 0 classes.*pt2"):
         export(headless, "pt2", output)
     if formats.sys.platform != "darwin":
         monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: name)  # as if all were installed
-        with pytest.raises(ValueError, match="--score runs what was written, and coreml is not run here: Core ML"):
+        with pytest.raises(ValueError, match=r"--score.*coreml"):
             export(folder, "coreml", output, score=tmp_path)
     assert not output.exists()
 
@@ -274,15 +271,15 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
 def test_a_format_that_goes_wrong_is_not_written(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """The check runs what is in the folder, whichever the format."""
 
-    def write(job: Job, target: Path) -> None:
-        FORMATS["safetensors"].write(job, target)
+    def write(spec: ExportSpec, target: Path) -> None:
+        FORMATS["safetensors"].write(spec, target)
 
     def wrong(target: Path):
         run = FORMATS["safetensors"].open(target)
         return lambda images: tuple(1.001 * each for each in run(images))
 
-    monkeypatch.setitem(exporting.FORMATS, "broken", Format(write, wrong, ""))
-    with pytest.raises(ExportError, match=r"differs from the original by 1\.0e-03 .* nothing was written"):
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format(write, wrong))
+    with pytest.raises(ExportError, match=r"1\.0e-03.*0\.0001"):
         export(folder, "broken", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -302,21 +299,21 @@ def test_what_a_library_cannot_do(folder: Path, tmp_path: Path, monkeypatch) -> 
         fail("open")
         return lambda images: fail("run")
 
-    monkeypatch.setitem(exporting.FORMATS, "broken", Format(lambda *_: fail("write"), start, ""))
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format(lambda *_: fail("write"), start))
     for what, message in (
-        ("write", r"^broken cannot convert test_foveal_dinat: KeyError: 'aten\.new'$"),
-        ("open", r"^broken cannot open what was written: KeyError"),
-        ("run", r"^broken cannot run what was written on images \[1, 3, 32, 32\]: KeyError"),
+        ("write", r"^broken.* test_foveal_dinat: KeyError: 'aten\.new'$"),
+        ("open", "^broken.*: KeyError"),
+        ("run", r"^broken.* \[1, 3, 32, 32\]: KeyError"),
     ):
         failures = {what: KeyError("aten.new")}
         with pytest.raises(ExportError, match=message):
             export(folder, "broken", tmp_path / "out")
     for error in (ExportError("no compiler"), ValueError("no size"), ImportError("no onnx")):
         failures = {"write": error}
-        with pytest.raises(type(error), match=f"^{error}$"):
+        with pytest.raises(type(error), match=rf"^{error}$"):
             export(folder, "broken", tmp_path / "out")
     failures = {"write": OSError(28, "No space left on device")}
-    with pytest.raises(OSError, match=r"^cannot write .*out: No space left on device$"):
+    with pytest.raises(OSError, match=r"out: No space left on device$"):
         export(folder, "broken", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -325,7 +322,7 @@ def test_checks_of_free_sizes(tmp_path: Path) -> None:
     """No smaller than a file takes them, and of more than one."""
     model = load(_save(tmp_path / "x", "test_foveal_nat", size=64))
     for to in FORMATS:
-        sizes = [tuple(x.shape[2:]) for x in exporting.check_inputs(model, (), to, True).values()]
+        sizes = [tuple(x.shape[2:]) for x in exporting.classifier_inputs(model, (), to, True).values()]
         assert min(map(min, sizes)) == 32
         assert len(set(sizes)) == 4
 
@@ -383,7 +380,7 @@ def test_int8(folder: Path, pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_int8_that_goes_wrong(folder: Path, pictures: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(exporting, "INT8_TOLERANCE", 1e-6)
-    with pytest.raises(ExportError, match=r"in 8 bits the logits .* differ by .* nothing was written"):
+    with pytest.raises(ExportError, match="1e-06"):
         export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures])
     assert not (tmp_path / "out").exists()
 
@@ -393,11 +390,10 @@ def test_int8_that_is_elsewhere(
     difference: float, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Well on the images that it was fitted to, far away on those of the check."""
-    monkeypatch.setattr(exporting, "write_checked", lambda *_: 0.0)
+    differences = [0.0] * 4 + [difference]  # of the four inputs before, of the first one after
     monkeypatch.setattr(exporting, "_to_int8", lambda *_: "in 8 bits")
-    monkeypatch.setattr(exporting, "run_of", lambda *_: None)
-    monkeypatch.setattr(exporting, "_largest_difference", lambda *_: difference)
-    with pytest.raises(ExportError, match=r"in 8 bits the logits of random, batch 1.* differ .* nothing was written"):
+    monkeypatch.setattr(exporting._Classifier, "difference", staticmethod(lambda *_: differences.pop(0)))
+    with pytest.raises(ExportError, match=rf"{re.escape(f'{difference:.1e}')} on random, batch 1.* 1;"):
         export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures])
     assert not (tmp_path / "out").exists()
 
@@ -408,8 +404,8 @@ def test_the_score_of_what_was_written(folder: Path, pictures: Path, tmp_path: P
     assert done.notes == [f"top-1 {before} % on 10 images of {pictures}, the original {before} % (+0.00)"]
     shutil.rmtree(pictures / "a")
     # before anything is converted, and of the right folder
-    monkeypatch.setattr(exporting, "write_checked", None)
-    with pytest.raises(OSError, match=f"^{tmp_path / 'absent'}: "):
+    monkeypatch.setattr(exporting, "staged", None)
+    with pytest.raises(OSError, match="absent"):
         export(folder, "safetensors", tmp_path / "out2", score=tmp_path / "absent")
-    with pytest.raises(ValueError, match="has 4 folders, the model 5 classes"):
+    with pytest.raises(ValueError, match=r"4 folders.* 5 classes"):
         export(folder, "safetensors", tmp_path / "out2", score=pictures)

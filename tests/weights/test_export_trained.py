@@ -13,7 +13,7 @@ from PIL import Image
 
 from foveal.heads.build import load_dense
 from foveal.train import detect, segment
-from foveal.weights.export_dense import detections_differ
+from foveal.weights.compare import detections_differ
 
 pytestmark = pytest.mark.slow
 SHORT = ["data.digits_train=160", "data.digits_val=4", "schedule.epochs=1", "log.trackers=[]"]

@@ -1,0 +1,494 @@
+"""Cards, README.md: of published files, of converted folders, and of exports, with code that runs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from .._version import __version__
+from ..backbones import download, list_models
+from ..backbones.images import MODES
+from ..backbones.profile import profile
+from ..heads.detection import Detector
+from .folder import CHECKPOINT, RECORD
+from .formats import LEAST_SIZE, ExportSpec, output_names
+from .images import metadata
+from .manifest import Checkpoint, checkpoints
+
+# Whose names a file's tensors have.
+KEY_FORMATS = {
+    "authors": "the authors' models",
+    "timm": "timm's models",
+    "foveal": "this package's models",
+    "transformers": "transformers",
+    "mmdet": "mmdetection or mmsegmentation",
+    "detectron2": "detectron2",
+}
+_SPEED = Path(__file__).parents[1] / "benchmarks" / "results" / "models-cpu-2core.csv"
+_UNKNOWN = "not known: that of whoever made the file"
+_PIXELS = "the class of each pixel and does not tell objects apart"
+_AVERAGED = {True: "the averaged (EMA) weights", False: "the raw weights", None: ""}
+_LISTED = 100  # class names in a card at most
+_HERE = "PATH_OF_THIS_FOLDER"
+
+
+# ---- of a published file
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """What is known of a published file: from the manifest, the model's size and cost, and its measured speed."""
+    classifier = checkpoint.task == "classify"
+    counted = profile(checkpoint.name if classifier else checkpoint.model)
+    statistics = f"mean {_text(checkpoint.mean)}, std {_text(checkpoint.std)}"
+    table = {
+        "model": f"`{checkpoint.model}`" + ("" if classifier else f", the backbone of a model to {checkpoint.task}"),
+        "paper": _paper(checkpoint.model),
+        "published score": checkpoint.score_text() or "none",
+        "parameters": f"{counted.parameters:,}" + ("" if classifier else " (of the backbone with its classifier)"),
+        "GMACs": f"{counted.macs / 1e9:.2f} for one image of {_by(counted.input_size)}" if classifier else "",
+        "classes": f"{checkpoint.classes:,}" if classifier and checkpoint.classes else "",
+        "input": f"{_by(checkpoint.input)}, as published" if checkpoint.input else "",
+        "preprocessing": f"{checkpoint.interpolation}, crop {checkpoint.crop:g} ({checkpoint.crop_mode}), {statistics}"
+        if classifier
+        else statistics,
+        "arguments of the backbone": ", ".join(f"{key}={value}" for key, value in checkpoint.arguments.items()),
+        "licence of the weights": checkpoint.weights_licence,
+        "licence of the code": checkpoint.code_licence,
+        "code of the authors": checkpoint.code,
+        "address": checkpoint.address or f"{checkpoint.file}, by hand from {checkpoint.page}",
+        "mirrors": ", ".join([*checkpoint.mirrors, *(f"{place} (not confirmed)" for place in checkpoint.unconfirmed)]),
+        "converted from": checkpoint.original or "",
+        "sha256": _hash(checkpoint),
+        "format": f"keys of {KEY_FORMATS[checkpoint.keys]}",
+        "foveal convert": "" if classifier else _convertible(checkpoint),
+        "measured speed": _speed(checkpoint) if classifier else "",
+        "note": _note(checkpoint),
+    }
+    return {name: value for name, value in table.items() if value}
+
+
+def published_card(checkpoint: Checkpoint) -> str:
+    """The card of a published file, Markdown."""
+    if checkpoint.task == "classify" and checkpoint.addresses:
+        code = _python(f'timm.create_model("{checkpoint.name}", pretrained=True).eval()', "logits = model(images)")
+    else:
+        source = checkpoint.name if checkpoint.addresses else f"{checkpoint.file} --model {checkpoint.name}"
+        code = f"```\nfoveal convert {source} --output FOLDER\n```"
+    return _card(checkpoint.name, facts(checkpoint), code)
+
+
+def _convertible(checkpoint: Checkpoint) -> str:
+    """How much of a dense model `convert` takes."""
+    backbone = "" if checkpoint.arguments.get("stride_in_1x1") else "; with --backbone its backbone"
+    if re.match(r"(a3fpn_)?(maskrcnn|cascade|faster_rcnn|retinanet|upernet|mask2former)_", checkpoint.tag):
+        gives = f"; it then gives {_PIXELS}" if checkpoint.task == "panoptic" else ""
+        return f"the whole model{gives}{backbone}"
+    return "the backbone, with --backbone; there are no such heads here"
+
+
+def _hash(checkpoint: Checkpoint) -> str:
+    """The published hash of a file, or its first digits; else the one recorded at the first download."""
+    if checkpoint.sha256:
+        return checkpoint.sha256 + ("" if len(checkpoint.sha256) == 64 else " ... (its first digits, as published)")
+    recorded = next(filter(None, map(download.recorded_sha256, checkpoint.addresses)), None)
+    if recorded:
+        return f"{recorded} (recorded at the first download)"
+    return "none published; recorded at the first download and checked from then on"
+
+
+def _speed(checkpoint: Checkpoint) -> str:
+    """The latest measurement of this model at its input size on a CPU; empty if there is none."""
+    if not _SPEED.is_file():
+        return ""
+    size = "x".join(map(str, checkpoint.input or ()))
+    with _SPEED.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == checkpoint.model]
+    rows = [row for row in rows if row["input"].partition("x")[2] == size]
+    if not rows:
+        return ""
+    row = rows[-1]
+    batch, forward = int(row["input"].partition("x")[0]), float(row["forward_ms"])
+    return (
+        f"{1000 * batch / forward:.1f} images/s: {forward:,.0f} ms for {batch} images, with the backward pass "
+        f"{float(row['forward_backward_ms']):,.0f} ms; {row['cpu']}, {row['threads']} threads, float32, torch "
+        f"{row['torch']}, {row['date']}"
+    )
+
+
+# ---- of a converted folder
+
+
+def converted_card(config: Mapping[str, Any], measured: str | None = None) -> str:
+    """A README.md for the folder of this ``config.json``, which `convert` wrote.
+
+    Args:
+        measured: a score that was measured with the converted model, in words.
+    """
+    record, dense = config[RECORD], "pretrained_cfg" not in config
+    checkpoint = checkpoints().get(record["checkpoint"])
+    architecture = config["arguments"]["backbone"] if dense else config["architecture"]
+    features = bool((config.get("model_args") or {}).get("features_only"))
+    rows = {"model": _model(config, architecture, dense, features), "paper": _paper(architecture)}
+    if checkpoint is None:
+        rows["weights"] = f"from `{record['file']}`; that is not known to be a published file"
+        rows["licence of the weights"] = (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN
+    else:
+        part = " (of the whole dense model)" if features else ""
+        rows |= {
+            "weights": f"`{checkpoint.name}`, published as {checkpoint.address or checkpoint.page}",
+            "converted from": checkpoint.original,
+            "code of the authors": f"{checkpoint.code}, licence: {checkpoint.code_licence}",
+            "licence of the weights": checkpoint.weights_licence,
+            "published score": checkpoint.score_text() + part if checkpoint.score else None,
+            "gives": _PIXELS if checkpoint.task == "panoptic" and dense and config["task"] == "segment" else None,
+            "measured speed": None if dense or features else _speed(checkpoint),
+            "note": _note(checkpoint),
+        }
+    rows |= {"input": _input(config, dense), "measured": measured}
+    if dense:
+        use = "found = model([image])  # float [3, H, W] in [0, 1]"
+        use = use if config["task"] == "detect" else "logits = model(images)  # float [B, 3, H, W] in [0, 1]"
+        code = _python(f'foveal.load("{_HERE}")', use)
+    else:
+        use = "maps = model(images)  # a list" if features else "logits = model(images)"
+        code = _python(f'timm.create_model("local-dir:{_HERE}", pretrained=True).eval()', use)
+    checked = "\n".join(f"* {each}" for each in _checked(record))
+    written = f"Written by foveal {record['version']}: `foveal convert`."
+    return _card(checkpoint.name if checkpoint else architecture, rows, code, f"## Checked\n\n{checked}", written)
+
+
+def _checked(record: Mapping[str, Any]) -> list[str]:
+    averaged = f"; {_AVERAGED[record['averaged']]}" if record["averaged"] is not None else ""
+    heads = ", ".join(f"{count} `{group}`" for group, count in record["heads"].items())
+    return [
+        f"made from `{record['file']}`, sha256 `{record['sha256']}`{averaged}",
+        f"all {record['tensors']} tensors of it are used, all parameters are set",
+        *([f"left out, of the heads: {heads}"] if heads else []),
+        *([f"left out, as nothing reads them: {_text(record['dropped'])}"] if record["dropped"] else []),
+        *(["its first filters, for BGR images, flipped to RGB"] if record.get("bgr") else []),
+        f"`model.safetensors` has sha256 `{record['model_sha256']}`",
+        "the outputs for a fixed image were computed before writing and are those of the written model; they are "
+        "stored in `config.json`, and `foveal verify` computes them again",
+    ]
+
+
+def summary(record: Mapping[str, Any], model: str) -> list[str]:
+    """The lines that `foveal convert` prints: what the record says.
+
+    Args:
+        model: what the file is of, in words.
+    """
+    kind = f"{_AVERAGED[record['averaged']]}, " if record["averaged"] is not None else ""
+    lines = [
+        f"{record['file']}: {kind}keys of {KEY_FORMATS[record['keys']]}; {record['tensors']} tensors used, "
+        f"{record['parameters']:,} parameters set: all there are",
+        f"it is {model}",
+    ]
+    if record["heads"]:
+        lines.append(f"not of the backbone and left out: {counted(record['heads'])}")
+    if record["dropped"]:
+        lines.append(f"read by nothing, and left out: {listed(record['dropped'])}")
+    if record["bgr"]:
+        lines.append("the file is for BGR images: its first filters were flipped, this model takes RGB")
+    if record["checkpoint"] is None:
+        lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
+    elif note := checkpoints()[record["checkpoint"]].note:
+        lines.append(note)
+    return lines
+
+
+def _model(config: Mapping[str, Any], architecture: str, dense: bool, features: bool) -> str:
+    size = f"{config[RECORD]['parameters']:,} parameters"
+    if dense:
+        made = config["arguments"]
+        return f"{made['head']} with {made['neck']} on `{architecture}`, {size}, {len(config['classes'])} classes"
+    kind = "a backbone: it returns feature maps" if features else f"{config['num_classes']:,} classes"
+    return f"`{architecture}`, {size}, {kind}"
+
+
+def _input(config: Mapping[str, Any], dense: bool) -> str:
+    cfg = config["preprocessing" if dense else "pretrained_cfg"]
+    statistics = f"mean {_text(cfg['mean'])}, std {_text(cfg['std'])}"
+    if dense:
+        sizes = f", short side {cfg['short_side']} up to {cfg['max_size']}" if "short_side" in cfg else ""
+        taken = f"images of {cfg['in_chans']} channels in [0, 1], of any size"
+        return f"{taken}; the model does the rest: {statistics}{sizes}"
+    crop = f"crop {cfg['crop_pct']} ({cfg.get('crop_mode', 'center')})"
+    return f"{_by(cfg['input_size'])}, {statistics}, {crop}, {cfg['interpolation']}"
+
+
+# ---- of an export
+
+
+def origin(config: Mapping[str, Any], record: Mapping[str, Any] | None, folder: Path) -> dict[str, str | None]:
+    """Rows of a card: where the weights of a folder come from, and their licence, as far as known."""
+    checkpoint, licence = checkpoints().get(config.get(CHECKPOINT)), "licence of the published weights"
+    if checkpoint is not None:
+        published = f"published as {checkpoint.address or checkpoint.page}"
+        return {
+            "weights": f"`{checkpoint.name}`, {published}, converted; from {folder}",
+            licence: checkpoint.weights_licence,
+        }
+    if record is not None:
+        return {
+            "weights": f"from {folder}, converted from `{record['file']}`; not known to be a published file",
+            licence: (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN,
+        }
+    return {"weights": f"from {folder}"}
+
+
+def classifier_card(
+    model: nn.Module, to: str, spec: ExportSpec, origin: Mapping[str, Any], checked: str, options: str = ""
+) -> str:
+    """The card of an exported classifier.
+
+    Args:
+        origin: rows that say where its weights come from.
+        checked: the result of the comparison with the original, in words.
+        options: of `foveal export`, besides the format.
+    """
+    images, architecture = metadata(model), model.pretrained_cfg["architecture"]
+    cfg = {**get_pretrained_cfg(architecture).to_dict(), **model.pretrained_cfg}
+    names, classes = images.get("label_names"), str(model.num_classes)
+    if names:
+        named = ", ".join(f"{i} {name}" for i, name in enumerate(names)).replace("|", "\\|")
+        classes += f": {named}" if len(names) <= _LISTED else ", their names in config.json"
+    size = "height, width" if spec.any_size else _text(images["input_size"][1:])
+    shape = f"[{'batch' if spec.any_batch else 1}, {images['input_size'][0]}, {size}]"
+    rows = {
+        "architecture": f"`{architecture}`, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
+        **origin,
+        "input": f"{_by(images['input_size'])}, from pixels in [0, 1] less mean {_text(images['mean'])}, by std "
+        f"{_text(images['std'])}; resized ({images['interpolation']}), crop {images['crop_pct']} "
+        f"({images['crop_mode']})",
+        "classes": classes,
+        "numbers": "float16; images and logits float32" if spec.half else None,
+        "size": f"any height and width from {LEAST_SIZE} on" if spec.any_size else None,
+        "check of this file": checked,
+    }
+    code = "\n".join(filter(None, [preparing(model), _run_code(to, ("logits",), shape)]))
+    return _exported(architecture, rows, code, f"{to}{options}")
+
+
+def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping[str, Any], checked: str) -> str:
+    """The card of an exported detector or segmenter for images of ``size``, rows and columns."""
+    arguments, detects = model.arguments, isinstance(model, Detector)
+    rows, columns = size
+    batch = "1" if detects or to == "openvino" else "batch"
+    shape = f"[{batch}, {channels_of(model)}, {rows}, {columns}]"
+    given = f"`image` {shape}, float32 in [0, 1]; normalization is inside"
+    returned = f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
+    if detects:
+        transform, owner = model.detector.transform, getattr(model.detector, "roi_heads", model.detector)
+        seen = tuple(transform([torch.zeros(channels_of(model), *size)])[0].image_sizes[0])
+        inside = "" if seen == size else f", and the resize to {seen[0]} x {seen[1]}"
+        given = f"`image` {shape}, float32 in [0, 1]; normalization{inside} is inside"
+        returned = "`boxes` [n, 4] in its pixels, `labels` int64 [n], `scores` [n], the best first"
+        returned += f", `masks` [n, 1, {rows}, {columns}]" * model.masks
+        returned += f"; scores above {owner.score_thresh:g}, at most {owner.detections_per_img} detections"
+        returned += ", non-maximum suppression is inside"
+    parts = f"`{arguments['head']}` on `{arguments['backbone']}`"
+    if arguments["head"] != "mask2former":
+        parts += f", neck `{arguments['neck']}`"
+    weights = to == "safetensors"
+    table = {
+        "model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        **origin,
+        "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
+        "input": None if weights else given,
+        "output": None if weights else returned,
+        "check of this file": checked,
+    }
+    title = f"{arguments['head']} on {arguments['backbone']}"
+    return _exported(title, table, dense_example(model, to, size), to + f" --size {rows}x{columns}" * (not weights))
+
+
+def channels_of(model: nn.Module) -> int:
+    """Of the images that a detector or segmenter takes."""
+    return len(model.detector.transform.image_mean) if isinstance(model, Detector) else len(model.mean)
+
+
+def training_score(folder: Path) -> str | None:
+    """The score that the training run of these weights recorded, if they come from one."""
+    summary = folder.parent / "summary.json"
+    if folder.name not in ("best", "best.old") or not summary.is_file():
+        return None
+    score = json.loads(summary.read_text(encoding="utf-8"))
+    epoch = score.get("best_epoch", score["epochs"])
+    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after epoch {epoch} of {score['epochs']}"
+
+
+# ---- code in cards
+
+_OPEN = """\
+import numpy as np
+from PIL import Image, ImageOps
+
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
+"""
+_CROP = """\
+width, height = {resized}
+photo = photo.resize((width, height), Image.Resampling.{interpolation})
+left, top = round((width - {columns}) / 2), round((height - {rows}) / 2)
+pixels = np.asarray(photo.crop((left, top, left + {columns}, top + {rows})), np.float32) / 255
+pixels = (pixels.reshape({rows}, {columns}, {channels}) - {mean}) / {std}
+image = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+"""
+_LETTERBOX = """\
+rows, columns = {size}
+scale = min(rows / photo.height, columns / photo.width)
+height, width = (max(1, round(side * scale)) for side in (photo.height, photo.width))
+image = np.empty((1, {channels}, rows, columns), np.float32)
+image[:] = np.array({mean}, np.float32).reshape(-1, 1, 1)  # the padding
+pixels = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+image[0, :, :height, :width] = pixels.reshape(height, width, -1).transpose(2, 0, 1) / 255
+"""
+_RUN = {  # image: a NumPy array
+    "safetensors": """\
+import foveal
+import torch
+
+model = foveal.load("PATH_OF_THIS_FOLDER")
+with torch.no_grad():
+    {outputs} = model(torch.from_numpy(image))  # float32 {shape}
+""",
+    "onnx": """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+{outputs} = session.run(None, {{"image": image}})  # float32 {shape}
+""",
+    "pt2": """\
+import torch
+{imports}
+model = torch.export.load("model.pt2").module()
+with torch.no_grad():
+    {outputs} = model(torch.from_numpy(image))  # float32 {shape}
+""",
+    "aoti": """\
+import torch
+import torch._inductor
+
+model = torch._inductor.aoti_load_package("model.pt2")
+{outputs} = model(torch.from_numpy(image))  # float32 {shape}
+""",
+    "openvino": """\
+import openvino
+
+core = openvino.Core()
+model = core.read_model("model.xml")
+model.reshape(image.shape)  # the file is for one image; dynamic dimensions go wrong on its CPU runtime
+compiled = core.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+{outputs} = compiled(image).values()  # float32 {shape}
+""",
+    "coreml": """\
+import coremltools
+
+model = coremltools.models.MLModel("model.mlpackage")
+{outputs} = model.predict({{"image": image}}).values()  # float32 {shape}
+""",
+}
+_LISTS = ("onnx", "openvino", "coreml")  # whose runtimes return a collection, also of one output
+
+
+def _run_code(to: str, names: tuple[str, ...], shape: str, imports: str = "") -> str:
+    outputs = ", ".join(names) + "," * (len(names) == 1 and to in _LISTS)
+    return _RUN[to].format(outputs=outputs, shape=shape, imports=imports)
+
+
+def preparing(model: nn.Module) -> str | None:
+    """Python that makes ``image`` ``[1, C, H, W]`` of ``photo.jpg`` as a classifier's `preprocessing` does, with Pillow
+    and NumPy alone; None for images that no file holds, or that are not cropped from the centre."""
+    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    channels, rows, columns = config["input_size"]
+    if channels not in MODES or config["crop_mode"] != "center":
+        return None
+    height, width = (math.floor(side / config["crop_pct"]) for side in (rows, columns))
+    resized = f"(int({height} * side / min(photo.size)) for side in photo.size)"
+    if height != width:
+        resized = f"(round(side / min(photo.width / {width}, photo.height / {height})) for side in photo.size)"
+    interpolation, mean, std = config["interpolation"].upper(), list(config["mean"]), list(config["std"])
+    size = dict(rows=rows, columns=columns, channels=channels)
+    return _OPEN.format(mode=MODES[channels]) + _CROP.format(
+        resized=resized, interpolation=interpolation, mean=mean, std=std, **size
+    )
+
+
+def dense_example(model: nn.Module, to: str, size: tuple[int, int]) -> str:
+    """Python that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; of safetensors, and
+    for channels that no photo has, on any image."""
+    detects, channels, names = isinstance(model, Detector), channels_of(model), output_names(model)
+    if to == "safetensors":
+        image = f"torch.rand({channels}, 480, 640)" if detects else f"torch.rand(1, {channels}, 480, 640)"
+        outputs, given = ("(found,)", f"[{image}]") if detects else ("logits", image)
+        return (
+            f'import foveal\nimport torch\n\nmodel = foveal.load("{_HERE}")\nwith torch.no_grad():\n'
+            f"    {outputs} = model({given})  # images in [0, 1], of any size\n"
+        )
+    imports = "import torchvision  # registers the operators of the file\n" if detects else ""
+    run = _run_code(to, names, f"[1, {channels}, {size[0]}, {size[1]}] in [0, 1]", imports)
+    if channels not in MODES:
+        return run
+    values = model.detector.transform.image_mean if detects else model.mean
+    mean = [round(float(value), 6) for value in values]
+    prepare = _LETTERBOX.format(size=f"{size[0]}, {size[1]}", channels=channels, mean=mean)
+    after = "classes = logits.argmax(1)[0, :height, :width]  # of each pixel of the resized photo\n"
+    if detects:
+        after = "boxes = boxes / scale  # in pixels of the photo: left, top, right, bottom\n"
+    return _OPEN.format(mode=MODES[channels]) + prepare + "\n" + run + after
+
+
+# ---- the parts of a card
+
+
+def _card(title: str, rows: Mapping[str, Any], code: str, *more: str) -> str:
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+    return "\n\n".join([f"# {title}", f"| | |\n|---|---|\n{table}", code, *more]) + "\n"
+
+
+def _exported(title: str, rows: Mapping[str, Any], code: str, options: str) -> str:
+    written = f"Written by foveal {__version__}: `foveal export SOURCE --to {options}`."
+    return _card(title, rows, f"```python\n{code}```", written)
+
+
+def _python(build: str, use: str) -> str:
+    return f"```python\nimport foveal, timm\n\nmodel = {build}\n{use}\n```"
+
+
+def _paper(architecture: str) -> str:
+    """Of the models here; under timm's names it is that of the recipe of timm's own weights."""
+    return _text(get_pretrained_cfg(architecture).paper_ids) if architecture in list_models() else ""
+
+
+def _note(checkpoint: Checkpoint) -> str:
+    own = [] if checkpoint.model in list_models() else [f"{checkpoint.model} is timm's."]
+    return " ".join(filter(None, [checkpoint.note, checkpoint.about, *own]))
+
+
+def _by(size: Any) -> str:
+    return " x ".join(map(str, size))
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
+
+
+def listed(names: list[str], most: int = 12) -> str:
+    """The number of names, and the first of them."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{rest})"
+
+
+def counted(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {group}" for group, count in groups.items())
