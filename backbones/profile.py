@@ -5,7 +5,7 @@ once for the logits and once for the values; for neighborhood aggregation its ``
 computes and masks away. What is not: normalization, activations, softmax, additions, pooling, resampling. One MAC is
 what papers of this field print as one FLOP.
 
-``python -m foveal.backbones.profile`` counts every model and writes the table of `foveal.backbones.figures`.
+``python -m foveal.backbones.profile`` counts every model and writes the table of `foveal.figures`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import figures
 from ..kernels import Call, recording
-from . import family, figures, list_models
+from . import family, list_models
 
 
 @dataclass(frozen=True)

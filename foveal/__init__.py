@@ -1,20 +1,73 @@
-"""foveal: vision backbones that look closely around each point, created by name with ``timm.create_model``.
+"""foveal: local-attention vision backbones for timm.
 
-Importing this package registers every model with timm. It stays light: training, plots and export are imported by the
-commands that use them.
+Importing this package registers every model with timm: at once if timm is loaded already, else as soon as it is. So
+``import foveal`` costs nothing by itself, and `foveal --help` does not wait for PyTorch.
 """
 
+from __future__ import annotations
+
+import importlib as _importlib
+import importlib.util as _util
+import sys as _sys
+from collections.abc import Sequence as _Sequence
+from importlib.abc import MetaPathFinder as _MetaPathFinder
+from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from torch.nn import Module as _Module
-
 from ._version import __version__
-from .backbones import list_models, loading
-from .backbones.halonet import replace_attention
-from .kernels import backend
+
+if _TYPE_CHECKING:
+    from torch.nn import Module as _Module
+
+    from .backbones import list_models
+    from .backbones.halonet import replace_attention
+    from .kernels import backend
 
 __all__ = ["__version__", "backend", "list_models", "load", "replace_attention"]
+
+_LAZY = {"backend": ".kernels", "list_models": ".backbones", "replace_attention": ".backbones.halonet"}
+
+
+class _RegisterWithTimm(_MetaPathFinder):
+    """Imports the backbones, which registers them, when timm has been imported; finds no module itself."""
+
+    def find_spec(
+        self, name: str, path: _Sequence[str] | None = None, target: _ModuleType | None = None
+    ) -> _ModuleSpec | None:
+        if name != "timm":
+            return None
+        _sys.meta_path.remove(self)
+        spec = _util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: _ModuleType) -> None:
+            execute(module)
+            _importlib.import_module(".backbones", __name__)
+
+        spec.loader.exec_module = execute_and_register  # of this one loader: timm keeps its own in all other respects
+        return spec
+
+
+if "timm" in _sys.modules:
+    from . import backbones as backbones
+else:
+    _sys.meta_path.insert(0, _RegisterWithTimm())
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(_importlib.import_module(_LAZY[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def load(source: str | _Path, **kwargs: _Any) -> _Module:
@@ -42,6 +95,8 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
         >>> [tuple(each.shape[2:]) for each in maps]
         [(24, 16), (12, 8), (6, 4), (3, 2)]
     """
+    from .backbones import loading
+
     path = loading.local_path(source)
     file = path if path.suffix == ".safetensors" and path.is_file() else None
     if str(source).strip() and (path.is_dir() or file is not None):

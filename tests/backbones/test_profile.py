@@ -9,8 +9,8 @@ import timm
 import torch
 
 import foveal
-from foveal.backbones.figures import FILE, figures, write
 from foveal.backbones.profile import count, profile
+from foveal.figures import FILE, figures, write
 from foveal.kernels import backend, neighborhood_attention
 
 # Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.

@@ -1,6 +1,7 @@
-"""Size, cost and released weights of every model, read from ``figures.csv``: listing the models builds none of them.
+"""Size, cost and released weights of every model, read from ``figures.csv``, without building any.
 
-``python -m foveal.backbones.profile`` writes the table; a test counts every model again. Only the standard library.
+``python -m foveal.backbones.profile`` writes the table; a test counts every model again. A leaf: only the
+standard library, so that `foveal list` does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Figures:
     """A row of the table: a model with its default weights' configuration.
 
     Examples:
-        >>> from foveal.backbones.figures import figures
+        >>> from foveal.figures import figures
         >>> tiny = figures()["dinat_tiny"]
         >>> tiny.family, tiny.input_size, round(tiny.macs / 1e9, 1)
         ('DiNAT', (3, 224, 224), 4.3)
