@@ -28,7 +28,6 @@ from torch import nn
 
 from .attention import shortfall, symbolic
 from .layers import StagedBackbone, check_head, drop_path_rates, init_weights, misfit, unwrap
-from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -472,11 +471,10 @@ _NOTES = (
 
 def _cfg(**facts: Any) -> dict[str, Any]:
     return {
-        **DEFAULTS,
-        "url": "",
         "pool_size": (7, 7),
         "first_conv": "stem.0",
         "classifier": ("head.fc", "dist_head.fc"),
+        "license": "none stated",
         "origin_url": "https://github.com/zhouyuan888888/CARE-Transformer",
         "paper_ids": "arXiv:2411.16170",
         "notes": _NOTES,
@@ -486,7 +484,7 @@ def _cfg(**facts: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(**facts) for name, facts in PUBLISHED["care"].items()},
+        **{f"{name}.in1k": _cfg() for name in ("care_s0", "care_s1", "care_s2")},
         "test_foveal_care.untrained": _cfg(
             input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None, notes=None
         ),

@@ -36,7 +36,6 @@ from torch import nn
 
 from .attention import HaloAttention2d
 from .layers import StagedBackbone, drop_path_rates, unwrap
-from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -330,8 +329,6 @@ _FIXED = (
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     return {
-        **DEFAULTS,
-        "url": "",
         "input_size": (3, size, size),
         "pool_size": (math.ceil(size / 32), math.ceil(size / 32)),
         "crop_pct": 0.95,
@@ -344,18 +341,14 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _hybrid_cfg(name: str, **facts: Any) -> dict[str, Any]:
-    """The facts of timm's weights, with what timm says of the network that they are for."""
-    architecture = name.partition(".")[0]
-    network = get_pretrained_cfg(_HYBRIDS[architecture][1])
-    kept = ("pool_size", "fixed_input_size", "first_conv", "classifier")
+def _hybrid_cfg(architecture: str) -> dict[str, Any]:
+    """timm's own, addresses included, of the weights that this model loads."""
     return {
-        **DEFAULTS,
-        **{key: getattr(network, key) for key in kept},
+        **get_pretrained_cfg(_HYBRIDS[architecture][1]).to_dict(),
+        "min_input_size": None,
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
         "paper_ids": _PAPER,
         "notes": (_FIXED if architecture.endswith("_256") else _HYBRID,),
-        **facts,
     }
 
 
@@ -380,7 +373,7 @@ default_cfgs = generate_default_cfgs(
         "halo_h5.untrained": _cfg(448),
         "halo_h6.untrained": _cfg(512),
         "halo_h7.untrained": _cfg(600),
-        **{name: _hybrid_cfg(name, **facts) for name, facts in PUBLISHED["halonet"].items()},
+        **{f"{name}.{theirs.partition('.')[2]}": _hybrid_cfg(name) for name, (_, theirs) in _HYBRIDS.items()},
         "test_foveal_halonet.untrained": _cfg(64, notes=()),
     }
 )

@@ -22,7 +22,6 @@ from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrain
 from torch import nn
 
 from . import download, list_models
-from .published import MIRRORS, SHA256
 
 WEIGHTS = "model.safetensors"
 # What a model folder may hold its weights in, in timm's order of preference.
@@ -303,16 +302,9 @@ def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
         )
     if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
         return timm.create_model(found.name, pretrained=True, **kwargs).eval()
-    file = Path(overlay["file"]) if overlay.get("file") else _fetch(found.name, cfg)
+    file = Path(overlay["file"]) if overlay.get("file") else None
+    file = file or download.fetch(found.name, download.addresses(cfg))
     return _build(found.name, found.architecture, file, kwargs)
-
-
-def _fetch(name: str, cfg: Any) -> Path:
-    """The file of published weights, see `download.fetch`: the address of its configuration, the hub, other mirrors."""
-    addresses = [cfg.url] if cfg.url else []
-    if cfg.hf_hub_id:
-        addresses.append("/".join(filter(None, [f"{download.HUB}{cfg.hf_hub_id}", cfg.hf_hub_filename])))
-    return download.fetch(name, [*addresses, *MIRRORS.get(name, ())], SHA256.get(name))
 
 
 def _nearest(name: str) -> str:

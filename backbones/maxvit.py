@@ -40,7 +40,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
 from .layers import POOLS, StagedBackbone, check_head, drop_path_rates, misfit, unwrap
-from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -462,27 +461,31 @@ def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cfg(name: str, **facts: Any) -> dict[str, Any]:
-    """The facts of the weights, with what timm says of the network that they are for."""
-    size, resolution, tag = re.fullmatch(r"maxvit_(\w+)_(\d+)\.(\w+)", name).groups()
-    network = get_pretrained_cfg(f"maxvit_{size}_tf_{resolution}.{tag}")
+_TAGS = {
+    "in1k": [f"{size}_{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384, 512)],
+    "in21k": ["base_224", "large_224", "xlarge_224"],
+    "in21k_ft_in1k": [f"{size}_{pixels}" for size in ("base", "large", "xlarge") for pixels in (384, 512)],
+}
+
+
+def _cfg(size: str, tag: str, **facts: Any) -> dict[str, Any]:
+    """timm's own, its copy on the hub included, of the same weights."""
+    theirs = get_pretrained_cfg(f"maxvit_{size.replace('_', '_tf_')}.{tag}")
     return {
-        **DEFAULTS,
-        "url": "",
-        **{key: getattr(network, key) for key in ("pool_size", "first_conv", "classifier")},
-        "license": "apache-2.0",
+        **theirs.to_dict(),
+        "fixed_input_size": False,
         "origin_url": "https://github.com/google-research/maxvit",
         "paper_ids": "arXiv:2204.01697",
         **facts,
     }
 
 
-_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.95)
+_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), hf_hub_id=None)
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["maxvit"].items()},
-        "test_foveal_maxvit.untrained": _cfg("maxvit_tiny_224.in1k", **_TEST),
+        **{f"maxvit_{size}.{tag}": _cfg(size, tag) for tag, sizes in _TAGS.items() for size in sizes},
+        "test_foveal_maxvit.untrained": _cfg("tiny_224", "in1k", **_TEST),
     }
 )
 

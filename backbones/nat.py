@@ -46,7 +46,6 @@ from .layers import (
     to_format,
     unwrap,
 )
-from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -602,22 +601,68 @@ def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) 
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NAT, _DINAT = "arXiv:2204.07143", "arXiv:2209.15001"
+_384 = dict(input_size=(3, 384, 384), crop_pct=1.0)
+
+
+def _file(path: str, hub: str | None = None, **facts: Any) -> dict[str, Any]:
+    """The authors' file, and the copy on the hub with the names of transformers."""
+    project, _, file = path.partition("/")
+    copy = {"hf_hub_id": f"shi-labs/{hub}"} if hub else {}
+    return {"url": f"https://shi-labs.com/projects/{project}/checkpoints/{file}", **copy, **facts}
+
+
+_WEIGHTS = {
+    "nat_mini.in1k": _file("nat/CLS/nat_mini.pth", hub="nat-mini-in1k-224"),
+    "nat_tiny.in1k": _file("nat/CLS/nat_tiny.pth"),
+    "nat_small.in1k": _file("nat/CLS/nat_small.pth"),
+    "nat_base.in1k": _file("nat/CLS/nat_base.pth", hub="nat-base-in1k-224"),
+    "dinat_mini.in1k": _file("dinat/imagenet1k/dinat_mini_in1k_224.pth", hub="dinat-mini-in1k-224"),
+    "dinat_tiny.in1k": _file("dinat/imagenet1k/dinat_tiny_in1k_224.pth", hub="dinat-tiny-in1k-224"),
+    "dinat_small.in1k": _file("dinat/imagenet1k/dinat_small_in1k_224.pth", hub="dinat-small-in1k-224"),
+    "dinat_base.in1k": _file("dinat/imagenet1k/dinat_base_in1k_224.pth", hub="dinat-base-in1k-224"),
+    "dinat_large.in22k_ft_in1k": _file(
+        "dinat/imagenet1k/dinat_large_in22k_in1k_224.pth", hub="dinat-large-in22k-in1k-224"
+    ),
+    "dinat_large.in22k": _file("dinat/imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
+    "dinat_large_384.in22k_ft_in1k": _file(
+        "dinat/imagenet1k/dinat_large_in22k_in1k_384.pth", hub="dinat-large-in22k-in1k-384", **_384
+    ),
+    "dinat_large_384_11x11.in22k_ft_in1k": _file(
+        "dinat/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", hub="dinat-large-11x11-in22k-in1k-384", **_384
+    ),
+    "dinat_large_384_11x11.in22k": _file(
+        "dinat/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841, **_384
+    ),
+    "dinat_s_tiny.in1k": _file("dinat/imagenet1k/dinat_s_tiny_in1k_224.pth"),
+    "dinat_s_small.in1k": _file("dinat/imagenet1k/dinat_s_small_in1k_224.pth"),
+    "dinat_s_base.in1k": _file("dinat/imagenet1k/dinat_s_base_in1k_224.pth"),
+    "dinat_s_large.in22k_ft_in1k": _file("dinat/imagenet1k/dinat_s_large_in1k_224.pth"),
+    "dinat_s_large.in22k": _file("dinat/imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841),
+    "dinat_s_large_384.in22k_ft_in1k": _file("dinat/imagenet1k/dinat_s_large_in1k_384.pth", **_384),
+    "nat_isotropic_small.in1k": _file("dinat/isotropic/nat_isotropic_small_in1k_224.pth"),
+    "dinat_isotropic_small.in1k": _file("dinat/isotropic/dinat_isotropic_small_in1k_224.pth"),
+    "vitrpb_isotropic_small.in1k": _file("dinat/isotropic/vitrpb_small_in1k_224.pth"),
+    "nat_isotropic_base.in1k": _file("dinat/isotropic/nat_isotropic_base_in1k_224.pth"),
+    "dinat_isotropic_base.in1k": _file("dinat/isotropic/dinat_isotropic_base_in1k_224.pth"),
+    "vitrpb_isotropic_base.in1k": _file("dinat/isotropic/vitrpb_base_in1k_224.pth"),
+}
+_TEST = dict(input_size=(3, 64, 64), license="apache-2.0", origin_url=None)
 
 
 def _cfg(name: str, **facts: Any) -> dict[str, Any]:
+    """What `PretrainedCfg` does not have by default: images of 224, a crop of 0.875, ImageNet's mean and deviation."""
     isotropic = "isotropic" in name
-    cfg = {
-        **DEFAULTS,
-        "url": "",
+    size = facts.get("input_size", (3, 224, 224))[1:]
+    return {
+        "pool_size": tuple(length // (16 if isotropic else 32) for length in size),
         "first_conv": "patch_embed.proj" if isotropic or "dinat_s_" in name else "patch_embed.proj.0",
         "classifier": "head",
         "fixed_input_size": "vitrpb" in name,
+        "license": "mit",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_ids": _NAT if family(name.partition(".")[0]) == "NAT" else _DINAT,
+        "paper_ids": "arXiv:2204.07143" if family(name.partition(".")[0]) == "NAT" else "arXiv:2209.15001",
         **facts,
     }
-    return {**cfg, "pool_size": tuple(size // (16 if isotropic else 32) for size in cfg["input_size"][1:])}
 
 
 def family(name: str) -> str:
@@ -629,11 +674,9 @@ def family(name: str) -> str:
     return "DiNAT" if "dinat" in name else "NAT"
 
 
-_TEST = dict(input_size=(3, 64, 64), license="apache-2.0", origin_url=None)
-
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["nat"].items()},
+        **{name: _cfg(name, **facts) for name, facts in _WEIGHTS.items()},
         **{name: _cfg(name, **_TEST) for name in ("test_foveal_nat.untrained", "test_foveal_dinat.untrained")},
     }
 )

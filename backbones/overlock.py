@@ -32,7 +32,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import average_pool, context_mixing, symbolic
 from .layers import Backbone, check_head, drop_path_rates, misfit, take_indices, unwrap
-from .published import DEFAULTS, PUBLISHED
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -795,13 +794,26 @@ _NOTES = (
 )
 
 
+_FILES = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "overlock_xt.in1k": dict(url=f"{_FILES}/overlock_xt_in1k_224.pth", crop_pct=0.925),
+    "overlock_xt.in1k_reparam": dict(url=f"{_FILES}/overlock_xt_in1k_224_reparam.pth", crop_pct=0.925),
+    "overlock_t.in1k": dict(url=f"{_FILES}/overlock_t_in1k_224.pth"),
+    "overlock_t.in1k_reparam": dict(url=f"{_FILES}/overlock_t_in1k_224_reparam.pth"),
+    "overlock_s.in1k": dict(url=f"{_FILES}/overlock_s_in1k_224.pth"),
+    "overlock_s.in1k_reparam": dict(url=f"{_FILES}/overlock_s_in1k_224_reparam.pth"),
+    "overlock_b.in1k": dict(url=f"{_FILES}/overlock_b_in1k_224.pth", crop_pct=0.975),
+    "overlock_b.in1k_reparam": dict(url=f"{_FILES}/overlock_b_in1k_224_reparam.pth", crop_pct=0.975),
+}
+
+
 def _cfg(name: str, **facts: Any) -> dict[str, Any]:
     return {
-        **DEFAULTS,
-        "url": "",
         "pool_size": (7, 7),
         "first_conv": "patch_embed1.0",
         "classifier": "head.4",
+        "crop_pct": 0.95,
+        "license": "apache-2.0",
         "origin_url": "https://github.com/LMMMEng/OverLoCK",
         "paper_ids": "arXiv:2502.20087",
         "notes": () if name.endswith("_reparam") else _NOTES,
@@ -809,11 +821,11 @@ def _cfg(name: str, **facts: Any) -> dict[str, Any]:
     }
 
 
-_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.925, license="apache-2.0", origin_url=None)
+_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.925, origin_url=None)
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(name, **facts) for name, facts in PUBLISHED["overlock"].items()},
+        **{name: _cfg(name, **facts) for name, facts in _WEIGHTS.items()},
         "test_foveal_overlock.untrained": _cfg("test_foveal_overlock", **_TEST),
     }
 )

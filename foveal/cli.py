@@ -194,7 +194,7 @@ def info(
                 "licence_of_weights": each.weights_licence,
                 "licence_of_code": each.code_licence,
                 "address": each.address or each.page,
-                "mirrors": [*each.mirrors, *each.unconfirmed],
+                "mirrors": [*each.mirrors],
                 "note": " ".join(filter(None, [each.note, each.about])),
             }
             for tag, each in of_model(found.architecture).items()

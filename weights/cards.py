@@ -66,7 +66,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "licence of the code": checkpoint.code_licence,
         "code of the authors": checkpoint.code,
         "address": checkpoint.address or f"{checkpoint.file}, by hand from {checkpoint.page}",
-        "mirrors": ", ".join([*checkpoint.mirrors, *(f"{place} (not confirmed)" for place in checkpoint.unconfirmed)]),
+        "mirrors": ", ".join(checkpoint.mirrors),
         "converted from": checkpoint.original or "",
         "sha256": _hash(checkpoint),
         "format": f"keys of {KEY_FORMATS[checkpoint.keys]}",

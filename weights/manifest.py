@@ -1,21 +1,20 @@
-"""The manifest of released checkpoints, ``manifest.yaml``, read and checked; and what the backbones know of it.
-
-``python -m foveal.weights.manifest`` writes ``backbones/published.py`` anew.
-"""
+"""The released checkpoints: ``manifest.yaml``, joined with the ``default_cfgs`` of the classifiers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+
+from ..backbones import download
 
 FILE = Path(__file__).with_name("manifest.yaml")
 TASKS = ("classify", "detect", "segment", "panoptic")
@@ -31,22 +30,22 @@ SCORES = {
     "pq": "PQ",
 }
 
-_OF_A_FAMILY = {"code", "licence", "note", "keys", "teacher", "defaults", "checkpoints"}
-
-# What a row of published.py leaves out, in the words of timm's PretrainedCfg.
-DEFAULTS: dict[str, Any] = {
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "crop_pct": 0.875,
-    "crop_mode": "center",
-    "interpolation": "bicubic",
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
+_FAMILY_KEYS = {"code", "licence", "note", "keys", "defaults", "checkpoints"}
+# our names of what a classifier's PretrainedCfg states
+_CFG_FIELDS = {
+    "weights_licence": "license",
+    "classes": "num_classes",
+    "input": "input_size",
+    "crop": "crop_pct",
+    "crop_mode": "crop_mode",
+    "interpolation": "interpolation",
+    "mean": "mean",
+    "std": "std",
 }
 
 
 class ManifestError(ValueError):
-    """The manifest says something that cannot be; the message names the checkpoint."""
+    """An entry of the manifest is invalid; the message names the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,12 @@ class Checkpoint:
     weights_licence: str
     model: str
     tag: str
-    task: str
     keys: str
+    task: str = "classify"
     address: str | None = None
     page: str | None = None
     file: str | None = None
     mirrors: tuple[str, ...] = ()
-    unconfirmed: tuple[str, ...] = ()
     original: str | None = None
     sha256: str | None = None
     score: Mapping[str, float] = field(default_factory=dict)
@@ -80,10 +78,10 @@ class Checkpoint:
     classes: int | None = None
     input: tuple[int, int, int] | None = None
     crop: float | None = None
-    crop_mode: str = "center"
+    crop_mode: str | None = None
     interpolation: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     arguments: Mapping[str, Any] = field(default_factory=dict)
     channel_order: str | None = None
     note: str | None = None
@@ -96,24 +94,16 @@ class Checkpoint:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where the file is, in the order in which they are tried; empty if it can only be fetched by hand."""
-        return (*filter(None, [self.address]), *self.mirrors, *self.unconfirmed)
+        return (self.address, *self.mirrors) if self.address else ()
 
     def score_text(self) -> str:
         """The published score for people: ``"top-1 81.8"``; empty if none is known."""
         return ", ".join(f"{SCORES[key]} {value:g}" for key, value in self.score.items())
 
     def preprocessing(self) -> dict[str, Any]:
-        """What the manifest says of the inputs, in the words of timm's ``PretrainedCfg``."""
-        facts = {
-            "num_classes": self.classes,
-            "input_size": self.input,
-            "crop_pct": self.crop,
-            "crop_mode": self.crop_mode,
-            "interpolation": self.interpolation,
-            "mean": self.mean,
-            "std": self.std,
-        }
-        return {key: value for key, value in facts.items() if value is not None}
+        """What is known of the inputs and classes, as fields of timm's ``PretrainedCfg``."""
+        values = {theirs: getattr(self, ours) for ours, theirs in _CFG_FIELDS.items() if ours != "weights_licence"}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @functools.cache
@@ -121,7 +111,7 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
     """All checkpoints by their names ``MODEL.TAG``, in the order of the manifest.
 
     Raises:
-        ManifestError: if something is missing, unknown or there twice.
+        ManifestError: if an entry is incomplete, unknown in part, there twice, or repeats the ``default_cfgs``.
 
     Examples:
         >>> from foveal.weights.manifest import checkpoints
@@ -132,12 +122,12 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
     families = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)["families"]
     found: dict[str, Checkpoint] = {}
     for family, shared in families.items():
-        if unknown := sorted(set(shared) - _OF_A_FAMILY):
+        if unknown := sorted(set(shared) - _FAMILY_KEYS):
             raise ManifestError(f"family {family}: unknown {', '.join(unknown)}")
-        own = {"code": shared["code"], "keys": shared["keys"], "about": shared.get("note")}
+        own = {"family": family, "keys": shared["keys"], "about": shared.get("note"), "code": shared.get("code")}
         own |= {f"{of}_licence": licence for of, licence in shared["licence"].items()}
         for row in shared["checkpoints"]:
-            checkpoint = _checked({"family": family, **own, **shared["defaults"], **row})
+            checkpoint = _checkpoint(own, {**shared.get("defaults", {}), **row})
             if checkpoint.name in found:
                 raise ManifestError(f"{checkpoint.name} is there twice")
             found[checkpoint.name] = checkpoint
@@ -158,96 +148,50 @@ def of_model(architecture: str) -> dict[str, Checkpoint]:
     return {each.tag: each for each in checkpoints().values() if each.model == architecture}
 
 
-def _checked(row: dict[str, Any]) -> Checkpoint:
+def _checkpoint(own: dict[str, Any], row: dict[str, Any]) -> Checkpoint:
+    """A row with what its family says, and of a classifier what its model's ``default_cfgs`` do."""
     name = f"{row.get('model')}.{row.get('tag')}"
-    fields = {each.name: each for each in dataclasses.fields(Checkpoint)}
-    if unknown := sorted(set(row) - set(fields)):
+    if unknown := sorted(set(row) - {each.name for each in dataclasses.fields(Checkpoint)}):
         raise ManifestError(f"{name}: unknown {', '.join(unknown)}")
-    needed = {key for key, each in fields.items() if each.default is each.default_factory is dataclasses.MISSING}
-    if missing := sorted(key for key in needed if not isinstance(row.get(key), str)):
-        raise ManifestError(f"{name}: {', '.join(missing)} missing or no text")
+    if not all(isinstance(row.get(key), str) and row[key] for key in ("model", "tag")):
+        raise ManifestError(f"{name}: model and tag must be text")
+    if not is_model(row["model"]):
+        raise ManifestError(f"{name}: timm knows no model {row['model']}")
     row = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    checkpoint = Checkpoint(**row)
-
-    def demand(holds: bool, what: str) -> None:
-        if not holds:
-            raise ManifestError(f"{name}: {what}")
-
-    demand(bool(checkpoint.address) != bool(checkpoint.page and checkpoint.file), "an address, or a page and a file")
-    for place in checkpoint.addresses:
-        demand(bool(re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place)), f"{place!r} is no address")
-    demand(checkpoint.task in TASKS, f"task {checkpoint.task!r} is none of {', '.join(TASKS)}")
-    demand(checkpoint.keys in FORMATS, f"keys {checkpoint.keys!r} is none of {', '.join(FORMATS)}")
-    demand(set(checkpoint.score) <= set(SCORES), f"scores {sorted(checkpoint.score)}, known are {', '.join(SCORES)}")
-    demand(checkpoint.channel_order in (None, "rgb", "bgr"), f"channel_order {checkpoint.channel_order!r}, rgb or bgr")
-    demand(all(0 < value < 100 for value in checkpoint.score.values()), f"scores {checkpoint.score} are not per cent")
-    sha256 = checkpoint.sha256
-    demand(sha256 is None or re.fullmatch(r"[0-9a-f]{8,64}", str(sha256)) is not None, f"sha256 {sha256!r}")
-    if checkpoint.task == "classify":
-        demand(None not in (checkpoint.classes, checkpoint.input, checkpoint.crop, checkpoint.interpolation), "inputs")
-    demand(None not in (checkpoint.mean, checkpoint.std), "mean and std")
+    if row.get("task", "classify") == "classify":
+        row |= _from_cfg(name, row)
+    if not (own["code"] or row.get("code")):
+        own = {**own, "code": get_pretrained_cfg(row["model"]).origin_url}
+    checkpoint = Checkpoint(**{**own, **row})
+    if problems := list(_problems(checkpoint)):
+        raise ManifestError(f"{name}: {'; '.join(problems)}")
     return checkpoint
 
 
-# ---- what the backbones know of it
+def _from_cfg(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    cfg = get_arch_pretrained_cfgs(row["model"]).get(name)
+    if cfg is None:
+        raise ManifestError(f"{name}: no such tag in the default_cfgs of {row['model']}")
+    address, *mirrors = [*download.addresses(cfg), None]
+    stated = {"address": address, "mirrors": tuple(mirrors[:-1]), "sha256": download.hash_in_name(address or "")}
+    stated |= {ours: getattr(cfg, theirs) for ours, theirs in _CFG_FIELDS.items()}
+    if repeated := sorted(set(row) & set(stated)):
+        raise ManifestError(f"{name}: {', '.join(repeated)} of a classifier stand in its default_cfgs")
+    return stated
 
 
-def backbone_table() -> tuple[dict[str, dict[str, Any]], dict[str, tuple[str, ...]], dict[str, str]]:
-    """What published.py holds: the facts of classification checkpoints in timm's words, by family and name; other
-    places of the file than those facts name; and the hashes that are known."""
-    facts: dict[str, dict[str, Any]] = {}
-    places: dict[str, tuple[str, ...]] = {}
-    hashes: dict[str, str] = {}
-    for name, each in checkpoints().items():
-        if each.task != "classify":
-            continue
-        url = next((place for place in each.addresses if place.startswith("https://")), None)
-        hub = next((place for place in (each.address, *each.mirrors) if place and place.startswith("hf://")), None)
-        row = {"url": url, "hf_hub_id": hub and hub.removeprefix("hf://"), "license": each.weights_licence}
-        row |= {key: value for key, value in each.preprocessing().items() if value != DEFAULTS[key]}
-        facts.setdefault(each.family, {})[name] = {key: value for key, value in row.items() if value is not None}
-        if rest := tuple(place for place in each.addresses if place not in (url, hub)):
-            places[name] = rest
-        if each.sha256:
-            hashes[name] = each.sha256
-    return facts, places, hashes
-
-
-def render() -> str:
-    """The source of ``backbones/published.py``."""
-    facts, places, hashes = backbone_table()
-    return (
-        '"""What is published of the models here: written by ``python -m foveal.weights.manifest``, do not edit."""\n\n'
-        "from __future__ import annotations\n\nfrom typing import Any\n\n"
-        "# of every row below that does not say otherwise\n"
-        f"DEFAULTS: dict[str, Any] = {_source(DEFAULTS)}\n\n"
-        "# by family and name, the fields of timm's PretrainedCfg\n"
-        f"PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {_source(facts)}\n\n"
-        "# other places of the file, tried after those\n"
-        f"MIRRORS: dict[str, tuple[str, ...]] = {_source(places)}\n\n"
-        "# of the file, or how it begins\n"
-        f"SHA256: dict[str, str] = {_source(hashes)}\n"
-    )
-
-
-def _source(value: Any, indent: str = "") -> str:
-    """A value as ruff formats it."""
-    if isinstance(value, dict):
-        inner = indent + "    "
-        rows = "".join(f"{inner}{json.dumps(key)}: {_source(each, inner)},\n" for key, each in value.items())
-        return f"{{\n{rows}{indent}}}"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_source, value))}{',' if len(value) == 1 else ''})"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
-
-
-def main() -> None:
-    target = Path(__file__).parents[1] / "backbones" / "published.py"
-    temporary = target.with_suffix(".new")
-    temporary.write_text(render(), encoding="utf-8")
-    os.replace(temporary, target)
-    print(f"{target}: {len(checkpoints())} checkpoints in the manifest")
-
-
-if __name__ == "__main__":
-    main()
+def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    if bool(checkpoint.address) == bool(checkpoint.page and checkpoint.file):
+        yield "needs an address, or a page and a file"
+    for place in checkpoint.addresses:
+        if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place):
+            yield f"{place!r} is no address"
+    for key, known in {"task": TASKS, "keys": FORMATS, "channel_order": (None, "rgb", "bgr")}.items():
+        if (value := getattr(checkpoint, key)) not in known:
+            yield f"{key} {value!r} is none of {', '.join(filter(None, known))}"
+    if unknown := sorted(set(checkpoint.score) - set(SCORES)):
+        yield f"unknown scores {', '.join(unknown)}"
+    if not all(0 < value < 100 for value in checkpoint.score.values()):
+        yield f"scores {dict(checkpoint.score)} are not per cent"
+    if checkpoint.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", str(checkpoint.sha256)):
+        yield f"sha256 {checkpoint.sha256!r}"

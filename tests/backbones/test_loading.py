@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import shutil
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from urllib.error import URLError
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import save_for_hf
 
 import foveal
-from foveal.backbones import download, loading
+from foveal.backbones import download
 from foveal.heads.build import build_segmenter, save_dense
 
 NAME = "test_foveal_dinat"
@@ -102,13 +102,19 @@ def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+
+    def refuse_repository(repository, file, **kwargs):
+        asked.append(f"{download.HUB}{repository}")
+        raise LocalEntryNotFoundError("no connection")
+
     monkeypatch.setattr(download, "urlopen", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse_repository)
     return asked
 
 
 def test_weights_that_cannot_be_fetched(caches: list[str]) -> None:
     """Each server is asked once, and the advice names a place where the file is then found."""
-    with pytest.raises(OSError, match=r"dinat_mini\.in1k.*no route to host.*Download https://.*put it at") as caught:
+    with pytest.raises(OSError, match=r"dinat_mini\.in1k.*no route to host.*no connection") as caught:
         foveal.load("dinat_mini")
     url, hub = caches
     assert url.endswith("/dinat_mini_in1k_224.pth")
@@ -129,26 +135,26 @@ def test_where_published_weights_are_looked_for(
     caches: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cfg = timm.models.get_pretrained_cfg("dinat_mini")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file, **_: f"{repository}/{file}")
-    asked: list[str] = []
+    hub = "hf://shi-labs/dinat-mini-in1k-224"
+    assert download.addresses(cfg) == [cfg.url, hub]
 
-    def no_url(request, **kwargs):
-        if request.full_url == cfg.url or request.full_url.endswith("model.safetensors"):
-            raise HTTPError(request.full_url, 404, "not found", {}, None)
-        return contextlib.nullcontext()
+    def only_pickles(repository, file, **_):
+        if file == "model.safetensors":
+            raise EntryNotFoundError(file)
+        return f"{repository}/{file}"
 
     # the hub, and there the file that it has
-    monkeypatch.setattr(download, "urlopen", no_url)
-    assert loading._fetch("dinat_mini", cfg) == Path("shi-labs/dinat-mini-in1k-224/pytorch_model.bin")
-    # before it the address of the authors, with the hash that is known of it
-    monkeypatch.setattr(download, "download", lambda *given: asked.append(given) or given[1])
-    monkeypatch.setitem(loading.SHA256, "dinat_mini.in1k", "abc")
-    place = tmp_path / "hub" / "checkpoints" / "dinat_mini_in1k_224.pth"
-    assert loading._fetch("dinat_mini.in1k", cfg) == place
-    assert asked == [(cfg.url, place, "abc")]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", only_pickles)
+    assert download.fetch("x", [cfg.url, hub]) == Path("shi-labs/dinat-mini-in1k-224/pytorch_model.bin")
+    assert caches == [cfg.url]
     # before both what the hub's cache has
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file, **__: f"cache/{file}")
-    assert loading._fetch("dinat_mini", cfg) == Path("cache/model.safetensors")
+    assert download.fetch("x", [cfg.url, hub]) == Path("cache/model.safetensors")
+    # foveal.load asks for these
+    monkeypatch.setattr(download, "fetch", lambda *given: caches.append(given) or tmp_path / "none")
+    with pytest.raises(OSError, match="none"):
+        foveal.load("dinat_mini")
+    assert caches[-1] == ("dinat_mini.in1k", [cfg.url, hub])
 
 
 @pytest.mark.parametrize(

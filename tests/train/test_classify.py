@@ -92,7 +92,7 @@ def test_published_weights_are_fetched_with_their_hash(tmp_path, monkeypatch):
     source, asked = timm.create_model("nat_mini"), []
     torch.save(source.state_dict(), tmp_path / "published.pth")
 
-    def fetch(name, addresses, sha256):
+    def fetch(name, addresses):
         asked.append(name)
         return tmp_path / "published.pth"
 
