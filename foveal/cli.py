@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, list_models
+from .errors import RunError
 from .kernels import BackendError
 from .weights.export import ExportError
 
@@ -32,7 +33,7 @@ app.add_typer(train_app, name="train")
 
 # What a user can bring about: bad names and values, files, missing extras, failed checks. Anything else is our mistake
 # and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, BackendError, ExportError)
+_USER_ERRORS = (ValueError, OSError, ImportError, RunError, BackendError, ExportError)
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # what PyTorch says in a RuntimeError, on a CPU and on CUDA
 
 
@@ -325,11 +326,11 @@ def train_segment(
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-) -> int:
+) -> None:
     """Score a model on the evaluation part of its data."""
-    from .train import tasks
+    from .train import evaluate as run
 
-    return tasks.evaluate(source, overrides or [])
+    run(source, overrides or [], _console())
 
 
 @command(app)
@@ -346,30 +347,20 @@ def predict(
     ] = None,
 ) -> int:
     """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
-    from .backbones.loading import local_path, refuse_exported
-    from .train import tasks
-    from .weights.predict import predict as classify
+    from .train import predict as run
 
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
-    folder = local_path(model)
-    if tasks.task_of(folder) == "classify":
-        if output is not None:
-            raise ValueError(f"{model} is a classifier: --output is for detectors and segmenters")
-        rows = classify(model, images, top)
-    else:
-        refuse_exported(folder)
-        rows = tasks.predict(folder, images, threshold, output)
     failed = 0
-    for path, answers in rows:
-        if isinstance(answers, OSError):
-            print(f"error: {answers}", file=sys.stderr)
+    for prediction in run(model, images, top=top, threshold=threshold, output=output):
+        if prediction.error is not None:
+            print(f"error: {prediction.error}", file=sys.stderr)
             failed += 1
             continue
-        print(path)
-        for label, probability, *where in answers:
-            print(f"  {100 * probability:6.2f} %  {label}{''.join(where)}")
+        print(prediction.path)
+        for result in prediction.results:
+            print(f"  {result}")
     return 1 if failed else 0
 
 

@@ -16,13 +16,12 @@ from PIL import Image
 from rich.console import Console
 
 from .backbones.loading import load
-from .train import classify, detect, segment, tasks
+from .train import Prediction, classify, detect, evaluate, predict, segment
 from .train.data.memory import load_digits
 from .weights.export import export
 from .weights.folder import TOLERANCE
 from .weights.formats import ExportError
 from .weights.images import preprocessing, read_image
-from .weights.predict import predict
 
 RECIPE = "classify/digits"
 VAL_FRACTION = 0.2
@@ -38,7 +37,7 @@ def demo(task: str, output: Path | None = None) -> int:
         output: None for `runs/demo`, `runs/demo-detect` or `runs/demo-segment`.
 
     Returns:
-        0, or the status of the training or the evaluation that failed; they have said why.
+        0, or the status of the training that failed; it has said why.
 
     Raises:
         ValueError: if there is no such task.
@@ -65,8 +64,7 @@ def _classify(output: Path, console: Console) -> int:
         return status
 
     console.rule("2. evaluate the best epoch on the held-out digits")
-    if status := classify.evaluate(str(run), []):
-        return status
+    evaluate(run, console=console)
 
     console.rule("3. export")
     digit, label = _write_digit(output / "digit.png")
@@ -78,10 +76,8 @@ def _classify(output: Path, console: Console) -> int:
     console.print(f'timm.create_model("local-dir:{output / "safetensors"}", pretrained=True) agrees on {digit.name}')
 
     console.rule(f"4. predict a held-out digit, a {label}")
-    for path, answers in predict(run, [digit], top=3):
-        console.print(path)
-        for answer, probability in answers:
-            console.print(f"  {100 * probability:6.2f} %  {answer}")
+    for prediction in predict(run, [digit], top=3):
+        _print(prediction, console)
 
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     for path, what in {
@@ -110,17 +106,12 @@ def _dense(task: str, output: Path, console: Console) -> int:
 
     console.rule("2. evaluate the best epoch on the held-out composites")
     result = output / "result.json"
-    if status := tasks.evaluate(str(run), [f"output={result}"]):
-        return status
+    evaluate(run, [f"output={result}"], console)
 
     console.rule("3. predict a held-out composite")
     image, drawn = COMPOSITES / "val" / "000000.jpg", output / "prediction"
-    for path, answers in tasks.predict(run, [image], threshold=0.5, output=drawn):
-        if isinstance(answers, OSError):
-            raise answers
-        console.print(path)
-        for label, share, *where in answers:
-            console.print(f"  {100 * share:6.2f} %  {label}{''.join(where)}")
+    for prediction in predict(run, [image], threshold=0.5, output=drawn):
+        _print(prediction, console)
 
     console.rule(f"done in {time.monotonic() - start:.0f} s")
     for path, what in {
@@ -137,6 +128,14 @@ def _dense(task: str, output: Path, console: Console) -> int:
         console.print(f"{path!s:40} {what}")
     console.print(f"\ntry: foveal predict {image} --model {run} --output {output}")
     return 0
+
+
+def _print(prediction: Prediction, console: Console) -> None:
+    if prediction.error is not None:
+        raise prediction.error
+    console.print(prediction.path)
+    for result in prediction.results:
+        console.print(f"  {result}")
 
 
 def _free(output: Path) -> Path:

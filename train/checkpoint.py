@@ -27,6 +27,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from ..backbones.loading import read_checkpoint
+from ..errors import RunError
 
 WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
@@ -40,7 +41,7 @@ UNREADABLE = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that cannot be read or written; the message is meant for the user."""
 
 

@@ -1,8 +1,8 @@
-"""``foveal train classify`` and ``foveal evaluate``: from a recipe to a trained, measured, loadable classifier."""
+"""Image classification: the model of a recipe, its losses, its scores and its predictions."""
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,197 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from timm.data import Mixup
+from timm.data import ImageNetInfo, Mixup, infer_imagenet_subset
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
-from ..backbones.loading import load, resolve
-from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config, override_value
-from . import checkpoint, plots
+from ..backbones.images import label_names, preprocessing, read_image
+from ..backbones.loading import load, local_path, resolve
+from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
+from . import checkpoint, deprecated, plots, task
 from .data import Data, build_data, find_classes
-from .data.guard import printable
-from .engine import State
-from .run import run_evaluation, run_recipe, write_json
-from .scoring import score, write_confusion
+from .losses import Teacher, build_losses, build_mix, distillation_loss, prepare_heads
+from .scoring import ClassificationScorer, Metrics, autocast, write_confusion
+from .task import Result, find_recipe, processes
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
 
+class Task(task.Task):
+    """A classifier with logits ``[B, num_classes]``; in training perhaps a pair, the second of an auxiliary head or of
+    one that learns from a teacher."""
+
+    schema = ClassifyConfig
+    metrics = ("val_loss", "top1", "top5")
+    monitor = "top1"
+    curves = (("top1", "top-1, %"),)
+    pictures = False  # one figure of the best epoch's predictions is enough
+    model: nn.Module
+    data: Data
+
+    def __init__(
+        self, config: ClassifyConfig, model: nn.Module, classes: list[str], data: Data, teacher: Teacher | None = None
+    ):
+        super().__init__(config, model, classes, data)
+        self.num_classes, self.teacher = model.num_classes, teacher
+        self.identity = {
+            "model": config.model.name,
+            "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
+            "classes": classes,
+            "data.kind": config.data.kind,
+            "data.val_fraction": config.data.val_fraction,
+            "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
+            "loss": json.dumps(vars(config.loss), sort_keys=True),
+            "distillation": json.dumps(vars(config.distill), sort_keys=True),
+        }
+        self.loss, self.soft_loss = build_losses(config.loss.name, config.loss.smoothing)
+        # what `build` sets by the recipe's augmentation
+        self.mix: Mixup | None = None
+        self.sizes = [data.preprocessing["input_size"][-1]]
+        self.epochs = config.schedule.epochs + round(config.schedule.cooldown_fraction * config.schedule.epochs)
+        self.mix_until = self.epochs - round(config.augment.mix_off_fraction * self.epochs)
+
+    @classmethod
+    def build(cls, config: ClassifyConfig, accelerator: Accelerator) -> "Task":
+        """The recipe's model with its initial weights, and its data."""
+        classes, device = find_classes(config.data), accelerator.device
+        model = build_model(config.model, len(classes), config.data.in_chans)
+        data = build_data(config, classes, model.pretrained_cfg, device=device, **processes(accelerator))
+        set_preprocessing(model, data.preprocessing)
+        prepare_heads(model, config)
+        teacher = None
+        if config.distill.teacher is not None:
+            teacher = Teacher(config.distill.teacher, model.num_classes, data.preprocessing, device, classes)
+        new = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
+        config.data.classes = classes  # so that an evaluation needs no training folder
+        self = cls(config, model, classes, data, teacher)
+        self.mix = build_mix(config, model.num_classes)
+        self.sizes = growing_sizes(config.augment.sizes, model, data.preprocessing["input_size"])
+        if new:
+            self.notes.append(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new)}")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
+        """A run or a checkpoint in it (the data are its recipe's), a model folder or a model name (the overrides say
+        what the data are)."""
+        folder, recipe = local_path(source), find_recipe(source)
+        defaults = {}
+        if recipe is None:
+            resolve(source)  # neither a folder of ours nor a model name: refused before the data are looked for
+            name = f"local-dir:{folder}" if folder.is_dir() else str(source)
+            defaults = {"output": "-", "model": {"name": name}}
+        config = load_config(recipe, overrides, ClassifyConfig, defaults)
+        if config.data.kind == "folder" and config.data.classes is None:
+            config.data.train_split = config.data.val_split
+        classes = find_classes(config.data)
+        if recipe is not None:
+            config.model.pretrained = False
+            model = build_model(config.model, len(classes), config.data.in_chans)
+            checkpoint.load_exact(model, checkpoint.find_weights(folder))
+        elif config.model.checkpoint is not None:
+            model = build_model(config.model, len(classes), config.data.in_chans)
+            if new := checkpoint.load_initial(model, config.model.checkpoint):
+                raise checkpoint.CheckpointError(f"{config.model.checkpoint} has another number of classes ({new[0]})")
+        else:
+            # with the classifier it was trained with: a new one, for other classes, would predict at random
+            model = load(source, in_chans=config.data.in_chans)
+            if model.num_classes != len(classes):
+                raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
+        cfg = model.pretrained_cfg
+        data = build_data(config, classes, cfg, device=accelerator.device, train=False, **processes(accelerator))
+        return cls(config, model, classes, data)
+
+    def train_step(self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int) -> Tensor:
+        images, targets = batch
+        size = self.sizes[epoch * len(self.sizes) // self.epochs]
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        loss = self.loss
+        if self.mix is not None and epoch < self.mix_until:
+            images, targets = self.mix(images, targets)
+            loss = self.soft_loss
+        output = model(images)
+        logits, extra = output if isinstance(output, tuple) else (output, output)
+        total = loss(logits.float(), targets)
+        auxiliary, distill = self.config.loss.auxiliary, self.config.distill
+        if auxiliary > 0:
+            total = total + auxiliary * loss(extra.float(), targets)
+        if self.teacher is not None:
+            student = logits if auxiliary > 0 else extra  # an auxiliary head does not learn from the teacher
+            taught = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)
+            total = (1 - distill.alpha) * total + distill.alpha * taught
+        return total
+
+    def score(
+        self, model: nn.Module, on_batch: Callable[[int], None] | None = None, keep: int = 0
+    ) -> ClassificationScorer:
+        scorer = ClassificationScorer(self.num_classes, keep, self.data.val.normalize.undo if keep else None)
+        scorer.run(model, self.data.val.epoch(0), self._predict, on_batch)
+        return scorer
+
+    def _predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with autocast(batch[0].device, self.config.train.amp):
+            return model(batch[0]).float()
+
+    def result(self, scorer: ClassificationScorer) -> dict[str, Any]:
+        return {"top1": scorer.metrics["top1"], "top5": scorer.metrics["top5"], "loss": scorer.metrics["val_loss"]}
+
+    def save_weights(self, folder: Path, model: nn.Module) -> None:
+        arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
+        checkpoint.save_model(folder, model, arguments, self.classes)
+
+    def headline(self, row: dict[str, Any]) -> str:
+        return f"loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f} %"
+
+    def describe(self) -> str:
+        size = "x".join(map(str, self.data.preprocessing["input_size"]))
+        return f"{self.config.model.name}, input {size}, {len(self.classes)} classes"
+
+    def table(self, metrics: Metrics) -> tuple[str, list[dict[str, str]]]:
+        text = {"top-1 %": f"{metrics['top1']:.2f}", "top-5 %": f"{metrics['top5']:.2f}"}
+        row = text | {"loss": f"{metrics['val_loss']:.4f}"}
+        return f"{self.config.data.kind}, {self.data.preprocessing['input_size'][-1]} px", [row]
+
+    def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
+        scorer = self.score(model, keep=EXAMPLES)
+        if draw:
+            plots.predictions(scorer, self.classes, run / "predictions.png", title)
+            write_confusion(run, self.classes, scorer.confusion)
+        return {"loss": scorer.metrics["val_loss"], "n": scorer.n}
+
+
+class Predictor(task.Predictor):
+    """The most probable classes; a class without a known name is ``class INDEX``."""
+
+    draws = False
+
+    def __init__(self, source: str | Path, *, top: int, threshold: float):
+        self.model = load(source)
+        if self.model.num_classes < 1:
+            raise ValueError(f"{source} has no classifier")
+        self.transform, self.labels = preprocessing(self.model), class_labels(self.model, source)
+        self.top, self.channels = min(top, self.model.num_classes), self.model.pretrained_cfg["input_size"][0]
+
+    def read(self, path: str | Path) -> Tensor:
+        image = read_image(path, self.channels)
+        try:
+            return self.transform(image)
+        except (ValueError, MemoryError, ArithmeticError) as error:  # a strip of one pixel grows with its long side
+            reason = f"cannot be resized from {image.width}x{image.height}: {error or type(error).__name__}"
+            raise OSError(f"{path}: {reason}") from error
+
+    def predict(self, image: Tensor) -> tuple[list[Result], None]:
+        logits = self.model(image[None])
+        if logits.shape != (1, self.model.num_classes):
+            raise ValueError(f"the model gives {list(logits.shape)} of an image, not {self.model.num_classes} logits")
+        best = logits.softmax(-1)[0].topk(self.top)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [Result(self.labels[i] if self.labels else f"class {i}", score) for i, score in pairs], None
+
+
 def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
-    """Creates the recipe's model with timm.
+    """Creates the recipe's model with timm, in training mode.
 
     Raises:
         ConfigError: unknown name, arguments it does not take, or fewer outputs than classes.
@@ -59,95 +228,8 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
     return model
 
 
-def prepare_heads(model: nn.Module, config: ClassifyConfig) -> None:
-    """Makes a model's further head answer in training when the recipe has a loss for it.
-
-    Raises:
-        ConfigError: the recipe weighs an auxiliary head that the model does not have.
-    """
-    if config.loss.auxiliary > 0:
-        if not hasattr(model, "set_auxiliary_training"):
-            raise ConfigError(f"loss.auxiliary={config.loss.auxiliary:g}: {config.model.name} has no auxiliary head")
-        try:
-            model.set_auxiliary_training(True)
-        except ValueError as error:
-            raise ConfigError(f"loss.auxiliary={config.loss.auxiliary:g}: {error}") from None
-    elif getattr(model, "auxiliary_training", False):
-        raise ConfigError(
-            f"{config.model.name} was made with an auxiliary head, and loss.auxiliary=0 would not train it: give it a "
-            "weight, or leave the head out of model.kwargs"
-        )
-    if config.distill.teacher is not None and hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)  # its second head learns from the teacher; another model's only head does
-
-
-class Teacher:
-    """A frozen model of the same classes that answers to the student's images, prepared as it was trained to see them.
-
-    Args:
-        source: what `foveal.load` takes.
-        num_classes: outputs of the student.
-        preprocessing: how the student's images are made (mean, std, input_size), as `build_data` states it.
-        classes: names of the student's classes. A teacher that has one of them elsewhere is refused; one that knows
-            them by other names, or by none, is trusted.
-
-    Raises:
-        ConfigError: the teacher cannot be loaded, or has other classes.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        num_classes: int,
-        preprocessing: dict[str, Any],
-        device: torch.device,
-        classes: Sequence[str] = (),
-    ):
-        channels = preprocessing["input_size"][0]
-        try:
-            self.model = load(source, in_chans=channels).to(device).requires_grad_(False)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"distill.teacher: {error}") from None
-        if self.model.num_classes != num_classes:
-            raise ConfigError(
-                f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"
-            )
-        cfg = self.model.pretrained_cfg
-        places = {name: i for i, name in enumerate(cfg.get("label_names") or ())}
-        for i, name in enumerate(classes):
-            if places.get(name, i) != i:
-                raise ConfigError(f"distill.teacher: class {name!r} is number {places[name]} of {source}, here {i}")
-
-        def column(values: Sequence[float]) -> torch.Tensor:
-            # a teacher of coloured images that is given grey ones: its channels' mean, as timm sums its first filters
-            values = values if len(values) == channels else [sum(values) / len(values)] * channels
-            return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-        mean, std = column(preprocessing["mean"]), column(preprocessing["std"])
-        own_mean, own_std = column(cfg["mean"]), column(cfg["std"])
-        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
-        self.size = tuple(cfg["input_size"][1:]) if cfg.get("fixed_input_size") else None
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """The student's batch ``[B, C, H, W]`` to logits ``[B, num_classes]``, float32."""
-        images = images * self.scale + self.shift
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
-        return self.model(images).float()
-
-
-def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
-    """Cross entropy with the teacher's decision (``"hard"``), or the Kullback-Leibler divergence from its distribution
-    times the squared temperature (``"soft"``: Hinton et al., arXiv 1503.02531); both a mean over the batch."""
-    if kind == "hard":
-        return F.cross_entropy(logits, teacher.argmax(1))
-    student, teacher = ((x / temperature).log_softmax(1) for x in (logits, teacher))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-
-
-def describe(model: nn.Module, preprocessing: dict[str, Any]) -> None:
-    """Makes the model say how its images were prepared, and forget where other weights of its name came from."""
+def set_preprocessing(model: nn.Module, preprocessing: dict[str, Any]) -> None:
+    """Makes ``pretrained_cfg`` describe the run's own images and weights, not the published ones of the same name."""
     cfg = model.pretrained_cfg
     kept = ("architecture", "classifier", "first_conv", "fixed_input_size", "min_input_size")
     model.pretrained_cfg = {key: cfg[key] for key in kept if cfg.get(key) is not None}
@@ -177,227 +259,18 @@ def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[i
     return list(sizes)
 
 
-class Task:
-    """What classification brings to the engine: step, evaluation, and the folder that users load."""
-
-    metrics = ("val_loss", "top1", "top5")
-    monitor = "top1"
-
-    def __init__(
-        self, config: ClassifyConfig, model: nn.Module, classes: list[str], data: Data, teacher: Teacher | None = None
-    ):
-        self.config, self.model, self.classes, self.data, self.teacher = config, model, classes, data, teacher
-        self.num_classes, self.notes = model.num_classes, list(data.notes)
-        self.identity = {
-            "model": config.model.name,
-            "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
-            "classes": classes,
-            "data.kind": config.data.kind,
-            "data.val_fraction": config.data.val_fraction,
-            "preprocessing": json.dumps(data.preprocessing, sort_keys=True),
-            "loss": json.dumps(vars(config.loss), sort_keys=True),
-            "distillation": json.dumps(vars(config.distill), sort_keys=True),
-        }
-        augment, smoothing = config.augment, config.loss.smoothing
-        self.mix = None
-        if augment.mixup > 0 or augment.cutmix > 0:
-            if config.train.batch_size % 2:
-                raise ConfigError(f"mixup and cutmix pair images: train.batch_size={config.train.batch_size} is odd")
-            self.mix = Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch_prob,
-                label_smoothing=smoothing,
-                num_classes=self.num_classes,
-            )
-        schedule = config.schedule
-        epochs = schedule.epochs + round(schedule.cooldown_fraction * schedule.epochs)
-        self.mix_until = epochs - round(augment.mix_off_fraction * epochs)
-        self.epochs, self.sizes = epochs, growing_sizes(augment.sizes, model, data.preprocessing["input_size"])
-        if config.loss.name == "bce":
-            self.hard = BinaryCrossEntropy(smoothing=smoothing)
-            self.soft = BinaryCrossEntropy(smoothing=0.0)  # the mixed targets are smoothed already
-        else:
-            self.hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-            self.soft = SoftTargetCrossEntropy()
-
-    def train_step(self, model: nn.Module, batch, epoch: int) -> torch.Tensor:
-        images, targets = batch
-        size = self.sizes[epoch * len(self.sizes) // self.epochs]
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        loss = self.hard
-        if self.mix is not None and epoch < self.mix_until:
-            images, targets = self.mix(images, targets)
-            loss = self.soft
-        output = model(images)
-        logits, extra = output if isinstance(output, tuple) else (output, output)
-        total = loss(logits.float(), targets)
-        if self.config.loss.auxiliary > 0:
-            total = total + self.config.loss.auxiliary * loss(extra.float(), targets)
-        if self.teacher is not None:
-            distill = self.config.distill
-            student = logits if self.config.loss.auxiliary > 0 else extra  # an auxiliary head is not the one to teach
-            taught = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)
-            total = (1 - distill.alpha) * total + distill.alpha * taught
-        return total
-
-    def evaluate(self, model: nn.Module, on_batch=None) -> dict[str, float]:
-        result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, on_batch=on_batch)
-        return {"val_loss": result.loss, "top1": result.top1, "top5": result.top5}
-
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
-        arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
-        checkpoint.save_model(folder, model, arguments, self.classes)
-
-    def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
-        """Nothing to draw: one figure of the best epoch's predictions at the end tells all."""
-
-    def headline(self, row: dict[str, Any]) -> str:
-        return f"loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f} %"
-
-    def describe(self) -> str:
-        size = "x".join(map(str, self.data.preprocessing["input_size"]))
-        return f"{self.config.model.name}, input {size}, {len(self.classes)} classes"
-
-    def finish(self, run: Path, state: State, model: nn.Module, draw: bool) -> dict[str, Any]:
-        """Curves, the best model's predictions, and its figures."""
-        result = score(model, self.data.val, self.num_classes, amp=self.config.train.amp, keep=EXAMPLES)
-        best, last, name = state.best, state.history[-1], self.config.model.name  # the last epoch is always evaluated
-        if draw:
-            title = f"{name} on {self.config.data.kind}"
-            plots.curves(state.history, run / "curves.png", title, {"top1": "top-1, %"}, self.monitor)
-            plots.predictions(result, self.classes, run / "predictions.png", f"{name}, epoch {best['epoch']}")
-            write_confusion(run, self.classes, result.confusion)
-        return {
-            "model": name,
-            "best_epoch": best["epoch"],
-            "top1": best["top1"],
-            "last_top1": last["top1"],
-            "top5": best["top5"],
-            "loss": best["val_loss"],
-            "n": result.n,
-        }
+def class_labels(model: nn.Module, source: str | Path) -> Sequence[str] | None:
+    """The names that came with the weights, else timm's of the ImageNet that the classifier has the size of."""
+    names = label_names(model)
+    if names is not None:
+        if len(names) != model.num_classes:
+            raise ValueError(f"{source} has {len(names)} label_names for {model.num_classes} classes")
+        return names
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def train(config_path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """Trains the recipe at ``config_path`` (a file or a shipped recipe's name) with ``key=value`` overrides; the exit
-    code is that of `run.run_recipe`.
-
-    Examples:
-        >>> from foveal.train.classify import train
-        >>> train("digits", ["schedule.epoch=1"])
-        error: command line: unknown key `schedule.epoch`; did you mean `schedule.epochs`?
-        1
-        >>> train("digits", ["schedule.epochs=1", "train.steps_per_epoch=4", "output=runs/short"])  # doctest: +ELLIPSIS
-        test_foveal_dinat...
-        0
-    """
-    return run_recipe(config_path, overrides, ClassifyConfig, build_task)
-
-
-def build_task(config: ClassifyConfig, accelerator: Accelerator) -> Task:
-    """The model, the data and what else a recipe asks for, the model on the CPU and with its initial weights."""
-    classes = find_classes(config.data)
-    model = build_model(config.model, len(classes), config.data.in_chans)
-    data = build_data(
-        config,
-        classes,
-        model.pretrained_cfg,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    describe(model, data.preprocessing)
-    prepare_heads(model, config)
-    teacher = None
-    if config.distill.teacher is not None:
-        source = config.distill.teacher
-        teacher = Teacher(source, model.num_classes, data.preprocessing, accelerator.device, classes)
-    new_head = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
-    config.data.classes = classes  # so that an evaluation needs no training folder
-    task = Task(config, model, classes, data, teacher)
-    if new_head:
-        task.notes.append(f"not in {config.model.checkpoint} for these classes, so new: {', '.join(new_head)}")
-    return task
-
-
-def evaluate(source: str, overrides: Sequence[str] = ()) -> int:
-    """Scores a trained run (its ``best/``), a checkpoint folder inside it, a model folder, or a model name.
-
-    For a run the recipe is the one saved with it; for the others the overrides say what the data are. ``output=FILE``
-    writes the result as JSON.
-
-    The exit code is that of `run.run_evaluation`.
-
-    Examples:
-        >>> import timm
-        >>> from foveal.train.classify import evaluate
-        >>> model = timm.create_model("test_foveal_dinat", num_classes=10, in_chans=1)
-        >>> timm.models.save_for_hf(model, "folder", model_args={"in_chans": 1}, safe_serialization=True)
-        >>> data = ["data.kind=digits", "data.image_size=32", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
-        >>> evaluate("folder", [*data, "output=score.json"])  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-        folder: digits, 32 px ...
-        0
-        >>> import json
-        >>> json.load(open("score.json"))["n"]
-        360
-    """
-    return run_evaluation(_evaluate, source, overrides)
-
-
-def _evaluate(source: str, overrides: list[str], console: Console) -> None:
-    file = override_value(overrides, "output")
-    overrides = [o for o in overrides if not o.startswith("output=")]
-    folder = Path(source)
-    weights = None
-    if (folder / "config.yaml").is_file():
-        weights = checkpoint.newest(folder / "best")
-        if weights is None:
-            raise checkpoint.CheckpointError(f"{folder} has no best/: no epoch of this run was evaluated")
-        config = load_config(folder / "config.yaml", overrides)
-    elif folder.is_dir() and (folder.resolve().parent / "config.yaml").is_file():
-        weights, config = folder, load_config(folder.resolve().parent / "config.yaml", overrides)
-    else:
-        resolve(source)  # what is neither a folder of ours nor a model's name is said before the data are looked for
-        name = f"local-dir:{folder}" if folder.is_dir() else source
-        config = load_config(None, overrides, defaults={"output": "-", "model": {"name": name}})
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    device = Accelerator().device
-    if weights is not None:
-        config.model.pretrained = False
-    data_config = config.data
-    if data_config.kind == "folder" and data_config.classes is None:
-        data_config.train_split = data_config.val_split
-    classes = find_classes(data_config)
-    if weights is None and config.model.checkpoint is None:
-        # with the classifier it was trained with: a new one for other classes would answer at random
-        model = load(source, in_chans=data_config.in_chans)
-        if model.num_classes != len(classes):
-            raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
-    else:
-        model = build_model(config.model, len(classes), data_config.in_chans)
-    if weights is not None:
-        checkpoint.load_exact(model, checkpoint.find_weights(weights))
-    elif config.model.checkpoint is not None:
-        new = checkpoint.load_initial(model, config.model.checkpoint)
-        if new:
-            raise checkpoint.CheckpointError(f"{config.model.checkpoint} has another number of classes ({new[0]})")
-    data = build_data(config, classes, model.pretrained_cfg, device=device, train=False)
-    result = score(model.to(device), data.val, model.num_classes, amp=config.train.amp)
-    table = Table(title=f"{source}: {config.data.kind}, {data.preprocessing['input_size'][-1]} px")
-    row = {"top-1 %": f"{result.top1:.2f}", "top-5 %": f"{result.top5:.2f}", "loss": f"{result.loss:.4f}"}
-    row |= {"n": f"{result.n:,}", "images/s": f"{result.images_per_second:,.0f}"}
-    for name in row:
-        table.add_column(name, justify="right")
-    table.add_row(*row.values())
-    console.print(table)
-    if data.bad.names:
-        named = escape(printable(", ".join(sorted(data.bad.names)[:5])))
-        console.print(f"[yellow]{len(data.bad.names)} unreadable images left out:[/] {named}")
-    if file is not None:
-        figures = ("top1", "top5", "loss", "n", "images_per_second")
-        content = {"source": source, "model": config.model.name} | {name: getattr(result, name) for name in figures}
-        write_json(Path(file), content | {"unreadable": data.bad.names})
+train, evaluate, _ = deprecated.commands("classify", ClassifyConfig, Task.build)

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from ..configs.schema import ClassifyConfig, load_config
-from .classify import build_task
+from .classify import Task
 from .engine import Trainer, create_optimizer
 
 
@@ -88,7 +88,7 @@ def rows(case: EngineCase, rounds: int) -> list[dict[str, object]]:
 def _task(config: ClassifyConfig) -> tuple[Accelerator, Any]:
     set_seed(config.seed)
     accelerator = Accelerator()
-    return accelerator, build_task(deepcopy(config), accelerator)
+    return accelerator, Task.build(deepcopy(config), accelerator)
 
 
 def _engine(

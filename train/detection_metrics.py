@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as run_lengths
 
-from .data.coco import CocoIndex
+from .data.coco import CocoIndex, DetectBatch
+from .scoring import Metrics, Scorer
 
 # The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -43,7 +44,7 @@ def average_precision(truth: dict[str, Any], results: Sequence[dict[str, Any]], 
     return {f"{kind}_{name}": 100 * v if v >= 0 else None for name, v in zip(FIGURES, values, strict=True)}
 
 
-class CocoScorer:
+class CocoScorer(Scorer):
     """Collects detections image by image, as boxes and run lengths.
 
     Args:
@@ -53,24 +54,21 @@ class CocoScorer:
 
     def __init__(self, index: CocoIndex, masks: bool):
         self.index, self.masks = index, masks
-        self.found: list[Found] = []
+        self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 
-    def add(self, numbers: Sequence[int], detections: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Takes a detector's answers to the images ``numbers`` of the index."""
-        for number, each in zip(numbers, detections, strict=True):
+    def add(self, batch: DetectBatch, predictions: Sequence[dict[str, torch.Tensor]]) -> int:
+        """predictions: of a detector, one dictionary for each image of the batch."""
+        for number, each in zip(batch.numbers, predictions, strict=True):
             codes = encode_masks(each["masks"]) if self.masks else None
             arrays = (each[key].float().cpu().numpy() for key in ("boxes", "scores"))
             self.found.append((number, *arrays, each["labels"].cpu().numpy(), codes))
+        return len(batch.numbers)
 
-    def gathered(self) -> list[Found]:
-        """Every process's detections, in the order of the images; a collective."""
-        return sorted(gather_object(self.found), key=lambda entry: entry[0])
-
-    def results(self, found: Sequence[Found]) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """Detections as COCO's result files have them, with the ids of its categories."""
         ids = list(self.index.categories)
         results = []
-        for number, boxes, scores, labels, codes in found:
+        for number, boxes, scores, labels, codes in self.found:
             boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
             for i, (box, score, label) in enumerate(zip(boxes, scores.tolist(), labels.tolist(), strict=True)):
                 entry = {"image_id": int(self.index.image_ids[number]), "category_id": ids[label]}
@@ -78,18 +76,22 @@ class CocoScorer:
                 results.append(entry | ({"segmentation": codes[i]} if codes is not None else {}))
         return results
 
-    def compute(self) -> dict[str, float | None]:
-        """The figures over the images that were added, on every process the same: the first one computes them."""
-        found, answer = self.gathered(), [{}]
+    def compute(self) -> Metrics:
+        """The figures of the images that were added; the main process computes them for all."""
+        self.found = sorted(gather_object(self.found), key=lambda entry: entry[0])
+        metrics: list[Metrics] = [{}]
         if PartialState().is_main_process:
-            truth, results = self.index.truth([entry[0] for entry in found]), self.results(found)
+            truth, results = self.index.truth([entry[0] for entry in self.found]), self.results()
             for kind in ("box", "mask") if self.masks else ("box",):
-                answer[0] |= average_precision(truth, results, kind)
-        broadcast_object_list(answer)
-        return answer[0]
+                metrics[0] |= average_precision(truth, results, kind)
+        broadcast_object_list(metrics)
+        return metrics[0]
 
 
 def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """Probabilities ``[N, 1, H, W]`` to COCO's compressed run lengths of what is above one half."""
+    """Probabilities ``[N, 1, H, W]`` to COCO's compressed run lengths of what is above one half, as JSON takes them."""
+    if len(masks) == 0:
+        return []
     bits = (masks[:, 0] > 0.5).byte().cpu().numpy()
-    return [dict(code) for code in run_lengths.encode(np.asfortranarray(bits.transpose(1, 2, 0)))] if len(bits) else []
+    codes = run_lengths.encode(np.asfortranarray(bits.transpose(1, 2, 0)))
+    return [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in codes]

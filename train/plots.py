@@ -1,32 +1,42 @@
-"""Figures of a run: its curves, and held-out predictions with the mistakes marked."""
+"""Figures of a run: its curves, and held-out images with the predictions of its model."""
 
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from torch import Tensor
 
 matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
-from .scoring import Example, Score
+from ..files import atomic
+from .scoring import ClassificationScorer, Example
 
 RIGHT, WRONG = "#1b7837", "#b2182b"  # told apart by colour-blind readers too; the symbol says the same
+COLOURS = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+PLAIN = {"parse_math": False}  # names may have dollar signs
+Found = dict[str, Tensor]
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
+def save(figure: plt.Figure, path: Path, title: str | None = None) -> None:
+    """Writes a figure as PNG and closes it."""
+    if title:
+        figure.suptitle(title, fontsize=11, **PLAIN)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as new:
+        figure.savefig(new, dpi=115, bbox_inches="tight", format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[str, str], monitor: str) -> None:
     """Loss, metrics and learning rate by epoch, from the rows of ``metrics.csv``.
 
     Args:
-        shown: the names of metrics to draw, with what a reader calls each.
+        shown: names of the metrics to draw, with their labels.
         monitor: the one whose largest value is marked.
     """
     epochs = [row["epoch"] for row in history]
@@ -37,7 +47,7 @@ def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[st
         left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend()
-    for (name, label), colour in zip(shown.items(), (RIGHT, "#2166ac", "#b2182b", "0.3"), strict=False):
+    for (name, label), colour in zip(shown.items(), (RIGHT, "#2166ac", WRONG, "0.3"), strict=False):
         middle.plot([row["epoch"] for row in scored], [row[name] for row in scored], color=colour, label=label)
         if name == monitor and scored:
             best = max(scored, key=lambda row: row[monitor])
@@ -48,52 +58,102 @@ def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[st
     right.set(xlabel="epoch", ylabel="learning rate")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.tight_layout()
-    _save(figure, path)
+    save(figure, path, title)
 
 
-def predictions(score: Score, classes: list[str], path: Path, title: str, columns: int = 10, rows: int = 4) -> None:
-    """Held-out images with the model's answer: mistakes first, framed red with a cross; the rest green with a tick."""
+# ---- classification
+
+
+def predictions(
+    score: ClassificationScorer, classes: list[str], path: Path, title: str, columns: int = 10, rows: int = 4
+) -> None:
+    """Held-out images with the predicted class: mistakes first, framed red with a cross; the rest green with a tick."""
     size = columns * rows
     wrong = score.wrong[: size // 2]
     examples = wrong + score.right[: size - len(wrong)]
     rows = -(-len(examples) // columns)
     long_names = max(len(name) for name in classes) > 4
     figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, (1.9 if long_names else 1.7) * rows + 0.6))
-    for axis in axes.flat:
-        axis.set_axis_off()
+    _hide(axes.flat)
     for axis, example in zip(axes.flat, examples, strict=False):
         _example(axis, example, classes, long_names)
-    mistakes = round(score.n * (1 - score.top1 / 100))
+    top1 = score.metrics["top1"]
+    mistakes = round(score.n * (1 - top1 / 100))
     shown = f"{len(wrong)} of its {mistakes} mistakes (✗ red), then right answers (✓ green)"
-    figure.suptitle(f"{title}: {score.top1:.2f} % of {score.n:,} held-out images right\n{shown}", fontsize=11)
-    figure.tight_layout()
-    _save(figure, path)
+    save(figure, path, f"{title}: {top1:.2f} % of {score.n:,} held-out images right\n{shown}")
 
 
 def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: bool) -> None:
     hit = example.predicted == example.target
-    image = example.image.permute(1, 2, 0).numpy()
-    if image.shape[-1] == 1:
-        axis.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    else:
-        axis.imshow(image, interpolation="nearest")
     axis.set_axis_on()
+    axis.imshow(_rgb(example.image.permute(1, 2, 0).numpy()), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=RIGHT if hit else WRONG, linewidth=1 if hit else 3)
     text = f"{'✓' if hit else '✗'} {classes[example.predicted]}"
     if not hit:
         text += f"{chr(10) if long_names else ', '}is {classes[example.target]}"
-    axis.set_title(
-        text,
-        color=RIGHT if hit else WRONG,
-        fontsize=8 if long_names else 9,
-        fontweight=None if hit else "bold",
-        parse_math=False,  # names may have dollar signs
-    )
+    style = {"color": RIGHT if hit else WRONG, "fontweight": None if hit else "bold"}
+    axis.set_title(text, fontsize=8 if long_names else 9, **style, **PLAIN)
     axis.set_xlabel(f"{example.probability:.0%}", fontsize=7, labelpad=2)
+
+
+# ---- detection
+
+
+def detections(
+    images: Sequence[Tensor],
+    truths: Sequence[Found],
+    found: Sequence[Found],
+    classes: Sequence[str],
+    path: Path,
+    title: str,
+    columns: int = 2,
+) -> None:
+    """Images in pairs, left what is annotated, right what was found, ``columns`` pairs a row."""
+    rows = -(-len(images) // columns)
+    height = max(image.shape[-2] / image.shape[-1] for image in images)
+    size = (3.4 * 2 * columns, (3.4 * min(height, 2) + 0.3) * rows + 0.5)
+    figure, axes = plt.subplots(rows, 2 * columns, figsize=size, squeeze=False)
+    _hide(axes.flat)
+    for pair, image, truth, each in zip(axes.reshape(-1, 2), images, truths, found, strict=False):
+        _objects(pair[0], image, truth, classes, "annotated")
+        _objects(pair[1], image, each, classes, "found")
+    save(figure, path, title)
+
+
+def detection(image: Tensor, found: Found, classes: Sequence[str], path: Path, name: str) -> None:
+    """One image with its detections."""
+    ratio = image.shape[-2] / image.shape[-1]
+    figure, axis = plt.subplots(figsize=(7, 7 * min(max(ratio, 0.4), 2.5) + 0.4))
+    _objects(axis, image, found, classes, name)
+    save(figure, path)
+
+
+def _objects(axis: plt.Axes, image: Tensor, found: Found, classes: Sequence[str], title: str) -> None:
+    """An image (float ``[C, H, W]`` in [0, 1]) with boxes, class names and, where there are any, scores and masks."""
+    height, width = image.shape[-2:]
+    place = {"interpolation": "nearest", "extent": (0, width, height, 0)}  # edges of pixels are integers, as in boxes
+    axis.set_axis_on()
+    axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).float().cpu().numpy().clip(0, 1), **place)
+    labels = found["labels"].tolist()
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"{title}: {len(labels)}", fontsize=9, **PLAIN)
+    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+    for mask, colour in zip(found.get("masks", ()), colours, strict=False):
+        layer = np.zeros((height, width, 4))
+        layer[mask.reshape(height, width).float().cpu().numpy() > 0.5] = (*colour, 0.45)
+        axis.imshow(layer, **place)
+    for i, (x1, y1, x2, y2) in enumerate(found["boxes"].tolist()):
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=1.4))
+        text = classes[labels[i]] + (f" {100 * float(found['scores'][i]):.0f}" if "scores" in found else "")
+        tag = {"facecolor": colours[i], "edgecolor": "none", "pad": 1, "alpha": 0.85}
+        side = "top" if y1 < 0.08 * height else "bottom"  # inside the box where there is no room above it
+        axis.text(x1, y1, text, fontsize=7, color="white", va=side, bbox=tag, clip_on=True, **PLAIN)
+    axis.set(xlim=(0, width), ylim=(height, 0))
+
+
+# ---- segmentation
 
 
 def label_colours(classes: int) -> np.ndarray:
@@ -108,7 +168,7 @@ def label_colours(classes: int) -> np.ndarray:
 def segmentations(
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], path: Path, title: str
 ) -> None:
-    """Held-out images, each beside its true and its predicted classes, with the names of those that can be seen.
+    """Held-out images, each beside its true and its predicted classes, with a legend of those that occur.
 
     Args:
         examples: image uint8 ``[H, W, 1 or 3]``, truth and prediction ``[H, W]``; truth 255 (no class) is white.
@@ -116,21 +176,27 @@ def segmentations(
     colours = np.full((256, 3), 255, np.uint8)
     colours[: len(classes)] = label_colours(len(classes))
     figure, axes = plt.subplots(len(examples), 3, figsize=(9, 3 * len(examples) + 0.8), squeeze=False)
+    _hide(axes.flat)
     for row, (image, truth, predicted) in zip(axes, examples, strict=True):
-        grey = image[..., :1].repeat(3, -1) if image.shape[-1] == 1 else image
-        for axis, shown in zip(row, (grey, colours[truth], colours[predicted]), strict=True):
+        for axis, shown in zip(row, (_rgb(image), colours[truth], colours[predicted]), strict=True):
             axis.imshow(shown, interpolation="nearest")
-            axis.set_axis_off()
     for axis, name in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(name)
-    seen = np.unique(np.concatenate([part.ravel() for _, *parts in examples for part in parts]))
+    seen = np.unique(np.concatenate([labels.ravel() for _, *pair in examples for labels in pair]))
     seen = [int(label) for label in seen if label < len(classes)]
-    handles = [plt.Rectangle((0, 0), 1, 1, fc=colours[label] / 255, ec="0.5", lw=0.5) for label in seen]
+    handles = [Rectangle((0, 0), 1, 1, fc=colours[label] / 255, ec="0.5", lw=0.5) for label in seen]
     names = [classes[label] for label in seen]
     legend = figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=6, fontsize=8)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # names may have dollar signs
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, path)
+        text.set(**PLAIN)
+    save(figure, path, title)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 ``[H, W, 1 or 3]`` with three channels."""
+    return image.repeat(3, -1) if image.shape[-1] == 1 else image
+
+
+def _hide(axes: Iterable[plt.Axes]) -> None:
+    for axis in axes:
+        axis.set_axis_off()

@@ -1,45 +1,30 @@
-"""Evaluation of a classifier: every sample once, whatever the number of processes."""
+"""Scores on held-out images: every image counts once, whatever the number of processes.
+
+A scorer collects predictions batch by batch; `Scorer.run` feeds it a whole loader. `ClassificationScorer` and
+`SegmentationScorer` are here, that of detection in `detection_metrics`.
+"""
 
 import csv
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
-from torch import nn
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
 
-from .data import Loader
+from ..files import atomic
+from .data.guard import DataError
 
-
-@dataclass
-class Example:
-    """One held-out image for the figure: uint8 ``[C, H, W]``, its class, and the model's answer with probability."""
-
-    image: torch.Tensor
-    target: int
-    predicted: int
-    probability: float
-
-
-@dataclass
-class Score:
-    """top1 and top5 in percent, mean cross-entropy, number of samples, samples per second (all processes together)."""
-
-    top1: float
-    top5: float
-    loss: float
-    n: int
-    images_per_second: float
-    right: list[Example] = field(default_factory=list)
-    wrong: list[Example] = field(default_factory=list)
-    confusion: dict[tuple[int, int], int] = field(default_factory=dict)  # (class, predicted): samples, where any
+IGNORE = 255  # label of pixels without a class
+Metrics = dict[str, float | None]
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
@@ -49,102 +34,190 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
 
 
-@torch.inference_mode()
-def score(
-    model: nn.Module,
-    loader: Loader,
-    num_classes: int,
-    *,
-    amp: str = "no",
-    keep: int = 0,
-    on_batch: Callable[[int], None] | None = None,
-) -> Score:
-    """Scores ``model`` on every sample of ``loader``.
+class Scorer(ABC):
+    """Collects predictions; all processes get the same figures.
+
+    Attributes, after `run`:
+        metrics: by the names of metrics.csv.
+        n: images, of all processes.
+        images_per_second: of all processes together, without the time of `compute`.
+    """
+
+    metrics: Metrics
+    n: int = 0
+    images_per_second: float = 0.0
+
+    @abstractmethod
+    def add(self, batch: Any, predictions: Any) -> int:
+        """Takes the predictions for a batch; returns its number of images."""
+
+    @abstractmethod
+    def compute(self) -> Metrics:
+        """The metrics over all processes; a collective."""
+
+    @torch.no_grad()  # not inference_mode: the training that follows uses what is cached here (anchors, index plans)
+    def run(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        predict: Callable[[nn.Module, Any], Any],
+        on_batch: Callable[[int], None] | None = None,
+    ) -> "Scorer":
+        """Scores ``model`` on ``batches``, this process's share of the images.
+
+        Args:
+            predict: ``(model, batch) -> predictions`` as `add` takes them.
+            on_batch: called with the number of images after each batch.
+        """
+        model.eval()
+        count, start = 0, time.perf_counter()
+        for batch in batches:
+            images = self.add(batch, predict(model, batch))
+            count += images
+            if on_batch is not None:
+                on_batch(images)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.n = sum(gather_object([count]))
+        self.images_per_second = self.n / (time.perf_counter() - start)
+        self.metrics = self.compute()
+        return self
+
+
+@dataclass
+class Example:
+    """One held-out image for the figure: uint8 ``[C, H, W]``, its class, the predicted one and its probability."""
+
+    image: Tensor
+    target: int
+    predicted: int
+    probability: float
+
+
+class ClassificationScorer(Scorer):
+    """Top-1 and top-5 accuracy in percent and the mean cross-entropy.
 
     Args:
-        num_classes: width of the model's output.
-        amp: ``no``, ``bf16`` or ``fp16``.
-        keep: how many right and how many wrong examples to keep for a figure (of this process); above 0 the score has
-            its ``confusion`` too, of all processes.
-        on_batch: called with the number of samples after each batch.
+        num_classes: width of the logits.
+        keep: how many right and how many wrong examples of this process to keep for a figure; with any, ``confusion``
+            counts (class, predicted) pairs over all processes.
+        undo: normalised images to uint8 ``[B, C, H, W]`` on the CPU, for the examples.
     """
-    device = loader.normalize.device
-    top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(device)
-    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", validate_args=False).to(device)
-    loss, count = MeanMetric().to(device), SumMetric().to(device)
-    right: list[Example] = []
-    wrong: list[Example] = []
-    answers: Counter[tuple[int, int]] = Counter()
-    model.eval()
-    start = time.perf_counter()
-    for images, targets in loader.epoch(0):
-        with autocast(device, amp):
-            logits = model(images)
-        logits = logits.float()
-        top1.update(logits, targets)
-        top5.update(logits, targets)
-        loss.update(F.cross_entropy(logits, targets, reduction="none"))
-        count.update(len(targets))
-        if len(right) < keep or len(wrong) < keep:
-            _keep(images, targets, logits, loader, keep, right, wrong)
-        if keep:
-            answers.update(zip(targets.tolist(), logits.argmax(-1).tolist(), strict=True))
-        if on_batch is not None:
-            on_batch(len(targets))
-    n = int(count.compute())
-    seconds = time.perf_counter() - start
-    if n == 0:
-        raise ValueError("there was no sample to evaluate")
-    if keep:
-        answers = sum(gather_object([answers]), Counter())
-    return Score(
-        top1=100 * round(n * top1.compute().item()) / n,  # the float32 share, back to the exact count
-        top5=100 * round(n * top5.compute().item()) / n,
-        loss=loss.compute().item(),
-        n=n,
-        images_per_second=n / seconds,
-        right=right,
-        wrong=wrong,
-        confusion=dict(sorted(answers.items())),
-    )
+
+    def __init__(self, num_classes: int, keep: int = 0, undo: Callable[[Tensor], Tensor] | None = None):
+        self.top, self.keep, self.undo = min(5, num_classes), keep, undo
+        self.right: list[Example] = []
+        self.wrong: list[Example] = []
+        self.confusion: dict[tuple[int, int], int] = Counter()
+        self._hits = torch.zeros(2, dtype=torch.int64)
+        self._loss = torch.zeros(())
+
+    def add(self, batch: tuple[Tensor, Tensor], predictions: Tensor) -> int:
+        """batch: images and targets ``[B]``; predictions: logits ``[B, num_classes]``, float32."""
+        images, targets = batch
+        predicted = predictions.argmax(1)
+        in_top = (predictions.topk(self.top).indices == targets[:, None]).any(1)
+        # on the device, without waiting for it
+        self._hits = self._hits.to(targets.device) + torch.stack([(predicted == targets).sum(), in_top.sum()])
+        self._loss = self._loss.to(targets.device) + F.cross_entropy(predictions, targets, reduction="none").sum()
+        if self.keep:
+            self.confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
+            self._keep(images, targets, predictions)
+        return len(targets)
+
+    def _keep(self, images: Tensor, targets: Tensor, logits: Tensor) -> None:
+        probabilities, predicted = (values.tolist() for values in logits.softmax(1).max(1))
+        for i, target in enumerate(targets.tolist()):
+            examples = self.right if predicted[i] == target else self.wrong
+            if len(examples) < self.keep:
+                image = self.undo(images[i : i + 1])[0]
+                examples.append(Example(image, target, predicted[i], probabilities[i]))
+
+    def compute(self) -> Metrics:
+        """Raises:
+        DataError: there was no image.
+        """
+        if self.n == 0:
+            raise DataError("there are no images to evaluate")
+        if self.keep:
+            self.confusion = dict(sorted(sum(gather_object([self.confusion]), Counter()).items()))
+        top1, top5 = reduce(self._hits, "sum").tolist()
+        loss = reduce(self._loss, "sum") / self.n
+        return {"val_loss": loss.item(), "top1": 100 * top1 / self.n, "top5": 100 * top5 / self.n}
+
+
+class SegmentationScorer(Scorer):
+    """Mean IoU, mean accuracy (recall by class) and pixel accuracy, in percent.
+
+    Attributes:
+        confusion: int64 ``[classes, classes]``, pixels by true (rows) and predicted class; after `run` over all
+            processes.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)
+        self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def add(self, batch: tuple[Tensor, Tensor], predictions: Tensor) -> int:
+        """batch: images and targets ``[B, H, W]``, 255 where there is no class; predictions: classes ``[B, H, W]``."""
+        images, targets = batch
+        known = targets != IGNORE
+        pairs = targets[known] * self.num_classes + predictions[known]
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self._counts = self._counts.to(targets.device) + counts.view(self.num_classes, -1)
+        return len(images)
+
+    def compute(self) -> Metrics:
+        """Raises:
+        DataError: there was no pixel with a class.
+        """
+        self.confusion = reduce(self._counts, "sum").cpu().numpy()
+        if self.confusion.sum() == 0:
+            raise DataError(f"there was no pixel with a class to evaluate in {self.n} images")
+        hits, pixels = np.diag(self.confusion).astype(float), self.confusion.sum(1)
+        recall = np.divide(hits, pixels, out=np.full_like(hits, np.nan), where=pixels > 0)
+        return {
+            "miou": float(np.nanmean(self.iou)),
+            "mean_accuracy": 100 * float(np.nanmean(recall)),
+            "pixel_accuracy": 100 * float(hits.sum() / pixels.sum()),
+        }
+
+    @property
+    def iou(self) -> np.ndarray:
+        """In percent, by class; NaN for a class that occurs neither in the masks nor in the predictions."""
+        hits = np.diag(self.confusion).astype(float)
+        union = self.confusion.sum(0) + self.confusion.sum(1) - np.diag(self.confusion)
+        return 100 * np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
 
 
 def write_confusion(run: Path, classes: Sequence[str], confusion: dict[tuple[int, int], int]) -> None:
-    """Writes RUN/confusion.csv, how many samples of each class were taken for which, and RUN/classes.csv, how many
-    there are of each, and the percent of them that are right (recall) and of what is so called (precision)."""
-    true, said, hits = Counter(), Counter(), Counter()
+    """Writes RUN/confusion.csv, the number of images by class and predicted class, and RUN/classes.csv, the number of
+    images of each class with recall and precision in percent."""
+    true, named, hits = Counter(), Counter(), Counter()
     for (target, predicted), count in confusion.items():
         true[target] += count
-        said[predicted] += count
+        named[predicted] += count
         hits[target] += count * (target == predicted)
     # a model may have more outputs than the data have classes
-    names = [*classes, *(f"output {i}" for i in range(len(classes), max(said, default=0) + 1))]
+    names = [*classes, *(f"output {i}" for i in range(len(classes), max(named, default=0) + 1))]
 
-    def percent(part: int, whole: int) -> float | str:
-        return 100 * part / whole if whole else ""
+    def percent(part: int, total: int) -> float | str:
+        return 100 * part / total if total else ""
 
-    tables = {
-        "confusion.csv": [
-            ["class", "predicted", "count"],
-            *([names[t], names[p], count] for (t, p), count in confusion.items()),
-        ],
-        "classes.csv": [
-            ["class", "images", "recall", "precision"],
-            *([names[i], true[i], percent(hits[i], true[i]), percent(hits[i], said[i])] for i in range(len(names))),
-        ],
-    }
-    for file, rows in tables.items():
-        temporary = run / f".{file}"
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(rows)
-        temporary.replace(run / file)
+    pairs = ((names[t], names[p], count) for (t, p), count in confusion.items())
+    write_table(run / "confusion.csv", ("class", "predicted", "count"), pairs)
+    rows = ((n, true[i], percent(hits[i], true[i]), percent(hits[i], named[i])) for i, n in enumerate(names))
+    write_table(run / "classes.csv", ("class", "images", "recall", "precision"), rows)
 
 
-def _keep(images, targets, logits, loader, keep: int, right: list[Example], wrong: list[Example]) -> None:
-    probabilities, predicted = logits.softmax(-1).max(-1)
-    hits = (predicted == targets).tolist()
-    for i, hit in enumerate(hits):
-        book = right if hit else wrong
-        if len(book) < keep:
-            image = loader.normalize.undo(images[i : i + 1])[0]
-            book.append(Example(image, int(targets[i]), int(predicted[i]), float(probabilities[i])))
+def write_iou(run: Path, classes: Sequence[str], scorer: SegmentationScorer) -> None:
+    """Writes RUN/classes.csv: pixels and IoU of each class; the IoU is empty where there is nothing to measure."""
+    rows = zip(classes, scorer.confusion.sum(1), ("" if np.isnan(v) else v for v in scorer.iou), strict=True)
+    write_table(run / "classes.csv", ("class", "pixels", "iou"), rows)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file."""
+    with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])

@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
-from ..backbones.images import MODES, read_upright, to_mode
+from ..backbones.images import MODES, label_names, preprocessing, read_image, to_mode
 
 _BATCH = 32
-# What Pillow's decoders are known to raise on files that are damaged, made up or too large.
-_UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError)
-_UNREADABLE += (struct.error, NotImplementedError, Image.DecompressionBombError)
-
-
-def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Open an image, upright, with the channels a model takes: 1 (grey) or 3 (RGB).
-
-    Raises:
-        ValueError: if the model takes another number of channels.
-        OSError: if the file is missing or is not an image; the message names it.
-    """
-    if channels not in MODES:
-        raise ValueError(f"the model takes {channels} channels; image files have 1 or 3")
-    try:
-        return read_upright(path, channels)
-    except FileNotFoundError as error:
-        raise OSError(f"{path}: no such file") from error
-    except _UNREADABLE as error:
-        raise OSError(f"{path}: not a readable image: {error or type(error).__name__}") from error
-
-
-def preprocessing(model: nn.Module) -> Any:
-    """The evaluation transform of a model, from a PIL image to a ``[C, H, W]`` tensor, by its ``pretrained_cfg``."""
-    return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)
-
-
-def label_names(model: nn.Module) -> list[str] | None:
-    """The names of a classifier's classes that came with its weights, by index; timm also has them by number."""
-    names = model.pretrained_cfg.get("label_names")
-    if isinstance(names, dict):
-        names = [name for _, name in sorted((int(index), name) for index, name in names.items())]
-    return list(names) if names else None
 
 
 def metadata(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from foveal.heads.build import build_detector, load_dense, reparameterize, save_dense
 from foveal.heads.detection.published import from_published
-from foveal.train import detect
+from foveal.train import detect, evaluate, predict
 
 from ..train.conftest import DETECT, write_rectangles
 from ..weights import filler
@@ -201,7 +201,7 @@ def train(folder: Path, images: int, *options: str) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Runs without figures, which take longer than these runs."""
-    monkeypatch.setattr(detect.Task, "_draw", lambda *_: None)
+    monkeypatch.setattr(detect.Task, "draw", lambda *_: None)
     monkeypatch.setattr(detect.plots, "curves", lambda *_: None)
 
 
@@ -220,10 +220,10 @@ def test_it_learns_two_images_by_heart(tmp_path, undrawn):
     """As `foveal train`, `foveal evaluate` and `foveal predict` do it."""
     learn = ["schedule.epochs=80", "optim.lr=3e-3", "optim.clip_grad=1", "model.drop_path_rate=0", "augment.hflip=0"]
     run = train(tmp_path, 2, *learn, "train.eval_interval=80", "augment.min_size=[64]")
-    assert detect.evaluate(str(run), [f"output={tmp_path / 'result.json'}"]) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = evaluate(run)
     assert result["box_ap"] > 50
     assert result["mask_ap"] > 50
-    ((_, found),) = detect.predict(run, [tmp_path / "rectangles" / "train" / "000.png"], 0.1, tmp_path / "drawn")
+    image = tmp_path / "rectangles" / "train" / "000.png"
+    (found,) = predict(run, [image], threshold=0.1, output=tmp_path / "drawn")
     content = json.loads((tmp_path / "rectangles" / "annotations" / "instances_train.json").read_text())
-    assert found[0]["category_id"] == content["annotations"][0]["category_id"]
+    assert found.results[0].category_id == content["annotations"][0]["category_id"]

@@ -197,11 +197,11 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 
 def test_train_and_evaluate_pass_on_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveal.train import classify
+    from foveal.train import classify, evaluation
 
     calls = []
     monkeypatch.setattr(classify, "train", lambda config, overrides: calls.append((config, overrides)) or 130)
-    monkeypatch.setattr(classify, "evaluate", lambda source, overrides: calls.append((source, overrides)) or 0)
+    monkeypatch.setattr(evaluation, "evaluate", lambda source, overrides, console: calls.append((source, overrides)))
     assert call("train", "classify", "digits", "schedule.epochs=2", "augment.scale=[0.5,1]").exit_code == 130
     assert call("evaluate", "runs/digits").exit_code == 0
     assert calls == [("digits", ["schedule.epochs=2", "augment.scale=[0.5,1]"]), ("runs/digits", [])]
@@ -230,7 +230,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", "dinat_tiny.in1k", "--markdown", "--json"], 2, "--json and --markdown exclude each other"),
         (["predict", "x.png", "--model", "test_foveal_nat"], 2, "no weights to fetch. Train it"),
         (["predict", "x.png", "--model", "runs/none"], 2, "'runs/none' is no model name"),
-        (["export", "test_foveal_nat", "--to", "tflite", "--output", "x"], 2, "the formats are safetensors, onnx"),
+        (["export", "test_foveal_nat", "--to", "tflite", "--output", "x"], 2, "must be one of safetensors, onnx"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], status: int, message: str) -> None:

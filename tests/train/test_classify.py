@@ -16,8 +16,8 @@ import timm
 import torch
 
 from foveal.configs.schema import ConfigError, DenseOptimConfig, ModelConfig, ScheduleConfig, load_config
-from foveal.train import classify
-from foveal.train.classify import evaluate, train
+from foveal.train import classify, evaluate
+from foveal.train.classify import train
 from foveal.train.engine import create_optimizer, create_schedule
 
 from .conftest import QUICK
@@ -72,8 +72,8 @@ def test_timm_loads_the_run(finished):
 def test_evaluate_gives_the_recorded_accuracy(finished, tmp_path):
     best = max(rows(finished), key=lambda r: float(r["top1"]))
     for source in (finished, finished / "best"):
-        assert evaluate(str(source), [f"output={tmp_path / 'result.json'}"]) == 0
-        result = json.loads((tmp_path / "result.json").read_text())
+        result = evaluate(source, [f"output={tmp_path / 'result.json'}"])
+        assert json.loads((tmp_path / "result.json").read_text()) == result
         assert result["n"] == 360
         assert result["top1"] == float(best["top1"])
         assert result["loss"] == pytest.approx(float(best["val_loss"]), rel=1e-6)
@@ -82,10 +82,8 @@ def test_evaluate_gives_the_recorded_accuracy(finished, tmp_path):
 def test_evaluate_a_folder_of_timm(finished, tmp_path):
     """A bare model folder is scored when the overrides say on what."""
     shutil.copytree(finished / "best", tmp_path / "model")
-    data = ["data.kind=digits", "data.in_chans=1", f"output={tmp_path / 'result.json'}"]
-    assert evaluate(str(tmp_path / "model"), data) == 0
     best = max(float(r["top1"]) for r in rows(finished))
-    assert json.loads((tmp_path / "result.json").read_text())["top1"] == best
+    assert evaluate(tmp_path / "model", ["data.kind=digits", "data.in_chans=1"])["top1"] == best
 
 
 def test_published_weights_are_fetched_with_their_hash(tmp_path, monkeypatch):
@@ -106,9 +104,9 @@ def test_published_weights_are_fetched_with_their_hash(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["no_such_model", "runs/none"])
-def test_evaluate_says_what_is_missing(source, capsys):
-    assert evaluate(source, ["data.kind=digits"]) == 1
-    assert source.split("/")[0] in capsys.readouterr().out
+def test_evaluate_says_what_is_missing(source):
+    with pytest.raises(ValueError, match=source):
+        evaluate(source, ["data.kind=digits"])
 
 
 def test_same_seed_same_metrics(quick, tmp_path):
@@ -279,7 +277,7 @@ def test_two_processes_count_every_sample_once(quick, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
-    assert evaluate(str(run), [f"output={tmp_path / 'one.json'}"]) == 0
+    evaluate(run, [f"output={tmp_path / 'one.json'}"])
     one = json.loads((tmp_path / "one.json").read_text())
     assert one["n"] == 359
     assert one["top1"] == float(rows(run)[0]["top1"])

@@ -20,6 +20,7 @@ from foveal.train.data.coco import (
     BadEntries,
     CocoImages,
     CocoIndex,
+    DetectBatch,
     _run_sum,
     augmentation,
     build_coco,
@@ -485,7 +486,7 @@ def test_scorer_finds_what_was_annotated(tmp_path):
     for number in range(len(index)):
         target = index.target(number)
         found = target | {"scores": torch.ones(len(target["labels"])), "masks": target["masks"][:, None].float()}
-        scorer.add([number], [found])
+        scorer.add(DetectBatch([], [], [number]), [found])
     figures = scorer.compute()
     assert figures == pytest.approx(dict.fromkeys(figures, 100.0))
 
@@ -494,7 +495,7 @@ def test_nothing_found_is_zero_and_an_absent_size_is_none(tmp_path):
     index, _ = read(tmp_path, content([{"segmentation": SQUARE}]))
     scorer = CocoScorer(index, masks=True)
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
-    scorer.add([0], [nothing | {"masks": torch.zeros(0, 1, HEIGHT, WIDTH)}])
+    scorer.add(DetectBatch([], [], [0]), [nothing | {"masks": torch.zeros(0, 1, HEIGHT, WIDTH)}])
     figures = scorer.compute()
     assert figures["box_ap"] == figures["mask_ap"] == figures["box_ap_small"] == 0
     assert figures["box_ap_large"] is None

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from foveal.configs.schema import ClassifyConfig, ConfigError, ModelConfig
-from foveal.train.classify import Task, Teacher, distillation_loss, evaluate, prepare_heads, train
+from foveal.train import evaluate
+from foveal.train.classify import Task, train
+from foveal.train.losses import Teacher, distillation_loss, prepare_heads
 
 from .conftest import QUICK
 
@@ -110,9 +112,9 @@ def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
     want = trained(normalized((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert not got.requires_grad
-    with pytest.raises(ConfigError, match="has 4 classes, the model has 5"):
+    with pytest.raises(ConfigError, match=r"distill.teacher: .* 4 .* 5$"):
         Teacher(str(tmp_path), 5, seen_by_student, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"distill.teacher: class 'bee' is number 1 of .*, here 0"):
+    with pytest.raises(ConfigError, match=r"distill.teacher: .*'bee' .* 1 .* 0$"):
         Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"), ["bee", "ape", "cat", "dog"])
     with pytest.raises(ConfigError, match=r"distill.teacher: .*no_such"):
         Teacher("no_such", 4, seen_by_student, torch.device("cpu"))
@@ -151,7 +153,7 @@ def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
     assert train(overlock, [f"output={run}", "loss.auxiliary=0.4"]) == 0
     saved = safetensors.torch.load_file(run / "best" / "model.safetensors")
     assert "aux_head.2.weight" in saved
-    assert evaluate(str(run)) == 0
+    assert evaluate(run)["n"] == 64
     assert train(care, [f"output={tmp_path / 'taught'}", f"distill.teacher={run}"]) == 0
     first, second = (
         safetensors.torch.load_file(tmp_path / "taught" / "last" / "model.safetensors")[f"{name}.fc.bias"]

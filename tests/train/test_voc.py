@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from foveal.configs.schema import ConfigError, DetectConfig, load_config
-from foveal.train import detect
+from foveal.train import detect, evaluate
 from foveal.train.data import DataError
 from foveal.train.data.coco import BadEntries, read_coco
 from foveal.train.data.voc import read_voc
@@ -84,14 +84,14 @@ def test_what_is_difficult_is_neither_demanded_nor_wrong(devkit):
 
 
 def test_it_trains_and_is_measured(devkit, detect_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(detect.Task, "_draw", lambda *_: None)
+    monkeypatch.setattr(detect.Task, "draw", lambda *_: None)
     monkeypatch.setattr(detect.plots, "curves", lambda *_: None)
     sets = ["data.train_annotations=VOC2007/trainval+VOC2012/trainval", "data.val_annotations=VOC2007/test"]
     options = [f"output={tmp_path / 'run'}", f"data.root={devkit}", "data.kind=voc", *sets]
     assert detect.train(detect_recipe, [*options, "schedule.epochs=1", "train.batch_size=3"]) == 0
     with (tmp_path / "run/metrics.csv").open() as file:
         assert float(next(csv.DictReader(file))["box_ap50"]) >= 0
-    assert detect.evaluate(str(tmp_path / "run")) == 0
+    assert evaluate(tmp_path / "run")["n"] > 0
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ def test_the_recipe():
     assert (updates, config.train.batch_size * 4, config.optim.lr, config.optim.lr_batch) == (18_000, 8, 0.02, 8)
     assert [round(part * updates) for part in config.schedule.milestones] == [11_000, 16_000]
     assert round(config.schedule.warmup_fraction * updates) == 100
-    with pytest.raises(ConfigError, match="must be one of coco, voc, digits"):
+    with pytest.raises(ConfigError, match=r"data\.kind"):
         load_config("detect/resnet50_a3fpn_faster_rcnn_voc", ["data.kind=vok"], DetectConfig)

@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 
 import foveal.weights.export as exporting
 from foveal.backbones.loading import load
+from foveal.train import predict
 from foveal.weights import folder as folders
 from foveal.weights.cards import preparing
 from foveal.weights.compare import compare, relative_error
@@ -25,7 +26,6 @@ from foveal.weights.export import export
 from foveal.weights.formats import ExportError
 from foveal.weights.images import preprocessing, read_image
 from foveal.weights.manifest import checkpoints
-from foveal.weights.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +210,9 @@ def test_label_names_of_a_folder(run: Path, image: Path, tmp_path: Path) -> None
     shutil.copytree(run / "best", tmp_path / "x")
     file = tmp_path / "x" / "config.json"
     config = json.loads(file.read_text())
-    ((_, expected),) = predict(tmp_path / "x", [image])
+    expected = list(predict(tmp_path / "x", [image]))
     file.write_text(json.dumps(config | {"label_names": {str(i): "abcde"[i] for i in reversed(range(5))}}))
-    assert list(predict(tmp_path / "x", [image])) == [(str(image), expected)]
+    assert list(predict(tmp_path / "x", [image])) == expected
     file.write_text(json.dumps(config | {"label_names": ["a", "b"]}))
     with pytest.raises(ValueError, match=r"2 .*5"):
         list(predict(tmp_path / "x", [image]))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from foveal.heads.build import load_dense
-from foveal.train import detect, segment
+from foveal.train import predict
 from foveal.weights.compare import detections_differ
 
 pytestmark = pytest.mark.slow
@@ -45,12 +45,12 @@ def trained_and_exported(task: str, folder: Path) -> tuple[Path, np.ndarray, lis
 def test_a_detector(tmp_path: Path) -> None:
     image, pixels, found = trained_and_exported("detect", tmp_path)
     model = load_dense(tmp_path / "run")
-    ((_, rows),) = detect.predict(tmp_path / "run", [image], threshold=0.0)
-    assert len(rows) > 5
+    (prediction,) = predict(tmp_path / "run", [image], threshold=0.0)
+    assert len(prediction.results) > 5
     expected = (
-        torch.tensor([row["box"] for row in rows]),
-        torch.tensor([model.classes.index(row["label"]) for row in rows]),
-        torch.tensor([row["score"] for row in rows]),
+        torch.tensor([each.box for each in prediction.results]),
+        torch.tensor([model.classes.index(each.label) for each in prediction.results]),
+        torch.tensor([each.score for each in prediction.results]),
     )
     got = [torch.from_numpy(each) for each in found]
     limits = model.detector.roi_heads.score_thresh, model.detector.roi_heads.detections_per_img
@@ -67,7 +67,9 @@ def test_a_segmenter(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.from_numpy(pixels))
     assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4 * expected.abs().max()
-    ((_, shares),) = segment.predict(tmp_path / "run", [image])
+    (prediction,) = predict(tmp_path / "run", [image])
     counted = np.bincount(logits.argmax(1).ravel(), minlength=len(model.classes)) / logits[0, 0].size
-    for name, share in shares:
-        assert abs(counted[model.classes.index(name)] - share) <= 2e-3  # ties of two classes, on another processor
+    for each in prediction.results:
+        assert (
+            abs(counted[model.classes.index(each.label)] - each.score) <= 2e-3
+        )  # ties of two classes, on another processor

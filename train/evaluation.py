@@ -1,0 +1,92 @@
+"""``foveal evaluate``: the scores of a trained model on the held-out part of its data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..backbones.loading import local_path
+from ..configs.schema import override_value
+from ..files import write_json
+from .data.guard import printable
+from .scoring import Scorer
+from .task import Task
+from .tasks import find_task, task_of
+
+
+def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
+    """Scores a trained run (its ``best/``), a checkpoint folder inside it, a model folder or, of a classifier, a model
+    name.
+
+    Args:
+        overrides: ``key=value`` pairs over the recipe saved with a run; for the others they say what the data are.
+            ``output=FILE`` writes the result as JSON; of a detector, ``predictions=FILE`` writes all detections in
+            COCO's result format.
+        console: where a table of the result is printed; None: nowhere.
+
+    Returns:
+        ``source``, ``model``, the metrics in percent, ``n`` (images), ``images_per_second``, ``unreadable`` (images
+        that were left out, and why); of a segmenter also ``iou`` by class, None for a class that does not occur.
+
+    Raises:
+        ValueError: ``source`` or an override that cannot be used, data that are missing (`ConfigError`, `DataError`).
+        CheckpointError: weights that do not fit the recipe.
+        OSError: a file that cannot be read or written.
+
+    Examples:
+        >>> import timm
+        >>> from foveal.train import evaluate
+        >>> model = timm.create_model("test_foveal_dinat", num_classes=10, in_chans=1)
+        >>> timm.models.save_for_hf(model, "folder", model_args={"in_chans": 1}, safe_serialization=True)
+        >>> data = ["data.kind=digits", "data.image_size=32", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
+        >>> evaluate("folder", data)["n"]
+        360
+    """
+    kind = find_task(task_of(local_path(source))).Task
+    files = {key: override_value(overrides, key) for key in kind.files}
+    overrides = [pair for pair in overrides if pair.partition("=")[0] not in files]
+    accelerator = Accelerator()
+    task: Task = kind.load(source, overrides, accelerator)
+    if task.config.train.threads:
+        torch.set_num_threads(task.config.train.threads)
+    scorer = task.score(task.model.to(accelerator.device))
+    for names in gather_object([task.data.bad.names]):
+        task.data.bad.merge(names)
+    result = {
+        "source": str(source),
+        "model": task.config.model.name,
+        **task.result(scorer),
+        "n": scorer.n,
+        "images_per_second": scorer.images_per_second,
+        "unreadable": task.data.bad.names,
+    }
+    if accelerator.is_main_process:
+        if console is not None:
+            _print(task, scorer, str(source), console)
+        if files["output"] is not None:
+            write_json(Path(files["output"]), result)
+        if files.get("predictions") is not None:
+            write_json(Path(files["predictions"]), scorer.results())
+    return result
+
+
+def _print(task: Task, scorer: Scorer, source: str, console: Console) -> None:
+    for note in task.notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    what, rows = task.table(scorer.metrics)
+    speed = {"n": f"{scorer.n:,}", "images/s": f"{scorer.images_per_second:,.1f}"}
+    table = Table(title=f"{source}: {what}")
+    for column in rows[0] | speed:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(row | speed).values())
+    console.print(table)
+    if bad := sorted(task.data.bad.names):
+        named = escape(printable(", ".join(bad[:5])))
+        console.print(f"[yellow]{len(bad)} unreadable images left out:[/] {named}", highlight=False, soft_wrap=True)
