@@ -86,11 +86,12 @@ def _macs(call: Call) -> int:
 
 
 def count(name: str) -> figures.Figures:
-    """The row of `figures.figures` for a registered model, counted anew."""
-    counted, cfgs = profile(name), get_arch_pretrained_cfgs(name)
+    """The row of `figures.figures` for a registered model, of this package or timm's, with or without a tag."""
+    architecture = name.partition(".")[0]
+    counted, cfgs = profile(name), get_arch_pretrained_cfgs(architecture)
     return figures.Figures(
         name=name,
-        family=family(name),
+        family=family(architecture) if architecture in list_models() else "timm",
         parameters=counted.parameters,
         macs=counted.macs,
         input_size=counted.input_size,

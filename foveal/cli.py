@@ -1,14 +1,16 @@
-"""The `foveal` command. Each subcommand imports what it needs when it runs."""
+"""The `foveal` command: arguments, and errors as one line with an exit status.
+
+Each subcommand imports what it needs when it runs, so that `foveal --help` and `foveal list` do not wait for PyTorch.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,60 +18,85 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
-from . import __version__, list_models
-from .errors import RunError
-from .kernels import BackendError
-from .weights.export import ExportError
+from . import __version__
+from .errors import Interrupted, RunError
+
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's RuntimeError, on a CPU and on CUDA
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "faster_coco_eval": "faster-coco-eval"}
+
+
+class _Commands(TyperGroup):
+    """Runs a subcommand; an int that it returns is the exit status, an error of the user's one line on stderr."""
+
+    def invoke(self, ctx: Any) -> None:
+        with _errors_as_text():
+            status = super().invoke(ctx)
+        if status:
+            raise typer.Exit(status)
+
+
+@contextmanager
+def _errors_as_text() -> Iterator[None]:
+    """Exit status 2 for what a user gave, 1 for what was attempted and failed, 130 after Ctrl-C, 0 after SIGTERM.
+
+    Bugs of ours keep their traceback, and with ``FOVEAL_DEBUG=1`` so does everything.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        _print_error("stopped", stop.message, "yellow")
+        raise typer.Exit(stop.code) from None
+    except KeyboardInterrupt:
+        _print_error("stopped", "at once; what was saved before is intact", "yellow")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if _is_bug(error) or os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
+            raise
+        _print_error("error", _missing_extra(error) or str(error) or type(error).__name__, "red")
+        raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
+
+
+def _is_bug(error: Exception) -> bool:
+    known = not isinstance(error, RuntimeError) or isinstance(error, RunError)
+    return not known and not any(words in str(error) for words in _NO_MEMORY)
+
+
+def _missing_extra(error: Exception) -> str | None:
+    """Which extra of this package installs a module that is missing."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    from importlib.metadata import requires
+
+    module = error.name.partition(".")[0]
+    distribution = _DISTRIBUTIONS.get(module, module)
+    for requirement in requires("foveal") or ():
+        name, _, marker = requirement.partition(";")
+        if name.strip().startswith(distribution) and "extra ==" in marker:
+            extra = marker.split("extra ==")[1].strip(" \"'")
+            return f"this needs {distribution}: pip install 'foveal[{extra}]'"
+    return None
+
+
+def _print_error(heading: str, message: str, colour: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0 or heading == "error":
+        line = " ".join(message.split())
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[{colour}]{heading}:[/] {escape(line)}")
+
 
 app = typer.Typer(
-    help="Vision backbones that look closely around each point.",
+    help="Local-attention vision backbones: train, score, convert and export.",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train_app = typer.Typer(help="Train a model by a recipe.", no_args_is_help=True)
-app.add_typer(train_app, name="train")
-
-# What a user can bring about: bad names and values, files, missing extras, failed checks. Anything else is our mistake
-# and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ImportError, RunError, BackendError, ExportError)
-_NO_MEMORY = ("can't allocate memory", "out of memory")  # what PyTorch says in a RuntimeError, on a CPU and on CUDA
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def command(group: typer.Typer, *names: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a subcommand whose errors are one line; an int that it returns is the exit status."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            with _short_errors():
-                status = function(*args, **kwargs)
-            if status:
-                raise typer.Exit(status)
-
-        return group.command(*names, **settings)(run)
-
-    return register
-
-
-@contextmanager
-def _short_errors() -> Iterator[None]:
-    try:
-        yield
-    except (*_USER_ERRORS, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (*_USER_ERRORS, MemoryError)) or any(words in str(error) for words in _NO_MEMORY)
-        if not known or os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {escape(message)}")
-        # 2: what was asked for cannot be; 1: it was attempted and failed
-        raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -92,20 +119,23 @@ def _options(
 # ---- models
 
 
-@command(app, "list")
+@app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'dinat_*'.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of the README, without the models for tests.")
+        bool, typer.Option("--markdown", help="Print the table of docs/models.md, without the models for tests.")
     ] = False,
 ) -> None:
-    """Show the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
-    from . import zoo
+    """List the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
+    from fnmatch import fnmatch
 
-    names = [name for name in list_models() if fnmatch(name, pattern.lower())]
+    from . import zoo
+    from .figures import figures
+
+    names = [name for name in figures() if fnmatch(name, pattern.lower())]
     if not names:
-        raise ValueError(f"no model matches {pattern!r}; `foveal list` shows all")
+        raise ValueError(f"no model matches {pattern!r}; `foveal list` lists all")
     rows = [zoo.describe(name) for name in names]
     if markdown:
         print(zoo.markdown([row for row in rows if not row["name"].startswith("test_")]))
@@ -129,200 +159,90 @@ def list_command(
     _console().print(table)
 
 
-@command(app)
+@app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="Model name, with or without a tag.")],
+    name: Annotated[str, typer.Argument(help="Model name, with or without a tag; with --card also a folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    card: Annotated[
-        bool, typer.Option("--card", help="Print its family's model card instead; a folder's own.")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the card of weights as Markdown.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card of its family, or of a folder.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the card of published weights.")] = False,
 ) -> None:
     """Show one model: size, cost, preprocessing, and its weights; with a tag, such as dinat_mini.in1k, their card."""
-    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
     from . import zoo
-    from .backbones.loading import local_path, resolve
     from .weights import cards
-    from .weights.manifest import checkpoints, of_model
+    from .weights.manifest import checkpoints
 
-    asked = [option for option, given in (("--json", as_json), ("--card", card), ("--markdown", markdown)) if given]
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} exclude each other: give one of them")
-    # detectors and segmenters are in the manifest, but none of timm's tags
+    given = [option for option, on in (("--json", as_json), ("--card", card), ("--markdown", markdown)) if on]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+    # detectors and segmenters are in the manifest, but not among timm's tags
     published = checkpoints().get(name)
-    if published is not None and not card and not as_json:
-        if markdown:
-            print(cards.published_card(published), end="")
-        else:
-            _show_card(name, cards.facts(published))
-        return
     if markdown:
-        raise ValueError(f"--markdown prints the card of published weights, NAME.TAG; {name} is none")
-    if name.strip() and (folder := local_path(name)).is_dir():
-        readme = _readme(folder)
-        if not card or readme is None:
-            raise ValueError(
-                f"{name} is a folder; info takes a model name, --card a folder that was converted or exported"
-            )
-        print(readme, end="")
-        return
-    found = resolve(name if published is None or published.task == "classify" else published.model)
-    if card:
-        print(_card(found.architecture), end="")
-        return
-    cfg = get_pretrained_cfg(found.name)
-    facts = zoo.describe(found.name)
-    facts |= {
-        "paper": ", ".join(filter(None, [cfg.paper_name, _words(cfg.paper_ids)])),
-        "origin": cfg.origin_url,
-        "preprocessing": {
-            "interpolation": cfg.interpolation,
-            "crop": cfg.crop_pct,
-            "mean": list(cfg.mean),
-            "std": list(cfg.std),
-        },
-        "classes": cfg.num_classes,
-        "weights": {
-            full.partition(".")[2]: each.url or f"https://huggingface.co/{each.hf_hub_id}"
-            for full, each in sorted(get_arch_pretrained_cfgs(found.architecture).items())
-            if "." in full and each.has_weights
-        },
-        "published": {
-            tag: {
-                "task": each.task,
-                "score": dict(each.score),
-                "licence_of_weights": each.weights_licence,
-                "licence_of_code": each.code_licence,
-                "address": each.address or each.page,
-                "mirrors": [*each.mirrors],
-                "note": " ".join(filter(None, [each.note, each.about])),
-            }
-            for tag, each in of_model(found.architecture).items()
-        },
-        "dilations": _dilations(found.name),
-        "notes": list(cfg.notes or ()),
-        **({"card": cards.facts(published)} if published is not None else {}),
-    }
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("name", found.name)
-    table.add_row("family", facts["family"])
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    table.add_row("GMACs", f"{facts['macs'] / 1e9:.3f} for one image of {'x'.join(map(str, facts['input']))}")
-    table.add_row("", "matrix products, convolutions, and kernel x kernel keys for each query;")
-    table.add_row("", "normalization, activations, softmax and additions are not counted")
-    if facts["dilations"]:
-        table.add_row("dilations", "  ".join(_words(level) for level in facts["dilations"]))
-    prep = facts["preprocessing"]
-    table.add_row(
-        "preprocessing",
-        f"{prep['interpolation']}, crop {prep['crop']}, mean {_words(prep['mean'])}, std {_words(prep['std'])}",
-    )
-    table.add_row("classes", str(facts["classes"]))
-    table.add_row("licence", facts["licence"] or "-")
-    table.add_row("paper", facts["paper"] or "-")
-    table.add_row("origin", facts["origin"] or "-")
-    released = of_model(found.architecture)
-    for tag, each in released.items():
-        place = each.address or f"{each.file}, {each.page}"
-        table.add_row("weights" if each.task == "classify" else each.task, f"{tag}  {place}")
-        table.add_row(
-            "", f"{each.score_text() or 'no score'}, published; licence of the weights: {each.weights_licence}"
-        )
-    for tag, address in {} if released else facts["weights"].items() or {"-": "none published"}.items():
-        table.add_row("weights", f"{tag}  {address}")
-    for note in facts["notes"]:
-        table.add_row("note", note)
-    _console().print(table)
+        if published is None:
+            raise ValueError(f"--markdown prints the card of published weights, NAME.TAG, got {name!r}")
+        print(cards.published_card(published), end="")
+    elif as_json:
+        print(json.dumps(zoo.info(name), indent=2))
+    elif card:
+        print(_folder_card(name) or zoo.family_card(name if published is None else published.model), end="")
+    elif published is not None:
+        _print_rows([(key, value.replace("`", "")) for key, value in cards.facts(published).items()], title=name)
+    else:
+        _refuse_folder(name)
+        _print_rows(zoo.info_rows(name))
 
 
-def _show_card(name: str, facts: dict[str, str]) -> None:
-    """The card of published weights as a table."""
-    table = Table(box=None, show_header=False, pad_edge=False, title=name, title_justify="left")
+def _folder_card(name: str) -> str | None:
+    """The card in a folder, or in a run's best/; None for a model name."""
+    from .backbones.loading import local_path
+
+    if not name.strip() or not (folder := local_path(name)).is_dir():
+        return None
+    for place in (folder / "README.md", folder / "best" / "README.md"):
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    raise ValueError(f"{name} has no README.md: `foveal convert` and `foveal export` write one")
+
+
+def _refuse_folder(name: str) -> None:
+    from .backbones.loading import local_path
+
+    if name.strip() and local_path(name).is_dir():
+        raise ValueError(f"{name} is a folder; info takes a model name, or with --card a folder")
+
+
+def _print_rows(rows: Sequence[tuple[str, str]], title: str | None = None) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in facts.items():
-        table.add_row(key, escape(value.replace("`", "")))
+    for key, value in rows:
+        table.add_row(key, escape(value))
     _console().print(table)
-
-
-def _readme(folder: Path) -> str | None:
-    """The card in a folder or in a run's best/, if there is one."""
-    for place in (folder, folder / "best"):
-        if (place / "README.md").is_file():
-            return (place / "README.md").read_text(encoding="utf-8")
-    return None
-
-
-def _card(architecture: str) -> str:
-    """The model card of a model's family, Markdown."""
-    from importlib.resources import files
-
-    from timm.models import model_entrypoint
-
-    if architecture not in list_models():
-        raise ValueError(f"{architecture} is timm's; this package has cards for its own models")
-    family = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    return (files("foveal.weights") / "cards" / f"{family}.md").read_text(encoding="utf-8")
-
-
-def _dilations(name: str) -> list[list[int | str]] | None:
-    """The dilation of every attention layer, by level (by model, where there are no levels); None without any."""
-    import timm
-    import torch
-
-    from .backbones.attention import NeighborhoodAttention2d
-
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    parts = getattr(model, model.levels_name) if hasattr(model, "levels_name") else [model]
-    levels = [[m.dilation for m in part.modules() if isinstance(m, NeighborhoodAttention2d)] for part in parts]
-    return levels if any(levels) else None
 
 
 # ---- training and scoring
 
 
-@command(train_app, "classify")
-def train_classify(
+class Task(str, Enum):
+    """What a model is trained for."""
+
+    classify = "classify"
+    detect = "detect"
+    segment = "segment"
+
+
+@app.command()
+def train(
+    task: Annotated[Task, typer.Argument(help="What to train.", show_default=False)],
     config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> int:
-    """Train a classifier."""
-    from .train import classify
+    """Train a model by a recipe."""
+    from importlib import import_module
 
-    return classify.train(config, overrides or [])
-
-
-@command(train_app, "detect")
-def train_detect(
-    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-) -> int:
-    """Train a detector."""
-    from .train import detect
-
-    return detect.train(config, overrides or [])
+    return import_module(f"foveal.train.{task.value}").train(config, overrides or [])
 
 
-@command(train_app, "segment")
-def train_segment(
-    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-) -> int:
-    """Train a semantic segmenter."""
-    from .train import segment
-
-    return segment.train(config, overrides or [])
-
-
-@command(app)
+@app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -333,7 +253,7 @@ def evaluate(
     run(source, overrides or [], _console())
 
 
-@command(app)
+@app.command()
 def predict(
     images: Annotated[list[str], typer.Argument(help="Image files.")],
     model: Annotated[
@@ -375,7 +295,7 @@ def _newest_run() -> str:
     return str(best[-1].parent.parent)
 
 
-@command(app)
+@app.command()
 def export(
     source: Annotated[str, typer.Argument(help="Model name, run folder or model folder.")],
     to: Annotated[str, typer.Option(help="safetensors, onnx, pt2, aoti, openvino or coreml.")],
@@ -436,7 +356,7 @@ def _rows_and_columns(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-@command(app)
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder or name of published weights.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -477,7 +397,7 @@ def convert(
     print("\n".join(done.lines()))
 
 
-@command(app)
+@app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="Folder that `foveal convert` wrote.")],
     images: Annotated[Path | None, typer.Option(help="Score on these images: a folder for each class.")] = None,
@@ -493,7 +413,7 @@ def verify(
     return 1 if failed else 0
 
 
-@command(app)
+@app.command()
 def visualize(
     image: Annotated[str, typer.Argument(help="Image file.")],
     model: Annotated[str, typer.Option(help="Model name, run folder or model folder.")],
@@ -536,7 +456,7 @@ def visualize(
 # ---- data, reports
 
 
-@command(app)
+@app.command()
 def shards(
     source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, or one of these.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; the same command goes on with what is there.")],
@@ -570,7 +490,7 @@ def shards(
         print(f"{len(done.bad):,} unreadable images left out: {output / 'bad_samples.csv'}")
 
 
-@command(app)
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write RUN/report.html: curves, predictions, figures by class, settings and machine, in one file."""
     from .train.report import write
@@ -581,7 +501,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 # ---- bench, demo
 
 
-@command(app, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
     """Measure speed: `foveal bench kernels`, `models`, `data` and others; `foveal bench --help` tells more."""
     from . import zoo
@@ -632,7 +552,7 @@ def _image_passes(
     return lambda: (data.train if training else data.val).epoch(0)
 
 
-@command(app)
+@app.command()
 def demo(
     task: Annotated[str, typer.Argument(help="classify, detect or segment.")] = "classify",
     output: Annotated[
@@ -649,7 +569,3 @@ def demo(
 def _console() -> Console:
     # a table that is piped must not be cut to 80 columns
     return Console() if sys.stdout.isatty() else Console(width=200)
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")

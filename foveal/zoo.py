@@ -1,4 +1,7 @@
-"""What is known of each model: size and cost counted here, accuracy and licence as published."""
+"""What is known of each model: size and cost counted here, accuracy and licence as published.
+
+Nothing here imports PyTorch before it has to: `foveal list` reads `figures.csv`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,7 @@ import re
 from importlib.resources import files
 from typing import Any
 
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
-from .backbones import family, list_models
-from .backbones.profile import profile
-from .weights import ANY_SIZE
-from .weights.manifest import of_model
+from .figures import figures
 
 FAMILIES = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
 
@@ -32,27 +30,33 @@ CORE_ML = ("CARE",)  # the families that coremltools 9 converts
 # timm's own implementation of models of ours, for the same weights
 SAME = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "halonet26t": "halo26t", "halonet50ts": "halo50ts"}
 
-_profile = functools.cache(profile)  # a fraction of a second each
-
 
 def describe(name: str) -> dict[str, Any]:
-    """Family, parameters, MACs, input, tags of the weights and licence of a model that timm creates.
+    """Family, parameters, MACs, input size, tags of the weights and licence of a model.
 
     Args:
-        name: with or without a tag.
+        name: of a model of this package or of timm, with or without a tag. Only timm's are built.
     """
-    architecture = name.partition(".")[0]
-    cfgs = get_arch_pretrained_cfgs(architecture)
-    counted = _profile(name)
+    architecture, _, tag = name.partition(".")
+    row = figures().get(architecture)
+    if row is None or tag:
+        row = _counted(name)
     return {
         "name": name,
-        "family": family(architecture) if architecture in list_models() else "timm",
-        "parameters": counted.parameters,
-        "macs": counted.macs,
-        "input": list(counted.input_size),
-        "tags": sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights),
-        "licence": getattr(get_pretrained_cfg(name), "license", None),
+        "family": row.family,
+        "parameters": row.parameters,
+        "macs": row.macs,
+        "input": list(row.input_size),
+        "tags": list(row.tags),
+        "licence": row.licence,
     }
+
+
+@functools.cache  # a fraction of a second each
+def _counted(name: str) -> Any:
+    from .backbones.profile import count
+
+    return count(name)
 
 
 def published(name: str) -> dict[str, Any]:
@@ -62,6 +66,10 @@ def published(name: str) -> dict[str, Any]:
         ``top1`` in percent or None, ``larger``: the data set beyond ImageNet-1K that they were trained on, or "", and
         ``weights_licence``.
     """
+    from timm.models import get_pretrained_cfg
+
+    from .weights.manifest import of_model
+
     if name in PEERS:
         return {"top1": PEERS[name][1], "larger": "", "weights_licence": ""}
     name = SAME.get(name, name)
@@ -78,11 +86,11 @@ def published(name: str) -> dict[str, Any]:
 
 def facts(name: str) -> dict[str, Any]:
     """Both together, whether it is ours, and which of ours is the ``same``; peers have a family of their own."""
-    found = describe(name) | published(name) | {"ours": name in list_models(), "same": SAME.get(name, "")}
+    found = describe(name) | published(name) | {"ours": name in figures(), "same": SAME.get(name, "")}
     if name in PEERS:
         found["family"] = PEERS[name][0]
     elif name in SAME:
-        found["family"] = f"{family(SAME[name]).partition(' ')[0]}, timm's"
+        found["family"] = f"{figures()[SAME[name]].family.partition(' ')[0]}, timm's"
     return found
 
 
@@ -134,6 +142,8 @@ def _table(name: str) -> list[dict[str, str]]:
 
 def exports(family: str) -> str:
     """What `foveal export` writes of a family: ``all``: safetensors, ONNX, pt2, AOTInductor and OpenVINO."""
+    from .weights import ANY_SIZE
+
     free = ("any size",) if family in ANY_SIZE else ()
     return ", ".join(("all", *(("Core ML",) if family in CORE_ML else ()), *free))
 
@@ -152,3 +162,125 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for name, *others in lines:
         text.append(f"| `{name}` | {' | '.join(others)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(text)
+
+
+# ---- one model
+
+
+def info(name: str) -> dict[str, Any]:
+    """All that `foveal info NAME --json` prints of a model: the figures of `describe`, paper, origin, preprocessing,
+    weights that timm loads, every published checkpoint on it, dilations by level, and notes.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+    from .backbones.loading import resolve
+    from .weights import cards
+    from .weights.manifest import checkpoints, of_model
+
+    checkpoint = checkpoints().get(name)
+    found = resolve(name if checkpoint is None or checkpoint.task == "classify" else checkpoint.model)
+    cfg = get_pretrained_cfg(found.name)
+    prep = ("interpolation", "crop_pct", "mean", "std")
+    return describe(found.name) | {
+        "paper": ", ".join(filter(None, [cfg.paper_name, words(cfg.paper_ids)])),
+        "origin": cfg.origin_url,
+        "preprocessing": {key.removesuffix("_pct"): _plain(getattr(cfg, key)) for key in prep},
+        "classes": cfg.num_classes,
+        "weights": {
+            full.partition(".")[2]: each.url or f"https://huggingface.co/{each.hf_hub_id}"
+            for full, each in sorted(get_arch_pretrained_cfgs(found.architecture).items())
+            if "." in full and each.has_weights
+        },
+        "published": {
+            tag: {
+                "task": each.task,
+                "score": dict(each.score),
+                "licence_of_weights": each.weights_licence,
+                "licence_of_code": each.code_licence,
+                "address": each.address or each.page,
+                "mirrors": list(each.mirrors),
+                "note": " ".join(filter(None, [each.note, each.about])),
+            }
+            for tag, each in of_model(found.architecture).items()
+        },
+        "dilations": _dilations(found.name),
+        "notes": list(cfg.notes or ()),
+        **({"card": cards.facts(checkpoint)} if checkpoint is not None else {}),
+    }
+
+
+def info_rows(name: str) -> list[tuple[str, str]]:
+    """The lines of `foveal info NAME`: a heading, empty where it is that of the line above, and text."""
+    from .weights.manifest import of_model
+
+    facts = info(name)
+    prep = facts["preprocessing"]
+    size = "x".join(map(str, facts["input"]))
+    rows = [
+        ("name", facts["name"]),
+        ("family", facts["family"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("GMACs", f"{facts['macs'] / 1e9:.3f} for one image of {size}"),
+        ("", "matrix products, convolutions, and kernel x kernel keys for each query;"),
+        ("", "normalization, activations, softmax and additions are not counted"),
+        ("dilations", "  ".join(words(level) for level in facts["dilations"] or ())),
+        (
+            "preprocessing",
+            f"{prep['interpolation']}, crop {prep['crop']}, mean {words(prep['mean'])}, std {words(prep['std'])}",
+        ),
+        ("classes", str(facts["classes"])),
+        ("licence", facts["licence"] or "-"),
+        ("paper", facts["paper"] or "-"),
+        ("origin", facts["origin"] or "-"),
+    ]
+    released = of_model(facts["name"].partition(".")[0])
+    for tag, each in released.items():
+        place = each.address or f"{each.file}, {each.page}"
+        rows += [
+            ("weights" if each.task == "classify" else each.task, f"{tag}  {place}"),
+            ("", f"{each.score_text() or 'no score'}, published; licence of the weights: {each.weights_licence}"),
+        ]
+    if not released:
+        rows += [("weights", f"{tag}  {url}") for tag, url in (facts["weights"] or {"-": "none published"}).items()]
+    rows += [("note", note) for note in facts["notes"]]
+    return [row for row in rows if row[1]]
+
+
+def family_card(architecture: str) -> str:
+    """The model card of a model's family, Markdown."""
+    from timm.models import model_entrypoint
+
+    from .backbones.loading import resolve
+
+    architecture = resolve(architecture).architecture
+    if architecture not in figures():
+        raise ValueError(f"{architecture} is timm's; this package has cards for its own models")
+    family = model_entrypoint(architecture).__module__.rpartition(".")[2]
+    return (files("foveal.weights") / "cards" / f"{family}.md").read_text(encoding="utf-8")
+
+
+def words(value: Any) -> str:
+    """A list as its items with commas, None as nothing."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dilations(name: str) -> list[list[int | str]] | None:
+    """The dilation of every attention layer, by level (by model, where there are no levels); None without any."""
+    import timm
+    import torch
+
+    from .backbones.attention import NeighborhoodAttention2d
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    levels_name = getattr(model, "levels_name", None)
+    stages = getattr(model, levels_name) if levels_name else [model]
+    levels = [[m.dilation for m in stage.modules() if isinstance(m, NeighborhoodAttention2d)] for stage in stages]
+    return levels if any(levels) else None

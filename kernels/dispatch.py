@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from . import triton_support
 from .problem import Problem
 
@@ -32,7 +33,7 @@ _forced: list[tuple[str | None, str]] = [
 ]
 
 
-class BackendError(RuntimeError):
+class BackendError(RunError):
     """The requested backend does not exist or cannot run this call.
 
     Examples:

@@ -43,6 +43,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig, TrainConfig, rename_keys
+from ..errors import Interrupted, RunError
 from . import checkpoint
 from .data import Data, DataError
 
@@ -55,21 +56,12 @@ LISTS = (nn.ModuleList, nn.Sequential)
 Metrics = dict[str, float]
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """The loss became NaN or infinite; the message names epoch and step."""
 
 
-class OtherProcessError(RuntimeError):
+class OtherProcessError(RunError):
     """What another process raised; the message says which one, and what."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; ``code`` is the exit status: 130 after Ctrl-C, 0 after SIGTERM, by which machines
-    are taken away from runs that are to go on elsewhere."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
 
 
 class StopSignals:

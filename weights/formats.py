@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config
 
 from ..backbones.loading import WEIGHTS
+from ..errors import RunError
 from ..heads.build import load_dense, read_dense_config
 from ..heads.detection import Detector
 
@@ -37,7 +38,7 @@ LEAST_SIZE = 32  # pixels of a free height or width: the stride of the last map,
 _ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError):
     """A model cannot be converted, or the outputs of the exported one are not the original's."""
 
 
