@@ -34,6 +34,15 @@ KEY_FORMATS = {
     "mmdet": "mmdetection or mmsegmentation",
     "detectron2": "detectron2",
 }
+# The heads of published detectors and segmenters that are converted, as their tags and as the builders name them.
+DENSE_HEADS = {
+    "maskrcnn": "mask_rcnn",
+    "cascade": "cascade_mask_rcnn",
+    "faster_rcnn": "faster_rcnn",
+    "retinanet": "retinanet",
+    "upernet": "upernet",
+    "mask2former": "mask2former",
+}
 _SPEED = Path(__file__).parents[1] / "benchmarks" / "results" / "models-cpu-2core.csv"
 _UNKNOWN = "not known: that of whoever made the file"
 _PIXELS = "the class of each pixel and does not tell objects apart"
@@ -90,7 +99,7 @@ def published_card(checkpoint: Checkpoint) -> str:
 def _convertible(checkpoint: Checkpoint) -> str:
     """How much of a dense model `convert` takes."""
     backbone = "" if checkpoint.arguments.get("stride_in_1x1") else "; with --backbone its backbone"
-    if re.match(r"(a3fpn_)?(maskrcnn|cascade|faster_rcnn|retinanet|upernet|mask2former)_", checkpoint.tag):
+    if re.match(rf"(a3fpn_)?({'|'.join(DENSE_HEADS)})_", checkpoint.tag):
         gives = f"; it then gives {_PIXELS}" if checkpoint.task == "panoptic" else ""
         return f"the whole model{gives}{backbone}"
     return "the backbone, with --backbone; there are no such heads here"

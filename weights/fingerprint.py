@@ -1,4 +1,4 @@
-"""What a model answers to one fixed image, in a few numbers: enough to see whether it is the same model elsewhere."""
+"""The outputs for one fixed image, in a few numbers: enough to see whether it is the same model elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..heads.detection import Detector
+from ..heads.mask2former import answers
 
 _VALUES = 64  # of every output, spread evenly over it
 
@@ -58,3 +61,53 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
             if not each <= worst:  # NaN must win
                 worst = each
     return worst
+
+
+class RawOutputs(nn.Module):
+    """What a dense model computes before it selects detections: numbers that change little where weights change little,
+    as detections do not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """``[1, C, H, W]`` to the maps of the neck, the logits and deltas on them, and of four fixed regions the
+        classes, boxes and mask logits; a segmenter's logits; the logits of Mask2Former's classes and masks."""
+        if self.model.arguments["head"] == "mask2former":
+            return self._queries(image)
+        if not isinstance(self.model, Detector):
+            return [self.model(image)]
+        detector = self.model.detector
+        maps = self.model.pyramid(image)
+        levels = list(maps.values())
+        if not hasattr(detector, "rpn"):
+            found = detector.head(levels)
+            return [*levels, *(found[key] for key in sorted(found))]
+        logits, deltas = detector.rpn.head(levels)
+        heads, (rows, columns) = detector.roi_heads, image.shape[-2:]
+        share = torch.tensor([[0, 0, 1, 1], [0.1, 0.2, 0.3, 0.5], [0.4, 0.3, 0.55, 0.6], [0.2, 0.1, 0.9, 0.8]])
+        regions = [share.to(image) * torch.tensor([columns, rows, columns, rows]).to(image)]
+        pooled = heads.box_roi_pool(maps, regions, [(rows, columns)])
+        stages = zip(_stages(heads.box_head), _stages(heads.box_predictor), strict=True)
+        boxes = [part for head, predictor in stages for part in predictor(head(pooled))]
+        masks = []
+        if self.model.masks:
+            pooled = heads.mask_roi_pool(maps, regions, [(rows, columns)])
+            stages = zip(_stages(heads.mask_head), _stages(heads.mask_predictor), strict=True)
+            masks = [predictor(head(pooled)) for head, predictor in stages]
+        return [*levels, *logits, *deltas, *boxes, *masks]
+
+    def _queries(self, image: Tensor) -> list[Tensor]:
+        """Every query attends everywhere: whether a place is outside its mask hangs on the sign of a logit."""
+        head = (self.model.detector if isinstance(self.model, Detector) else self.model).head
+        predictor = head.model.transformer_module.decoder.mask_predictor
+        handle = predictor.register_forward_hook(lambda _, __, found: (found[0], torch.zeros_like(found[1])))
+        try:
+            return [layers[-1] for layers in answers(head, image)]
+        finally:
+            handle.remove()
+
+
+def _stages(part: nn.Module) -> list[nn.Module]:
+    return list(part) if isinstance(part, nn.ModuleList) else [part]

@@ -14,13 +14,13 @@ from torch import nn
 from ..backbones import loading
 from ..backbones.download import file_sha256
 from ..files import atomic
-from ..heads.build import read_dense_config
 from .cards import converted_card
-from .convert import answering
-from .fingerprint import difference, fingerprint
-from .folder import RECORD, TOLERANCE
+from .convert import load_raw
+from .fingerprint import RawOutputs, difference, fingerprint
+from .folder import TOLERANCE, ModelFolder, read_folder
 from .images import top1
 from .manifest import Checkpoint, checkpoints
+from .names import without_getter
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     """Check a folder that `convert` wrote, one thing after the other.
 
     The file against its hash; the names in it against the model's; the number of parameters against the record and the
-    published one, where that is known; the answer to a fixed image against the one that the original tensors gave (of a
-    detector, what its heads compute before they select);
-    preprocessing and licence against the manifest; and with ``images``, an ImageFolder, the top-1 score.
+    published one, where that is known; the outputs for a fixed image against those of the original tensors (of a
+    detector, what its heads compute before they select); preprocessing and licence against the manifest; and with
+    ``images``, an ImageFolder, the top-1 score.
 
     Args:
         images: a folder with a folder of images for each class, named in the order of the classes (or as the
@@ -61,78 +61,79 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
         file True
         names True
         parameters True
-        answer to the fixed image True
+        outputs for the fixed image True
     """
-    folder = loading.local_path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no {folder}; `foveal verify` checks a folder that `foveal convert` wrote")
-    whole = read_dense_config(folder)
-    if whole is None:
-        found = loading.resolve(folder)
-        place, config, file = found.folder, found.config or {}, loading.weights_file(found)
-    else:
-        (place, config), file = whole, whole[0] / loading.WEIGHTS
-    record = config.get(RECORD)
-    if record is None:
-        raise ValueError(f"{folder} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote")
-    if damaged := _damaged(record):
-        raise ValueError(f"the record of the conversion in {place / 'config.json'} is damaged: {damaged}")
+    path = loading.local_path(folder)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; `foveal verify` checks a folder that `foveal convert` wrote")
+    found = read_folder(path)
+    record = _record(found)
     if write_card and images is None:
-        raise ValueError("the score goes into the card, and there is none without images: --card goes with --images")
-    if images is not None and whole is not None:
-        raise ValueError(f"{folder} is a model to {config['task']}: `foveal evaluate` scores it, with data.root=...")
-    digest = file_sha256(file)
-    known = record["model_sha256"]
+        raise ValueError("--card writes the score into the card: give --images, too")
+    if images is not None and found.dense:
+        raise ValueError(
+            f"{path} is a model to {found.config['task']}: `foveal evaluate` scores it, with data.root=..."
+        )
+    digest, known = file_sha256(found.weights), record["model_sha256"]
     yield Check("file", digest == known, f"sha256 {digest}" + ("" if digest == known else f", it was {known}"))
-
     try:
-        model = answering(place)
+        model = load_raw(found.path)
     except (ValueError, TypeError) as error:  # the latter of arguments that a model does not take
         yield Check("loads", False, str(error))
         return
-    inner = model.model if type(model).__name__ in ("FeatureGetterNet", "Raw") else model
-    with safe_open(file, framework="pt") as stream:
-        stored = set(stream.keys())
-    own = set(inner.state_dict())
-    strange = ", ".join(sorted(stored ^ own)[:8])
-    yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in one: {strange}" if strange else ""))
-
-    checkpoint = checkpoints().get(record["checkpoint"])
-    yield _parameters(inner, record, checkpoint)
-    apart = difference(fingerprint(model, tuple(record["fingerprint"]["input"][1:])), record["fingerprint"])
-    what = f"{apart:.1e} of the largest value from the original's, {TOLERANCE:.0e} allowed"
-    yield Check("answer to the fixed image", apart <= TOLERANCE, what)
-    if checkpoint is not None:
-        yield _published(config, checkpoint)
-    elif record["checkpoint"] is not None:
-        yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
+    yield from _checks(model, found, record)
     if images is not None:
-        score, count = top1(model, images, config)
+        score, count = top1(model, images, found.config)
         text = f"top-1 {score:.3f} % on {count:,} images"
+        checkpoint = checkpoints().get(record["checkpoint"])
         expected = checkpoint.score.get("top1") if checkpoint is not None else None
         yield Check("score", True, text + (f", published: {expected:g}" if expected is not None else ""))
         if write_card:
-            target = place / "README.md"
-            with atomic(target) as new:
-                new.write_text(converted_card(config, text), encoding="utf-8")
+            with atomic(found.path / "README.md") as new:
+                new.write_text(converted_card(found.config, text), encoding="utf-8")
 
 
-def _damaged(record: Any) -> str | None:
-    """What is wrong with the form of a record, in words."""
-    kinds = {"checkpoint": (str, type(None)), "fingerprint": dict, "model_sha256": str, "parameters": int}
-    if not isinstance(record, dict):
-        return f"it is {record!r}"
-    if lacking := sorted(set(kinds) - set(record)):
-        return f"no {', '.join(lacking)}"
-    if wrong := [key for key, kind in kinds.items() if not isinstance(record[key], kind)]:
-        return ", ".join(f"{key} is {record[key]!r}" for key in wrong)
-    shape, outputs = record["fingerprint"].get("input"), record["fingerprint"].get("outputs")
-    if not (isinstance(shape, list) and len(shape) == 4 and all(isinstance(each, int) for each in shape)):
-        return f"the fingerprint's input is {shape!r}"
-    fields = {"shape", "norm", "largest", "values"}
-    if not (isinstance(outputs, list) and all(isinstance(each, dict) and fields <= set(each) for each in outputs)):
-        return f"the fingerprint's outputs lack {', '.join(sorted(fields))}"
-    return None
+def _record(found: ModelFolder) -> dict[str, Any]:
+    """What `convert` recorded, with the entries that are compared."""
+    record = found.record
+    if record is None:
+        raise ValueError(
+            f"{found.path} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote"
+        )
+    try:
+        outputs = [
+            {"shape": list(each["shape"]), "values": list(map(float, each["values"]))}
+            | {key: float(each[key]) for key in ("norm", "largest")}
+            for each in record["fingerprint"]["outputs"]
+        ]
+        shape = [int(each) for each in record["fingerprint"]["input"]]
+        if len(shape) != 4 or not isinstance(record["checkpoint"], (str, type(None))):
+            raise ValueError(f"input {shape}, checkpoint {record['checkpoint']!r}")
+        compared = {"parameters": int(record["parameters"]), "model_sha256": str(record["model_sha256"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the record of the conversion in {found.path / 'config.json'} is damaged: {error!r}"
+        ) from error
+    return record | compared | {"fingerprint": {"input": shape, "outputs": outputs}}
+
+
+def _checks(model: nn.Module, found: ModelFolder, record: Mapping[str, Any]) -> Iterator[Check]:
+    """Names, parameters, outputs, and what is published."""
+    inner = model.model if isinstance(model, RawOutputs) else without_getter(model)
+    with safe_open(found.weights, framework="pt") as stream:
+        stored = set(stream.keys())
+    own = set(inner.state_dict())
+    other = ", ".join(sorted(stored ^ own)[:8])
+    yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in one: {other}" if other else ""))
+    checkpoint = checkpoints().get(record["checkpoint"])
+    yield _parameters(inner, record, checkpoint)
+    apart = difference(fingerprint(model, tuple(record["fingerprint"]["input"][1:])), record["fingerprint"])
+    what = f"{apart:.1e} of the largest value from the original's, {TOLERANCE:g} allowed"
+    yield Check("outputs for the fixed image", apart <= TOLERANCE, what)
+    if checkpoint is not None:
+        yield _published(found.config, checkpoint)
+    elif record["checkpoint"] is not None:
+        yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
 
 
 def _parameters(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:

@@ -437,7 +437,7 @@ def test_what_the_manifest_knows_of_it(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(weights)
     tensors["detector.roi_heads.mask_predictor.mask_fcn_logits.bias"][1] += 1
     safetensors.torch.save_file(tensors, weights)
-    assert {check.name for check in verify(done.folder) if not check.passed} == {"file", "answer to the fixed image"}
+    assert {check.name for check in verify(done.folder) if not check.passed} == {"file", "outputs for the fixed image"}
     # its backbone alone
     body = convert(file, tmp_path / "body", model="dinat_mini", arguments=small, backbone=True)
     assert body.record["heads"] == {"neck": 16, "rpn_head": 6, "roi_head": 20}
