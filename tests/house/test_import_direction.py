@@ -120,6 +120,59 @@ def test_the_package_keeps_the_direction() -> None:
     assert check(ROOT) == []
 
 
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Every module with those that it imports, at any depth; a name from a module leads to the module."""
+    modules = {
+        module_name(path, root): path
+        for package in PACKAGES
+        for path in (root / package).rglob("*.py")
+        if "mmdet" not in path.parts  # configurations that mmdet executes
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = set()
+        for _, name in imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py"):
+            while name not in modules and "." in name:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        graph[module] = found & modules.keys() - {module}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """For every module in a cycle the shortest way by which it imports itself."""
+
+    def path_to(start: str, goal: str) -> list[str] | None:
+        paths, seen = [[start]], {start}
+        for path in paths:
+            for name in graph[path[-1]]:
+                if name == goal:
+                    return [*path, goal]
+                if name not in seen:
+                    seen.add(name)
+                    paths.append([*path, name])
+        return None
+
+    return [path for module in sorted(graph) if (path := path_to(module, module)) is not None]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = import_graph(ROOT)
+    assert len(graph) > 80
+    assert "foveal.kernels.dispatch" in graph["foveal.kernels"]
+    assert cycles(graph) == []
+
+
+def test_a_cycle_is_found(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+    (tmp_path / "weights" / "a.py").write_text("def f():\n    from .b import x")
+    (tmp_path / "weights" / "b.py").write_text("from ..train.c import y")
+    (tmp_path / "train" / "c.py").write_text("from ..weights import a")
+    names = ["foveal.train.c", "foveal.weights.a", "foveal.weights.b"]
+    assert [path[0] for path in cycles(import_graph(tmp_path))] == names
+
+
 def test_every_package_is_looked_at() -> None:
     seen = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/__init__.py")}
     assert seen - {"tests"} <= set(PACKAGES)
