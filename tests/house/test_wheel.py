@@ -83,7 +83,7 @@ def files_of_the_checkout() -> set[str]:
     """Python files and recipes, under their names in the package."""
     found = {f"foveal/{p.relative_to(ROOT / 'foveal')}" for p in (ROOT / "foveal").rglob("*.py")} | {"foveal/py.typed"}
     for folder in FOLDERS:
-        for pattern in ("*.py", "*.yaml", "figures.csv"):
+        for pattern in ("*.py", "*.yaml", "*.html", "*.css", "figures.csv"):
             found |= {f"foveal/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob(pattern)}
     return found
 
