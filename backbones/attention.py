@@ -17,8 +17,14 @@ from timm.layers.halo_attn import HaloAttn
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..kernels import DecomposedRelativePositionBias, RelativePositionBias, neighborhood_attention, neighborhood_mix
-from ..kernels.problem import for_any_size, symbolic, tracing
+from ..kernels import (
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
+    TensorCache,
+    neighborhood_attention,
+    neighborhood_mix,
+)
+from ..kernels.tracing import for_any_size, symbolic
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -94,6 +100,7 @@ class NeighborhoodAttention2d(nn.Module):
             trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
+        self.bias_cache = TensorCache()
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -128,7 +135,7 @@ class NeighborhoodAttention2d(nn.Module):
             v,
             kernel_size=self.kernel_size,
             dilation=dilation,
-            bias=None if self.rpb is None else RelativePositionBias(self.rpb),
+            bias=None if self.rpb is None else RelativePositionBias(self.rpb, self.bias_cache),
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
@@ -186,7 +193,7 @@ class RelativePositionTable(nn.Module):
         super().__init__()
         rows, columns = (2 * size - 1 for size in window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, rows, columns).normal_(std=0.02))
-        self._kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
+        self.cache = TensorCache()
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -198,27 +205,13 @@ class RelativePositionTable(nn.Module):
         table = self.relative_position_bias_table
         resampled = resample_table(table.detach(), window_size).clone()
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
-        self._kept = None
 
     def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
         """The table for windows of ``window_size``, differentiable; kept between calls that need no gradient."""
         table = self.relative_position_bias_table
         if window_size == self.window_size:
             return table
-        needs_grad = torch.is_grad_enabled() and table.requires_grad
-        # Whether the kept one still holds is found by comparing all values, so that no way of writing to the parameter
-        # is missed. On other devices that would wait for the device.
-        plain = type(table) in (torch.Tensor, nn.Parameter) and table.device.type == "cpu"
-        if needs_grad or not plain or tracing() or torch._C._are_functorch_transforms_active():
-            return resample_table(table, window_size)
-        kept = self._kept  # read once: other threads may replace it
-        if kept is None or kept[0] != window_size or kept[1].dtype != table.dtype or not torch.equal(kept[1], table):
-            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode take no part in any backward
-                copy = table.clone()
-                # a parameter, as backends keep what they make of one; inside the tuple it is none of this module
-                kept = window_size, copy, nn.Parameter(resample_table(copy, window_size), requires_grad=False)
-            self._kept = kept
-        return kept[2]
+        return self.cache.get(resample_table, window_size, source=table)
 
 
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -339,7 +332,7 @@ class PartitionAttention2d(nn.Module):
             kernel_size=size,
             stride=size,
             dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
-            bias=RelativePositionBias(self.rel_pos(size)),
+            bias=RelativePositionBias(self.rel_pos(size), self.rel_pos.cache),
             boundary="mask",
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
@@ -627,7 +620,7 @@ class FullAttention2d(nn.Module):
             k,
             v,
             kernel_size=(H, W),
-            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos((H, W))),
+            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos((H, W)), self.rel_pos.cache),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))

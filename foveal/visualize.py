@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Call, recording
+from .kernels import Call, RelativePositionBias, recording
 from .kernels.window import Window
 
 KEY = "#56b4e9"  # sky blue, and
@@ -365,10 +365,10 @@ def _attention_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
     near = k[0, rows.inside_position][:, columns.inside_position].float()  # Kh Kw heads D
     near = near * (rows.inside[:, None] & columns.inside)[..., None, None]
     logits = call.problem.scale * torch.einsum("nd,ijnd->nij", query, near)
-    if len(bias) == 1:
-        return logits + bias[0].float()[:, rows.row][:, :, columns.row]
-    if len(bias) == 2:
-        by_row, by_column = (t.float() if t.ndim == 3 else t.float().expand(len(query), -1, -1) for t in bias)
+    if isinstance(bias, RelativePositionBias):
+        return logits + bias.table.float()[:, rows.row][:, :, columns.row]
+    if bias is not None:
+        by_row, by_column = (t.float().expand(len(query), -1, -1) for t in bias.tensors)
         logits = logits + torch.einsum("nd,nid->ni", query, by_row[:, rows.row])[:, :, None]
         logits = logits + torch.einsum("nd,njd->nj", query, by_column[:, columns.row])[:, None]
     return logits

@@ -6,6 +6,7 @@ from typing import Any as _Any
 from . import bias as _bias
 from .aggregate import neighborhood_aggregate, neighborhood_mix
 from .bias import DecomposedRelativePositionBias, RelativePositionBias
+from .cache import TensorCache
 from .dispatch import BackendError, Call, backend, recording
 from .neighborhood import neighborhood_attention
 
@@ -14,6 +15,7 @@ __all__ = [
     "Call",
     "DecomposedRelativePositionBias",
     "RelativePositionBias",
+    "TensorCache",
     "backend",
     "neighborhood_aggregate",
     "neighborhood_attention",

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .cache import TensorCache
+
 
 @dataclass(frozen=True, eq=False)
 class RelativePositionBias:
     """One learned number per head and relative position (NAT, arXiv 2204.07143; MaxViT, arXiv 2204.01697).
 
     ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
-    their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``.
+    their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``. In a ``cache``, the table's owner
+    keeps what a backend derives from it in evaluation.
 
     Examples:
         >>> import torch
@@ -24,6 +27,7 @@ class RelativePositionBias:
     """
 
     table: Tensor
+    cache: TensorCache | None = None
 
     def expected(self, heads: int, depth: int, kernel_size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
         rows, columns = (2 * k - 1 for k in kernel_size)

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
-from .problem import symbolic
+from .tracing import symbolic
 from .window import BOUNDARIES
 
 IntPair = int | tuple[int, int]

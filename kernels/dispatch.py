@@ -92,8 +92,8 @@ class Call:
             ``"neighborhood_logits"``.
         problem: its shapes, windows, dtype and options: ``shape`` (of the keys), ``value_depth``, ``query_size``,
             ``rows`` and ``columns`` (a `Window` each), ``bias`` (its class), ``scale``, ``dropout_p``, ``device``.
-        tensors: the inputs of the backend: of attention q, k, v and a tuple of the bias tensors, of aggregation weights
-            and v, of mix logits, v, table and kernel_bias.
+        tensors: the inputs of the backend: of attention q, k, v and the bias, of aggregation weights and v, of mix
+            logits, v, table and kernel_bias.
 
     Examples:
         >>> import torch

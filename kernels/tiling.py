@@ -22,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Problem, tracing
+from .problem import Problem
+from .tracing import tracing
 from .window import Window
 
 # A piece of a walk: about this many query-key pairs. Measured on a 2-core CPU with 2 MiB of second-level and 32 MiB of
 # third-level cache; half and twice as many cost the same, unchunked costs 1.5 to 2 times as much.
 PIECE = 1 << 20
-
-# Masks and indices kept between calls, for all shapes together; a DiNAT's layers take less than one MiB.
-CONSTANT_BYTES = 128 << 20
 
 
 # ---------------------------------------------------------------------------------------------------- planning
@@ -179,38 +177,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-_constants: dict[tuple, tuple[Tensor, ...]] = {}
-
-
-def constant(function: Callable[..., tuple[Tensor, ...]], *key) -> tuple[Tensor, ...]:
-    """``function(*key)``, kept between eager calls; built anew under a tracer: its tensors must not leak out of it."""
-    if tracing():
-        return function(*key)
-    found = _constants.get((function, *key))
-    if found is None:
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
-            found = function(*key)
-        if may_keep(found):
-            if size_of(found, *_constants.values()) > CONSTANT_BYTES:
-                _constants.clear()
-            _constants[(function, *key)] = found
-    return found
-
-
-def size_of(*kept: tuple[Tensor | None, ...]) -> int:
-    """Bytes of some tuples of tensors."""
-    return sum(t.nbytes for tensors in kept for t in tensors if t is not None)
-
-
-def may_keep(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether tensors may outlive the call: numbers, no FakeTensor or other mode's product, and not too many."""
-    plain = all(t is None or (type(t) is Tensor and t.device.type != "meta") for t in tensors)
-    return plain and size_of(tensors) <= CONSTANT_BYTES
-
-
-def pattern_order(axis: Axis, device: torch.device) -> tuple[Tensor]:
+def pattern_order(axis: Axis, device: torch.device) -> Tensor:
     """The pattern of every tile of an axis."""
-    return (torch.tensor(axis.order, device=device),)
+    return torch.tensor(axis.order, device=device)
 
 
 # ------------------------------------------------------------------------------------------------------- views

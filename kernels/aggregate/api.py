@@ -5,13 +5,16 @@ Layout legend: B batch, H W map, N heads, D value channels, Kh Kw keys of a wind
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from ..bias import RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
-from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
+from ..problem import Problem, old_gpu, subclassed
+from ..tracing import symbolic, tracing
 from ..window import Window
 from . import dynamic, reference, tiled, triton
 
@@ -198,7 +201,5 @@ def _run(
         subclass=subclassed(x, y, *biases),
         old_gpu=old_gpu(y.device) if y.device.type == "cuda" else "",
     )
-    if cast:
-        with torch.autocast(y.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
-            return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)
-    return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)
+    with torch.autocast(y.device.type, enabled=False) if cast else nullcontext():  # backends see plain arithmetic
+        return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)

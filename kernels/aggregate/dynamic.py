@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import dynamic
 from ..dynamic import Side
-from ..problem import Problem, for_any_size
+from ..problem import Problem
 from ..tiling import working_dtype
+from ..tracing import for_any_size
 from .softmax import mix_by
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..problem import Problem, for_any_size
-from ..tiling import constant
+from ..cache import CONSTANTS
+from ..problem import Problem
+from ..tracing import for_any_size
 from ..window import Window
 
 
@@ -26,7 +27,7 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
         z = z + kernel_bias
     if problem.boundary == "mask":
         rows, columns = (
-            constant(_rows_and_inside, window, length, z.device)[1]
+            CONSTANTS.get(_rows_and_inside, window, length, z.device)[1]
             for window, length in zip((problem.rows, problem.columns), size, strict=True)
         )
         inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
@@ -52,7 +53,7 @@ def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[in
     """A bias table ``[N, 2*Kh - 1, 2*Kw - 1]`` as every position of a map of ``size`` meets it,
     ``[N, H, W, Kh*Kw]``."""
     row, column = (
-        constant(_rows_and_inside, window, length, table.device)[0]
+        CONSTANTS.get(_rows_and_inside, window, length, table.device)[0]
         for window, length in zip((rows, columns), size, strict=True)
     )
     table = table.index_select(1, row.flatten()).index_select(2, column.flatten())

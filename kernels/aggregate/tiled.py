@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import tiling
+from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import Axis, Plans
 from ..window import Window
@@ -49,7 +50,7 @@ def _cost(a: Axis, b: Axis) -> float:
     return tiling.pairs(a, b) + COPY_COST * copied + FILL_COST * filled
 
 
-def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.device) -> tuple[Tensor]:
+def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.device) -> Tensor:
     """Where the keys of each query lie in the span of its tile, for every pattern of tiles: [P, P2, T*T2, K]."""
     sides = []
     for window, axis in ((rows, a), (columns, b)):
@@ -59,7 +60,7 @@ def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.devic
         sides.append(start[..., None] + torch.arange(window.kernel_size, device=device))  # P T Kh
     row, column = sides
     places = row[:, None, :, None, :, None] * b.span + column[None, :, None, :, None, :]
-    return (places.flatten(4, 5).flatten(2, 3).contiguous(),)
+    return places.flatten(4, 5).flatten(2, 3).contiguous()
 
 
 # -------------------------------------------------------------------------------------- all tiles at once
@@ -71,9 +72,9 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
     dtype, working = y.dtype, tiling.working_dtype(y.dtype)
     x, y = (tiling.split_phases(t.to(working), problem.dilation) for t in (x, y))
     for a, b in plans:
-        places = tiling.constant(_places, problem.rows, problem.columns, a, b, x.device)[0]
+        places = CONSTANTS.get(_places, problem.rows, problem.columns, a, b, x.device)
         for dim, axis in ((0, a), (1, b)):
-            places = places.index_select(dim, tiling.constant(tiling.pattern_order, axis, x.device)[0])
+            places = places.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, x.device))
         keys = tiling.key_spans(tiling.pad_keys(tiling.of_class(y, a, b), a, b), a, b).flatten(6, 7)
         tiles = tiling.query_tiles(tiling.of_class(x, a, b), a, b).flatten(6, 7)
         places = places.expand(*tiles.shape[:4], -1, -1, -1, -1)
@@ -115,7 +116,7 @@ class _Walk:
 
     def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: Axis, b: Axis) -> Iterator[tuple]:
         """(matrices, weights, where the weights lie in the matrices) of each rectangle of tiles of one pattern."""
-        places = tiling.constant(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)[0]
+        places = CONSTANTS.get(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)
         places = places.unflatten(2, (a.tile, b.tile))
         for r, c, p, p2 in tiling.blocks(rows, a, b):
             part = weights[:, :, :, :, r, c]

@@ -5,13 +5,16 @@ Layout legend: B batch, H W map, h w queries, N heads, D query/key channels, V v
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
-from ..problem import Problem, old_gpu, subclassed, symbolic, tracing
+from ..problem import Problem, old_gpu, subclassed
+from ..tracing import symbolic, tracing
 from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
 
@@ -107,7 +110,8 @@ def neighborhood_attention(
             )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    bias_tensors = _check_bias(bias, q, kernel_size)
+    _check_bias(bias, q, kernel_size)
+    tensors = q, k, v, *(() if bias is None else bias.tensors)
     problem = Problem(
         shape=tuple(k.shape),
         value_depth=v.shape[-1],
@@ -120,16 +124,13 @@ def neighborhood_attention(
         dropout_p=float(dropout_p),
         dtype=q.dtype,
         device=q.device.type,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias_tensors)),
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         tracing=tracing(),
-        subclass=subclassed(q, k, v, *bias_tensors),
+        subclass=subclassed(*tensors),
         old_gpu=old_gpu(q.device) if q.device.type == "cuda" else "",
     )
-    tensors = q, k, v, bias_tensors
-    if cast:
-        with torch.autocast(q.device.type, enabled=False):  # the casts are done: backends see plain arithmetic
-            return run("neighborhood_attention", BACKENDS, problem, tensors, backend)
-    return run("neighborhood_attention", BACKENDS, problem, tensors, backend)
+    with torch.autocast(q.device.type, enabled=False) if cast else nullcontext():  # backends see plain arithmetic
+        return run("neighborhood_attention", BACKENDS, problem, (q, k, v, bias), backend)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int]) -> None:
@@ -151,9 +152,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
         raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
 
 
-def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> tuple[Tensor, ...]:
+def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> None:
     if bias is None:
-        return ()
+        return
     if not isinstance(bias, BIASES):
         raise TypeError(f"bias must be a {' or a '.join(kind.__name__ for kind in BIASES)}, got {type(bias).__name__}")
     for name, allowed in bias.expected(q.shape[3], q.shape[4], kernel_size).items():
@@ -168,4 +169,3 @@ def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> t
             raise TypeError(f"{type(bias).__name__}.{name} must be floating point, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{type(bias).__name__}.{name} is on {t.device}, q on {q.device}")
-    return bias.tensors

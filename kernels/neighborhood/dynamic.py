@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dynamic
-from ..bias import RelativePositionBias
+from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..dynamic import Side
-from ..problem import Problem, for_any_size
+from ..problem import Problem
 from ..tiling import working_dtype
+from ..tracing import for_any_size
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -21,7 +22,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _bias(table: Tensor, a: Side, b: Side) -> Tensor:
+def _table_and_mask(table: Tensor, a: Side, b: Side) -> Tensor:
     """Table and mask of every tile, [M, M2, N, T*T2, S*S2], from a table [N, 2Kh-1, 2Kw-1]."""
     table = F.pad(table, (0, 1, 0, 1), value=float("-inf"))  # a row and a column for keys that are not seen
     bias = table.index_select(2, b.row.flatten()).index_select(1, a.row.flatten())
@@ -29,14 +30,14 @@ def _bias(table: Tensor, a: Side, b: Side) -> Tensor:
     return bias.permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
-def _decomposed_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], a: Side, b: Side) -> Tensor:
+def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, a: Side, b: Side) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, M, M2, N, T*T2, S*S2]."""
     sums = []
     for embedding, at, shape in (
-        (bias_tensors[0], a.row, (1, a.tiles, 1, 1, a.tile, 1, a.span)),
-        (bias_tensors[1], b.row, (1, 1, b.tiles, 1, 1, b.tile, b.span)),
+        (bias.rows, a.row, (1, a.tiles, 1, 1, a.tile, 1, a.span)),
+        (bias.columns, b.row, (1, 1, b.tiles, 1, 1, b.tile, b.span)),
     ):
-        embedding = embedding if embedding.ndim == 3 else embedding[None]
+        embedding = (embedding if embedding.ndim == 3 else embedding[None]).to(tiles.dtype)
         dots = (tiles @ embedding.transpose(-1, -2)).unflatten(4, (a.tile, b.tile))  # B M M2 N T T2 2K-1
         at = at.clamp(max=embedding.shape[1] - 1).reshape(shape).expand(*dots.shape[:6], -1)
         sums.append(dots.gather(-1, at))
@@ -44,22 +45,21 @@ def _decomposed_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], a: Side, b
 
 
 @for_any_size
-def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
     working = working_dtype(q.dtype)
     a = dynamic.side(problem.rows, k.shape[1], q.device)
     b = dynamic.side(problem.columns, k.shape[2], q.device)
-    bias_tensors = tuple(t.to(working) for t in bias_tensors)
     tiles = dynamic.query_tiles(q, a, b).to(working)
     keys = dynamic.key_spans(k, a, b, problem.boundary).to(working)
     values = dynamic.key_spans(v, a, b, problem.boundary)
-    if problem.bias is RelativePositionBias:
-        bias = _bias(bias_tensors[0], a, b)
+    if isinstance(bias, RelativePositionBias):
+        added = _table_and_mask(bias.table.to(working), a, b)
     else:
-        bias = _bias(tiles.new_zeros(1, *(2 * size - 1 for size in problem.kernel_size)), a, b)
-        if bias_tensors:
-            bias = bias + _decomposed_bias(tiles, bias_tensors, a, b)
-    logits = (tiles * problem.scale) @ keys.transpose(-1, -2) + bias
+        added = _table_and_mask(tiles.new_zeros(1, *(2 * size - 1 for size in problem.kernel_size)), a, b)
+        if bias is not None:
+            added = added + _decomposed_bias(tiles, bias, a, b)
+    logits = (tiles * problem.scale) @ keys.transpose(-1, -2) + added
     weights = logits.softmax(-1).to(values.dtype)
     if problem.dropout_p > 0:
         weights = F.dropout(weights, problem.dropout_p)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from ..bias import Bias
 from ..problem import Problem
 
 
@@ -107,7 +108,7 @@ def _backward(ctx, grad: Tensor):
 natten_na2d.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, H, W, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, H, W, N, V]."""
     window = [*problem.kernel_size, *problem.stride, *problem.dilation]
     return natten_na2d(q, k, v, window, problem.scale)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bias import RelativePositionBias
+from ..bias import Bias, RelativePositionBias
 from ..problem import Problem
 
 
@@ -19,12 +19,11 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]; arithmetic in at least float32."""
     out_dtype = v.dtype
     working = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(working), k.to(working), v.to(working)
-    bias_tensors = tuple(t.to(working) for t in bias_tensors)
     height, width = k.shape[1:3]
     row_at, row_in, row = problem.rows.keys(height, q.device)  # h Kh
     column_at, column_in, column = problem.columns.keys(width, q.device)  # w Kw
@@ -37,12 +36,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], p
         return near.masked_fill(~inside[None, :, :, :, :, None, None], 0.0)
 
     logits = torch.einsum("bhwnd,bhwijnd->bhwnij", q * problem.scale, gather(k))
-    if problem.bias is RelativePositionBias:
-        (table,) = bias_tensors
-        entries = table[:, row[:, None, :, None], column[None, :, None, :]]  # N h w Kh Kw
+    if isinstance(bias, RelativePositionBias):
+        entries = bias.table.to(working)[:, row[:, None, :, None], column[None, :, None, :]]  # N h w Kh Kw
         logits = logits + entries.permute(1, 2, 0, 3, 4)
-    elif problem.bias is not None:
-        rows, columns = (t if t.ndim == 3 else t[None].expand(q.shape[3], -1, -1) for t in bias_tensors)
+    elif bias is not None:
+        rows, columns = (t.to(working).expand(q.shape[3], -1, -1) for t in bias.tensors)
         logits = logits + torch.einsum("bhwnd,nhid->bhwni", q, rows[:, row])[..., None]
         logits = logits + torch.einsum("bhwnd,nwjd->bhwnj", q, columns[:, column])[..., None, :]
     if problem.boundary == "mask":

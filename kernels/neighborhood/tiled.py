@@ -18,17 +18,16 @@ T T2 queries of a tile, S S2 keys of its span, P P2 patterns of tiles: those who
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import tiling
-from ..bias import DecomposedRelativePositionBias, RelativePositionBias
+from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
+from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import Axis, Plans, Scratch
 from ..window import Window
@@ -69,74 +68,51 @@ def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Te
     return row, seen
 
 
-def _pattern_mask(
-    rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor]:
+def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where the query sees the key, else -inf: [P, P2, T*T2, S*S2]."""
     seen = _pattern_index(rows, a, device)[1][:, None, :, None, :, None]
     seen = seen & _pattern_index(columns, b, device)[1][None, :, None, :, None, :]
     zero = torch.zeros((), dtype=dtype, device=device)
     mask = torch.where(seen, zero, float("-inf"))
-    return (mask.reshape(len(a.samples), len(b.samples), a.tile * b.tile, a.span * b.span),)
+    return mask.reshape(len(a.samples), len(b.samples), a.tile * b.tile, a.span * b.span)
 
 
 def _pattern_bias(
-    table: Tensor | None, problem: Problem, a: Axis, b: Axis, dtype: torch.dtype, device
+    table: Tensor | None, rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """Table and mask together for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None where neither is needed."""
     mask = None
     if a.masked or b.masked:
-        mask = tiling.constant(_pattern_mask, problem.rows, problem.columns, a, b, dtype, device)[0][None]
+        mask = CONSTANTS.get(_pattern_mask, rows, columns, a, b, dtype, device)[None]
     if table is None:
         return mask
-    row = tiling.constant(_pattern_index, problem.rows, a, device)[0]
-    column = tiling.constant(_pattern_index, problem.columns, b, device)[0]
+    row = CONSTANTS.get(_pattern_index, rows, a, device)[0]
+    column = CONSTANTS.get(_pattern_index, columns, b, device)[0]
     bias = table.index_select(1, row.flatten()).index_select(2, column.flatten())
     bias = bias.unflatten(2, column.shape).unflatten(1, row.shape)  # N P T S P2 T2 S2
     bias = bias.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
     return bias if mask is None else bias + mask
 
 
-# Parameters that were expanded without a gradient: (call, copy of the table, expansion). The expansion is used again
-# only while the table's numbers equal the copy's. Identity and version would not do: `.data.copy_()` and NumPy views
-# change a parameter behind both. The comparison costs 1 us.
-_expanded: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_expanding = threading.Lock()
-
-
-def _patterns(table: Tensor | None, problem: Problem, plans: Plans) -> tuple[Tensor | None, ...]:
-    """``_pattern_bias`` of each plan, without a gradient; of a table that is a parameter kept between calls in eval."""
-    working, device = tiling.working_dtype(problem.dtype), torch.device(problem.device)
-    keep = table if type(table) is torch.nn.Parameter and not problem.needs_grad else None
-    call = None if keep is None else (problem.rows, problem.columns, problem.shape[1:3], working, keep.dtype)
-    if keep is not None:
-        found = _expanded.get(keep)
-        if found is not None and found[0] == call and torch.equal(found[1], keep):
-            return found[2]
+def _patterns(
+    table: Tensor | None, rows: Window, columns: Window, size: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """``_pattern_bias`` of each plan for a map of ``size`` on the CPU, without a gradient."""
     with torch.inference_mode(False), torch.no_grad():
-        # before: what another thread writes meanwhile shows next time
-        copy = None if keep is None else keep.detach().clone()
-        source = table if keep is None else copy
-        source = None if source is None else source.to(working)
-        patterns = tuple(_pattern_bias(source, problem, a, b, working, device) for a, b in plans)
-    if keep is not None and tiling.may_keep((copy, *patterns)):
-        with _expanding:
-            if tiling.size_of(patterns, *(kept for _, _, kept in _expanded.values())) > tiling.CONSTANT_BYTES:
-                _expanded.clear()
-            _expanded[keep] = (call, copy, patterns)
-    return patterns
+        table = None if table is None else table.to(dtype)
+        plans = tiling.plan(rows, columns, *size, _cost)
+        return tuple(_pattern_bias(table, rows, columns, a, b, dtype, torch.device("cpu")) for a, b in plans)
 
 
 # -------------------------------------------------------------------------------------- all tiles at once
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, plans: Plans
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem, plans: Plans) -> Tensor:
     """Standard operators only; maps [B, H, W, N, C]."""
     outs = []
     working = tiling.working_dtype(q.dtype)
-    bias_tensors = tuple(t.to(working) for t in bias_tensors)
+    table = bias.table.to(working) if isinstance(bias, RelativePositionBias) else None
+    heads = q.shape[3]
     q, k, v = (tiling.split_phases(t, problem.dilation) for t in (q, k, v))
     for a, b in plans:
         tiles = tiling.query_tiles(tiling.of_class(q, a, b), a, b)
@@ -144,46 +120,44 @@ def _attend(
         keys, values = (
             tiling.key_spans(tiling.pad_keys(tiling.of_class(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v)
         )
-        table = bias_tensors[0] if problem.bias is RelativePositionBias else None
-        bias = _pattern_bias(table, problem, a, b, working, q.device)
-        if bias is not None:  # N R Q T*T2 S*S2
+        added = _pattern_bias(table, problem.rows, problem.columns, a, b, working, q.device)
+        if added is not None:  # N R Q T*T2 S*S2
             for dim, axis in ((1, a), (2, b)):
                 if len(axis.runs) > 1:
-                    bias = bias.index_select(dim, tiling.constant(tiling.pattern_order, axis, bias.device)[0])
+                    added = added.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, added.device))
                 else:
-                    bias = bias.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
-        if bias_tensors and table is None:
-            decomposed = _decomposed_bias(tiles.to(working), bias_tensors, problem, a, b)
-            bias = decomposed if bias is None else bias + decomposed
+                    added = added.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
+        if isinstance(bias, DecomposedRelativePositionBias):
+            decomposed = _decomposed_bias(tiles.to(working), bias, problem, a, b)
+            added = decomposed if added is None else added + decomposed
         # Exporters trace one attention kernel and decompose into another, of other strides, where the views behind it
         # fail: they get the three products.
-        if problem.dropout_p > 0 or (bias is not None and bias.ndim == 8) or torch.compiler.is_exporting():
+        if problem.dropout_p > 0 or (added is not None and added.ndim == 8) or torch.compiler.is_exporting():
             logits = (queries.to(working) * problem.scale) @ keys.to(working).transpose(-1, -2)
-            weights = (logits if bias is None else logits + bias).softmax(-1).to(values.dtype)
+            weights = (logits if added is None else logits + added).softmax(-1).to(values.dtype)
             out = F.dropout(weights, problem.dropout_p) @ values
         else:
             batch = queries.shape[:3]
-            if bias is not None:
-                bias = bias.to(q.dtype).expand(q.shape[3], -1, -1, -1, -1).flatten(0, 2)[None]
+            if added is not None:
+                added = added.to(q.dtype).expand(heads, -1, -1, -1, -1).flatten(0, 2)[None]
             out = F.scaled_dot_product_attention(
-                *(t.flatten(3, 5).flatten(0, 2) for t in (queries, keys, values)), attn_mask=bias, scale=problem.scale
+                *(t.flatten(3, 5).flatten(0, 2) for t in (queries, keys, values)), attn_mask=added, scale=problem.scale
             )
-            out = out.unflatten(1, (q.shape[3], a.tiles, b.tiles)).unflatten(0, batch)
+            out = out.unflatten(1, (heads, a.tiles, b.tiles)).unflatten(0, batch)
         outs.append(tiling.from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b))
     return tiling.join(outs, plans, problem)
 
 
-def _decomposed_bias(tiles: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem, a: Axis, b: Axis) -> Tensor:
+def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, problem: Problem, a: Axis, b: Axis) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, G, G2, N, R, Q, T*T2, S*S2]."""
     sides = []
     for embedding, window, axis, (tile_dim, query_dim) in zip(
-        bias_tensors, (problem.rows, problem.columns), (a, b), ((4, 6), (5, 7)), strict=True
+        bias.tensors, (problem.rows, problem.columns), (a, b), ((4, 6), (5, 7)), strict=True
     ):
-        if embedding.ndim == 2:
-            embedding = embedding[None]
+        embedding = (embedding if embedding.ndim == 3 else embedding[None]).to(tiles.dtype)
         dots = tiles @ embedding.transpose(-1, -2)[:, None, None, None]  # B G G2 N R Q T T2 2K-1
-        row = tiling.constant(_pattern_index, window, axis, tiles.device)[0]  # P T S
-        row = row[tiling.constant(tiling.pattern_order, axis, tiles.device)[0]]  # R T S
+        row = CONSTANTS.get(_pattern_index, window, axis, tiles.device)[0]  # P T S
+        row = row[CONSTANTS.get(tiling.pattern_order, axis, tiles.device)]  # R T S
         shape = [1] * 9
         shape[tile_dim], shape[query_dim], shape[8] = row.shape
         sides.append(dots.gather(-1, row.reshape(shape).expand(*dots.shape[:8], -1)))
@@ -437,18 +411,18 @@ def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
 # -------------------------------------------------------------------------------------- a map in one window
 
 
-def _window_rows(window: Window, length: int, device: torch.device) -> tuple[Tensor]:
+def _window_rows(window: Window, length: int, device: torch.device) -> Tensor:
     """The bias table's row of each query and key of the window that all queries share, [T, K]: first the keys inside
     the map, then the others."""
     key = window.start(0, length) + torch.arange(window.kernel_size, device=device)
     inside = (key >= 0) & (key < length)
     key = torch.cat([key[inside], key[~inside]])
-    return (window.table_row(key, torch.arange(window.queries(length), device=device)[:, None]),)
+    return window.table_row(key, torch.arange(window.queries(length), device=device)[:, None])
 
 
 def _in_one_window(problem: Problem) -> bool:
     """Whether all queries share a window that holds the whole map, and their logits are one piece at most."""
-    if problem.bias is not DecomposedRelativePositionBias or problem.boundary == "shift":
+    if problem.boundary == "shift":
         return False
     for window, length in zip((problem.rows, problem.columns), problem.size, strict=True):
         start = window.start(0, length)
@@ -458,18 +432,18 @@ def _in_one_window(problem: Problem) -> bool:
     return count <= tiling.PIECE
 
 
-def _one_window(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositionBias, problem: Problem) -> Tensor:
     """Attention to the keys of the map, and with boundary "zero" to one key more, whose value is zero, in place of all
     those outside: their logits are sums of a row's and a column's bias, so the sum of their exponentials is a product
     of two sums. Standard operators, differentiated as such; maps [B, H, W, N, C]."""
     working, (height, width) = tiling.working_dtype(q.dtype), problem.size
     queries, keys, values = (t.to(working).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v))  # B N HW C
-    heads = q.shape[3] if any(t.ndim == 3 for t in bias_tensors) else 1
-    embedding = [(t if t.ndim == 3 else t.expand(heads, -1, -1)).to(working) for t in bias_tensors]
+    heads = q.shape[3] if any(t.ndim == 3 for t in bias.tensors) else 1
+    embedding = [t.expand(heads, -1, -1).to(working) for t in bias.tensors]
     embedding = torch.cat(embedding, 1).transpose(1, 2)  # N or 1, D, 2Kh-1 + 2Kw-1
     dots = (queries @ (embedding if heads > 1 else embedding[0])).unflatten(2, problem.query_size)
-    row = tiling.constant(_window_rows, problem.rows, height, q.device)[0][:, None]
-    column = tiling.constant(_window_rows, problem.columns, width, q.device)[0] + 2 * problem.rows.kernel_size - 1
+    row = CONSTANTS.get(_window_rows, problem.rows, height, q.device)[:, None]
+    column = CONSTANTS.get(_window_rows, problem.columns, width, q.device) + 2 * problem.rows.kernel_size - 1
     by_row, by_column = (dots.gather(-1, at.expand(*dots.shape[:4], -1)) for at in (row, column))  # B N h w K
     near_row, far_row = by_row.split((height, problem.rows.kernel_size - height), -1)
     near_column, far_column = by_column.split((width, problem.columns.kernel_size - width), -1)
@@ -488,19 +462,23 @@ def _one_window(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...
     return out.permute(0, 2, 3, 1, 4).contiguous()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
-    eager = tiling.piecewise(problem, q, k, v, *bias_tensors) and problem.dropout_p == 0
-    if eager and _in_one_window(problem):
-        return _one_window(q, k, v, bias_tensors, problem)
+    tensors = () if bias is None else bias.tensors
+    eager = tiling.piecewise(problem, q, k, v, *tensors) and problem.dropout_p == 0
+    if eager and isinstance(bias, DecomposedRelativePositionBias) and _in_one_window(problem):
+        return _one_window(q, k, v, bias, problem)
     plans = tiling.plan_of(problem, _cost)
     a, b = plans[0]
     large = a.tile * a.span * b.tile * b.span > tiling.PIECE  # one tile alone is more than a piece
-    chunked = (
-        eager and not (large and problem.bias is None)  # plain attention: fused, and without the logits in memory
-    )
-    if not chunked:
-        return _attend(q, k, v, bias_tensors, problem, plans)
-    patterns = _patterns(bias_tensors[0] if problem.bias is RelativePositionBias else None, problem, plans)
-    out = _Chunked.apply(q, k, v, problem, plans, patterns, *bias_tensors)
+    if not eager or (large and bias is None):  # plain attention of large tiles: fused, without the logits in memory
+        return _attend(q, k, v, bias, problem, plans)
+    arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(q.dtype)
+    if not isinstance(bias, RelativePositionBias):
+        patterns = _patterns(None, *arguments)
+    elif bias.cache is None:
+        patterns = _patterns(bias.table, *arguments)
+    else:
+        patterns = bias.cache.get(_patterns, *arguments, source=bias.table)
+    out = _Chunked.apply(q, k, v, problem, plans, patterns, *tensors)
     return tiling.crop(out, *problem.query_size)

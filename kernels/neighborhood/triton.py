@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..bias import DecomposedRelativePositionBias, RelativePositionBias
+from ..bias import Bias
 from ..problem import Problem
 from ..window import BOUNDARIES, Window
 
@@ -463,12 +463,12 @@ def _backward(ctx, grad: Tensor | None, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias_tensors: tuple[Tensor, ...], problem: Problem) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
     # a bias has at most the digits of float32 here, as q is never float64; beside a float32 q it has them all, as the
     # logits' gradients are multiplied in the bias' dtype
     exact = q.dtype == torch.float32
-    bias_tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in bias_tensors)
-    first, second = (*bias_tensors, None, None)[:2]
-    assert len(bias_tensors) == {None: 0, RelativePositionBias: 1, DecomposedRelativePositionBias: 2}[problem.bias]
+    tensors = () if bias is None else bias.tensors
+    tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in tensors)
+    first, second = (*tensors, None, None)[:2]
     return attention(q, k, v, first, second, _window_list(problem), problem.scale)[0]

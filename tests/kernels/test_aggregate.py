@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from foveal.kernels import BackendError, backend, neighborhood_aggregate, tiling
 from foveal.kernels.aggregate import tiled
+from foveal.kernels.cache import CONSTANTS
 from foveal.kernels.window import Window
 
 from . import naive
@@ -249,7 +250,7 @@ def test_output_is_contiguous_and_may_be_changed_in_place(size):
 def test_default_device_does_not_leak_in():
     leaves = inputs((1, 9, 11, 2, 4), (3, 3))
     want = with_gradients(leaves, "tiled", kernel_size=3, dilation=2)
-    tiling._constants.clear()
+    CONSTANTS.clear()
     with torch.device("meta"):
         out = neighborhood_aggregate(*leaves, kernel_size=3, dilation=2, backend="tiled")
         grads = torch.autograd.grad(out, leaves, torch.ones(out.shape, device="cpu"))
@@ -307,7 +308,7 @@ def test_transforms_of_torch_func():
 
 def test_plans_made_in_inference_mode_serve_training():
     leaves = inputs((1, 11, 13, 2, 4), (3, 3))
-    tiling._constants.clear()
+    CONSTANTS.clear()
     with torch.inference_mode():
         neighborhood_aggregate(*leaves, kernel_size=3, dilation=2)
     for plain in (False, True):

@@ -1,7 +1,9 @@
 """neighborhood_attention: reference against slow loops, tiled against reference, both against NATTEN."""
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,11 +18,14 @@ from foveal.kernels import (
     BackendError,
     DecomposedRelativePositionBias,
     RelativePositionBias,
+    TensorCache,
     backend,
+    cache,
     dispatch,
     neighborhood_attention,
     tiling,
 )
+from foveal.kernels.cache import CONSTANTS
 from foveal.kernels.neighborhood import natten as natten_backend
 from foveal.kernels.neighborhood import tiled
 
@@ -430,7 +435,6 @@ def test_table_is_expanded_once_in_eval_and_never_stale(monkeypatch):
                 torch.testing.assert_close(module(*x), want)
         assert len(expansions) == expected
 
-    tiled._expanded.clear()
     check(1)
     check(0, inference=True)
     module.table.data.copy_(torch.randn(2, 7, 7))  # neither identity nor version changes
@@ -456,30 +460,44 @@ def test_table_is_expanded_once_in_eval_and_never_stale(monkeypatch):
     assert len(expansions) == 2
     module.table.data.normal_()
 
+    module.cache.clear()
     module(*x).sum().backward()  # with gradients nothing is kept
-    tiled._expanded.clear()
-    module(*x)
-    assert not len(tiled._expanded)
+    assert module.cache.nbytes == 0
     check(1)
-    assert len(tiled._expanded) == 1
-    del module.table
-    assert not len(tiled._expanded)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.cache.nbytes == 0 < module.cache.nbytes
+        with torch.no_grad():
+            torch.testing.assert_close(copied(*x), module(*x))
 
 
-def test_kept_expansions_are_bounded(monkeypatch):
+def test_all_caches_share_one_budget(monkeypatch):
     x = tensors(1, 8, 8, 2, 8)
     modules = [Attention(kernel_size=4, stride=4, boundary="mask").requires_grad_(False) for _ in range(5)]
-    tiled._expanded.clear()
     modules[0](*x)
-    (size,) = (sum(t.nbytes for t in kept) for _, _, kept in tiled._expanded.values())
-    monkeypatch.setattr(tiling, "CONSTANT_BYTES", 3 * size)
+    size = modules[0].cache.nbytes
+    CONSTANTS.clear()
+    modules[0](*x)
+    others = sum(other.nbytes for other in cache._caches) - size
+    monkeypatch.setattr(cache, "BUDGET", others + 3 * size)
     for module in modules:
         module(*x)
-        assert len(tiled._expanded) <= 3
-    tiled._expanded.clear()
-    monkeypatch.setattr(tiling, "CONSTANT_BYTES", size - 1)
+        assert module.cache.nbytes == size
+        assert sum(other.nbytes for other in cache._caches) <= cache.BUDGET
+    assert 0 in {module.cache.nbytes for module in modules}
+    monkeypatch.setattr(cache, "BUDGET", size - 1)
+    modules[0].cache.clear()
     modules[0](*x)  # too large on its own
-    assert not len(tiled._expanded)
+    assert modules[0].cache.nbytes == 0
+
+
+def test_a_cache_ends_with_its_owner():
+    module, x = Attention(kernel_size=3).requires_grad_(False), tensors(1, 8, 8, 2, 8)
+    module(*x)
+    before = sum(other.nbytes for other in cache._caches)
+    size = module.cache.nbytes
+    del module
+    gc.collect()
+    assert size > 0 and sum(other.nbytes for other in cache._caches) == before - size
 
 
 @pytest.mark.parametrize("name", ["reference", "tiled"])
@@ -750,7 +768,7 @@ def test_output_is_contiguous_and_may_be_changed_in_place(size):
 def test_default_device_does_not_leak_in():
     leaves, rule = inputs((1, 9, 11, 2, 4), None, (3, 3), "table")
     want = with_gradients(leaves, rule, "tiled", kernel_size=3, dilation=2)
-    tiling._constants.clear()
+    CONSTANTS.clear()
     with torch.device("meta"):
         out = neighborhood_attention(*leaves[:3], bias=rule, kernel_size=3, dilation=2, backend="tiled")
         grads = torch.autograd.grad(out, leaves, torch.ones(out.shape, device="cpu"))
@@ -856,7 +874,7 @@ def test_a_subclass_among_the_inputs_gets_standard_operators(chosen):
 
 def test_plans_made_in_inference_mode_serve_training():
     leaves, rule = inputs((1, 11, 13, 2, 4), None, (3, 3), "table")
-    tiling._constants.clear()
+    CONSTANTS.clear()
     with torch.inference_mode():
         neighborhood_attention(*leaves[:3], kernel_size=3, bias=RelativePositionBias(leaves[3]))
     with_gradients(leaves, rule, "tiled", kernel_size=3)
@@ -865,7 +883,7 @@ def test_plans_made_in_inference_mode_serve_training():
 def test_fake_tensors_leave_nothing_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tiling._constants.clear()
+    CONSTANTS.clear()
     with FakeTensorMode():
         q = torch.empty(1, 11, 12, 2, 4)
         assert neighborhood_attention(q, q, q, kernel_size=3).shape == q.shape
@@ -988,10 +1006,11 @@ class Attention(torch.nn.Module):
         kernel_size = options["kernel_size"]
         rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         self.table = torch.nn.Parameter(torch.randn(heads, 2 * rows - 1, 2 * columns - 1))
+        self.cache = TensorCache()
         self.options = options
 
     def forward(self, q, k, v):
-        return neighborhood_attention(q, k, v, bias=RelativePositionBias(self.table), **self.options)
+        return neighborhood_attention(q, k, v, bias=RelativePositionBias(self.table, self.cache), **self.options)
 
 
 EXPORTS = [
@@ -1240,7 +1259,7 @@ def test_backend_from_the_environment():
 
 def test_threads_share_the_plans():
     leaves = tensors(2, 19, 17, 2, 4)
-    tiling._constants.clear()
+    CONSTANTS.clear()
     want = neighborhood_attention(*leaves, kernel_size=3, backend="reference")
     results = []
     workers = [
