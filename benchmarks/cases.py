@@ -2,121 +2,111 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """One neighborhood-attention layer: ``[batch, size, size, heads, depth]``, kernel x kernel keys."""
-
-    layer: str
-    size: int
-    heads: int
-    dilation: int
-    batch: int = 8
-    depth: int = 32
-    kernel_size: int = 7
-
-    @property
-    def id(self) -> str:
-        return f"{self.size}x{self.size} d{self.dilation}"
-
-
-# DiNAT-Tiny at 224 (arXiv 2209.15001): the layers of each level, once for each dilation.
-DINAT_TINY = (
-    AttentionCase("level 0", 56, 2, 1),
-    AttentionCase("level 0", 56, 2, 8),
-    AttentionCase("level 1", 28, 4, 1),
-    AttentionCase("level 1", 28, 4, 4),
-    AttentionCase("level 2", 14, 8, 1),
-    AttentionCase("level 2", 14, 8, 2),
-    AttentionCase("level 3", 7, 16, 1),
-)
+from ..kernels.window import Window
 
 
 @dataclass(frozen=True)
-class AggregateCase:
-    """One neighborhood aggregation: ``[batch, rows, columns, heads, depth]``, kernel x kernel keys."""
+class Layer:
+    """A call of a neighborhood operation, and how often its model makes it."""
 
-    layer: str
-    rows: int
-    columns: int
-    heads: int
-    depth: int
-    kernel_size: int
-    batch: int = 8
+    operation: str  # "attention", "aggregate", or "mix": an aggregation with a softmax of logits
+    shape: tuple[int, ...]  # B, H, W, N, D of the keys; of the values of an aggregation
+    queries: tuple[int, int]
+    value_depth: int
+    rows: Window
+    columns: Window
+    bias: str  # "table", "factored" or "none"
+    count: int = 1
+    name: str = ""
+
+    @property
+    def map(self) -> str:
+        return f"{self.shape[1]}x{self.shape[2]}"
 
     @property
     def id(self) -> str:
-        return f"{self.rows}x{self.columns} k{self.kernel_size} depth {self.depth}"
+        if self.operation == "attention":
+            return f"{self.map} d{self.rows.dilation}"
+        return f"{self.map} k{self.rows.kernel_size} depth {self.shape[4]}"
+
+    @property
+    def rule(self) -> str:
+        pairs = {
+            "k": (self.rows.kernel_size, self.columns.kernel_size),
+            "s": (self.rows.stride, self.columns.stride),
+            "d": (self.rows.dilation, self.columns.dilation),
+            "q": (self.rows.query_stride, self.columns.query_stride),
+        }
+        shown = {name: pair for name, pair in pairs.items() if name == "k" or pair != (1, 1)}
+        return " ".join(f"{name}{a}" if a == b else f"{name}{a}x{b}" for name, (a, b) in shown.items())
+
+    @property
+    def pairs(self) -> int:
+        """Queries times keys of their windows, of all images and heads."""
+        batch, _, _, heads, _ = self.shape
+        return batch * heads * math.prod(self.queries) * self.rows.kernel_size * self.columns.kernel_size
+
+    @property
+    def options(self) -> dict[str, object]:
+        both = (self.rows, self.columns)
+        found: dict[str, object] = {
+            "kernel_size": tuple(w.kernel_size for w in both),
+            "dilation": tuple(w.dilation for w in both),
+            "boundary": self.rows.boundary,
+        }
+        if self.operation == "attention":
+            found |= {"stride": tuple(w.stride for w in both), "query_stride": tuple(w.query_stride for w in both)}
+        return found
+
+    def flops(self, backward: bool) -> int:
+        """Of a forward, or of a forward and a backward that computes the probabilities again."""
+        depth, value = self.shape[4], self.value_depth
+        if self.operation != "attention":
+            return 2 * self.pairs * value * (3 if backward else 1)
+        return 2 * self.pairs * (depth + value + (3 * depth + 2 * value if backward else 0))
+
+    def bytes(self, backward: bool, item: int = 2) -> int:
+        """The fewest bytes to move: each tensor once forward, and once backward each that is read or written there."""
+        batch, height, width, heads, depth = self.shape
+        keys = batch * height * width * heads
+        if self.operation != "attention":
+            forward = self.pairs + 2 * keys * depth
+            return item * (forward + 2 * self.pairs + 3 * keys * depth if backward else forward)
+        queries = batch * math.prod(self.queries) * heads
+        # the backward reads q, k, v, o and the gradient of o, and writes those of q, k and v: twice the forward
+        return item * (queries + keys) * (depth + self.value_depth) * (3 if backward else 1)
+
+
+def _attention(level: int, dilation: int) -> Layer:
+    size, window = 56 >> level, Window(7, dilation=dilation)
+    shape = (8, size, size, 2 << level, 32)
+    return Layer("attention", shape, (size, size), 32, window, window, "table", name=f"level {level}")
+
+
+# DiNAT-Tiny at 224 (arXiv 2209.15001), batch 8: the layers of each level, once for each dilation.
+DINAT_TINY = tuple(_attention(*each) for each in ((0, 1), (0, 8), (1, 1), (1, 4), (2, 1), (2, 2), (3, 1)))
+
+
+def _aggregate(name: str, rows: int, columns: int, heads: int, depth: int, kernel_size: int, batch: int = 8) -> Layer:
+    window, shape = Window(kernel_size), (batch, rows, columns, heads, depth)
+    return Layer("aggregate", shape, (rows, columns), depth, window, window, "none", name=name)
 
 
 # OverLoCK-XT (arXiv 2502.20087): both kernels of its stages at 224, one also with heads twice as deep, and stage
 # 3 at the sizes of segmentation and detection.
 OVERLOCK_XT = (
-    AggregateCase("stage 3, 224", 14, 14, 8, 16, 13),
-    AggregateCase("stage 3, 224", 14, 14, 8, 16, 5),
-    AggregateCase("stage 3, 224", 14, 14, 8, 32, 13),
-    AggregateCase("stage 4, 224", 7, 7, 12, 14, 7),
-    AggregateCase("stage 4, 224", 7, 7, 12, 14, 5),
-    AggregateCase("stage 3, 448", 28, 28, 8, 16, 13, 2),
-    AggregateCase("stage 3, 448", 28, 28, 8, 16, 5, 2),
-    AggregateCase("stage 3, 800x1216", 50, 76, 8, 16, 13, 1),
-    AggregateCase("stage 3, 800x1216", 50, 76, 8, 16, 5, 1),
-)
-
-
-@dataclass(frozen=True)
-class HaloCase:
-    """The distinct halo attention layers of one of timm's models at an input size."""
-
-    model: str
-    size: int
-    batch: int = 4
-
-    @property
-    def id(self) -> str:
-        return f"{self.model} {self.size}"
-
-
-HALO = (
-    HaloCase("halonet_h1", 256, 2),
-    HaloCase("halonet_h1", 512, 2),
-    HaloCase("halonet26t", 256),
-    HaloCase("halonet26t", 512),
-    HaloCase("halonet50ts", 256),
-)
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """A model and the peer that does the same job at the same cost.
-
-    ``same``: the peer holds the same parameters under the same names; they are copied and the answers compared.
-    ``unfold``: the peer is the same model with its neighborhood aggregation done by unfolding.
-    """
-
-    ours: str
-    peer: str
-    batch: int
-    size: int
-    same: bool = False
-    unfold: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.ours
-
-    @property
-    def peer_name(self) -> str:
-        return f"{self.peer} by unfold" if self.unfold else self.peer
-
-
-MODELS = (
-    ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 8, 224),
-    ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 4, 224, same=True),
-    ModelCase("overlock_xt", "overlock_xt", 4, 224, same=True, unfold=True),
-    ModelCase("halo26t", "halonet26t", 4, 256, same=True),
+    _aggregate("stage 3, 224", 14, 14, 8, 16, 13),
+    _aggregate("stage 3, 224", 14, 14, 8, 16, 5),
+    _aggregate("stage 3, 224", 14, 14, 8, 32, 13),
+    _aggregate("stage 4, 224", 7, 7, 12, 14, 7),
+    _aggregate("stage 4, 224", 7, 7, 12, 14, 5),
+    _aggregate("stage 3, 448", 28, 28, 8, 16, 13, 2),
+    _aggregate("stage 3, 448", 28, 28, 8, 16, 5, 2),
+    _aggregate("stage 3, 800x1216", 50, 76, 8, 16, 13, 1),
+    _aggregate("stage 3, 800x1216", 50, 76, 8, 16, 5, 1),
 )
 
 
@@ -164,7 +154,6 @@ class ConvCase:
         return f"{self.batch}x{self.channels}x{self.size}x{self.size} k{self.kernel_size}"
 
     def flops(self, backward: bool) -> int:
-        """Operations of a forward, or of a forward and a backward."""
         return 2 * self.batch * self.channels * self.size**2 * self.kernel_size**2 * (3 if backward else 1)
 
     def bytes(self, backward: bool, item: int = 2) -> int:
@@ -177,46 +166,80 @@ class ConvCase:
 GPU_CONVS = (ConvCase(64, 56, 17), ConvCase(128, 28, 15), ConvCase(256, 14, 13), ConvCase(512, 7, 7))
 TINY_CONVS = (ConvCase(8, 9, 7, 1),)
 
+
+@dataclass(frozen=True)
+class HaloCase:
+    """The distinct halo attention layers of one of timm's models at an input size."""
+
+    model: str
+    size: int
+    batch: int = 4
+
+    @property
+    def id(self) -> str:
+        return f"{self.model} {self.size}"
+
+
+HALO = (
+    HaloCase("halonet_h1", 256, 2),
+    HaloCase("halonet_h1", 512, 2),
+    HaloCase("halonet26t", 256),
+    HaloCase("halonet26t", 512),
+    HaloCase("halonet50ts", 256),
+)
 GPU_HALO = (HaloCase("halonet26t", 256, 128), HaloCase("halonet_h1", 256, 128))
 TINY_HALO = (HaloCase("halonet26t", 256, 1),)
 
 
 @dataclass(frozen=True)
-class SpeedCase:
-    """A model whose images per second are measured; ``peer``: what ours is compared with."""
+class ModelCase:
+    """A model and the peer that does the same job at the same cost.
+
+    Args:
+        peer: empty for a model that is measured alone.
+        same: the peer holds the same parameters under the same names; they are copied and the outputs compared.
+        unfold: the peer is the same model with its neighborhood aggregation done by unfolding.
+    """
 
     model: str
+    peer: str
+    batch: int
     size: int
-    peer: str = ""
-    batch: int = 128
+    same: bool = False
+    unfold: bool = False
 
     @property
     def id(self) -> str:
         return self.model
 
+    @property
+    def peer_name(self) -> str:
+        return f"{self.peer} by unfold" if self.unfold else self.peer
 
-# Each of ours behind its peer; the comparisons that have an aim come first.
-GPU_MODELS = (
-    SpeedCase("swin_tiny_patch4_window7_224", 224),
-    SpeedCase("dinat_tiny", 224, "swin_tiny_patch4_window7_224"),
-    SpeedCase("maxvit_tiny_tf_224", 224),
-    SpeedCase("maxvit_tiny_224", 224, "maxvit_tiny_tf_224"),
-    SpeedCase("halonet26t", 256),
-    SpeedCase("halo26t", 256, "halonet26t"),
-    SpeedCase("convnext_tiny", 224),
-    SpeedCase("nat_tiny", 224, "convnext_tiny"),
-    SpeedCase("davit_tiny", 224),
-    SpeedCase("overlock_t", 224, "convnext_tiny"),
-    # those that are trained on many GPUs, whose steps docs/scaling.md derives from these figures
-    SpeedCase("dinat_large", 224, batch=64),
-    SpeedCase("dinat_s_large", 224, batch=64),
-    SpeedCase("overlock_b", 224),
-    SpeedCase("maxvit_large_224", 224, batch=64),
-    SpeedCase("maxvit_xlarge_224", 224, batch=64),
-    SpeedCase("halo_h7", 600, batch=32),
-    SpeedCase("ascan_large", 224),
+
+MODELS = (
+    ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 8, 224),
+    ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 4, 224, same=True),
+    ModelCase("overlock_xt", "overlock_xt", 4, 224, same=True, unfold=True),
+    ModelCase("halo26t", "halonet26t", 4, 256, same=True),
 )
-TINY_MODELS = (SpeedCase("test_vit", 160, batch=1), SpeedCase("test_foveal_dinat", 64, "test_vit", 1))
+GPU_MODELS = (
+    ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 128, 224),
+    ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 128, 224),
+    ModelCase("halo26t", "halonet26t", 128, 256),
+    ModelCase("nat_tiny", "convnext_tiny", 128, 224),
+    ModelCase("overlock_t", "convnext_tiny", 128, 224),
+    ModelCase("davit_tiny", "", 128, 224),
+    # those that are trained on many GPUs
+    ModelCase("dinat_large", "", 64, 224),
+    ModelCase("dinat_s_large", "", 64, 224),
+    ModelCase("overlock_b", "", 128, 224),
+    ModelCase("maxvit_large_224", "", 64, 224),
+    ModelCase("maxvit_xlarge_224", "", 64, 224),
+    ModelCase("halo_h7", "", 32, 600),
+    ModelCase("ascan_large", "", 128, 224),
+)
+TINY_MODELS = (ModelCase("test_foveal_dinat", "test_foveal_nat", 1, 64),)
 
 # timm's models of the same sizes, timed beside every one of ours
 ZOO_PEERS = (

@@ -1,37 +1,31 @@
 """`foveal bench data`: images per second and core of the training loader beside timm's, on the same files.
 
 The files are JPEGs of photographs that scikit-image and scikit-learn ship, cut and scaled to the sizes of ImageNet's.
-Nothing is timed before both loaders have given the same evaluation batches, to the bit, and training batches of the
-same mean. Both decode in the process that asks, with one thread. Figures are images for each second of its processor
-time, medians of interleaved passes over all images: what one core does, whatever else the machine is doing.
+Nothing is timed before both loaders have returned the same evaluation batches, bit for bit, and training batches of the
+same mean. Both decode in the calling process, with one thread. Figures are images per second of its processor time:
+what one core does, whatever else the machine is doing.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL
-import timm
 import torch
 from PIL import Image
-from rich.console import Console
 from timm.data import create_dataset, create_loader
 
-from .run import print_table, write_csv
+from .measure import Bench, Row
 
 IMAGES, BATCH, SIZE = 128, 32, 224
 MEANS_DIFFER = 0.3  # of normalised values; four deviations of what random crops and brightness make of so few images
 Pass = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]  # a pass over the images: normalised, and labels
-# (root, training, AutoAugment, how it decodes) -> passes, each call a new one
-BuildOurs = Callable[[Path, bool, str | None, str], Pass]
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,7 @@ CASES = (
     DataCase(500, 375, training=False),
     DataCase(1000, 750),
 )
+TINY = (DataCase(60, 45, training=False),)
 
 
 def write_photographs(root: Path, width: int, height: int, count: int = IMAGES) -> Path:
@@ -99,39 +94,48 @@ def timm_loader(root: Path, case: DataCase) -> Pass:
     return lambda: loader
 
 
-def data_rows(case: DataCase, rounds: int, build_ours: BuildOurs) -> list[dict[str, object]]:
+def our_loader(root: Path, case: DataCase, decode: str) -> Pass:
+    """The training's loader over ``ROOT/{train,val}/CLASS``."""
+    from ..configs.schema import load_config
+    from ..train.data import build_data, find_classes
+
+    given = ["output=none", "model.name=none", f"data.root={root}", "data.workers=0", f"data.decode={decode}"]
+    given += ["data.interpolation=bicubic", "data.crop_pct=0.9", f"train.batch_size={BATCH}"]
+    config = load_config(None, [*given, f"augment.auto_augment={case.auto_augment or 'null'}"])
+    imagenet = {"input_size": (3, SIZE, SIZE), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    data = build_data(config, find_classes(config.data), imagenet, device=torch.device("cpu"))
+    return lambda: (data.train if case.training else data.val).epoch(0)
+
+
+def data_rows(case: DataCase, bench: Bench) -> Iterator[Row]:
     """timm's loader, and ours with each way of decoding.
 
     Raises:
         RuntimeError: they don't read the same.
     """
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = write_photographs(Path(folder), case.width, case.height)
         passes = {"timm": timm_loader(root, case)}
         for decode in ("timm", "fast", "draft") if case.training else ("fast",):
-            name = f"foveal, decode={decode}" if case.training else "foveal"
-            passes[name] = build_ours(root, case.training, case.auto_augment, decode)
+            passes[f"foveal, decode={decode}" if case.training else "foveal"] = our_loader(root, case, decode)
         _check(case, passes)
-        speeds: dict[str, list[float]] = {name: [] for name in passes}
-        for number in range(rounds):
-            order = list(passes.items())
-            for name, read in order if number % 2 else order[::-1]:  # who comes after whom makes a difference
-                begin = time.process_time()
-                count = sum(len(labels) for _, labels in read())
-                speeds[name].append(count / (time.process_time() - begin))
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    return [
-        {
+        calls = {name: partial(_read, one) for name, one in passes.items()}
+        times = bench.median_ms(calls, timer=time.process_time)
+    for name, taken in times.items():
+        yield {
             "files": f"{case.width}x{case.height}",
             "augmentation": (case.auto_augment or "colour jitter") if case.training else "evaluation",
             "loader": name,
-            "images_per_core_second": round(speed, 1),
-            "times_timm": round(speed / medians["timm"], 3),
+            "images_per_core_second": round(1e3 * IMAGES / taken, 1),
+            "times_timm": round(times["timm"] / taken, 3),
             "pillow": PIL.__version__,
-            "timm": timm.__version__,
         }
-        for name, speed in medians.items()
-    ]
+
+
+def _read(one: Pass) -> None:
+    for _ in one():
+        pass
 
 
 def _check(case: DataCase, passes: dict[str, Pass]) -> None:
@@ -144,28 +148,6 @@ def _check(case: DataCase, passes: dict[str, Pass]) -> None:
         if other.shape != images.shape or not torch.equal(others.sort()[0], labels.sort()[0]):
             raise RuntimeError(f"{case.id}: {name} reads {tuple(other.shape)}, timm {tuple(images.shape)}; not timed")
         if not case.training and not torch.equal(other, images):
-            raise RuntimeError(f"{case.id}: {name} gives other pixels than timm; not timed")
+            raise RuntimeError(f"{case.id}: {name} reads other pixels than timm; not timed")
         if float((other.mean() - images.mean()).abs()) > MEANS_DIFFER:
             raise RuntimeError(f"{case.id}: {name} has a mean of {other.mean():.3f}, timm {images.mean():.3f}")
-
-
-def main(arguments: list[str], build_ours: BuildOurs) -> int:
-    parser = argparse.ArgumentParser(prog="foveal bench data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="timed passes; the median is printed (default 7)")
-    parser.add_argument("--only", help="cases whose name holds this text, such as 500x375")
-    parser.add_argument("--csv", type=Path, help="also write the table here")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    cases = [case for case in CASES if not options.only or options.only in case.id]
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    if not cases:
-        console.print(f"no case of 'foveal bench data' holds {options.only!r}")
-        return 2
-    torch.set_num_threads(1)
-    rows = [row for case in cases for row in data_rows(case, options.rounds, build_ours)]
-    print_table("foveal bench data", rows, console)
-    if options.csv:
-        write_csv(options.csv, rows)
-        console.print(f"wrote {options.csv}")
-    return 0

@@ -1,31 +1,26 @@
 """`foveal bench export`: whole models as exported, on a CPU, beside eager and torch.compile, in one process.
 
-All run the same weights, re-parameterised where the model can be. Nothing is timed before its answer has been compared
-with eager's. Figures are medians of interleaved rounds, every runtime with as many threads as PyTorch.
+All run the same weights, re-parameterised where the model can be, every runtime with as many threads as PyTorch.
 """
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .run import MODEL_TOLERANCE, Section, median_ms
+from .measure import Bench, Row
+from .models import TOLERANCE
 
-Run = Callable[[Tensor], tuple[Tensor, ...]]
-# (model, folder for the files) -> the model as it is exported, and what runs it by name
-Exporter = Callable[[nn.Module, Path], tuple[nn.Module, Mapping[str, Run]]]
-
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-
-
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # by format; each is the name of its package
 SETTLE = 0.2  # seconds until the threads of the runtime before sleep
 
 
@@ -34,7 +29,7 @@ class ExportCase:
     """A model, run on batches of these sizes."""
 
     model: str
-    batches: tuple[int, ...] = (1,)  # what a file is asked for one at a time
+    batches: tuple[int, ...] = (1,)
 
     @property
     def id(self) -> str:
@@ -43,36 +38,39 @@ class ExportCase:
 
 # One of each family that is exported most, at its own input size.
 CASES = tuple(map(ExportCase, ("dinat_mini", "overlock_xt", "care_s0", "maxvit_tiny_224")))
+TINY = (ExportCase("test_foveal_care", (1, 2)),)
 
 
-def section(export: Exporter) -> Section:
-    """What `foveal bench export` measures, by a function that exports, which is not of this package."""
-    return Section(CASES, functools.partial(export_rows, export=export))
+def exported(model: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Callable[..., Any]]]:
+    """The model in the form that is exported, and its exports as functions, by the name of the runtime."""
+    from ..weights.export import classifier_spec
+    from ..weights.formats import FORMATS
+
+    spec = classifier_spec(model, "onnx")
+    runs = {}
+    for to, runtime in RUNTIMES.items():
+        FORMATS[to].check(to)
+        FORMATS[to].write(spec, folder)
+        runs[runtime] = FORMATS[to].open(folder)
+    return spec.model, runs
 
 
 @torch.no_grad()
-def export_rows(case: ExportCase, rounds: int, export: Exporter, compiled: bool = True) -> list[dict[str, object]]:
+def export_rows(case: ExportCase, bench: Bench) -> Iterator[Row]:
     """A row for each batch and runtime, with the time as a share of eager's."""
     torch.manual_seed(0)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model, runs = export(timm.create_model(case.model).eval(), Path(folder))
+        model, runs = exported(timm.create_model(case.model).eval(), Path(folder))
         size = model.pretrained_cfg["input_size"]
         for batch in case.batches:
-            x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(batch))
-            torch.compiler.reset()  # else a second batch size is compiled for all sizes
-            calls = {"eager": lambda x=x: model(x)}
-            if compiled:
-                calls["torch.compile"] = functools.partial(torch.compile(model), x)
+            x = bench.normal(batch, *size, seed=batch)
+            torch.compiler.reset()  # else a second batch size is compiled with a dynamic shape
+            calls = {"eager": partial(model, x), "torch.compile": partial(torch.compile(model), x)}
             calls |= {name: lambda x=x, run=run: run(x)[0] for name, run in runs.items()}
-            want = model(x)
-            for name, call in calls.items():
-                apart = ((call() - want).abs().max() / want.abs().max()).item()
-                if not apart <= MODEL_TOLERANCE:
-                    raise RuntimeError(f"{case.id}, batch {batch}: {name} differs from eager by {apart:.1e}; not timed")
-            times = median_ms(calls, rounds, settle=SETTLE)
-            for name, each in times.items():
-                row = {"model": case.model, "input": f"{batch}x{'x'.join(map(str, size))}", "by": name}
-                rows.append(row | {"ms": round(each, 2), "over_eager": round(each / times["eager"], 3)})
-    versions = {package: version(package) for name, package in PACKAGES.items() if name in runs}
-    return [row | versions for row in rows]
+            labels = {"model": case.model, "input": f"{batch}x{'x'.join(map(str, size))}"}
+            check = {"reference": "eager", "peer": "eager", "tolerance": TOLERANCE}
+            only_forward = {name: (call, None) for name, call in calls.items()}
+            for row in bench.compare(labels, "by", only_forward, **check, memory=False, settle=SETTLE):
+                yield {key: value for key, value in row.items() if "backward" not in key} | {
+                    package: version(package) for package in RUNTIMES.values()
+                }

@@ -66,14 +66,14 @@ if [[ " $parts " == *" memcheck "* && -z "${DRY:-}" ]]; then
 fi
 
 if [ "${#bench[@]}" -gt 0 ]; then
-  options=(--parts "${bench[@]}" --output "$folder" --seconds "${SECONDS_BENCH:-250}")
+  options=("${bench[@]}" --device cuda --output "$folder" --seconds "${SECONDS_BENCH:-250}")
   [ -z "${DRY:-}" ] || options+=(--device cpu --tiny)
   code=0
   # a compilation can outlast its budget by its own length
-  timeout "$((${SECONDS_BENCH:-250} + 40))" "$python" -m foveal.benchmarks.gpu "${options[@]}" 2>&1 | tee -a "$folder/gpu.log" || code=$?
+  timeout "$((${SECONDS_BENCH:-250} + 40))" "$python" -m foveal.benchmarks.run "${options[@]}" 2>&1 | tee -a "$folder/gpu.log" || code=$?
   finish "$code" "benchmarks"
   code=0
-  "$python" -m foveal.benchmarks.plots "$folder" || code=$?
+  "$python" -m foveal.benchmarks.run plots "$folder" || code=$?
   finish "$code" "plots"
 fi
 exit "$status"

@@ -1,25 +1,25 @@
 """The tables of `foveal bench` as pictures: `foveal bench plots [FOLDER] [--output FOLDER]`.
 
-Every row of a table is drawn. Colours are Okabe and Ito's, each with a marker of its own, so that nothing hangs on a
-colour alone. ``python -m foveal.benchmarks.plots`` draws the same but for accuracy, whose figures the command brings.
+Every row of a table is drawn. Colours are Okabe and Ito's, each with its own marker, so that nothing depends on colour
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import io
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
+
+from ..files import atomic
+from .measure import read_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +34,14 @@ Row = dict[str, str]
 Facts = Callable[[str], Mapping[str, Any]]
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{path} has no rows to draw")
-    return rows
+@dataclass(frozen=True)
+class Picture:
+    """A figure to be saved under a name, the table it shows, and what a reader calls it."""
+
+    name: str
+    title: str
+    figure: Figure
+    table: Path
 
 
 def machine(row: Row) -> str:
@@ -49,6 +51,16 @@ def machine(row: Row) -> str:
         found.append(f"{row['cpu']}, {row['threads']} thread{'s' * (row['threads'] != '1')}")
     versions = [f"{name} {row[name].partition('+')[0]}" for name in ("foveal", "torch", "triton") if row.get(name)]
     return ", ".join([*found, *versions, *filter(None, [row.get("date")])])
+
+
+def new_figure(width: float, height: float, dpi: int = DPI) -> Figure:
+    """An empty figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------ dots
@@ -62,6 +74,12 @@ class Panel:
     column: str
     where: Mapping[str, str] = field(default_factory=dict)
 
+    def value(self, row: Row) -> float | None:
+        """None if the row is not in this panel."""
+        if not row.get(self.column) or any(row[key] != wanted for key, wanted in self.where.items()):
+            return None
+        return float(row[self.column])
+
 
 @dataclass(frozen=True)
 class Table:
@@ -74,6 +92,10 @@ class Table:
     variant: Callable[[Row], str] = lambda row: ""
 
 
+SHARES = (
+    Panel("forward, share of the floor", "forward_share_of_floor"),
+    Panel("forward + backward", "forward_backward_share_of_floor"),
+)
 TABLES = {
     "kernels": Table(
         "Neighborhood attention, the layers of DiNAT-T at 224, batch 8",
@@ -104,17 +126,32 @@ TABLES = {
             Panel("memory, MiB", "forward_extra_mib", {"part": "attention"}),
         ),
     ),
+    "models": Table(
+        "Whole models beside their peers",
+        lambda row: f"{row['model']}, {row['input']}",
+        lambda row: row.get("run") or "eager",
+        (Panel("forward, ms", "forward_ms"), Panel("forward + backward, ms", "forward_backward_ms")),
+    ),
     "export": Table(
         "One image through a model in PyTorch and as exported",
         lambda row: f"{row['model']}, {row['input'].replace('x3x', ' x ', 1)}",
         lambda row: row["by"],
-        (Panel("ms", "ms"),),
+        (Panel("ms", "forward_ms"),),
     ),
     "data": Table(
         "Loading JPEG files, per core",
         lambda row: f"{row['files']}, {row['augmentation']}",
         lambda row: row["loader"],
         (Panel("images per second", "images_per_core_second"),),
+    ),
+    "layers": Table(
+        "Neighborhood operations of the models on a GPU",
+        lambda row: f"{row['case']}, {row['map']} {row['rule']}",
+        lambda row: row["by"],
+        SHARES,
+    ),
+    "convs": Table(
+        "Depthwise convolutions of OverLoCK-T on a GPU", lambda row: row["case"], lambda row: row["by"], SHARES
     ),
     "zoo": Table(
         "One image through every model",
@@ -123,63 +160,49 @@ TABLES = {
         (Panel("ms", "ms"),),
     ),
 }
-GPU = {  # one picture for each way to run
-    "layers": ("share_of_floor", "share of the memory or arithmetic floor"),
-    "convs": ("share_of_floor", "share of the memory or arithmetic floor"),
-    "halo": ("ms", "ms"),
-    "models": ("images_per_second", "images per second"),
-}
 
 
-def dots(table: Table, rows: Sequence[Row], width: float = 8.0) -> Figure:
+def dots(table: Table, rows: Sequence[Row]) -> Figure:
     """A line for each label, in the order of the rows, with a dot for each series; logarithmic where tenfold."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     labels = list(dict.fromkeys(table.label(row) for row in rows))
     names = sorted(dict.fromkeys(table.series(row) for row in rows), key=lambda name: not name.startswith("foveal"))
     styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(names)}
     variants = list(dict.fromkeys(table.variant(row) for row in rows))
-    step = 0.22 if len(variants) == 1 else 0.34
-    figure = Figure(figsize=(width, 1.35 + step * len(labels)), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)  # needs no display
+    figure = new_figure(8, 1.35 + (0.22 if len(variants) == 1 else 0.34) * len(labels))
     axes = figure.subplots(1, len(table.panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, table.panels, strict=True):
-        values = []
-        for at, label in enumerate(labels):
-            for number, variant in enumerate(variants):
-                y = at + (number - (len(variants) - 1) / 2) * 0.42
-                line = []
-                for row in rows:
-                    wanted = (table.label(row), table.variant(row)) == (label, variant)
-                    if not wanted or not row[panel.column] or any(row[k] != v for k, v in panel.where.items()):
-                        continue
-                    line.append(value := float(row[panel.column]))
-                    colour, marker = styles[table.series(row)]
-                    axis.plot(
-                        value,
-                        y,
-                        marker,
-                        color=colour,
-                        markerfacecolor="white" if number else colour,
-                        markeredgecolor=colour if number else "white",
-                        markeredgewidth=1.1 if number else 0.5,
-                        markersize=5.5 if number else 6.5,
-                        zorder=4 if table.series(row) == names[0] else 3,
-                    )
-                if line:
-                    axis.plot([min(line), max(line)], [y, y], color="0.8", linewidth=1.2, zorder=1)
-                values += line
-        if logarithmic := min(values) > 0 and max(values) >= 10 * min(values):
-            _logarithmic(axis, values, wide=len(table.panels) == 1)
+        lines: dict[float, list[float]] = {}
+        for row in rows:
+            if (value := panel.value(row)) is None:
+                continue
+            number = variants.index(table.variant(row))
+            y = labels.index(table.label(row)) + (number - (len(variants) - 1) / 2) * 0.42
+            lines.setdefault(y, []).append(value)
+            colour, marker = styles[table.series(row)]
+            axis.plot(
+                value,
+                y,
+                marker,
+                color=colour,
+                markerfacecolor="white" if number else colour,
+                markeredgecolor=colour if number else "white",
+                markeredgewidth=1.1 if number else 0.5,
+                markersize=5.5 if number else 6.5,
+                zorder=4 if table.series(row) == names[0] else 3,
+            )
+        for y, values in lines.items():
+            axis.plot([min(values), max(values)], [y, y], color="0.8", linewidth=1.2, zorder=1)
+        drawn = [value for values in lines.values() for value in values] or [1.0]
+        if logarithmic := min(drawn) > 0 and max(drawn) >= 10 * min(drawn):
+            _logarithmic(axis, drawn, wide=len(table.panels) == 1)
         else:
-            axis.set_xlim(0, 1.05 * max(values))
+            axis.set_xlim(0, 1.05 * max(drawn))
         axis.set_title(panel.title + (" (log)" if logarithmic else ""), fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", color="0.88", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
     _legend(figure, styles, [variant for variant in variants if variant])
@@ -210,9 +233,9 @@ def _legend(figure: Figure, series: Mapping[str, tuple[str, str]], hollow: Seque
         )
 
 
-def _titles(figure: Figure, title: str, told: str) -> None:
+def _titles(figure: Figure, title: str, note: str) -> None:
     figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
-    figure.text(0.99, 1 - 0.09 / figure.get_figheight(), told, fontsize=7, color="0.35", ha="right", va="top")
+    figure.text(0.99, 1 - 0.09 / figure.get_figheight(), note, fontsize=7, color="0.35", ha="right", va="top")
 
 
 # -------------------------------------------------------------------------------------------------- accuracy
@@ -256,13 +279,9 @@ def points(known: Mapping[str, Mapping[str, Any]], x: Mapping[str, float]) -> li
     return sorted(found, key=lambda point: (not point.ours, "timm" in point.family, point.family))
 
 
-def scatter(title: str, told: str, axis_label: str, models: Sequence[Point]) -> Figure:
+def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> Figure:
     """Accuracy over what it costs, a marker and colour for each family, hollow after training on more images."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.6), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5.6)
     axis = figure.subplots()
     families = dict.fromkeys(point.family for point in models if point.ours)
     peers = dict.fromkeys(point.family for point in models if not point.ours)  # grey, so that there are colours enough
@@ -292,7 +311,7 @@ def scatter(title: str, told: str, axis_label: str, models: Sequence[Point]) -> 
     axis.spines[["top", "right"]].set_visible(False)
     hollow = ["pre-trained on ImageNet-21K or 22K"] if any(point.larger for point in models) else []
     _legend(figure, styles, hollow)
-    _titles(figure, title, told)
+    _titles(figure, title, note)
     _place_labels(axis, models, {name: colour for name, (colour, _) in styles.items()})
     return figure
 
@@ -347,30 +366,24 @@ def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str
         )
 
 
-# ---------------------------------------------------------------------------------------------------- tables
+# -------------------------------------------------------------------------------------------------- pictures
 
 
-def figures(folder: Path, facts: Facts | None = None) -> Iterator[tuple[str, Figure, Path]]:
-    """A name, a picture and the table that it is of, for each table in ``folder``; of accuracy if there are facts."""
+def pictures(folder: Path, facts: Facts | None = None) -> Iterator[Picture]:
+    """Of every table in ``folder``; of accuracy if there are facts.
+
+    Args:
+        facts: family, ours, same, top1, larger, input, parameters and macs of a model, by its name.
+    """
     for part, table in TABLES.items():
-        for path in sorted(folder.glob(f"{part}-cpu-*.csv")):
-            rows = read(path)
-            yield path.stem, dots(table, _both_forms(rows) if part == "zoo" else rows), path
+        for path in sorted([*folder.glob(f"{part}-cpu-*.csv"), *folder.glob(f"gpu-{part}.csv")]):
+            rows = read_csv(path)
+            shown = _both_forms(rows) if part == "zoo" else rows
+            shown = [row for row in shown if any(panel.value(row) is not None for panel in table.panels)]
+            if shown:
+                yield Picture(path.stem, table.title, dots(table, shown), path)
             if part == "zoo" and facts is not None:
                 yield from _accuracy(path, rows, facts)
-    for part, (value, unit) in GPU.items():
-        path = folder / f"gpu-{part}.csv"
-        rows = [row for row in read(path) if row[value]] if path.exists() else []
-        for run, mode in dict.fromkeys((row.get("run", ""), row["mode"]) for row in rows):
-            way = " ".join(filter(None, (run, mode)))
-            table = Table(
-                f"{part}, {way}",
-                lambda row: " ".join(row[key] for key in ("case", "map", "rule", "layer", "model") if row.get(key)),
-                lambda row: row.get("by") or "foveal and timm",
-                (Panel(unit, value),),
-            )
-            chosen = [row for row in rows if (row.get("run", ""), row["mode"]) == (run, mode)]
-            yield "-".join(["gpu", part, *way.replace("+", "-").split()]), dots(table, chosen), path
 
 
 def _both_forms(rows: Sequence[Row]) -> list[Row]:
@@ -378,7 +391,7 @@ def _both_forms(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "form": form, "ms": row[column]} for row in rows for form, column in forms if row[column]]
 
 
-def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[tuple[str, Figure, Path]]:
+def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[Picture]:
     known = {row["model"]: facts(row["model"]) for row in rows}
     speed = {row["model"]: float(row["forward_ms"]) for row in rows}
     size, macs = ({name: each[key] / unit for name, each in known.items()} for key, unit in SIZES)
@@ -389,65 +402,56 @@ def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[tuple[s
         ("macs", "Accuracy and arithmetic", "GMACs of one image", macs),
     ):
         if found := points(known if x is speed else own, x):
-            yield f"{path.stem}-{what}", scatter(title, machine(rows[0]) if x is speed else "", label, found), path
-
-
-def fingerprint(path: Path) -> str:
-    """What a picture says of the table that it was drawn from."""
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+            figure = scatter(title, machine(rows[0]) if x is speed else "", label, found)
+            yield Picture(f"{path.stem}-{what}", title, figure, path)
 
 
 def save(figure: Figure, path: Path, source: str, colours: int | None = None) -> None:
-    """Write a PNG under a temporary name, then rename it; ``source`` becomes its description, ``colours`` limit it."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=figure.dpi)
-    drawn.seek(0)
+    """Write a PNG; ``source`` becomes its description, ``colours`` limit it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
     text = PngImagePlugin.PngInfo()
     text.add_text("Description", source)
+    with Image.open(buffer) as image:
+        drawn = image.convert("RGB")
+    if colours is not None:  # the method that keeps what is rare, such as a mark
+        drawn = drawn.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with Image.open(drawn) as image:
-            picture = image.convert("RGB")
-        if colours is not None:  # the method that keeps what is rare, such as a mark
-            picture = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        picture.save(temporary, format="PNG", optimize=True, pnginfo=text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as new:
+        drawn.save(new, format="PNG", optimize=True, pnginfo=text)
 
 
-def draw(folder: Path, output: Path | None = None, facts: Facts | None = None) -> list[Path]:
-    """A picture for each table in ``folder``, and mode, into ``output`` (default: there); the paths written."""
-    written = []
-    for name, figure, source in figures(folder, facts):
-        written.append((output or folder) / f"{name}.png")
-        save(figure, written[-1], fingerprint(source))
-    return written
+def save_picture(picture: Picture, folder: Path) -> Path:
+    """Write it with the name and hash of its table as description; its path."""
+    path, table = folder / f"{picture.name}.png", picture.table
+    save(picture.figure, path, fingerprint(table))
+    return path
 
 
-def main(arguments: Sequence[str], facts: Facts | None = None) -> int:
-    """``facts``: family, ours, same, top1, larger, input, parameters and macs of a model, by its name, for accuracy."""
+def fingerprint(table: Path) -> str:
+    return f"{table.name} {hashlib.sha256(table.read_bytes()).hexdigest()[:16]}"
+
+
+def _facts(name: str) -> Mapping[str, Any]:
+    from ..zoo import facts  # not before a table needs it: it reads the weights' manifest
+
+    return facts(name)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``foveal bench plots``.
+
+    Raises:
+        ValueError: there is no table in the folder.
+    """
     parser = argparse.ArgumentParser(prog="foveal bench plots", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="of tables named like those shipped (the default)")
-    parser.add_argument(
-        "--output", type=Path, help="folder of the pictures (default: that of the tables; of those shipped, plots)"
-    )
+    parser.add_argument("--output", type=Path, help="folder of the pictures (default: FOLDER; of those shipped, plots)")
     options = parser.parse_args(arguments)
     folder = options.folder or RESULTS
-    if not folder.is_dir():
-        print(f"foveal bench plots: {folder} is no folder", file=sys.stderr)
-        return 2
-    written = draw(folder, options.output or options.folder or Path("plots"), facts)
+    output = options.output or options.folder or Path("plots")
+    written = [save_picture(picture, output) for picture in pictures(folder, _facts)]
     if not written:
-        print(
-            f"foveal bench plots: {folder} has no table called like kernels-cpu-NAME.csv or gpu-models.csv",
-            file=sys.stderr,
-        )
-        return 1
+        raise ValueError(f"{folder} has no table with a name like kernels-cpu-NAME.csv or gpu-models.csv")
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -503,53 +503,10 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> int:
-    """Measure speed: `foveal bench kernels`, `models`, `data` and others; `foveal bench --help` tells more."""
-    from . import zoo
-    from .benchmarks import data, export, gpu, plots, run, scaling
-    from .train import cost
+    """Measure speed: `foveal bench kernels`, `models`, `data` and others; see `foveal bench --help`."""
+    from .benchmarks import run
 
-    if context.args[:1] == ["gpu"]:
-        return gpu.main(context.args[1:])
-    if context.args[:1] == ["data"]:
-        return data.main(context.args[1:], _image_passes)
-    if context.args[:1] == ["scaling"]:
-        return scaling.main(context.args[1:])
-    if context.args[:1] == ["plots"]:
-        return plots.main(context.args[1:], zoo.facts)
-    more = {"export": export.section(_exported), "engine": run.Section(cost.CASES, cost.rows)}
-    return run.main(context.args, more)
-
-
-def _exported(model: Any, folder: Path) -> tuple[Any, dict[str, Callable[[Any], Any]]]:
-    """A model in the form that is exported, and runners of its files, for the benchmark beside eager."""
-    from .weights.export import classifier_spec
-    from .weights.formats import FORMATS
-
-    spec = classifier_spec(model, "onnx")
-    runs = {}
-    for to, runtime in (("onnx", "onnxruntime"), ("openvino", "openvino")):
-        FORMATS[to].check(to)
-        FORMATS[to].write(spec, folder)
-        runs[runtime] = FORMATS[to].open(folder)
-    return spec.model, runs
-
-
-def _image_passes(
-    root: Path, training: bool, auto_augment: str | None, decode: str
-) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """Passes of the training's loader over ``ROOT/{train,val}/CLASS``, for the benchmark beside timm's."""
-    import torch
-
-    from .benchmarks.data import BATCH, SIZE
-    from .configs.schema import load_config
-    from .train.data import build_data, find_classes
-
-    given = ["output=none", "model.name=none", f"data.root={root}", "data.workers=0", f"data.decode={decode}"]
-    given += ["data.interpolation=bicubic", "data.crop_pct=0.9", f"train.batch_size={BATCH}"]
-    config = load_config(None, [*given, f"augment.auto_augment={auto_augment or 'null'}"])
-    imagenet = {"input_size": (3, SIZE, SIZE), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    data = build_data(config, find_classes(config.data), imagenet, device=torch.device("cpu"))
-    return lambda: (data.train if training else data.val).epoch(0)
+    return run.main(context.args)
 
 
 @app.command()

@@ -128,7 +128,7 @@ def measured(name: str) -> tuple[str, str]:
     gpu = [
         float(row["images_per_second"])
         for row in _table("gpu-models.csv")
-        if row["model"] == name and row["mode"] == "inference" and row["images_per_second"] and row.get("gpu")
+        if row["model"] == name and row["images_per_second"] and row.get("gpu")
     ]
     return f"{float(cpu):,.0f}" if cpu else "", f"{max(gpu):,.0f}" if gpu else ""
 

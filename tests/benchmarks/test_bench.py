@@ -1,13 +1,100 @@
-"""foveal bench: the peers answer alike, wrong answers are not timed, tables come out as CSV."""
+"""The harness of foveal bench: comparison before timing, tables, arguments; and the sections on a CPU."""
 
 import csv
 
 import pytest
 import torch
 
-from foveal.benchmarks import export, run
-from foveal.cli import _exported
+from foveal.benchmarks import cases, data, export, measure, operations, peers, run
+from foveal.benchmarks.measure import Bench, difference
 from foveal.kernels import neighborhood_aggregate
+
+
+def read(path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def compare(calls, **options) -> dict[str, dict]:
+    rows = Bench(rounds=1).compare({"case": "c"}, "by", calls, **options)
+    return {row["by"]: row for row in rows}
+
+
+def test_the_difference_is_relative_to_the_largest_value():
+    one, two = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
+    assert difference(two, one) == 0.25
+    assert difference((one, two), (one, one)) == 0.25
+    assert difference((one, torch.tensor([float("nan"), 4.0])), (one, one)) != difference(one, one)
+    assert not difference(torch.full((2,), torch.nan), one) <= 1
+
+
+@pytest.mark.parametrize("other", [torch.tensor([1.0, 1.0, 1.1]), torch.full((3,), torch.nan)], ids=["wrong", "nan"])
+def test_wrong_outputs_are_not_timed(other):
+    calls = []
+
+    def wrong():
+        calls.append(1)
+        return other
+
+    def right():
+        return torch.ones(3)
+
+    rows = compare({"a": (right, right), "b": (wrong, right), "c": (right, wrong)}, reference="a", memory=False)
+    assert rows["a"]["forward_ms"] != "" and rows["a"]["note"] == ""
+    assert (rows["b"]["forward_ms"], rows["b"]["forward_backward_ms"]) == ("", "")
+    assert rows["b"]["note"].startswith("forward differs from a by ")
+    assert rows["c"]["forward_ms"] != "" and rows["c"]["forward_backward_ms"] == ""
+    assert rows["c"]["note"].startswith("forward_backward differs")
+    assert len(calls) == 2  # once to be compared, in each
+
+
+def test_one_that_fails_leaves_the_others():
+    def fails():
+        raise ZeroDivisionError("by 17")
+
+    rows = compare({"a": (torch.ones, None), "b": (fails, None)} | {"a": (lambda: torch.ones(2), None)}, reference="a")
+    assert rows["b"]["note"] == "forward: ZeroDivisionError: by 17"
+    assert rows["a"]["forward_ms"] != "" and rows["a"]["forward_backward_ms"] == ""
+    with pytest.raises(ZeroDivisionError, match="17"):
+        compare({"a": (fails, None)}, reference="a")
+
+
+def test_figures_beside_the_peer(monkeypatch):
+    monkeypatch.setattr(Bench, "median_ms", lambda self, calls, **_: dict(zip(calls, (3.0, 2.0), strict=False)))
+    monkeypatch.setattr(Bench, "peak_mib", lambda self, call: 8.0)
+    ones = (lambda: torch.ones(1), None)
+    rows = compare({"ours": ones, "peer": ones}, reference="peer", peer="peer")
+    assert rows["ours"]["forward_over_peer"] == 1.5 and rows["ours"]["forward_extra_over_peer"] == 1.0
+    assert rows["peer"]["forward_over_peer"] == 1.0 and rows["ours"]["forward_backward_over_peer"] == ""
+
+
+def test_memory_is_what_is_allocated_beyond_the_result():
+    def call():
+        kept = torch.ones(2**20)  # 4 MiB
+        return (kept + torch.ones(2**18)[:1]).sum()  # a second, of 4 MiB, and 1 MiB
+
+    assert Bench().peak_mib(call) == pytest.approx(9, abs=0.01)
+    assert Bench().peak_mib(lambda: torch.ones(2**20)) == pytest.approx(0, abs=0.01)
+
+
+def test_rounds_are_interleaved_and_slow_calls_get_fewer(monkeypatch):
+    order, clock = [], [0.0]
+
+    def call(name, seconds):
+        order.append(name)
+        clock[0] += seconds
+
+    calls = {"a": lambda: call("a", 2.0), "b": lambda: call("b", 1.0)}
+    times = Bench(rounds=10).median_ms(calls, timer=lambda: clock[0])
+    assert times == {"a": 2000.0, "b": 1000.0}
+    assert order[:6] == ["a", "b", "a", "b", "b", "a"]  # a warm-up; neither always comes second
+    assert (order.count("a"), order.count("b")) == (1 + 3, 1 + 6)
+
+
+# ------------------------------------------------------------------------------------------------------- peers
 
 
 @pytest.mark.parametrize(("size", "kernel_size"), [((7, 9), 5), ((5, 5), 5), ((6, 11), (3, 5))])
@@ -15,7 +102,16 @@ def test_unfolding_is_the_shifted_window(size, kernel_size):
     area = kernel_size**2 if isinstance(kernel_size, int) else kernel_size[0] * kernel_size[1]
     weights, v = torch.randn(2, *size, 3, area), torch.randn(2, *size, 3, 4)
     want = neighborhood_aggregate(weights, v, kernel_size=kernel_size, backend="reference")
-    torch.testing.assert_close(run.unfold_aggregate(weights, v, kernel_size=kernel_size), want)
+    torch.testing.assert_close(peers.unfold_aggregate(weights, v, kernel_size=kernel_size), want)
+
+
+def test_halo_layers_are_those_of_the_model():
+    layers = operations.halo_layers(cases.HaloCase("halonet26t", 256, 2))
+    assert [shape for _, shape in layers.values()] == [(2, 256, 16, 16), (2, 512, 16, 16), (2, 512, 8, 8)]
+    assert list(layers)[1] == "16x16 b8 h2 s2, 512 channels"
+
+
+# ------------------------------------------------------------------------------------------------------ tables
 
 
 @pytest.mark.parametrize(
@@ -29,51 +125,91 @@ def test_unfolding_is_the_shifted_window(size, kernel_size):
 def test_a_section_becomes_a_table(section, only, rows, text, tmp_path, capsys):
     path = tmp_path / "table.csv"
     assert run.main([section, "--only", only, "--rounds", "1", "--csv", str(path)]) == 0
-    assert f"wrote {path}" in capsys.readouterr().out.replace("\n", "")
-    with path.open() as file:
-        table = list(csv.DictReader(file))
+    assert str(path) in capsys.readouterr().out
+    table = read(path)
     assert rows <= {row[text] for row in table}
     assert all(float(row["forward_ms"]) > 0 and row["torch"] == torch.__version__ for row in table)
+    assert all(row["date"] and "commit" in row for row in table)
+    (shipped,) = run.plots.RESULTS.glob(f"{section}-cpu-*.csv")
+    assert {key for key in read(shipped)[0] if not key.startswith("times_")} <= set(table[0])
 
 
-def test_no_case_is_an_error(capsys):
-    assert run.main(["halo", "--only", "nothing"]) == 2
-    assert "no case of 'foveal bench halo' holds 'nothing'" in capsys.readouterr().out
+def test_halo_attention_layer_by_layer_and_in_sum(tmp_path):
+    path = tmp_path / "table.csv"
+    assert run.main(["halo", "--tiny", "--csv", str(path)]) == 0
+    table = read(path)
+    assert [(row["part"], row["by"]) for row in table[:4]] == [
+        ("attention", "foveal"), ("attention", "timm"), ("module", "foveal"), ("module", "timm")
+    ]  # fmt: skip
+    assert len(table) == 3 * 4 + 4
+    layers = [row for row in table[:-4] if (row["part"], row["by"]) == ("module", "timm")]
+    total = table[-1]
+    assert total["layer"].startswith("all") and (total["part"], total["by"]) == ("module", "timm")
+    assert float(total["forward_ms"]) == pytest.approx(sum(float(row["forward_ms"]) for row in layers), abs=0.01)
+    assert float(total["forward_extra_mib"]) == max(float(row["forward_extra_mib"]) for row in layers)
 
 
-def test_wrong_answers_are_not_timed():
-    right, wrong = (lambda: torch.ones(3)), (lambda: torch.tensor([1.0, 1.0, 1.1]))
-    run.check("case", {"a": right, "b": right}, {"a": right}, "a")
-    for other in (wrong, lambda: torch.full((3,), torch.nan)):
-        with pytest.raises(RuntimeError, match="case, forward: b differs from a; not timed"):
-            run.check("case", {"a": right, "b": other}, {}, "a")
+def test_an_earlier_table(tmp_path, capsys, monkeypatch):
+    earlier = [{"map": "7x7", "by": "foveal", "forward_ms": "2.0", "date": "then"}]
+    same = {"map": "7x7", "by": "foveal", "forward_ms": 2.2, "forward_extra_mib": 3.0}
+    assert run.against_earlier([same], earlier) == [
+        "1.100 times the earlier time, 1 figures",
+        "1.10 times: 7x7, foveal, forward_ms",
+    ]
+    assert run.against_earlier([same | {"forward_ms": 1.8}], earlier) == ["0.900 times the earlier time, 1 figures"]
+    assert len(run.against_earlier([same | {"map": "8x8"}], earlier)) == 1
+    path = tmp_path / "earlier.csv"
+    measure.write_csv(path, [{"model": "care_s0", "input": "1x3x224x224", "forward_ms": 1e-6}], {})
+    assert run.main(["zoo", "--only", "care_s0", "--rounds", "1", "--compare", str(path)]) == 0
+    assert "care_s0" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_halo_layers_are_those_of_the_model():
-    layers = run.halo_layers(run.HaloCase("halonet26t", 256, 2))
-    assert [shape for _, shape in layers.values()] == [(2, 256, 16, 16), (2, 512, 16, 16), (2, 512, 8, 8)]
-    assert list(layers)[1] == "16x16 b8 h2 s2, 512 channels"
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["halo", "--only", "nothing"], "nothing"),
+        (["layers"], "layers"),
+        (["halo", "--rounds", "0"], "0"),
+        (["halo", "models", "--csv", "x.csv"], "halo, models"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, value, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run.main(arguments)
+    assert raised.value.code == 2
+    assert value in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- data and exports
+
+
+def test_both_loaders_read_the_same():
+    rows = list(data.data_rows(*data.TINY, Bench(rounds=1)))
+    assert [row["loader"] for row in rows] == ["timm", "foveal"]
+    assert rows[0]["times_timm"] == 1 and all(row["images_per_core_second"] > 0 for row in rows)
+    ones = [(torch.ones(2, 3), torch.arange(2))]
+    case = data.DataCase(1, 1, training=False)
+    with pytest.raises(RuntimeError, match="foveal"):
+        data._check(case, {"timm": lambda: ones, "foveal": lambda: [(2 * ones[0][0], ones[0][1])]})
 
 
 @pytest.mark.slow  # compiles
-def test_exported_models_are_timed_beside_eager(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(export, "CASES", (export.ExportCase("test_foveal_care", (1, 2)),))
+def test_exported_models_are_timed_beside_eager(tmp_path):
     path = tmp_path / "table.csv"
-    assert run.main(["export", "--rounds", "1", "--csv", str(path)], {"export": export.section(_exported)}) == 0
-    with path.open() as file:
-        table = list(csv.DictReader(file))
+    assert run.main(["export", "--tiny", "--csv", str(path)]) == 0
+    table = read(path)
     runtimes = ["eager", "torch.compile", "onnxruntime", "openvino"]
     assert [row["by"] for row in table] == 2 * runtimes
     assert [row["input"].partition("x")[0] for row in table] == ["1"] * 4 + ["2"] * 4
-    assert all(float(row["ms"]) > 0 and row["onnxruntime"] for row in table)
+    assert all(float(row["forward_ms"]) > 0 and row["onnxruntime"] for row in table)
+    (shipped,) = run.plots.RESULTS.glob("export-cpu-*.csv")
+    assert set(read(shipped)[0]) <= set(table[0])
 
 
-def test_a_wrong_answer_of_an_export_is_not_timed():
-    def wrong(model, folder):
-        return model, {"wrong": lambda x: (1.01 * model(x),)}
-
-    case = export.ExportCase("test_foveal_care", (1,))
-    with pytest.raises(
-        RuntimeError, match=r"test_foveal_care, batch 1: wrong differs from eager by 1\.0e-02; not timed"
-    ):
-        export.export_rows(case, 1, wrong, compiled=False)
+def test_a_wrong_output_of_an_export_is_not_timed(monkeypatch):
+    monkeypatch.setattr(export, "exported", lambda model, folder: (model, {"wrong": lambda x: (1.01 * model(x),)}))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    rows = {row["by"]: row for row in export.export_rows(export.ExportCase("test_foveal_care"), Bench(rounds=1))}
+    assert rows["wrong"]["forward_ms"] == "" and "1.0e-02" in rows["wrong"]["note"]
+    assert rows["eager"]["forward_ms"] > 0

@@ -1,4 +1,4 @@
-"""foveal bench gpu as far as a CPU can hold it: the cases, what is counted, the tables, the pictures, the script."""
+"""The sections for a GPU as far as a CPU can run them: cases, counted work, dry runs, pictures, the script."""
 
 import csv
 import os
@@ -9,27 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveal.benchmarks import cases, gpu, plots
+from foveal.benchmarks import cases, measure, models, operations, peers, plots, run
+from foveal.benchmarks.cases import Layer
+from foveal.benchmarks.measure import Bench, read_csv
 from foveal.kernels.window import Window
 
-SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
-TOP = gpu.Ceilings(bandwidth=4e12, rate=8e14)
+SCRIPT = Path(run.__file__).with_name("gpu.sh")
+TOP = measure.Ceilings(bandwidth=4e12, rate=8e14)
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def bench(monkeypatch) -> Bench:
     """Every call takes two milliseconds, after having been made once."""
 
-    def median_ms(self, call, queued=True):
-        call()
-        return 2.0
+    def median_ms(self, calls, **_):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 2.0)
 
-    monkeypatch.setattr(gpu.Clock, "median_ms", median_ms)
-    return gpu.Clock("cpu")
+    monkeypatch.setattr(Bench, "median_ms", median_ms)
+    monkeypatch.setattr(Bench, "ceilings", TOP)
+    return Bench()
 
 
 def test_the_layers_of_dinat_tiny_are_those_of_the_paper():
-    layers = gpu.layers_of(cases.LayersCase("dinat_tiny", 128, 224, 224))
+    layers = operations.layers_of(cases.LayersCase("dinat_tiny", 128, 224, 224))
     found = {(layer.map, layer.rows.dilation): layer for layer in layers}
     first = found["56x56", 1]
     assert first.shape == (128, 56, 56, 2, 32) and first.bias == "table" and first.rows == Window(7)
@@ -48,17 +52,24 @@ def test_the_layers_of_dinat_tiny_are_those_of_the_paper():
     assert TOP.floor_ms(first.bytes(False), first.flops(False)) == pytest.approx(2 * 4 * tensor / 4e12 * 1e3)
 
 
+def test_the_cases_of_the_cpu_are_layers_of_dinat_tiny():
+    layers = operations.layers_of(cases.LayersCase("dinat_tiny", 8, 224, 224))
+    assert [(layer.shape, layer.rows, layer.bias) for layer in cases.DINAT_TINY] == [
+        (layer.shape, layer.rows, layer.bias) for layer in layers
+    ]
+
+
 def test_the_layers_of_other_models():
-    strided = gpu.Layer("attention", (1, 8, 8, 2, 16), (4, 4), 24, Window(6, 4), Window(6, 4), "factored")
+    strided = Layer("attention", (1, 8, 8, 2, 16), (4, 4), 24, Window(6, 4), Window(6, 4), "factored")
     assert strided.bytes(False) == 2 * (16 * 2 * (16 + 24) + 64 * 2 * (16 + 24))
     assert strided.pairs == 16 * 2 * 36
-    mix = gpu.Layer("mix", (1, 8, 8, 2, 16), (8, 8), 16, Window(5), Window(5), "table")
+    mix = Layer("mix", (1, 8, 8, 2, 16), (8, 8), 16, Window(5), Window(5), "table")
     assert mix.bytes(False) == 2 * (64 * 2 * 25 + 2 * 64 * 2 * 16)
     assert mix.flops(False) == 2 * 64 * 2 * 25 * 16
-    kinds = {case.model: gpu.layers_of(case) for case in cases.TINY_LAYERS}
+    kinds = {case.model: operations.layers_of(case) for case in cases.TINY_LAYERS}
     assert {layer.operation for layer in kinds["test_foveal_overlock"]} == {"mix"}
     assert {layer.bias for layer in kinds["test_foveal_halonet"]} == {"factored"}
-    assert any(layer.rows.dilation > 1 and gpu.windowed(layer) for layer in kinds["test_foveal_maxvit"])  # a grid
+    assert any(layer.rows.dilation > 1 and peers.windowed(layer) for layer in kinds["test_foveal_maxvit"])  # a grid
 
 
 def test_a_convolution_is_counted():
@@ -69,61 +80,77 @@ def test_a_convolution_is_counted():
 
 
 @pytest.mark.parametrize("case", cases.TINY_LAYERS, ids=lambda case: case.model)
-def test_every_implementation_gives_one_answer(case, clock):
-    rows = list(gpu.layer_rows(case, clock, TOP, torch.float32, gpu.Budget(60), slow=False))
-    noted = {(row["by"], row["note"]) for row in rows if row["note"]}
+def test_every_implementation_has_the_same_outputs(case, bench):
+    rows = list(operations.layer_rows(case, bench))
+    noted = {(row["by"], row["note"]) for row in rows if row.get("note")}
     assert {by for by, _ in noted} <= {"natten, no bias"}  # which has no gradient on a CPU
     by = {row["by"] for row in rows}
     assert "foveal" in by
     expected = {"dinat": "sdpa, dense mask", "maxvit": "sdpa on windows", "overlock": "separate softmax, tiled"}
     for family, peer in expected.items():
         assert family not in case.model or peer in by
-    assert all(row["ms"] == 2.0 for row in rows if not row["note"])
+    assert all(row["forward_ms"] == 2.0 and row["forward_share_of_floor"] >= 0 for row in rows)
+    assert all(row["forward_backward_ms"] == 2.0 for row in rows if not row.get("note"))
+    assert list(operations.layer_rows(case, bench, compiled=True)) == []  # flex_attention: on a GPU alone
 
 
-def test_wrong_answers_are_not_timed(clock, monkeypatch):
-    monkeypatch.setattr(gpu, "windowed", lambda layer: lambda q, k, v, table=None: v + 1)
-    rows = list(gpu.layer_rows(cases.TINY_LAYERS[2], clock, TOP, torch.float32, gpu.Budget(60), slow=False))
+def test_wrong_outputs_are_not_timed(bench, monkeypatch):
+    monkeypatch.setattr(peers, "windowed", lambda layer: lambda q, k, v, table=None: v + 1)
+    rows = list(operations.layer_rows(cases.TINY_LAYERS[2], bench))
     wrong = [row for row in rows if row["by"] == "sdpa on windows"]
-    assert wrong and all("another answer" in row["note"] and row["ms"] == "" for row in wrong)
+    assert wrong and all("differs from foveal" in row["note"] and row["forward_ms"] == "" for row in wrong)
 
 
 def test_forward_and_backward_read_one_layout():
-    layer = gpu.Layer("attention", (1, 8, 8, 2, 16), (8, 8), 16, Window(3), Window(3), "none")
-    tensors, grad = gpu.inputs_of(layer, "cpu", torch.float32)
+    layer = Layer("attention", (1, 8, 8, 2, 16), (8, 8), 16, Window(3), Window(3), "none")
+    bench = Bench()
+    bench.cuda = True  # in whose models q, k and v are views of one projection
+    tensors, grad = operations.inputs_of(layer, bench)
     seen = []
 
     def call(*given):
         seen.append([(t.stride(), t.data_ptr()) for t in given])
         return sum(given)
 
-    for run in gpu._modes(call, tensors, grad):
-        run()
+    for each in measure.modes(call, tensors, grad):
+        each()
     assert seen == [[(t.stride(), t.data_ptr()) for t in tensors]] * 2
     assert not tensors[0].is_contiguous() and not any(t.requires_grad for t in tensors)
 
 
-@pytest.mark.parametrize(("part", "name"), [("convs", "conv_rows"), ("halo", "halo_rows")])
-def test_what_fails_is_counted_and_the_rest_measured(part, name, tmp_path, clock, monkeypatch, capsys):
-    def rows(*arguments):
-        yield {"case": "first", "ms": 1.0}
+def test_a_case_that_fails_is_counted_and_the_rest_measured(tmp_path, bench, monkeypatch, capsys):
+    def rows(case, bench):
+        yield {"case": "first", "by": "x", "forward_ms": 1.0}
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(gpu, name, rows)
-    monkeypatch.setattr(gpu, "model_rows", lambda *arguments: iter([{"model": "m", "peer": "", "run": "eager"}]))
-    monkeypatch.setattr(gpu, "model_ratios", lambda table: [f"{len(table)} rows of models"])
-    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", part, "models"]
-    assert gpu.main(arguments) == 1
-    out = capsys.readouterr().out
-    assert f"{part}: {gpu.TINY[part][0].id} fails: RuntimeError: no such luck" in out and "rows of models" in out
-    assert len(plots.read(tmp_path / f"gpu-{part}.csv")) == 1
+    monkeypatch.setitem(run.SECTIONS, "convs", run.Section(rows, tiny=cases.TINY_CONVS))
+    arguments = ["convs", "models", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    assert run.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert cases.TINY_CONVS[0].id in err and "RuntimeError: no such luck" in err
+    assert len(read_csv(tmp_path / "gpu-convs.csv")) == 1
+    assert len(read_csv(tmp_path / "gpu-models.csv")) == 4
 
 
-def test_a_model_that_fails_is_an_error(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(gpu.timm, "create_model", lambda *arguments, **options: torch.nn.Linear(2, 2))
-    arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", "models", "--only", "dinat"]
-    assert gpu.main(arguments) == 1
-    assert all(row["note"] and not row["ms"] for row in plots.read(tmp_path / "gpu-models.csv"))
+def test_a_missing_extra_ends_the_run(bench, monkeypatch):
+    def rows(case, bench):
+        raise ImportError("no onnx", name="onnx")
+
+    monkeypatch.setitem(run.SECTIONS, "convs", run.Section(rows, tiny=cases.TINY_CONVS))
+    with pytest.raises(ImportError, match="onnx"):
+        run.main(["convs", "--tiny"])
+
+
+def test_a_model_that_fails_is_an_error(tmp_path, bench, monkeypatch):
+    monkeypatch.setattr(models.timm, "create_model", lambda *arguments, **options: torch.nn.Linear(2, 2))
+    assert run.main(["models", "--tiny", "--output", str(tmp_path)]) == 1
+    assert all(row["note"] and not row["forward_ms"] for row in read_csv(tmp_path / "gpu-models.csv"))
+
+
+def test_a_peer_that_fails_is_none():
+    assert not run._ours({"rule": "k7", "by": "flex", "note": "fails"})
+    assert run._ours({"rule": "k7", "by": "foveal, triton", "note": "fails"})
+    assert run._ours({"backend": "tiled", "note": "differs"}) and run._ours({"model": "m", "note": "fails"})
 
 
 def test_flex_attention_is_never_timed_in_eager_mode(monkeypatch):
@@ -132,62 +159,58 @@ def test_flex_attention_is_never_timed_in_eager_mode(monkeypatch):
     monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", set())
     q = torch.randn(1, 1, 16, 16)
     for _ in range(2):
-        with gpu._quiet(), pytest.raises(UserWarning, match=r"without torch\.compile"):
+        with measure.quiet(cuda=True), pytest.raises(UserWarning, match=r"torch\.compile"):
             flex_attention.flex_attention(q, q, q)
 
 
-def test_geometric_means_and_ratios():
-    key = {"case": "a", "map": "7x7", "heads": 1, "rule": "k7", "mode": "forward"}
+def test_geometric_means():
+    key = {"case": "a", "heads": 1, "rule": "k7", "forward_backward_ms": ""}
     own = [
-        {**key, "map": m, "by": "foveal", "ms": ms, "peak_mib": 10} for m, ms in (("1", 1.0), ("2", 2.0), ("3", 5.0))
+        {**key, "map": m, "by": "foveal", "forward_ms": ms, "forward_extra_mib": 10}
+        for m, ms in (("1", 1.0), ("2", 2.0), ("3", 5.0))
     ]
-    peer = [{**key, "map": m, "by": "flex", "ms": ms, "peak_mib": 40} for m, ms in (("1", 2.0), ("2", 16.0), ("3", ""))]
-    assert gpu.geometric_means(own + peer) == ["forward: 4.00 times as fast as flex, 1/4.00 of its memory, 2 layers"]
-    run = {"run": "eager", "mode": "training"}
-    rows = [
-        {**run, "model": "swin", "peer": "", "images_per_second": 100.0},
-        {**run, "model": "dinat", "peer": "swin", "images_per_second": 150.0},
-        {**run, "model": "nat", "peer": "swin", "images_per_second": ""},
+    peer = [
+        {**key, "map": m, "by": "flex", "forward_ms": ms, "forward_extra_mib": 40}
+        for m, ms in (("1", 2.0), ("2", 16.0), ("3", ""))
     ]
-    assert gpu.model_ratios(rows) == ["dinat, eager training: 1.50 times swin"]
+    assert run.geometric_means(own + peer) == ["forward: 4.00 times as fast as flex, 1/4.00 of its memory, 2 layers"]
 
 
-def test_parts_within_their_seconds(tmp_path, clock, monkeypatch, capsys):
+def test_sections_within_their_seconds(tmp_path, bench, capsys):
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
-    assert gpu.main([*arguments, "--parts", "convs"]) == 0
-    assert gpu.main([*arguments, "--parts", "models", "--only", "dinat"]) == 0
-    tables = {path.stem: plots.read(path) for path in tmp_path.glob("*.csv")}
+    assert run.main([*arguments, "convs"]) == 0
+    assert run.main([*arguments, "models", "--only", "dinat"]) == 0
+    tables = {path.stem: read_csv(path) for path in tmp_path.glob("*.csv")}
     assert set(tables) == {"gpu-convs", "gpu-models"}
     assert {row["by"] for row in tables["gpu-convs"]} == {"cudnn, channels_last", "cudnn, contiguous"}
-    assert len(tables["gpu-models"]) == 4 and all(
-        float(row["images_per_second"]) == 500 for row in tables["gpu-models"]
-    )
+    assert [row["run"] for row in tables["gpu-models"]] == ["eager", "eager", "compiled", "compiled"]
+    assert all(float(row["images_per_second"]) == 500 for row in tables["gpu-models"])
     assert tables["gpu-models"][0]["torch"] == torch.__version__ and tables["gpu-models"][0]["date"]
-    assert gpu.main([*arguments, "--parts", "layers", "--seconds", "0"]) == 0
-    assert "layers: the seconds are up" in capsys.readouterr().out
+    assert run.main([*arguments, "layers", "--seconds", "0"]) == 0
+    assert "layers: out of time" in capsys.readouterr().out
     assert not (tmp_path / "gpu-layers.csv").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refuses where there is no GPU")
 def test_refuses_without_a_gpu(capsys):
-    assert gpu.main([]) == 2
-    assert f"needs a CUDA GPU; torch {torch.__version__}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu"])
-    assert "is for dry runs" in capsys.readouterr().err
+    for arguments in (["gpu"], ["layers", "--device", "cuda"]):
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+        assert torch.__version__ in capsys.readouterr().err
 
 
 def test_pictures_of_a_table(tmp_path):
-    fields = ["case", "map", "rule", "by", "mode", "share_of_floor", "gpu", "torch", "date"]
+    fields = ["case", "map", "rule", "by", "forward_share_of_floor", "forward_backward_share_of_floor", "gpu", "date"]
     with (tmp_path / "gpu-layers.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
-        for by, mode, share in (("foveal", "forward", 0.7), ("flex", "forward", 0.1), ("natten", "", "")):
-            row = dict(zip(fields, ("dinat", "56x56", "k7", by, mode, share, "GPU", "2", "today"), strict=True))
+        for by, share in (("foveal", 0.7), ("flex", 0.1), ("natten", "")):
+            row = dict(zip(fields, ("dinat", "56x56", "k7", by, share, share, "GPU", "today"), strict=True))
             writer.writerow(row)
-    assert [path.name for path in plots.draw(tmp_path)] == ["gpu-layers-forward.png"]
-    assert (tmp_path / "gpu-layers-forward.png").read_bytes().startswith(b"\x89PNG")
-    assert plots.main([str(tmp_path / "nowhere")]) == 2
+    (picture,) = plots.pictures(tmp_path)
+    assert [axis.get_title() for axis in picture.figure.axes] == [panel.title for panel in plots.SHARES]
+    assert plots.save_picture(picture, tmp_path).name == "gpu-layers.png"
+    assert (tmp_path / "gpu-layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_script_is_sound():
@@ -204,5 +227,5 @@ def test_the_script_runs(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"gpu.log", "gpu-convs.csv", "gpu-models.csv", "gpu-convs-forward.png"} <= names
-    assert (tmp_path / "out" / "gpu-convs-forward.png").read_bytes().startswith(b"\x89PNG")
+    assert {"gpu.log", "gpu-convs.csv", "gpu-models.csv", "gpu-convs.png"} <= names
+    assert (tmp_path / "out" / "gpu-convs.png").read_bytes().startswith(b"\x89PNG")

@@ -242,7 +242,7 @@ def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveal.benchmarks import run as bench
 
     calls = []
-    monkeypatch.setattr(bench, "main", lambda arguments, more: calls.append(arguments) or 0)
+    monkeypatch.setattr(bench, "main", lambda arguments: calls.append(arguments) or 0)
     assert call("bench", "kernels", "--help", "--repeat", 3).exit_code == 0
     assert calls == [["kernels", "--help", "--repeat", "3"]]
 

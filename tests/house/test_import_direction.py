@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"kernels", "backbones", "heads", "configs"},
     "weights": {"kernels", "backbones", "heads", "configs", "train"},  # the scoring, for `foveal verify`
     "benchmarks": {"kernels", "backbones", "heads", "configs", "train", "weights"},
+    "benchmarks.plots": {"foveal"},  # published accuracies, of foveal.zoo
     "foveal": {"kernels", "backbones", "heads"},
     "foveal.cli": set(PACKAGES),
     "foveal.demo": set(PACKAGES),
@@ -201,6 +202,7 @@ def test_every_package_is_looked_at() -> None:
         ("foveal.train.engine", "from ..benchmarks import run"),
         ("foveal.weights.export", "from ..benchmarks import run"),
         ("foveal.benchmarks.run", "from ..cli import app"),
+        ("foveal.benchmarks.run", "from .. import zoo"),
         ("foveal", "from foveal.train import engine"),
         ("foveal.somewhere", "from .train import engine"),
         ("foveal.demonstration", "from .train import engine"),

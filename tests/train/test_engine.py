@@ -2,7 +2,6 @@
 
 import csv
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from torch import distributed, nn
 
 from foveal.backbones.nat import NAT
-from foveal.configs.schema import ClassifyConfig, ConfigError, ModelConfig, OptimConfig, load_config
-from foveal.train import classify, cost, engine
+from foveal.configs.schema import ConfigError, ModelConfig, OptimConfig
+from foveal.train import classify, engine
 from foveal.train.classify import build_model, growing_sizes, train
 from foveal.train.engine import create_optimizer
 
@@ -187,29 +186,3 @@ def test_compiled(quick, tmp_path):
         assert train(quick, [*TINY, compiled, "model.drop_path_rate=0", f"output={tmp_path / name}"]) == 0
     plain, compiled = (metrics(tmp_path / name)[0] for name in ("plain", "compiled"))
     assert float(compiled["val_loss"]) == pytest.approx(float(plain["val_loss"]), rel=1e-3)
-
-
-def test_the_cost_is_measured_on_the_same_training(tmp_path):
-    """Both loops leave the same weights, once nothing is drawn at random and the rate is constant."""
-    fixed = ["shift=0", "rotate=0", "zoom=0"]
-    options = [*cost.PLAIN, "data.image_size=16", "data.limit=256", *(f"augment.{each}" for each in fixed)]
-    options += [f"output={tmp_path}"]
-    config = load_config("classify/digits", options, ClassifyConfig)
-    states = []
-    with ExitStack() as stack:
-        for run, model in (cost._engine(config, 3, tmp_path, stack), cost._by_hand(config, 3)):
-            before = model.head.weight.clone()
-            for _ in range(2):
-                run()
-            states.append(model.state_dict())
-            assert not torch.equal(before, model.head.weight)
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_what_the_cost_says():
-    case = cost.EngineCase("tiny", "classify/digits", (*cost.PLAIN, "data.image_size=16", "data.limit=256"), 2)
-    found = cost.rows(case, 1)
-    assert [row["loop"] for row in found] == ["engine", "by hand"]
-    assert float(found[1]["of_by_hand"]) == 1
-    assert all(float(row["update_ms"]) > 0 for row in found)

@@ -1,0 +1,90 @@
+"""Whole models beside their peers, and one image through every model of the zoo: `foveal bench models|zoo`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from ..backbones import list_models
+from ..kernels import recording
+from .cases import ZOO_PEERS, ModelCase
+from .measure import Bench, Modes, Row
+from .peers import unfold_mix
+
+TOLERANCE = 1e-4  # float32, relative to the largest value
+
+
+def _modes(
+    net: nn.Module, x: Tensor, bench: Bench, compiled: bool, context: Callable[[], AbstractContextManager]
+) -> Modes:
+    """Inference, and a training step without the optimizer.
+
+    On a GPU in channels_last, with weights in bfloat16 or, for training, autocast; on a CPU in evaluation mode always,
+    so that outputs can be compared.
+    """
+    deployed = net.eval()
+    if bench.cuda:
+        net, x = net.to(memory_format=torch.channels_last), x.float().contiguous(memory_format=torch.channels_last)
+        deployed = copy.deepcopy(net).eval().to(bench.dtype)
+        net.train()
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    images = x.to(bench.dtype)
+    if compiled:
+        net, deployed = (torch.compile(each, backend="inductor" if bench.cuda else "eager") for each in (net, deployed))
+
+    def forward() -> Tensor:
+        with torch.inference_mode(), context():
+            return deployed(images)
+
+    def both() -> Tensor:
+        with context(), torch.autocast(bench.device, torch.bfloat16, enabled=bench.cuda):
+            loss = net(x).float().square().mean()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach()
+
+    return forward, both
+
+
+def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
+    """A model and its peer: milliseconds, images per second of inference."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    x = bench.normal(case.batch, 3, case.size, case.size)
+    nets = {case.model: timm.create_model(case.model).to(bench.device)}
+    if case.peer:
+        nets[case.peer_name] = timm.create_model(case.peer).to(bench.device)
+    if case.same:
+        nets[case.model].load_state_dict(nets[case.peer_name].state_dict())
+    calls = {}
+    for name, net in nets.items():
+        context = partial(recording, unfold_mix) if case.unfold and name == case.peer_name else nullcontext
+        calls[name] = _modes(net, x, bench, compiled, context)
+    labels = {"input": f"{case.batch}x3x{case.size}x{case.size}", "run": "compiled" if compiled else "eager"}
+    check = {"reference": case.peer_name if case.same else None, "peer": case.peer_name or None}
+    for row in bench.compare(labels, "model", calls, **check, tolerance=TOLERANCE, memory=bench.cuda, queued=False):
+        yield {**row, "images_per_second": round(1e3 * case.batch / row["forward_ms"], 1) if row["forward_ms"] else ""}
+
+
+def zoo_cases() -> tuple[ModelCase, ...]:
+    """Every model of ours at its own input size, and timm's that people know, batch 1."""
+    names = [name for name in list_models() if not name.startswith("test_")] + list(ZOO_PEERS)
+    return tuple(ModelCase(name, "", 1, get_pretrained_cfg(name).input_size[1]) for name in names)
+
+
+def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
+    """One image through a model as it is created, and as it is deployed where that folds branches or norms."""
+    x = bench.normal(case.batch, 3, case.size, case.size)
+    nets = {"forward": timm.create_model(case.model).eval()}
+    if hasattr(nets["forward"], "reparameterize"):
+        nets["deployed"] = copy.deepcopy(nets["forward"]).reparameterize()
+    with torch.inference_mode():
+        times = bench.median_ms({name: partial(net, x) for name, net in nets.items()})
+    row = {"model": case.model, "input": f"{case.batch}x3x{case.size}x{case.size}"}
+    yield row | {f"{name}_ms": round(times[name], 1) if name in times else "" for name in ("forward", "deployed")}

@@ -1,0 +1,271 @@
+"""The operations beside their peers: `foveal bench kernels|aggregate|halo` on a CPU, `layers|convs|halo` on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.halo_attn import HaloAttn
+from torch import Tensor, nn
+
+from ..backbones.attention import HaloAttention2d
+from ..kernels import (
+    Call,
+    DecomposedRelativePositionBias,
+    RelativePositionBias,
+    neighborhood_aggregate,
+    neighborhood_attention,
+    neighborhood_mix,
+    recording,
+)
+from . import peers
+from .cases import ConvCase, HaloCase, Layer, LayersCase
+from .measure import TOLERANCE, Bench, Modes, Row, beside_peer, modes, reason
+from .peers import Function
+
+
+def layers_of(case: LayersCase) -> list[Layer]:
+    """The distinct calls of neighborhood operations in a model, in order."""
+    found: dict[Layer, int] = {}
+
+    def count(call: Call) -> Tensor:
+        attend, problem = call.operation == "neighborhood_attention", call.problem
+        kinds = {None: "none", RelativePositionBias: "table", DecomposedRelativePositionBias: "factored"}
+        bias = kinds[problem.bias] if attend else "table"
+        sizes = problem.shape, problem.query_size, problem.value_depth
+        layer = Layer("attention" if attend else "mix", *sizes, problem.rows, problem.columns, bias)
+        found[layer] = found.get(layer, 0) + 1
+        v = call.tensors[2 if attend else 1]
+        return v.new_empty(v.shape[0], *problem.query_size, *v.shape[3:])
+
+    with torch.device("meta"):
+        net = timm.create_model(case.model, num_classes=0).eval()
+    with torch.no_grad(), recording(count):
+        net(torch.empty(case.batch, 3, case.rows, case.columns, device="meta"))
+    return [dataclasses.replace(layer, count=count) for layer, count in found.items()]
+
+
+def inputs_of(layer: Layer, bench: Bench) -> tuple[list[Tensor], Tensor]:
+    """Random tensors of a call, biases last, and a gradient of its output."""
+    batch, height, width, heads, depth = layer.shape
+    area = [w.kernel_size for w in (layer.rows, layer.columns)]
+    grad = bench.normal(batch, *layer.queries, heads, layer.value_depth, seed=1)
+    if layer.operation == "aggregate":
+        weights = bench.normal(batch, height, width, heads, math.prod(area)).softmax(-1)
+        return [weights, bench.normal(*layer.shape, seed=2)], grad
+    table = [bench.normal(heads, *(2 * k - 1 for k in area), seed=3)]
+    if layer.operation == "mix":
+        # as a product of each head's queries and keys leaves them
+        logits = bench.normal(batch, heads, height, width, math.prod(area)).permute(0, 2, 3, 1, 4)
+        return [logits, bench.normal(*layer.shape, seed=2), *table, bench.normal(math.prod(area), seed=4)], grad
+    q = bench.normal(batch, *layer.queries, heads, depth)
+    k, v = bench.normal(*layer.shape, seed=2), bench.normal(*layer.shape[:4], layer.value_depth, seed=4)
+    if bench.cuda and q.shape == k.shape == v.shape:  # views of one projection, as the models have them
+        q, k, v = torch.stack((q, k, v), 3).unbind(3)
+    factored = [bench.normal(2 * k - 1, depth, seed=3) * depth**-0.5 for k in area]
+    return [q, k, v, *{"none": [], "table": table, "factored": factored}[layer.bias]], grad
+
+
+def ours(layer: Layer, backend: str | None = None) -> Function:
+    """The operation as a function of its tensors."""
+    options = {**layer.options, "backend": backend}
+    if layer.operation == "aggregate":
+        return partial(neighborhood_aggregate, **options)
+    if layer.operation == "mix":
+        return lambda logits, v, table, kernel_bias: neighborhood_mix(
+            logits, v, bias=RelativePositionBias(table), kernel_bias=kernel_bias, **options
+        )
+    bias = {
+        "none": lambda: None,
+        "table": RelativePositionBias,
+        "factored": partial(DecomposedRelativePositionBias, counted=layer.rows.counted),
+    }[layer.bias]
+    return lambda q, k, v, *tensors: neighborhood_attention(q, k, v, bias=bias(*tensors), **options)
+
+
+def kernel_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
+    """Neighborhood attention: ours, the gather that any user could write, and NATTEN where it can."""
+    for bias in ("none", "table"):
+        layer = dataclasses.replace(layer, bias=bias)
+        tensors, grad = inputs_of(layer, bench)
+        calls = {
+            "tiled": modes(ours(layer, "tiled"), tensors, grad),
+            "gather": modes(ours(layer, "reference"), tensors, grad),
+        }
+        if bias == "none" and (peer := peers.natten(layer)) is not None:
+            calls["natten"] = (modes(peer, tensors, grad)[0], None)  # it has no gradient on a CPU
+        labels = {"layer": layer.name, "map": layer.id, "heads": layer.shape[3], "bias": bias}
+        yield from bench.compare(labels, "backend", calls, reference="gather", peer="gather")
+
+
+def aggregate_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
+    """Neighborhood aggregation: ours and the unfolded windows."""
+    tensors, grad = inputs_of(layer, bench)
+    unfold = partial(peers.unfold_aggregate, kernel_size=layer.options["kernel_size"])
+    calls = {"tiled": modes(ours(layer), tensors, grad), "unfold": modes(unfold, tensors, grad)}
+    labels = {"layer": layer.name, "batch": layer.shape[0], "map": layer.id, "heads": layer.shape[3]}
+    yield from bench.compare(labels, "backend", calls, reference="unfold", peer="unfold")
+
+
+# ---------------------------------------------------------------------------------------- the layers of a model
+
+
+def _candidates(layer: Layer, device: str, compiled: bool) -> Iterator[tuple[str, bool, Callable[[], Function | None]]]:
+    """(name, whether it has the bias, how to make it) of all implementations of a layer but ours by default."""
+    if compiled:
+        yield "flex", True, lambda: peers.flex(layer, device)
+        return
+    if device == "cuda" and peers.windowed(layer) is not None:  # which the automatic choice leaves to PyTorch's kernels
+        yield "foveal, triton", True, lambda: ours(layer, "triton")
+    if layer.operation == "mix":
+        yield "separate softmax, tiled", True, lambda: ours(layer, "tiled")
+    yield "sdpa on windows", True, lambda: peers.windowed(layer)
+    yield "sdpa, dense mask", True, lambda: peers.dense(layer, device)
+    yield "natten, no bias", False, lambda: peers.natten(layer)
+
+
+def layer_rows(case: LayersCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
+    """Every distinct layer of a model: ours, with and without its bias, and all peers; ``compiled``: flex_attention."""
+    for layer in layers_of(case):
+        if bench.spent:
+            return
+        tensors, grad = inputs_of(layer, bench)
+        labels = {
+            "case": case.id,
+            "operation": layer.operation,
+            "map": layer.map,
+            "heads": layer.shape[3],
+            "depth": layer.shape[4],
+            "rule": layer.rule,
+            "bias": layer.bias,
+            "boundary": layer.rows.boundary,
+            "count": layer.count,
+        }
+        plain = dataclasses.replace(layer, bias="none")
+        calls = {True: {"foveal": modes(ours(layer), tensors, grad)}, False: {}}
+        if layer.operation == "attention" and layer.bias != "none" and not compiled:
+            calls[False]["foveal, no bias"] = modes(ours(plain), tensors[:3], grad)
+        for name, with_bias, make in _candidates(layer, bench.device, compiled):
+            try:
+                function = make()
+            except Exception as error:  # noqa: BLE001 - of any library: it belongs in the table, and others follow
+                yield {**labels, "by": name, "note": reason(error)}
+                continue
+            if function is not None:
+                same = with_bias or layer.bias == "none"
+                calls[same][name] = modes(function, tensors if same else tensors[:3], grad)
+        for with_bias, group in calls.items():
+            if not group or (compiled and len(group) == 1):
+                continue
+            reference = "foveal" if with_bias else "foveal, no bias"
+            note = {} if with_bias else {"bias": "none"}
+            for row in bench.compare({**labels, **note}, "by", group, reference=reference, work=layer):
+                if not (compiled and row["by"] == "foveal"):  # which stands in the table already
+                    yield row
+
+
+def conv_rows(case: ConvCase, bench: Bench) -> Iterator[Row]:
+    """cuDNN's depthwise convolution, in both memory formats."""
+    convolve = partial(F.conv2d, padding=case.kernel_size // 2, groups=case.channels)
+    weight = bench.normal(case.channels, 1, case.kernel_size, case.kernel_size, seed=1)
+    x = bench.normal(case.batch, case.channels, case.size, case.size)
+    calls = {}
+    for layout, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
+        placed = x.contiguous(memory_format=layout)
+        calls[f"cudnn, {name}"] = modes(convolve, [placed, weight], torch.randn_like(placed))
+    yield from bench.compare({"case": case.id}, "by", calls, reference=None, work=case)
+
+
+# ---------------------------------------------------------------------------------------------- halo attention
+
+
+def halo_layers(case: HaloCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
+    """timm's halo attention modules and the shapes of their inputs, each kind once."""
+    with torch.device("meta"):
+        net = timm.create_model(case.model).eval()
+    found: dict[str, tuple[HaloAttn, tuple[int, ...]]] = {}
+
+    def note(module: HaloAttn, inputs: tuple[Tensor], output: Tensor) -> None:
+        rows, columns = inputs[0].shape[2:]
+        stride = inputs[0].shape[2] // output.shape[2]
+        label = f"{rows}x{columns} b{module.block_size} h{module.halo_size} s{stride}, {module.dim_out_v} channels"
+        found.setdefault(label, (module, tuple(inputs[0].shape)))
+
+    handles = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, HaloAttn)]
+    net(torch.empty(case.batch, 3, case.size, case.size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class Given(nn.Module):
+    """In place of a projection: its output is set from outside."""
+
+    output: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
+def _halo_calls(module: HaloAttn, x: Tensor, part: str) -> dict[str, Modes]:
+    """Ours and timm's on the same parameters, as the whole module or as the attention of given q, k and v."""
+    nets = {"foveal": HaloAttention2d.from_timm(module), "timm": copy.copy(module)}
+    tensors = [x]
+    with torch.no_grad():
+        grad = torch.randn_like(module(x))
+    if part == "attention":
+        with torch.no_grad():  # as a convolution in the channels_last memory format returns them
+            tensors = [conv(x.contiguous(memory_format=torch.channels_last)) for conv in (module.q, module.kv)]
+        for net in nets.values():
+            net._modules = {**net._modules, "q": Given(), "kv": Given()}
+    parameters = [p for name, p in module.named_parameters() if part == "module" or "rel" in name]
+
+    def call(*given: Tensor, net: nn.Module) -> Tensor:
+        if len(given) == 2:
+            net.q.output, net.kv.output = given
+        return net(given[0] if len(given) == 1 else x)
+
+    return {name: modes(partial(call, net=net), tensors, grad, parameters) for name, net in nets.items()}
+
+
+def halo_rows(case: HaloCase, bench: Bench) -> Iterator[Row]:
+    """Halo attention, timm's and ours on the same parameters: the attention alone (queries, keys and values given), the
+    module with its projections, and of either all layers together, each kind once."""
+    rows: list[Row] = []
+    for label, (module, shape) in halo_layers(case).items():
+        module = module.to_empty(device=bench.device).to(bench.dtype).train()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(bench.normal(*p.shape) * p.shape[1] ** -0.5)
+        x = bench.normal(*shape, seed=1)
+        if bench.cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for part in ("attention", "module"):
+            labels = {"model": case.model, "input": case.size, "batch": case.batch, "layer": label, "part": part}
+            calls = _halo_calls(module, x, part)
+            limit = (1 if bench.cuda else 10) * TOLERANCE[bench.dtype]
+            found = list(bench.compare(labels, "by", calls, reference="timm", peer="timm", tolerance=limit))
+            rows += found
+            yield from found
+    if any(row.get("note") for row in rows):
+        return
+    for part in ("attention", "module"):
+        together = [
+            _all_layers([row for row in rows if (row["part"], row["by"]) == (part, by)]) for by in ("foveal", "timm")
+        ]
+        beside_peer(together, together[1])
+        yield from together
+
+
+def _all_layers(rows: list[Row]) -> Row:
+    total = {**rows[0], "layer": "all, times summed, memory the largest"}
+    for key in total:
+        if key.endswith(("_ms", "_mib")):
+            total[key] = round((sum if key.endswith("_ms") else max)(each[key] for each in rows), 2)
+    return total

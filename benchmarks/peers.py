@@ -1,0 +1,150 @@
+"""What a user could run instead of our operations, as functions of the same tensors.
+
+Each takes a `Layer` and returns a function of its tensors, or None where it does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import Call
+from ..kernels.aggregate.softmax import expand_table
+from ..kernels.window import Window
+from .cases import Layer
+from .measure import installed
+
+Function = Callable[..., Tensor]
+DENSE_MASK_POSITIONS = 1024  # of a map that scaled_dot_product_attention gets with a mask of all pairs
+
+
+def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int, int]) -> Tensor:
+    """Neighborhood aggregation without a kernel for it, boundary "shift", odd kernels, on ``[B, H, W, heads, D]``: all
+    windows inside the map unfolded, and the outer ones repeated for the border."""
+    rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    batch, height, width, heads, depth = v.shape
+    windows = F.unfold(v.permute(0, 3, 4, 1, 2).flatten(1, 2), (rows, columns))
+    windows = windows.unflatten(-1, (height - rows + 1, width - columns + 1))
+    windows = F.pad(windows, (columns // 2, columns // 2, rows // 2, rows // 2), mode="replicate")
+    windows = windows.reshape(batch, heads, depth, rows * columns, height, width)
+    return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
+
+
+def unfold_mix(call: Call) -> Tensor:
+    """`unfold_aggregate` in place of a `neighborhood_mix`, for `kernels.recording`."""
+    logits, v, table, kernel_bias = call.tensors
+    bias = expand_table(table, call.problem.rows, call.problem.columns, v.shape[1:3]) + kernel_bias
+    weights = (logits.permute(0, 3, 1, 2, 4) + bias).softmax(-1).permute(0, 2, 3, 1, 4)
+    return unfold_aggregate(weights, v, kernel_size=call.problem.kernel_size)
+
+
+def _is_plain(layer: Layer) -> bool:
+    """A query at every key, one window rule that NATTEN and masks of all pairs know."""
+    return layer.operation == "attention" and layer.queries == layer.shape[1:3] and layer.bias != "factored"
+
+
+def natten(layer: Layer) -> Function | None:
+    """NATTEN's fused kernels, which have no bias."""
+    if not _is_plain(layer) or layer.rows.boundary != "shift" or installed("natten") == "not installed":
+        return None
+    from natten import na2d
+
+    pairs = {name: layer.options[name] for name in ("kernel_size", "stride", "dilation")}
+    return lambda q, k, v: na2d(q, k, v, **pairs)
+
+
+def _visible(layer: Layer, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each axis, ``[queries, positions]``: whether a position is a key of a query, and the row of the table."""
+    found = []
+    for window, length in zip((layer.rows, layer.columns), layer.shape[1:3], strict=True):
+        position, inside, row = window.keys(length, device)
+        visible = torch.zeros(len(position), length + 1, dtype=torch.bool, device=device)
+        rows = torch.zeros(len(position), length + 1, dtype=torch.long, device=device)
+        at = torch.where(inside, position, length)  # those outside share a column that is cut off
+        visible.scatter_(1, at, True)
+        rows.scatter_(1, at, row)
+        found += [visible[:, :length], rows[:, :length]]
+    return tuple(found)
+
+
+def flex(layer: Layer, device: str) -> Function | None:
+    """PyTorch's flex_attention, compiled, with a block mask and the table added by its score_mod."""
+    if not _is_plain(layer) or layer.rows.boundary == "zero" or device != "cuda":
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # after some variants Dynamo compiles no more of them
+    _, height, width, _, depth = layer.shape
+    rows, row_of, columns, column_of = _visible(layer, device)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rows[q // width, k // width] & columns[q % width, k % width]
+
+    mask = create_block_mask(mask_mod, None, None, height * width, height * width, device=device, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + table[h, row_of[i // width, j // width], column_of[i % width, j % width]]
+
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        out = compiled(q, k, v, score_mod=None if table is None else score_mod, block_mask=mask, scale=depth**-0.5)
+        return out.transpose(1, 2).unflatten(1, (height, width))
+
+    return call
+
+
+def dense(layer: Layer, device: str) -> Function | None:
+    """scaled_dot_product_attention over the whole map with a mask that holds the table and hides the other keys."""
+    _, height, width, _, _ = layer.shape
+    if not _is_plain(layer) or layer.rows.boundary == "zero" or height * width > DENSE_MASK_POSITIONS:
+        return None
+    rows, row_of, columns, column_of = _visible(layer, device)
+    hidden = ~(rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+        if table is None:
+            mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device)
+        else:
+            mask = table[:, row_of[:, None, :, None], column_of[None, :, None, :]].flatten(3).flatten(1, 2)
+        mask = mask.masked_fill(hidden, float("-inf"))
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).unflatten(1, (height, width))
+
+    return call
+
+
+def windowed(layer: Layer) -> Function | None:
+    """scaled_dot_product_attention on windows that tile the map, cut as one would for it."""
+    both, size = (layer.rows, layer.columns), layer.shape[1:3]
+    tiled = all(
+        w.kernel_size == w.stride and length % (w.kernel_size * w.dilation) == 0
+        for w, length in zip(both, size, strict=True)
+    )
+    grid = all(w.kernel_size * w.dilation == length for w, length in zip(both, size, strict=True))
+    block = all(w.dilation == 1 for w in both)
+    if not _is_plain(layer) or not tiled or not (grid or block):
+        return None
+    p, p2 = (w.kernel_size for w in both)
+    parts = tuple(length // w.kernel_size for length, w in zip(size, both, strict=True))
+
+    def cut(t: Tensor) -> Tensor:  # B H W N D -> B*parts N P*P D
+        if block:
+            t = t.unflatten(2, (parts[1], p2)).unflatten(1, (parts[0], p)).permute(0, 1, 3, 5, 2, 4, 6)
+        else:
+            t = t.unflatten(2, (p2, parts[1])).unflatten(1, (p, parts[0])).permute(0, 2, 4, 5, 1, 3, 6)
+        return t.flatten(4, 5).flatten(0, 2)
+
+    def joined(t: Tensor, batch: int) -> Tensor:
+        t = t.unflatten(0, (batch, *parts)).unflatten(4, (p, p2))  # B R Q N P P D
+        t = t.permute(0, 1, 4, 2, 5, 3, 6) if block else t.permute(0, 4, 1, 5, 2, 3, 6)
+        return t.flatten(3, 4).flatten(1, 2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+        mask = None if table is None else expand_table(table, Window(p), Window(p2), (p, p2)).flatten(1, 2)
+        return joined(F.scaled_dot_product_attention(*map(cut, (q, k, v)), attn_mask=mask), q.shape[0])
+
+    return call
