@@ -23,17 +23,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SqueezeExcite, get_act_layer, get_norm_layer, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
-from .layers import StagedBackbone, drop_path_rates, init_weights, misfit, unwrap
+from .base import Backbone, check_names, create, keep_new, unwrap
+from .layers import Stage, drop_path_rates, fold_batch_norm, init_weights
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 
@@ -58,13 +58,18 @@ class ConvNormAct(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold a BatchNorm into the convolution, in place."""
-        bn = self.norm
-        if getattr(bn, "running_var", None) is not None:  # synchronized and frozen ones, too
-            self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
-                self.conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
-            self.conv.bias.requires_grad_(self.conv.weight.requires_grad)
+        if fold_batch_norm(self.conv, self.norm):
             self.norm = nn.Identity()
+
+
+class Downsample(ConvNormAct):
+    """3x3 convolution of stride 2 and norm, on channels-last maps."""
+
+    def __init__(self, in_chs: int, out_chs: int, norm_layer: str) -> None:
+        super().__init__(in_chs, out_chs, 3, 2, norm_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ConvBlock(nn.Module):
@@ -123,24 +128,7 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class AsCANStage(nn.Module):
-    """Blocks at one resolution; ``downsample`` halves the map before a stage that begins with T."""
-
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.downsample is not None:
-            x = self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class AsCAN(StagedBackbone):
+class AsCAN(Backbone):
     """AsCAN, a reconstruction: see the head of this file. Takes images of any size.
 
     Args:
@@ -182,6 +170,8 @@ class AsCAN(StagedBackbone):
         torch.Size([1, 10])
     """
 
+    tables = (".relative_position_bias_table",)
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -205,9 +195,7 @@ class AsCAN(StagedBackbone):
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
         _check_layout(stages, embed_dims, head_dim)
         for name, value, choices in (
             ("norm_layer", norm_layer, NORMS),
@@ -216,44 +204,30 @@ class AsCAN(StagedBackbone):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        self.in_chans = in_chans
         self.img_size = _image_size(img_size)
-        self.out_norm = out_norm
         self.reparameterized = False
 
         self.stem = nn.Sequential(
             ConvNormAct(in_chans, stem_width, 3, 2, norm_layer, act_layer),
             ConvNormAct(stem_width, stem_width, 3, 1, norm_layer, act_layer),
         )
+        convolutional = dict(expansion=expansion, se_ratio=se_ratio, norm_layer=norm_layer, act_layer=act_layer)
+        attention = dict(mlp_ratio=mlp_ratio, act_layer=act_layer, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
         rates = drop_path_rates(drop_path_rate, [len(stage) for stage in stages])
         modules = []
-        self.feature_info = []
         before = stem_width
         for i, (stage, dim) in enumerate(zip(stages, embed_dims, strict=True)):
-            stride = 4 * 2**i
-            downsample = ConvNormAct(before, dim, 3, 2, norm_layer) if stage[0] == "T" else None
+            size = _map_size(self.img_size, 4 * 2**i) if position == "bias" else None
+            downsample = Downsample(before, dim, norm_layer) if stage[0] == "T" else None
             blocks = []
-            for j, kind in enumerate(stage):
+            for j, (kind, rate) in enumerate(zip(stage, rates[i], strict=True)):
                 if kind == "C":
-                    options = (expansion, se_ratio, norm_layer, act_layer)
-                    blocks.append(ConvBlock(before, dim, 2 if j == 0 else 1, *options, drop_path=rates[i][j]))
+                    blocks.append(ConvBlock(before, dim, 2 if j == 0 else 1, drop_path=rate, **convolutional))
                 else:
-                    block = TransformerBlock(
-                        dim,
-                        dim // head_dim,
-                        _map_size(self.img_size, stride) if position == "bias" else None,
-                        mlp_ratio,
-                        act_layer,
-                        proj_drop=proj_drop_rate,
-                        attn_drop=attn_drop_rate,
-                        drop_path=rates[i][j],
-                    )
-                    blocks.append(block)
+                    blocks.append(TransformerBlock(dim, dim // head_dim, size, drop_path=rate, **attention))
                 before = dim
-            modules.append(AsCANStage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
-            if out_norm:
-                self.add_module(f"norm{i}", nn.LayerNorm(dim))
+            modules.append(Stage(blocks, downsample))
+            self._add_map(dim, f"stages.{i}")
         self.stages = nn.Sequential(*modules)
         self.norm = nn.LayerNorm(before)
         init_weights(self)
@@ -269,33 +243,13 @@ class AsCAN(StagedBackbone):
             ValueError: on a size that is no positive int or pair of them; the model is untouched.
         """
         self.img_size = _image_size(img_size)
-        for stage, info in zip(self.stages, self.feature_info, strict=False):  # there may be fewer stages: pruned
+        for stage, info in zip(self.stages, self.feature_info, strict=True):
             for module in stage.modules():
                 if isinstance(module, RelativePositionTable):
                     module.set_window_size(_map_size(self.img_size, info["reduction"]))
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
-        return {name for name, _ in self.named_parameters() if _is_table(name)}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups, for layer-wise learning rates."""
-        fine = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
-
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(x).permute(0, 2, 3, 1)
-
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
-        return self.norm(self.stages(self._stem(x)))
 
     def reparameterize(self) -> AsCAN:
         """Fold every BatchNorm into the convolution before it, in place, for inference.
@@ -343,10 +297,6 @@ def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_table(name: str) -> bool:
-    return name.endswith(".relative_position_bias_table")
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """A checkpoint of these models as a state dict of ``model``. Changes neither argument.
 
@@ -364,23 +314,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     state_dict = unwrap(state_dict)
     own = model.state_dict()
 
-    norms = {f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")} & set(own)
-    if not norms & set(state_dict):
-        state_dict.update({name: own[name] for name in norms})
+    keep_new(state_dict, own)
     if not any(name.startswith(("norm.", "head.")) for name in state_dict):  # of features_only
         state_dict.update({name: own[name] for name in ("norm.weight", "norm.bias")})
-    missing = sorted(name for name in set(own) - set(state_dict) if not name.startswith("head."))
-    unexpected = sorted(name for name in set(state_dict) - set(own) if not name.startswith("head."))
-    if missing or unexpected:
-        folded = "stem.0.norm.weight" not in state_dict and "stem.0.conv.bias" in state_dict
-        if folded and not model.reparameterized:
-            raise ValueError(
-                "the checkpoint is of a reparameterized model: make the model, call reparameterize(), then "
-                "load_state_dict"
-            )
-        raise misfit(missing, unexpected)
+    if not model.reparameterized and "stem.0.norm.weight" not in state_dict and "stem.0.conv.bias" in state_dict:
+        raise ValueError(
+            "the checkpoint is of a reparameterized model: make the model, call reparameterize(), then load_state_dict"
+        )
+    check_names(state_dict, own)
     for name in state_dict:
-        if _is_table(name):
+        if name.endswith(model.tables):
             rows, columns = own[name].shape[1:]
             state_dict[name] = resample_table(state_dict[name], ((rows + 1) // 2, (columns + 1) // 2))
     return state_dict
@@ -398,14 +341,7 @@ _NOTES = (
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.0.conv",
         "classifier": "head",
         "license": "apache-2.0",
@@ -431,31 +367,21 @@ def family(name: str) -> str:
     return "AsCAN"
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> AsCAN:
-    return build_model_with_cfg(
-        AsCAN,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter"),
-        **kwargs,
-    )
+_create = partial(create, checkpoint_filter_fn, AsCAN)
 
 
 @register_model
 def ascan_tiny(pretrained: bool = False, **kwargs: Any) -> AsCAN:
     """AsCAN-Tiny, 55.5 M parameters. A reconstruction, not verified against the paper."""
     stages = ("CC", "CC", "CC" + 5 * "T", "C" + 6 * "T")
-    args = dict(stages=stages, embed_dims=(80, 160, 320, 640), drop_path_rate=0.3)
-    return _create("ascan_tiny", pretrained, **{**args, **kwargs})
+    return _create("ascan_tiny", pretrained, kwargs, stages=stages, embed_dims=(80, 160, 320, 640), drop_path_rate=0.3)
 
 
 @register_model
 def ascan_base(pretrained: bool = False, **kwargs: Any) -> AsCAN:
     """AsCAN-Base, 98.4 M parameters. A reconstruction, not verified against the paper."""
     stages = ("CC", "CCCCT", "CCC" + 10 * "T", "C" + 6 * "T")
-    args = dict(stages=stages, embed_dims=(96, 192, 384, 768), drop_path_rate=0.4)
-    return _create("ascan_base", pretrained, **{**args, **kwargs})
+    return _create("ascan_base", pretrained, kwargs, stages=stages, embed_dims=(96, 192, 384, 768), drop_path_rate=0.4)
 
 
 @register_model
@@ -463,7 +389,7 @@ def ascan_large(pretrained: bool = False, **kwargs: Any) -> AsCAN:
     """AsCAN-Large, 173.4 M parameters. A reconstruction, not verified against the paper."""
     stages = ("CCC", "CCCCT", "CC" + 13 * "T", "C" + 6 * "T")
     args = dict(stages=stages, embed_dims=(128, 256, 512, 1024), drop_path_rate=0.5)
-    return _create("ascan_large", pretrained, **{**args, **kwargs})
+    return _create("ascan_large", pretrained, kwargs, **args)
 
 
 @register_model
@@ -472,4 +398,4 @@ def test_foveal_ascan(pretrained: bool = False, **kwargs: Any) -> AsCAN:
     args = dict(
         img_size=64, stages=("C", "CT", "CT", "TT"), embed_dims=(16, 16, 32, 64), stem_width=16, expansion=2, head_dim=8
     )
-    return _create("test_foveal_ascan", pretrained, **{**args, **kwargs})
+    return _create("test_foveal_ascan", pretrained, kwargs, **args)

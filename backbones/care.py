@@ -17,17 +17,20 @@ Parameters carry the authors' names. Feature maps are ``[B, C, H, W]``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import shortfall, symbolic
-from .layers import StagedBackbone, check_head, drop_path_rates, init_weights, misfit, unwrap
+from .base import Backbone, check_head, check_names, create, keep_new, unwrap
+from .layers import Stage, drop_path_rates, init_weights
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -156,21 +159,14 @@ class CAREBlock(nn.Module):
         return y if self.gamma is None else x + self.drop_path(self.gamma[:, None, None] * y)
 
 
-class CAREStage(nn.Module):
-    """BatchNorm and a 2x2 convolution of stride 2 (none before the first stage), then blocks."""
+class Downsample(nn.Sequential):
+    """BatchNorm and a 2x2 convolution of stride 2."""
 
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[CAREBlock]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim_out, 2, stride=2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.downsample is not None:
-            x = self.downsample(_at_least(x, 2))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        return super().forward(_at_least(x, 2))
 
 
 def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -192,7 +188,7 @@ class CAREHead(nn.Module):
         return self.fc(self.norm(F.gelu(x)))
 
 
-class CARE(StagedBackbone):
+class CARE(Backbone):
     """CARE Transformer. Takes images of any size.
 
     The stem and the downsamplers do not pad: a length that they do not divide loses its remainder at the bottom and
@@ -250,9 +246,7 @@ class CARE(StagedBackbone):
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
         lengths = {"embed_dims": len(embed_dims), "ratios": len(ratios), "head_dims": len(head_dims)}
         if set(lengths.values()) != {len(depths)}:
             raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
@@ -260,8 +254,6 @@ class CARE(StagedBackbone):
             raise ValueError(f"embed_dims must be divisible by 4, got {tuple(embed_dims)}")
         if min(depths) < 1:
             raise ValueError(f"depths must be at least 1, got {tuple(depths)}")
-        self.in_chans = in_chans
-        self.out_norm = out_norm
         self.distilled_training = False
         self.reparameterized = False
 
@@ -269,21 +261,14 @@ class CARE(StagedBackbone):
         rates = drop_path_rates(drop_path_rate, depths)
         last = (len(depths) - 1, depths[-1] - 1)
         stages = []
-        self.feature_info = []
         for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            downsample = None
-            if i > 0:
-                before = embed_dims[i - 1]
-                downsample = nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, dim, 2, stride=2))
+            downsample = Downsample(embed_dims[i - 1], dim) if i > 0 else None
             blocks = [
                 CAREBlock(dim, ratios[i], head_dims[i], drop_path=rates[i][j], expand=(i, j) == last)
                 for j in range(depth)
             ]
-            stages.append(CAREStage(downsample, blocks))
-            channels = dim * ratios[i][1] if i == last[0] else dim
-            self.feature_info.append(dict(num_chs=channels, reduction=4 * 2**i, module=f"stages.{i}"))
-            if out_norm:
-                self.add_module(f"norm{i}", LayerNorm2d(channels))
+            stages.append(Stage(blocks, downsample))
+            self._add_map(dim * ratios[i][1] if i == last[0] else dim, f"stages.{i}", LayerNorm2d)
         self.stages = nn.Sequential(*stages)
         init_weights(self)
         self._init_head(self.feature_info[-1]["num_chs"], num_classes, global_pool, drop_rate)
@@ -313,21 +298,8 @@ class CARE(StagedBackbone):
         """Let `forward` return the pair (logits, distilled logits) in training mode instead of their mean."""
         self.distilled_training = enable
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups, for layer-wise learning rates."""
-        fine = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm\d", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else fine)
-
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(_at_least(x, 4))
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
-        return self.stages(self._stem(x))
 
     def forward_head(
         self, x: torch.Tensor, pre_logits: bool = False
@@ -372,6 +344,7 @@ class CARE(StagedBackbone):
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _EPS = nn.BatchNorm2d(1).eps
+_HEADS = r"(dist_)?head\."
 
 
 def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -442,20 +415,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 state_dict[f"{bn}.{leaf}"] = fill(own[f"{bn}.{leaf}"])
             state_dict[f"{bn}.running_var"] -= _EPS
 
-    norms = {name for name in own if name.startswith("norm")}
-    if not norms & set(state_dict):
-        state_dict.update({name: own[name] for name in norms})
+    keep_new(state_dict, own)
     if not model.num_classes:
-        state_dict = {name: value for name, value in state_dict.items() if not _of_head(name)}
-    missing = sorted(name for name in set(own) - set(state_dict) if not _of_head(name))
-    unexpected = sorted(name for name in set(state_dict) - set(own) if not _of_head(name))
-    if missing or unexpected:
-        raise misfit(missing, unexpected)
+        state_dict = {name: value for name, value in state_dict.items() if not re.match(_HEADS, name)}
+    check_names(state_dict, own, ignore=_HEADS)
     return state_dict
-
-
-def _of_head(name: str) -> bool:
-    return name.startswith(("head.", "dist_head."))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,41 +461,32 @@ def family(name: str) -> str:
     return "CARE"
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> CARE:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_model_with_cfg(
-        CARE,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+_create = partial(create, checkpoint_filter_fn, CARE)
 
 
 @register_model
 def care_s0(pretrained: bool = False, **kwargs: Any) -> CARE:
     """CARE-S0, 7.3 M parameters."""
     args = dict(embed_dims=(32, 64, 128, 256), depths=(2, 4, 8, 4), ratios=((2, 2), (2, 4), (4, 4), (4, 4)))
-    return _create("care_s0", pretrained, **{**args, **kwargs})
+    return _create("care_s0", pretrained, kwargs, **args)
 
 
 @register_model
 def care_s1(pretrained: bool = False, **kwargs: Any) -> CARE:
     """CARE-S1, 9.6 M parameters."""
     args = dict(embed_dims=(32, 64, 128, 256), depths=(3, 6, 10, 6), ratios=((2, 4), (2, 4), (4, 4), (4, 4)))
-    return _create("care_s1", pretrained, **{**args, **kwargs})
+    return _create("care_s1", pretrained, kwargs, **args)
 
 
 @register_model
 def care_s2(pretrained: bool = False, **kwargs: Any) -> CARE:
     """CARE-S2, 19.5 M parameters."""
     args = dict(embed_dims=(32, 64, 192, 384), depths=(3, 6, 10, 6), ratios=((4, 4), (4, 4), (4, 4), (4, 4)))
-    return _create("care_s2", pretrained, **{**args, **kwargs})
+    return _create("care_s2", pretrained, kwargs, **args)
 
 
 @register_model
 def test_foveal_care(pretrained: bool = False, **kwargs: Any) -> CARE:
     """A very small CARE, for tests and demonstrations."""
     args = dict(embed_dims=(16, 16, 32, 64), depths=(1, 1, 2, 2), ratios=((2, 2),) * 4, head_dims=(None, None, 4, 8))
-    return _create("test_foveal_care", pretrained, **{**args, **kwargs})
+    return _create("test_foveal_care", pretrained, kwargs, **args)

@@ -18,24 +18,20 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, get_norm_act_layer
 from timm.layers.halo_attn import HaloAttn
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByobNet
 from torch import nn
 
 from .attention import HaloAttention2d
-from .layers import StagedBackbone, drop_path_rates, unwrap
+from .base import Backbone, create, keep_new, unwrap
+from .layers import Blocks, drop_path_rates
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -84,7 +80,7 @@ class HaloBlock(nn.Module):
         return self.act(y + self.shortcut(x))
 
 
-class HaloNet(StagedBackbone):
+class HaloNet(Backbone):
     """HaloNet. Takes images of any size.
 
     The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens the values alone and ``out_ratio`` the
@@ -124,6 +120,7 @@ class HaloNet(StagedBackbone):
     """
 
     output_fmt = "NCHW"
+    tables = ("_rel",)
 
     def __init__(
         self,
@@ -147,57 +144,43 @@ class HaloNet(StagedBackbone):
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
         if len(widths) != len(depths):
             raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
         if any(width % num_heads for width in widths):
             raise ValueError(f"widths {tuple(widths)} are not all divisible by num_heads {num_heads}")
-        self.in_chans = in_chans
-        self.out_norm = out_norm
-        self.grad_checkpointing = False
+        options = dict(num_heads=num_heads, block_size=block_size, halo_size=halo_size)
+        options |= dict(boundary=boundary, act_layer=act_layer)
 
         stem = OrderedDict(
             conv1=ConvNormAct(in_chans, stem_dim, 7, stride=2, act_layer=act_layer),
             pool=nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.stem = nn.Sequential(stem)
-        rates = drop_path_rates(drop_path_rate, depths)
         stages = []
-        self.feature_info = []
         dim = stem_dim
-        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for i, (width, rates) in enumerate(zip(widths, drop_path_rates(drop_path_rate, depths), strict=True)):
+            value_dim, out_dim = int(width * value_ratio), int(width * out_ratio)
             blocks = []
-            for j in range(depth):
+            for j, rate in enumerate(rates):
+                stride, project = (2 if i > 0 and j == 0 else 1), j == 0
                 block = HaloBlock(
-                    dim,
-                    width,
-                    int(width * value_ratio),
-                    int(width * out_ratio),
-                    stride=2 if i > 0 and j == 0 else 1,
-                    num_heads=num_heads,
-                    block_size=block_size,
-                    halo_size=halo_size,
-                    boundary=boundary,
-                    act_layer=act_layer,
-                    project=j == 0,
-                    drop_path=rates[i][j],
+                    dim, width, value_dim, out_dim, stride=stride, project=project, drop_path=rate, **options
                 )
                 blocks.append(block)
-                dim = int(width * out_ratio)
-            stages.append(nn.Sequential(*blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+                dim = out_dim
+            stages.append(Blocks(*blocks))
         self.stages = nn.Sequential(*stages)
-        if num_features is None:
-            self.final_conv = nn.Identity()
-        else:
+        self.final_conv = nn.Identity()
+        if num_features is not None:
             self.final_conv = ConvNormAct(dim, num_features, 1, act_layer=act_layer)
             dim = num_features
-            self.feature_info[-1] |= dict(num_chs=dim, module="final_conv")
-        if out_norm:
-            for i, info in enumerate(self.feature_info):
-                self.add_module(f"norm{i}", LayerNorm2d(info["num_chs"]))
+        channels = [*(int(width * out_ratio) for width in widths[:-1]), dim]
+        modules = [f"stages.{i}" for i in range(len(widths))]
+        if num_features is not None:
+            modules[-1] = "final_conv"
+        for each, module in zip(channels, modules, strict=True):
+            self._add_map(each, module, LayerNorm2d)
         self._init_weights(zero_init_last)
         self._init_head(dim, num_classes, global_pool, drop_rate)
 
@@ -211,30 +194,20 @@ class HaloNet(StagedBackbone):
             if isinstance(m, HaloBlock) and zero_init_last:
                 nn.init.zeros_(m.conv3_1x1.bn.weight)
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed besides biases and norms: the relative position embeddings."""
-        return {name for name, _ in self.named_parameters() if name.endswith("_rel")}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return dict(stem=r"^stem", blocks=[(blocks, None), (r"^final_conv|^norm", (99999,))])
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
+    def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The map of stage ``i``; the final convolution belongs to the last one."""
+        x = self.stages[i](x)
+        return self.final_conv(x) if i == len(self.stages) - 1 else x
 
-    def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(x)
-
-    def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Stage ``i``; the final convolution belongs to the last one."""
-        x = checkpoint_seq(self.stages[i], x) if self.grad_checkpointing else self.stages[i](x)
-        return self.final_conv(x) if i == len(self.feature_info) - 1 else x
-
-    def _prune_end(self, norm: bool, shortened: bool) -> None:
-        if shortened:
+    def _prune(self, take: Sequence[int], last: int) -> None:
+        if last < len(self.stages) - 1:
             self.final_conv = nn.Identity()
+        super()._prune(take, last)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``; without
@@ -245,10 +218,7 @@ class HaloNet(StagedBackbone):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
-        x = self.stem(x)
-        for i in range(len(self.stages)):
-            x = self._stage(i, x)
-        return x
+        return self.final_conv(self.stages(self.stem(x)))
 
 
 def replace_attention(model: nn.Module) -> dict[str, str]:
@@ -305,8 +275,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     The hybrids' checkpoints are timm's and need nothing.
     """
     state_dict = unwrap(state_dict)
-    level_norms = {name: value for name, value in model.state_dict().items() if name.startswith("norm")}
-    return {**level_norms, **state_dict}
+    keep_new(state_dict, model.state_dict())
+    return state_dict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,16 +354,7 @@ def family(name: str) -> str:
     return "HaloNet hybrid" if name in _HYBRIDS else "HaloNet"
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> HaloNet:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_model_with_cfg(
-        HaloNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+_create = partial(create, checkpoint_filter_fn, HaloNet)
 
 
 def _byobnet(**kwargs: Any) -> ByobNet:
@@ -416,57 +377,54 @@ def _create_hybrid(variant: str, pretrained: bool, **kwargs: Any) -> ByobNet:
 @register_model
 def halo_h0(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H0, 5.5 M parameters, for 256 pixels. No weights are published."""
-    args = dict(depths=(3, 3, 7, 3), block_size=8, halo_size=3, out_ratio=0.5)
-    return _create("halo_h0", pretrained, **{**args, **kwargs})
+    return _create("halo_h0", pretrained, kwargs, depths=(3, 3, 7, 3), block_size=8, halo_size=3, out_ratio=0.5)
 
 
 @register_model
 def halo_h1(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H1, 8.1 M parameters, for 256 pixels. No weights are published."""
-    args = dict(depths=(3, 3, 10, 3), block_size=8, halo_size=3, out_ratio=1.0)
-    return _create("halo_h1", pretrained, **{**args, **kwargs})
+    return _create("halo_h1", pretrained, kwargs, depths=(3, 3, 10, 3), block_size=8, halo_size=3, out_ratio=1.0)
 
 
 @register_model
 def halo_h2(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H2, 9.4 M parameters, for 256 pixels. No weights are published."""
-    args = dict(depths=(3, 3, 11, 3), block_size=8, halo_size=3, out_ratio=1.25)
-    return _create("halo_h2", pretrained, **{**args, **kwargs})
+    return _create("halo_h2", pretrained, kwargs, depths=(3, 3, 11, 3), block_size=8, halo_size=3, out_ratio=1.25)
 
 
 @register_model
 def halo_h3(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H3, 11.8 M parameters, for 320 pixels. No weights are published."""
     args = dict(depths=(3, 3, 12, 3), block_size=10, halo_size=3, out_ratio=1.5, num_features=1024)
-    return _create("halo_h3", pretrained, **{**args, **kwargs})
+    return _create("halo_h3", pretrained, kwargs, **args)
 
 
 @register_model
 def halo_h4(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H4, 19.1 M parameters, for 384 pixels. No weights are published."""
     args = dict(depths=(3, 3, 12, 3), block_size=12, halo_size=2, out_ratio=3.0, num_features=1280)
-    return _create("halo_h4", pretrained, **{**args, **kwargs})
+    return _create("halo_h4", pretrained, kwargs, **args)
 
 
 @register_model
 def halo_h5(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H5, 30.7 M parameters, for 448 pixels. No weights are published."""
     args = dict(depths=(3, 3, 23, 3), block_size=14, halo_size=2, value_ratio=2.5, out_ratio=2.0, num_features=1536)
-    return _create("halo_h5", pretrained, **{**args, **kwargs})
+    return _create("halo_h5", pretrained, kwargs, **args)
 
 
 @register_model
 def halo_h6(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H6, 43.5 M parameters, for 512 pixels. No weights are published."""
     args = dict(depths=(3, 3, 24, 3), block_size=8, halo_size=4, value_ratio=3.0, out_ratio=2.75, num_features=1536)
-    return _create("halo_h6", pretrained, **{**args, **kwargs})
+    return _create("halo_h6", pretrained, kwargs, **args)
 
 
 @register_model
 def halo_h7(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """HaloNet-H7, 67.4 M parameters, for 600 pixels. No weights are published."""
     args = dict(depths=(3, 3, 26, 3), block_size=10, halo_size=3, value_ratio=4.0, out_ratio=3.5, num_features=2048)
-    return _create("halo_h7", pretrained, **{**args, **kwargs})
+    return _create("halo_h7", pretrained, kwargs, **args)
 
 
 @register_model
@@ -518,4 +476,4 @@ def test_foveal_halonet(pretrained: bool = False, **kwargs: Any) -> HaloNet:
     """A very small HaloNet, for tests and demonstrations."""
     args = dict(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=2, block_size=4, halo_size=1, stem_dim=16)
     args |= dict(value_ratio=1.5, out_ratio=2.0, num_features=96, zero_init_last=False)
-    return _create("test_foveal_halonet", pretrained, **{**args, **kwargs})
+    return _create("test_foveal_halonet", pretrained, kwargs, **args)

@@ -19,7 +19,6 @@ attention's ``[B, H, W, C]`` is a view of the same memory.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,19 +26,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, to_2tuple
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-)
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
-from .layers import POOLS, StagedBackbone, check_head, drop_path_rates, misfit, unwrap
+from .base import POOLS, Backbone, check_head, check_names, create, keep_new, unwrap
+from .layers import Stage, drop_path_rates, fold_batch_norm
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -123,21 +116,7 @@ class MaxViTBlock(nn.Module):
         return self.attn_grid(self.attn_block(x)).permute(0, 3, 1, 2)
 
 
-class MaxViTStage(nn.Module):
-    """Blocks at one resolution; the first halves the map before it, an odd length upwards."""
-
-    def __init__(self, blocks: Sequence[MaxViTBlock]) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class MaxViT(StagedBackbone):
+class MaxViT(Backbone):
     """MaxViT. Takes images of any size.
 
     Args:
@@ -182,6 +161,7 @@ class MaxViT(StagedBackbone):
     """
 
     output_fmt = "NCHW"
+    tables = (_TABLE,)
 
     def __init__(
         self,
@@ -203,55 +183,31 @@ class MaxViT(StagedBackbone):
         drop_path_rate: float = 0.0,
         out_norm: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
         if len(depths) != len(dims):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} differ in length")
         if any(dim % head_dim for dim in dims):
             raise ValueError(f"dims {tuple(dims)} are not all divisible by head_dim {head_dim}")
         if partition not in ("fixed", "scaled"):
             raise ValueError(f'partition must be "fixed" or "scaled", got {partition!r}')
-        self.in_chans = in_chans
         self.partition = partition
-        self.out_norm = out_norm
         self.drop_rate = drop_rate
         self.img_size, self.partition_size = _sizes(img_size, partition_size)
+        options = dict(head_dim=head_dim, partition_size=self.partition_size, mlp_ratio=mlp_ratio)
+        options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
-        self.stem = Stem(
-            in_chans,
-            stem_width,
-            padding=_CONV.padding,
-            bias=True,
-            act_layer=_CONV.act_layer,
-            norm_layer=_CONV.norm_layer,
-            norm_eps=_CONV.norm_eps,
-        )
-        self.stem.norm1.act = GELU()
+        self.stem = _stem(in_chans, stem_width)
         rates = drop_path_rates(drop_path_rate, depths)
         stages = []
-        self.feature_info = []
-        for i, depth in enumerate(depths):
-            stride = 4 * 2**i
-            blocks = [
-                MaxViTBlock(
-                    (stem_width if i == 0 else dims[i - 1]) if j == 0 else dims[i],
-                    dims[i],
-                    stride=2 if j == 0 else 1,
-                    head_dim=head_dim,
-                    partition_size=self.partition_size,
-                    parts=_PARTITION_RATIO // stride if partition == "scaled" else None,
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rates[i][j],
-                )
-                for j in range(depth)
-            ]
-            stages.append(MaxViTStage(blocks))
-            self.feature_info.append(dict(num_chs=dims[i], reduction=stride, module=f"stages.{i}"))
-            if out_norm:
-                self.add_module(f"norm{i}", LayerNorm2d(dims[i], eps=_NORM_EPS))
+        in_chs = stem_width
+        for i, dim in enumerate(dims):
+            parts = _PARTITION_RATIO // (4 * 2**i) if partition == "scaled" else None
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                blocks.append(MaxViTBlock(in_chs, dim, 2 if j == 0 else 1, parts=parts, drop_path=rate, **options))
+                in_chs = dim
+            stages.append(Stage(blocks))
+            self._add_map(dim, f"stages.{i}", _layer_norm)
         self.stages = nn.Sequential(*stages)
         _init_weights(self)
         self.num_features = self.embed_dim = dims[-1]
@@ -296,10 +252,6 @@ class MaxViT(StagedBackbone):
                 _fold_before(module.conv1_1x1, module, "pre_norm")
         return self
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(_TABLE)}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates."""
         fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
@@ -316,7 +268,7 @@ class MaxViT(StagedBackbone):
             hidden_size=hidden_size,
             pool_type=global_pool,
             drop_rate=self.drop_rate,
-            norm_layer=partial(LayerNorm2d, eps=_NORM_EPS),
+            norm_layer=_layer_norm,
         )
         self.head_hidden_size = self.head.num_features
 
@@ -344,14 +296,27 @@ class MaxViT(StagedBackbone):
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(x.contiguous(memory_format=torch.channels_last))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
-        return self.stages(self._stem(x))
-
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``: pooled,
         normalized, through the hidden layer and tanh."""
         return self.head(x, pre_logits=pre_logits)
+
+
+_layer_norm = partial(LayerNorm2d, eps=_NORM_EPS)
+
+
+def _stem(in_chans: int, width: int) -> Stem:
+    stem = Stem(
+        in_chans,
+        width,
+        padding=_CONV.padding,
+        bias=True,
+        act_layer=_CONV.act_layer,
+        norm_layer=_CONV.norm_layer,
+        norm_eps=_CONV.norm_eps,
+    )
+    stem.norm1.act = GELU()
+    return stem
 
 
 def _sizes(
@@ -388,10 +353,7 @@ def _init_weights(model: nn.Module) -> None:
 def _fold(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
     norm = getattr(parent, name)
-    if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
+    if fold_batch_norm(conv, norm):
         setattr(parent, name, norm.act)
 
 
@@ -430,10 +392,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     state_dict = unwrap(state_dict)
 
     own = model.state_dict()
-    level_norms = {name for name in own if re.match(r"norm\d", name)}
-    if not level_norms & set(state_dict):
-        state_dict.update({name: own[name] for name in level_norms})
-    _check_names(state_dict, own)
+    keep_new(state_dict, own)
+    check_names(state_dict, own)
     for name, value in state_dict.items():
         if name.endswith(_TABLE):
             rows, columns = ((size + 1) // 2 for size in own[name].shape[1:])
@@ -441,19 +401,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         elif name.startswith("head.") and name in own and value.numel() == own[name].numel():
             state_dict[name] = value.reshape(own[name].shape)
     return state_dict
-
-
-def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    def body(names: Any) -> set[str]:
-        return {n for n in names if not n.startswith("head.")}
-
-    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
-    if not missing and not unexpected:
-        return
-    if any(re.match(r"norm\d", name) for name in unexpected):
-        raise ValueError("the checkpoint has a norm per stage: create the model with features_only=True, out_norm=True")
-
-    raise misfit(missing, unexpected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,17 +442,7 @@ def family(name: str) -> str:
     return "MaxViT"
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> MaxViT:
-    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
-    return build_model_with_cfg(
-        MaxViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
-
+_create = partial(create, checkpoint_filter_fn, MaxViT)
 
 # depths, widths and stochastic depth: table 1 of the paper and the authors' configurations
 _TINY = dict(stem_width=64, depths=(2, 2, 5, 2), dims=(64, 128, 256, 512), drop_path_rate=0.2)
@@ -519,95 +456,95 @@ _XLARGE = dict(stem_width=192, depths=(2, 6, 14, 2), dims=(192, 384, 768, 1536),
 @register_model
 def maxvit_tiny_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Tiny, 31 M parameters, for 224 x 224."""
-    return _create("maxvit_tiny_224", pretrained, **{**_TINY, "img_size": 224, **kwargs})
+    return _create("maxvit_tiny_224", pretrained, kwargs, **_TINY, img_size=224)
 
 
 @register_model
 def maxvit_tiny_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Tiny, 31 M parameters, for 384 x 384."""
-    return _create("maxvit_tiny_384", pretrained, **{**_TINY, "img_size": 384, **kwargs})
+    return _create("maxvit_tiny_384", pretrained, kwargs, **_TINY, img_size=384)
 
 
 @register_model
 def maxvit_tiny_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Tiny, 31 M parameters, for 512 x 512."""
-    return _create("maxvit_tiny_512", pretrained, **{**_TINY, "img_size": 512, **kwargs})
+    return _create("maxvit_tiny_512", pretrained, kwargs, **_TINY, img_size=512)
 
 
 @register_model
 def maxvit_small_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Small, 69 M parameters, for 224 x 224."""
-    return _create("maxvit_small_224", pretrained, **{**_SMALL, "img_size": 224, **kwargs})
+    return _create("maxvit_small_224", pretrained, kwargs, **_SMALL, img_size=224)
 
 
 @register_model
 def maxvit_small_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Small, 69 M parameters, for 384 x 384."""
-    return _create("maxvit_small_384", pretrained, **{**_SMALL, "img_size": 384, **kwargs})
+    return _create("maxvit_small_384", pretrained, kwargs, **_SMALL, img_size=384)
 
 
 @register_model
 def maxvit_small_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Small, 69 M parameters, for 512 x 512."""
-    return _create("maxvit_small_512", pretrained, **{**_SMALL, "img_size": 512, **kwargs})
+    return _create("maxvit_small_512", pretrained, kwargs, **_SMALL, img_size=512)
 
 
 @register_model
 def maxvit_base_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Base, 120 M parameters, for 224 x 224."""
-    return _create("maxvit_base_224", pretrained, **{**_BASE, "img_size": 224, **kwargs})
+    return _create("maxvit_base_224", pretrained, kwargs, **_BASE, img_size=224)
 
 
 @register_model
 def maxvit_base_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Base, 120 M parameters, for 384 x 384."""
-    return _create("maxvit_base_384", pretrained, **{**_BASE, "img_size": 384, **kwargs})
+    return _create("maxvit_base_384", pretrained, kwargs, **_BASE, img_size=384)
 
 
 @register_model
 def maxvit_base_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Base, 120 M parameters, for 512 x 512."""
-    return _create("maxvit_base_512", pretrained, **{**_BASE, "img_size": 512, **kwargs})
+    return _create("maxvit_base_512", pretrained, kwargs, **_BASE, img_size=512)
 
 
 @register_model
 def maxvit_large_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Large, 212 M parameters, for 224 x 224."""
-    return _create("maxvit_large_224", pretrained, **{**_LARGE, "img_size": 224, **kwargs})
+    return _create("maxvit_large_224", pretrained, kwargs, **_LARGE, img_size=224)
 
 
 @register_model
 def maxvit_large_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Large, 212 M parameters, for 384 x 384."""
-    return _create("maxvit_large_384", pretrained, **{**_LARGE, "img_size": 384, **kwargs})
+    return _create("maxvit_large_384", pretrained, kwargs, **_LARGE, img_size=384)
 
 
 @register_model
 def maxvit_large_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-Large, 212 M parameters, for 512 x 512."""
-    return _create("maxvit_large_512", pretrained, **{**_LARGE, "img_size": 512, **kwargs})
+    return _create("maxvit_large_512", pretrained, kwargs, **_LARGE, img_size=512)
 
 
 @register_model
 def maxvit_xlarge_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-XLarge, 475 M parameters, for 224 x 224."""
-    return _create("maxvit_xlarge_224", pretrained, **{**_XLARGE, "img_size": 224, **kwargs})
+    return _create("maxvit_xlarge_224", pretrained, kwargs, **_XLARGE, img_size=224)
 
 
 @register_model
 def maxvit_xlarge_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-XLarge, 475 M parameters, for 384 x 384."""
-    return _create("maxvit_xlarge_384", pretrained, **{**_XLARGE, "img_size": 384, **kwargs})
+    return _create("maxvit_xlarge_384", pretrained, kwargs, **_XLARGE, img_size=384)
 
 
 @register_model
 def maxvit_xlarge_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """MaxViT-XLarge, 475 M parameters, for 512 x 512."""
-    return _create("maxvit_xlarge_512", pretrained, **{**_XLARGE, "img_size": 512, **kwargs})
+    return _create("maxvit_xlarge_512", pretrained, kwargs, **_XLARGE, img_size=512)
 
 
 @register_model
 def test_foveal_maxvit(pretrained: bool = False, **kwargs: Any) -> MaxViT:
     """A very small MaxViT, for tests and demonstrations."""
     args = dict(stem_width=16, depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), head_dim=16, img_size=64)
-    return _create("test_foveal_maxvit", pretrained, **{**args, **kwargs})
+    return _create("test_foveal_maxvit", pretrained, kwargs, **args)

@@ -22,32 +22,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import NeighborhoodAttention2d, symbolic
-from .layers import (
-    Backbone,
-    StagedBackbone,
-    drop_path_rates,
-    init_weights,
-    misfit,
-    take_indices,
-    to_format,
-    unwrap,
-)
+from .base import Backbone, check_names, create, keep_new, unwrap
+from .layers import Blocks, drop_path_rates, init_weights
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
+
 
 Dilations = Sequence[Sequence[int]] | str | None
 
@@ -141,20 +130,14 @@ class NATLevel(nn.Module):
 
     def __init__(self, blocks: Sequence[NATBlock], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
         self.downsample = downsample if downsample is not None else nn.Identity()
-        self.grad_checkpointing = False
-
-    def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.downsample(self.forward_blocks(x))
+        return self.downsample(self.blocks(x))
 
 
-class NAT(StagedBackbone):
+class NAT(Backbone):
     """NAT and DiNAT. Takes images of any size.
 
     Args:
@@ -192,7 +175,7 @@ class NAT(StagedBackbone):
         ('NAT', (1, 10))
     """
 
-    levels_name = "levels"  # the authors' name of the level list, part of every parameter's name
+    stem_name, levels_name = "patch_embed", "levels"
 
     def __init__(
         self,
@@ -215,48 +198,30 @@ class NAT(StagedBackbone):
         out_norm: bool = False,
         interpolate_rpb: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
         if len(depths) != len(num_heads):
             raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} differ in length")
-        self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.out_norm = out_norm
         self.interpolate_rpb = interpolate_rpb
         self.kernel_size = to_2tuple(kernel_size)
+        options = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
+        options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.patch_embed = self._tokenizer(in_chans, embed_dim)
-        dilations = _dilations(dilations, depths)
-        rates = drop_path_rates(drop_path_rate, depths)
+        dilations, rates = _dilations(dilations, depths), drop_path_rates(drop_path_rate, depths)
         levels = []
-        self.feature_info = []
-        for i, depth in enumerate(depths):
+        for i, heads in enumerate(num_heads):
             dim = embed_dim * 2**i
             blocks = [
-                NATBlock(
-                    dim,
-                    num_heads[i],
-                    kernel_size,
-                    dilations[i][j],
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    layer_scale=layer_scale,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rates[i][j],
-                )
-                for j in range(depth)
+                NATBlock(dim, heads, kernel_size, dilation, drop_path=rate, **options)
+                for dilation, rate in zip(dilations[i], rates[i], strict=True)
             ]
             levels.append(NATLevel(blocks, self._downsampler(dim) if i < len(depths) - 1 else None))
-            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.levels_name}.{i}.blocks"))
-            if out_norm:
-                self.add_module(f"norm{i}", nn.LayerNorm(dim))
+            self._add_map(dim, f"{self.levels_name}.{i}.blocks")
         setattr(self, self.levels_name, nn.Sequential(*levels))
-        num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.norm = nn.LayerNorm(num_features)
+        self.norm = nn.LayerNorm(dim)
         init_weights(self)
-        self._init_head(num_features, num_classes, global_pool, drop_rate)
+        self._init_head(dim, num_classes, global_pool, drop_rate)
 
     def _tokenizer(self, in_chans: int, dim: int) -> nn.Module:
         return ConvTokenizer(in_chans, dim)
@@ -274,22 +239,12 @@ class NAT(StagedBackbone):
         ]
         return dict(stem=r"^patch_embed", blocks=rf"^{name}\.(\d+)" if coarse else fine)
 
-    def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.patch_embed(x)
+    def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return self._levels[i].blocks(self._levels[i - 1].downsample(x) if i else x)
 
-    def _stage(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self._levels[i].forward_blocks(self._levels[i - 1].downsample(x) if i else x)
-
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
-
-    def _prune_end(self, norm: bool, shortened: bool) -> None:
-        super()._prune_end(norm, shortened)
+    def _prune(self, take: Sequence[int], last: int) -> None:
+        super()._prune(take, last)
         self._levels[-1].downsample = nn.Identity()
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, num_features]``."""
-        return self.norm(self._levels(self.patch_embed(x)))
 
 
 class DiNATs(NAT):
@@ -337,6 +292,10 @@ class Isotropic(Backbone):
         torch.Size([1, 10])
     """
 
+    stem_name, levels_name = "patch_embed", "layers"
+    uniform = True
+    out_indices = 3
+
     def __init__(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -360,42 +319,28 @@ class Isotropic(Backbone):
         drop_path_rate: float = 0.0,
         interpolate_rpb: bool = False,
     ) -> None:
-        super().__init__()
-        if output_stride != patch_size:
-            raise ValueError(f"output_stride {output_stride} is not supported: the only stride is {patch_size}")
+        super().__init__(in_chans, output_stride, stride=patch_size)
         if full_attention != (img_size is not None):
             raise ValueError(f"img_size is for full attention, and needed there; got {img_size}")
         if full_attention and dilations is not None:
             raise ValueError(f"full attention has no dilations, got {dilations}")
-        self.in_chans = in_chans
         self.img_size = None if img_size is None else to_2tuple(img_size)
         if full_attention:
             kernel_size = tuple(math.ceil(s / patch_size) for s in self.img_size)
         self.kernel_size = to_2tuple(kernel_size)
         # tables of full attention belong to the input size, so that asking for a size asks for resampling too
         self.interpolate_rpb = interpolate_rpb or full_attention
-        self.grad_checkpointing = False
+        options = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
+        options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.patch_embed = _patch_embed(in_chans, embed_dim, patch_size)
         (dilations,) = _dilations(dilations if dilations in (None, "auto") else [dilations], [depth])
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        self.layers = nn.Sequential(
-            *(
-                NATBlock(
-                    embed_dim,
-                    num_heads,
-                    kernel_size,
-                    dilations[j],
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    layer_scale=layer_scale,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=rates[j],
-                )
-                for j in range(depth)
-            )
-        )
+        blocks = [
+            NATBlock(embed_dim, num_heads, kernel_size, dilation, drop_path=rate, **options)
+            for dilation, rate in zip(dilations, rates, strict=True)
+        ]
+        self.layers = Blocks(*blocks)
         self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"layers.{j}") for j in range(depth)]
         self.norm = nn.LayerNorm(embed_dim)
         init_weights(self)
@@ -405,11 +350,7 @@ class Isotropic(Backbone):
         """timm's parameter groups, for layer-wise learning rates."""
         return dict(stem=r"^patch_embed", blocks=[(r"^layers\.(\d+)", None), (r"^norm", (99999,))])
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
         if self.img_size is not None and tuple(x.shape[-2:]) != self.img_size:
             height, width = self.img_size
             raise ValueError(
@@ -418,43 +359,8 @@ class Isotropic(Backbone):
             )
         return self.patch_embed(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps after each block. Arguments as for `NAT.forward_intermediates`; ``norm`` applies to all maps."""
-        take, last = take_indices(len(self.layers), indices)
-        stop = last if stop_early or intermediates_only else len(self.layers) - 1
-        maps = []
-        x = self._embed(x)
-        for i in range(stop + 1):
-            x = checkpoint_seq(self.layers[i : i + 1], x) if self.grad_checkpointing else self.layers[i](x)
-            if i in take:
-                maps.append(to_format(self.norm(x) if norm else x, output_fmt))
-        return maps if intermediates_only else (self.norm(x), maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the normalized last map, ``[B, h, w, embed_dim]``."""
-        x = self._embed(x)
-        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
-        return self.norm(x)
+    def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint_seq(self.layers[i : i + 1], x) if self.layers.grad_checkpointing else self.layers[i](x)
 
 
 def _patch_embed(in_chans: int, dim: int, patch_size: int) -> PatchEmbed:
@@ -538,10 +444,8 @@ def checkpoint_filter_fn(
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
 
     own = model.state_dict()
-    level_norms = {name for name in own if re.match(r"norm\d", name)}
-    if not level_norms & set(state_dict):
-        state_dict.update({name: own[name] for name in level_norms})
-    _check_names(state_dict, own, dense=bool(level_norms))
+    keep_new(state_dict, own)
+    check_names(state_dict, own, ignore=r"head\.|norm\." if model.out_norm else r"head\.")
 
     resample = model.interpolate_rpb if interpolate_rpb is None else interpolate_rpb
     for name in state_dict:
@@ -565,22 +469,6 @@ def _from_transformers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         out[name.replace(".query.", ".qkv.")] = torch.cat([out.pop(part) for part in parts])
     return out
-
-
-def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dense: bool) -> None:
-    def body(names: Any) -> set[str]:
-        return {n for n in names if not n.startswith("head.") and not (dense and n.startswith("norm."))}
-
-    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
-    if not missing and not unexpected:
-        return
-    if not dense and any(re.match(r"norm\d", name) for name in unexpected):
-        raise ValueError(
-            "the checkpoint holds the backbone of a detection or segmentation model, with a norm per level: create the "
-            "model with features_only=True, out_norm=True"
-        )
-
-    raise misfit(missing, unexpected)
 
 
 def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) -> torch.Tensor:
@@ -682,16 +570,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
-    out_indices = kwargs.pop("out_indices", 3 if cls is Isotropic else tuple(range(len(kwargs["depths"]))))
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+_create = partial(create, checkpoint_filter_fn)
 
 
 def _alternating(depths: Sequence[int], *largest: int) -> tuple[tuple[int, ...], ...]:
@@ -710,74 +589,68 @@ _LARGE = dict(depths=_D18, num_heads=(6, 12, 24, 48), embed_dim=192, mlp_ratio=2
 @register_model
 def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Mini, 20 M parameters."""
-    return _create(NAT, "nat_mini", pretrained, **{**_MINI, **kwargs})
+    return _create(NAT, "nat_mini", pretrained, kwargs, **_MINI)
 
 
 @register_model
 def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Tiny, 28 M parameters."""
-    return _create(NAT, "nat_tiny", pretrained, **{**_TINY, **kwargs})
+    return _create(NAT, "nat_tiny", pretrained, kwargs, **_TINY)
 
 
 @register_model
 def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Small, 51 M parameters; unlike DiNAT-Small it has LayerScale."""
-    return _create(NAT, "nat_small", pretrained, **{**_SMALL, "layer_scale": 1e-5, **kwargs})
+    return _create(NAT, "nat_small", pretrained, kwargs, **_SMALL, layer_scale=1e-5)
 
 
 @register_model
 def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """NAT-Base, 90 M parameters."""
-    return _create(NAT, "nat_base", pretrained, **{**_BASE, **kwargs})
+    return _create(NAT, "nat_base", pretrained, kwargs, **_BASE)
 
 
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Mini, 20 M parameters."""
-    args = dict(_MINI, dilations=_alternating(_D6, 8, 4, 2, 1))
-    return _create(NAT, "dinat_mini", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_mini", pretrained, kwargs, **_MINI, dilations=_alternating(_D6, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Tiny, 28 M parameters."""
-    args = dict(_TINY, dilations=_alternating(_D18, 8, 4, 2, 1))
-    return _create(NAT, "dinat_tiny", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_tiny", pretrained, kwargs, **_TINY, dilations=_alternating(_D18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Small, 51 M parameters; unlike NAT-Small it has no LayerScale."""
-    args = dict(_SMALL, dilations=_alternating(_D18, 8, 4, 2, 1))
-    return _create(NAT, "dinat_small", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_small", pretrained, kwargs, **_SMALL, dilations=_alternating(_D18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Base, 90 M parameters."""
-    args = dict(_BASE, dilations=_alternating(_D18, 8, 4, 2, 1))
-    return _create(NAT, "dinat_base", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_base", pretrained, kwargs, **_BASE, dilations=_alternating(_D18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large, 201 M parameters. ImageNet-22K pretraining used a drop_path_rate of 0.2."""
-    args = dict(_LARGE, dilations=_alternating(_D18, 8, 4, 2, 1))
-    return _create(NAT, "dinat_large", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_large", pretrained, kwargs, **_LARGE, dilations=_alternating(_D18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large at 384."""
-    args = dict(_LARGE, dilations=_alternating(_D18, 13, 6, 3, 1))
-    return _create(NAT, "dinat_large_384", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_large_384", pretrained, kwargs, **_LARGE, dilations=_alternating(_D18, 13, 6, 3, 1))
 
 
 @register_model
 def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large at 384 with kernel 11."""
     args = dict(_LARGE, kernel_size=11, dilations=_alternating(_D18, 8, 4, 2, 1))
-    return _create(NAT, "dinat_large_384_11x11", pretrained, **{**args, **kwargs})
+    return _create(NAT, "dinat_large_384_11x11", pretrained, kwargs, **args)
 
 
 _S6, _S18 = (2, 2, 6, 2), (2, 2, 18, 2)
@@ -789,7 +662,7 @@ def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Tiny, 28 M parameters."""
     args = dict(depths=_S6, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.2)
     args["dilations"] = _alternating(_S6, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_tiny", pretrained, **{**args, **kwargs})
+    return _create(DiNATs, "dinat_s_tiny", pretrained, kwargs, **args)
 
 
 @register_model
@@ -797,7 +670,7 @@ def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Small, 50 M parameters."""
     args = dict(depths=_S18, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.3)
     args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_small", pretrained, **{**args, **kwargs})
+    return _create(DiNATs, "dinat_s_small", pretrained, kwargs, **args)
 
 
 @register_model
@@ -805,21 +678,20 @@ def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Base, 88 M parameters."""
     args = dict(depths=_S18, num_heads=(4, 8, 16, 32), embed_dim=128, mlp_ratio=4, drop_path_rate=0.5)
     args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_base", pretrained, **{**args, **kwargs})
+    return _create(DiNATs, "dinat_s_base", pretrained, kwargs, **args)
 
 
 @register_model
 def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Large, 197 M parameters. ImageNet-22K pretraining used a drop_path_rate of 0.2."""
-    args = dict(_S_LARGE, dilations=_alternating(_S18, 8, 4, 2, 1))
-    return _create(DiNATs, "dinat_s_large", pretrained, **{**args, **kwargs})
+    return _create(DiNATs, "dinat_s_large", pretrained, kwargs, **_S_LARGE, dilations=_alternating(_S18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Large at 384."""
     args = dict(_S_LARGE, dilations=_alternating(_S18, 13, 6, 3, 1))
-    return _create(DiNATs, "dinat_s_large_384", pretrained, **{**args, **kwargs})
+    return _create(DiNATs, "dinat_s_large_384", pretrained, kwargs, **args)
 
 
 _ISO_SMALL = dict(embed_dim=384, depth=12, num_heads=12, drop_path_rate=0.1)
@@ -829,48 +701,44 @@ _ISO_BASE = dict(embed_dim=768, depth=12, num_heads=24, drop_path_rate=0.4)
 @register_model
 def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """Isotropic NAT-Small, 22 M parameters."""
-    return _create(Isotropic, "nat_isotropic_small", pretrained, **{**_ISO_SMALL, **kwargs})
+    return _create(Isotropic, "nat_isotropic_small", pretrained, kwargs, **_ISO_SMALL)
 
 
 @register_model
 def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """Isotropic NAT-Base, 86 M parameters."""
-    return _create(Isotropic, "nat_isotropic_base", pretrained, **{**_ISO_BASE, **kwargs})
+    return _create(Isotropic, "nat_isotropic_base", pretrained, kwargs, **_ISO_BASE)
 
 
 @register_model
 def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """Isotropic DiNAT-Small, 22 M parameters."""
-    args = dict(_ISO_SMALL, dilations=(1, 2) * 6)
-    return _create(Isotropic, "dinat_isotropic_small", pretrained, **{**args, **kwargs})
+    return _create(Isotropic, "dinat_isotropic_small", pretrained, kwargs, **_ISO_SMALL, dilations=(1, 2) * 6)
 
 
 @register_model
 def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """Isotropic DiNAT-Base, 86 M parameters."""
-    args = dict(_ISO_BASE, dilations=(1, 2) * 6)
-    return _create(Isotropic, "dinat_isotropic_base", pretrained, **{**args, **kwargs})
+    return _create(Isotropic, "dinat_isotropic_base", pretrained, kwargs, **_ISO_BASE, dilations=(1, 2) * 6)
 
 
 @register_model
 def vitrpb_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """ViT-Small with relative position bias, 22 M parameters; takes one input size, ``img_size=``."""
-    args = dict(_ISO_SMALL, full_attention=True)
-    return _create(Isotropic, "vitrpb_isotropic_small", pretrained, **{**args, **kwargs})
+    return _create(Isotropic, "vitrpb_isotropic_small", pretrained, kwargs, **_ISO_SMALL, full_attention=True)
 
 
 @register_model
 def vitrpb_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
     """ViT-Base with relative position bias, 86 M parameters; takes one input size, ``img_size=``."""
-    args = dict(_ISO_BASE, full_attention=True)
-    return _create(Isotropic, "vitrpb_isotropic_base", pretrained, **{**args, **kwargs})
+    return _create(Isotropic, "vitrpb_isotropic_base", pretrained, kwargs, **_ISO_BASE, full_attention=True)
 
 
 @register_model
 def test_foveal_nat(pretrained: bool = False, **kwargs: Any) -> NAT:
     """A very small NAT with LayerScale, for tests and demonstrations."""
     args = dict(depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=5, layer_scale=1e-5)
-    return _create(NAT, "test_foveal_nat", pretrained, **{**args, **kwargs})
+    return _create(NAT, "test_foveal_nat", pretrained, kwargs, **args)
 
 
 @register_model
@@ -879,4 +747,4 @@ def test_foveal_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:
     depths = (2, 2, 2, 1)
     args = dict(depths=depths, num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=3)
     args["dilations"] = _alternating(depths, 5, 2, 1, 1)
-    return _create(NAT, "test_foveal_dinat", pretrained, **{**args, **kwargs})
+    return _create(NAT, "test_foveal_dinat", pretrained, kwargs, **args)

@@ -20,18 +20,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, create_classifier, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import average_pool, context_mixing, symbolic
-from .layers import Backbone, check_head, drop_path_rates, misfit, take_indices, unwrap
+from .base import Backbone, check_head, check_names, create, keep_new, unwrap
+from .layers import Blocks, drop_path_rates
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -199,7 +201,51 @@ class RepConvBlock(nn.Module):
         return self.ls(x) + self.proj(x)
 
 
-class ContMixBlock(nn.Module):
+class ContMix(nn.Module):
+    """A convolution whose kernel each position derives from its affinities to the pooled context.
+
+    Its parameters stand among those of the block that inherits from it, as the authors named them.
+    """
+
+    def _init_mixer(self, dim: int, context_dim: int, kernel_sizes: tuple[int, int], num_heads: int) -> None:
+        if dim % (2 * num_heads):
+            raise ValueError(f"{dim} channels do not split into two halves of {num_heads} heads")
+        self.dims = dim, context_dim
+        self.kernel_size = max(kernel_sizes)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5  # as published: the heads of q and k have half of these channels
+        self.weight_query = nn.Sequential(nn.Conv2d(dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2))
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
+        )
+        self.weight_proj = nn.Conv2d(POOLED**2, sum(k * k for k in kernel_sizes), 1)
+        for i, k in enumerate(kernel_sizes, 1):
+            self.register_parameter(f"rpb{i}", nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)))
+        self.dyconv_proj = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+
+    def mix(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[B, dim, H, W]`` mixed with kernels from ``both`` ``[B, dim + context_dim, H, W]``."""
+        H, W = x.shape[2:]
+        free = symbolic(H, W)
+        small = not free and min(H, W) < self.kernel_size
+        if free:
+            small = not statically_known_true(torch.sym_min(H, W) >= self.kernel_size)
+        if small:
+            size = _enlarged_or_same(H, W, self.kernel_size) if free else _enlarged(H, W, self.kernel_size)
+            x, both = (F.interpolate(t, size=size, mode="bilinear", align_corners=False) for t in (x, both))
+        features, context = both.split(self.dims, 1)
+        q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        if free:
+            context = average_pool(context, (POOLED, POOLED))  # of which the pooling that follows is the identity
+        k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
+        v = x.permute(0, 2, 3, 1)
+        x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
+        if small:
+            x = average_pool(x, (H, W)) if free else F.adaptive_avg_pool2d(x, (H, W))
+        return self.dyconv_proj(x)
+
+
+class ContMixBlock(ContMix):
     """The block of the focus-net: ContMix, led by the context, and an MLP.
 
     The map is that of the features and, behind their channels, of the context: ``[B, dim + context_dim, H, W]``.
@@ -228,14 +274,7 @@ class ContMixBlock(nn.Module):
         first: bool,
     ) -> None:
         super().__init__()
-        if dim % (2 * num_heads):
-            raise ValueError(f"{dim} channels do not split into two halves of {num_heads} heads")
-        self.dims = dim, context_dim
-        self.kernel_size = max(kernel_sizes)
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5  # as published: the heads of q and k have half of these channels
         both, hidden = dim + context_dim, int(dim * mlp_ratio)
-
         self.x_scale = None if first else LayerScale(context_dim)
         self.h_scale = None if first else LayerScale(context_dim)
         self.dwconv1 = ResDWConv(both)
@@ -247,14 +286,7 @@ class ContMixBlock(nn.Module):
             nn.Conv2d(both, dim, 1),
             GRN(dim),
         )
-        self.weight_query = nn.Sequential(nn.Conv2d(dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2))
-        self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
-        )
-        self.weight_proj = nn.Conv2d(POOLED**2, sum(k * k for k in kernel_sizes), 1)
-        for i, k in enumerate(kernel_sizes, 1):
-            self.register_parameter(f"rpb{i}", nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)))
-        self.dyconv_proj = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self._init_mixer(dim, context_dim, kernel_sizes, num_heads)
         self.lepe = nn.Sequential(DilatedReparam(dim, self.kernel_size), nn.BatchNorm2d(dim))
         self.se_layer = SqueezeExcite(dim)
         self.gate = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.SiLU())
@@ -278,31 +310,19 @@ class ContMixBlock(nn.Module):
         x = self.dwconv1(x)
         both = self.norm1(x)
         y = self.fusion(both)
-        mixed = self.dyconv_proj(self._mix(y, both)) + self.lepe(y)
+        mixed = self.mix(y, both) + self.lepe(y)
         x = self.ls1(x) + self.drop_path(self.proj(self.gate(y) * self.se_layer(mixed)))
         x = self.dwconv2(x)
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _mix(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-        """ContMix of ``x`` ``[B, dim, H, W]`` with kernels from ``both`` ``[B, dim + context_dim, H, W]``."""
-        H, W = x.shape[2:]
-        free = symbolic(H, W)
-        small = not free and min(H, W) < self.kernel_size
-        if free:
-            small = not statically_known_true(torch.sym_min(H, W) >= self.kernel_size)
-        if small:
-            size = _enlarged_or_same(H, W, self.kernel_size) if free else _enlarged(H, W, self.kernel_size)
-            x, both = (F.interpolate(t, size=size, mode="bilinear", align_corners=False) for t in (x, both))
-        features, context = both.split(self.dims, 1)
-        q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
-        if free:
-            context = average_pool(context, (POOLED, POOLED))  # of which the pooling that follows is the identity
-        k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
-        v = x.permute(0, 2, 3, 1)
-        x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
-        if not small:
-            return x
-        return average_pool(x, (H, W)) if free else F.adaptive_avg_pool2d(x, (H, W))
+
+class ContMixBlocks(Blocks):
+    """Blocks of the focus-net in a row, all of which take the initial context."""
+
+    def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            x = checkpoint(block, x, initial) if self.grad_checkpointing else block(x, initial)
+        return x
 
 
 def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
@@ -387,6 +407,7 @@ class OverLoCK(Backbone):
     """
 
     output_fmt = "NCHW"
+    tables = ("rpb1", "rpb2")
 
     def __init__(
         self,
@@ -409,63 +430,38 @@ class OverLoCK(Backbone):
         out_norm: bool = False,
         out_overview: bool = True,
     ) -> None:
-        super().__init__()
-        if output_stride != 32:
-            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has stride 32")
-        given = dict(embed_dims=(embed_dims, 4), depths=(depths, 4), kernel_sizes=(kernel_sizes, 4))
-        given.update(sub_depths=(sub_depths, 2), num_heads=(num_heads, 2))
-        for name, (values, count) in given.items():
-            if len(values) != count or min(values) < 1:
-                raise ValueError(f"{name} must be {count} numbers of at least 1, got {tuple(values)}")
+        super().__init__(in_chans, output_stride, out_norm=out_norm)
+        _check_sizes(4, embed_dims=embed_dims, depths=depths, kernel_sizes=kernel_sizes)
+        _check_sizes(2, sub_depths=sub_depths, num_heads=num_heads)
         if embed_dims[3] % 4:
             raise ValueError(f"the last of embed_dims must be divisible by 4, got {tuple(embed_dims)}")
-        self.in_chans = in_chans
-        self.out_norm = out_norm
-        self.grad_checkpointing = False
         self.reparameterized = False
         context_dim = embed_dims[3] // 4
         dims = *embed_dims[:2], embed_dims[2] + context_dim, embed_dims[3] + context_dim
 
-        half = embed_dims[0] // 2
-        stem = [(in_chans, half, 2), (half, half, 1), (half, embed_dims[0], 2), (embed_dims[0], embed_dims[0], 1)]
-        stem = [layer for arguments in stem for layer in (*_conv_bn(*arguments), nn.GELU())]
-        self.patch_embed1 = nn.Sequential(*stem[:-1])
+        self.patch_embed1 = _stem(in_chans, embed_dims[0])
         for i in (2, 3, 4):
             self.add_module(f"patch_embed{i}", _conv_bn(embed_dims[i - 2], embed_dims[i - 1], 2))
         self.high_level_proj = nn.Conv2d(embed_dims[3], context_dim, 1)
         self.patch_embedx = ContextDownsample(embed_dims[2], embed_dims[3], context_dim)
-
         rates = drop_path_rates(drop_path_rate, [*depths, *sub_depths])
         for i in range(4):
             scale = 1.0 if i >= 2 else None
             blocks = [RepConvBlock(embed_dims[i], kernel_sizes[i], mlp_ratio, scale, rate) for rate in rates[i]]
-            self.add_module(f"blocks{i + 1}", nn.Sequential(*blocks))
-        for i in (2, 3):
+            self.add_module(f"blocks{i + 1}", Blocks(*blocks))
+        for i, heads in zip((2, 3), num_heads, strict=True):
+            sizes = embed_dims[i], context_dim, (small_kernel_size, kernel_sizes[i]), heads, sub_mlp_ratio
             blocks = [
-                ContMixBlock(
-                    embed_dims[i],
-                    context_dim,
-                    (small_kernel_size, kernel_sizes[i]),
-                    num_heads[i - 2],
-                    sub_mlp_ratio,
-                    layer_scale=1.0,
-                    drop_path=rate,
-                    first=i == 2 and j == 0,
-                )
+                ContMixBlock(*sizes, layer_scale=1.0, drop_path=rate, first=i == 2 and j == 0)
                 for j, rate in enumerate(rates[i + 2])
             ]
-            self.add_module(f"sub_blocks{i + 1}", nn.ModuleList(blocks))
-        self.h_proj = None
-        if out_norm:
-            self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
-        if out_norm and out_overview:
-            self.extra_norm.append(LayerNorm2d(embed_dims[3]))
-            self.h_proj = nn.Sequential(nn.Conv2d(embed_dims[3], dims[3], 1), LayerScale(dims[3], 1e-5))
+            self.add_module(f"sub_blocks{i + 1}", ContMixBlocks(*blocks))
         modules = ("blocks1", "blocks2", f"sub_blocks3.{sub_depths[0] - 1}", f"sub_blocks4.{sub_depths[1] - 1}")
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=module)
             for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
         ]
+        self._init_norms(dims, embed_dims[3], out_overview)
 
         hidden = nn.Conv2d(dims[3], head_width, 1, bias=False)
         self.head = nn.Sequential(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
@@ -475,6 +471,15 @@ class OverLoCK(Backbone):
         self.auxiliary_training = aux_head
         self._init_head(dims[3], num_classes, global_pool, drop_rate)
         _init_weights(self)
+
+    def _init_norms(self, dims: Sequence[int], overview_dim: int, out_overview: bool) -> None:
+        """What ``out_norm`` and ``out_overview`` add."""
+        self.h_proj = None
+        if self.out_norm:
+            self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
+        if self.out_norm and out_overview:
+            self.extra_norm.append(LayerNorm2d(overview_dim))
+            self.h_proj = nn.Sequential(nn.Conv2d(overview_dim, dims[3], 1), LayerScale(dims[3], 1e-5))
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         check_head(num_classes, global_pool)
@@ -516,10 +521,6 @@ class OverLoCK(Backbone):
             raise ValueError("this model has no auxiliary head: create it with aux_head=True")
         self.auxiliary_training = enable
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed besides biases and norms: the relative position bias tables."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("rpb1", "rpb2")}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates: in the order of computation."""
         dense = (r"^(?:extra_norm|h_proj)", (99999,))
@@ -536,69 +537,31 @@ class OverLoCK(Backbone):
             ]
         return dict(stem=r"^patch_embed1", blocks=blocks, focus=focus)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of their
-        BatchNorms then see every batch twice, with the same result up to a larger momentum."""
-        self.grad_checkpointing = enable
-
-    def _rep_blocks(self, blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
-
-    def _contmix_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        for block in blocks:
-            x = checkpoint(block, x, context) if self.grad_checkpointing else block(x, context)
-        return x
-
     def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
         # for a free size not: whether a map lies in memory so, an exporter decides by whether it is of one row
         if x.device.type == "cpu" and not symbolic(*x.shape[2:]):
             x = x.contiguous(memory_format=torch.channels_last)
-        maps, overview = [self._rep_blocks(self.blocks1, self.patch_embed1(x))], None
+        maps, overview = [self.blocks1(self.patch_embed1(x))], None
         if last >= 1:
-            maps.append(self._rep_blocks(self.blocks2, self.patch_embed2(maps[0])))
+            maps.append(self.blocks2(self.patch_embed2(maps[0])))
         if last >= 2:
-            x = self._rep_blocks(self.blocks3, self.patch_embed3(maps[1]))
-            overview = self._rep_blocks(self.blocks4, self.patch_embed4(x))
+            x = self.blocks3(self.patch_embed3(maps[1]))
+            overview = self.blocks4(self.patch_embed4(x))
             context = self.high_level_proj(overview)
             near = F.interpolate(context, size=x.shape[2:], mode="bilinear", align_corners=False)
-            maps.append(self._contmix_blocks(self.sub_blocks3, torch.cat([x, near], 1), near))
+            maps.append(self.sub_blocks3(torch.cat([x, near], 1), near))
         if last >= 3:
-            maps.append(self._contmix_blocks(self.sub_blocks4, self.patch_embedx(maps[2]), context))
+            maps.append(self.sub_blocks4(self.patch_embedx(maps[2]), context))
         return maps, overview
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+    def _maps(
+        self, x: torch.Tensor, take: Sequence[int], stop: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The maps that the authors' detection and segmentation models are built on: of the base-net's first two
-        stages and of the focus-net's two, these with the context behind the features' channels.
-
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: the last n maps if an int, these maps if a sequence, all if None.
-            norm: without effect, there is no final norm. A model with ``out_norm`` applies its norms, always.
-            stop_early: leave out the stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The maps at strides 4, 8, 16, 32, or (final features ``[B, C, h, w]``, maps). With ``stop_early`` the final
-            features are those of the last stage that ran.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
-        take, last = take_indices(len(self.feature_info), indices)
-        maps, overview = self._stages(x, last if stop_early or intermediates_only else len(self.feature_info) - 1)
-        taken = [self._normalized(i, maps[i], overview) for i in sorted(take)]
-        if output_fmt == "NHWC":
-            taken = [y.permute(0, 2, 3, 1) for y in taken]
-        return taken if intermediates_only else (maps[-1], taken)
+        stages and of the focus-net's two, these with the context behind the features' channels."""
+        maps, overview = self._stages(x, stop)
+        return maps[-1], [self._normalized(i, maps[i], overview) for i in sorted(take)]
 
     def _normalized(self, i: int, x: torch.Tensor, overview: torch.Tensor | None) -> torch.Tensor:
         if not self.out_norm:
@@ -606,31 +569,25 @@ class OverLoCK(Backbone):
         x = self.extra_norm[i](x)
         return x if i < 3 or self.h_proj is None else x + self.h_proj(self.extra_norm[4](overview))
 
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
-        take, last = take_indices(len(self.feature_info), indices)
+    def _prune(self, take: Sequence[int], last: int) -> None:
         unused = [
             [],
             ["patch_embed2", "blocks2"],
             ["patch_embed3", "patch_embed4", "blocks3", "blocks4", "high_level_proj", "sub_blocks3"],
             ["patch_embedx", "sub_blocks4"],
         ]
-        for name in [name for names in unused[last + 1 :] for name in names]:
+        for name in [name for names in unused[last + 1 :] for name in names if hasattr(self, name)]:
             delattr(self, name)
-        self.feature_info = self.feature_info[: last + 1]
         if self.out_norm:
             if 3 not in take:
                 self._drop_overview()
             for i in set(range(4)) - set(take):
                 self.extra_norm[i] = nn.Identity()
-        if prune_head or last < 3:
-            self.num_features = self.feature_info[last]["num_chs"]
-            self.head = nn.Sequential(*(nn.Identity() for _ in self.head))
-            self._drop_aux_head()
-            self._set_head(0, "")
-        return take
+
+    def _remove_head(self) -> None:
+        self.head = nn.Sequential(*(nn.Identity() for _ in self.head))
+        self._drop_aux_head()
+        self._set_head(0, "")
 
     def _drop_overview(self) -> None:
         self.extra_norm, self.h_proj = self.extra_norm[:4], None
@@ -675,6 +632,19 @@ class OverLoCK(Backbone):
         return self
 
 
+def _check_sizes(count: int, **given: Sequence[int]) -> None:
+    for name, values in given.items():
+        if len(values) != count or min(values) < 1:
+            raise ValueError(f"{name} must be {count} numbers of at least 1, got {tuple(values)}")
+
+
+def _stem(in_chans: int, dim: int) -> nn.Sequential:
+    """Four 3x3 convolutions, two of stride 2, with BatchNorm, and GELU between them."""
+    sizes = [(in_chans, dim // 2, 2), (dim // 2, dim // 2, 1), (dim // 2, dim, 2), (dim, dim, 1)]
+    layers = [layer for arguments in sizes for layer in (*_conv_bn(*arguments), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
+
+
 def _init_weights(module: nn.Module) -> None:
     """Convolutions from a normal cut at two deviations of 0.02, biases 0, as the authors do."""
     for m in module.modules():
@@ -687,6 +657,9 @@ def _init_weights(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+_DENSE = r"extra_norm\.|h_proj\."  # what ``out_norm`` adds
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -723,8 +696,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     elif model.reparameterized and not folded:
         state_dict = _fold_branches(state_dict)
 
-    segmentation = "extra_norm.3.weight" in state_dict and not any(_of_overview(name) for name in state_dict)
-    if segmentation and model.h_proj is not None:
+    overview = any(name.startswith(("extra_norm.4.", "h_proj.")) for name in state_dict)
+    if "extra_norm.3.weight" in state_dict and not overview and model.h_proj is not None:  # of a segmentation model
         model._drop_overview()
 
     own = model.state_dict()
@@ -736,10 +709,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 del state_dict[name]
             elif name in state_dict and own[name].shape != state_dict[name].shape:
                 state_dict[name] = own[name]
-    dense = {name for name in own if _of_dense(name)}
-    if not dense & set(state_dict):
-        state_dict.update({name: own[name] for name in dense})
-    _check_names(state_dict, own, bool(dense))
+    keep_new(state_dict, own, _DENSE)
+    dense = any(re.match(_DENSE, name) for name in own)
+    check_names(state_dict, own, ignore=r"head\." if dense else r"head\.4\.", map_norms=_DENSE)
     return state_dict
 
 
@@ -757,31 +729,6 @@ def _fold_branches(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         block.reparameterize()
         out.update({prefix + n: value for n, value in block.state_dict().items()})
     return out
-
-
-def _of_dense(name: str) -> bool:
-    return name.startswith(("extra_norm.", "h_proj."))
-
-
-def _of_overview(name: str) -> bool:
-    return name.startswith(("extra_norm.4.", "h_proj."))
-
-
-def _check_names(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dense: bool) -> None:
-    def body(names: Iterable[str]) -> set[str]:
-        classifier = r"head\." if dense else r"head\.4\."
-        return {n for n in names if not re.match(classifier, n)}
-
-    missing, unexpected = sorted(body(own) - body(state_dict)), sorted(body(state_dict) - body(own))
-    if not missing and not unexpected:
-        return
-    if not dense and any(_of_dense(name) for name in unexpected):
-        raise ValueError(
-            "the checkpoint holds the backbone of a detection or segmentation model, with norms of its own: create the "
-            "model with features_only=True, out_norm=True"
-        )
-
-    raise misfit(missing, unexpected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,44 +783,35 @@ def family(name: str) -> str:
     return "OverLoCK"
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> OverLoCK:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        OverLoCK,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+_create = partial(create, checkpoint_filter_fn, OverLoCK)
 
 
 @register_model
 def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """OverLoCK-XT, 17 M parameters, reparameterized 16 M."""
     args = dict(embed_dims=(56, 112, 256, 336), depths=(2, 2, 3, 2), sub_depths=(6, 2), num_heads=(8, 12))
-    return _create("overlock_xt", pretrained, **{**args, "drop_path_rate": 0.1, **kwargs})
+    return _create("overlock_xt", pretrained, kwargs, **args, drop_path_rate=0.1)
 
 
 @register_model
 def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """OverLoCK-T, 34 M parameters, reparameterized 33 M."""
     args = dict(embed_dims=(64, 128, 256, 512), depths=(4, 4, 6, 2), sub_depths=(12, 2), num_heads=(8, 16))
-    return _create("overlock_t", pretrained, **{**args, "drop_path_rate": 0.15, **kwargs})
+    return _create("overlock_t", pretrained, kwargs, **args, drop_path_rate=0.15)
 
 
 @register_model
 def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """OverLoCK-S, 58 M parameters, reparameterized 56 M."""
     args = dict(embed_dims=(64, 128, 320, 512), depths=(6, 6, 8, 3), sub_depths=(16, 3), num_heads=(16, 32))
-    return _create("overlock_s", pretrained, **{**args, "drop_path_rate": 0.4, **kwargs})
+    return _create("overlock_s", pretrained, kwargs, **args, drop_path_rate=0.4)
 
 
 @register_model
 def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """OverLoCK-B, 97 M parameters, reparameterized 95 M."""
     args = dict(embed_dims=(80, 160, 384, 576), depths=(8, 8, 10, 4), sub_depths=(20, 4), num_heads=(12, 18))
-    return _create("overlock_b", pretrained, **{**args, "drop_path_rate": 0.5, **kwargs})
+    return _create("overlock_b", pretrained, kwargs, **args, drop_path_rate=0.5)
 
 
 @register_model
@@ -881,4 +819,4 @@ def test_foveal_overlock(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """A very small OverLoCK, for tests and demonstrations."""
     args = dict(embed_dims=(16, 24, 32, 48), depths=(1, 1, 1, 1), sub_depths=(1, 1), num_heads=(2, 4))
     args |= dict(kernel_sizes=(7, 7, 7, 7), mlp_ratio=2.0, sub_mlp_ratio=2.0, head_width=64)
-    return _create("test_foveal_overlock", pretrained, **{**args, **kwargs})
+    return _create("test_foveal_overlock", pretrained, kwargs, **args)

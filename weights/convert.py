@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..backbones import list_models, loading
+from ..backbones.base import unwrap
 from ..backbones.download import file_sha256
-from ..backbones.layers import unwrap
 from ..backbones.loading import WEIGHTS
 from ..heads.build import build_dense, load_dense, read_dense_config, save_dense
 from . import dense, download, names

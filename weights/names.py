@@ -17,7 +17,7 @@ from timm.models import clean_state_dict, model_entrypoint
 from torch import Tensor, nn
 
 from ..backbones import list_models
-from ..backbones.layers import unwrap
+from ..backbones.base import unwrap
 from ..heads.detection import Detector
 from ..heads.detection.published import from_published
 from ..heads.necks.a3fpn import A3FPN, published_state

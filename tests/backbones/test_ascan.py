@@ -100,10 +100,10 @@ def test_a_stage_that_begins_with_t():
     ]
     x = torch.randn(1, 5, 7, 16)
     stage = model.stages[1]
-    halved = stage.downsample(x.permute(0, 3, 1, 2))
+    halved = stage.downsample(x)
     want = F.conv2d(x.permute(0, 3, 1, 2), stage.downsample.conv.weight, stride=2, padding=1) / (1 + 1e-5) ** 0.5
-    torch.testing.assert_close(halved, want)
-    torch.testing.assert_close(stage(x), stage.blocks(halved.permute(0, 2, 3, 1)))
+    torch.testing.assert_close(halved, want.permute(0, 2, 3, 1))
+    torch.testing.assert_close(stage(x), stage.blocks(halved))
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,17 @@ def test_options(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(stages="CCTT"), "four strings.*'CCTT'"),
-        (dict(stages=("CC", "CT", "T")), "four strings"),
-        (dict(stages=("CC", "CX", "T", "T")), "stage 1 is 'CX'"),
-        (dict(stages=("CC", "CT", "", "T")), "stage 2 is ''"),
-        (dict(stages=("CC", "ct", "T", "T")), "stage 1 is 'ct'"),
-        (dict(embed_dims=(16, 32, 64)), r"four entries.*\(16, 32, 64\)"),
-        (
-            dict(embed_dims=(16, 16, 36, 64)),
-            r"embed_dims\[2\] = 36 is not divisible by head_dim 8, and stage 2 has a T",
-        ),
-        (dict(norm_layer="batchnorm"), "norm_layer must be one of batchnorm2d.*'batchnorm'"),
-        (dict(act_layer="tanh"), "act_layer must be one of gelu.*'tanh'"),
-        (dict(position="absolute"), "position must be one of bias, none, got 'absolute'"),
-        (dict(img_size=0), "img_size must be a positive int.*got 0"),
+        (dict(stages="CCTT"), "stages .*'CCTT'"),
+        (dict(stages=("CC", "CT", "T")), r"stages .*'CC', 'CT', 'T'\)"),
+        (dict(stages=("CC", "CX", "T", "T")), "stage 1 .*'CX'"),
+        (dict(stages=("CC", "CT", "", "T")), "stage 2 .*''"),
+        (dict(stages=("CC", "ct", "T", "T")), "stage 1 .*'ct'"),
+        (dict(embed_dims=(16, 32, 64)), r"embed_dims .*\(16, 32, 64\)"),
+        (dict(embed_dims=(16, 16, 36, 64)), r"embed_dims\[2\] = 36 .*head_dim 8"),
+        (dict(norm_layer="batchnorm"), "norm_layer .*batchnorm2d.*'batchnorm'"),
+        (dict(act_layer="tanh"), "act_layer .*gelu.*'tanh'"),
+        (dict(position="absolute"), "position .*bias, none.*'absolute'"),
+        (dict(img_size=0), "img_size .*0"),
         (dict(global_pool="median"), "median"),
     ],
 )
@@ -228,7 +225,7 @@ def test_set_input_size():
 def test_bad_input_size(size):
     model = small()
     want = model(IMAGE)
-    with pytest.raises(ValueError, match=rf"img_size must be a positive int.*got {re.escape(repr(size))}"):
+    with pytest.raises(ValueError, match=rf"img_size .*{re.escape(repr(size))}"):
         model.set_input_size(size)
     assert model.img_size == (64, 64)
     assert torch.equal(model(IMAGE), want)
@@ -285,7 +282,7 @@ def test_reparameterize_folds_other_batch_norms(convert):
 def test_folded_weights_need_a_folded_model():
     model = randomized(small())
     folded = copy.deepcopy(model).reparameterize()
-    with pytest.raises(ValueError, match=r"reparameterized.*call reparameterize\(\)"):
+    with pytest.raises(ValueError, match=r"reparameterize\(\)"):
         load(folded.state_dict(), num_classes=10)
     other = small().reparameterize()
     other.load_state_dict(checkpoint_filter_fn(folded.state_dict(), other))
@@ -315,9 +312,9 @@ def test_state_dicts():
 
 def test_foreign_checkpoints_are_refused():
     state_dict = small().state_dict()
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match=r"conv1\.weight, fc\.weight"):
         load({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, num_classes=10)
-    with pytest.raises(ValueError, match=r"missing 1 \(norm.bias\), unexpected none"):
+    with pytest.raises(ValueError, match=r"1 \(norm\.bias\).* none"):
         load({k: v for k, v in state_dict.items() if k != "norm.bias"}, num_classes=10)
-    with pytest.raises(ValueError, match=r"missing none, unexpected 1 \(stem.2.weight\)"):
+    with pytest.raises(ValueError, match=r"none.* 1 \(stem\.2\.weight\)"):
         load({**state_dict, "stem.2.weight": torch.zeros(16)}, num_classes=3)

@@ -63,7 +63,7 @@ def test_configuration():
     assert [len(stage.blocks) for stage in models["care_s1"].stages] == [3, 6, 10, 6]
     assert [m.num_features for m in models.values()] == [1024, 1024, 1536]
     for model in models.values():
-        assert model.default_cfg["url"] == ""
+        assert not timm.models.get_pretrained_cfg(model.default_cfg["architecture"]).has_weights
         assert model.default_cfg["license"] == "none stated"
         assert "no licence" in model.default_cfg["notes"][0]
         mixers = [stage.blocks[0].token_mixer for stage in model.stages]
@@ -74,9 +74,9 @@ def test_configuration():
     ("arguments", "message"),
     [
         (dict(depths=(1, 1, 1)), r"depths \(1, 1, 1\).*'embed_dims': 4"),
-        (dict(embed_dims=(16, 18, 32, 64)), "divisible by 4, got .*18"),
-        (dict(depths=(1, 0, 1, 1)), "depths must be at least 1"),
-        (dict(head_dims=(None, None, 3, 8)), "8 channels of attention.*head_dim=3"),
+        (dict(embed_dims=(16, 18, 32, 64)), "embed_dims .*4.* 18"),
+        (dict(depths=(1, 0, 1, 1)), r"depths .*1.*\(1, 0, 1, 1\)"),
+        (dict(head_dims=(None, None, 3, 8)), "8 .*embed_dim 32.*head_dim=3"),
         (dict(global_pool="median"), "median"),
         (dict(num_classes=-1), "num_classes"),
     ],
@@ -270,12 +270,12 @@ def test_other_uses_of_the_weights():
 
 def test_foreign_checkpoints_are_refused():
     state_dict = small().state_dict()
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match=r"conv1\.weight, fc\.weight"):
         load({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, num_classes=10)
-    with pytest.raises(ValueError, match=r"missing 1 \(stages.0.blocks.0.gamma\), unexpected none"):
+    with pytest.raises(ValueError, match=r"1 \(stages\.0\.blocks\.0\.gamma\).* none"):
         load({k: v for k, v in state_dict.items() if k != "stages.0.blocks.0.gamma"}, num_classes=10)
     # also where timm would load leniently, because the classifier differs
-    with pytest.raises(ValueError, match=r"missing none, unexpected 1 \(stem.2.weight\)"):
+    with pytest.raises(ValueError, match=r"none.* 1 \(stem\.2\.weight\)"):
         load({**state_dict, "stem.2.weight": torch.zeros(16)}, num_classes=3)
 
 
@@ -283,12 +283,12 @@ def test_parameters_without_statistics_are_refused():
     """BatchNorms of which a part is there were not folded, and must not be made neutral."""
     model = randomized(small())
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"missing .*inter1_norm.num_batches_tracked.*unexpected none"):
+    with pytest.raises(ValueError, match=r"inter1_norm\.num_batches_tracked.* none"):
         load(parameters, num_classes=10)
     folded = small().reparameterize()
-    with pytest.raises(ValueError, match=r"not of this model: missing none, unexpected 48 .*inter1_norm.bias"):
+    with pytest.raises(ValueError, match=r"none.* 48 .*inter1_norm\.bias"):
         checkpoint_filter_fn({k: v for k, v in model.state_dict().items() if "running" not in k}, folded)
-    with pytest.raises(ValueError, match=r"bn1.running_var cannot be folded without bn1.weight, bn1.running_mean"):
+    with pytest.raises(ValueError, match=r"bn1\.running_var .*bn1\.weight, bn1\.running_mean"):
         checkpoint_filter_fn({"bn1.running_var": torch.ones(1), "bn1.bias": torch.ones(1)}, folded)
 
 

@@ -154,11 +154,11 @@ def test_windows_are_not_unfolded(image):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_heads=3), "dim_out 16 is not divisible by num_heads 3"),
-        (dict(stride=4), "stride must be 1 or 2, got 4"),
-        (dict(block_size=0), "block_size must be at least 1 and halo_size 0, got block_size 0, halo_size 3"),
-        (dict(halo_size=-1), "got block_size 8, halo_size -1"),
-        (dict(boundary="shift"), 'boundary must be "mask" or "zero", got \'shift\''),
+        (dict(num_heads=3), "dim_out 16 .*num_heads 3"),
+        (dict(stride=4), "stride .*4"),
+        (dict(block_size=0), "block_size 0, halo_size 3"),
+        (dict(halo_size=-1), "block_size 8, halo_size -1"),
+        (dict(boundary="shift"), "boundary .*'shift'"),
     ],
 )
 def test_wrong_attention_arguments(arguments, message):
@@ -438,9 +438,9 @@ def test_blocks_begin_as_their_shortcuts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(widths=(16, 32), depths=(1,)), r"widths \(16, 32\) and depths \(1,\) differ in length"),
-        (dict(num_heads=5), r"widths \(16, 32, 48, 64\) are not all divisible by num_heads 5"),
-        (dict(value_ratio=1.51), "dim_out 24 is not divisible"),
+        (dict(widths=(16, 32), depths=(1,)), r"widths \(16, 32\) .*depths \(1,\)"),
+        (dict(num_heads=5), r"widths \(16, 32, 48, 64\) .*num_heads 5"),
+        (dict(value_ratio=1.51), "dim_out 24 .*num_heads 16"),
     ],
 )
 def test_wrong_network_arguments(arguments, message):

@@ -87,7 +87,7 @@ def test_a_published_file_by_name(tmp_path: Path) -> None:
 
 
 def test_a_name_without_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"{NAME} has no weights to fetch.*train classify.*timm.create_model"):
+    with pytest.raises(ValueError, match=NAME):
         foveal.load(NAME)
 
 
@@ -160,11 +160,11 @@ def test_where_published_weights_are_looked_for(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dinat_tinny", "nearest: dinat_tiny"),
-        ("runs/nothing", "'runs/nothing' is no model name, folder or .safetensors file"),
-        ("dinat_tiny.in2k", "no weights tagged 'in2k'; its tags: in1k"),
-        ("resnet81", "nearest: resnet"),
-        ("", "the model name is empty"),
+        ("dinat_tinny", "dinat_tinny.*dinat_tiny"),
+        ("runs/nothing", "runs/nothing"),
+        ("dinat_tiny.in2k", "dinat_tiny .*'in2k'.*in1k"),
+        ("resnet81", "resnet81.*resnet"),
+        ("", "foveal list"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -179,36 +179,36 @@ def test_folders_that_are_none_of_ours(folder: Path, tmp_path: Path) -> None:
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(r"no model folder \(it has no config.json\)", empty)
+    refused(r"empty .*config\.json", empty)
     (empty / "config.yaml").touch()
-    refused("a training run without a finished epoch", empty)
+    refused("empty .*best/", empty)
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "note.txt").touch()
-    refused("neither a folder nor a .safetensors file", folder / "note.txt")
+    refused(r"note\.txt", folder / "note.txt")
 
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "dinat_tinny"}))
-    refused("unknown model 'dinat_tinny'; nearest: dinat_tiny")
+    refused("'dinat_tinny'.*dinat_tiny")
     (folder / "config.json").write_text(json.dumps({"model_type": "dinat", "architectures": ["DinatModel"]}))
-    refused("does not name a timm architecture; it was written by another library")
+    refused(r"config\.json .*architecture")
     (folder / "config.json").write_text("{")
-    refused("is not JSON")
+    refused(r"config\.json .*JSON")
 
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "test_foveal_nat", "model_args": {}}))
-    refused("does not fit test_foveal_nat")
+    refused("test_foveal_nat.*levels")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"\x00" * 100)
-    refused("damaged or no safetensors file")
+    refused(r"model\.safetensors .*header")
     (folder / "model.safetensors").unlink()
-    refused("has no weights: none of model.safetensors")
+    refused(r"model\.safetensors, pytorch_model\.bin")
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("model.onnx", "ONNX, for onnxruntime"),
-        ("model.pt2", "a compiled or exported program, for torch.export.load"),
-        ("model.xml", "OpenVINO's format"),
+        ("model.onnx", "onnxruntime"),
+        ("model.pt2", "torch.export.load"),
+        ("model.xml", "OpenVINO"),
         ("model.mlpackage", "Core ML"),
     ],
 )
@@ -218,18 +218,14 @@ def test_exports_that_are_no_models(name: str, what: str, folder: Path) -> None:
     assert foveal.load(folder).num_classes == 4
     (folder / "model.safetensors").unlink()
     for config in (True, False):
-        with pytest.raises(
-            ValueError, match=rf"is an export: {re.escape(name)} is {what}.*load what it was exported from"
-        ):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} .*{what}.*README\.md"):
             foveal.load(folder)
         if config:
             (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=rf"{re.escape(name)} is {what}.*cannot be loaded as a PyTorch model"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} .*{what}"):
         foveal.load(folder / name)
     (folder / "their.pth.tar").touch()
-    with pytest.raises(
-        ValueError, match=r"their\.pth\.tar is a file of weights alone: `foveal convert FILE --model NAME"
-    ):
+    with pytest.raises(ValueError, match=r"their\.pth\.tar .*foveal convert FILE --model NAME"):
         foveal.load(folder / "their.pth.tar")
 
 
@@ -255,11 +251,11 @@ def test_dense_models(tmp_path: Path) -> None:
             assert torch.equal(foveal.load(source)(x), expected)
         other = foveal.load(run / "last" / "raw.safetensors")(x)
     torch.testing.assert_close(other, expected + 1)
-    with pytest.raises(ValueError, match="is loaded as it was trained; given are num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         foveal.load(run, num_classes=3)
     (run / "last" / "model.safetensors").rename(run / "last" / "model.onnx")
     (run / "last" / "raw.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is an export: model\.onnx is ONNX"):
+    with pytest.raises(ValueError, match=r"model\.onnx .*ONNX"):
         foveal.load(run / "last")
 
 
@@ -286,7 +282,7 @@ def test_a_pickle_of_tensors(name: str, trained: tuple[torch.nn.Module, Path], f
 
 def test_files_without_tensors(folder: Path) -> None:
     safetensors.torch.save_file({}, folder / "model.safetensors")  # timm would go on to the network
-    with pytest.raises(ValueError, match="holds no named tensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         foveal.load(folder)
 
 
@@ -299,8 +295,8 @@ def test_pickled_code_is_not_run(folder: Path, wrap: bool) -> None:
     (folder / "model.safetensors").unlink()
     file = folder / "pytorch_model.bin"
     torch.save({"state_dict": Payload()} if wrap else Payload(), file)
-    with pytest.raises(ValueError, match=r"more than tensors.*save the weights as model\.safetensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .*getattr.*model\.safetensors"):
         foveal.load(folder)
-    with pytest.raises(ValueError, match="more than tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .*getattr"):
         foveal.load("nat_mini", pretrained_cfg_overlay={"file": str(file)})
     assert not (folder / "executed").exists()

@@ -369,9 +369,9 @@ def test_set_input_size_arguments():
     model.set_input_size((20, 96))
     assert model.partition_size == (1, 3)
     for wrong in (0, (64, 0), (1, 2, 3)):
-        with pytest.raises(ValueError, match="img_size must be"):
+        with pytest.raises(ValueError, match="img_size"):
             model.set_input_size(wrong)
-    with pytest.raises(ValueError, match="partition_size must be"):
+    with pytest.raises(ValueError, match=r"partition_size .*\(0, 0\)"):
         model.set_input_size(64, partition_size=0)
 
 
@@ -432,7 +432,7 @@ def test_checkpoint_and_other_heads():
 def test_checkpoints_that_are_not_of_the_model():
     model, weights = ours(), ours().state_dict()
     renamed = {name.replace("attn_grid", "attn_lattice"): value for name, value in weights.items()}
-    with pytest.raises(ValueError, match=r"not of this model: missing 65 .*attn_grid.*, unexpected 65 .*attn_lattice"):
+    with pytest.raises(ValueError, match=r"65 .*attn_grid.* 65 .*attn_lattice"):
         checkpoint_filter_fn(renamed, model)
     with pytest.raises(ValueError, match="out_norm=True"):
         checkpoint_filter_fn(ours(out_norm=True).state_dict(), model)
@@ -492,23 +492,23 @@ def test_head():
     assert torch.equal(model.head.pre_logits.fc.weight, hidden)
     assert model(x).shape == (2, model.head_hidden_size) == (2, 128)
     for wrong in ("catavgmax", "median"):
-        with pytest.raises(ValueError, match=f"global_pool must be one of .*, got '{wrong}'"):
+        with pytest.raises(ValueError, match=f"global_pool .*'avgmax'.* '{wrong}'"):
             model.reset_classifier(7, wrong)
-    with pytest.raises(ValueError, match="num_classes must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"num_classes .*-1"):
         model.reset_classifier(-1)
 
 
 def test_wrong_arguments():
     for arguments, message in (
-        (dict(depths=(1, 1)), r"depths \(1, 1\) and dims \(.*\) differ in length"),
-        (dict(dims=(32, 64, 96, 100)), r"dims .*100\) are not all divisible by head_dim 32"),
-        (dict(partition="padded"), r'partition must be "fixed" or "scaled", got .padded'),
-        (dict(img_size=-1), "img_size must be"),
-        (dict(partition_size=(7, 0)), "partition_size must be"),
+        (dict(depths=(1, 1)), r"depths \(1, 1\) .*dims \(64, 128, 256, 512\)"),
+        (dict(dims=(32, 64, 96, 100)), r"dims .*100\) .*head_dim 32"),
+        (dict(partition="padded"), r'partition .*"fixed".*"scaled".*padded'),
+        (dict(img_size=-1), "img_size .*-1"),
+        (dict(partition_size=(7, 0)), r"partition_size .*\(7, 0\)"),
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("maxvit_tiny_224", **arguments)
-    with pytest.raises(ValueError, match="dim 30 is not divisible by num_heads 4"):
+    with pytest.raises(ValueError, match=r"dim 30 .*num_heads 4"):
         PartitionAttention2d(30, 4, (7, 7), "block")
-    with pytest.raises(ValueError, match='kind must be "block" or "grid"'):
+    with pytest.raises(ValueError, match=r"kind .*'cross'"):
         PartitionAttention2d(32, 4, (7, 7), "cross")

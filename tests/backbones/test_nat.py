@@ -188,15 +188,15 @@ def test_dilations_override():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dilations=[[1, 2], [1, 2], [1, 2], [1, 2]]), r"\[2, 2, 2, 2\].*depths are \[2, 2, 2, 1\]"),
-        (dict(dilations=[[1, 2], [1, 2]]), "entries per level"),
-        (dict(dilations=(1, 2, 1, 1)), "one list per level"),
+        (dict(dilations=[[1, 2], [1, 2], [1, 2], [1, 2]]), r"\[2, 2, 2, 2\].*\[2, 2, 2, 1\]"),
+        (dict(dilations=[[1, 2], [1, 2]]), r"\[2, 2\] .*\[2, 2, 2, 1\]"),
+        (dict(dilations=(1, 2, 1, 1)), r"dilations .*\(1, 2, 1, 1\)"),
         (dict(dilations="largest"), "'largest'"),
-        (dict(dilations=[[1, 0], [1, 1], [1, 1], [1]]), "dilation must be .* got 0"),
-        (dict(dilations=[[1, 1.5], [1, 1], [1, 1], [1]]), "dilation must be .* got 1.5"),
-        (dict(num_heads=(3, 2, 4, 8)), "dim 16 is not divisible by num_heads 3"),
-        (dict(num_heads=(1, 2)), "differ in length"),
-        (dict(kernel_size=0), "kernel_size must be at least 1"),
+        (dict(dilations=[[1, 0], [1, 1], [1, 1], [1]]), "dilation .* 0"),
+        (dict(dilations=[[1, 1.5], [1, 1], [1, 1], [1]]), r"dilation .* 1\.5"),
+        (dict(num_heads=(3, 2, 4, 8)), "dim 16 .*num_heads 3"),
+        (dict(num_heads=(1, 2)), r"depths \(2, 2, 2, 1\) .*num_heads \(1, 2\)"),
+        (dict(kernel_size=0), "kernel_size .*0"),
         (dict(global_pool="median"), "median"),
         (dict(num_classes=-1), "num_classes"),
     ],
@@ -209,9 +209,9 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("nat_isotropic_small", dict(img_size=224), "img_size is for full attention"),
-        ("vitrpb_isotropic_small", dict(dilations=(1, 2) * 6), "full attention has no dilations"),
-        ("dinat_isotropic_small", dict(dilations=(1, 2)), r"\[2\] entries per level, depths are \[12\]"),
+        ("nat_isotropic_small", dict(img_size=224), "img_size .*224"),
+        ("vitrpb_isotropic_small", dict(dilations=(1, 2) * 6), r"dilations.*\(1, 2, 1, 2,"),
+        ("dinat_isotropic_small", dict(dilations=(1, 2)), r"\[2\] .*\[12\]"),
     ],
 )
 def test_bad_arguments_isotropic(name, arguments, message):
@@ -402,14 +402,14 @@ def test_other_channels_and_classes():
 def test_foreign_checkpoints_are_refused():
     model = small()
     state_dict = model.state_dict()
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match=r"conv1\.weight, fc\.weight"):
         load({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}, num_classes=10)
-    with pytest.raises(ValueError, match=r"missing 1 \(norm.bias\), unexpected none"):
+    with pytest.raises(ValueError, match=r"1 \(norm\.bias\).* none"):
         load({k: v for k, v in state_dict.items() if k != "norm.bias"}, num_classes=10)
     # also where timm would load leniently, because the classifier differs
-    with pytest.raises(ValueError, match=r"missing none, unexpected 1 \(levels.0.blocks.0.gamma1\)"):
+    with pytest.raises(ValueError, match=r"none.* 1 \(levels\.0\.blocks\.0\.gamma1\)"):
         load({**state_dict, "levels.0.blocks.0.gamma1": torch.zeros(16)}, num_classes=3)
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*levels\.0\."):
         load(state_dict, "dinat_s_tiny", embed_dim=16, num_heads=(1, 2, 4, 8), num_classes=10)
 
 
@@ -426,8 +426,7 @@ def test_filter_changes_nothing():
 def test_tables_of_another_kernel_size():
     model = randomized(small())
     state_dict = model.state_dict()
-    message = r"rpb of the checkpoint is 5x5, made for kernel_size \(3, 3\); the model's is 9x9, kernel_size \(5, 5\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"rpb .*5x5.*kernel_size \(3, 3\).*9x9.*kernel_size \(5, 5\)"):
         load(state_dict, kernel_size=5, num_classes=10)
     got = load(state_dict, kernel_size=5, num_classes=10, interpolate_rpb=True)
     for a, b in zip(attentions(got), attentions(model), strict=True):

@@ -152,7 +152,7 @@ def test_both_published_forms_load(tmp_path):
     other = create().reparameterize()
     other.load_state_dict(checkpoint_filter_fn(training, other))
     torch.testing.assert_close(other(x), want, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no auxiliary head"):
+    with pytest.raises(ValueError, match="aux_head=True"):
         from_file(tmp_path / "folded.pth", folded, aux_head=True)
 
 
@@ -169,7 +169,7 @@ def test_other_classes_and_channels(tmp_path):
 def test_other_checkpoints_are_refused(tmp_path):
     state_dict = create().state_dict()
     del state_dict["high_level_proj.bias"]
-    with pytest.raises(ValueError, match=r"missing 1 \(high_level_proj.bias\), unexpected none"):
+    with pytest.raises(ValueError, match=r"1 \(high_level_proj\.bias\).* none"):
         from_file(tmp_path / "weights.pth", state_dict)
 
 
@@ -260,10 +260,10 @@ def test_head_with_other_pooling():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(kernel_sizes=(7, 7, 7, 9)), r"kernel_size must be one of \(7, 13, 15, 17\), got 9"),
-        (dict(depths=(1, 1, 1)), r"depths must be 4 numbers of at least 1, got \(1, 1, 1\)"),
-        (dict(num_heads=(2, 5)), "48 channels do not split into two halves of 5 heads"),
-        (dict(embed_dims=(16, 24, 32, 46)), r"divisible by 4, got \(16, 24, 32, 46\)"),
+        (dict(kernel_sizes=(7, 7, 7, 9)), r"kernel_size .*\(7, 13, 15, 17\).* 9"),
+        (dict(depths=(1, 1, 1)), r"depths .*4.*\(1, 1, 1\)"),
+        (dict(num_heads=(2, 5)), "48 .* 5 "),
+        (dict(embed_dims=(16, 24, 32, 46)), r"embed_dims .*\(16, 24, 32, 46\)"),
     ],
 )
 def test_wrong_arguments(arguments, message):

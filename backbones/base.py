@@ -1,0 +1,299 @@
+"""The base class of the backbones, which has timm's methods, and how a family's models are created and loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from .layers import Blocks, init_weights, to_format
+
+POOLS = ("", "avg", "max", "avgmax", "catavgmax")
+
+
+class Backbone(nn.Module):
+    """A stem, levels with a feature map each, and a head of pooling, dropout and classifier.
+
+    A family's constructor calls that of this class, builds its stem and its levels, a Sequential named ``levels_name``,
+    calls `_add_map` for each level and, last, `_init_head`. It defines `_stem`, and overrides the other methods with an
+    underscore where it differs. A final norm is ``norm``; the norms of ``out_norm`` are ``norm0``, ``norm1`` ...
+
+    Args:
+        in_chans: image channels.
+        output_stride: what the user asked for; only ``stride`` is possible.
+        stride: of the last map.
+        out_norm: add a norm per map, which `forward_intermediates` applies.
+    """
+
+    output_fmt = "NHWC"  # of the maps inside and of forward_features
+    stem_name = "stem"
+    levels_name = "stages"  # part of every parameter's name
+    uniform = False  # all levels have the same shape, so that the final norm and the head fit every map
+    tables: tuple[str, ...] = ("rpb",)  # how the names of relative position biases end
+    out_indices: int | Sequence[int] | None = None  # default of features_only: all maps
+
+    feature_info: list[dict[str, Any]]
+    num_features: int
+    num_classes: int
+
+    def __init__(self, in_chans: int, output_stride: int, stride: int = 32, out_norm: bool = False) -> None:
+        super().__init__()
+        if output_stride != stride:
+            raise ValueError(f"output_stride {output_stride} is not supported: {type(self).__name__} has {stride}")
+        self.in_chans = in_chans
+        self.out_norm = out_norm
+        self.feature_info = []
+
+    def _add_map(self, channels: int, module: str, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        """The next feature map is of ``channels``, at twice the stride of the one before, from 4 on."""
+        i = len(self.feature_info)
+        self.feature_info.append(dict(num_chs=channels, reduction=4 * 2**i, module=module))
+        if self.out_norm:
+            self.add_module(f"norm{i}", norm_layer(channels))
+
+    # ---- the head
+
+    def _init_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        self.num_features = num_features
+        self.drop_rate = drop_rate
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        check_head(num_classes, global_pool)
+        self.num_classes = num_classes
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, input_fmt=self.output_fmt
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        init_weights(self.head)
+
+    def _remove_head(self) -> None:
+        self.reset_classifier(0, "")
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or an Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for ``num_classes`` (0: none), and the pooling if one is given."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        like = next(self.parameters())
+        self._set_head(num_classes, pool)
+        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    # ---- training
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed besides biases and norms: the relative position biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self.tables)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        level = rf"^{self.levels_name}\.(\d+)"
+        fine = [(rf"{level}\.downsample", (0,)), (rf"{level}\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=rf"^{self.stem_name}", blocks=level if coarse else fine)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of BatchNorms
+        in them then see every batch twice, with the same result up to a larger momentum."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
+
+    # ---- features
+
+    @property
+    def _levels(self) -> nn.Sequential:
+        return getattr(self, self.levels_name)
+
+    def _stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to what the first level takes."""
+        return getattr(self, self.stem_name)(x)
+
+    def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The map of level ``i`` from that of the one before, or from the stem's."""
+        return self._levels[i](x)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) if hasattr(self, "norm") else x
+
+    def _maps(
+        self, x: torch.Tensor, take: Sequence[int], stop: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The map of level ``stop``, and those of the levels ``take``, normalized as asked for."""
+        maps = []
+        x = self._stem(x)
+        for i in range(stop + 1):
+            x = self._level(i, x)
+            if i in take and self.out_norm:
+                maps.append(getattr(self, f"norm{i}")(x))
+            elif i in take:
+                maps.append(self._norm(x) if norm and (self.uniform or i == len(self.feature_info) - 1) else x)
+        return x, maps
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The feature maps of the levels, before what halves them for the next.
+
+        Args:
+            x: images ``[B, in_chans, H, W]``.
+            indices: the last n maps if an int, these maps if a sequence, all if None.
+            norm: apply the final norm, if there is one, to the maps that it fits: the last, or all of an isotropic
+                model. A model with ``out_norm`` applies its norms per map instead, always.
+            stop_early: leave out the levels after the last one asked for.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return only the maps.
+
+        Returns:
+            The maps (of a hierarchical model at strides 4, 8, 16, 32), or (final features as `forward_features` gives
+            them, maps). With ``stop_early`` the final features are those of the last level that ran.
+        """
+        count = len(self.feature_info)
+        take, last = take_indices(count, indices)
+        stop = last if stop_early or intermediates_only else count - 1
+        x, maps = self._maps(x, take, stop, norm)
+        maps = [to_format(each, output_fmt, self.output_fmt) for each in maps]
+        if intermediates_only:
+            return maps
+        return (self._norm(x) if self.uniform or stop == count - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove everything that `forward_intermediates` does not need for ``indices``; returns them as a list."""
+        take, last = take_indices(len(self.feature_info), indices)
+        shortened = last < len(self.feature_info) - 1 and not self.uniform
+        self._prune(take, last)
+        self.feature_info = self.feature_info[: last + 1]
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if (prune_norm or shortened) and hasattr(self, "norm"):
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self._remove_head()
+        return take
+
+    def _prune(self, take: Sequence[int], last: int) -> None:
+        """Remove the levels after ``last``, and the norms of maps that are not in ``take``."""
+        del self._levels[last + 1 :]
+        if self.out_norm:
+            for i in set(range(len(self.feature_info))) - set(take):
+                delattr(self, f"norm{i}")
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the last map, through the final norm if there is one: ``[B, h, w,
+        num_features]``, or ``[B, num_features, h, w]`` if ``output_fmt`` is ``"NCHW"``."""
+        return self._norm(self._levels(self._stem(x)))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The map of `forward_features` to logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS) -> None:
+    """Raise a ValueError for a pooling that is not one of ``pools``, or a negative number of classes."""
+    if global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """timm's ``indices`` of `forward_intermediates` (the last n, these, or all) as a list within ``range(count)``, and
+    the largest of them."""
+    if indices is None:
+        indices = count
+    given = indices
+    if isinstance(indices, int):
+        given = range(-indices, 0) if indices <= count else ()
+    if not given or not all(-count <= i < count for i in given):
+        raise ValueError(f"indices {indices} select nothing or leave the range of {count} maps")
+    take = [i % count for i in given]
+    return take, max(take)
+
+
+# ---- creating and loading
+
+Model = TypeVar("Model", bound=Backbone)
+Filter = Callable[[dict[str, Any], nn.Module], dict[str, torch.Tensor]]
+
+
+def create(
+    filter_fn: Filter, cls: type[Model], variant: str, pretrained: bool, kwargs: Mapping[str, Any], **defaults: Any
+) -> Model:
+    """Build a registered model the way timm does, with ``kwargs`` of the user over the variant's ``defaults``."""
+    arguments = {**defaults, **kwargs}
+    feature_cfg = dict(out_indices=arguments.pop("out_indices", cls.out_indices), feature_cls="getter")
+    return build_model_with_cfg(
+        cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
+    )
+
+
+def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, as a new dict with the names of a bare model.
+
+    Taken off are a ``state_dict`` or ``model`` around the tensors, and the prefixes of ``DistributedDataParallel`` and
+    ``features_only``. Of a detector or segmentor, the ``backbone.`` is kept.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    for prefix in ("module.", "model."):
+        if checkpoint and all(name.startswith(prefix) for name in checkpoint):
+            checkpoint = {name[len(prefix) :]: value for name, value in checkpoint.items()}
+    backbone = {name[9:]: value for name, value in checkpoint.items() if name.startswith("backbone.")}
+    return backbone or dict(checkpoint)
+
+
+def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], pattern: str = r"norm\d") -> None:
+    """Add the model's own values of the names that match, if the checkpoint has none of them: norms that are new."""
+    names = [name for name in own if re.match(pattern, name)]
+    if not any(name in state_dict for name in names):
+        state_dict.update({name: own[name] for name in names})
+
+
+def check_names(
+    state_dict: Iterable[str], own: Iterable[str], ignore: str = r"head\.", map_norms: str = r"norm\d"
+) -> None:
+    """Hold the names of a checkpoint to those of the model.
+
+    Args:
+        ignore: the names that may differ: timm handles the classifier.
+        map_norms: the names of norms per feature map, which a model made without them lacks.
+
+    Raises:
+        ValueError: with the first names that are missing or unexpected.
+    """
+    needed, given = ({name for name in names if not re.match(ignore, name)} for names in (own, state_dict))
+    missing, unexpected = sorted(needed - given), sorted(given - needed)
+    if any(re.match(map_norms, name) for name in unexpected) and not any(re.match(map_norms, name) for name in own):
+        raise ValueError(
+            f"the checkpoint is of a dense model, with norms per feature map ({unexpected[0]}, ...): create the model "
+            "with features_only=True, out_norm=True"
+        )
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "none"
