@@ -45,7 +45,7 @@ test-long: .venv/ready-test
 bench: .venv/ready-test
 	$(BIN)/foveal bench kernels
 
-docs: .venv/ready
+docs: .venv/ready-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
@@ -62,12 +62,13 @@ pictures: .venv/ready  # of the README, anew after a table that they show
 	  || { echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "setting up .venv (downloads PyTorch; some minutes)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[train,export]'
 	@touch $@
 
-# NATTEN is a judge in the tests and a backend on CUDA; its build looks for the torch that is installed. MMDetection is
-# what an adapter is tested with: its packages' own requirements (a compiled mmcv, opencv with a display) are left out.
+# The tests compare with NATTEN, which is also a backend on CUDA; its build looks for the torch that is installed. An
+# adapter is tested with MMDetection, without its own requirements (a compiled mmcv, opencv with a display).
 .venv/ready-test: .venv/ready
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation 'natten>=0.21'
 	$(BIN)/python -m pip install $(PIP_FLAGS) addict==2.4.0 termcolor==3.3.0 yapf==0.43.0 six==1.17.0 terminaltables==3.1.10 \
 	  shapely opencv-python-headless

@@ -28,7 +28,7 @@ def installed_version() -> str | None:
 def unsupported_reason(problem: Problem) -> str | None:
     found = installed_version()
     if found is None:
-        return "natten is not installed (pip install foveal[natten])"
+        return "natten is not installed (pip install 'foveal[natten]')"
     major, minor = re.match(r"(\d+)\.(\d+)", found).groups()
     if (int(major), int(minor)) < (0, 20):
         return f"natten {found} is older than 0.20, whose interface this is"

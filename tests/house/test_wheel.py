@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from foveal.figures import figures
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("backbones", "benchmarks", "configs", "heads", "kernels", "train", "weights")
@@ -34,6 +37,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
+def fresh_environment(folder: Path, wheel: Path) -> tuple[Path, Path]:
+    """The interpreter and the site-packages of a new environment that holds the wheel alone."""
+    call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    installer = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    call(*installer, wheel, cwd=folder)
+    return python, Path(
+        call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    )
+
+
 @pytest.fixture(scope="module")
 def python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh environment that holds the wheel, and borrows the dependencies of this one.
@@ -41,13 +55,37 @@ def python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     A path file lends the folder of the dependencies, and path files in it are not read: the editable installation of
     this checkout, which hangs on one, is not there.
     """
-    folder = tmp_path_factory.mktemp("fresh")
-    call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
-    own = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=folder)
-    lent = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
-    (own / "lent.pth").write_text("\n".join(lent) + "\n")
+    python, packages = fresh_environment(tmp_path_factory.mktemp("fresh"), built[1])
+    lent = {str(metadata.distribution(name).locate_file("")) for name in ("torch", "timm")}
+    (packages / "lent.pth").write_text("\n".join(lent) + "\n")
+    return python
+
+
+def required(name: str) -> set[str]:
+    """The distributions that ``pip install name`` brings, without any extra, as far as they are installed here."""
+    found: set[str] = set()
+    queue = [name]
+    while queue:
+        for text in metadata.requires(queue.pop()) or ():
+            requirement = Requirement(text)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            if requirement.name not in found:
+                found.add(requirement.name)
+                queue.append(requirement.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment with what ``pip install foveal`` brings, and nothing of the extras."""
+    python, packages = fresh_environment(tmp_path_factory.mktemp("bare"), built[1])
+    for name in required("foveal"):
+        distribution = metadata.distribution(name)
+        root = Path(str(distribution.locate_file("")))
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(root / top)
     return python
 
 
@@ -67,6 +105,45 @@ def test_create_a_model_by_name(python: Path, tmp_path: Path) -> None:
         "print(tuple(model(torch.randn(2, 3, 64, 64)).shape))\n"
     )
     assert call(python, "-c", code, cwd=tmp_path) == "(2, 3)\n"
+
+
+def test_every_family_runs_without_extras(bare_python: Path, tmp_path: Path) -> None:
+    code = (
+        "import foveal, timm, torch\n"
+        "from importlib.util import find_spec\n"
+        "assert not any(map(find_spec, ('accelerate', 'sklearn', 'matplotlib', 'onnx', 'pytest', 'transformers')))\n"
+        "names = [name for name in foveal.list_models() if name.startswith('test_')]\n"
+        "for name in names:\n"
+        "    assert timm.create_model(name, num_classes=3).eval()(torch.randn(1, 3, 64, 96)).shape == (1, 3)\n"
+        "    maps = timm.create_model(name, features_only=True)(torch.randn(1, 3, 64, 96))\n"
+        "for name in foveal.list_models():\n"
+        "    with torch.device('meta'):\n"
+        "        timm.create_model(name)\n"
+        "print(len(names), len(foveal.list_models()))\n"
+    )
+    tests, models = call(bare_python, "-c", code, cwd=tmp_path).split()
+    assert int(tests) >= 7
+    assert int(models) == len(figures())
+
+
+def test_a_command_names_the_extra_that_it_misses(bare_python: Path, tmp_path: Path) -> None:
+    command = bare_python.with_name("foveal")
+    assert "dinat_tiny" in call(command, "info", "dinat_tiny", cwd=tmp_path)
+    for arguments, extra in (
+        (("train", "classify", "digits"), "train"),
+        (("evaluate", "runs/x"), "train"),
+        (("predict", "x.png", "--model", "runs/x"), "train"),
+        (("export", "test_foveal_nat", "--to", "onnx", "--output", "x"), "export"),
+        (("demo",), "train"),
+    ):
+        run = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (1, ""), (arguments, run.stderr)
+        assert f"foveal[{extra}]" in run.stderr, (arguments, run.stderr)
+
+
+def test_at_most_eight_packages_are_required() -> None:
+    direct = [r for r in map(Requirement, metadata.requires("foveal") or ()) if r.marker is None]
+    assert len(direct) <= 8
 
 
 def test_recipes_are_shipped(python: Path, tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def write_shard(path: Path, samples: list[tuple[str, bytes, str]]) -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    pytest.importorskip("webdataset", reason="the webdataset extra is not installed")
+    pytest.importorskip("webdataset", reason="webdataset, of the extra foveal[train], is not installed")
     root = tmp_path / "shards"
     root.mkdir()
     splits = {}

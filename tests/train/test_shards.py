@@ -25,7 +25,7 @@ from foveal.train.data.guard import NOTHING
 from foveal.train.data.shards import Options, make_shards
 from foveal.train.data.wds import StreamedImages, load_index, scan_shard
 
-pytest.importorskip("webdataset", reason="the webdataset extra is not installed")
+pytest.importorskip("webdataset", reason="webdataset, of the extra foveal[train], is not installed")
 CPU = torch.device("cpu")
 MODEL = {"input_size": (3, 24, 24), "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 
