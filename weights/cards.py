@@ -46,7 +46,6 @@ DENSE_HEADS = {
 _SPEED = Path(__file__).parents[1] / "benchmarks" / "results" / "models-cpu-2core.csv"
 _UNKNOWN = "not known: that of whoever made the file"
 _PIXELS = "the class of each pixel and does not tell objects apart"
-_AVERAGED = {True: "the averaged (EMA) weights", False: "the raw weights", None: ""}
 _LISTED = 100  # class names in a card at most
 _HERE = "PATH_OF_THIS_FOLDER"
 
@@ -58,32 +57,23 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     """What is known of a published file: from the manifest, the model's size and cost, and its measured speed."""
     classifier = checkpoint.task == "classify"
     counted = profile(checkpoint.name if classifier else checkpoint.model)
-    statistics = f"mean {_text(checkpoint.mean)}, std {_text(checkpoint.std)}"
-    table = {
+    crop = f"{checkpoint.interpolation}, crop {checkpoint.crop:g} ({checkpoint.crop_mode}), " if classifier else ""
+    rows = {
         "model": f"`{checkpoint.model}`" + ("" if classifier else f", the backbone of a model to {checkpoint.task}"),
-        "paper": _paper(checkpoint.model),
-        "published score": checkpoint.score_text() or "none",
         "parameters": f"{counted.parameters:,}" + ("" if classifier else " (of the backbone with its classifier)"),
         "GMACs": f"{counted.macs / 1e9:.2f} for one image of {_by(counted.input_size)}" if classifier else "",
         "classes": f"{checkpoint.classes:,}" if classifier and checkpoint.classes else "",
         "input": f"{_by(checkpoint.input)}, as published" if checkpoint.input else "",
-        "preprocessing": f"{checkpoint.interpolation}, crop {checkpoint.crop:g} ({checkpoint.crop_mode}), {statistics}"
-        if classifier
-        else statistics,
+        "preprocessing": f"{crop}mean {_text(checkpoint.mean)}, std {_text(checkpoint.std)}",
         "arguments of the backbone": ", ".join(f"{key}={value}" for key, value in checkpoint.arguments.items()),
-        "licence of the weights": checkpoint.weights_licence,
-        "licence of the code": checkpoint.code_licence,
-        "code of the authors": checkpoint.code,
+        **_published(checkpoint),
         "address": checkpoint.address or f"{checkpoint.file}, by hand from {checkpoint.page}",
         "mirrors": ", ".join(checkpoint.mirrors),
-        "converted from": checkpoint.original or "",
         "sha256": _hash(checkpoint),
         "format": f"keys of {KEY_FORMATS[checkpoint.keys]}",
         "foveal convert": "" if classifier else _convertible(checkpoint),
-        "measured speed": _speed(checkpoint) if classifier else "",
-        "note": _note(checkpoint),
     }
-    return {name: value for name, value in table.items() if value}
+    return {name: value for name, value in rows.items() if value}
 
 
 def published_card(checkpoint: Checkpoint) -> str:
@@ -94,6 +84,21 @@ def published_card(checkpoint: Checkpoint) -> str:
         source = checkpoint.name if checkpoint.addresses else f"{checkpoint.file} --model {checkpoint.name}"
         code = f"```\nfoveal convert {source} --output FOLDER\n```"
     return _card(checkpoint.name, facts(checkpoint), code)
+
+
+def _published(checkpoint: Checkpoint) -> dict[str, str]:
+    """Rows of the cards of a published file and of what is converted from it."""
+    own = [] if checkpoint.model in list_models() else [f"{checkpoint.model} is timm's."]
+    return {
+        "paper": _paper(checkpoint.model),
+        "published score": checkpoint.score_text() or "none",
+        "licence of the weights": checkpoint.weights_licence,
+        "licence of the code": checkpoint.code_licence,
+        "code of the authors": checkpoint.code,
+        "converted from": checkpoint.original or "",
+        "measured speed": _speed(checkpoint) if checkpoint.task == "classify" else "",
+        "note": " ".join(filter(None, [checkpoint.note, checkpoint.about, *own])),
+    }
 
 
 def _convertible(checkpoint: Checkpoint) -> str:
@@ -144,89 +149,54 @@ def converted_card(config: Mapping[str, Any], measured: str | None = None) -> st
         measured: a score that was measured with the converted model, in words.
     """
     record, dense = config[RECORD], "pretrained_cfg" not in config
-    checkpoint = checkpoints().get(record["checkpoint"])
-    architecture = config["arguments"]["backbone"] if dense else config["architecture"]
+    checkpoint, args = checkpoints().get(record["checkpoint"]), config.get("arguments", {})
+    architecture = args["backbone"] if dense else config["architecture"]
     features = bool((config.get("model_args") or {}).get("features_only"))
-    rows = {"model": _model(config, architecture, dense, features), "paper": _paper(architecture)}
-    if checkpoint is None:
-        rows["weights"] = f"from `{record['file']}`; that is not known to be a published file"
-        rows["licence of the weights"] = (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN
-    else:
-        part = " (of the whole dense model)" if features else ""
-        rows |= {
-            "weights": f"`{checkpoint.name}`, published as {checkpoint.address or checkpoint.page}",
-            "converted from": checkpoint.original,
-            "code of the authors": f"{checkpoint.code}, licence: {checkpoint.code_licence}",
-            "licence of the weights": checkpoint.weights_licence,
-            "published score": checkpoint.score_text() + part if checkpoint.score else None,
-            "gives": _PIXELS if checkpoint.task == "panoptic" and dense and config["task"] == "segment" else None,
-            "measured speed": None if dense or features else _speed(checkpoint),
-            "note": _note(checkpoint),
-        }
-    rows |= {"input": _input(config, dense), "measured": measured}
     if dense:
+        model = f"{args['head']} with {args['neck']} on `{architecture}`, {len(config['classes'])} classes"
         use = "found = model([image])  # float [3, H, W] in [0, 1]"
         use = use if config["task"] == "detect" else "logits = model(images)  # float [B, 3, H, W] in [0, 1]"
         code = _python(f'foveal.load("{_HERE}")', use)
     else:
-        use = "maps = model(images)  # a list" if features else "logits = model(images)"
+        kind = "a backbone: it returns feature maps" if features else f"{config['num_classes']:,} classes"
+        model, use = (
+            f"`{architecture}`, {kind}",
+            "maps = model(images)  # a list" if features else "logits = model(images)",
+        )
         code = _python(f'timm.create_model("local-dir:{_HERE}", pretrained=True).eval()', use)
-    checked = "\n".join(f"* {each}" for each in _checked(record))
+    rows = {"model": f"{model}, {record['parameters']:,} parameters"}
+    if checkpoint is None:
+        rows |= {"paper": _paper(architecture), "weights": f"from `{record['file']}`, not known to be a published file"}
+        rows["licence of the weights"] = (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN
+    else:
+        rows["weights"] = f"`{checkpoint.name}`, published as {checkpoint.address or checkpoint.page}"
+        rows |= _published(checkpoint)
+        rows["published score"] += " (of the whole dense model)" * features
+        if checkpoint.task == "panoptic" and dense and config["task"] == "segment":
+            rows["gives"] = _PIXELS
+    rows |= {"input": _input(config["preprocessing" if dense else "pretrained_cfg"], dense), "measured": measured}
+    checked = "\n".join(f"* {each}" for each in record_lines(record))
     written = f"Written by foveal {record['version']}: `foveal convert`."
     return _card(checkpoint.name if checkpoint else architecture, rows, code, f"## Checked\n\n{checked}", written)
 
 
-def _checked(record: Mapping[str, Any]) -> list[str]:
-    averaged = f"; {_AVERAGED[record['averaged']]}" if record["averaged"] is not None else ""
+def record_lines(record: Mapping[str, Any]) -> list[str]:
+    """What a record of a conversion says, in words."""
+    averaged = {True: "the averaged (EMA) weights, ", False: "the raw weights, ", None: ""}[record["averaged"]]
     heads = ", ".join(f"{count} `{group}`" for group, count in record["heads"].items())
     return [
-        f"made from `{record['file']}`, sha256 `{record['sha256']}`{averaged}",
-        f"all {record['tensors']} tensors of it are used, all parameters are set",
+        f"made from `{record['file']}`: {averaged}keys of {KEY_FORMATS[record['keys']]}, sha256 `{record['sha256']}`",
+        f"all {record['tensors']} tensors of it are used, all {record['parameters']:,} parameters are set",
         *([f"left out, of the heads: {heads}"] if heads else []),
-        *([f"left out, as nothing reads them: {_text(record['dropped'])}"] if record["dropped"] else []),
+        *([f"left out, as nothing reads them: {listed(record['dropped'])}"] if record["dropped"] else []),
         *(["its first filters, for BGR images, flipped to RGB"] if record.get("bgr") else []),
         f"`model.safetensors` has sha256 `{record['model_sha256']}`",
-        "the outputs for a fixed image were computed before writing and are those of the written model; they are "
-        "stored in `config.json`, and `foveal verify` computes them again",
+        "the outputs for a fixed image, computed before writing and stored in `config.json`, are those of the written "
+        "model; `foveal verify` computes them again",
     ]
 
 
-def summary(record: Mapping[str, Any], model: str) -> list[str]:
-    """The lines that `foveal convert` prints: what the record says.
-
-    Args:
-        model: what the file is of, in words.
-    """
-    kind = f"{_AVERAGED[record['averaged']]}, " if record["averaged"] is not None else ""
-    lines = [
-        f"{record['file']}: {kind}keys of {KEY_FORMATS[record['keys']]}; {record['tensors']} tensors used, "
-        f"{record['parameters']:,} parameters set: all there are",
-        f"it is {model}",
-    ]
-    if record["heads"]:
-        lines.append(f"not of the backbone and left out: {counted(record['heads'])}")
-    if record["dropped"]:
-        lines.append(f"read by nothing, and left out: {listed(record['dropped'])}")
-    if record["bgr"]:
-        lines.append("the file is for BGR images: its first filters were flipped, this model takes RGB")
-    if record["checkpoint"] is None:
-        lines.append("it is not known to be a published file: licence and preprocessing are yours to state")
-    elif note := checkpoints()[record["checkpoint"]].note:
-        lines.append(note)
-    return lines
-
-
-def _model(config: Mapping[str, Any], architecture: str, dense: bool, features: bool) -> str:
-    size = f"{config[RECORD]['parameters']:,} parameters"
-    if dense:
-        made = config["arguments"]
-        return f"{made['head']} with {made['neck']} on `{architecture}`, {size}, {len(config['classes'])} classes"
-    kind = "a backbone: it returns feature maps" if features else f"{config['num_classes']:,} classes"
-    return f"`{architecture}`, {size}, {kind}"
-
-
-def _input(config: Mapping[str, Any], dense: bool) -> str:
-    cfg = config["preprocessing" if dense else "pretrained_cfg"]
+def _input(cfg: Mapping[str, Any], dense: bool) -> str:
     statistics = f"mean {_text(cfg['mean'])}, std {_text(cfg['std'])}"
     if dense:
         sizes = f", short side {cfg['short_side']} up to {cfg['max_size']}" if "short_side" in cfg else ""
@@ -296,31 +266,30 @@ def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping
     rows, columns = size
     batch = "1" if detects or to == "openvino" else "batch"
     shape = f"[{batch}, {channels_of(model)}, {rows}, {columns}]"
-    given = f"`image` {shape}, float32 in [0, 1]; normalization is inside"
-    returned = f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
+    inside, returned = "normalization", f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
     if detects:
         transform, owner = model.detector.transform, getattr(model.detector, "roi_heads", model.detector)
         seen = tuple(transform([torch.zeros(channels_of(model), *size)])[0].image_sizes[0])
-        inside = "" if seen == size else f", and the resize to {seen[0]} x {seen[1]}"
-        given = f"`image` {shape}, float32 in [0, 1]; normalization{inside} is inside"
-        returned = "`boxes` [n, 4] in its pixels, `labels` int64 [n], `scores` [n], the best first"
-        returned += f", `masks` [n, 1, {rows}, {columns}]" * model.masks
-        returned += f"; scores above {owner.score_thresh:g}, at most {owner.detections_per_img} detections"
-        returned += ", non-maximum suppression is inside"
+        inside += f", the resize to {seen[0]} x {seen[1]}" * (seen != size) + " and non-maximum suppression"
+        masks = f", `masks` [n, 1, {rows}, {columns}]" * model.masks
+        returned = (
+            f"`boxes` [n, 4] in its pixels, `labels` int64 [n], `scores` [n], the best first{masks}; scores above "
+        )
+        returned += f"{owner.score_thresh:g}, at most {owner.detections_per_img} detections"
     parts = f"`{arguments['head']}` on `{arguments['backbone']}`"
     if arguments["head"] != "mask2former":
         parts += f", neck `{arguments['neck']}`"
-    weights = to == "safetensors"
     table = {
         "model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters",
         **origin,
         "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
-        "input": None if weights else given,
-        "output": None if weights else returned,
+        "input": f"`image` {shape}, float32 in [0, 1]; inside: {inside}" if to != "safetensors" else None,
+        "output": returned if to != "safetensors" else None,
         "check of this file": checked,
     }
     title = f"{arguments['head']} on {arguments['backbone']}"
-    return _exported(title, table, dense_example(model, to, size), to + f" --size {rows}x{columns}" * (not weights))
+    options = to if to == "safetensors" else f"{to} --size {rows}x{columns}"
+    return _exported(title, table, dense_example(model, to, size), options)
 
 
 def channels_of(model: nn.Module) -> int:
@@ -478,11 +447,6 @@ def _python(build: str, use: str) -> str:
 def _paper(architecture: str) -> str:
     """Of the models here; under timm's names it is that of the recipe of timm's own weights."""
     return _text(get_pretrained_cfg(architecture).paper_ids) if architecture in list_models() else ""
-
-
-def _note(checkpoint: Checkpoint) -> str:
-    own = [] if checkpoint.model in list_models() else [f"{checkpoint.model} is timm's."]
-    return " ".join(filter(None, [checkpoint.note, checkpoint.about, *own]))
 
 
 def _by(size: Any) -> str:

@@ -27,7 +27,7 @@ from ..backbones.download import file_sha256
 from ..backbones.loading import WEIGHTS
 from ..heads.build import build_dense, load_dense, read_dense_config, save_dense
 from . import dense, download, names
-from .cards import converted_card, counted, listed, summary
+from .cards import converted_card, counted, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
 from .folder import RECORD, TOLERANCE, check_output, published_config, read_folder, staged, write_config
 from .manifest import Checkpoint, checkpoints
@@ -54,7 +54,12 @@ class Conversion:
 
     def lines(self) -> list[str]:
         """The same for people."""
-        return [f"{self.folder}: {', '.join(self.files)}", *summary(self.record, self.model)]
+        name = self.record["checkpoint"]
+        note = (
+            checkpoints()[name].note if name else "not known to be a published file: licence and preprocessing are open"
+        )
+        record = [line.replace("`", "") for line in record_lines(self.record)]
+        return [f"{self.folder}: {', '.join(self.files)}", self.model, *record, *([note] if note else [])]
 
 
 @dataclass(frozen=True)

@@ -145,19 +145,8 @@ def _put_in_place(folder: Path, output: Path) -> None:
     if not output.exists():
         os.rename(folder, output)
         return
-    for path in sorted(folder.iterdir()):
-        target, new, old = output / path.name, output / f".{path.name}.new", output / f".{path.name}.old"
-        for left in (new, old):  # by an export that was killed
-            _remove(left)
-        shutil.move(path, new)
-        if target.exists() and (target.is_dir() or new.is_dir()):  # a folder is not replaced in one step
-            os.rename(target, old)
-        os.replace(new, target)
-        _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        target = output / path.name
+        if target.is_dir() and not target.is_symlink():  # a folder is not replaced in one step
+            shutil.rmtree(target)
+        os.replace(path, target)

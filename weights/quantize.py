@@ -28,36 +28,26 @@ def quantize(file: Path, target: Path, batches: Sequence[Tensor]) -> None:
         batches: images as the model takes them, ``[B, C, H, W]``.
     """
     import onnx
-    from onnxruntime import quantization
+    from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(batches)
+    class Reader(q.CalibrationDataReader):
+        images = iter(batches)
 
         def get_next(self) -> dict[str, object] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.numpy()}
+            return next(({INPUT: batch.numpy()} for batch in self.images), None)
 
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         prepared = Path(scratch) / "prepared.onnx"
-        # its symbolic shapes are not needed, and its checks fail on a free batch
+        # its symbolic shapes are not needed, and its checks fail on a dynamic batch
         quant_pre_process(file, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         weights = {each.name for each in graph.initializer}
         activations_only = [n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
-        quantization.quantize_static(
-            prepared,
-            target,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
-            nodes_to_exclude=activations_only,
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=quantization.CalibrationMethod.MinMax,
-        )
+        kinds = dict(activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, per_channel=True)
+        kinds |= dict(quant_format=q.QuantFormat.QDQ, calibrate_method=q.CalibrationMethod.MinMax)
+        operators = dict(op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=activations_only)
+        q.quantize_static(prepared, target, Reader(), **operators, **kinds)
 
 
 @contextmanager

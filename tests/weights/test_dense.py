@@ -49,7 +49,7 @@ def converted(original: nn.Module, what: str, tmp_path: Path, name: str) -> Path
     state = published(original)
     done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
     assert done.record["tensors"] == len(state)
-    assert done.lines()[2] == f"it is {what}"
+    assert done.model == what
     back = restore(done.folder)
     assert list(back) == list(state)
     assert all(torch.equal(back[key], value) for key, value in state.items())
@@ -262,7 +262,7 @@ def test_retinanet_on_a3fpn(tmp_path: Path) -> None:
     done = convert(write(tmp_path / "x", state, dataset_meta={"classes": NAMES}), tmp_path / "ours", model=name)
     dropped = done.record["dropped"]
     assert {key.split(".")[2 if "body" in key else 1] for key in dropped} == {"a3fpn_4_level0", "conv00"}
-    assert "read by nothing, and left out" in "\n".join(done.lines())
+    assert any(dropped[0] in line for line in done.lines())
     assert done.record["tensors"] == len(state) - len(dropped)
     back = restore(done.folder)
     assert list(back) == [key for key in state if key not in dropped]
@@ -314,7 +314,7 @@ def test_upernet(form: str, tmp_path: Path) -> None:
         load_published(model.head.neck, own)
         state = {key: x for key, x in state.items() if "decode_head.lateral" not in key} | own
     done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=name)
-    assert done.lines()[2] == f"it is upernet on {name} with {neck}, 5 classes"
+    assert done.model == f"upernet on {name} with {neck}, 5 classes"
     assert done.record["dropped"] == []
     back = restore(done.folder)
     assert list(back) == list(state)

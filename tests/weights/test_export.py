@@ -158,7 +158,7 @@ def test_an_output_that_is_not_empty(run: Path, tmp_path: Path) -> None:
 
 
 def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
-    """As Core ML's: readable, replaced whole, also after an export that was killed."""
+    """As Core ML's: readable, and replaced whole."""
     output = tmp_path / "out"
     os.umask(mask := os.umask(0))
     for number in range(3):
@@ -174,9 +174,6 @@ def test_folders_are_put_in_place_and_replaced(tmp_path: Path) -> None:
         assert {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o666 & ~mask}
         for each in (output / "model.mlpackage", output / "model.mlpackage" / "Data"):
             assert stat.S_IMODE(each.stat().st_mode) == 0o777 & ~mask
-        for left in (".model.mlpackage.new", ".model.mlpackage.old"):
-            (output / left).mkdir()
-            (output / left / "half").write_text("left over")
 
 
 def test_two_exports_to_one_folder(tmp_path: Path) -> None:
