@@ -332,57 +332,39 @@ image[:] = np.array({mean}, np.float32).reshape(-1, 1, 1)  # the padding
 pixels = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 image[0, :, :height, :width] = pixels.reshape(height, width, -1).transpose(2, 0, 1) / 255
 """
-_RUN = {  # image: a NumPy array
-    "safetensors": """\
-import foveal
-import torch
-
-model = foveal.load("PATH_OF_THIS_FOLDER")
-with torch.no_grad():
-    {outputs} = model(torch.from_numpy(image))  # float32 {shape}
-""",
-    "onnx": """\
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-{outputs} = session.run(None, {{"image": image}})  # float32 {shape}
-""",
-    "pt2": """\
-import torch
-{imports}
-model = torch.export.load("model.pt2").module()
-with torch.no_grad():
-    {outputs} = model(torch.from_numpy(image))  # float32 {shape}
-""",
-    "aoti": """\
-import torch
-import torch._inductor
-
-model = torch._inductor.aoti_load_package("model.pt2")
-{outputs} = model(torch.from_numpy(image))  # float32 {shape}
-""",
-    "openvino": """\
-import openvino
-
-core = openvino.Core()
-model = core.read_model("model.xml")
-model.reshape(image.shape)  # the file is for one image; dynamic dimensions go wrong on its CPU runtime
-compiled = core.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
-{outputs} = compiled(image).values()  # float32 {shape}
-""",
-    "coreml": """\
-import coremltools
-
-model = coremltools.models.MLModel("model.mlpackage")
-{outputs} = model.predict({{"image": image}}).values()  # float32 {shape}
-""",
+_RUN = {  # what opens the model, and what runs it on image, a NumPy array
+    "safetensors": (
+        'import foveal\nimport torch\n\nmodel = foveal.load("PATH_OF_THIS_FOLDER")',
+        "model(torch.from_numpy(image))",
+    ),
+    "onnx": (
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")',
+        'session.run(None, {"image": image})',
+    ),
+    "pt2": ('import torch\n\nmodel = torch.export.load("model.pt2").module()', "model(torch.from_numpy(image))"),
+    "aoti": (
+        'import torch\nimport torch._inductor\n\nmodel = torch._inductor.aoti_load_package("model.pt2")',
+        "model(torch.from_numpy(image))",
+    ),
+    "openvino": (
+        'import openvino\n\ncore = openvino.Core()\nmodel = core.read_model("model.xml")\n'
+        "model.reshape(image.shape)  # the file is for one image; dynamic dimensions go wrong on its CPU runtime\n"
+        'compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
+        "compiled(image).values()",
+    ),
+    "coreml": (
+        'import coremltools\n\nmodel = coremltools.models.MLModel("model.mlpackage")',
+        'model.predict({"image": image}).values()',
+    ),
 }
-_LISTS = ("onnx", "openvino", "coreml")  # whose runtimes return a collection, also of one output
 
 
-def _run_code(to: str, names: tuple[str, ...], shape: str, imports: str = "") -> str:
-    outputs = ", ".join(names) + "," * (len(names) == 1 and to in _LISTS)
-    return _RUN[to].format(outputs=outputs, shape=shape, imports=imports)
+def _run_code(to: str, names: tuple[str, ...], shape: str) -> str:
+    start, run = _RUN[to]
+    in_torch = "torch.from_numpy" in run  # others return a collection, also of one output
+    outputs = ", ".join(names) + "," * (len(names) == 1 and not in_torch)
+    line = f"{outputs} = {run}  # float32 {shape}\n"
+    return f"{start}\nwith torch.no_grad():\n    {line}" if in_torch else f"{start}\n{line}"
 
 
 def preparing(model: nn.Module) -> str | None:
@@ -414,8 +396,9 @@ def dense_example(model: nn.Module, to: str, size: tuple[int, int]) -> str:
             f'import foveal\nimport torch\n\nmodel = foveal.load("{_HERE}")\nwith torch.no_grad():\n'
             f"    {outputs} = model({given})  # images in [0, 1], of any size\n"
         )
-    imports = "import torchvision  # registers the operators of the file\n" if detects else ""
-    run = _run_code(to, names, f"[1, {channels}, {size[0]}, {size[1]}] in [0, 1]", imports)
+    run = _run_code(to, names, f"[1, {channels}, {size[0]}, {size[1]}] in [0, 1]")
+    if detects and to == "pt2":
+        run = f"import torchvision  # registers the operators of the file\n{run}"
     if channels not in MODES:
         return run
     values = model.detector.transform.image_mean if detects else model.mean

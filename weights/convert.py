@@ -101,8 +101,7 @@ def convert(
 ) -> Conversion:
     """Write a file of weights as a model folder: ``config.json``, ``model.safetensors`` and a card, README.md.
 
-    `foveal.load` and ``timm.create_model("local-dir:...", pretrained=True)`` read it, `verify` checks it. Key formats
-    are recognized: the authors', timm's, transformers', mmdetection's, mmsegmentation's, detectron2's.
+    Recognized are the names of the authors, timm, transformers, mmdetection, mmsegmentation and detectron2.
 
     A whole detector or segmenter becomes one of this package, where it has those heads with the same outputs: Faster
     and Mask R-CNN on an FPN or A3-FPN (of mmdetection and detectron2), Cascade Mask R-CNN (of mmdetection), RetinaNet
@@ -124,8 +123,8 @@ def convert(
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
-        ValueError: if the source, the model or the output is none, the file is damaged or holds code, or file and model
-            do not fit; the message lists what is left over on either side.
+        ValueError: for a source, model or output that is none, a file that is damaged or holds code, or that does not
+            fit the model; the message lists what is left over on either side.
         OSError: if something cannot be downloaded, read or written.
 
     Examples:
@@ -298,12 +297,11 @@ def _converted(
     is_dense = bool(body) or names.has_level_norms(state)
     if backbone and not is_dense:
         raise ValueError("there is no backbone under heads: leave out --backbone")
-    if backbone and (left := [key for key in ("task", "num_classes") if key in arguments]):
-        raise ValueError(f"{', '.join(left)}: of the heads, which --backbone leaves out")
-    if wrong := sorted(_TIMMS & set(arguments)):
-        raise ValueError(f"{', '.join(wrong)}: options of timm.create_model, no arguments of a model")
-    if "out_indices" in arguments and not (is_dense or arguments.get("features_only")):
-        raise ValueError("out_indices: of a model that returns feature maps; this becomes a classifier")
+    classifier = not (is_dense or arguments.get("features_only"))
+    refused = _TIMMS | ({"task", "num_classes"} if backbone else set()) | ({"out_indices"} if classifier else set())
+    if wrong := sorted(refused & arguments.keys()):
+        what = "a backbone" if backbone else "a classifier" if classifier else "a detector or segmenter"
+        raise ValueError(f"{', '.join(wrong)}: no argument of {what}, which this becomes")
     if not is_dense:
         return _single(state, found, arguments)
     metadata = dense.source_metadata({bare(name): value for name, value in state.items()}, arguments, found.checkpoint)

@@ -230,7 +230,7 @@ def _size(state: State, name: str, axis: int = 0) -> int:
 
 def _count(state: State, pattern: str) -> int:
     """How many different numbers the names have at ``#``."""
-    found = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace("#", r"(\d+)"))
+    found = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
     return len({match[1] for match in map(found.match, state) if match})
 
 

@@ -64,8 +64,8 @@ def export(
 ) -> ExportResult:
     """Write a model to the folder ``output`` in the format ``to``, check it there, and only then put it in place.
 
-    Beside the model's own files the folder gets ``config.json`` and a card, README.md, which shows how to run it.
-    Models are written with the branches and norms folded that only training needs. Inputs and outputs:
+    ``config.json`` and a card, README.md, which shows how to run the model, go with it. Branches and norms that only
+    training needs are folded. Inputs and outputs:
 
     * classifiers: ``image`` ``[batch, C, H, W]``, float32 and prepared as the card shows, at the model's input size, to
       ``logits`` ``[batch, classes]``
@@ -81,34 +81,31 @@ def export(
         images: image files to check with, besides random inputs; without any, two photographs of scikit-learn's.
         half: weights, and where the runtime can arithmetic, in float16; inputs and outputs stay float32.
         int8: ONNX with convolutions and linear layers in 8 bits, see `quantize.py`.
-        calibration: image files, or folders of them, that set the ranges for ``int8``; some hundred suffice.
+        calibration: some hundred image files, or folders of them, that set the ranges for ``int8``.
         dynamic: make height and width dynamic, too, from `LEAST_SIZE` pixels on.
         size: rows and columns of the images of a detector or segmenter; None: `default_size`.
-        score: a folder with a folder of images for each class: what is written is scored on them beside the original.
+        score: a folder of images for each class, on which the original and the exported model are scored.
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
-        ValueError: a format that is unknown or cannot hold what is asked for, a source that cannot be loaded, an output
-            folder that cannot be used, or a detector that finds nothing in the images, so that nothing is compared.
+        ValueError: for an unknown format or one without what is asked for, a source or output folder that cannot be
+            used, or a detector that finds nothing in the images, so that nothing is compared.
         ImportError: if the format needs a package that is not installed.
-        OSError: if the output cannot be written, or an image not be read; the message names it.
-        ExportError: if the outputs differ by more than `TOLERANCE`, `HALF_TOLERANCE` or `INT8_LARGEST`, or the format's
-            own library cannot convert or run the model; nothing is written then.
+        OSError: if the output cannot be written or an image not be read.
+        ExportError: if outputs differ by more than `TOLERANCE`, `HALF_TOLERANCE` or `INT8_LARGEST`, or the format's
+            own library cannot convert or run the model; nothing is written.
 
     Examples:
         >>> import timm
         >>> model = timm.create_model("test_foveal_dinat", num_classes=3)
         >>> timm.models.save_for_hf(model, "folder", safe_serialization=True)
         >>> from foveal.weights.export import export
-        >>> done = export("folder", "safetensors", "exported")
-        >>> done.files, done.difference
-        (['README.md', 'config.json', 'model.safetensors'], 0.0)
+        >>> export("folder", "safetensors", "exported").files
+        ['README.md', 'config.json', 'model.safetensors']
     """
     options = Options(to.lower(), images, half, int8, calibration, dynamic, size, score)
-    if options.to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}, must be one of {', '.join(FORMATS)}")
-    kind = _Classifier if (folder := _dense_folder(source)) is None else _Dense
-    job = kind(folder or source, options)
+    folder = _dense_folder(source)
+    job = _Classifier(source, options) if folder is None else _Dense(folder, options)
     output = check_output(output, force, job.folders, options.to)
     job.load()
     return _write(job, options, output)
@@ -126,6 +123,10 @@ class Options:
     dynamic: bool = False
     size: tuple[int, int] | None = None
     score: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMATS:
+            raise ValueError(f"unknown format {self.to!r}, must be one of {', '.join(FORMATS)}")
 
 
 def _write(job: _Classifier | _Dense, options: Options, output: Path) -> ExportResult:

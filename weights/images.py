@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from ..backbones.images import MODES, label_names, preprocessing, read_image, to_mode
@@ -65,8 +67,9 @@ def top1(model: nn.Module, images: str | Path, config: Mapping[str, Any]) -> tup
     """
     if (config.get("model_args") or {}).get("features_only"):
         raise ValueError(f"{config['architecture']} is a backbone here: it returns feature maps and has no classes")
+    channels = model.pretrained_cfg["input_size"][0]
     try:
-        data = ImageFolder(str(images))
+        data = ImageFolder(images, preprocessing(model), loader=functools.partial(read_image, channels=channels))
     except FileNotFoundError as error:
         raise OSError(f"{images}: {error}") from error
     labels = config.get("label_names")
@@ -76,12 +79,6 @@ def top1(model: nn.Module, images: str | Path, config: Mapping[str, Any]) -> tup
             f"{images} has {len(data.classes)} folders, the model {model.num_classes} classes; "
             f"not among them: {', '.join(unknown[:8])}"
         )
-    index = {name: i for i, name in enumerate(labels or data.classes)}
-    transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
-    correct = 0
-    for start in range(0, len(data.samples), _BATCH):
-        batch = data.samples[start : start + _BATCH]
-        x = torch.stack([transform(read_image(path, channels)) for path, _ in batch])
-        target = torch.tensor([index[data.classes[label]] for _, label in batch])
-        correct += int((model(x).argmax(1) == target).sum())
-    return 100 * correct / len(data.samples), len(data.samples)
+    order = torch.tensor([(labels or data.classes).index(name) for name in data.classes])
+    correct = sum(int((model(x).argmax(1) == order[target]).sum()) for x, target in DataLoader(data, _BATCH))
+    return 100 * correct / len(data), len(data)

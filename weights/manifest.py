@@ -18,7 +18,7 @@ from ..backbones import download
 
 FILE = Path(__file__).with_name("manifest.yaml")
 TASKS = ("classify", "detect", "segment", "panoptic")
-FORMATS = ("authors", "timm", "mmdet", "detectron2")
+KEY_FORMATS = ("authors", "timm", "mmdet", "detectron2")
 SCORES = {
     "top1": "top-1",
     "box_ap": "box AP",
@@ -186,7 +186,7 @@ def _problems(checkpoint: Checkpoint) -> Iterator[str]:
     for place in checkpoint.addresses:
         if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place):
             yield f"{place!r} is no address"
-    for key, known in {"task": TASKS, "keys": FORMATS, "channel_order": (None, "rgb", "bgr")}.items():
+    for key, known in {"task": TASKS, "keys": KEY_FORMATS, "channel_order": (None, "rgb", "bgr")}.items():
         if (value := getattr(checkpoint, key)) not in known:
             yield f"{key} {value!r} is none of {', '.join(filter(None, known))}"
     if unknown := sorted(set(checkpoint.score) - set(SCORES)):
