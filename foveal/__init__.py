@@ -100,7 +100,7 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
     path = loading.local_path(source)
     file = path if path.suffix == ".safetensors" and path.is_file() else None
     if str(source).strip() and (path.is_dir() or file is not None):
-        from .heads.build import load_dense, read_dense_config  # detectors take torchvision's with them
+        from .heads.checkpoint import load_dense, read_dense_config  # detectors take torchvision's with them
 
         folder = path if file is None else path.parent
         if (dense := read_dense_config(folder)) is not None:

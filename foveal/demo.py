@@ -119,7 +119,7 @@ def _dense(task: str, output: Path, console: Console) -> int:
         run / "pictures": "the same after each epoch",
         run / "curves.png": "loss and scores by epoch",
         run / "metrics.csv": "the same as numbers",
-        run / "best": "the best epoch, for `foveal predict` and `foveal.heads.build.load_dense`",
+        run / "best": "the best epoch, for `foveal predict` and `foveal.heads.checkpoint.load_dense`",
         result: "its scores",
         drawn: "the predicted composite",
     }.items():

@@ -8,27 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from .features import Features, FeatureSpec
-from .necks import A3FPN
+from .backbone import Backbone, ShapeSpec
+from .necks import build_neck
 
 # the parts of the published loss and their names here
 LOSSES = {"cross_entropy": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
 
 
 class _Encoder:
-    """A backbone as transformers' pixel level module calls one. No module: the model around it owns the features."""
+    """A backbone as transformers' pixel level module calls one. Not a module: the model around it owns the backbone."""
 
-    def __init__(self, features: Features):
-        self.features, self.channels = features, features.spec.channels
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.channels = backbone, backbone.spec.channels
 
     def __call__(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(feature_maps=self.features(images))
+        return SimpleNamespace(feature_maps=list(self.backbone(images).values()))
 
 
 def decoder(
-    features: Features, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None
+    backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None
 ) -> nn.Module:
-    """transformers' Mask2FormerForUniversalSegmentation around the features, without a backbone of its own.
+    """transformers' Mask2FormerForUniversalSegmentation around a backbone, without a backbone of its own.
 
     Args:
         settings: of transformers' ``Mask2FormerConfig``: ``num_queries``, ``feature_size``, ``encoder_layers``, ...
@@ -48,8 +48,8 @@ def decoder(
         raise ImportError(
             f"mask2former needs transformers and scipy: pip install transformers scipy ({error})"
         ) from None
-    if features.spec.strides != (4, 8, 16, 32):
-        raise ValueError(f"mask2former reads maps at strides 4, 8, 16, 32, the backbone gives {features.spec.strides}")
+    if backbone.spec.strides != (4, 8, 16, 32):
+        raise ValueError(f"mask2former reads maps at strides 4, 8, 16, 32, the backbone gives {backbone.spec.strides}")
     known = Mask2FormerConfig().to_dict()
     unknown = set(settings) - set(known) | set(settings) & {"backbone_config", "num_labels"}
     if unknown:
@@ -77,7 +77,7 @@ def decoder(
         def __init__(self) -> None:
             nn.Module.__init__(self)
             kind = published.Mask2FormerPixelDecoder if a3fpn is None else A3FPNPixelDecoder
-            self.decoder = kind(config, feature_channels=features.spec.channels)
+            self.decoder = kind(config, feature_channels=backbone.spec.channels)
 
     class Body(published.Mask2FormerModel):
         def __init__(self) -> None:
@@ -110,15 +110,11 @@ def decoder(
 
     whole = Whole()
     # only now: transformers' initialization is not for these
-    whole.model.pixel_level_module.encoder = _Encoder(features)
+    whole.model.pixel_level_module.encoder = _Encoder(backbone)
     if a3fpn is not None:
-        spec = FeatureSpec((features.spec.channels[0], *[config.feature_size] * 3), features.spec.strides)
-        own = dict(out_channels=config.feature_size, columns=1, squeeze=(1, 1, 1, 1))
-        try:
-            neck = A3FPN(spec, **own | a3fpn)
-        except TypeError as error:
-            raise ValueError(f"neck a3fpn with {a3fpn}: {error}") from None
-        wanted = FeatureSpec((config.feature_size,) * 4, spec.strides)
+        spec = ShapeSpec((backbone.spec.channels[0], *[config.feature_size] * 3), backbone.spec.strides)
+        neck = build_neck("a3fpn", spec, **dict(out_channels=config.feature_size, columns=1, squeeze=[1] * 4) | a3fpn)
+        wanted = ShapeSpec((config.feature_size,) * 4, spec.strides)
         if neck.spec != wanted:
             raise ValueError(f"neck a3fpn with {a3fpn} gives {neck.spec}, the decoder of mask2former reads {wanted}")
         whole.model.pixel_level_module.decoder.a3fpn = neck
@@ -163,9 +159,3 @@ def losses(head: nn.Module, images: Tensor, masks: Sequence[Tensor], labels: Seq
         )
     layers = ["", *(f"_{layer}" for layer in range(deep * (len(class_logits) - 1)))]
     return {ours: sum(found[f"loss_{name}{layer}"] for layer in layers) for name, ours in LOSSES.items()}
-
-
-def embeddings(model: nn.Module) -> set[str]:
-    """Names of the parameters of a model around such a head that are embeddings, which are not decayed."""
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    return tables | {name for name, _ in model.named_parameters() if name.endswith("level_embed")}

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import distributed, nn
 
-from .build import build_features
-from .features import Features, FeatureSpec
+from .backbone import Backbone, ShapeSpec
+from .body import build_body, synchronized
+from .legacy import migrate_in_place
 from .necks.a3fpn import A3FPN
 
 try:
@@ -34,25 +34,33 @@ except ImportError as error:
     ) from error
 
 
-@MODELS.register_module(name="FovealBackbone")
-def backbone(name: str, **kwargs: Any) -> Features:
+@MODELS.register_module()
+class FovealBackbone(Backbone):
     """Any foveal or timm model as a backbone of mmdet: images ``[B, 3, H, W]`` to a list of maps.
 
     Args:
         name: of the model.
-        kwargs: of `foveal.heads.build.build_features`: ``pretrained`` or ``checkpoint``, ``frozen_stages``,
-            ``norm_eval``, ``sync_bn``, ``drop_path_rate``, ``grad_checkpointing``, ``strides`` or ``out_indices``; and
-            of `timm.create_model`.
+        frozen_stages, norm_eval: see `Backbone`.
+        kwargs: of `foveal.heads.build.build_backbone`: ``pretrained`` or ``checkpoint``, ``sync_bn``,
+            ``drop_path_rate``, ``grad_checkpointing``, ``strides`` or ``out_indices``, ...; and of `timm.create_model`.
 
     Raises:
         ValueError: if ``init_cfg`` is among them (mmengine would skip every name that does not fit, and none does), or
-            what `build_features` raises.
+            what `build_backbone` raises.
     """
-    if "init_cfg" in kwargs:
-        raise ValueError(
-            f"FovealBackbone takes its weights by pretrained=True or checkpoint=PATH, not by {kwargs['init_cfg']=}"
-        )
-    return build_features(name, **kwargs)
+
+    def __init__(self, name: str, *, frozen_stages: int = -1, norm_eval: bool = False, **kwargs: Any) -> None:
+        if "init_cfg" in kwargs:
+            raise ValueError(f"set the weights by pretrained=True or checkpoint=PATH, not by {kwargs['init_cfg']=}")
+        body, classifier = build_body(name, **kwargs)
+        super().__init__(body, classifier=classifier, frozen_stages=frozen_stages, norm_eval=norm_eval)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        migrate_in_place(state_dict)
+        super()._load_from_state_dict(state_dict, *args)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return list(super().forward(images).values())
 
 
 @MODELS.register_module(name="A3FPN")
@@ -70,9 +78,7 @@ def a3fpn(
     Raises:
         ValueError: what `A3FPN` raises.
     """
-    neck = A3FPN(FeatureSpec(tuple(in_channels), tuple(strides)), **kwargs)
-    synchronized = sync_bn and distributed.is_available() and distributed.is_initialized()
-    return nn.SyncBatchNorm.convert_sync_batchnorm(neck) if synchronized else neck
+    return synchronized(A3FPN(ShapeSpec(tuple(in_channels), tuple(strides)), **kwargs), sync_bn)
 
 
 def completed(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,13 +91,13 @@ def completed(model: Mapping[str, Any]) -> dict[str, Any]:
         model: with a ``backbone`` of type FovealBackbone; what it leaves to a base file may be missing. Not changed.
 
     Raises:
-        ValueError: what `build_features` raises.
+        ValueError: what `build_backbone` raises.
     """
     arguments = {key: value for key, value in model["backbone"].items() if key not in ("type", "_delete_")}
     with torch.device("meta"):
-        features = backbone(**{**arguments, "pretrained": False, "checkpoint": None})
-    neck = {**model.get("neck", {}), "in_channels": list(features.spec.channels)}
+        backbone = FovealBackbone(**{**arguments, "pretrained": False, "checkpoint": None})
+    neck = {**model.get("neck", {}), "in_channels": list(backbone.spec.channels)}
     if neck.get("type") == "A3FPN":
-        neck["strides"] = list(features.spec.strides)
-    images = dict(mean=[255 * x for x in features.mean], std=[255 * x for x in features.std])
+        neck["strides"] = list(backbone.spec.strides)
+    images = dict(mean=[255 * x for x in backbone.mean], std=[255 * x for x in backbone.std])
     return {**model, "neck": neck, "data_preprocessor": {**images, **model.get("data_preprocessor", {})}}

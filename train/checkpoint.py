@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..backbones.loading import read_checkpoint
 from ..errors import RunError
+from ..heads.legacy import migrate_state_dict
 
 WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
@@ -283,7 +284,7 @@ def _differences(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
 
 def load_exact(model: nn.Module, path: Path) -> None:
     """Loads a file whose names and shapes must be the model's own; nothing is loaded unless all of it fits."""
-    tensors = read_tensors(path)
+    tensors = migrate_state_dict(read_tensors(path))
     differences = _differences(tensors, model)
     if differences:
         raise CheckpointError(f"{path} is not a checkpoint of this model: {'; '.join(differences)}")

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, DetectConfig, load_config
-from ..heads.build import build_detector, load_dense, save_dense
-from ..heads.detection import WITH_MASKS, Detector
+from ..heads.build import build_detector
+from ..heads.checkpoint import load_dense, save_dense
+from ..heads.detection import Detector
+from ..heads.registry import HEADS
 from . import deprecated, plots, task
 from .data.coco import DetectBatch, DetectData, build_coco
 from .data.files import UNREADABLE
 from .detection_metrics import CocoScorer, metric_names
 from .scoring import Metrics, autocast
-from .task import Result, builder_arguments, find_recipe, processes
+from .task import Result, find_recipe, processes
 
 SHOWN = 6  # held-out images in each picture
 SURE = 0.5  # score from which a detection is drawn
@@ -49,7 +51,7 @@ class Task(task.Task):
     @classmethod
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
         """The recipe's detector with its initial weights, and its data."""
-        masks = config.model.head in WITH_MASKS
+        masks = HEADS["detect"][config.model.head].masks
         data = build_coco(config, masks=masks, device=accelerator.device, **processes(accelerator))
         return cls(config, build_model(config, len(data.categories)), data)
 
@@ -64,7 +66,7 @@ class Task(task.Task):
         transform, channels = model.detector.transform, len(model.detector.transform.image_mean)
         defaults = {
             "output": "-",
-            "model": {"name": model.arguments["backbone"], "head": model.arguments["head"]},
+            "model": {"name": model.arguments["name"], "head": model.arguments["head"]},
             "data": {"in_chans": channels, "min_size": transform.min_size[-1], "max_size": transform.max_size},
         }
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
@@ -153,12 +155,12 @@ def build_model(config: DetectConfig, num_classes: int) -> Detector:
     Raises:
         ConfigError: a name or an argument that does not fit.
     """
-    data, (name, settings) = config.data, builder_arguments(config.model)
+    data, model = config.data, config.model
     images = {"min_size": data.min_size, "max_size": data.max_size, "mean": data.mean, "std": data.std}
     try:
-        return build_detector(name, num_classes=num_classes, in_chans=data.in_chans, **images, **settings)
+        return build_detector(**vars(model), num_classes=num_classes, in_chans=data.in_chans, **images)
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
-        raise ConfigError(f"model {name!r} with {config.model.neck} and {config.model.head}: {error}") from error
+        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
 
 
 def detect(model: nn.Module, images: list[Tensor], amp: str = "no") -> list[Found]:

@@ -44,6 +44,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig, TrainConfig, rename_keys
 from ..errors import Interrupted, RunError
+from ..heads.legacy import migrate_arguments, migrate_inference
 from . import checkpoint
 from .data import Data, DataError
 
@@ -54,6 +55,13 @@ LOOK_SECONDS = 2.0  # and for how long, so that a run that is told to stop does 
 BAR_SECONDS = 0.5  # between two pictures of the progress bar
 LISTS = (nn.ModuleList, nn.Sequential)
 Metrics = dict[str, float]
+
+
+def _renamed(key: str, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A part of an earlier run's identity with today's names of arguments and recipe keys."""
+    if key == "augmentation":
+        return rename_keys("augment", earlier, now)
+    return migrate_arguments(earlier) if key == "model" else migrate_inference(earlier)
 
 
 class NonFiniteLoss(RunError):
@@ -520,8 +528,8 @@ class Trainer:
     def _check_continues(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self.task.identity.items():
             earlier = saved["identity"].get(key)
-            if key == "augmentation" and earlier is not None:  # which has the recipe's keys
-                earlier = json.dumps(rename_keys("augment", json.loads(earlier), json.loads(value)), sort_keys=True)
+            if key in ("model", "evaluation", "augmentation") and str(earlier).startswith("{"):
+                earlier = json.dumps(_renamed(key, json.loads(earlier), json.loads(value)), sort_keys=True)
             if earlier != value:
                 raise checkpoint.CheckpointError(
                     f"{folder} belongs to another run: {key} was {earlier!r}, is now {value!r}"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, SegmentConfig, load_config
 from ..files import atomic
-from ..heads.build import build_segmenter, load_dense, read_dense_config, save_dense
+from ..heads.build import build_segmenter
+from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
@@ -23,7 +24,7 @@ from .data import Data
 from .data.files import UNREADABLE
 from .data.semantic import Batch, build_semantic_data, find_classes
 from .scoring import IGNORE, Metrics, SegmentationScorer, autocast, write_iou
-from .task import Result, builder_arguments, find_recipe, processes
+from .task import Result, find_recipe, processes
 
 SHOWN = 4  # held-out images in each picture
 
@@ -73,13 +74,11 @@ class Task(task.Task):
         """A run or a checkpoint in it (the data are its recipe's), or a model folder (the overrides say what the data
         are)."""
         model, recipe = load_dense(local_path(source)), find_recipe(source)
-        defaults = {"output": "-", "model": {"name": model.arguments["backbone"]}}
+        defaults = {"output": "-", "model": {"name": model.arguments["name"]}}
         if recipe is None:  # as it was evaluated where it was trained, unless the overrides say otherwise
             given = dict(model.config["preprocessing"].get("inference", {}))
             seen = {"antialias": given.pop("antialias", True), "in_chans": model.arguments.get("in_chans", 3)}
-            keys = {"bounds": "scale", "multiple_of": "size_divisor", "window": "crop_size", "scales": "ratios"}
-            evaluation = {keys.get(key, key): value for key, value in given.items()}
-            defaults |= {"eval": evaluation | {"mode": "slide" if given.get("window") else "whole"}, "data": seen}
+            defaults |= {"eval": given | {"mode": "slide" if given.get("crop_size") else "whole"}, "data": seen}
         config = load_config(recipe, overrides, SegmentConfig, defaults)
         classes = find_classes(config.data)
         if len(classes) != model.arguments["num_classes"]:
@@ -187,17 +186,12 @@ def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:
     Raises:
         ConfigError: parts that there are not, settings that they don't have, or weights that don't fit.
     """
-    data, (name, settings) = config.data, builder_arguments(config.model)
-    segmenter = settings.pop("segmenter")
-    if segmenter is not None and (config.model.pretrained or config.model.checkpoint is not None):
-        raise ConfigError("model.segmenter holds the backbone too: leave out model.pretrained and model.checkpoint")
-    if segmenter is not None and Path(segmenter).is_file():  # `load_initial` loads the heads from it
-        settings["checkpoint"] = segmenter
+    data, model = config.data, config.model
     images = {"in_chans": data.in_chans, "mean": data.mean, "std": data.std}
     try:
-        return build_segmenter(name, num_classes=num_classes, **images, **settings)
+        return build_segmenter(**vars(model), num_classes=num_classes, **images)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(f"model {name!r} with {config.model.neck} and {config.model.head}: {error}") from error
+        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
 
 
 def load_initial(model: Segmenter, source: str) -> list[str]:
@@ -247,12 +241,12 @@ def inference(config: SegmentConfig) -> dict[str, Any]:
     if window and given.stride and any(step > side for step, side in zip(given.stride, window, strict=True)):
         raise ConfigError(f"eval.stride={given.stride} is beyond the windows of {window}, which would leave pixels out")
     return {
-        "bounds": given.scale,
-        "multiple_of": given.size_divisor,
+        "scale": given.scale,
+        "size_divisor": given.size_divisor,
         "antialias": config.data.antialias,
-        "window": window,
+        "crop_size": window,
         "stride": given.stride if window else None,
-        "scales": list(given.ratios),
+        "ratios": list(given.ratios),
         "flip": given.flip,
     }
 

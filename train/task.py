@@ -30,12 +30,6 @@ def processes(accelerator: Accelerator) -> dict[str, int]:
     return {"rank": accelerator.process_index, "world": accelerator.num_processes}
 
 
-def builder_arguments(config: Any) -> tuple[str, dict[str, Any]]:
-    """A recipe's ``model`` section as name and keyword arguments of `build_detector` or `build_segmenter`."""
-    settings = dict(vars(config))
-    return settings.pop("name"), settings.pop("kwargs") | settings
-
-
 class Task(ABC):
     """A model, its data and what the training loop cannot know of them.
 

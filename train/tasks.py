@@ -6,7 +6,7 @@ from typing import Any
 
 from yaml import YAMLError, safe_load
 
-from ..heads.build import read_dense_config
+from ..heads.checkpoint import read_dense_config
 
 TASKS = ("classify", "detect", "segment")
 

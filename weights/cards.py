@@ -150,7 +150,7 @@ def converted_card(config: Mapping[str, Any], measured: str | None = None) -> st
     """
     record, dense = config[RECORD], "pretrained_cfg" not in config
     checkpoint, args = checkpoints().get(record["checkpoint"]), config.get("arguments", {})
-    architecture = args["backbone"] if dense else config["architecture"]
+    architecture = args["name"] if dense else config["architecture"]
     features = bool((config.get("model_args") or {}).get("features_only"))
     if dense:
         model = f"{args['head']} with {args['neck']} on `{architecture}`, {len(config['classes'])} classes"
@@ -276,7 +276,7 @@ def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping
             f"`boxes` [n, 4] in its pixels, `labels` int64 [n], `scores` [n], the best first{masks}; scores above "
         )
         returned += f"{owner.score_thresh:g}, at most {owner.detections_per_img} detections"
-    parts = f"`{arguments['head']}` on `{arguments['backbone']}`"
+    parts = f"`{arguments['head']}` on `{arguments['name']}`"
     if arguments["head"] != "mask2former":
         parts += f", neck `{arguments['neck']}`"
     table = {
@@ -287,7 +287,7 @@ def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping
         "output": returned if to != "safetensors" else None,
         "check of this file": checked,
     }
-    title = f"{arguments['head']} on {arguments['backbone']}"
+    title = f"{arguments['head']} on {arguments['name']}"
     options = to if to == "safetensors" else f"{to} --size {rows}x{columns}"
     return _exported(title, table, dense_example(model, to, size), options)
 

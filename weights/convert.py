@@ -25,7 +25,9 @@ from ..backbones import list_models, loading
 from ..backbones.base import unwrap
 from ..backbones.download import file_sha256
 from ..backbones.loading import WEIGHTS
-from ..heads.build import build_dense, load_dense, read_dense_config, save_dense
+from ..heads.build import build_dense
+from ..heads.checkpoint import load_dense, read_dense_config, save_dense
+from ..heads.legacy import migrate_state_dict
 from . import dense, download, names
 from .cards import converted_card, counted, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
@@ -176,13 +178,13 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
         if found.dense:
             arguments = found.config["arguments"]
             net = build_dense(found.config["task"], arguments)
-            translate = names.of_dense(net, arguments["backbone"], (found.record or {}).get("bgr", False))
+            translate = names.of_dense(net, arguments["name"], (found.record or {}).get("bgr", False))
         else:
             architecture, arguments = found.config["architecture"], dict(found.config.get("model_args") or {})
             if not arguments.get("features_only"):
                 arguments.setdefault("num_classes", found.config["num_classes"])
             translate = names.of_family(names.without_getter(_create(architecture, arguments)), architecture)
-    return names.restored(json.loads(header), load_file(found.weights), translate)
+    return names.restored(json.loads(header), migrate_state_dict(load_file(found.weights)), translate)
 
 
 # ---- the source

@@ -152,7 +152,7 @@ class HeadConfig:
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
         try:
-            return build_dense(self.task, {"backbone": architecture, **merged}).eval()
+            return build_dense(self.task, {"name": architecture, **merged}).eval()
         except TypeError as error:
             raise ValueError(f"{architecture} does not take these arguments: {error}") from error
 
@@ -374,7 +374,7 @@ def preprocessing(model: nn.Module, known: Checkpoint | None = None) -> dict[str
         return images
     side = min(known.input[1:])
     # mmsegmentation resizes by OpenCV, detectron2 by Pillow
-    return images | {"inference": {"bounds": [4 * side, side], "antialias": known.keys == "detectron2"}}
+    return images | {"inference": {"scale": [4 * side, side], "antialias": known.keys == "detectron2"}}
 
 
 def class_names(checkpoint: Mapping[str, Any], count: int) -> list[str]:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones import family, list_models
 from ..backbones.loading import load, local_path, refuse_exported, resolve
-from ..heads.build import load_dense, read_dense_config, reparameterize
+from ..heads.checkpoint import load_dense, read_dense_config, reparameterize
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
 from . import ANY_SIZE, cards
@@ -422,11 +422,11 @@ def default_size(model: nn.Module) -> tuple[int, int]:
         short, most = transform.min_size[-1], transform.max_size
     else:
         inference = model.config["preprocessing"].get("inference") or {}
-        if inference.get("window"):
-            return tuple(inference["window"])
-        if not inference.get("bounds"):
-            return tuple(model.features.network.pretrained_cfg["input_size"][1:])
-        short, most = min(inference["bounds"]), max(inference["bounds"])
+        if inference.get("crop_size"):
+            return tuple(inference["crop_size"])
+        if not inference.get("scale"):
+            return tuple(model.backbone.body.pretrained_cfg["input_size"][1:])
+        short, most = min(inference["scale"]), max(inference["scale"])
     return min(short, most), min(-(-short * 4 // (3 * 32)) * 32, most)
 
 

@@ -79,7 +79,7 @@ class RawOutputs(nn.Module):
         if not isinstance(self.model, Detector):
             return [self.model(image)]
         detector = self.model.detector
-        maps = self.model.pyramid(image)
+        maps = self.model.backbone(image)
         levels = list(maps.values())
         if not hasattr(detector, "rpn"):
             found = detector.head(levels)

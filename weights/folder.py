@@ -17,7 +17,7 @@ from typing import Any
 
 from ..backbones import loading
 from ..backbones.loading import WEIGHT_FILES, WEIGHTS
-from ..heads.build import read_dense_config
+from ..heads.checkpoint import read_dense_config
 
 TOLERANCE = 1e-4  # of the largest value: what the outputs of a written model may differ from the original's
 RECORD = "conversion"  # the part of a config.json that `foveal convert` adds

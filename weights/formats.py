@@ -28,7 +28,7 @@ from torch.fx.experimental import _config
 
 from ..backbones.loading import WEIGHTS
 from ..errors import RunError
-from ..heads.build import load_dense, read_dense_config
+from ..heads.checkpoint import load_dense, read_dense_config
 from ..heads.detection import Detector
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]

@@ -122,7 +122,7 @@ def of_dense(model: nn.Module, architecture: str, bgr: bool) -> Translate:
 
 def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
     """The prefix of a dense model's backbone, and the backbone, without what timm puts around it."""
-    prefix = "detector.backbone.features.network." if isinstance(model, Detector) else "features.network."
+    prefix = "detector.backbone.body." if isinstance(model, Detector) else "backbone.body."
     network = model.get_submodule(prefix.rstrip("."))
     inner = without_getter(network)
     return (prefix, network) if inner is network else (f"{prefix}model.", inner)

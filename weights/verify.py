@@ -14,6 +14,7 @@ from torch import nn
 from ..backbones import loading
 from ..backbones.download import file_sha256
 from ..files import atomic
+from ..heads.legacy import migrate_state_dict
 from .cards import converted_card
 from .convert import load_raw
 from .fingerprint import RawOutputs, difference, fingerprint
@@ -121,7 +122,7 @@ def _checks(model: nn.Module, found: ModelFolder, record: Mapping[str, Any]) -> 
     """Names, parameters, outputs, and what is published."""
     inner = model.model if isinstance(model, RawOutputs) else without_getter(model)
     with safe_open(found.weights, framework="pt") as stream:
-        stored = set(stream.keys())
+        stored = set(migrate_state_dict(dict.fromkeys(stream.keys())))
     own = set(inner.state_dict())
     other = ", ".join(sorted(stored ^ own)[:8])
     yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in one: {other}" if other else ""))

@@ -1,5 +1,5 @@
 """Detectors: torchvision's and others of their kind, over any backbone and neck."""
 
-from .detector import HEADS, WITH_MASKS, Detector, Pyramid
+from .detector import Detector
 
-__all__ = ["HEADS", "WITH_MASKS", "Detector", "Pyramid"]
+__all__ = ["Detector"]

@@ -6,8 +6,7 @@ import difflib
 import inspect
 import itertools
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from ..features import Features, dense_parameter_groups
-from ..mask2former import embeddings
+from ..backbone import Backbone
+from ..dense import DenseModel
 from .cascade import (
     BOX_HEADS,
     CODES,
@@ -35,37 +34,9 @@ from .cascade import (
     aligned_mask_loss,
     box_predictor,
 )
-from .mask2former import InstanceMask2Former
 
 Target = dict[str, torch.Tensor]
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
-
-
-class Pyramid(nn.Module):
-    """Backbone and neck as torchvision's detectors take them: images ``[B, C, H, W]`` to maps by name.
-
-    Args:
-        neck: None: the backbone's maps as they are, for a head with a pixel decoder of its own.
-
-    Attributes:
-        strides: of the maps, the finest first.
-        pooled: how many of them, from the finest, regions are pooled from: those no coarser than the backbone's.
-        out_channels: of every map of the neck.
-    """
-
-    def __init__(self, features: Features, neck: nn.Module | None) -> None:
-        super().__init__()
-        self.features, self.neck = features, neck
-        spec = features.spec if neck is None else neck.spec
-        self.strides = spec.strides
-        self.pooled = sum(stride <= features.spec.strides[-1] for stride in self.strides)
-        self.out_channels = spec.channels[0]
-
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        maps = self.features(images)
-        if self.neck is not None:
-            maps = self.neck(maps)
-        return OrderedDict((str(level), x) for level, x in enumerate(maps))
 
 
 class Anchors(AnchorGenerator):
@@ -192,9 +163,10 @@ def _is_mmdet(convention: str, *others: str) -> bool:
     return convention != "torchvision"
 
 
-def _region_pool(pyramid: Pyramid, size: int, aligned: bool) -> MultiScaleRoIAlign:
+def _region_pool(backbone: Backbone, size: int, aligned: bool) -> MultiScaleRoIAlign:
     """Pools ``size x size`` from the level that fits a region (FPN, arXiv 1612.03144, equation 1)."""
-    strides = pyramid.strides[: pyramid.pooled]
+    spec, coarsest = backbone.spec, backbone.body_spec.strides[-1]
+    strides = tuple(stride for stride in spec.strides if stride <= coarsest)  # not from what the neck adds
     steps = {fine / coarse for fine, coarse in itertools.pairwise(strides)}
     if not (steps <= {0.5} or steps <= {1.0}):  # the equation's level would be another map, or none
         raise ValueError(f"regions are pooled from maps whose strides double from one to the next, got {strides}")
@@ -222,7 +194,7 @@ _GIVEN = ("num_classes", "min_size", "max_size", "image_mean", "image_std")
 
 
 def _rcnn(
-    pyramid: Pyramid,
+    backbone: Backbone,
     num_classes: int,
     transform: dict[str, Any],
     detector: type,
@@ -235,14 +207,14 @@ def _rcnn(
 ) -> nn.Module:
     exact = _is_mmdet(convention, "detectron2")
     parts: dict[str, Any] = {
-        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not exact),
-        "box_roi_pool": _region_pool(pyramid, 7, exact),
-        "box_head": TwoMLPHead(pyramid.out_channels * 7 * 7, box_width),
+        "rpn_anchor_generator": Anchors(backbone.spec.strides, [anchor_scale], anchor_ratios, not exact),
+        "box_roi_pool": _region_pool(backbone, 7, exact),
+        "box_head": TwoMLPHead(backbone.out_channels * 7 * 7, box_width),
         "box_predictor": FastRCNNPredictor(box_width, num_classes + 1),  # class 0 is the background
     }
     if detector is MaskRCNN:
-        parts |= {"mask_roi_pool": _region_pool(pyramid, 14, exact), **_mask_head(pyramid, mask_width, num_classes)}
-    model = detector(pyramid, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
+        parts |= {"mask_roi_pool": _region_pool(backbone, 14, exact), **_mask_head(backbone, mask_width, num_classes)}
+    model = detector(backbone, **parts, **transform, **_known(kwargs, detector, (*_GIVEN, *parts)))
     coder = BoundedCoder if convention == "mmdet" else FullCoder
     for part in (model.rpn, model.roi_heads):
         part.box_coder = coder(part.box_coder.weights)
@@ -251,31 +223,31 @@ def _rcnn(
     return model
 
 
-def _mask_head(pyramid: Pyramid, width: int, num_classes: int) -> dict[str, nn.Module]:
+def _mask_head(backbone: Backbone, width: int, num_classes: int) -> dict[str, nn.Module]:
     return {
-        "mask_head": MaskRCNNHeads(pyramid.out_channels, (width,) * 4, 1),
+        "mask_head": MaskRCNNHeads(backbone.out_channels, (width,) * 4, 1),
         "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
     }
 
 
-def mask_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+def mask_rcnn(backbone: Backbone, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Mask R-CNN (He et al., arXiv 1703.06870). ``kwargs``: ``anchor_scale`` (side of an anchor in strides),
     ``anchor_ratios``, ``box_width``, ``mask_width``, and torchvision's own numbers; ``convention``: ``"mmdet"``
     for weights of mmdetection, whose anchors (`Anchors`), pooling (`AlignedPool`), masks to learn (`AlignedMasks`) and
     boxes (`BoundedCoder`) differ a little from those of ``"torchvision"``; ``"detectron2"``, which differs in all but
     the last of them."""
-    return _rcnn(pyramid, num_classes, transform, MaskRCNN, **kwargs)
+    return _rcnn(backbone, num_classes, transform, MaskRCNN, **kwargs)
 
 
-def faster_rcnn(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+def faster_rcnn(backbone: Backbone, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Faster R-CNN (Ren et al., arXiv 1506.01497); the same ``kwargs`` without ``mask_width``."""
     if "mask_width" in kwargs:
         raise ValueError("faster_rcnn has no masks, so no mask_width")
-    return _rcnn(pyramid, num_classes, transform, FasterRCNN, **kwargs)
+    return _rcnn(backbone, num_classes, transform, FasterRCNN, **kwargs)
 
 
 def cascade_mask_rcnn(
-    pyramid: Pyramid,
+    backbone: Backbone,
     num_classes: int,
     transform: dict[str, Any],
     anchor_scale: float = 8.0,
@@ -293,29 +265,29 @@ def cascade_mask_rcnn(
     mmdet = _is_mmdet(convention)
     if box_head not in BOX_HEADS:
         raise ValueError(f"box_head must be one of {', '.join(BOX_HEADS)}, got {box_head!r}")
-    heads = [BoxHead(box_head, pyramid.out_channels, 7, box_width) for _ in range(STAGES)]
+    heads = [BoxHead(box_head, backbone.out_channels, 7, box_width) for _ in range(STAGES)]
     predictors = [box_predictor(box_width, num_classes + 1, box_head == "2fc") for _ in range(STAGES)]
-    masks = [_mask_head(pyramid, mask_width, num_classes) for _ in range(STAGES)]
+    masks = [_mask_head(backbone, mask_width, num_classes) for _ in range(STAGES)]
     codes = [tuple(1 / deviation for deviation in stage) for stage in MMDET_DEVIATIONS] if mmdet else CODES
     coder = BoundedCoder if mmdet else FullCoder
     parts: dict[str, Any] = {
-        "rpn_anchor_generator": Anchors(pyramid.strides, [anchor_scale], anchor_ratios, not mmdet),
-        "box_roi_pool": _region_pool(pyramid, 7, mmdet),
+        "rpn_anchor_generator": Anchors(backbone.spec.strides, [anchor_scale], anchor_ratios, not mmdet),
+        "box_roi_pool": _region_pool(backbone, 7, mmdet),
         "box_head": nn.ModuleList(heads),
         "box_predictor": nn.ModuleList(predictors),
-        "mask_roi_pool": _region_pool(pyramid, 14, mmdet),
+        "mask_roi_pool": _region_pool(backbone, 14, mmdet),
         **{name: nn.ModuleList(each[name] for each in masks) for name in masks[0]},
         "coders": [coder(stage) for stage in codes],
         "mask_loss": aligned_mask_loss if mmdet else maskrcnn_loss,
     }
     told = (*_GIVEN, *parts, "box_fg_iou_thresh", "box_bg_iou_thresh", "bbox_reg_weights")  # by stage
-    model = CascadeMaskRCNN(pyramid, **parts, **transform, **_known(kwargs, CascadeMaskRCNN, told))
+    model = CascadeMaskRCNN(backbone, **parts, **transform, **_known(kwargs, CascadeMaskRCNN, told))
     model.rpn.box_coder = coder(model.rpn.box_coder.weights)
     return model
 
 
 def retinanet(
-    pyramid: Pyramid,
+    backbone: Backbone,
     num_classes: int,
     transform: dict[str, Any],
     anchor_scale: float = 4.0,
@@ -327,90 +299,57 @@ def retinanet(
     ``convention``: ``"torchvision"`` or ``"mmdet"``, as for `mask_rcnn`."""
     mmdet = _is_mmdet(convention)
     octave = [anchor_scale * 2 ** (step / 3) for step in range(3)]
-    anchors = Anchors(pyramid.strides, octave, anchor_ratios, not mmdet)
+    anchors = Anchors(backbone.spec.strides, octave, anchor_ratios, not mmdet)
     given = (*_GIVEN, "anchor_generator")
-    model = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
+    model = RetinaNet(backbone, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, RetinaNet, given))
     coder = BoundedCoder if mmdet else FullCoder
     for part in (model, model.head.regression_head):
         part.box_coder = coder(part.box_coder.weights)
     return model
 
 
-def fcos(pyramid: Pyramid, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
+def fcos(backbone: Backbone, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """FCOS (Tian et al., arXiv 1904.01355); the side of its one anchor is the stride, by which it scales distances."""
-    anchors = Anchors(pyramid.strides, [1.0], [1.0])
+    anchors = Anchors(backbone.spec.strides, [1.0], [1.0])
     given = (*_GIVEN, "anchor_generator")
     kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 is for showing, and cuts average precision
-    model = FCOS(pyramid, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, FCOS, given))
+    model = FCOS(backbone, num_classes, anchor_generator=anchors, **transform, **_known(kwargs, FCOS, given))
     for part in (model, model.head):
         part.box_coder = FullLinearCoder(normalize_by_size=True)
     return model
 
 
-HEADS: dict[str, Callable[..., nn.Module]] = {
-    "mask_rcnn": mask_rcnn,
-    "cascade_mask_rcnn": cascade_mask_rcnn,
-    "faster_rcnn": faster_rcnn,
-    "retinanet": retinanet,
-    "fcos": fcos,
-    "mask2former": InstanceMask2Former,
-}
-WITH_MASKS = ("mask_rcnn", "cascade_mask_rcnn", "mask2former")
-
-
-class Detector(nn.Module):
+class Detector(DenseModel):
     """A detector with torchvision's interface and classes numbered 0 .. ``num_classes`` - 1, whatever it does inside.
 
     Args:
-        head: a key of `HEADS`.
-        pyramid: backbone and neck.
-        min_size, max_size: in evaluation the short side of an image is brought to the first unless the long one came to
-            more than the second. In training images are taken as they come.
-        mean, std: by channel, for images in [0, 1].
-        head_kwargs: of the function in `HEADS`.
+        detector: what a constructor of `registry.HEADS` returns.
+        head: its entry there.
+        num_classes: without the background.
 
-    Raises:
-        ValueError: an argument that the head does not have, or maps that it cannot pool regions from.
+    Attributes:
+        masks: whether it predicts masks, and is trained on them.
     """
 
-    classes: list[str]  # where it was loaded, and the next
-    config: dict[str, Any]
+    task = "detect"
 
-    def __init__(
-        self,
-        head: str,
-        pyramid: Pyramid,
-        num_classes: int,
-        *,
-        min_size: int,
-        max_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        head_kwargs: dict[str, Any],
-    ) -> None:
+    def __init__(self, detector: nn.Module, head: Any, num_classes: int) -> None:
         super().__init__()
-        transform = {
-            **dict(min_size=min_size, max_size=max_size, image_mean=list(mean), image_std=list(std)),
-            **dict(size_divisible=32, _skip_resize=True),  # in training
-        }
-        try:
-            self.detector = HEADS[head](pyramid, num_classes, transform, **head_kwargs)
-        except TypeError as error:
-            raise ValueError(f"{head} with {head_kwargs}: {error}") from None
+        self.detector = detector
         self.num_classes = num_classes
-        self.masks = head in WITH_MASKS
-        self.first_class = 0 if head in ("retinanet", "fcos", "mask2former") else 1
-        self.arguments: dict[str, Any] = {}  # what rebuilds it, from whoever built it
+        self.masks: bool = head.masks
+        self.first_class: int = head.first_class
 
     @property
-    def pyramid(self) -> Pyramid:
+    def backbone(self) -> Backbone:
         return self.detector.backbone
 
     def forward(self, images: list[torch.Tensor], targets: list[Target] | None = None) -> Any:
         """Losses in training, detections in evaluation.
 
         Args:
-            images: float ``[C, H, W]`` each, in [0, 1], of any sizes.
+            images: float ``[C, H, W]`` each, in [0, 1], of any sizes. In training they are taken as they are; in
+                evaluation they are resized to the detector's ``min_size`` and ``max_size``.
             targets: in training, for each image ``boxes`` float ``[N, 4]`` (corners, pixels), ``labels`` int64 ``[N]``
                 and for a head with masks ``masks`` uint8 ``[N, H, W]``.
 
@@ -425,10 +364,3 @@ class Detector(nn.Module):
         if self.training:
             return found
         return [each | {"labels": each["labels"] - self.first_class} for each in found]
-
-    def parameter_groups(
-        self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
-    ) -> list[dict[str, Any]]:
-        """As an optimizer takes them; see `heads.features.dense_parameter_groups`. Embeddings are not decayed."""
-        rates = weight_decay, layer_decay, backbone_lr_ratio
-        return dense_parameter_groups(self, self.pyramid.features, *rates, embeddings(self))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ..backbone import Backbone
 from ..mask2former import answers, decoder, losses
 
 Size = Sequence[int]  # rows, columns
@@ -20,7 +21,7 @@ class InstanceMask2Former(nn.Module):
     """transformers' Mask2Former with the interface of torchvision's detectors; classes are numbered from 0.
 
     Args:
-        pyramid: with a backbone that gives maps at strides 4, 8, 16, 32; the pixel decoder reads them itself.
+        backbone: with maps at strides 4, 8, 16, 32 and no neck.
         transform: arguments of torchvision's ``GeneralizedRCNNTransform``.
         a3fpn: see `heads.mask2former.decoder`.
         detections_per_img: how many pairs of a query and a class are answered, those of the most probable classes.
@@ -36,7 +37,7 @@ class InstanceMask2Former(nn.Module):
 
     def __init__(
         self,
-        pyramid: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         transform: dict[str, Any],
         *,
@@ -49,8 +50,8 @@ class InstanceMask2Former(nn.Module):
         if detections_per_img < 1:
             raise ValueError(f"detections_per_img must be at least 1, got {detections_per_img}")
         self.transform = GeneralizedRCNNTransform(**transform)
-        self.backbone = pyramid
-        self.head = decoder(pyramid.features, num_classes, settings, a3fpn)
+        self.backbone = backbone
+        self.head = decoder(backbone, num_classes, settings, a3fpn)
         self.detections_per_img, self.score_thresh = detections_per_img, score_thresh
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:

@@ -70,7 +70,7 @@ class OneImage(nn.Module):
         parameter = next(model.parameters())
         with torch.no_grad():
             batch, _ = transform([parameter.new_zeros(channels, *size)])
-            maps = list(model.pyramid(batch.tensors).values())
+            maps = list(model.backbone(batch.tensors).values())
             regions = hasattr(model.detector, "rpn")
             anchors = model.detector.rpn.anchor_generator if regions else model.detector.anchor_generator
             found = anchors(batch, maps)[0]
@@ -90,7 +90,7 @@ class OneImage(nn.Module):
         if self.seen != self.size:
             x = F.interpolate(x, self.seen, mode="bilinear", align_corners=False)
         x = F.pad(x, (0, self.padding[1], 0, self.padding[0]))
-        maps = list(self.model.pyramid(x).values())
+        maps = list(self.model.backbone(x).values())
         boxes, labels, scores = self.detect(maps)
         masks = self._masks(maps, boxes, labels) if self.model.masks else None
         rows, columns = (own / seen for own, seen in zip(self.size, self.seen, strict=True))

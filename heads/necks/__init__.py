@@ -6,28 +6,31 @@ from typing import Any
 
 from torch import nn
 
-from ..features import FeatureSpec
+from ..backbone import ShapeSpec
 from .a3fpn import A3FPN
 from .fpn import FPN
 
 NECKS: dict[str, type[nn.Module]] = {"fpn": FPN, "a3fpn": A3FPN}
 
 
-def build_neck(name: str, spec: FeatureSpec, **kwargs: Any) -> nn.Module:
+def build_neck(name: str, spec: ShapeSpec, **kwargs: Any) -> nn.Module:
     """The neck ``name`` (one of `NECKS`) over maps as ``spec`` says, its settings in ``kwargs``.
 
     Raises:
         ValueError: if there is no such neck, or the settings do not fit.
 
     Examples:
-        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.backbone import ShapeSpec
         >>> from foveal.heads.necks import build_neck
-        >>> build_neck("fpn", FeatureSpec((64, 128), (8, 16)), out_channels=32, extra_levels="pool").spec
-        FeatureSpec(channels=(32, 32, 32), strides=(8, 16, 32))
+        >>> build_neck("fpn", ShapeSpec((64, 128), (8, 16)), out_channels=32, extra_levels="pool").spec
+        ShapeSpec(channels=(32, 32, 32), strides=(8, 16, 32))
     """
     if name not in NECKS:
-        raise ValueError(f"unknown neck {name!r}; there are {', '.join(NECKS)}")
-    return NECKS[name](spec, **kwargs)
+        raise ValueError(f"unknown neck {name!r}; choose from {', '.join(NECKS)}")
+    try:
+        return NECKS[name](spec, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"neck {name} with {kwargs}: {error}") from None
 
 
 __all__ = ["A3FPN", "FPN", "NECKS", "build_neck"]

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from ..features import FeatureSpec
+from ..backbone import ShapeSpec
 from .resample import DeformableResampling
 
 # The settings of the released models, and of their lighter variant. They are for widths of 256 and 512; both give 16
@@ -265,9 +265,9 @@ class A3FPN(nn.Module):
 
     Examples:
         >>> import torch
-        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.backbone import ShapeSpec
         >>> from foveal.heads.necks import A3FPN
-        >>> neck = A3FPN(FeatureSpec((64, 128), (8, 16)), out_channels=64, preset="lite").eval()
+        >>> neck = A3FPN(ShapeSpec((64, 128), (8, 16)), out_channels=64, preset="lite").eval()
         >>> maps = [torch.randn(1, 64, 20, 26), torch.randn(1, 128, 10, 13)]
         >>> [tuple(each.shape) for each in neck(maps)]
         [(1, 64, 20, 26), (1, 64, 10, 13)]
@@ -275,7 +275,7 @@ class A3FPN(nn.Module):
 
     def __init__(
         self,
-        spec: FeatureSpec,
+        spec: ShapeSpec,
         out_channels: int = 256,
         preset: str = "full",
         *,
@@ -363,7 +363,7 @@ class A3FPN(nn.Module):
         self.extra = nn.ModuleList(ConvNormAct(out_channels, out_channels, 3, 2) for _ in range(extra))
         coarser = [spec.strides[-1] * 2 ** (i + 1) for i in range(extra + self.pool)]
         strides = (*spec.strides[start_level:], *coarser)
-        self.spec = FeatureSpec((out_channels,) * len(strides), strides)
+        self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 
     @staticmethod
     def _by_level(name: str, given: Sequence[int] | None, default: list[int]) -> list[int]:
@@ -477,7 +477,7 @@ def from_published(config: Mapping[str, Any], state_dict: Mapping[str, torch.Ten
     made = (given["num_outs"] > len(channels)) + start
 
     neck = A3FPN(
-        FeatureSpec(channels, tuple(4 * 2**i for i in range(len(channels)))),
+        ShapeSpec(channels, tuple(4 * 2**i for i in range(len(channels)))),
         given["out_channels"],
         direction=direction,
         columns=columns,

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..features import FeatureSpec
+from ..backbone import ShapeSpec
 
 
 class FPN(nn.Module):
@@ -27,14 +27,14 @@ class FPN(nn.Module):
 
     Examples:
         >>> import torch
-        >>> from foveal.heads.features import FeatureSpec
+        >>> from foveal.heads.backbone import ShapeSpec
         >>> from foveal.heads.necks import FPN
         >>> maps = [torch.randn(1, 64, 20, 26), torch.randn(1, 128, 10, 13)]
-        >>> [tuple(each.shape) for each in FPN(FeatureSpec((64, 128), (8, 16)), out_channels=32)(maps)]
+        >>> [tuple(each.shape) for each in FPN(ShapeSpec((64, 128), (8, 16)), out_channels=32)(maps)]
         [(1, 32, 20, 26), (1, 32, 10, 13)]
     """
 
-    def __init__(self, spec: FeatureSpec, out_channels: int = 256, extra_levels: str | None = None) -> None:
+    def __init__(self, spec: ShapeSpec, out_channels: int = 256, extra_levels: str | None = None) -> None:
         super().__init__()
         blocks = {
             None: lambda: None,
@@ -46,7 +46,7 @@ class FPN(nn.Module):
         self.pyramid = FeaturePyramidNetwork(list(spec.channels), out_channels, blocks[extra_levels]())
         extra = {None: 0, "pool": 1, "p6p7": 2}[extra_levels]
         strides = spec.strides + tuple(spec.strides[-1] * 2 ** (i + 1) for i in range(extra))
-        self.spec = FeatureSpec((out_channels,) * len(strides), strides)
+        self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Maps ``[B, C, h, w]`` as the given spec says, of any sizes, to those of `spec`."""

@@ -1,11 +1,17 @@
-"""Semantic segmentation heads, the segmenter around them, and inference on whole photographs."""
+"""Semantic segmentation heads, the segmenter around them, and inference on images of any size."""
 
-from .inference import fitted, probabilities, slide
+from ..legacy import moved
+from .inference import probabilities, rescale_size, slide_inference
 from .layers import FCN
 from .mask2former import Mask2Former
 from .segmenter import Segmenter
 from .semantic_fpn import SemanticFPN
 from .upernet import PyramidPooling, UPerNet
+
+__getattr__ = moved(
+    __name__,
+    {"fitted": "segmentation.inference:rescale_size", "slide": "segmentation.inference:slide_inference"},
+)
 
 __all__ = [
     "FCN",
@@ -14,7 +20,7 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "UPerNet",
-    "fitted",
     "probabilities",
-    "slide",
+    "rescale_size",
+    "slide_inference",
 ]

@@ -7,62 +7,108 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..features import Features, dense_parameter_groups
-from .layers import resize
+from ..backbone import Backbone
+from ..dense import DenseModel
+from ..necks import build_neck
+from .layers import FCN, resize
+from .semantic_fpn import SemanticFPN
+from .upernet import UPerNet
 
 
-class Segmenter(nn.Module):
-    """A backbone's features, a head, perhaps an auxiliary head for training; normalization and padding inside.
+class SegmentationModel(DenseModel):
+    """The base class of both: normalization and padding.
 
     Args:
-        features: the backbone.
-        head, auxiliary: the maps to logits; the auxiliary one only answers in training.
         mean, std: per channel, of values in [0, 1].
         size_divisor: images are padded with the mean, right and bottom, to multiples of it, and the logits cropped.
             1 leaves them as they are, which a backbone that cuts patches or windows may refuse or crop.
-
-    Attributes:
-        arguments: what rebuilds it, from whoever built it.
     """
 
-    classes: list[str]  # where it was loaded, and the next
-    config: dict[str, Any]
+    task = "segment"
 
-    def __init__(
-        self,
-        features: Features,
-        head: nn.Module,
-        auxiliary: nn.Module | None = None,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        size_divisor: int = 32,
-    ):
+    def __init__(self, backbone: Backbone, *, mean: Sequence[float], std: Sequence[float], size_divisor: int = 32):
         super().__init__()
-        self.features, self.head, self.auxiliary = features, head, auxiliary
-        self.size_divisor = size_divisor
-        self.arguments: dict[str, Any] = {}
+        self.backbone, self.size_divisor = backbone, size_divisor
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Zeros at the right and the bottom of ``[..., H, W]``, to multiples of ``size_divisor``."""
+        rows, columns = x.shape[-2:]
+        return F.pad(x, (0, -columns % self.size_divisor, 0, -rows % self.size_divisor))
+
+
+class Segmenter(SegmentationModel):
+    """A backbone, a head, and optionally an auxiliary head for training.
+
+    Args:
+        backbone: without a neck.
+        head, auxiliary: from the list of maps to logits; the auxiliary one is used in training only.
+        kwargs: of `SegmentationModel`.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, auxiliary: nn.Module | None = None, **kwargs: Any):
+        super().__init__(backbone, **kwargs)
+        self.head, self.auxiliary = head, auxiliary
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Float images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes, H, W]``; in training with an auxiliary head
         to the pair of its and the auxiliary logits, both of that size, the auxiliary ones second."""
         rows, columns = images.shape[-2:]
-        images = (images - self.mean) / self.std
-        images = F.pad(images, (0, -columns % self.size_divisor, 0, -rows % self.size_divisor))
-        maps = self.features(images)
+        images = self.pad((images - self.mean) / self.std)
+        maps = list(self.backbone(images).values())
         logits = self._crop(self.head(maps), images, rows, columns)
         if self.auxiliary is None or not self.training:
             return logits
         return logits, self._crop(self.auxiliary(maps), images, rows, columns)
 
-    def parameter_groups(
-        self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
-    ) -> list[dict[str, Any]]:
-        """As an optimizer takes them; see `heads.features.dense_parameter_groups`."""
-        return dense_parameter_groups(self, self.features, weight_decay, layer_decay, backbone_lr_ratio)
-
     @staticmethod
     def _crop(logits: Tensor, images: Tensor, rows: int, columns: int) -> Tensor:
         return resize(logits, images.shape[-2:])[..., :rows, :columns]
+
+
+def upernet(
+    backbone: Backbone,
+    num_classes: int,
+    image: dict[str, Any],
+    *,
+    neck: str = "fpn",
+    neck_kwargs: dict[str, Any],
+    auxiliary: bool = True,
+    auxiliary_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Segmenter:
+    """UPerNet, with ``neck="fpn"`` its own top-down path; ``auxiliary``: with an FCN head. ``kwargs`` of `UPerNet`."""
+    spec, make = backbone.spec, None
+    if neck != "fpn":
+        own: dict[str, Any] = {"out_channels": kwargs.get("channels", 512)}
+        if neck == "a3fpn":  # as in the released segmentor; its last map comes narrow from the pooling
+            own |= dict(direction="bottom_up", updated_first=True)
+            own["squeeze"] = [*(min(2**i, 4) for i in range(len(spec) - 1)), 1]
+        make = lambda pooled: build_neck(neck, pooled, **own | neck_kwargs)  # noqa: E731
+    elif neck_kwargs:
+        raise ValueError(f"the top-down path of upernet takes no neck_kwargs, got {neck_kwargs}")
+    head = UPerNet(spec, num_classes, neck=make, **kwargs)
+    if not auxiliary:
+        return Segmenter(backbone, head, **image)
+    level = auxiliary_kwargs.get("level", 2)
+    if not 0 <= level < len(spec):
+        raise ValueError(f"auxiliary_kwargs: level must be one of {len(spec)} maps from 0 on, got {level}")
+    return Segmenter(backbone, head, FCN(spec.channels[level], num_classes, **auxiliary_kwargs), **image)
+
+
+def semantic_fpn(
+    backbone: Backbone,
+    num_classes: int,
+    image: dict[str, Any],
+    *,
+    neck: str = "fpn",
+    neck_kwargs: dict[str, Any],
+    auxiliary: bool = False,
+    auxiliary_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Segmenter:
+    """Semantic FPN, which has no auxiliary head; ``kwargs`` of `SemanticFPN`."""
+    return Segmenter(
+        backbone, SemanticFPN(build_neck(neck, backbone.spec, **neck_kwargs), num_classes, **kwargs), **image
+    )

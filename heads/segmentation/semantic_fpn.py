@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..features import FeatureSpec
+from ..backbone import ShapeSpec
 from .layers import Classifier, ConvNormAct, resize
 
 
@@ -27,7 +27,7 @@ class SemanticFPN(nn.Module):
 
     def __init__(self, neck: nn.Module, num_classes: int, *, channels: int = 128, dropout: float = 0.0):
         super().__init__()
-        spec: FeatureSpec = neck.spec
+        spec: ShapeSpec = neck.spec
         if any(b != 2 * a for a, b in zip(spec.strides, spec.strides[1:], strict=False)):
             raise ValueError(f"semantic FPN: strides must double from level to level, not so: {spec.strides}")
         if channels % 32:

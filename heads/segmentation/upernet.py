@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..features import FeatureSpec
+from ..backbone import ShapeSpec
 from .layers import Classifier, ConvNormAct, resize
 
 
@@ -38,12 +38,12 @@ class PyramidPooling(nn.Module):
 class TopDown(nn.Module):
     """UPerNet's own pyramid: like FPN, with norm and ReLU after each convolution, and the last level taken as it is."""
 
-    def __init__(self, spec: FeatureSpec, channels: int):
+    def __init__(self, spec: ShapeSpec, channels: int):
         super().__init__()
         finer = spec.channels[:-1]
         self.lateral = nn.ModuleList(ConvNormAct(c, channels, 1) for c in finer)
         self.output = nn.ModuleList(ConvNormAct(channels, channels, 3) for _ in finer)
-        self.spec = FeatureSpec((channels,) * len(spec.channels), spec.strides)
+        self.spec = ShapeSpec((channels,) * len(spec.channels), spec.strides)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         *finer, x = maps
@@ -72,17 +72,17 @@ class UPerNet(nn.Module):
 
     def __init__(
         self,
-        spec: FeatureSpec,
+        spec: ShapeSpec,
         num_classes: int,
         *,
         channels: int = 512,
         bins: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
-        neck: Callable[[FeatureSpec], nn.Module] | None = None,
+        neck: Callable[[ShapeSpec], nn.Module] | None = None,
     ):
         super().__init__()
         self.pooling = PyramidPooling(spec.channels[-1], channels, bins)
-        pooled = FeatureSpec((*spec.channels[:-1], channels), spec.strides)
+        pooled = ShapeSpec((*spec.channels[:-1], channels), spec.strides)
         self.neck = TopDown(pooled, channels) if neck is None else neck(pooled)
         if tuple(self.neck.spec.strides) != tuple(spec.strides):
             raise ValueError(f"UPerNet: the neck gives strides {self.neck.spec.strides}, the backbone {spec.strides}")

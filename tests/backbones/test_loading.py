@@ -18,7 +18,8 @@ from timm.models import save_for_hf
 
 import foveal
 from foveal.backbones import download
-from foveal.heads.build import build_segmenter, save_dense
+from foveal.heads.build import build_segmenter
+from foveal.heads.checkpoint import save_dense
 
 NAME = "test_foveal_dinat"
 

@@ -14,8 +14,8 @@ from timm.models import get_pretrained_cfg
 
 import foveal
 from foveal.configs.schema import RECIPES, ClassifyConfig, DetectConfig, SegmentConfig, load_config, recipe_names
-from foveal.heads.detection import WITH_MASKS
 from foveal.heads.necks import NECKS
+from foveal.heads.registry import HEADS
 from foveal.train import classify, data, detect, segment
 from foveal.train.data.coco import DetectBatch, build_coco
 from foveal.train.data.semantic import Batch as SegmentBatch
@@ -244,13 +244,13 @@ def test_small_detector_steps(name, tmp_path):
         for number in (0, 1):
             noise = np.random.default_rng(number).integers(0, 256, (60, 90, 3), np.uint8)
             Image.fromarray(noise).save(tmp_path / folder / f"{number}.png")
-    loaders = build_coco(config, masks=head in WITH_MASKS, device=torch.device("cpu"))
+    loaders = build_coco(config, masks=HEADS["detect"][head].masks, device=torch.device("cpu"))
     batch = next(loaders.train.epoch(0))
     crop = config.augment.final_crop_size or [config.augment.max_size] * 2
     for image, target in zip(batch.images, batch.targets, strict=True):
         assert len(image) == data.in_chans
         assert all(side <= most for side, most in zip(image.shape[1:], crop, strict=True))
-        assert ("masks" in target) == (head in WITH_MASKS)
+        assert ("masks" in target) == (HEADS["detect"][head].masks)
         assert set(target["labels"].tolist()) <= {0}
     model.name, model.kwargs = tiny(config), {}
     model.neck_kwargs = model.neck_kwargs | ({} if head == "mask2former" else {"out_channels": 32})
@@ -264,7 +264,7 @@ def test_detector_builds(name):
     config = load_config(name, ["model.pretrained=false"], DetectConfig)
     with torch.device("meta"):
         model = detect.build_model(config, 80)
-    assert (model.num_classes, model.masks) == (80, config.model.head in WITH_MASKS)
+    assert (model.num_classes, model.masks) == (80, HEADS["detect"][config.model.head].masks)
     necks = [module for module in model.modules() if isinstance(module, tuple(NECKS.values()))]
     if config.model.head != "mask2former" or config.model.neck != "fpn":  # which has one of its own
         assert isinstance(necks[0], NECKS[config.model.neck])

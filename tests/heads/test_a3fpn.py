@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from foveal.heads.features import FeatureSpec
+from foveal.heads.backbone import ShapeSpec
 from foveal.heads.necks import A3FPN
 from foveal.heads.necks.a3fpn import RepVGG, Sample, from_published
 from foveal.heads.necks.resample import DeformableResampling, deformable_aggregate
 
-R50 = FeatureSpec((256, 512, 1024, 2048), (4, 8, 16, 32))
-SMALL = FeatureSpec((16, 24, 32, 48), (4, 8, 16, 32))
+R50 = ShapeSpec((256, 512, 1024, 2048), (4, 8, 16, 32))
+SMALL = ShapeSpec((16, 24, 32, 48), (4, 8, 16, 32))
 PLAIN = dict(squeeze=(1, 1, 2, 2), compress=(4, 4, 4, 8), groups=(4, 4, 4, 4), resampling_groups=(2, 3, 2, 4))
 
 
@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def pyramid(*size: int, spec: FeatureSpec = SMALL, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def pyramid(*size: int, spec: ShapeSpec = SMALL, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Maps of an image of this size, every stride rounding up."""
     maps = zip(spec.channels, spec.strides, strict=True)
     return [draw(2, c, *(-(-side // s) for side in size), seed=c, dtype=dtype) for c, s in maps]
@@ -150,7 +150,7 @@ def test_parameter_counts():
 )
 def test_outputs_have_the_sizes_of_the_inputs(extra, start, strides, size):
     neck = A3FPN(SMALL, 20, extra_levels=extra, start_level=start, **PLAIN)
-    assert neck.spec == FeatureSpec((20,) * len(strides), strides)
+    assert neck.spec == ShapeSpec((20,) * len(strides), strides)
     maps = pyramid(*size)
     out = neck(maps)
     sizes = [x.shape[2:] for x in maps][start:]
@@ -182,7 +182,7 @@ def test_sampling():
 
 def test_two_and_three_maps():
     for count in (2, 3):
-        spec = FeatureSpec(SMALL.channels[:count], SMALL.strides[:count])
+        spec = ShapeSpec(SMALL.channels[:count], SMALL.strides[:count])
         neck = A3FPN(spec, 16, resampling_groups=(2,) * count, groups=(2,) * count)
         assert len(neck.columns) == count - 1
         assert [x.shape[1:] for x in neck(pyramid(40, 56, spec=spec))] == [(16, 10, 14), (16, 5, 7), (16, 3, 4)][:count]
@@ -269,7 +269,7 @@ def test_compile(fused):
 def test_export(tmp_path):
     """To ONNX through `torch.export`, without the fused operator, which ONNX does not know."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
-    spec = FeatureSpec((16, 24), (4, 8))
+    spec = ShapeSpec((16, 24), (4, 8))
     neck = stir(A3FPN(spec, 8, extra_levels="pool")).eval()
     maps = pyramid(36, 52, spec=spec)
     program = torch.export.export(neck, (maps,))
@@ -295,9 +295,9 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=message):
             A3FPN(SMALL, **kwargs)
     with pytest.raises(ValueError, match="at least two maps"):
-        A3FPN(FeatureSpec((8,), (4,)))
+        A3FPN(ShapeSpec((8,), (4,)))
     with pytest.raises(ValueError, match="strides must divide one another, got 6 and 4"):
-        A3FPN(FeatureSpec((8, 8), (4, 6)))
+        A3FPN(ShapeSpec((8, 8), (4, 6)))
     with pytest.raises(ValueError, match="made for 4 maps, got 3"):
         A3FPN(SMALL, **PLAIN)(pyramid(32, 32)[:3])
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torchvision.ops import clip_boxes_to_image
 
-from foveal.heads.build import build_detector, load_dense, reparameterize, save_dense
+from foveal.heads.build import build_detector
+from foveal.heads.checkpoint import load_dense, reparameterize, save_dense
 from foveal.heads.detection.published import from_published
 from foveal.train import detect, evaluate, predict
 
@@ -174,9 +175,9 @@ def test_sizes_are_those_of_the_authors(name):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"box_head": "3fc"}, "box_head must be one of 4conv1fc, 2fc, got '3fc'"),
-        ({"box_fg_iou_thresh": 0.5}, "CascadeMaskRCNN has no argument 'box_fg_iou_thresh'"),
-        ({"coders": []}, "has no argument 'coders'"),
+        ({"box_head": "3fc"}, "box_head.*4conv1fc, 2fc.*3fc"),
+        ({"box_fg_iou_thresh": 0.5}, "CascadeMaskRCNN.*box_fg_iou_thresh"),
+        ({"coders": []}, "coders"),
     ],
 )
 def test_mistakes_are_named(settings, says):

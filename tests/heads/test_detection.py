@@ -1,6 +1,7 @@
 """Detectors: every head on every neck and family; strides, classes and sizes that they are told; saving and loading."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
 import foveal
-from foveal.heads.build import build_detector, load_dense, save_dense
-from foveal.heads.detection.detector import HEADS, Anchors
+from foveal.heads.build import build_detector
+from foveal.heads.checkpoint import load_dense, save_dense
+from foveal.heads.detection.detector import Anchors
+from foveal.heads.registry import HEADS
 
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 SMALL = {"min_size": 64, "max_size": 96, "neck_kwargs": {"out_channels": 32}}
 SLOW = pytest.mark.slow
-PYRAMIDS = [head for head in HEADS if head != "mask2former"]  # which has tests of its own
+PYRAMIDS = [name for name, spec in HEADS["detect"].items() if not spec.own_neck]  # Mask2Former has tests of its own
 LIGHT = {"box_width": 32, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
 
 
@@ -91,7 +94,7 @@ def test_a_batch_without_objects_still_trains_every_part(head):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
     model = small(family, "faster_rcnn", drop_path_rate=0.1)
-    assert model.pyramid.strides == (4, 8, 16, 32, 64)
+    assert model.backbone.spec.strides == (4, 8, 16, 32, 64)
     steps_and_finds(model)
 
 
@@ -112,8 +115,8 @@ def test_grey_images():
 @pytest.mark.parametrize(("head", "strides"), [("faster_rcnn", (4, 8, 16, 32, 64)), ("fcos", (8, 16, 32, 64, 128))])
 def test_levels(head, strides):
     model = small(head=head)
-    assert model.pyramid.strides == strides
-    maps = model.pyramid(torch.zeros(1, 3, 128, 256))
+    assert model.backbone.spec.strides == strides
+    maps = model.backbone(torch.zeros(1, 3, 128, 256))
     assert [tuple(x.shape[-2:]) for x in maps.values()] == [(128 // s, 256 // s) for s in strides]
     generator = model.detector.rpn.anchor_generator if head == "faster_rcnn" else model.detector.anchor_generator
     assert generator.strides == strides
@@ -149,7 +152,7 @@ def test_regions_are_pooled_at_the_strides():
 def test_training_takes_images_as_they_come_and_evaluation_resizes():
     model = small(head="fcos")
     seen = []
-    model.pyramid.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     images, targets = batch()
     model(images, targets)
     model.eval()([torch.rand(3, 100, 130)])
@@ -208,51 +211,51 @@ def test_saved_and_loaded_it_answers_the_same(head, tmp_path):
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path):
-    with pytest.raises(ValueError, match="holds no detector or segmenter"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         load_dense(tmp_path)
     model = small(head="fcos")
     save_dense(tmp_path, model, ["a", "b", "c"], {})
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="can't be loaded"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         load_dense(tmp_path)
     file.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     for key, value, says in (
-        ("arguments", config["arguments"] | {"num_classes": 5}, r"can't be loaded[\s\S]*size mismatch"),
+        ("arguments", config["arguments"] | {"num_classes": 5}, "size mismatch"),
         ("arguments", config["arguments"] | {"colour": 1}, "colour"),
-        ("task", "dance", "task is 'dance'"),
+        ("task", "dance", "dance.*detect, segment"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match=says):
             load_dense(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         load_dense(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"head": "yolo"}, "unknown head 'yolo'; there are mask_rcnn"),
-        ({"neck": "pan"}, "unknown neck 'pan'"),
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"head_kwargs": {"score_tresh": 0.1}, "head": "fcos"}, "no argument 'score_tresh'; nearest: score_thresh"),
-        ({"head_kwargs": {"box_nms_tresh": 0.1}}, "no argument 'box_nms_tresh'; nearest: box_nms_thresh"),
-        ({"head_kwargs": {"mask_width": 3}, "head": "faster_rcnn"}, "no mask_width"),
-        ({"head_kwargs": {"min_size": 3}}, "no argument 'min_size'"),
-        ({"strides": (3, 9)}, "not at 3, 9"),
-        ({"strides": (4, 16, 32)}, r"strides double from one to the next, got \(4, 16, 32\)"),
-        ({"neck_kwargs": {"colour": 1}}, "neck fpn with .*colour"),
-        ({"mean": [0.5, 0.5]}, "mean has 2 values, the images have 3 channels"),
-        ({"std": [1.0] * 3, "in_chans": 1}, "std has 3 values, the images have 1 channels"),
-        ({"backbone": "test_foveal_dinatt"}, "test_foveal_dinatt"),
+        ({"head": "yolo"}, "yolo.*mask_rcnn"),
+        ({"neck": "pan"}, "pan.*fpn"),
+        ({"num_classes": 0}, "num_classes.* 0"),
+        ({"head_kwargs": {"score_tresh": 0.1}, "head": "fcos"}, "score_tresh.*score_thresh"),
+        ({"head_kwargs": {"box_nms_tresh": 0.1}}, "box_nms_tresh.*box_nms_thresh"),
+        ({"head_kwargs": {"mask_width": 3}, "head": "faster_rcnn"}, "mask_width"),
+        ({"head_kwargs": {"min_size": 3}}, "min_size"),
+        ({"strides": (3, 9)}, "3, 9"),
+        ({"strides": (4, 16, 32)}, r"\(4, 16, 32\)"),
+        ({"neck_kwargs": {"colour": 1}}, "fpn.*colour"),
+        ({"mean": [0.5, 0.5]}, r"mean.*2.*3.*0\.5, 0\.5"),
+        ({"std": [1.0] * 3, "in_chans": 1}, r"std.*3.*1.*1\.0, 1\.0"),
+        ({"name": "test_foveal_dinatt"}, "test_foveal_dinatt"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
     with pytest.raises(ValueError, match=says):
-        build_detector(**{"backbone": "test_foveal_dinat", "num_classes": 3} | arguments)
+        build_detector(**{"name": "test_foveal_dinat", "num_classes": 3} | arguments)
 
 
 def test_parameter_groups():
@@ -265,11 +268,11 @@ def test_parameter_groups():
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
-    head = {name: p for name, p in named.items() if ".backbone.features." not in name}
+    head = {name: p for name, p in named.items() if ".backbone.body." not in name}
     assert {scales[id(p)] for p in head.values()} == {1.0}
     assert {decays[id(p)] for p in head.values() if p.ndim > 1} == {0.05}
     assert {decays[id(p)] for p in head.values() if p.ndim == 1} == {0.0}
-    body = [p for name, p in named.items() if ".backbone.features." in name and p.requires_grad]
+    body = [p for name, p in named.items() if ".backbone.body." in name and p.requires_grad]
     assert max(scales[id(p)] for p in body) <= 0.1
     assert len({scales[id(p)] for p in body}) > 2
 

@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from foveal.heads.build import build_segmenter, load_dense, save_dense
+from foveal.heads.build import build_segmenter
+from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.mask2former import answers
 from foveal.heads.segmentation import Mask2Former
 
@@ -33,11 +34,11 @@ def theirs():
 
 def test_equals_transformers(theirs):
     ours = segmenter().eval()
-    ours.features.network = timm.create_model(NAME, features_only=True).eval()  # as transformers makes it: no norms
+    ours.backbone.body = timm.create_model(NAME, features_only=True).eval()  # as transformers makes it: no norms
     prefix = "model.pixel_level_module.encoder."
     ours.head.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith(prefix)})
     body = theirs.model.pixel_level_module.encoder._backbone
-    ours.features.network.load_state_dict(body.state_dict())
+    ours.backbone.body.load_state_dict(body.state_dict())
 
     images = torch.rand(2, 3, 64, 96)
     normalized = (images - ours.mean) / ours.std
@@ -109,7 +110,7 @@ def test_round_trip_and_copies(tmp_path):
     torch.testing.assert_close(loaded(images), model(images))
     other = copy.deepcopy(model)  # as an average of the weights is made
     with torch.no_grad():
-        other.features.network.load_state_dict({k: v * 0 for k, v in other.features.network.state_dict().items()})
+        other.backbone.body.load_state_dict({k: v * 0 for k, v in other.backbone.body.state_dict().items()})
     assert not torch.equal(other(images), model(images))
     torch.testing.assert_close(loaded(images), model(images))
 
@@ -119,7 +120,7 @@ def test_embeddings_are_not_decayed():
     groups = model.parameter_groups(0.05, None, 0.1)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     kept = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
-    names = [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) in kept and not n.startswith("features.")]
+    names = [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) in kept and not n.startswith("backbone.")]
     assert {n.rsplit(".", 2)[-2] if n.endswith("weight") else n.rsplit(".", 1)[-1] for n in names} == {
         *("queries_embedder", "queries_features", "level_embed")
     }
@@ -128,11 +129,11 @@ def test_embeddings_are_not_decayed():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"neck": "pan"}, "unknown neck 'pan'"),
-        ({"neck_kwargs": {"out_channels": 64}}, "has no settings"),
-        ({"auxiliary_kwargs": {"channels": 64}}, "no auxiliary head"),
+        ({"neck": "pan"}, "pan.*fpn"),
+        ({"neck_kwargs": {"out_channels": 64}}, "out_channels"),
+        ({"auxiliary_kwargs": {"channels": 64}}, "auxiliary_kwargs"),
         ({"head_kwargs": {"num_query": 5}}, "num_query"),
-        ({"head_kwargs": {"a3fpn": {}}}, "neck='a3fpn' and neck_kwargs set A3-FPN"),
+        ({"head_kwargs": {"a3fpn": {}}}, "a3fpn"),
         ({"head_kwargs": {"num_labels": 5}}, "num_labels"),
         ({"strides": (8, 16, 32)}, r"\(8, 16, 32\)"),
     ],

@@ -150,7 +150,7 @@ def test_norms_are_synchronized_and_keep_their_activations(process_group):
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)}
     assert kinds == {torch.nn.SyncBatchNorm, SyncBatchNormAct}
     plain = timm.create_model("test_foveal_maxvit")
-    assert type(model.backbone.network.model.stem.norm1.act) is type(plain.stem.norm1.act)
+    assert type(model.backbone.body.model.stem.norm1.act) is type(plain.stem.norm1.act)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_norms_and_tables_do_not_decay():
     groups = build_optim_wrapper(model, settings).optimizer.param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert {decay[id(p)] for name, p in model.named_parameters() if "norm" in name or "rpb" in name} == {0.0}
-    assert decay[id(model.backbone.network.model.levels[0].blocks[0].attn.qkv.weight)] == 0.05
+    assert decay[id(model.backbone.body.model.levels[0].blocks[0].attn.qkv.weight)] == 0.05
 
 
 def write_coco(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_backbone_is_the_timm_model():
     torch.manual_seed(0)
     reference = timm.create_model("test_foveal_overlock", features_only=True, out_norm=True).eval()
     model = build("mask_rcnn", "test_foveal_overlock", frozen_stages=1, norm_eval=True)
-    model.backbone.network.load_state_dict(reference.state_dict())
+    model.backbone.body.load_state_dict(reference.state_dict())
     model.init_weights()
     model.train()
     x = torch.randn(2, 3, 64, 64)
@@ -269,7 +269,7 @@ def test_completed_leaves_what_is_given():
 
 
 def test_weights_by_init_cfg_are_refused():
-    with pytest.raises(ValueError, match=r"by pretrained=True or checkpoint=PATH, not by .*'Pretrained'"):
+    with pytest.raises(ValueError, match=r"init_cfg.*Pretrained"):
         MODELS.build(dict(type="FovealBackbone", name="test_foveal_nat", init_cfg=dict(type="Pretrained")))
 
 
@@ -279,5 +279,5 @@ def test_says_what_to_install(missing, monkeypatch):
     if missing == "mmdet":
         monkeypatch.delitem(sys.modules, "mmdet.registry")
     spec = importlib.util.spec_from_file_location("foveal.heads.mmdet_again", foveal.heads.mmdet.__file__)
-    with pytest.raises(ImportError, match=r"needs MMDetection.*onedl-mmdetection.* mmdet 3\.3"):
+    with pytest.raises(ImportError, match=r"onedl-mmdetection.* mmdet 3\.3"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

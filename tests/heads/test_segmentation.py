@@ -14,20 +14,21 @@ from transformers import ResNetConfig, UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 import foveal
-from foveal.heads.build import build_segmenter, load_dense, save_dense
-from foveal.heads.features import FeatureSpec
+from foveal.heads.backbone import ShapeSpec
+from foveal.heads.build import build_segmenter
+from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.necks import A3FPN, FPN
 from foveal.heads.necks.a3fpn import from_published
-from foveal.heads.segmentation import FCN, Segmenter, SemanticFPN, UPerNet, fitted, probabilities, slide
+from foveal.heads.segmentation import FCN, Segmenter, SemanticFPN, UPerNet, probabilities, rescale_size, slide_inference
 from foveal.heads.segmentation.published import from_mmseg, load_heads, to_mmseg
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-SPEC = FeatureSpec((8, 12, 16, 20), (4, 8, 16, 32))
+SPEC = ShapeSpec((8, 12, 16, 20), (4, 8, 16, 32))
 SMALL = {"head_kwargs": {"channels": 32}}
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 
 
-def maps(rows: int = 19, columns: int = 26, spec: FeatureSpec = SPEC) -> list[torch.Tensor]:
+def maps(rows: int = 19, columns: int = 26, spec: ShapeSpec = SPEC) -> list[torch.Tensor]:
     """Maps of an image that no stride divides: each level's sides are halved and rounded up."""
     result = []
     for channels in spec.channels:
@@ -47,7 +48,7 @@ def shake(module: nn.Module) -> nn.Module:
 class Heads(nn.Module):
     """Head and auxiliary head under the names that a `Segmenter` gives them."""
 
-    def __init__(self, spec: FeatureSpec = SPEC, classes: int = 7, channels: int = 24):
+    def __init__(self, spec: ShapeSpec = SPEC, classes: int = 7, channels: int = 24):
         super().__init__()
         self.head = UPerNet(spec, classes, channels=channels)
         self.auxiliary = FCN(spec.channels[2], classes, channels=10)
@@ -87,7 +88,7 @@ def test_semantic_fpn_equals_smp(monkeypatch, size):
             return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
     class Same(nn.Module):
-        spec = FeatureSpec((40,) * 4, (4, 8, 16, 32))
+        spec = ShapeSpec((40,) * 4, (4, 8, 16, 32))
 
         def forward(self, maps):
             return maps
@@ -119,7 +120,7 @@ def test_upernet_with_another_neck():
     head = UPerNet(SPEC, 5, channels=16, neck=lambda spec: FPN(spec, 16))
     assert head.neck.spec.channels == (16,) * 4
     assert head(maps()).shape == (2, 5, 19, 26)
-    with pytest.raises(ValueError, match=r"the neck gives strides .*64.*, the backbone \(4, 8, 16, 32\)"):
+    with pytest.raises(ValueError, match=r"64.*\(4, 8, 16, 32\)"):
         UPerNet(SPEC, 5, channels=16, neck=lambda spec: FPN(spec, 16, "pool"))
 
 
@@ -164,15 +165,15 @@ def test_published_heads_with_other_classes_or_without_auxiliary():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s: s.pop("decode_head.bottleneck.bn.bias"), "the checkpoint lacks head.pooling.fuse.norm.bias"),
-        (lambda s: s.update({"decode_head.cls.weight": torch.ones(1)}), "decode_head.cls.weight is no parameter"),
+        (lambda s: s.pop("decode_head.bottleneck.bn.bias"), "head.pooling.fuse.norm.bias"),
+        (lambda s: s.update({"decode_head.cls.weight": torch.ones(1)}), "decode_head.cls.weight"),
         (
             lambda s: s.update({"decode_head.lateral_convs.3.conv.weight": torch.ones(1)}),
-            "has besides head.neck.lateral.3.conv.weight",
+            "head.neck.lateral.3.conv.weight",
         ),
         (
             lambda s: s.update({"decode_head.bottleneck.conv.weight": torch.ones(1)}),
-            "has other shapes of head.pooling.fuse.conv.weight",
+            "head.pooling.fuse.conv.weight",
         ),
     ],
 )
@@ -191,7 +192,7 @@ def test_published_a3fpn_in_the_head():
     golden = json.loads((GOLDENS / "a3fpn_small.json").read_text())
     config = golden["config"] | {"num_outs": 4, "end_level": 4}
     state = {n: torch.rand(s) + 0.5 for n, s in golden["spec"].items() if not n.startswith("conv44")}
-    spec = FeatureSpec((*config["in_channels"][:3], 40), (4, 8, 16, 32))
+    spec = ShapeSpec((*config["in_channels"][:3], 40), (4, 8, 16, 32))
     expected = from_published(config, state).eval()
     settings = dict(compress=config["compress_channel"], groups=config["group_num"], expansion=config["expansion"])
     settings |= dict(squeeze=config["squeeze"], resampling_groups=config["dcn_groups"], output_bias=True)
@@ -206,7 +207,7 @@ def test_published_a3fpn_in_the_head():
     load_heads(model, heads | {f"decode_head.a3fpn.{n}": t for n, t in state.items()})
     model.eval()
     assert torch.equal(model.head.fuse.conv.weight, heads["decode_head.fpn_bottleneck.conv.weight"])
-    x = maps(16, 24, FeatureSpec(tuple(config["in_channels"]), spec.strides))
+    x = maps(16, 24, ShapeSpec(tuple(config["in_channels"]), spec.strides))
     assert all(torch.equal(a, b) for a, b in zip(model.head.neck(x), expected(x), strict=True))
 
 
@@ -255,11 +256,11 @@ def test_normalization_and_padding_are_inside():
     padded = mean.expand(1, 3, 64, 96).clone()
     padded[..., :50, :70] = images
     expected = F.interpolate(
-        model.head(model.features((padded - mean) / std)), (64, 96), mode="bilinear", align_corners=False
+        model.head(list(model.backbone((padded - mean) / std).values())), (64, 96), mode="bilinear", align_corners=False
     )
     assert torch.allclose(model(images), expected[..., :50, :70], atol=1e-5)
     model.size_divisor = 1
-    small = model.head(model.features((images - mean) / std))
+    small = model.head(list(model.backbone((images - mean) / std).values()))
     assert small.shape[-2:] == (13, 18)
     whole = F.interpolate(small, (50, 70), mode="bilinear", align_corners=False)
     assert torch.allclose(model(images), whole, atol=1e-5)
@@ -276,16 +277,16 @@ def test_saved_and_loaded(head, tmp_path):
     x = torch.rand(1, 3, 40, 40)
     assert torch.equal(again(x), model(x))
     assert torch.equal(foveal.load(tmp_path)(x), model(x))
-    with pytest.raises(ValueError, match="loaded as it was trained; given are num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         foveal.load(tmp_path, num_classes=4)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     model = build_segmenter("test_foveal_dinat", num_classes=3, **SMALL)
-    with pytest.raises(ValueError, match="2 class names for a model of 3 classes"):
+    with pytest.raises(ValueError, match=r"2.*3"):
         save_dense(tmp_path / "model", model, ["a", "b"], {})
-    own = Segmenter(model.features, model.head, mean=[0.5] * 3, std=[0.5] * 3)
-    with pytest.raises(ValueError, match="not of build_detector or build_segmenter"):
+    own = Segmenter(model.backbone, model.head, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ValueError, match="Segmenter"):
         save_dense(tmp_path / "model", own, ["a", "b", "c"], {})
     assert not (tmp_path / "model").exists()
 
@@ -298,7 +299,7 @@ def test_parameter_groups_hold_every_parameter_once():
     for group in groups:
         for p in group["params"]:
             name = names[id(p)]
-            assert group["lr_scale"] == (0.1 if name.startswith("features.") else 1.0)
+            assert group["lr_scale"] == (0.1 if name.startswith("backbone.") else 1.0)
             flat = p.ndim == 1 or name.endswith(".bias") or "rpb" in name
             assert group["weight_decay"] == (0.0 if flat else 0.05), name
 
@@ -306,15 +307,15 @@ def test_parameter_groups_hold_every_parameter_once():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"head": "upernett"}, "unknown head 'upernett'; there are upernet, semantic_fpn"),
-        ({"neck": "pafpn"}, "unknown neck 'pafpn'"),
+        ({"head": "upernett"}, "upernett.*upernet, semantic_fpn"),
+        ({"neck": "pafpn"}, "pafpn.*fpn"),
         ({"head_kwargs": {"width": 3}}, "width"),
-        ({"neck_kwargs": {"out_channels": 3}}, "top-down path of upernet has no settings"),
-        ({"auxiliary_kwargs": {"level": 4}}, "is to read map 4, the backbone gives 4"),
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"mean": [0.5, 0.5]}, "mean has 2 values, the images have 3 channels"),
-        ({"std": [1.0] * 3, "in_chans": 1}, "std has 3 values, the images have 1 channels"),
-        ({"head": "semantic_fpn", "head_kwargs": {"channels": 20}}, "multiple of the 32 groups"),
+        ({"neck_kwargs": {"out_channels": 3}}, "out_channels"),
+        ({"auxiliary_kwargs": {"level": 4}}, "level.*4"),
+        ({"num_classes": 0}, "num_classes.* 0"),
+        ({"mean": [0.5, 0.5]}, r"mean.*2.*3.*0\.5, 0\.5"),
+        ({"std": [1.0] * 3, "in_chans": 1}, r"std.*3.*1.*1\.0, 1\.0"),
+        ({"head": "semantic_fpn", "head_kwargs": {"channels": 20}}, "20.*32"),
     ],
 )
 def test_mistakes_are_named(arguments, says):
@@ -339,7 +340,7 @@ class Pointwise(nn.Module):
 @pytest.mark.parametrize(("window", "stride"), [((16, 16), (11, 11)), ((50, 9), (50, 4)), ((99, 99), (1, 99))])
 def test_sliding_equals_whole_without_context(window, stride):
     model, images = Pointwise(), torch.rand(2, 3, 33, 47)
-    assert torch.allclose(slide(model, images, window, stride), model(images), atol=1e-6)
+    assert torch.allclose(slide_inference(model, images, window, stride), model(images), atol=1e-6)
 
 
 def test_sliding_averages_the_windows():
@@ -350,17 +351,17 @@ def test_sliding_averages_the_windows():
         for left in (0, 9, 14):
             total[..., top : top + 12, left : left + 16] += model(images[..., top : top + 12, left : left + 16])
             count[top : top + 12, left : left + 16] += 1
-    assert torch.allclose(slide(model, images, (12, 16), (7, 9)), total / count, atol=1e-5)
+    assert torch.allclose(slide_inference(model, images, (12, 16), (7, 9)), total / count, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [(0, 4), (5, 4)])
 def test_sliding_refuses_strides_that_leave_gaps(stride):
-    with pytest.raises(ValueError, match="don't cover the image"):
-        slide(Pointwise(), torch.rand(1, 3, 9, 9), (4, 4), stride)
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        slide_inference(Pointwise(), torch.rand(1, 3, 9, 9), (4, 4), stride)
 
 
 @pytest.mark.parametrize(
-    ("size", "bounds", "scale", "multiple_of", "expected"),
+    ("size", "scale", "ratio", "size_divisor", "expected"),
     [
         ((512, 683), (2048, 512), 1.0, 1, (512, 683)),  # as mmcv.rescale_size gives them
         ((375, 500), (2048, 512), 1.0, 1, (512, 683)),
@@ -370,9 +371,9 @@ def test_sliding_refuses_strides_that_leave_gaps(stride):
         ((375, 500), None, 1.75, 1, (656, 875)),
     ],
 )
-def test_fitted(size, bounds, scale, multiple_of, expected):
-    assert fitted(size, bounds, scale, multiple_of) == expected
-    assert fitted(size[::-1], bounds, scale, multiple_of) == expected[::-1]
+def test_rescale_size(size, scale, ratio, size_divisor, expected):
+    assert rescale_size(size, scale, ratio, size_divisor) == expected
+    assert rescale_size(size[::-1], scale, ratio, size_divisor) == expected[::-1]
 
 
 def test_probabilities_average_scales_and_mirror_images():
@@ -383,8 +384,8 @@ def test_probabilities_average_scales_and_mirror_images():
         scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
         for logits in (model(scaled), model(scaled.flip(-1)).flip(-1)):
             expected += F.interpolate(logits, (24, 30), mode="bilinear").softmax(1) / 4
-    answer = probabilities(model, images, scales=(0.5, 1.5), flip=True)
+    answer = probabilities(model, images, ratios=(0.5, 1.5), flip=True)
     assert torch.allclose(answer, expected, atol=1e-6)
     assert torch.allclose(probabilities(model, images), model(images).softmax(1), atol=1e-6)
     model = Pointwise()
-    assert torch.allclose(probabilities(model, images, window=(9, 12)), model(images).softmax(1), atol=1e-6)
+    assert torch.allclose(probabilities(model, images, crop_size=(9, 12)), model(images).softmax(1), atol=1e-6)

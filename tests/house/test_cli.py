@@ -201,7 +201,8 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_of_folders(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `foveal.load` takes, of detectors and segmenters too; an export of one is said to be one."""
-    from foveal.heads.build import build_segmenter, save_dense
+    from foveal.heads.build import build_segmenter
+    from foveal.heads.checkpoint import save_dense
 
     monkeypatch.setenv("HOME", str(tmp_path))
     model = build_segmenter("test_foveal_care", "semantic_fpn", num_classes=2)

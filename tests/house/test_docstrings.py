@@ -20,7 +20,7 @@ import torch
 
 import foveal
 from foveal import kernels
-from foveal.heads import build, necks
+from foveal.heads import build, checkpoint, necks
 from foveal.kernels import compat
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,7 @@ def test_the_pages_hold_all_that_is_public() -> None:
     wanted |= {f"foveal.kernels.compat.{name}" for name in exported(compat)}
     wanted |= {f"foveal.backbones.{name}" for name in foveal.backbones.__all__}
     wanted |= {f"foveal.heads.build.{name}" for name in exported(build)}
+    wanted |= {f"foveal.heads.checkpoint.{name}" for name in exported(checkpoint)}
     wanted |= {
         f"foveal.heads.necks.{name}"
         for name in necks.__all__
@@ -73,6 +74,7 @@ def test_it_is_explained_and_its_example_runs(name: str, tmp_path: Path, monkeyp
         assert re.search(r"^ *Args:$", thing.__doc__, re.MULTILINE), "more than two parameters, and no section Args:"
     if section := re.search(r"^Args:\n((?:(?: .*)?\n)+)", f"{inspect.cleandoc(thing.__doc__)}\n", re.MULTILINE):
         told = re.findall(r"^    \*{0,2}([^ \n][^:\n]*):", section[1], re.MULTILINE)
+        told = [name for names in told for name in names.split(", ")]
         assert set(told) <= set(inspect.signature(thing).parameters), "Args: tells of other parameters"
     test = example(name)
     assert test.examples, "no section Examples: with >>> in it"
@@ -88,7 +90,14 @@ def test_it_is_explained_and_its_example_runs(name: str, tmp_path: Path, monkeyp
 # about modules and configurations of timm and torchvision, which their annotations call Tensor or Module.
 CHECKED = [
     *("__init__.py", "kernels", "backbones/__init__.py", "backbones/profile.py", "configs/schema.py"),
-    *("heads/build.py", "heads/features.py", "heads/necks/__init__.py", "heads/necks/fpn.py"),
+    *(
+        "heads/build.py",
+        "heads/backbone.py",
+        "heads/checkpoint.py",
+        "heads/registry.py",
+        "heads/necks/__init__.py",
+        "heads/necks/fpn.py",
+    ),
     *("heads/segmentation/inference.py", "weights/manifest.py", "weights/download.py", "train/report.py"),
 ]
 SETTINGS = {

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "backbones.attention": {"kernels"},
     "backbones.profile": {"kernels"},
     "heads": set(),
-    "heads.build": {"backbones"},
+    "heads.body": {"backbones"},
     "train": {"kernels", "backbones", "heads", "configs"},
     "weights": {"kernels", "backbones", "heads", "configs", "train"},  # the scoring, for `foveal verify`
     "benchmarks": {"kernels", "backbones", "heads", "configs", "train", "weights"},
@@ -196,7 +196,7 @@ def test_every_package_is_looked_at() -> None:
         ("foveal.backbones.nat", "from foveal.weights.export import export"),
         ("foveal.backbones.attention", "import kernels"),
         ("foveal.heads.necks.fpn", "from ...backbones import nat"),
-        ("foveal.heads.build", "from ..kernels import neighborhood_attention"),
+        ("foveal.heads.body", "from ..kernels import neighborhood_attention"),
         ("foveal.train.engine", "from ..weights.export import export"),
         ("foveal.train.data.sources", "from ...benchmarks import run"),
         ("foveal.train.engine", "from ..benchmarks import run"),
@@ -218,7 +218,7 @@ def test_a_violation_is_found(module: str, source: str) -> None:
     [
         ("foveal.kernels.neighborhood.api", "import torch\nfrom ..window import Window\nfrom . import tiled"),
         ("foveal.backbones.attention", "from ..kernels import neighborhood_attention\nfrom .layers import Mlp"),
-        ("foveal.heads.build", "from ..backbones import list_models\nfrom .necks import fpn"),
+        ("foveal.heads.body", "from ..backbones import list_models\nfrom .necks import fpn"),
         (
             "foveal.train.classify",
             "from ..configs.schema import Recipe\nfrom .engine import run\nimport foveal.backbones",

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.configs.schema import ConfigError, DetectConfig, load_config
-from foveal.heads.build import load_dense, save_dense
+from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.train import detect, evaluate, predict, tasks
 from foveal.train.data import DataError
 

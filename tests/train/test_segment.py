@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from foveal.configs.schema import ConfigError, SegmentConfig, load_config
-from foveal.heads.build import build_segmenter, load_dense, save_dense
+from foveal.heads.build import build_segmenter
+from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.segmentation.published import to_mmseg
 from foveal.train import evaluate, plots, predict, segment
 from foveal.train.scoring import SegmentationScorer
@@ -301,7 +302,7 @@ def test_a_published_file_evaluates_as_the_model_it_was_of(blocks, tmp_path):
     arguments = {"head_kwargs": {"channels": 32}, "auxiliary_kwargs": {"channels": 16}}
     model = build_segmenter("test_foveal_dinat", num_classes=3, **arguments).eval()
     own = model.state_dict()
-    prefix = "features.network.model."
+    prefix = "backbone.body.model."
     published = {f"backbone.{n.removeprefix(prefix)}": t for n, t in own.items() if n.startswith(prefix)}
     torch.save({"state_dict": published | to_mmseg(own), "meta": {}}, tmp_path / "upernet.pth")
     config = load_config(write_recipe(tmp_path, blocks), [f"model.segmenter={tmp_path / 'upernet.pth'}"], SegmentConfig)
@@ -340,7 +341,7 @@ def test_bad_samples_of_a_run(blocks, tmp_path, capsys):
         ("augment.crop_size=[48]", "`augment.crop_size` is [48]"),
         ("eval.mod=slide", "unknown key `eval.mod`; did you mean `eval.mode`?"),
         ("data.std=[0.1,0.2,0]", "`data.std[2]` is 0"),
-        ("data.mean=[0.5]", "mean has 1 values, the images have 3 channels"),
+        ("data.mean=[0.5]", "mean has 1 values for images of 3 channels"),
         ("eval={mode: slide, crop_size: [32, 32], stride: [24, 40]}", "eval.stride=[24, 40] is beyond the windows"),
         ("eval={mode: whole, crop_size: [32, 32]}", "eval.mode=whole with eval.crop_size=[32, 32]"),
     ],
@@ -447,7 +448,7 @@ def test_readme_scores_a_published_file(blocks, tmp_path, monkeypatch):
     """The README's way from a file to a score, on a small model of three classes."""
     arguments = {"head_kwargs": {"channels": 32}, "auxiliary_kwargs": {"channels": 16}}
     model = build_segmenter("test_foveal_dinat", num_classes=3, **arguments).state_dict()
-    published = {f"backbone.{n[23:]}": t for n, t in model.items() if n.startswith("features.network.model.")}
+    published = {f"backbone.{n[20:]}": t for n, t in model.items() if n.startswith("backbone.body.model.")}
     torch.save({"state_dict": published | to_mmseg(model)}, tmp_path / "upernet_dinat_tiny.pth")
     write_recipe(tmp_path, blocks)
     (code,) = (block for block in blocks_of_readme() if "save_dense(" in block)

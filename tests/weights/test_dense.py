@@ -41,7 +41,7 @@ def theirs(config: str, name: str, neck: dict[str, Any] | None = None) -> nn.Mod
 
 def published(model: nn.Module) -> dict[str, torch.Tensor]:
     """With the authors' names of the backbone, as they stand in their files."""
-    return {name.replace("backbone.network.model.", "backbone."): x for name, x in model.state_dict().items()}
+    return {name.replace("backbone.body.model.", "backbone."): x for name, x in model.state_dict().items()}
 
 
 def converted(original: nn.Module, what: str, tmp_path: Path, name: str) -> Path:
@@ -84,7 +84,7 @@ def test_mask_rcnn(name: str, tmp_path: Path) -> None:
     image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
     x = ((image - mean) / std)[None]
-    maps, expected = list(model.pyramid(x).values()), original.extract_feat(x)
+    maps, expected = list(model.backbone(x).values()), original.extract_feat(x)
     for got, want in zip(maps, expected, strict=True):
         close(got, want)
     logits, deltas = model.detector.rpn.head(maps)
@@ -171,7 +171,7 @@ def test_cascade_mask_rcnn(box_head: str, tmp_path: Path) -> None:
 def test_cascades_that_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
     small = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 32, "mask_width": 16})
     model = build_detector("test_foveal_nat", "cascade_mask_rcnn", num_classes=3, **small)
-    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state = {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
     state |= to_mmdet(model.state_dict())
     for name, shape in change.items():
         state = {key: x for key, x in state.items() if not key.startswith(name)}
@@ -187,7 +187,7 @@ def test_a_file_is_of_what_it_is_called(tmp_path: Path) -> None:
     files = {}
     for count in (3, 80):
         model = build_detector("nat_mini", "mask_rcnn", num_classes=count, **heads, **small)
-        state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+        state = {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
         files[count] = write(tmp_path / f"{count}", state | to_mmdet(model.state_dict()))
     file = files[80]
 
@@ -220,7 +220,7 @@ def test_a_published_cascade_is_known_by_its_name(tmp_path: Path) -> None:
         head_kwargs={"box_width": 32, "mask_width": 16, "convention": "mmdet"}, **small, **checkpoint.arguments,
     )  # fmt: skip
     model.load_state_dict(filler.of(model))
-    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state = {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
     state |= to_mmdet(model.state_dict())
     file = write(tmp_path / "x", state).rename(tmp_path / "x" / "cascadedmaskrcnn_dinat_s_tiny.pth")
     done = convert(file, tmp_path / "ours", model="dinat_s_tiny", arguments=small)
@@ -276,7 +276,7 @@ def test_retinanet_on_a3fpn(tmp_path: Path) -> None:
     image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
     x = ((image - mean) / std)[None]
-    for got, want in zip(model.pyramid(x).values(), original.extract_feat(x), strict=True):
+    for got, want in zip(model.backbone(x).values(), original.extract_feat(x), strict=True):
         close(got, want)
     shapes = dict(img_shape=(128, 128), ori_shape=(128, 128), scale_factor=(1.0, 1.0))
     original.bbox_head.test_cfg.update(nms_pre=1000, score_thr=0.05, max_per_img=100)
@@ -307,9 +307,9 @@ def test_upernet(form: str, tmp_path: Path) -> None:
     model = build_segmenter(name, "upernet", neck, num_classes=5, auxiliary=auxiliary, **sizes).eval()
     model.load_state_dict(filler.of(model))
     state = to_mmseg({key: x for key, x in model.state_dict().items() if not key.startswith("head.neck.columns")})
-    state |= {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
+    state |= {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
     if neck == "a3fpn":
-        channels = (*model.features.spec.channels[:3], 64)
+        channels = (*model.backbone.spec.channels[:3], 64)
         own = a3fpn_of_segmenter(channels, 64)
         load_published(model.head.neck, own)
         state = {key: x for key, x in state.items() if "decode_head.lateral" not in key} | own
@@ -371,7 +371,7 @@ def test_a_resnet_of_three_convolutions(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_refused_whole(tmp_path: Path) -> None:
     """With the reason, what is in the file, and the way out."""
     model = build_segmenter("test_foveal_nat", "upernet", num_classes=5, head_kwargs={"channels": 16})
-    inner = {f"backbone.{key}": x for key, x in model.features.network.model.state_dict().items()}
+    inner = {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
     one = torch.ones(1)
     for heads, reason in (
         ({"roi_head.bbox_head.0.fc_cls.weight": one, "rpn_head.rpn_conv.weight": one}, "1 stages"),
@@ -416,7 +416,7 @@ def test_what_the_manifest_knows_of_it(tmp_path: Path) -> None:
         **checkpoint.arguments,
     )  # fmt: skip
     model.load_state_dict(filler.of(model))
-    state = {f"backbone.{key}": x for key, x in model.pyramid.features.network.model.state_dict().items()}
+    state = {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
     state |= to_mmdet(model.state_dict())
     file = write(tmp_path / "x", state).rename(tmp_path / "x" / "maskrcnn_dinat_mini.pth")
     done = convert(file, tmp_path / "ours", model="dinat_mini", arguments=small)
@@ -468,9 +468,9 @@ def test_published_segmenters_see_the_size_of_their_score() -> None:
     ):
         found[architecture, tag] = dense.preprocessing(model, of_model(architecture)[tag]).get("inference")
     assert [*found.values()] == [
-        {"bounds": [2048, 512], "antialias": False},
-        {"bounds": [2560, 640], "antialias": False},
-        {"bounds": [2560, 640], "antialias": True},
+        {"scale": [2048, 512], "antialias": False},
+        {"scale": [2560, 640], "antialias": False},
+        {"scale": [2560, 640], "antialias": True},
         None,  # whole images
     ]
     assert "inference" not in dense.preprocessing(model)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveal
-from foveal.heads.build import build_detector, build_features
+from foveal.heads.build import build_backbone, build_detector
 from foveal.heads.mask2former import answers
 from foveal.heads.necks.a3fpn import from_published, load_published
 from foveal.weights.convert import ConversionError, convert, restore
@@ -490,7 +490,7 @@ def test_mask_rcnn_on_a3fpn(theirs: Callable[..., nn.Module], tmp_path: Path) ->
     image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
     x = 255 * image.flip(0)[None] - torch.tensor(MEAN).view(3, 1, 1)  # as their preprocessor gives it
     mean, std = (torch.tensor(model.arguments[key]).view(3, 1, 1) for key in ("mean", "std"))
-    for got, want in zip(model.pyramid(((image - mean) / std)[None]).values(), original.extract_feat(x), strict=True):
+    for got, want in zip(model.backbone(((image - mean) / std)[None]).values(), original.extract_feat(x), strict=True):
         close(got, want)
     same_detections(original, model, image, x)
 
@@ -528,13 +528,13 @@ def old_file(folder: Path, channels: int, stored: dict[str, list[float]], **chan
     """A Faster R-CNN of the detectron2 of 2019, which stores anchors and statistics beside what is learned."""
     heads: dict[str, Any] = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"box_width": 8})
     model = build_detector(NAME, "faster_rcnn", num_classes=2, in_chans=channels, **heads)
-    state = filler.of(model.pyramid.features.network.model, "backbone.bottom_up.")
+    state = filler.of(model.backbone.body.model, "backbone.bottom_up.")
     spec: dict[str, tuple[int, ...]] = {}
 
     def add(name: str, *shape: int) -> None:
         spec.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
 
-    for i, width in enumerate(model.pyramid.features.spec.channels):
+    for i, width in enumerate(model.backbone.body_spec.channels):
         add(f"backbone.fpn_lateral{i + 2}", 16, width, 1, 1)
         add(f"backbone.fpn_output{i + 2}", 16, 16, 3, 3)
     add("proposal_generator.rpn_head.conv", 16, 16, 3, 3)
@@ -639,18 +639,18 @@ def test_what_the_file_does_not_tell(tmp_path: Path) -> None:
 
 def test_where_a_resnet_strides() -> None:
     """The first convolution of a block leaves out what the second would have seen."""
-    nets = [build_features("resnet50", stride_in_1x1=first, **SMALL).eval() for first in (False, True)]
+    nets = [build_backbone("resnet50", stride_in_1x1=first, **SMALL).eval() for first in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     sizes: dict[str, tuple[int, ...]] = {}
     for i, net in enumerate(nets):
-        block = net.network.layer2[0]
+        block = net.body.layer2[0]
         block.conv2.register_forward_pre_hook(lambda _, x, i=i: sizes.update({f"{i}": tuple(x[0].shape[2:])}))
     x = torch.randn(1, 3, 64, 64)
-    for a, b in zip(nets[0](x), nets[1](x), strict=True):
+    for a, b in zip(nets[0](x).values(), nets[1](x).values(), strict=True):
         assert a.shape == b.shape
     assert sizes == {"0": (16, 16), "1": (8, 8)}
-    with pytest.raises(ValueError, match="test_foveal_nat"):
-        build_features("test_foveal_nat", stride_in_1x1=True)
+    with pytest.raises(ValueError, match=r"stride_in_1x1.*test_foveal_nat"):
+        build_backbone("test_foveal_nat", stride_in_1x1=True)
 
 
 def test_sides_of_boxes_shrink_without_a_bound() -> None:

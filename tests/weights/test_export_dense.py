@@ -16,7 +16,8 @@ from torch import nn
 
 import foveal
 import foveal.weights.compare as comparing
-from foveal.heads.build import build_detector, build_segmenter, load_dense, reparameterize, save_dense
+from foveal.heads.build import build_detector, build_segmenter
+from foveal.heads.checkpoint import load_dense, reparameterize, save_dense
 from foveal.weights.cards import dense_card, dense_example
 from foveal.weights.compare import detection_error, detections_differ
 from foveal.weights.export import default_size, export
@@ -269,9 +270,9 @@ def test_sizes(tmp_path: Path) -> None:
     assert default_size(model) == (96, 96)
     model = segmenter("upernet")
     for inference, size in (
-        ({"window": [512, 640], "bounds": [2048, 512]}, (512, 640)),
-        ({"window": None, "bounds": [2048, 512]}, (512, 704)),
-        ({"window": None, "bounds": None}, (160, 160)),
+        ({"crop_size": [512, 640], "scale": [2048, 512]}, (512, 640)),
+        ({"crop_size": None, "scale": [2048, 512]}, (512, 704)),
+        ({"crop_size": None, "scale": None}, (160, 160)),
     ):
         model.config = {"preprocessing": {"inference": inference}}
         assert default_size(model) == size

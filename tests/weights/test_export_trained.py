@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.heads.build import load_dense
+from foveal.heads.checkpoint import load_dense
 from foveal.train import predict
 from foveal.weights.compare import detections_differ
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ...backbones.images import to_mode
 from ...configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig
-from ...heads.segmentation.inference import fitted
+from ...heads.segmentation.inference import rescale_size
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
 from .factory import CHANNELS, Data
 from .files import ATTEMPTS, UNREADABLE, DenseLoader, Found
@@ -305,7 +305,7 @@ class SemanticAugment:
     def __call__(self, image: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """uint8 ``[C, H, W]`` and ``[H, W]`` of any size to those of the crop's."""
         config = self.config
-        size = fitted(image.shape[-2:], config.scale, random.uniform(*config.ratio_range))
+        size = rescale_size(image.shape[-2:], config.scale, random.uniform(*config.ratio_range))
         image, labels = resize_pair(image, labels, size, self.antialias)
         rows, columns = self._crop(labels, random)
         image, labels = image[:, rows, columns], labels[rows, columns]

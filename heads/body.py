@@ -1,0 +1,146 @@
+"""timm's feature networks with weights. The only file here that imports the backbones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.models.resnet import Bottleneck
+from torch import distributed, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..backbones import loading
+from .backbone import feature_info, published_names
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Any image size, and a norm for each map: the defaults where a model's class has these arguments.
+_DENSE_DEFAULTS = dict(out_norm=True, strict_img_size=False, dynamic_img_size=True)
+
+
+def build_body(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    strides: Sequence[int] = (4, 8, 16, 32),
+    out_indices: Sequence[int] | None = None,
+    sync_bn: bool = False,
+    drop_path_rate: float | None = None,
+    grad_checkpointing: bool = False,
+    stride_in_1x1: bool = False,
+    **kwargs: Any,
+) -> tuple[nn.Module, nn.Module]:
+    """The feature network of a foveal or timm model, and the classifier on the meta device; see `build_backbone`."""
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r} exclude each other")
+    architecture = loading.resolve(name).architecture
+    if drop_path_rate is not None:
+        kwargs["drop_path_rate"] = drop_path_rate
+    body: Any
+    with torch.device("meta"):
+        plain = {**kwargs, "out_norm": False} if "out_norm" in kwargs else kwargs
+        classifier = timm.create_model(architecture, **plain)
+    known = inspect.signature(type(classifier).__init__).parameters
+    if out_indices is None:
+        out_indices = _indices(architecture, classifier, strides)
+    kwargs = {key: value for key, value in _DENSE_DEFAULTS.items() if key in known} | kwargs
+    kwargs |= {"features_only": True, "out_indices": tuple(out_indices)}
+
+    if pretrained:
+        body = loading.load(name, **kwargs)
+    elif checkpoint is not None:
+        body = _from_checkpoint(architecture, classifier, Path(checkpoint), kwargs)
+    else:
+        body = timm.create_model(architecture, **kwargs)
+    if stride_in_1x1:
+        _stride_in_1x1(body, architecture)
+    if grad_checkpointing:
+        (body.model if hasattr(body, "model") else body).set_grad_checkpointing()
+    return synchronized(body, sync_bn), classifier
+
+
+def synchronized(model: Model, sync_bn: bool) -> Model:
+    """The model with synchronized BatchNorms, if asked for and a process group is up.
+
+    By timm's conversion: PyTorch's drops the activations that timm's norms hold.
+    """
+    up = distributed.is_available() and distributed.is_initialized()
+    if not (sync_bn and up):
+        return model
+    converted: Any = convert_sync_batchnorm(model)
+    return converted
+
+
+def _stride_in_1x1(body: nn.Module, architecture: str) -> None:
+    """Move the strides of a ResNet's blocks from their second convolution to the first, in place."""
+    blocks = [m for m in body.modules() if isinstance(m, Bottleneck) and m.conv2.stride != (1, 1)]
+    if not blocks:
+        raise ValueError(f"stride_in_1x1 needs a ResNet with bottleneck blocks, not {architecture}")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def _indices(architecture: str, classifier: Any, strides: Sequence[int]) -> list[int]:
+    """timm's indices of the last map of each stride."""
+    last = {info["reduction"]: i for i, info in enumerate(feature_info(classifier))}
+    if not set(strides) <= set(last):
+        raise ValueError(
+            f"{architecture} has maps at strides {', '.join(map(str, last))}, not at {', '.join(map(str, strides))}; "
+            "choose among them with out_indices"
+        )
+    return [last[stride] for stride in strides]
+
+
+def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path, kwargs: dict[str, Any]) -> nn.Module:
+    """The feature network with the weights of a checkpoint, all of them but the norms that it adds."""
+    beside_config = checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file()
+    statistics = {}  # of the images that a folder's model was trained on
+    if checkpoint.is_file() and not beside_config:
+        file = checkpoint
+    else:
+        found = loading.resolve(checkpoint)
+        if found.architecture != architecture:
+            raise ValueError(f"{checkpoint} holds a {found.architecture}, not a {architecture}")
+        file = loading.weights_file(found)
+        trained = (found.config or {}).get("pretrained_cfg") or {}
+        statistics = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
+
+    overlay = dict(source=None, file=None, custom_load=False, state_dict=loading.read_weights(file))
+    body: Any
+    with torch.random.fork_rng(devices=[]), _missing_keys() as missing:
+        try:
+            body = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{file} does not fit {architecture}: {error}") from error
+    published, own = published_names(body, classifier), classifier.state_dict()
+    if unset := [name for name in body.state_dict() if published[name] in missing & own.keys()]:
+        raise ValueError(f"{file} does not fit {architecture}: {len(unset)} tensors are missing, {', '.join(unset)}")
+    body.pretrained_cfg |= {"state_dict": None, "file": str(file), **statistics}  # not the tensors twice
+    return body
+
+
+@contextmanager
+def _missing_keys() -> Iterator[set[str]]:
+    """The names that any ``load_state_dict`` in this context leaves unset, which timm logs and does not return."""
+    missing: set[str] = set()
+    handles = []
+
+    def loaded(_: nn.Module, keys: Any) -> None:
+        missing.update(keys.missing_keys)
+
+    def registered(parent: nn.Module, *_: Any) -> None:
+        handles.append(parent.register_load_state_dict_post_hook(loaded))
+
+    handles.append(register_module_module_registration_hook(registered))
+    try:
+        yield missing
+    finally:
+        for handle in handles:
+            handle.remove()

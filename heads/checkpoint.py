@@ -1,0 +1,171 @@
+"""Folders of detectors and segmenters: ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..files import atomic
+from .build import build_dense
+from .dense import DenseModel
+from .legacy import migrate_config, migrate_state_dict
+from .registry import HEADS
+
+Model = TypeVar("Model", bound=nn.Module)
+FORMAT, WEIGHTS = "foveal-dense", "model.safetensors"
+
+
+def _foldable(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost modules, by name, that can fold what only training needs."""
+    found: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "reparameterize") and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return found
+
+
+def reparameterize(model: Model) -> Model:
+    """Fold the branches and norms of backbone, neck and heads that only training needs, in place, for inference.
+
+    The outputs are those of evaluation mode up to rounding. `save_dense` and `load_dense` keep this form.
+
+    Returns:
+        The model itself.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.checkpoint import reparameterize
+        >>> model = build_segmenter("test_foveal_care", "semantic_fpn", num_classes=5).eval()
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> before = model(image)
+        >>> torch.allclose(reparameterize(model)(image), before, atol=1e-4)
+        True
+    """
+    for _, module in _foldable(model):
+        module.reparameterize()
+    return model
+
+
+def save_dense(
+    folder: str | Path, model: DenseModel, classes: Sequence[str], preprocessing: Mapping[str, Any], **more: Any
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` of a detector or segmenter into ``folder``, for `load_dense`.
+
+    Args:
+        model: of `build_detector` or `build_segmenter`.
+        classes: their names by index.
+        preprocessing: what a reader should know of the images; the model does it all itself.
+        more: further entries of config.json.
+
+    Raises:
+        ValueError: a model that no builder made and that could not be built again; or not one name for each of its
+            classes.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.checkpoint import save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> import foveal
+        >>> foveal.load("folder").classes
+        ['cat', 'dog']
+    """
+    if not model.arguments:
+        raise ValueError(f"{type(model).__name__} has no arguments: build it by build_detector or build_segmenter")
+    if len(classes) != model.arguments["num_classes"]:
+        raise ValueError(f"{len(classes)} class names for num_classes={model.arguments['num_classes']}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "task": model.task,
+        "arguments": model.arguments,
+        "classes": list(classes),
+        "preprocessing": dict(preprocessing),
+        **more,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(folder / WEIGHTS) as file:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with atomic(folder / "config.json") as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder that holds the model (for a run: its ``best/``) and its config.json; None where there is no dense one.
+
+    Raises:
+        ValueError: if config.json is not JSON.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.checkpoint import read_dense_config, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> found = read_dense_config("folder")
+        >>> found is not None and found[1]["task"]
+        'segment'
+    """
+    folder = Path(folder)
+    # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
+    for candidate in (folder / "best", folder / "best.old", folder):
+        file = candidate / "config.json"
+        if file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is not JSON: {error}") from None
+            is_dense = isinstance(config, dict) and config.get("format") == FORMAT
+            return (candidate, migrate_config(config)) if is_dense else None
+    return None
+
+
+def load_dense(folder: str | Path, file: Path | None = None) -> Any:
+    """Load what `save_dense` wrote, or a run's ``best/``, in evaluation mode.
+
+    Args:
+        file: another file of weights of that folder.
+
+    Returns:
+        a `DenseModel` with ``classes`` (names by index) and ``config`` (all of config.json).
+
+    Raises:
+        ValueError: the folder holds no dense model, or its parts do not fit each other.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.checkpoint import load_dense, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> load_dense("folder").config["arguments"]["head"]
+        'semantic_fpn'
+    """
+    found = read_dense_config(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no detector or segmenter: no config.json with format {FORMAT!r}")
+    folder, config = found
+    if config.get("task") not in HEADS:
+        raise ValueError(f"{folder}/config.json: task is {config.get('task')!r}, must be one of {', '.join(HEADS)}")
+    missing = {"arguments", "classes", "preprocessing"} - set(config)
+    if missing:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+    try:
+        model = build_dense(config["task"], config["arguments"])
+        tensors = migrate_state_dict(safetensors.torch.load_file(file or folder / WEIGHTS))
+        for name, module in _foldable(model):
+            stored = {key for key in tensors if key.startswith(f"{name}.")}
+            if stored != {f"{name}.{key}" for key in module.state_dict()}:
+                module.reparameterize()  # as it was when it was saved, or nothing fits
+        model.load_state_dict(tensors)
+    except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder} can't be loaded: {error}") from error
+    model.classes, model.config = config["classes"], config
+    return model.eval()

@@ -1,0 +1,46 @@
+"""What detectors and segmenters share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .backbone import Backbone, decays, grouped
+from .legacy import migrate_in_place
+
+
+class DenseModel(nn.Module):
+    """A backbone and its heads; the base class of `Detector`, `Segmenter` and `Mask2Former`.
+
+    Attributes:
+        task: ``"detect"`` or ``"segment"``.
+        arguments: of the builder, to build the same model again; empty if no builder made it.
+        classes: class names by index, if loaded from a folder.
+        config: the folder's config.json, likewise.
+    """
+
+    task: ClassVar[str]
+    backbone: Backbone
+    classes: list[str]
+    config: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def parameter_groups(
+        self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """As an optimizer takes them: those of the backbone's body (`Backbone.parameter_groups`); neck and heads at the
+        full rate, decayed unless they are vectors, biases or embeddings."""
+        body = {id(p) for p in self.backbone.body.parameters()}
+        rest = [(name, p) for name, p in self.named_parameters() if id(p) not in body]
+        kept = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        kept |= {name for name, _ in rest if name.endswith("level_embed")}
+        groups = self.backbone.parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)
+        return groups + grouped([(p, 1.0, decays(name, p, kept)) for name, p in rest], weight_decay)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        migrate_in_place(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,96 @@
+"""The heads by task and name, and what each of them needs.
+
+`build_detector` and `build_segmenter` construct heads from this table, the exporters read from it what they can write,
+and the choices of a recipe's ``model.head`` are its names (tests/heads/test_registry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .detection import detector
+from .detection.mask2former import InstanceMask2Former
+from .segmentation import segmenter
+from .segmentation.mask2former import Mask2Former
+
+_NO_OPENVINO = {"openvino": "not compared with PyTorch there"}
+_STEPS = "its boxes jump by a pixel where a mask's logit changes its sign"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head.
+
+    Attributes:
+        name: as ``model.head`` names it.
+        task: ``"detect"`` or ``"segment"``.
+        build: of a detector, ``(backbone, num_classes, transform, **head_kwargs)`` to a module with the interface of
+            torchvision's detectors, ``transform`` being arguments of its ``GeneralizedRCNNTransform``; of a segmenter,
+            ``(backbone, num_classes, image, **head_kwargs)`` to a `SegmentationModel`, ``image`` being arguments of it.
+        masks: it predicts the masks of objects, and is trained on them.
+        first_class: 1 if it numbers classes from 1, with the background as 0.
+        strides: of the body's maps that the neck reads.
+        extra_levels: coarser maps that the neck adds, see `FPN`.
+        own_neck: its pixel decoder takes the neck's place; A3-FPN goes into it.
+        not_exported: why it is not exported, by format.
+
+    Examples:
+        >>> from foveal.heads.registry import HEADS
+        >>> HEADS["detect"]["mask_rcnn"].masks, HEADS["detect"]["fcos"].strides
+        (True, (8, 16, 32))
+    """
+
+    name: str
+    task: str
+    build: Callable[..., nn.Module]
+    masks: bool = False
+    first_class: int = 0
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    extra_levels: str | None = None
+    own_neck: bool = False
+    not_exported: Mapping[str, str] = field(default_factory=dict)
+
+
+_RCNN: dict[str, Any] = dict(first_class=1, extra_levels="pool", not_exported=_NO_OPENVINO)
+_SINGLE_STAGE: dict[str, Any] = dict(strides=(8, 16, 32), extra_levels="p6p7", not_exported=_NO_OPENVINO)
+_SPECS = (
+    HeadSpec("mask_rcnn", "detect", detector.mask_rcnn, masks=True, **_RCNN),
+    HeadSpec("cascade_mask_rcnn", "detect", detector.cascade_mask_rcnn, masks=True, **_RCNN),
+    HeadSpec("faster_rcnn", "detect", detector.faster_rcnn, **_RCNN),
+    HeadSpec("retinanet", "detect", detector.retinanet, **_SINGLE_STAGE),
+    HeadSpec("fcos", "detect", detector.fcos, **_SINGLE_STAGE),
+    HeadSpec(
+        "mask2former",
+        "detect",
+        InstanceMask2Former,
+        masks=True,
+        own_neck=True,
+        not_exported=dict.fromkeys(("onnx", "pt2", "openvino"), _STEPS),
+    ),
+    HeadSpec("upernet", "segment", segmenter.upernet),
+    HeadSpec("semantic_fpn", "segment", segmenter.semantic_fpn),
+    HeadSpec("mask2former", "segment", Mask2Former, own_neck=True, not_exported=_NO_OPENVINO),
+)
+HEADS: dict[str, dict[str, HeadSpec]] = {
+    task: {spec.name: spec for spec in _SPECS if spec.task == task} for task in ("detect", "segment")
+}
+
+
+def head_spec(task: str, name: str) -> HeadSpec:
+    """The entry of a head.
+
+    Raises:
+        ValueError: no such head for the task; the message lists those that there are.
+
+    Examples:
+        >>> from foveal.heads.registry import head_spec
+        >>> head_spec("segment", "upernet").not_exported
+        {}
+    """
+    if name not in HEADS[task]:
+        raise ValueError(f"unknown head {name!r} for {task}; choose from {', '.join(HEADS[task])}")
+    return HEADS[task][name]
