@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from foveal.backbones import list_models
 from foveal.cli import app
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -50,4 +51,8 @@ def test_the_table_of_models_is_the_one_that_is_printed() -> None:
     assert result.exit_code == 0
     rows = re.findall(r"^\| `(\w+)` \|", result.stdout, re.MULTILINE)
     assert set(rows) == {name for name in list_models() if not name.startswith("test_")}
-    assert result.stdout in README, "write the output of `foveal list --markdown` into README.md"
+    assert result.stdout in (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), "run foveal list --markdown"
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 250
