@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def dinat_of_transformers() -> None:
         "config = DinatConfig(embed_dim=16, depths=[1, 1], num_heads=[1, 2], dilations=[[1], [2]]); "
         "DinatModel(config).eval()(torch.randn(1, 3, 64, 64))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as elsewhere:  # beside our kernels/, transformers takes it for its own
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere)
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1])
 
