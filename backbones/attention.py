@@ -24,13 +24,13 @@ from ..kernels import (
     neighborhood_attention,
     neighborhood_mix,
 )
-from ..kernels.tracing import for_any_size, symbolic
+from ..kernels.tracing import is_dynamic, without_size_guards
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
     """The shape of a map ``[B, H, W, C]``, with H and W as ints where torch.jit.trace has sizes as tensors."""
     B, H, W, C = x.shape
-    if symbolic(H, W):
+    if is_dynamic(H, W):
         return B, H, W, C
     return B, operator.index(H), operator.index(W), C
 
@@ -112,15 +112,15 @@ class NeighborhoodAttention2d(nn.Module):
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
         rows, columns = self.kernel_size
-        free = symbolic(H, W)
-        if free and self.dilation == "auto":
+        dynamic_shape = is_dynamic(H, W)
+        if dynamic_shape and self.dilation == "auto":
             raise ValueError(
                 'dilation "auto" follows the size of the map and so needs to know it: export such a model with a fixed '
                 "height and width, or create it with dilations given"
             )
         dilation = max(1, min(H // rows, W // columns)) if self.dilation == "auto" else self.dilation
 
-        if free:  # enlarged by nothing, where the map turns out to be large enough
+        if dynamic_shape:  # enlarged by nothing, where the map turns out to be large enough
             bottom, right = shortfall(H, rows * dilation), shortfall(W, columns * dilation)
             qkv = self.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)))
         else:
@@ -139,7 +139,7 @@ class NeighborhoodAttention2d(nn.Module):
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        if free:
+        if dynamic_shape:
             x = x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
         elif bottom or right:
             x = x[:, :H, :W]
@@ -157,12 +157,12 @@ class NeighborhoodAttention2d(nn.Module):
 
 
 def shortfall(length: int, least: int) -> int:
-    """How much ``length`` is short of ``least``, for a free size, too: 0 where an exporter knows that it is not."""
+    """How much ``length`` is short of ``least``, for a dynamic size, too: 0 where an exporter knows that it is not."""
     return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
 
 
 def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for free sizes, as a matrix product for each axis."""
+    """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for dynamic sizes, as a matrix product for each axis."""
     for target in (size[1], size[0]):
         source = x.shape[3]
         number = torch.arange(target, device=x.device)[:, None]
@@ -505,7 +505,7 @@ class HaloAttention2d(nn.Module):
         return factor * self.pos_embed.height_rel, factor * self.pos_embed.width_rel
 
 
-@for_any_size
+@without_size_guards
 def context_mixing(
     q: torch.Tensor,
     k: torch.Tensor,

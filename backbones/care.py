@@ -28,7 +28,7 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import shortfall, symbolic
+from .attention import is_dynamic, shortfall
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
 from .layers import Stage, drop_path_rates, init_weights
 
@@ -98,7 +98,7 @@ def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.
 def _by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """``[B, C, H, W]`` to ``[B * C / head_dim, head_dim, H * W]``."""
     B, C, H, W = x.shape
-    if symbolic(H, W):  # whether a view will do, an exporter decides by whether there is but one position
+    if is_dynamic(H, W):  # whether a view will do, an exporter decides by whether there is but one position
         x = x.clone(memory_format=torch.contiguous_format)
     return x.reshape(B * (C // head_dim), head_dim, H * W)
 
@@ -171,7 +171,7 @@ class Downsample(nn.Sequential):
 
 def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
     """Append zeros at the bottom and the right of maps smaller than ``size``, of which nothing would be left."""
-    free = symbolic(*x.shape[-2:])
+    free = is_dynamic(*x.shape[-2:])
     bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
 

@@ -31,7 +31,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import NeighborhoodAttention2d, symbolic
+from .attention import NeighborhoodAttention2d, is_dynamic
 from .base import Backbone, check_names, create, keep_new, unwrap
 from .layers import Blocks, drop_path_rates, init_weights
 
@@ -101,7 +101,7 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 3, 1, 2)
-        if symbolic(*x.shape[2:]):  # whether channels lie last in memory, an exporter decides by which lengths are 1
+        if is_dynamic(*x.shape[2:]):  # whether channels lie last in memory, an exporter decides by which lengths are 1
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
 
@@ -118,7 +118,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
         h, w = (H + 1) // 2, (W + 1) // 2
-        if symbolic(H, W) or H % 2 or W % 2:
+        if is_dynamic(H, W) or H % 2 or W % 2:
             x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
         # the channel order is (column, row, C), column outermost
         x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)

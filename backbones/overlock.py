@@ -31,7 +31,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .attention import average_pool, context_mixing, symbolic
+from .attention import average_pool, context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
 from .layers import Blocks, drop_path_rates
 
@@ -127,7 +127,7 @@ class ChannelNorm(LayerNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
         # it turns the channels last; whether they lie so in memory, an exporter decides by whether there is but one row
-        return x.clone(memory_format=torch.contiguous_format) if symbolic(*x.shape[2:]) else x
+        return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
 
 
 class LayerScale(nn.Module):
@@ -226,7 +226,7 @@ class ContMix(nn.Module):
     def mix(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, dim, H, W]`` mixed with kernels from ``both`` ``[B, dim + context_dim, H, W]``."""
         H, W = x.shape[2:]
-        free = symbolic(H, W)
+        free = is_dynamic(H, W)
         small = not free and min(H, W) < self.kernel_size
         if free:
             small = not statically_known_true(torch.sym_min(H, W) >= self.kernel_size)
@@ -540,7 +540,7 @@ class OverLoCK(Backbone):
     def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
         # for a free size not: whether a map lies in memory so, an exporter decides by whether it is of one row
-        if x.device.type == "cpu" and not symbolic(*x.shape[2:]):
+        if x.device.type == "cpu" and not is_dynamic(*x.shape[2:]):
             x = x.contiguous(memory_format=torch.channels_last)
         maps, overview = [self.blocks1(self.patch_embed1(x))], None
         if last >= 1:

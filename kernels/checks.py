@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
-from .tracing import symbolic
+from .tracing import is_dynamic
 from .window import BOUNDARIES
 
 IntPair = int | tuple[int, int]
@@ -40,7 +40,7 @@ def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: 
     if boundary != "shift":
         return
     for axis, length, keys, step in zip(("rows", "columns"), size, kernel_size, dilation, strict=True):
-        if symbolic(length):  # a condition of the graph, unless it is known to hold
+        if is_dynamic(length):  # a condition of the graph, unless it is known to hold
             torch._check(
                 length >= keys * step,
                 lambda: f"the window of kernel_size {keys} x dilation {step} does not fit a map of fewer {axis}",  # noqa: B023

@@ -199,7 +199,7 @@ def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Prob
     name = "tiled"
     if problem.device == "cuda" and reason is None:
         name = "triton"
-    elif problem.tracing and problem.free:
+    elif problem.tracing and problem.dynamic_shape:
         name = "dynamic"
     if not problem.tracing and (problem.device, name) not in _announced:
         _announced.add((problem.device, name))

@@ -2,10 +2,10 @@
 
 A plan of ``kernels/tiling.py`` is made of numbers and holds for one size. Here the side of a tile is a number, and how
 many tiles there are, which positions they hold and which keys their queries see is arithmetic on tensors, so that one
-traced graph serves every size. Queries and keys are gathered into their tiles, each tile is dense, and the answers are
+traced graph serves every size. Queries and keys are gathered into their tiles, each tile is dense, and the outputs are
 gathered back.
 
-Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation phases, phase by phase.
+Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation groups, group by group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .window import Window
 TILE = 7  # queries of a tile along an axis, at least: what the plan for a fixed 224 takes on most maps of the zoo
 
 
-class Side(NamedTuple):
+class DynamicAxisTiling(NamedTuple):
     """How one axis of the map is cut; the tensors hold int64 or booleans."""
 
     tile: int
@@ -34,7 +34,7 @@ class Side(NamedTuple):
     inside: Tensor  # [M*S] whether there is such a row; another one stands in its place otherwise
     first: Tensor  # [M, T] where in the span the window of a query begins
     row: Tensor  # [M, T, S] row of the bias table, 2K - 1 for a key that the query does not see
-    back: Tensor  # [h] where among the M*T the answer of a query lies
+    back: Tensor  # [h] where among the M*T the output of a query lies
 
 
 def tile_of(window: Window) -> int:
@@ -43,39 +43,39 @@ def tile_of(window: Window) -> int:
     return -(-max(TILE, window.kernel_size) // together) * together
 
 
-# What a tracer has recorded already: the layers of a stage share their sides, half of what there is to record.
+# What a tracer has recorded already: the layers of a stage share their tilings, half of what there is to record.
 _recorded: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def side(window: Window, length: int, device: torch.device) -> Side:
+def axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxisTiling:
     """An axis of ``length`` positions, an int or a SymInt; no operation here asks which number it is."""
     mode = get_proxy_mode()
     if mode is None or not isinstance(length, torch.SymInt):
-        return _side(window, length, device)
-    sides = _recorded.setdefault(mode.tracer, {})
+        return _axis_tiling(window, length, device)
+    tilings = _recorded.setdefault(mode.tracer, {})
     key = window, length.node.expr, device
-    if key not in sides:
-        sides[key] = _side(window, length, device)
-    return sides[key]
+    if key not in tilings:
+        tilings[key] = _axis_tiling(window, length, device)
+    return tilings[key]
 
 
-def _side(window: Window, length: int, device: torch.device) -> Side:
+def _axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxisTiling:
     d, n, tile = window.dilation, window.query_stride, tile_of(window)
-    longest = window.group_length(length)  # of the first phase; of others one less at most
+    longest = window.group_length(length)  # of the first group; of others one less at most
     queries = window.queries(length)
-    each = (window.queries(longest) + tile - 1) // tile  # tiles of a phase
+    each = (window.queries(longest) + tile - 1) // tile  # tiles of a group
     tiles = d * each
     # how far apart the windows of a tile's first and last query begin; a tile begins with a stride group
     span: Any = (tile - 1) * n // window.stride * window.stride + window.kernel_size
     if window.boundary != "zero":
         span = torch.sym_min(span, longest)  # what is outside need not be there
 
-    end, phase = (torch.full((), count, dtype=torch.int64, device=device) for count in (length - 1, each))
+    end, per_group = (torch.full((), count, dtype=torch.int64, device=device) for count in (length - 1, each))
     number = torch.arange(tiles, device=device)[:, None]
-    group = torch.div(number, phase, rounding_mode="floor")  # M 1
-    in_group = ((end - group) // d + 1).clamp(min=1)  # a phase behind the end of the map counts as one position
+    group = torch.div(number, per_group, rounding_mode="floor")  # M 1
+    in_group = ((end - group) // d + 1).clamp(min=1)  # a group behind the end of the map counts as one position
     last = (in_group + n - 1) // n - 1
-    query = torch.minimum((number - group * phase) * tile + torch.arange(tile, device=device), last)  # M T
+    query = torch.minimum((number - group * per_group) * tile + torch.arange(tile, device=device), last)  # M T
     start = window.starts(query, in_group)
     base = start[:, :1]  # the smallest
     if window.boundary != "zero":
@@ -90,7 +90,7 @@ def _side(window: Window, length: int, device: torch.device) -> Side:
     row = window.table_row(key[:, None], query[..., None])
     x = torch.arange(queries, device=device)
     j = x // d
-    return Side(
+    return DynamicAxisTiling(
         tile=tile,
         tiles=tiles,
         span=span,
@@ -99,7 +99,7 @@ def _side(window: Window, length: int, device: torch.device) -> Side:
         inside=inside.flatten(),
         first=start - base,
         row=torch.where(seen, row, 2 * window.kernel_size - 1),
-        back=(x % d * phase + j // tile) * tile + j % tile,
+        back=(x % d * per_group + j // tile) * tile + j % tile,
     )
 
 
@@ -116,12 +116,12 @@ def _gather(x: Tensor, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int
     return x.unflatten(1, (a, b, t * t2)).transpose(3, 4)
 
 
-def query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:
+def query_tiles(x: Tensor, a: DynamicAxisTiling, b: DynamicAxisTiling) -> Tensor:
     """[B, h, w, N, C] -> [B, M, M2, N, T*T2, C]."""
     return _gather(x, a.query_at, b.query_at, (a.tiles, b.tiles, a.tile, b.tile))
 
 
-def key_spans(x: Tensor, a: Side, b: Side, boundary: str) -> Tensor:
+def key_spans(x: Tensor, a: DynamicAxisTiling, b: DynamicAxisTiling, boundary: str) -> Tensor:
     """[B, H, W, N, C] -> [B, M, M2, N, S*S2, C], with boundary "zero" zeros outside the map."""
     sizes = a.tiles, b.tiles, a.span, b.span
     x = _gather(x, a.key_at, b.key_at, sizes)
@@ -131,7 +131,7 @@ def key_spans(x: Tensor, a: Side, b: Side, boundary: str) -> Tensor:
     return x
 
 
-def from_query_tiles(x: Tensor, a: Side, b: Side) -> Tensor:
+def from_query_tiles(x: Tensor, a: DynamicAxisTiling, b: DynamicAxisTiling) -> Tensor:
     """[B, M, M2, N, T*T2, C] -> [B, h, w, N, C]."""
     x = x.unflatten(4, (a.tile, b.tile)).permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
     return x.index_select(1, a.back).index_select(2, b.back)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from .bias import DecomposedRelativePositionBias
-from .tracing import symbolic
+from .tracing import is_dynamic
 from .window import Window
 
 
@@ -49,9 +49,9 @@ class Problem:
     dropout_p: float = 0.0
 
     @property
-    def free(self) -> bool:
+    def dynamic_shape(self) -> bool:
         """Whether the call is recorded for maps of any height or any width."""
-        return symbolic(*self.shape[1:3])
+        return is_dynamic(*self.shape[1:3])
 
     @property
     def size(self) -> tuple[int, int]:

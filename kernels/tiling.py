@@ -3,16 +3,17 @@
 The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span
 of keys, of the same size for every tile, so what a tile does is a few dense matrix products.
 
-* the plan of a call: which tiles (``Axis``, ``plan_of``), and the constants that follow from it (``constant``);
-* maps as views of phases, tiles and spans;
-* the walk over pieces of a map, in memory that they share (``parts``, ``Scratch``).
+* the plan of a call: which tiles (``AxisTiling``, ``plan_of``);
+* maps as views of dilation groups, tiles and spans;
+* the chunks that a map is computed in, in memory that they share (``chunks``, ``Scratch``).
 
-B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, h w positions of a group,
+B batch, H W map, N heads, C channels, G G2 dilation groups of rows and columns, h w positions of a group,
 R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -26,15 +27,15 @@ from .problem import Problem
 from .tracing import tracing
 from .window import Window
 
-# A piece of a walk: about this many query-key pairs. Measured on a 2-core CPU with 2 MiB of second-level and 32 MiB of
-# third-level cache; half and twice as many cost the same, unchunked costs 1.5 to 2 times as much.
-PIECE = 1 << 20
+# Query-key pairs of a chunk, about. Measured on a 2-core CPU with 2 MiB of level-2 and 32 MiB of level-3 cache: half or
+# twice as many cost the same, unchunked costs 1.5 to 2 times as much.
+CHUNK = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------------------- planning
 
 
-class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant in every release
+class AxisTiling(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant in every release
     """How one axis of the dilation groups ``first:stop`` (all of ``length`` positions) is cut into tiles."""
 
     first: int
@@ -57,7 +58,7 @@ class Axis(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant i
     masked: bool  # whether some key of a span is not for all queries of the tile
 
 
-def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
+def cut(window: Window, first: int, stop: int, length: int, tile: int) -> AxisTiling:
     queries = window.queries(length)
     starts = [window.start(i, length) for i in range(queries)]
     tiles, step = -(-queries // tile), tile * window.query_stride
@@ -67,24 +68,15 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
     # far apart, the last queries may not see the end of the map, which the spans are to hold nevertheless
     span = max(span, length + before - (tiles - 1) * step)
     between = window.rows_between if tile > 1 else 0
-    shapes: dict[tuple, int] = {}
-    runs: list[list[int]] = []
-    samples = []
-    masked = False
-    for t, (q0, s) in enumerate(spans):
-        # relative to the tile: the windows, and (boundary "mask") where the map begins and ends
+    shapes = []  # relative to the tile: its windows, and (boundary "mask") where the map begins and ends
+    for q0, s in spans:
         base = q0 - before
         edges = (max(-base, 0), min(length - base, span)) if window.boundary == "mask" else (0, span)
-        shape = (*(x - base for x in s), *edges)
-        if shape not in shapes:
-            shapes[shape] = len(shapes)
-            samples.append(t)
-            masked |= edges != (0, span) or any(x != base for x in s) or span != window.kernel_size
-        if runs and runs[-1][2] == shapes[shape]:
-            runs[-1][1] = t + 1
-        else:
-            runs.append([t, t + 1, shapes[shape]])
-    return Axis(
+        shapes.append((tuple(x - base for x in s), edges))
+    patterns = list(dict.fromkeys(shapes))
+    order = tuple(map(patterns.index, shapes))
+    changes = [t for t in range(tiles + 1) if t in (0, tiles) or order[t] != order[t - 1]]
+    return AxisTiling(
         first=first,
         stop=stop,
         length=length,
@@ -96,21 +88,21 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> Axis:
         after=(tiles - 1) * step + span - before - length,
         span=span,
         ragged=tiles * tile - queries,
-        runs=tuple((start, stop, pattern) for start, stop, pattern in runs),
-        order=tuple(pattern for start, stop, pattern in runs for _ in range(start, stop)),
-        samples=tuple(samples),
+        runs=tuple((start, stop, order[start]) for start, stop in itertools.pairwise(changes)),
+        order=order,
+        samples=tuple(map(order.index, range(len(patterns)))),
         keys=window.kernel_size,
         between=between,
         offsets=between * (tile - 1) + span,
-        masked=masked,
+        masked=span != window.kernel_size or any(any(s) or edges != (0, span) for s, edges in patterns),
     )
 
 
-Plans = tuple[tuple[Axis, Axis], ...]
-Cost = Callable[[Axis, Axis], float]
+Plans = tuple[tuple[AxisTiling, AxisTiling], ...]
+Cost = Callable[[AxisTiling, AxisTiling], float]
 
 
-def pairs(a: Axis, b: Axis) -> int:
+def pairs(a: AxisTiling, b: AxisTiling) -> int:
     """Query-key pairs of all tiles of one dilation group."""
     return a.tiles * a.tile * a.span * b.tiles * b.tile * b.span
 
@@ -119,11 +111,11 @@ def pairs(a: Axis, b: Axis) -> int:
 def plan(rows: Window, columns: Window, height: int, width: int, cost: Cost) -> Plans:
     """The cheapest tilings, one for each pair of group lengths (at most four; one where the dilations divide)."""
 
-    def candidates(window: Window, extent: int) -> list[list[Axis]]:
+    def candidates(window: Window, extent: int) -> list[list[AxisTiling]]:
         d, short = window.dilation, extent % window.dilation
-        classes = [(0, d)] if short == 0 else [(0, short), (short, d)]
+        groups = [(0, d)] if short == 0 else [(0, short), (short, d)]
         choices = []
-        for first, stop in classes:
+        for first, stop in groups:
             length = window.group_length(extent, first)
             if length == 0:
                 continue
@@ -148,22 +140,14 @@ def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int, cos
 
 def plan_of(problem: Problem, cost: Cost) -> Plans:
     """``plan`` of a call; under a compiler a constant of the compiled code."""
-    height, width = problem.size
-    r, c = problem.rows, problem.columns
     if torch.compiler.is_compiling():
-        return _compile_time_plan(
-            (r.kernel_size, r.stride, r.dilation, r.boundary, r.query_stride, r.counted),
-            (c.kernel_size, c.stride, c.dilation, c.boundary, c.query_stride, c.counted),
-            height,
-            width,
-            cost,
-        )
-    return plan(r, c, height, width, cost)
+        return _compile_time_plan(problem.rows.arguments, problem.columns.arguments, *problem.size, cost)
+    return plan(problem.rows, problem.columns, *problem.size, cost)
 
 
-def piecewise(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether a call may walk over pieces: eager mode on a CPU, plain tensors. All else gets standard operators, which
-    tracers, the transforms of ``torch.func`` and the subclasses of tensors know how to treat."""
+def chunkable(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether a call may run chunk by chunk: eager mode on a CPU, plain tensors. All else gets standard operators,
+    which tracers, the transforms of ``torch.func`` and the subclasses of tensors support."""
     return (
         not problem.tracing
         and not torch._C._are_functorch_transforms_active()
@@ -177,7 +161,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def pattern_order(axis: Axis, device: torch.device) -> Tensor:
+def pattern_order(axis: AxisTiling, device: torch.device) -> Tensor:
     """The pattern of every tile of an axis."""
     return torch.tensor(axis.order, device=device)
 
@@ -185,7 +169,7 @@ def pattern_order(axis: Axis, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- views
 
 
-def split_phases(x: Tensor, dilation: tuple[int, int]) -> Tensor:
+def split_groups(x: Tensor, dilation: tuple[int, int]) -> Tensor:
     """[B, H, W, N, C] -> view [B, G, G2, N, h, w, C], padded with zeros where the dilation does not divide the map."""
     (d, d2), (height, width) = dilation, x.shape[1:3]
     if height % d or width % d2:
@@ -193,41 +177,41 @@ def split_phases(x: Tensor, dilation: tuple[int, int]) -> Tensor:
     return x.unflatten(2, (-1, d2)).unflatten(1, (-1, d)).permute(0, 2, 4, 5, 1, 3, 6)
 
 
-def take(x: Tensor, index: dict[int, slice]) -> Tensor:
-    """``x`` indexed with a slice for each of some dimensions: one operator for each that cuts something off."""
+def take(x: Tensor, *index: slice, dim: int = 0) -> Tensor:
+    """``x`` indexed with slices from dimension ``dim`` on: one operator for each that cuts something off."""
     shape = x.shape
-    for dim, cut in index.items():
-        if cut.stop - cut.start < shape[dim]:
-            x = x.narrow(dim, cut.start, cut.stop - cut.start)
+    for at, cut in enumerate(index, dim):
+        if cut.stop - cut.start < shape[at]:
+            x = x.narrow(at, cut.start, cut.stop - cut.start)
     return x
 
 
-def of_class(x: Tensor, a: Axis, b: Axis) -> Tensor:
-    """The phases and positions of one plan out of [B, G, G2, N, h, w, C]. With a query stride there is one plan, and
-    nothing to cut off: not from the queries either, which are fewer."""
+def select_groups(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
+    """The dilation groups and positions of one plan out of [B, G, G2, N, h, w, C]. With a query stride there is one
+    plan, and nothing to cut off: not from the queries either, which are fewer."""
     return x[:, a.first : a.stop, b.first : b.stop, :, : a.length, : b.length]
 
 
-def query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+def query_tiles(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """[B, G, G2, N, h, w, C] -> view [B, G, G2, N, R, Q, T, T2, C]."""
     if a.ragged or b.ragged:
         x = F.pad(x, (0, 0, 0, b.ragged, 0, a.ragged))
     return x.unflatten(5, (b.tiles, b.tile)).unflatten(4, (a.tiles, a.tile)).transpose(5, 6)
 
 
-def from_query_tiles(x: Tensor, a: Axis, b: Axis) -> Tensor:
+def from_query_tiles(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """[B, G, G2, N, R, Q, T, T2, C] -> [B, G, G2, N, h, w, C]."""
     return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.queries, : b.queries]
 
 
-def pad_keys(x: Tensor, a: Axis, b: Axis) -> Tensor:
+def pad_keys(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """[B, G, G2, N, h, w, C] with zeros around it, as far as spans reach out."""
     if a.before or a.after or b.before or b.after:
         return F.pad(x, (0, 0, b.before, b.after, a.before, a.after))
     return x
 
 
-def key_spans(x: Tensor, a: Axis, b: Axis) -> Tensor:
+def key_spans(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather where it is traced."""
     if a.tiles == b.tiles == 1:
         return x[:, :, :, :, None, None]
@@ -246,7 +230,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
-    """The answers of the plans, [B, G, G2, N, h, w, C] of their classes of phases, as one map of the queries."""
+    """The outputs of the plans, [B, G, G2, N, h, w, C] of their dilation groups, as one map of the queries."""
     longest = [max(axis.queries for axis in side) for side in zip(*plans, strict=True)]
     grid: dict[int, list[Tensor]] = {}
     for (a, b), out in zip(plans, outs, strict=True):
@@ -257,35 +241,42 @@ def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
     return crop(out.permute(0, 4, 1, 5, 2, 3, 6).flatten(3, 4).flatten(1, 2), *problem.query_size)
 
 
-# ------------------------------------------------------------------------------------------- piece by piece
+# ------------------------------------------------------------------------------------------- chunk by chunk
 
 
-def _share(count: int, logits: int, piece: int) -> int:
-    """Of ``count`` units of ``logits`` each, those that make one of equal pieces."""
-    return max(1, -(-count // max(1, min(count, round(count * logits / piece)))))
+class Chunk(NamedTuple):
+    """A part of [B, G, G2, N, h, w, C]: by dimension (as in ``select_groups``), its heads, and its tile rows in slices
+    of about the wanted size."""
+
+    index: tuple[slice, ...]
+    heads: slice
+    tile_rows: list[slice]
 
 
-def parts(shape: tuple[int, ...], a: Axis, b: Axis, piece: int) -> Iterator[tuple[dict, slice, list[slice]]]:
-    """``(part, heads, groups)``: slices of [B, G, G2, N, h, w, C] by dimension (as in ``of_class``), its heads, and the
-    slices of its tile rows, of about ``piece`` query-key pairs each. As much as fits is taken of tile rows, heads,
-    phases and images."""
+def _share(count: int, pairs: int, size: int) -> int:
+    """Of ``count`` units of ``pairs`` each, those that make one of equal chunks."""
+    return max(1, -(-count // max(1, min(count, round(count * pairs / size)))))
+
+
+def chunks(shape: tuple[int, ...], a: AxisTiling, b: AxisTiling, size: int) -> Iterator[Chunk]:
+    """Of about ``size`` query-key pairs each; as much as fits of tile rows, heads, dilation groups and images."""
     batch, heads = shape[0], shape[3]
-    phase_row = (b.stop - b.first) * pairs(a, b)
-    heads_each = _share(heads, phase_row, piece)
+    group_row = (b.stop - b.first) * pairs(a, b)
+    heads_each = _share(heads, group_row, size)
     for n in range(0, heads, heads_each):
         some = slice(n, min(n + heads_each, heads))
-        tile_row = (some.stop - n) * phase_row // a.tiles
-        rows = _share(a.tiles, tile_row, piece)
-        phases = _share(a.stop - a.first, tile_row * rows, piece) if rows == a.tiles else 1
-        images = _share(batch, tile_row * rows * phases, piece) if phases == a.stop - a.first else 1
-        groups = [slice(r, min(r + rows, a.tiles)) for r in range(0, a.tiles, rows)]
+        tile_row = (some.stop - n) * group_row // a.tiles
+        rows = _share(a.tiles, tile_row, size)
+        groups = _share(a.stop - a.first, tile_row * rows, size) if rows == a.tiles else 1
+        images = _share(batch, tile_row * rows * groups, size) if groups == a.stop - a.first else 1
+        tile_rows = [slice(r, min(r + rows, a.tiles)) for r in range(0, a.tiles, rows)]
         for i in range(0, batch, images):
-            for g in range(a.first, a.stop, phases):
-                part = (slice(i, min(i + images, batch)), slice(g, min(g + phases, a.stop)), slice(b.first, b.stop))
-                yield dict(enumerate((*part, some, slice(0, a.length), slice(0, b.length)))), some, groups
+            for g in range(a.first, a.stop, groups):
+                lead = slice(i, min(i + images, batch)), slice(g, min(g + groups, a.stop)), slice(b.first, b.stop)
+                yield Chunk((*lead, some, slice(0, a.length), slice(0, b.length)), some, tile_rows)
 
 
-def blocks(rows: slice, a: Axis, b: Axis) -> Iterator[tuple[slice, slice, int, int]]:
+def blocks(rows: slice, a: AxisTiling, b: AxisTiling) -> Iterator[tuple[slice, slice, int, int]]:
     """Rectangles of tiles with one pattern inside a slice of tile rows: (row slice, column slice, pattern, pattern)."""
     for start, stop, p in a.runs:
         start, stop = max(start, rows.start) - rows.start, min(stop, rows.stop) - rows.start
@@ -295,7 +286,7 @@ def blocks(rows: slice, a: Axis, b: Axis) -> Iterator[tuple[slice, slice, int, i
 
 
 class Scratch:
-    """Memory that the pieces of one call share: fresh pages for each would cost as much as the arithmetic on them."""
+    """Memory that the chunks of one call share: fresh pages for each would cost as much as the arithmetic on them."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.held = like, dtype, {}
@@ -305,11 +296,11 @@ class Scratch:
         count = math.prod(shape)
         if name not in self.held or self.held[name].numel() < count:
             self.held[name] = self.like.new_empty(count, dtype=self.dtype)
-        return take(self.held[name], {0: slice(0, count)}).view(shape)
+        return take(self.held[name], slice(0, count)).view(shape)
 
     def flat(self, name: str, x: Tensor, rows: slice) -> Tensor:
         """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
-        x = take(x, {4: rows})
+        x = take(x, rows, dim=4)
         return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
 
     def bmm(self, name: str, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
@@ -317,7 +308,7 @@ class Scratch:
         out = self(name, x.shape[0], x.shape[1], y.shape[2])
         return torch.baddbmm(out, x, y, beta=0.0, alpha=factor, out=out)
 
-    def spans(self, name: str, x: Tensor, a: Axis, b: Axis) -> Tensor:
+    def spans(self, name: str, x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
         """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C], a view; of a padded copy where spans reach out."""
         if a.before or a.after or b.before or b.after:
             whole = self(name, *padded_shape(x, a, b))
@@ -327,24 +318,24 @@ class Scratch:
         return key_spans(x, a, b)
 
 
-def padded_shape(x: Tensor, a: Axis, b: Axis) -> tuple[int, ...]:
+def padded_shape(x: Tensor, a: AxisTiling, b: AxisTiling) -> tuple[int, ...]:
     """Of ``pad_keys(x, a, b)``."""
     return *x.shape[:4], a.before + a.length + a.after, b.before + b.length + b.after, x.shape[6]
 
 
-def inner(x: Tensor, a: Axis, b: Axis) -> Tensor:
+def inner(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """The map in its padded form [B, G, G2, N, h, w, C]."""
-    return take(x, {4: slice(a.before, a.before + a.length), 5: slice(b.before, b.before + b.length)})
+    return take(x, slice(a.before, a.before + a.length), slice(b.before, b.before + b.length), dim=4)
 
 
-def add_spans(total: Tensor, spans: Tensor, rows: slice, a: Axis, b: Axis) -> None:
+def add_spans(total: Tensor, spans: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> None:
     """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
     *lead, line, cell, channel = total.stride()
     for i in range(0, a.span, a.step):
         height = min(a.step, a.span - i)
         for j in range(0, b.span, b.step):
             width = min(b.step, b.span - j)
-            part = take(spans, {6: slice(i, i + height), 7: slice(j, j + width)})
+            part = take(spans, slice(i, i + height), slice(j, j + width), dim=6)
             # every tile's part lands on its own cells, so the target is a view without overlap
             first = total.storage_offset() + (rows.start * a.step + i) * line + j * cell
             total.as_strided(part.shape, (*lead, a.step * line, b.step * cell, line, cell, channel), first).add_(part)
@@ -355,9 +346,9 @@ def store(target: Tensor, tiles: Tensor, rows: slice, size: tuple[int, int]) -> 
     ``size``: T, T2, of the queries, or of keys where a span is nothing but its tile."""
     (t, t2), (length, length2) = size, target.shape[4:6]
     tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, -1, t, t2, tiles.shape[-1])
-    target = take(target, {4: slice(rows.start * t, min(rows.stop * t, length))})
+    target = take(target, slice(rows.start * t, min(rows.stop * t, length)), dim=4)
     if target.shape[4:6] == (tiles.shape[4] * t, tiles.shape[5] * t2):  # no ragged tile: one strided copy
         target.unflatten(5, (-1, t2)).unflatten(4, (-1, t)).transpose(5, 6).copy_(tiles)
     else:
         tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-        target.copy_(take(tiles, {4: slice(0, target.shape[4]), 5: slice(0, length2)}))
+        target.copy_(take(tiles, slice(0, target.shape[4]), slice(0, length2), dim=4))

@@ -16,28 +16,28 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def symbolic(*sizes: int) -> bool:
-    """Whether one of some sizes is free: an exporter is to record what holds for every value.
+def is_dynamic(*sizes: int) -> bool:
+    """Whether one of some sizes is dynamic: an exporter records what holds for every value.
 
-    Not so under ``torch.compile``, which may leave a size free, too: what it compiles for one size is faster.
+    Not so under ``torch.compile``, which has dynamic sizes, too: what it compiles for one size is faster.
     """
-    if torch.compiler.is_dynamo_compiling():  # there a free size looks like any int
+    if torch.compiler.is_dynamo_compiling():  # there a dynamic size looks like any int
         return torch.compiler.is_exporting() and not all(has_static_value(size) for size in sizes)
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def for_any_size(function: Callable) -> Callable:
-    """Let what ``function`` does with maps of free sizes be recorded without conditions on them.
+def without_size_guards(function: Callable) -> Callable:
+    """Export ``function`` for maps of dynamic shape without guards on the shape.
 
-    PyTorch asks of every length whether it is 1, as memory could be laid out in more ways then. An exporter takes down
-    each answer as a condition, so that a graph recorded for maps of several tiles would not hold for those of one.
-    In here the answer is no, from which nothing follows but that an operation is not left out.
+    PyTorch checks of every length whether it is 1, as memory could be laid out in more ways then. An exporter records
+    the result as a guard, so that a graph recorded for maps of several tiles would not hold for those of one.
+    In here the result is no, which has no effect but that an operation is not left out.
     """
 
     @wraps(function)
     def wrapped(*args):
-        free = any(isinstance(x, Tensor) and symbolic(*x.shape[1:3]) for x in args)
-        if not free or torch.compiler.is_dynamo_compiling():
+        dynamic = any(isinstance(x, Tensor) and is_dynamic(*x.shape[1:3]) for x in args)
+        if not dynamic or torch.compiler.is_dynamo_compiling():
             return function(*args)
         with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
             return function(*args)

@@ -47,6 +47,11 @@ class Window:
     counted: bool = False  # only where query_stride divides stride
 
     @property
+    def arguments(self) -> tuple:
+        """The window as plain values: what Dynamo and operator schemas take as constants."""
+        return self.kernel_size, self.stride, self.dilation, self.boundary, self.query_stride, self.counted
+
+    @property
     def left(self) -> int:
         """Keys before the leader of an unmoved window."""
         return self.kernel_size // 2

@@ -14,7 +14,7 @@ from ..bias import RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
 from ..problem import Problem, old_gpu, subclassed
-from ..tracing import symbolic, tracing
+from ..tracing import is_dynamic, tracing
 from ..window import Window
 from . import dynamic, reference, tiled, triton
 
@@ -179,7 +179,7 @@ def _run(
     (name, x), (other, y) = tensors.items()
     if x.device != y.device:
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
-    if not symbolic(*y.shape[1:3]) and min(y.shape[1:]) < 1:
+    if not is_dynamic(*y.shape[1:3]) and min(y.shape[1:]) < 1:
         raise ValueError(f"only the batch may be empty, got {name} {tuple(x.shape)}, {other} {tuple(y.shape)}")
     check_window((y.shape[1], y.shape[2]), kernel_size, dilation, boundary)
     cast = autocast_enabled(y)

@@ -1,4 +1,4 @@
-"""Neighborhood aggregation for maps of any size in one traced graph: what exporters see of a size that they leave free.
+"""Neighborhood aggregation with a dynamic height or width in one traced graph: what exporters record.
 
 B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, M M2 tiles of rows and columns, T T2 queries of a
 tile, S S2 keys of its span (``kernels/dynamic.py``).
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import dynamic
-from ..dynamic import Side
+from ..dynamic import DynamicAxisTiling
 from ..problem import Problem
 from ..tiling import working_dtype
-from ..tracing import for_any_size
+from ..tracing import without_size_guards
 from .softmax import mix_by
 
 
@@ -22,11 +22,13 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _sides(problem: Problem, x: Tensor) -> tuple[Side, Side]:
-    return dynamic.side(problem.rows, x.shape[1], x.device), dynamic.side(problem.columns, x.shape[2], x.device)
+def _tilings(problem: Problem, x: Tensor) -> tuple[DynamicAxisTiling, DynamicAxisTiling]:
+    return dynamic.axis_tiling(problem.rows, x.shape[1], x.device), dynamic.axis_tiling(
+        problem.columns, x.shape[2], x.device
+    )
 
 
-def _places(problem: Problem, a: Side, b: Side) -> Tensor:
+def _places(problem: Problem, a: DynamicAxisTiling, b: DynamicAxisTiling) -> Tensor:
     """Where the keys of each query lie in the span of its tile: [M, M2, T*T2, K]."""
     row, column = (
         side.first[..., None] + torch.arange(size, device=side.first.device)
@@ -36,11 +38,11 @@ def _places(problem: Problem, a: Side, b: Side) -> Tensor:
     return places.flatten(4, 5).flatten(2, 3)
 
 
-@for_any_size
+@without_size_guards
 def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """[B, H, W, N, Kh*Kw] x [B, H, W, N, D] -> [B, H, W, N, D]."""
     working = working_dtype(v.dtype)
-    a, b = _sides(problem, v)
+    a, b = _tilings(problem, v)
     tiles = dynamic.query_tiles(weights.to(working), a, b)
     places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)
     matrix = tiles.new_zeros(*tiles.shape[:5], a.span * b.span).scatter(-1, places, tiles)
@@ -51,11 +53,11 @@ def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
 mix = mix_by(forward)
 
 
-@for_any_size
+@without_size_guards
 def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
     """[B, H, W, N, D] x [B, H, W, N, D] -> [B, H, W, N, Kh*Kw]: ``q . k`` for the keys of every window."""
     working = working_dtype(k.dtype)
-    a, b = _sides(problem, k)
+    a, b = _tilings(problem, k)
     tiles = dynamic.query_tiles(q.to(working), a, b)
     products = tiles @ dynamic.key_spans(k.to(working), a, b, problem.boundary).transpose(-1, -2)
     places = _places(problem, a, b)[:, :, None].expand(*tiles.shape[:4], -1, -1)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..cache import CONSTANTS
 from ..problem import Problem
-from ..tracing import for_any_size
+from ..tracing import without_size_guards
 from ..window import Window
 
 
 def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
     """The softmax of ``logits`` ``[B, H, W, N, Kh*Kw]`` with their biases: the same shape and dtype, at least float32
     inside."""
-    size = problem.shape[1:3] if problem.free else problem.size
+    size = problem.shape[1:3] if problem.dynamic_shape else problem.size
     # heads before positions, as a product of each head's queries and keys lies in memory: the softmax copies others
     z = logits.permute(0, 3, 1, 2, 4).to(torch.promote_types(logits.dtype, torch.float32))
     if table is not None:
@@ -38,7 +38,7 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
 def mix_by(forward: Callable[[Tensor, Tensor, Problem], Tensor]) -> Callable[..., Tensor]:
     """The ``mix`` of a backend that computes the weights before its ``forward``."""
 
-    @for_any_size
+    @without_size_guards
     def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
         made = weights(logits, table, kernel_bias, problem)
         if problem.boundary == "mask":

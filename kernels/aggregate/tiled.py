@@ -11,9 +11,9 @@ products, each the derivative of another:
 Whole maps and whole rows are tiles like any other; the planner takes the cheapest.
 
 Two forms: standard operators on all tiles at once, which compilers and exporters trace through, and, in eager mode on a
-CPU, a walk over pieces that stay in the cache, which keeps nothing but its two inputs for the backward.
+CPU, chunks that stay in the cache, of which only the two inputs are kept for the backward.
 
-B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, G G2 dilation phases of rows and columns,
+B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, G G2 dilation groups of rows and columns,
 R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import tiling
 from ..cache import CONSTANTS
 from ..problem import Problem
-from ..tiling import Axis, Plans
+from ..tiling import AxisTiling, Plans
 from ..window import Window
 from .softmax import mix_by
 
@@ -42,7 +42,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _cost(a: Axis, b: Axis) -> float:
+def _cost(a: AxisTiling, b: AxisTiling) -> float:
     """Of the tiles of one group, in query-key pairs."""
     copied = a.tiles * a.span * b.tiles * b.span
     weights = a.tiles * a.tile * a.keys * b.tiles * b.tile * b.keys
@@ -50,7 +50,7 @@ def _cost(a: Axis, b: Axis) -> float:
     return tiling.pairs(a, b) + COPY_COST * copied + FILL_COST * filled
 
 
-def _places(rows: Window, columns: Window, a: Axis, b: Axis, device: torch.device) -> Tensor:
+def _places(rows: Window, columns: Window, a: AxisTiling, b: AxisTiling, device: torch.device) -> Tensor:
     """Where the keys of each query lie in the span of its tile, for every pattern of tiles: [P, P2, T*T2, K]."""
     sides = []
     for window, axis in ((rows, a), (columns, b)):
@@ -70,13 +70,13 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
     """``apply`` or ``dots`` in standard operators; maps [B, H, W, N, C]."""
     outs = []
     dtype, working = y.dtype, tiling.working_dtype(y.dtype)
-    x, y = (tiling.split_phases(t.to(working), problem.dilation) for t in (x, y))
+    x, y = (tiling.split_groups(t.to(working), problem.dilation) for t in (x, y))
     for a, b in plans:
         places = CONSTANTS.get(_places, problem.rows, problem.columns, a, b, x.device)
         for dim, axis in ((0, a), (1, b)):
             places = places.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, x.device))
-        keys = tiling.key_spans(tiling.pad_keys(tiling.of_class(y, a, b), a, b), a, b).flatten(6, 7)
-        tiles = tiling.query_tiles(tiling.of_class(x, a, b), a, b).flatten(6, 7)
+        keys = tiling.key_spans(tiling.pad_keys(tiling.select_groups(y, a, b), a, b), a, b).flatten(6, 7)
+        tiles = tiling.query_tiles(tiling.select_groups(x, a, b), a, b).flatten(6, 7)
         places = places.expand(*tiles.shape[:4], -1, -1, -1, -1)
         if name == "apply":
             matrix = tiles.new_zeros(*tiles.shape[:7], a.span * b.span).scatter(-1, places, tiles)
@@ -87,34 +87,34 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
     return tiling.join(outs, plans, problem).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------- piece by piece
+# ------------------------------------------------------------------------------------------- chunk by chunk
 
 
-class _Walk:
-    """The three products piece by piece, on maps [B, H, W, N, C]. Key positions outside the map hold zeros."""
+class _Chunked:
+    """The three products chunk by chunk, on maps [B, H, W, N, C]. Key positions outside the map hold zeros."""
 
     def __init__(self, like: Tensor, problem: Problem, plans: Plans) -> None:
         self.like, self.problem, self.plans = like, problem, plans
         self.scratch = tiling.Scratch(like, tiling.working_dtype(like.dtype))
 
-    def phases(self, *maps: Tensor) -> list[Tensor]:
-        return [tiling.split_phases(x, self.problem.dilation) for x in maps]
+    def groups(self, *maps: Tensor) -> list[Tensor]:
+        return [tiling.split_groups(x, self.problem.dilation) for x in maps]
 
     def empty(self, depth: int) -> Tensor:
-        """A map of the padded size that the phases want, uninitialised."""
+        """An uninitialised map, padded to a multiple of the dilation."""
         (d, d2), (batch, height, width, heads, _) = self.problem.dilation, self.like.shape
         return self.like.new_empty(batch, height + -height % d, width + -width % d2, heads, depth)
 
     def cropped(self, padded: Tensor) -> Tensor:
         return tiling.crop(padded, *self.like.shape[1:3])
 
-    def pieces(self, phases: Tensor) -> Iterator[tuple]:
-        """(plan of the rows, plan of the columns, where the piece lies in [B, G, G2, N, h, w, C], its tile rows)."""
+    def chunks(self, groups: Tensor) -> Iterator[tuple]:
+        """(tiling of the rows, of the columns, where the chunk lies in [B, G, G2, N, h, w, C], its tile rows)."""
         for a, b in self.plans:
-            for part, _, groups in tiling.parts(phases.shape, a, b, tiling.PIECE):
-                yield a, b, tuple(part.values()), groups
+            for index, _, tile_rows in tiling.chunks(groups.shape, a, b, tiling.CHUNK):
+                yield a, b, index, tile_rows
 
-    def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: Axis, b: Axis) -> Iterator[tuple]:
+    def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> Iterator[tuple]:
         """(matrices, weights, where the weights lie in the matrices) of each rectangle of tiles of one pattern."""
         places = CONSTANTS.get(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)
         places = places.unflatten(2, (a.tile, b.tile))
@@ -122,7 +122,7 @@ class _Walk:
             part = weights[:, :, :, :, r, c]
             yield matrix[:, :, :, :, r, c], part, places[p, p2].expand(part.shape)
 
-    def matrices(self, tiles: Tensor, rows: slice, a: Axis, b: Axis) -> Tensor:
+    def matrices(self, tiles: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> Tensor:
         """Weights of some tile rows of [B, G, G2, N, R, Q, T, T2, K] among zeros: [B*G*G2*N*R*Q, T*T2, S*S2]."""
         tiles = tiles[:, :, :, :, rows]
         matrix = self.scratch("matrix", *tiles.shape[:8], a.span * b.span).zero_()
@@ -132,25 +132,25 @@ class _Walk:
 
     def apply(self, weights: Tensor, v: Tensor) -> Tensor:
         out = self.empty(v.shape[-1])
-        ws, vs, outs = self.phases(weights, v, out)
-        for a, b, part, groups in self.pieces(vs):
-            tiles, spans = tiling.query_tiles(ws[part], a, b), self.scratch.spans("padded", vs[part], a, b)
-            for rows in groups:
+        ws, vs, outs = self.groups(weights, v, out)
+        for a, b, index, tile_rows in self.chunks(vs):
+            tiles, spans = tiling.query_tiles(ws[index], a, b), self.scratch.spans("padded", vs[index], a, b)
+            for rows in tile_rows:
                 matrix, values = self.matrices(tiles, rows, a, b), self.scratch.flat("keys", spans, rows)
-                tiling.store(outs[part], self.scratch.bmm("out", matrix, values), rows, (a.tile, b.tile))
+                tiling.store(outs[index], self.scratch.bmm("out", matrix, values), rows, (a.tile, b.tile))
         return self.cropped(out)
 
     def dots(self, q: Tensor, k: Tensor) -> Tensor:
         kernel_area = math.prod(self.problem.kernel_size)
         out = self.empty(kernel_area)
-        qs, ks, outs = self.phases(q, k, out)
-        for a, b, part, groups in self.pieces(qs):
-            tiles, spans = tiling.query_tiles(qs[part], a, b), self.scratch.spans("padded", ks[part], a, b)
+        qs, ks, outs = self.groups(q, k, out)
+        for a, b, index, tile_rows in self.chunks(qs):
+            tiles, spans = tiling.query_tiles(qs[index], a, b), self.scratch.spans("padded", ks[index], a, b)
             # read straight into the output where its tiles are views of it
             targets = None
             if out.dtype == self.scratch.dtype and not (a.ragged or b.ragged):
-                targets = tiling.query_tiles(outs[part], a, b)
-            for rows in groups:
+                targets = tiling.query_tiles(outs[index], a, b)
+            for rows in tile_rows:
                 queries, keys = self.scratch.flat("queries", tiles, rows), self.scratch.flat("keys", spans, rows)
                 shape = (*tiles.shape[:4], rows.stop - rows.start, *tiles.shape[5:8])
                 products = self.scratch.bmm("matrix", queries, keys.transpose(1, 2)).view(*shape, -1)
@@ -158,32 +158,32 @@ class _Walk:
                 for source, target, places in self.blocks(products, read, rows, a, b):
                     torch.gather(source, -1, places, out=target)
                 if targets is None:
-                    tiling.store(outs[part], read, rows, (a.tile, b.tile))
+                    tiling.store(outs[index], read, rows, (a.tile, b.tile))
         return self.cropped(out)
 
     def spread(self, weights: Tensor, q: Tensor) -> Tensor:
         out = self.empty(q.shape[-1])
-        ws, qs, outs = self.phases(weights, q, out)
-        for a, b, part, groups in self.pieces(qs):
-            weight_tiles, tiles = (tiling.query_tiles(t[part], a, b) for t in (ws, qs))
-            total = self.scratch("padded", *tiling.padded_shape(outs[part], a, b)).zero_()
-            for rows in groups:
+        ws, qs, outs = self.groups(weights, q, out)
+        for a, b, index, tile_rows in self.chunks(qs):
+            weight_tiles, tiles = (tiling.query_tiles(t[index], a, b) for t in (ws, qs))
+            total = self.scratch("padded", *tiling.padded_shape(outs[index], a, b)).zero_()
+            for rows in tile_rows:
                 matrix, queries = self.matrices(weight_tiles, rows, a, b), self.scratch.flat("queries", tiles, rows)
                 spans = self.scratch.bmm("spans", matrix.transpose(1, 2), queries)
                 shape = (*tiles.shape[:4], rows.stop - rows.start, b.tiles, a.span, b.span, tiles.shape[-1])
                 tiling.add_spans(total, spans.view(shape), rows, a, b)
-            outs[part] = tiling.inner(total, a, b)
+            outs[index] = tiling.inner(total, a, b)
         return self.cropped(out)
 
 
 class _Product(torch.autograd.Function):
-    """One of the walks, by name; the gradients are two other walks, so that derivatives of every order exist."""
+    """One of the products, by name; its gradients are the two others, so that derivatives of every order exist."""
 
     @staticmethod
     def forward(ctx, name, x, y, problem, plans):
         ctx.call = name, problem, plans
         ctx.save_for_backward(x, y)
-        return getattr(_Walk(y, problem, plans), name)(x, y)
+        return getattr(_Chunked(y, problem, plans), name)(x, y)
 
     @staticmethod
     def backward(ctx, grad):
@@ -205,7 +205,7 @@ class _Product(torch.autograd.Function):
 
 def _run(name: str, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
     plans = tiling.plan_of(problem, _cost)
-    if tiling.piecewise(problem, x, y):
+    if tiling.chunkable(problem, x, y):
         return _Product.apply(name, x, y, problem, plans)
     return _all_at_once(name, x, y, problem, plans)
 

@@ -14,7 +14,7 @@ from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
 from ..problem import Problem, old_gpu, subclassed
-from ..tracing import symbolic, tracing
+from ..tracing import is_dynamic, tracing
 from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
 
@@ -138,9 +138,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
         check_tensor(name, t, "[B, H, W, heads, D]")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    free = symbolic(*k.shape[1:3])
+    dynamic_shape = is_dynamic(*k.shape[1:3])
     rows, columns = (-(-length // n) for length, n in zip(k.shape[1:3], query_stride, strict=True))
-    if free and max(query_stride) > 1:
+    if dynamic_shape and max(query_stride) > 1:
         rows, columns = q.shape[1:3]  # rounded up in one of many ways, which no tracer sees to be equal
     if q.shape != (k.shape[0], rows, columns, *k.shape[3:]) or k.shape[:4] != v.shape[:4]:
         wanted = "one shape" if query_stride == (1, 1) else f"one shape, but {rows} x {columns} queries (query_stride)"
@@ -148,7 +148,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
             f"q and k must have {wanted}, and v that of k up to its last dimension, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if not free and min(*k.shape[1:], v.shape[4]) < 1:
+    if not dynamic_shape and min(*k.shape[1:], v.shape[4]) < 1:
         raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
 
 

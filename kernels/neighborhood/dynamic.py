@@ -1,4 +1,4 @@
-"""Neighborhood attention for maps of any size in one traced graph: what exporters see of a size that they leave free.
+"""Neighborhood attention with a dynamic height or width in one traced graph: what exporters record.
 
 B batch, H W map, h w queries, N heads, D query/key channels, V value channels, M M2 tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span (``kernels/dynamic.py``).
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import dynamic
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
-from ..dynamic import Side
+from ..dynamic import DynamicAxisTiling
 from ..problem import Problem
 from ..tiling import working_dtype
-from ..tracing import for_any_size
+from ..tracing import without_size_guards
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -22,7 +22,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _table_and_mask(table: Tensor, a: Side, b: Side) -> Tensor:
+def _table_and_mask(table: Tensor, a: DynamicAxisTiling, b: DynamicAxisTiling) -> Tensor:
     """Table and mask of every tile, [M, M2, N, T*T2, S*S2], from a table [N, 2Kh-1, 2Kw-1]."""
     table = F.pad(table, (0, 1, 0, 1), value=float("-inf"))  # a row and a column for keys that are not seen
     bias = table.index_select(2, b.row.flatten()).index_select(1, a.row.flatten())
@@ -30,7 +30,9 @@ def _table_and_mask(table: Tensor, a: Side, b: Side) -> Tensor:
     return bias.permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
-def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, a: Side, b: Side) -> Tensor:
+def _decomposed_bias(
+    tiles: Tensor, bias: DecomposedRelativePositionBias, a: DynamicAxisTiling, b: DynamicAxisTiling
+) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, M, M2, N, T*T2, S*S2]."""
     sums = []
     for embedding, at, shape in (
@@ -44,12 +46,12 @@ def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, a: Sid
     return (sums[0].unsqueeze(-1) + sums[1].unsqueeze(-2)).flatten(6, 7).flatten(4, 5)
 
 
-@for_any_size
+@without_size_guards
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
     working = working_dtype(q.dtype)
-    a = dynamic.side(problem.rows, k.shape[1], q.device)
-    b = dynamic.side(problem.columns, k.shape[2], q.device)
+    a = dynamic.axis_tiling(problem.rows, k.shape[1], q.device)
+    b = dynamic.axis_tiling(problem.columns, k.shape[2], q.device)
     tiles = dynamic.query_tiles(q, a, b).to(working)
     keys = dynamic.key_spans(k, a, b, problem.boundary).to(working)
     values = dynamic.key_spans(v, a, b, problem.boundary)

@@ -7,18 +7,18 @@ Three forms; the first two share the planning, the views and the bias:
 
 * ``_attend``: standard operators on all tiles at once. Traced through by ``torch.compile`` and the exporters; also
   takes dropout.
-* ``_Chunked``: eager mode on a CPU. Walks over pieces that stay in the cache, forward and backward, and keeps nothing
-  but q, k, v and the bias for the backward, but for small calls (below) the probabilities.
+* ``_Chunked``: eager mode on a CPU. Forward and backward run in chunks that stay in the cache; the backward keeps only
+  q, k, v and the bias, and of small calls the probabilities.
 * ``_one_window``: eager mode on a CPU, a small map that all queries see whole (HaloNet's last maps).
 
-B batch, H W map, N heads, C channels, G G2 dilation phases of rows and columns, R Q tiles of rows and columns,
+B batch, H W map, N heads, C channels, G G2 dilation groups of rows and columns, R Q tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span, P P2 patterns of tiles: those whose windows lie alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .. import tiling
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..cache import CONSTANTS
 from ..problem import Problem
-from ..tiling import Axis, Plans, Scratch
+from ..tiling import AxisTiling, Plans, Scratch
 from ..window import Window
 
 # What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair; fitted
@@ -42,7 +42,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def _cost(a: Axis, b: Axis) -> float:
+def _cost(a: AxisTiling, b: AxisTiling) -> float:
     """Of the tiles of one group, in query-key pairs."""
     pairs = tiling.pairs(a, b)
     if a.tiles == b.tiles == 1 and a.span == a.length and b.span == b.length:  # the map as it is
@@ -55,7 +55,7 @@ def _cost(a: Axis, b: Axis) -> float:
 # -------------------------------------------------------------------------------------- mask and table of a tile
 
 
-def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pattern_index(window: Window, axis: AxisTiling, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(row, seen)`` of every pattern, both [P, T, S]: the bias table's row, and whether the query sees the key."""
     tile = torch.tensor(axis.samples, device=device)[:, None, None]
     query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.queries - 1)
@@ -68,7 +68,9 @@ def _pattern_index(window: Window, axis: Axis, device: torch.device) -> tuple[Te
     return row, seen
 
 
-def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pattern_mask(
+    rows: Window, columns: Window, a: AxisTiling, b: AxisTiling, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """0 where the query sees the key, else -inf: [P, P2, T*T2, S*S2]."""
     seen = _pattern_index(rows, a, device)[1][:, None, :, None, :, None]
     seen = seen & _pattern_index(columns, b, device)[1][None, :, None, :, None, :]
@@ -78,7 +80,13 @@ def _pattern_mask(rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.
 
 
 def _pattern_bias(
-    table: Tensor | None, rows: Window, columns: Window, a: Axis, b: Axis, dtype: torch.dtype, device: torch.device
+    table: Tensor | None,
+    rows: Window,
+    columns: Window,
+    a: AxisTiling,
+    b: AxisTiling,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
     """Table and mask together for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None where neither is needed."""
     mask = None
@@ -113,12 +121,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
     working = tiling.working_dtype(q.dtype)
     table = bias.table.to(working) if isinstance(bias, RelativePositionBias) else None
     heads = q.shape[3]
-    q, k, v = (tiling.split_phases(t, problem.dilation) for t in (q, k, v))
+    q, k, v = (tiling.split_groups(t, problem.dilation) for t in (q, k, v))
     for a, b in plans:
-        tiles = tiling.query_tiles(tiling.of_class(q, a, b), a, b)
+        tiles = tiling.query_tiles(tiling.select_groups(q, a, b), a, b)
         queries = tiles.flatten(6, 7)
         keys, values = (
-            tiling.key_spans(tiling.pad_keys(tiling.of_class(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v)
+            tiling.key_spans(tiling.pad_keys(tiling.select_groups(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v)
         )
         added = _pattern_bias(table, problem.rows, problem.columns, a, b, working, q.device)
         if added is not None:  # N R Q T*T2 S*S2
@@ -148,7 +156,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
     return tiling.join(outs, plans, problem)
 
 
-def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, problem: Problem, a: Axis, b: Axis) -> Tensor:
+def _decomposed_bias(
+    tiles: Tensor, bias: DecomposedRelativePositionBias, problem: Problem, a: AxisTiling, b: AxisTiling
+) -> Tensor:
     """q . rows + q . columns for every query and key of a tile: [B, G, G2, N, R, Q, T*T2, S*S2]."""
     sides = []
     for embedding, window, axis, (tile_dim, query_dim) in zip(
@@ -164,10 +174,10 @@ def _decomposed_bias(tiles: Tensor, bias: DecomposedRelativePositionBias, proble
     return (sides[0].unsqueeze(-1) + sides[1].unsqueeze(-2)).flatten(8, 9).flatten(6, 7)
 
 
-# ------------------------------------------------------------------------------------------- piece by piece
+# ------------------------------------------------------------------------------------------- chunk by chunk
 
 
-def _offsets(window: Window, axis: Axis) -> tuple[int, int, int]:
+def _offsets(window: Window, axis: AxisTiling) -> tuple[int, int, int]:
     """Which rows of a bias table the offsets between a query and a key of a tile are: ``(before, first, count)``,
     ``before`` that the table lacks, since no query sees so far, then ``count`` from its row ``first`` on."""
     first = window.kernel_size - 1 - axis.before - axis.between * (axis.tile - 1)
@@ -175,7 +185,7 @@ def _offsets(window: Window, axis: Axis) -> tuple[int, int, int]:
     return max(-first, 0), max(first, 0), last - max(first, 0)
 
 
-def _sum_offsets(x: Tensor, axis: Axis) -> Tensor:
+def _sum_offsets(x: Tensor, axis: AxisTiling) -> Tensor:
     """[N, T, S, Z] -> [N, M, Z]: the sums over all pairs of query and key with the same offset."""
     n, t, _, z = x.shape
     m, step = axis.offsets, axis.between
@@ -184,15 +194,17 @@ def _sum_offsets(x: Tensor, axis: Axis) -> Tensor:
     return shifted.sum(1)
 
 
-class _PieceBias:
-    """The bias of one plan during a walk over its pieces, and the sum of its gradients.
+class _ChunkBias:
+    """The bias of one plan while its chunks are computed, and the sum of its gradients.
 
-    The table stands in ``patterns``, with the mask. The decomposed bias of a piece is a product of its queries with
+    The table is in ``patterns``, with the mask. The decomposed bias of a chunk is a product of its queries with
     ``embedding`` [N or 1, M + M2, D]: the rows of both embeddings for the offsets between the queries and keys of a
     tile, which are the same for every tile.
     """
 
-    def __init__(self, problem: Problem, a: Axis, b: Axis, patterns: Tensor | None, tensors: Sequence[Tensor]):
+    def __init__(
+        self, problem: Problem, a: AxisTiling, b: AxisTiling, patterns: Tensor | None, tensors: Sequence[Tensor]
+    ):
         self.problem, self.a, self.b, self.patterns, self.embedding = problem, a, b, patterns, None
         if problem.bias is DecomposedRelativePositionBias:
             sides = []
@@ -225,7 +237,7 @@ class _PieceBias:
         return torch.softmax(logits, -1, out=logits)
 
     def add_grad(self, scratch: Scratch, q: Tensor, dq: Tensor, logit_grad: Tensor, heads: slice, rows: slice) -> None:
-        """Take in the gradient of the logits of a piece, and add to ``dq`` what comes through the decomposed bias."""
+        """Add the gradient of a chunk's logits, and to ``dq`` what comes through the decomposed bias."""
         tiles = (rows.stop - rows.start) * self.b.tiles
         if self.embedding is not None:
             if self.grad is None:
@@ -253,7 +265,7 @@ class _PieceBias:
 
     def add_to(self, grads: list[Tensor | None]) -> None:
         """Add the sum to the gradients of the bias tensors; None stands for one that is not wanted."""
-        if self.grad is None:  # no bias, or no piece: an empty batch
+        if self.grad is None:  # no bias, or no chunk: an empty batch
             return
         a, b, windows = self.a, self.b, (self.problem.rows, self.problem.columns)
         if self.embedding is not None:
@@ -295,7 +307,7 @@ class _PieceBias:
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention of all tiles, piece by piece; ``patterns`` are the ``_pattern_bias`` of the plans.
+    """Attention of all tiles, chunk by chunk; ``patterns`` are the ``_pattern_bias`` of the plans.
 
     The output is that of the map padded to a multiple of the dilation.
     """
@@ -303,25 +315,24 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, problem, plans, patterns, *tensors):
         ctx.problem, ctx.plans, ctx.patterns = problem, plans, patterns
-        # what is one piece keeps its probabilities: a fifth of the time of a backward, for at most 4 bytes x PIECE
+        # what is one chunk keeps its probabilities: a fifth of the time of a backward, for at most 4 bytes x CHUNK
         logits = sum(_logits(problem, a, b) for a, b in plans)
-        keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.PIECE
+        keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.CHUNK
         kept = []
         scratch = Scratch(q, tiling.working_dtype(q.dtype))
-        qs, ks, vs = (tiling.split_phases(t, problem.dilation) for t in (q, k, v))
-        batch, _, _, heads, height, width, _ = qs.shape
-        d, d2 = problem.dilation
-        out = v.new_empty(batch, height * d, width * d2, heads, v.shape[-1])
-        outs = tiling.split_phases(out, problem.dilation)
+        qs, ks, vs = (tiling.split_groups(t, problem.dilation) for t in (q, k, v))
+        out = _map_of_groups(v, (*qs.shape[:6], v.shape[-1]), problem.dilation)
+        outs = tiling.split_groups(out, problem.dilation)
         for (a, b), pattern in zip(plans, patterns, strict=True):
-            bias, size = _PieceBias(problem, a, b, pattern, tensors), (a.tile, b.tile)
-            for part, heads, groups in tiling.parts(qs.shape, a, b, _piece(problem, a, b)):
-                tiles = tiling.query_tiles(tiling.take(qs, part), a, b)
-                keys, values = (scratch.spans(n, tiling.take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
-                for rows in groups:
+            bias = _ChunkBias(problem, a, b, pattern, tensors)
+            for index, heads, tile_rows in tiling.chunks(qs.shape, a, b, _chunk_size(problem, a, b)):
+                tiles = tiling.query_tiles(tiling.take(qs, *index), a, b)
+                keys = scratch.spans("all k", tiling.take(ks, *index), a, b)
+                values = scratch.spans("all v", tiling.take(vs, *index), a, b)
+                for rows in tile_rows:
                     q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
                     weights = bias.probabilities(scratch, q_, k_, heads, rows)
-                    tiling.store(tiling.take(outs, part), scratch.bmm("out", weights, v_), rows, size)
+                    tiling.store(tiling.take(outs, *index), scratch.bmm("out", weights, v_), rows, (a.tile, b.tile))
                     if keep:
                         kept.append(weights)
                         del scratch.held["weights"]
@@ -334,78 +345,91 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(
                 "backend 'tiled' gives first derivatives only on a CPU; for create_graph=True use backend='reference'"
             )
-        problem, plans = ctx.problem, ctx.plans
+        problem, wanted = ctx.problem, ctx.needs_input_grad[6:]
         q, k, v, *saved = ctx.saved_tensors
-        first = len(saved) - (len(ctx.needs_input_grad) - 6)
+        first = len(saved) - len(wanted)
         kept, tensors = iter(saved[:first]), saved[first:]
         working = tiling.working_dtype(q.dtype)
         scratch = Scratch(q, working)
-        dilation = problem.dilation
-        qs, ks, vs, gs = (tiling.split_phases(t, dilation) for t in (q, k, v, grad))
-        grads = []  # of the maps padded to a multiple of the dilation
-        for batch, _, _, heads, height, width, depth in (t.shape for t in (qs, ks, vs)):
-            grads.append(q.new_empty(batch, height * dilation[0], width * dilation[1], heads, depth))
-        dqs, dks, dvs = (tiling.split_phases(t, dilation) for t in grads)
+        maps = [tiling.split_groups(t, problem.dilation) for t in (q, k, v, grad)]
+        grads = [_map_of_groups(q, t.shape, problem.dilation) for t in maps[:3]]
+        targets = [tiling.split_groups(t, problem.dilation) for t in grads]
         bias_grads = [
             torch.zeros_like(t, dtype=torch.promote_types(t.dtype, working)) if needed else None
-            for t, needed in zip(tensors, ctx.needs_input_grad[6:], strict=True)
+            for t, needed in zip(tensors, wanted, strict=True)
         ]
-        for (a, b), pattern in zip(plans, ctx.patterns, strict=True):
-            bias = _PieceBias(problem, a, b, pattern, tensors)
-            apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # every key is in one span only
-            for part, heads, groups in tiling.parts(qs.shape, a, b, _piece(problem, a, b)):
-                tiles, grad_tiles = (tiling.query_tiles(tiling.take(t, part), a, b) for t in (qs, gs))
-                keys, values = (scratch.spans(n, tiling.take(t, part), a, b) for n, t in (("all k", ks), ("all v", vs)))
-                targets = [tiling.take(t, part) for t in (dks, dvs)]
-                sums: list[Any] = [
-                    None if apart else scratch(n, *tiling.padded_shape(t, a, b)).zero_()
-                    for n, t in zip(("all dk", "all dv"), targets, strict=True)
-                ]
-                for rows in groups:
-                    named = (("q", tiles), ("k", keys), ("v", values), ("grad", grad_tiles))
-                    q_, k_, v_, grad_ = (scratch.flat(name, t, rows) for name, t in named)
-                    weights = next(kept, None)
-                    if weights is None:
-                        weights = bias.probabilities(scratch, q_, k_, heads, rows)
-                    logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2))
-                    torch.ops.aten._softmax_backward_data.out(
-                        logit_grad, weights, -1, logit_grad.dtype, grad_input=logit_grad
-                    )
-                    # from here on, each product takes the place of the factor that is not needed again
-                    dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
-                    dq = scratch.bmm("grad", logit_grad, k_, problem.scale)
-                    bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
-                    tiling.store(tiling.take(dqs, part), dq, rows, (a.tile, b.tile))
-                    dk = scratch.bmm("k", logit_grad.transpose(1, 2), q_, problem.scale)
-                    for spans, like, target, total in zip((dk, dv), (keys, values), targets, sums, strict=True):
-                        if apart:
-                            tiling.store(target, spans, rows, (a.span, b.span))
-                        else:
-                            tiling.add_spans(total, _unflat(spans, like, rows), rows, a, b)
-                if not apart:
-                    for target, total in zip(targets, sums, strict=True):
-                        target.copy_(tiling.inner(total, a, b))
+        for (a, b), pattern in zip(ctx.plans, ctx.patterns, strict=True):
+            bias = _ChunkBias(problem, a, b, pattern, tensors)
+            for index, heads, tile_rows in tiling.chunks(maps[0].shape, a, b, _chunk_size(problem, a, b)):
+                chunk, into = ([tiling.take(t, *index) for t in each] for each in (maps, targets))
+                _chunk_backward(chunk, into, heads, tile_rows, bias, kept, scratch)
             bias.add_to(bias_grads)
         dq, dk, dv = (t[:, : x.shape[1], : x.shape[2]] for t, x in zip(grads, (q, k, v), strict=True))
         bias_grads = (None if g is None else g.to(t.dtype) for g, t in zip(bias_grads, tensors, strict=True))
         return dq, dk, dv, None, None, None, *bias_grads
 
 
-def _logits(problem: Problem, a: Axis, b: Axis) -> int:
-    """Query-key pairs of one plan, over images, heads and phases."""
+def _map_of_groups(like: Tensor, groups: tuple[int, ...], dilation: tuple[int, int]) -> Tensor:
+    """An uninitialised map whose dilation groups have the shape [B, G, G2, N, h, w, C] without padding."""
+    batch, _, _, heads, height, width, channels = groups
+    return like.new_empty(batch, height * dilation[0], width * dilation[1], heads, channels)
+
+
+def _chunk_backward(
+    chunk: list[Tensor],
+    targets: list[Tensor],
+    heads: slice,
+    tile_rows: list[slice],
+    bias: _ChunkBias,
+    kept: Iterator[Tensor],
+    scratch: Scratch,
+) -> None:
+    """Gradients of the chunk (q, k, v and the output's gradient) into ``targets``; ``kept``: its probabilities."""
+    a, b, scale = bias.a, bias.b, bias.problem.scale
+    apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # every key is in one span only
+    q, k, v, grad = chunk
+    tiles, grad_tiles = tiling.query_tiles(q, a, b), tiling.query_tiles(grad, a, b)
+    keys, values = scratch.spans("all k", k, a, b), scratch.spans("all v", v, a, b)
+    sums: list[Any] = [
+        None if apart else scratch(name, *tiling.padded_shape(t, a, b)).zero_()
+        for name, t in zip(("all dk", "all dv"), targets[1:], strict=True)
+    ]
+    for rows in tile_rows:
+        named = (("q", tiles), ("k", keys), ("v", values), ("grad", grad_tiles))
+        q_, k_, v_, grad_ = (scratch.flat(name, t, rows) for name, t in named)
+        weights = next(kept, None)
+        if weights is None:
+            weights = bias.probabilities(scratch, q_, k_, heads, rows)
+        logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(logit_grad, weights, -1, logit_grad.dtype, grad_input=logit_grad)
+        # from here on, each product takes the place of the factor that is not needed again
+        dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
+        dq = scratch.bmm("grad", logit_grad, k_, scale)
+        bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
+        tiling.store(targets[0], dq, rows, (a.tile, b.tile))
+        dk = scratch.bmm("k", logit_grad.transpose(1, 2), q_, scale)
+        for spans, like, target, total in zip((dk, dv), (keys, values), targets[1:], sums, strict=True):
+            if apart:
+                tiling.store(target, spans, rows, (a.span, b.span))
+            else:
+                spans = spans.view(*like.shape[:4], rows.stop - rows.start, *like.shape[5:8], spans.shape[-1])
+                tiling.add_spans(total, spans, rows, a, b)
+    if not apart:
+        for target, total in zip(targets[1:], sums, strict=True):
+            target.copy_(tiling.inner(total, a, b))
+
+
+def _logits(problem: Problem, a: AxisTiling, b: AxisTiling) -> int:
+    """Query-key pairs of one plan, over images, heads and dilation groups."""
     return problem.shape[0] * problem.shape[3] * (a.stop - a.first) * (b.stop - b.first) * tiling.pairs(a, b)
 
 
-def _piece(problem: Problem, a: Axis, b: Axis) -> int:
-    """Logits of a piece of one plan. Fewer with the decomposed bias, where the layers are few and their memory counts
+def _chunk_size(problem: Problem, a: AxisTiling, b: AxisTiling) -> int:
+    """Logits of a chunk of one plan. Fewer with the decomposed bias, where the layers are few and their memory counts
     (HaloNet): about a quarter of all at most, so that even a small map is never unfolded as a whole."""
     if problem.bias is not DecomposedRelativePositionBias:
-        return tiling.PIECE
-    return max(1, min(tiling.PIECE, _logits(problem, a, b)) // 4)
-
-
-def _unflat(x: Tensor, like: Tensor, rows: slice) -> Tensor:
-    return x.view(*like.shape[:4], rows.stop - rows.start, *like.shape[5:8], x.shape[-1])
+        return tiling.CHUNK
+    return max(1, min(tiling.CHUNK, _logits(problem, a, b)) // 4)
 
 
 # -------------------------------------------------------------------------------------- a map in one window
@@ -421,7 +445,7 @@ def _window_rows(window: Window, length: int, device: torch.device) -> Tensor:
 
 
 def _in_one_window(problem: Problem) -> bool:
-    """Whether all queries share a window that holds the whole map, and their logits are one piece at most."""
+    """Whether all queries share a window that holds the whole map, and their logits are one chunk at most."""
     if problem.boundary == "shift":
         return False
     for window, length in zip((problem.rows, problem.columns), problem.size, strict=True):
@@ -429,7 +453,7 @@ def _in_one_window(problem: Problem) -> bool:
         if window.dilation > 1 or window.stride < length or start > 0 or start + window.kernel_size < length:
             return False
     count = problem.shape[0] * problem.shape[3] * math.prod(problem.query_size) * math.prod(problem.size)
-    return count <= tiling.PIECE
+    return count <= tiling.CHUNK
 
 
 def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositionBias, problem: Problem) -> Tensor:
@@ -465,12 +489,12 @@ def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositio
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
     tensors = () if bias is None else bias.tensors
-    eager = tiling.piecewise(problem, q, k, v, *tensors) and problem.dropout_p == 0
+    eager = tiling.chunkable(problem, q, k, v, *tensors) and problem.dropout_p == 0
     if eager and isinstance(bias, DecomposedRelativePositionBias) and _in_one_window(problem):
         return _one_window(q, k, v, bias, problem)
     plans = tiling.plan_of(problem, _cost)
     a, b = plans[0]
-    large = a.tile * a.span * b.tile * b.span > tiling.PIECE  # one tile alone is more than a piece
+    large = a.tile * a.span * b.tile * b.span > tiling.CHUNK  # one tile alone is more than a chunk
     if not eager or (large and bias is None):  # plain attention of large tiles: fused, without the logits in memory
         return _attend(q, k, v, bias, problem, plans)
     arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(q.dtype)

@@ -96,13 +96,13 @@ def calls(draw):
     return (draw(st.integers(0, 3)), *sizes, draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 7]))), options
 
 
-@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.PIECE, 64, 3000]))
+@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.CHUNK, 64, 3000]))
 @settings(max_examples=200)
-def test_tiled_equals_reference(call, dtype, piece):
+def test_tiled_equals_reference(call, dtype, chunk):
     shape, options = call
     leaves = inputs(shape, options["kernel_size"], dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "PIECE", piece)  # small pieces: several slices of batch, heads, phases and tile rows
+        patch.setattr(tiling, "CHUNK", chunk)  # small chunks: several slices of batch, heads, groups and tile rows
         got = with_gradients(leaves, "tiled", **options)
     exact = [t.detach().double().requires_grad_(True) for t in leaves]
     assert_rounding_apart(got, with_gradients(exact, "reference", **options), leaves, **options)

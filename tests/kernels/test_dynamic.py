@@ -66,7 +66,7 @@ def test_low_precision(dtype):
 )
 def test_keys_are_gathered_once_for_a_tile(window, length):
     """The memory of the keys is that of the tiles' overlap, not of a window for each query."""
-    side = dynamic.side(window, length, torch.device("cpu"))
+    side = dynamic.axis_tiling(window, length, torch.device("cpu"))
     most = -(-window.group_length(length) // side.tile) * window.dilation * (side.tile + window.kernel_size - 1)
     assert len(side.key_at) == side.tiles * side.span <= most
     assert most < 2.1 * length + window.dilation * (2 * side.tile + window.kernel_size)

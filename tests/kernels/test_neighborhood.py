@@ -186,13 +186,13 @@ def calls(draw):
     return shape, draw(st.sampled_from([1, 5, 8])), bias, options
 
 
-@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.PIECE, 64, 3000]))
+@given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.CHUNK, 64, 3000]))
 @settings(max_examples=400)
-def test_tiled_equals_reference(call, dtype, piece):
+def test_tiled_equals_reference(call, dtype, chunk):
     shape, value_depth, bias, options = call
     leaves, rule = inputs(shape, value_depth, bias=bias, dtype=dtype, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "PIECE", piece)  # small pieces: several slices of batch, phases and tile rows
+        patch.setattr(tiling, "CHUNK", chunk)  # small chunks: several slices of batch, groups and tile rows
         got = with_gradients(leaves, rule, "tiled", **options)
     exact = [t.detach().double().requires_grad_(True) for t in leaves]
     if bias is not None:
@@ -226,7 +226,7 @@ def largest_term(leaves, results, dtype):
 
 @given(calls())
 @settings(max_examples=100)
-def test_all_at_once_equals_piece_by_piece(call):
+def test_all_at_once_equals_chunk_by_chunk(call):
     """The form that compilers and exporters see, run eagerly (a tensor subclass takes it), against the chunked one."""
 
     class Plain(torch.Tensor):
@@ -295,9 +295,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         "grid-small",
     ],
 )
-@pytest.mark.parametrize("piece", [tiling.PIECE, 20000])
-def test_layers_of_halonet_and_maxvit(shape, bias, options, piece, monkeypatch):
-    monkeypatch.setattr(tiling, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [tiling.CHUNK, 20000])
+def test_layers_of_halonet_and_maxvit(shape, bias, options, chunk, monkeypatch):
+    monkeypatch.setattr(tiling, "CHUNK", chunk)
     leaves, rule = inputs(shape, 12, bias=bias, **options)
     got = with_gradients(leaves, rule, "tiled", **options)
     want = with_gradients(leaves, rule, "reference", **options)
@@ -326,8 +326,8 @@ def test_a_map_in_one_window(size, kernel_size, stride, query_stride, bias, boun
     calls, form = [], tiled._one_window
     monkeypatch.setattr(tiled, "_one_window", lambda *a: calls.append(a) or form(*a))
     want = with_gradients(leaves, rule, "reference", **options)
-    for piece, times in ((tiling.PIECE, 1), (10, 0)):
-        monkeypatch.setattr(tiling, "PIECE", piece)
+    for chunk, times in ((tiling.CHUNK, 1), (10, 0)):
+        monkeypatch.setattr(tiling, "CHUNK", chunk)
         calls.clear()
         got = with_gradients(leaves, rule, "tiled", **options)
         assert len(calls) == (times if min(options["stride"]) >= max(size) else 0)
@@ -408,8 +408,8 @@ def test_halo_attention_takes_a_third_of_timms_memory(size, heads, depth):
 
 @pytest.mark.parametrize("bias", ["table", "factored", "factored-per-head"])
 def test_only_inputs_are_kept_for_the_backward(bias, monkeypatch):
-    if bias == "table":  # more than one piece: small calls keep their probabilities
-        monkeypatch.setattr(tiling, "PIECE", 10000)
+    if bias == "table":  # more than one chunk: small calls keep their probabilities
+        monkeypatch.setattr(tiling, "CHUNK", 10000)
     leaves, rule = inputs((2, 16, 16, 2, 8), None, (6, 6), bias)
     inputs_at = {t.untyped_storage().data_ptr() for t in leaves}
     kept = []
