@@ -17,8 +17,8 @@ from ..heads.checkpoint import load_dense, save_dense
 from ..heads.detection import Detector
 from ..heads.registry import HEADS
 from . import deprecated, plots, task
-from .data.coco import DetectBatch, DetectData, build_coco
-from .data.files import UNREADABLE
+from .data import Data, DetectBatch, build_detection_data
+from .data.dataset import UNREADABLE
 from .detection_metrics import CocoScorer, metric_names
 from .scoring import Metrics, autocast
 from .task import Result, find_recipe, processes
@@ -35,9 +35,9 @@ class Task(task.Task):
     monitor = "box_ap"
     files = ("output", "predictions")  # the latter in COCO's result format
     model: Detector
-    data: DetectData
+    data: Data
 
-    def __init__(self, config: DetectConfig, model: Detector, data: DetectData):
+    def __init__(self, config: DetectConfig, model: Detector, data: Data):
         super().__init__(config, model, list(data.categories.values()), data)
         self.metrics = metric_names(model.masks)
         kinds = ("box", "mask") if model.masks else ("box",)
@@ -52,7 +52,7 @@ class Task(task.Task):
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
         """The recipe's detector with its initial weights, and its data."""
         masks = HEADS["detect"][config.model.head].masks
-        data = build_coco(config, masks=masks, device=accelerator.device, **processes(accelerator))
+        data = build_detection_data(config, masks=masks, device=accelerator.device, **processes(accelerator))
         return cls(config, build_model(config, len(data.categories)), data)
 
     @classmethod
@@ -71,7 +71,7 @@ class Task(task.Task):
         }
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
         transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
-        data = build_coco(
+        data = build_detection_data(
             config,
             masks=model.masks,
             categories=dict(zip(ids, model.classes, strict=True)),
@@ -85,7 +85,7 @@ class Task(task.Task):
         return sum(model(batch.images, batch.targets).values())
 
     def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> CocoScorer:
-        scorer = CocoScorer(self.data.val.index, self.model.masks)
+        scorer = CocoScorer(self.data.val.dataset.index, self.model.masks)
         scorer.run(model, self.data.val.epoch(0), self._predict, on_batch)
         return scorer
 

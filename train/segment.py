@@ -20,10 +20,9 @@ from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
-from .data import Data
-from .data.files import UNREADABLE
-from .data.semantic import Batch, build_semantic_data, find_classes
-from .scoring import IGNORE, Metrics, SegmentationScorer, autocast, write_iou
+from .data import IGNORE, Data, SegmentBatch, build_segmentation_data, find_classes
+from .data.dataset import UNREADABLE
+from .scoring import Metrics, SegmentationScorer, autocast, write_iou
 from .task import Result, find_recipe, processes
 
 SHOWN = 4  # held-out images in each picture
@@ -88,7 +87,7 @@ class Task(task.Task):
             raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
         return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
 
-    def train_step(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
+    def train_step(self, model: nn.Module, batch: SegmentBatch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
             return model(batch.images, batch.targets)
         output = model(batch.images)
@@ -142,7 +141,7 @@ class Task(task.Task):
         count = min(SHOWN, len(dataset))
         for number in (i * len(dataset) // count for i in range(count)):
             try:
-                image, labels = dataset.read(number)
+                image, labels = dataset.read(number).values()
             except UNREADABLE:
                 continue  # it is in the book of unreadable images
             predicted = self._predict(model, image[None].to(device).float().div_(255))[0].cpu().numpy()
@@ -223,7 +222,7 @@ def segmentation_data(
     """The recipe's data; what a crop lacks has the mean colour of the model."""
     mean = model.mean.flatten().tolist()
     shares = processes(accelerator)
-    return build_semantic_data(config, classes, mean, device=accelerator.device, train=train, **shares)
+    return build_segmentation_data(config, classes, mean, device=accelerator.device, train=train, **shares)
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:
