@@ -130,8 +130,8 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
 
 
 def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
-    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``scale_jitter`` a size from
-    far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
+    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``scale_jitter`` a size
+    from far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
     Images smaller than the crop are padded in their batch. Sizes are interpolated without antialiasing, as the
     detectors do it in evaluation.
 
@@ -166,8 +166,8 @@ def _detection_resize(config: DetectAugmentConfig) -> v2.Transform:
     if config.scale_jitter is not None:
         if config.final_crop_size is None or config.crop_prob or config.scale_jitter[0] > config.scale_jitter[1]:
             raise DataError(
-                f"augment.scale_jitter={config.scale_jitter} is the least factor and the largest, of augment.final_crop_size="
-                f"{config.final_crop_size}, without augment.crop_prob={config.crop_prob}"
+                f"augment.scale_jitter={config.scale_jitter} is the least factor and the largest, of "
+                f"augment.final_crop_size={config.final_crop_size}, without augment.crop_prob={config.crop_prob}"
             )
         rows, columns = config.final_crop_size
         return v2.ScaleJitter(
