@@ -457,7 +457,11 @@ class OverLoCK(Backbone):
             ]
             self.add_module(f"sub_blocks{i + 1}", ContMixBlocks(*blocks))
         modules = ("blocks1", "blocks2", f"sub_blocks3.{sub_depths[0] - 1}", f"sub_blocks4.{sub_depths[1] - 1}")
-        self._init_maps(dims, modules, embed_dims[3] if out_overview else None)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=module)
+            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
+        ]
+        self._init_norms(dims, embed_dims[3], out_overview)
 
         hidden = nn.Conv2d(dims[3], head_width, 1, bias=False)
         self.head = nn.Sequential(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
@@ -468,16 +472,12 @@ class OverLoCK(Backbone):
         self._init_head(dims[3], num_classes, global_pool, drop_rate)
         _init_weights(self)
 
-    def _init_maps(self, dims: Sequence[int], modules: Sequence[str], overview_dim: int | None) -> None:
-        """The feature maps, and what ``out_norm`` and ``out_overview`` add to them."""
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2**i, module=module)
-            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
-        ]
+    def _init_norms(self, dims: Sequence[int], overview_dim: int, out_overview: bool) -> None:
+        """What ``out_norm`` and ``out_overview`` add."""
         self.h_proj = None
         if self.out_norm:
             self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
-        if self.out_norm and overview_dim is not None:
+        if self.out_norm and out_overview:
             self.extra_norm.append(LayerNorm2d(overview_dim))
             self.h_proj = nn.Sequential(nn.Conv2d(overview_dim, dims[3], 1), LayerScale(dims[3], 1e-5))
 

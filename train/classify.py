@@ -2,10 +2,10 @@
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -19,9 +19,9 @@ from ..backbones.images import label_names, preprocessing, read_image
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from . import checkpoint, deprecated, plots, task
-from .data import Data, build_classification_data, find_classes
+from .data import Data, build_data, find_classes
 from .losses import Teacher, build_losses, build_mix, distillation_loss, prepare_heads
-from .scoring import ClassificationScorer, Metrics, autocast, write_confusion
+from .scoring import ClassificationScorer, autocast, write_confusion
 from .task import Result, find_recipe, processes
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
@@ -31,11 +31,8 @@ class Task(task.Task):
     """A classifier with logits ``[B, num_classes]``; in training perhaps a pair, the second of an auxiliary head or of
     one that learns from a teacher."""
 
-    schema = ClassifyConfig
-    metrics = ("val_loss", "top1", "top5")
-    monitor = "top1"
-    curves = (("top1", "top-1, %"),)
-    pictures = False  # one figure of the best epoch's predictions is enough
+    metrics: ClassVar = {"val_loss": "loss", "top1": "top-1", "top5": "top-5"}
+    shown = ("top1",)
     model: nn.Module
     data: Data
 
@@ -44,6 +41,7 @@ class Task(task.Task):
     ):
         super().__init__(config, model, classes, data)
         self.num_classes, self.teacher = model.num_classes, teacher
+        self.input = f"input {'x'.join(map(str, data.preprocessing['input_size']))}"
         self.identity = {
             "model": config.model.name,
             "model arguments": json.dumps(config.model.kwargs, sort_keys=True),
@@ -64,14 +62,15 @@ class Task(task.Task):
     @classmethod
     def build(cls, config: ClassifyConfig, accelerator: Accelerator) -> "Task":
         """The recipe's model with its initial weights, and its data."""
-        classes, device = find_classes(config.data), accelerator.device
+        classes = find_classes(config.data)
         model = build_model(config.model, len(classes), config.data.in_chans)
-        data = build_classification_data(config, classes, model.pretrained_cfg, device=device, **processes(accelerator))
+        data = build_data(config, classes, model.pretrained_cfg, **processes(accelerator))
         set_preprocessing(model, data.preprocessing)
         prepare_heads(model, config)
         teacher = None
         if config.distill.teacher is not None:
-            teacher = Teacher(config.distill.teacher, model.num_classes, data.preprocessing, device, classes)
+            source = config.distill.teacher
+            teacher = Teacher(source, model.num_classes, data.preprocessing, accelerator.device, classes)
         new = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
         config.data.classes = classes  # so that an evaluation needs no training folder
         self = cls(config, model, classes, data, teacher)
@@ -108,10 +107,7 @@ class Task(task.Task):
             model = load(source, in_chans=config.data.in_chans)
             if model.num_classes != len(classes):
                 raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
-        cfg = model.pretrained_cfg
-        data = build_classification_data(
-            config, classes, cfg, device=accelerator.device, train=False, **processes(accelerator)
-        )
+        data = build_data(config, classes, model.pretrained_cfg, train=False, **processes(accelerator))
         return cls(config, model, classes, data)
 
     def train_step(self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int) -> Tensor:
@@ -135,16 +131,12 @@ class Task(task.Task):
             total = (1 - distill.alpha) * total + distill.alpha * taught
         return total
 
-    def score(
-        self, model: nn.Module, on_batch: Callable[[int], None] | None = None, keep: int = 0
-    ) -> ClassificationScorer:
-        scorer = ClassificationScorer(self.num_classes, keep, self.data.val.normalize.undo if keep else None)
-        scorer.run(model, self.data.val.epoch(0), self._predict, on_batch)
-        return scorer
+    def scorer(self) -> ClassificationScorer:
+        return ClassificationScorer(self.num_classes)
 
-    def _predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        with autocast(batch[0].device, self.config.train.amp):
-            return model(batch[0]).float()
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        with autocast(images.device, self.config.train.amp):
+            return model(images).float()
 
     def result(self, scorer: ClassificationScorer) -> dict[str, Any]:
         return {"top1": scorer.metrics["top1"], "top5": scorer.metrics["top5"], "loss": scorer.metrics["val_loss"]}
@@ -153,20 +145,9 @@ class Task(task.Task):
         arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
         checkpoint.save_model(folder, model, arguments, self.classes)
 
-    def headline(self, row: dict[str, Any]) -> str:
-        return f"loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f} %"
-
-    def describe(self) -> str:
-        size = "x".join(map(str, self.data.preprocessing["input_size"]))
-        return f"{self.config.model.name}, input {size}, {len(self.classes)} classes"
-
-    def table(self, metrics: Metrics) -> tuple[str, list[dict[str, str]]]:
-        text = {"top-1 %": f"{metrics['top1']:.2f}", "top-5 %": f"{metrics['top5']:.2f}"}
-        row = text | {"loss": f"{metrics['val_loss']:.4f}"}
-        return f"{self.config.data.kind}, {self.data.preprocessing['input_size'][-1]} px", [row]
-
     def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
-        scorer = self.score(model, keep=EXAMPLES)
+        scorer = ClassificationScorer(self.num_classes, EXAMPLES, self.data.val.normalize.undo)
+        scorer.run(model, self.data.val.epoch(0), self.predict)
         if draw:
             plots.predictions(scorer, self.classes, run / "predictions.png", title)
             write_confusion(run, self.classes, scorer.confusion)

@@ -2,11 +2,8 @@
 predictions."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -17,13 +14,11 @@ from ..heads.checkpoint import load_dense, save_dense
 from ..heads.detection import Detector
 from ..heads.registry import HEADS
 from . import deprecated, plots, task
-from .data import Data, DetectBatch, build_detection_data
-from .data.dataset import UNREADABLE
-from .detection_metrics import CocoScorer, metric_names
-from .scoring import Metrics, autocast
-from .task import Result, find_recipe, processes
+from .data.coco import DetectBatch, DetectData, build_coco
+from .detection_metrics import CocoScorer, metric_labels
+from .scoring import autocast
+from .task import Result, build_dense, find_recipe, processes
 
-SHOWN = 6  # held-out images in each picture
 SURE = 0.5  # score from which a detection is drawn
 Found = dict[str, Tensor]  # boxes [N, 4], labels [N], scores [N], perhaps masks [N, 1, H, W]
 
@@ -31,17 +26,16 @@ Found = dict[str, Tensor]  # boxes [N, 4], labels [N], scores [N], perhaps masks
 class Task(task.Task):
     """A detector: ``(images, targets)`` to a dictionary of losses in training, images to detections in evaluation."""
 
-    schema = DetectConfig
-    monitor = "box_ap"
+    pictures = 6
     files = ("output", "predictions")  # the latter in COCO's result format
     model: Detector
-    data: Data
+    data: DetectData
 
-    def __init__(self, config: DetectConfig, model: Detector, data: Data):
+    def __init__(self, config: DetectConfig, model: Detector, data: DetectData):
         super().__init__(config, model, list(data.categories.values()), data)
-        self.metrics = metric_names(model.masks)
-        kinds = ("box", "mask") if model.masks else ("box",)
-        self.curves = tuple((f"{kind}_{name}", f"{kind} {name.upper()}") for kind in kinds for name in ("ap", "ap50"))
+        self.metrics = metric_labels(model.masks)
+        self.shown = tuple(name for name in self.metrics if name.endswith(("_ap", "_ap50")))
+        self.input = f"{config.data.min_size}/{config.data.max_size}"
         self.identity = {
             "model": json.dumps(model.arguments, sort_keys=True),
             "categories": json.dumps(data.categories, sort_keys=True),
@@ -52,7 +46,7 @@ class Task(task.Task):
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
         """The recipe's detector with its initial weights, and its data."""
         masks = HEADS["detect"][config.model.head].masks
-        data = build_detection_data(config, masks=masks, device=accelerator.device, **processes(accelerator))
+        data = build_coco(config, masks=masks, **processes(accelerator))
         return cls(config, build_model(config, len(data.categories)), data)
 
     @classmethod
@@ -71,11 +65,10 @@ class Task(task.Task):
         }
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
         transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
-        data = build_detection_data(
+        data = build_coco(
             config,
             masks=model.masks,
             categories=dict(zip(ids, model.classes, strict=True)),
-            device=accelerator.device,
             train=False,
             **processes(accelerator),
         )
@@ -84,13 +77,12 @@ class Task(task.Task):
     def train_step(self, model: nn.Module, batch: DetectBatch, epoch: int) -> Tensor:
         return sum(model(batch.images, batch.targets).values())
 
-    def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> CocoScorer:
-        scorer = CocoScorer(self.data.val.dataset.index, self.model.masks)
-        scorer.run(model, self.data.val.epoch(0), self._predict, on_batch)
-        return scorer
+    def scorer(self) -> CocoScorer:
+        return CocoScorer(self.data.val.index, self.model.masks)
 
-    def _predict(self, model: nn.Module, batch: DetectBatch) -> list[Found]:
-        return detect(model, batch.images, self.config.train.amp)
+    def predict(self, model: nn.Module, images: list[Tensor]) -> list[Found]:
+        with autocast(images[0].device, self.config.train.amp):
+            return model(images)
 
     def save_weights(self, folder: Path, model: nn.Module) -> None:
         transform = model.detector.transform
@@ -99,37 +91,15 @@ class Task(task.Task):
         images = {"in_chans": len(mean), **sizes, "mean": mean, "std": std}
         save_dense(folder, model, self.classes, images, category_ids=list(self.data.categories))
 
-    def headline(self, row: dict[str, Any]) -> str:
-        kinds = ("box", "mask") if self.model.masks else ("box",)
-        return "  ".join(f"{kind} AP {row[f'{kind}_ap']:.2f} (AP50 {row[f'{kind}_ap50']:.2f})" for kind in kinds)
+    def example(self, model: nn.Module, number: int) -> tuple[Tensor, Found, Found]:
+        dataset = self.data.val.dataset
+        image = dataset.image(number).to(self.data.val.device).float().div_(255)
+        (found,) = self.predict(model, [image])
+        return image, dataset.index.target(number), above(found, SURE)
 
-    def describe(self) -> str:
-        model, size = self.config.model, f"{self.config.data.min_size}/{self.config.data.max_size}"
-        return f"{model.name}, {model.neck}, {model.head}, {size}, {len(self.classes)} classes"
-
-    def table(self, metrics: Metrics) -> tuple[str, list[dict[str, str]]]:
-        rows = []
-        for kind in ("box", "mask") if self.model.masks else ("box",):
-            values = ["-" if v is None else f"{v:.2f}" for name, v in metrics.items() if name.startswith(kind)]
-            columns = ("", "AP", "AP50", "AP75", "small", "medium", "large")
-            rows.append(dict(zip(columns, [kind, *values], strict=True)))
-        return str(self.config.data.val_annotations), rows
-
-    def draw(self, model: nn.Module, path: Path, title: str) -> None:
-        dataset, device = self.data.val.dataset, self.data.val.device
-        count = min(SHOWN, len(dataset))
-        images, truths = [], []
-        for number in (i * len(dataset) // count for i in range(count)):
-            try:
-                image = dataset.image(number)
-            except UNREADABLE:
-                continue  # it is in the book of unreadable images
-            images.append(image.to(device).float().div_(255))
-            truths.append(dataset.index.target(number))
-        if images:
-            found = [above(each, SURE) for each in detect(model, images, self.config.train.amp)]
-            title = f"{title}: annotated beside found with a score of {SURE:.0%} or more"
-            plots.detections(images, truths, found, self.classes, path, title)
+    def plot(self, examples: list[tuple[Tensor, Found, Found]], path: Path, title: str) -> None:
+        title = f"{title}: annotated beside found with a score of {SURE:.0%} or more"
+        plots.detections(examples, self.classes, path, title)
 
 
 class Predictor(task.Predictor):
@@ -141,34 +111,18 @@ class Predictor(task.Predictor):
         self.ids = self.model.config.get("category_ids") or list(range(len(self.classes)))
 
     def predict(self, image: Tensor) -> tuple[list[Result], Found]:
-        found = above(detect(self.model, [image])[0], self.threshold)
+        found = above(self.model([image])[0], self.threshold)
         rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         return [Result(self.classes[k], score, tuple(box), self.ids[k]) for k, score, box in rows], found
 
     def draw(self, image: Tensor, found: Found, path: Path, title: str) -> None:
-        plots.detection(image, found, self.classes, path, f"{title}: {len(found['labels'])}")
+        plots.detection(image, found, self.classes, path, title)
 
 
 def build_model(config: DetectConfig, num_classes: int) -> Detector:
-    """The recipe's detector, on the CPU.
-
-    Raises:
-        ConfigError: a name or an argument that does not fit.
-    """
-    data, model = config.data, config.model
-    images = {"min_size": data.min_size, "max_size": data.max_size, "mean": data.mean, "std": data.std}
-    try:
-        return build_detector(**vars(model), num_classes=num_classes, in_chans=data.in_chans, **images)
-    except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
-        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
-
-
-def detect(model: nn.Module, images: list[Tensor], amp: str = "no") -> list[Found]:
-    """A detector's predictions for images (float ``[C, H, W]`` in [0, 1]) on its device, without gradients."""
-    model.eval()
-    # not inference_mode: what is cached here (anchors, index plans of a map's size) is used by the training after it
-    with torch.no_grad(), autocast(images[0].device, amp):
-        return model(images)
+    """The recipe's detector; raises `ConfigError`."""
+    sizes = {"min_size": config.data.min_size, "max_size": config.data.max_size}
+    return build_dense(build_detector, config, num_classes, **sizes)
 
 
 def above(found: Found, score: float) -> Found:

@@ -10,8 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as run_lengths
 
-from .data import DetectBatch
-from .data.index import BoxIndex
+from .data.coco import CocoIndex, DetectBatch
 from .scoring import Metrics, Scorer
 
 # The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
@@ -21,9 +20,12 @@ Found = tuple[int, np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]] | No
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
-def metric_names(masks: bool) -> tuple[str, ...]:
-    """``box_ap``, ``box_ap50``, ... and with ``masks`` the same of masks."""
-    return tuple(f"{kind}_{figure}" for kind in (("box", "mask") if masks else ("box",)) for figure in FIGURES)
+def metric_labels(masks: bool) -> dict[str, str]:
+    """``box_ap``, ``box_ap50``, ... and with ``masks`` the same of masks, with their labels."""
+    kinds = ("box", "mask") if masks else ("box",)
+    return {
+        f"{kind}_{name}": f"{kind} {name.replace('ap', 'AP').replace('_', ', ')}" for kind in kinds for name in FIGURES
+    }
 
 
 def average_precision(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
@@ -53,7 +55,7 @@ class CocoScorer(Scorer):
         masks: measure masks too.
     """
 
-    def __init__(self, index: BoxIndex, masks: bool):
+    def __init__(self, index: CocoIndex, masks: bool):
         self.index, self.masks = index, masks
         self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 

@@ -79,13 +79,12 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
 def _print(task: Task, scorer: Scorer, source: str, console: Console) -> None:
     for note in task.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    what, rows = task.table(scorer.metrics)
-    speed = {"n": f"{scorer.n:,}", "images/s": f"{scorer.images_per_second:,.1f}"}
-    table = Table(title=f"{source}: {what}")
-    for column in rows[0] | speed:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(row | speed).values())
+    console.print(f"{source}: {task.describe()}; metrics in percent", highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for name, value in scorer.metrics.items():
+        table.add_row(task.metrics[name], "-" if value is None else f"{value:.4g}")
+    table.add_row("images", f"{scorer.n:,}")
+    table.add_row("images/s", f"{scorer.images_per_second:,.1f}")
     console.print(table)
     if bad := sorted(task.data.bad.names):
         named = escape(printable(", ".join(bad[:5])))

@@ -102,23 +102,17 @@ def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: b
 
 
 def detections(
-    images: Sequence[Tensor],
-    truths: Sequence[Found],
-    found: Sequence[Found],
-    classes: Sequence[str],
-    path: Path,
-    title: str,
-    columns: int = 2,
+    examples: Sequence[tuple[Tensor, Found, Found]], classes: Sequence[str], path: Path, title: str, columns: int = 2
 ) -> None:
     """Images in pairs, left what is annotated, right what was found, ``columns`` pairs a row."""
-    rows = -(-len(images) // columns)
-    height = max(image.shape[-2] / image.shape[-1] for image in images)
+    rows = -(-len(examples) // columns)
+    height = max(image.shape[-2] / image.shape[-1] for image, *_ in examples)
     size = (3.4 * 2 * columns, (3.4 * min(height, 2) + 0.3) * rows + 0.5)
     figure, axes = plt.subplots(rows, 2 * columns, figsize=size, squeeze=False)
     _hide(axes.flat)
-    for pair, image, truth, each in zip(axes.reshape(-1, 2), images, truths, found, strict=False):
-        _objects(pair[0], image, truth, classes, "annotated")
-        _objects(pair[1], image, each, classes, "found")
+    for (left, right), (image, truth, found) in zip(axes.reshape(-1, 2), examples, strict=False):
+        _objects(left, image, truth, classes, "annotated")
+        _objects(right, image, found, classes, "found")
     save(figure, path, title)
 
 

@@ -21,8 +21,9 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from ..files import atomic
-from .data import IGNORE, DataError
+from .data.guard import DataError
 
+IGNORE = 255  # label of pixels without a class
 Metrics = dict[str, float | None]
 
 
@@ -65,13 +66,14 @@ class Scorer(ABC):
         """Scores ``model`` on ``batches``, this process's share of the images.
 
         Args:
-            predict: ``(model, batch) -> predictions`` as `add` takes them.
+            batches: tuples, the images first.
+            predict: ``(model, images) -> predictions`` as `add` takes them.
             on_batch: called with the number of images after each batch.
         """
         model.eval()
         count, start = 0, time.perf_counter()
         for batch in batches:
-            images = self.add(batch, predict(model, batch))
+            images = self.add(batch, predict(model, batch[0]))
             count += images
             if on_batch is not None:
                 on_batch(images)

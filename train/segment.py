@@ -1,12 +1,10 @@
 """Semantic segmentation: the segmenter of a recipe, its loss, its scores and its predictions."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
@@ -20,28 +18,26 @@ from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
-from .data import IGNORE, Data, SegmentBatch, build_segmentation_data, find_classes
-from .data.dataset import UNREADABLE
-from .scoring import Metrics, SegmentationScorer, autocast, write_iou
-from .task import Result, find_recipe, processes
-
-SHOWN = 4  # held-out images in each picture
+from .data import Data
+from .data.semantic import Batch, build_semantic_data, find_classes
+from .scoring import IGNORE, SegmentationScorer, autocast, write_iou
+from .task import Result, build_dense, find_recipe, processes
 
 
 class Task(task.Task):
     """A segmenter: images to logits ``[B, classes, H, W]``, in training perhaps with those of an auxiliary head; or
     Mask2Former, which computes its own loss."""
 
-    schema = SegmentConfig
-    metrics = ("miou", "mean_accuracy", "pixel_accuracy")
-    monitor = "miou"
-    curves = (("miou", "mIoU, %"), ("pixel_accuracy", "pixel accuracy, %"))
+    metrics: ClassVar = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
+    shown = ("miou", "pixel_accuracy")
+    pictures = 4
     model: Segmenter
     data: Data
 
     def __init__(self, config: SegmentConfig, model: Segmenter, classes: list[str], data: Data):
         super().__init__(config, model, classes, data)
         self.settings = inference(config)
+        self.input = f"crop {'x'.join(map(str, config.augment.crop_size))}"
         self.identity = {
             "model": json.dumps(model.arguments, sort_keys=True),
             "classes": classes,
@@ -87,7 +83,7 @@ class Task(task.Task):
             raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
         return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
 
-    def train_step(self, model: nn.Module, batch: SegmentBatch, epoch: int) -> Tensor:
+    def train_step(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
             return model(batch.images, batch.targets)
         output = model(batch.images)
@@ -98,12 +94,10 @@ class Task(task.Task):
             loss = loss + self.config.loss.auxiliary * segmentation_loss(extra, batch.targets, ignored)
         return loss
 
-    def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> SegmentationScorer:
-        scorer = SegmentationScorer(len(self.classes))
-        scorer.run(model, self.data.val.epoch(0), lambda model, batch: self._predict(model, batch.images), on_batch)
-        return scorer
+    def scorer(self) -> SegmentationScorer:
+        return SegmentationScorer(len(self.classes))
 
-    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Classes ``[B, H, W]`` of the pixels."""
 
         def logits(images: Tensor) -> Tensor:
@@ -121,38 +115,18 @@ class Task(task.Task):
         images = {"in_chans": self.config.data.in_chans, "mean": mean, "std": std}
         save_dense(folder, model, self.classes, images | {"inference": self.settings})
 
-    def headline(self, row: dict[str, Any]) -> str:
-        return f"mIoU {row['miou']:.2f} %  pixel accuracy {row['pixel_accuracy']:.2f} %"
+    def example(self, model: nn.Module, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        image, labels = self.data.val.dataset.read(number)
+        predicted = self.predict(model, image[None].to(self.data.val.device).float().div_(255))[0]
+        return image.permute(1, 2, 0).numpy(), labels.numpy(), predicted.cpu().numpy()
 
-    def describe(self) -> str:
-        model, crop = self.config.model, "x".join(map(str, self.config.augment.crop_size))
-        neck = "" if model.head == "mask2former" else f" with {model.neck}"
-        return f"{model.name}, {model.head}{neck}, crop {crop}, {len(self.classes)} classes"
-
-    def table(self, metrics: Metrics) -> tuple[str, list[dict[str, str]]]:
-        columns = {"mIoU %": "miou", "mean accuracy %": "mean_accuracy", "pixel accuracy %": "pixel_accuracy"}
-        row = {column: f"{metrics[name]:.2f}" for column, name in columns.items()}
-        return f"{self.config.data.kind}, {self.config.eval.mode} images", [row]
-
-    @torch.no_grad()
-    def draw(self, model: nn.Module, path: Path, title: str) -> None:
-        dataset, device, examples = self.data.val.dataset, self.data.val.device, []
-        model.eval()
-        count = min(SHOWN, len(dataset))
-        for number in (i * len(dataset) // count for i in range(count)):
-            try:
-                image, labels = dataset.read(number).values()
-            except UNREADABLE:
-                continue  # it is in the book of unreadable images
-            predicted = self._predict(model, image[None].to(device).float().div_(255))[0].cpu().numpy()
-            examples.append((image.permute(1, 2, 0).numpy(), labels.numpy(), predicted))
-        if examples:
-            plots.segmentations(examples, self.classes, path, title)
+    def plot(self, examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, title: str) -> None:
+        plots.segmentations(examples, self.classes, path, title)
 
     def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
+        super().examine(run, model, title, draw)
         scorer = self.score(model)
         if draw:
-            self.draw(model, run / "predictions.png", title)
             write_iou(run, self.classes, scorer)
         return {"n": scorer.n}
 
@@ -180,17 +154,8 @@ class Predictor(task.Predictor):
 
 
 def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:
-    """The recipe's segmenter, with the weights that it names.
-
-    Raises:
-        ConfigError: parts that there are not, settings that they don't have, or weights that don't fit.
-    """
-    data, model = config.data, config.model
-    images = {"in_chans": data.in_chans, "mean": data.mean, "std": data.std}
-    try:
-        return build_segmenter(**vars(model), num_classes=num_classes, **images)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
+    """The recipe's segmenter; raises `ConfigError`."""
+    return build_dense(build_segmenter, config, num_classes)
 
 
 def load_initial(model: Segmenter, source: str) -> list[str]:
@@ -220,9 +185,7 @@ def segmentation_data(
     config: SegmentConfig, classes: list[str], model: Segmenter, accelerator: Accelerator, train: bool = True
 ) -> Data:
     """The recipe's data; what a crop lacks has the mean colour of the model."""
-    mean = model.mean.flatten().tolist()
-    shares = processes(accelerator)
-    return build_segmentation_data(config, classes, mean, device=accelerator.device, train=train, **shares)
+    return build_semantic_data(config, classes, model.mean.flatten().tolist(), train=train, **processes(accelerator))
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:

@@ -1,33 +1,25 @@
 """What a task (classification, detection, segmentation) brings to training, evaluation and prediction."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones.images import read_image
 from ..backbones.loading import local_path
+from ..configs.schema import ConfigError
 from . import plots
+from .data.files import UNREADABLE
 from .scoring import Metrics, Scorer
 
 Row = dict[str, Any]  # of metrics.csv
-
-
-def find_recipe(source: str | Path) -> Path | None:
-    """The config.yaml of the run that ``source`` is, or lies in as a checkpoint; None for anything else."""
-    folder = local_path(source)
-    places = (folder, folder.resolve().parent) if folder.is_dir() else ()
-    return next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
-
-
-def processes(accelerator: Accelerator) -> dict[str, int]:
-    """The arguments by which a builder of loaders takes this process's share of the images."""
-    return {"rank": accelerator.process_index, "world": accelerator.num_processes}
 
 
 class Task(ABC):
@@ -37,21 +29,19 @@ class Task(ABC):
         model: on the CPU when a run begins.
         notes: printed once, at the beginning.
         identity: what must not change between a run and its continuation.
+        input: the size of the images in a few words.
     """
 
-    schema: ClassVar[type]  # of the recipes
-    metrics: tuple[str, ...]  # of `evaluate`, in the order of metrics.csv
-    monitor: ClassVar[str]  # the metric whose largest value marks the best epoch
-    curves: tuple[tuple[str, str], ...]  # metrics that are drawn by epoch, with their labels
+    metrics: Mapping[str, str]  # in the order of metrics.csv, with their labels
+    shown: tuple[str, ...]  # the metrics of headlines and curves; the largest value of the first marks the best epoch
     files: ClassVar[tuple[str, ...]] = ("output",)  # overrides of an evaluation that name a file to write
-    pictures: ClassVar[bool] = True  # draw held-out images after each evaluation, not only at the end
+    pictures: ClassVar[int] = 0  # held-out images that are drawn after each evaluation
 
     def __init__(self, config: Any, model: nn.Module, classes: list[str], data: Any):
         self.config, self.model, self.classes, self.data = config, model, classes, data
         self.notes: list[str] = list(data.notes)
         self.identity: dict[str, Any] = {}
-
-    # ---- how it is made
+        self.input = ""
 
     @classmethod
     @abstractmethod
@@ -63,8 +53,6 @@ class Task(ABC):
     def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
         """A trained model and the data to evaluate it on; see `evaluation.evaluate`."""
 
-    # ---- training
-
     @abstractmethod
     def train_step(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
         """The loss of a batch, a scalar; runs under the chosen precision."""
@@ -73,11 +61,21 @@ class Task(ABC):
     def save_weights(self, folder: Path, model: nn.Module) -> None:
         """Writes the model folder that users load."""
 
-    # ---- evaluation
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """For the held-out images."""
 
     @abstractmethod
-    def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Scorer:
-        """Scores the held-out images, on every process; ``on_batch`` gets the number of images after each batch."""
+    def predict(self, model: nn.Module, images: Any) -> Any:
+        """The predictions for the images of a batch that the scorer takes."""
+
+    def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Any:
+        """The scorer after all held-out images; every process must call this.
+
+        Args:
+            on_batch: called with the number of images after each batch.
+        """
+        return self.scorer().run(model, self.data.val.epoch(0), self.predict, on_batch)
 
     def evaluate(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Metrics:
         """The metrics of `score`, the same on every process."""
@@ -89,27 +87,27 @@ class Task(ABC):
 
     # ---- words and figures
 
-    @abstractmethod
+    @property
+    def monitor(self) -> str:
+        return self.shown[0]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of the model and, where it has them, of head and neck."""
+        return {key: name for key in ("name", "head", "neck") if (name := getattr(self.config.model, key, None))}
+
     def describe(self) -> str:
         """Model, input and classes in a few words."""
+        return f"{', '.join(self.parts.values())}, {self.input}, {len(self.classes)} classes"
 
-    @abstractmethod
     def headline(self, row: Row) -> str:
         """The metrics of a row in a few words."""
-
-    @abstractmethod
-    def table(self, metrics: Metrics) -> tuple[str, list[dict[str, str]]]:
-        """What an evaluation was on, and the rows (column to text) of its table."""
-
-    def draw(self, model: nn.Module, path: Path, title: str) -> None:
-        """Draws a few held-out images with what ``model`` predicts, the same ones each time."""
-        raise NotImplementedError
+        return "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown)
 
     def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
         """After an evaluation, on the main process. ``epoch`` counts from 1."""
         if self.pictures:
-            (run / "pictures").mkdir(exist_ok=True)
-            self.draw(model, run / "pictures" / f"epoch_{epoch:03}.png", f"{self.config.model.name}, epoch {epoch}")
+            self.draw(model, run / "pictures" / f"epoch_{epoch:03}.png", f"{self.parts['name']}, epoch {epoch}")
 
     def finish(self, run: Path, state: Any, model: nn.Module, draw: bool) -> dict[str, Any]:
         """Figures and tables of the best weights (``model``), written where ``draw``; on every process.
@@ -117,14 +115,14 @@ class Task(ABC):
         Returns:
             the first entries of summary.json.
         """
-        config, best, last = self.config.model, state.best, state.history[-1]  # the last epoch is always evaluated
-        parts = {key: getattr(config, key) for key in ("head", "neck") if hasattr(config, key)}
-        more = self.examine(run, model, f"{config.name}, epoch {best['epoch']}", draw)
+        best, last = state.best, state.history[-1]  # the last epoch is always evaluated
+        more = self.examine(run, model, f"{self.parts['name']}, epoch {best['epoch']}", draw)
         if draw:
-            title = f"{config.name}, {parts['head']}" if parts else f"{config.name} on {self.config.data.kind}"
-            plots.curves(state.history, run / "curves.png", title, dict(self.curves), self.monitor)
+            labels = {name: self.metrics[name] for name in self.shown}
+            plots.curves(state.history, run / "curves.png", self.describe(), labels, self.monitor)
         figures = {name: best[name] for name in self.metrics} | {f"last_{name}": last[name] for name in self.metrics}
-        return {"model": config.name, **parts, "best_epoch": best["epoch"], **figures, **more}
+        parts = self.parts
+        return {"model": parts.pop("name"), **parts, "best_epoch": best["epoch"], **figures, **more}
 
     def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
         """Draws predictions of the best weights, and writes tables by class where there are any.
@@ -135,6 +133,25 @@ class Task(ABC):
         if draw:
             self.draw(model, run / "predictions.png", title)
         return {}
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, path: Path, title: str) -> None:
+        """Draws `pictures` held-out images with what ``model`` predicts, the same ones each time."""
+        model.eval()
+        examples, images = [], len(self.data.val.dataset)
+        count = min(self.pictures, images)
+        for number in (i * images // count for i in range(count)):
+            with suppress(*UNREADABLE):  # the evaluation has counted it
+                examples.append(self.example(model, number))
+        if examples:
+            self.plot(examples, path, title)
+
+    def example(self, model: nn.Module, number: int) -> Any:
+        """A held-out image, what it holds and what ``model`` predicts, for `plot`."""
+        raise NotImplementedError
+
+    def plot(self, examples: list[Any], path: Path, title: str) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -154,11 +171,8 @@ class Result:
     category_id: int | None = None
 
     def __str__(self) -> str:
-        text = f"{100 * self.score:6.2f} %  {self.label}"
-        if self.box is not None:
-            x1, y1, x2, y2 = (f"{value:.0f}" for value in self.box)
-            text += f"  from ({x1}, {y1}) to ({x2}, {y2})"
-        return text
+        place = "  from ({:.0f}, {:.0f}) to ({:.0f}, {:.0f})".format(*self.box) if self.box is not None else ""
+        return f"{100 * self.score:6.2f} %  {self.label}{place}"
 
 
 class Predictor(ABC):
@@ -190,3 +204,29 @@ class Predictor(ABC):
     def draw(self, image: Tensor, found: Any, path: Path, title: str) -> None:
         """Writes a PNG of what was found."""
         raise NotImplementedError
+
+
+def find_recipe(source: str | Path) -> Path | None:
+    """The config.yaml of the run that ``source`` is, or lies in as a checkpoint; None for anything else."""
+    folder = local_path(source)
+    places = (folder, folder.resolve().parent) if folder.is_dir() else ()
+    return next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+
+
+def processes(accelerator: Accelerator) -> dict[str, Any]:
+    """The arguments by which a builder of loaders takes this process's share of the images, on its device."""
+    return dict(device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes)
+
+
+def build_dense(builder: Callable[..., Any], config: Any, num_classes: int, **more: Any) -> Any:
+    """The detector or segmenter of a recipe, on the CPU, by `build_detector` or `build_segmenter`.
+
+    Raises:
+        ConfigError: a name, an argument or weights that do not fit.
+    """
+    model, data = config.model, config.data
+    images = dict(in_chans=data.in_chans, mean=data.mean, std=data.std)
+    try:
+        return builder(**vars(model), num_classes=num_classes, **images, **more)
+    except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
+        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
