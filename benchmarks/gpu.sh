@@ -24,7 +24,7 @@ trap 'rm -rf "$links"' EXIT
 mkdir "$links/foveal"
 ln -s "$root"/foveal/* "$links/foveal/"
 for part in kernels backbones heads configs train weights benchmarks; do
-  ln -s "$root/$part" "$links/foveal/$part"
+  ln -sfn "$root/$part" "$links/foveal/$part"
 done
 export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}"
 cd "$links" # where no folder of the checkout can be taken for another package

@@ -20,10 +20,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 import torch
@@ -32,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._version import __version__
 from ..files import atomic
+from .cases import ConvCase, Layer
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -39,25 +39,6 @@ Modes = tuple[Call, Call | None]  # forward; forward and backward, if there is o
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of outputs, relative to the largest value
 UNCOMPILED_FLEX = ".*flex_attention called without torch.compile"
-
-
-class Work(Protocol):
-    """What a call has at least to do: each input read once, each output written once; two FLOPs for a MAC."""
-
-    def flops(self, backward: bool) -> int: ...
-
-    def bytes(self, backward: bool, item: int = 2) -> int: ...
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured limits of a device: bytes per second copied (read and written), FLOPs per second of a matrix product."""
-
-    bandwidth: float
-    rate: float
-
-    def floor_ms(self, moved: int, flops: int) -> float:
-        return 1e3 * max(moved / self.bandwidth, flops / self.rate)
 
 
 class Bench:
@@ -152,23 +133,18 @@ class Bench:
         return (peak - sum(t.nbytes for t in _tensors(result))) / 2**20
 
     @functools.cached_property
-    def ceilings(self) -> Ceilings:
-        """By a large copy and a large matrix product of random numbers; small ones on a CPU, for dry runs."""
+    def ceilings(self) -> tuple[float, float]:
+        """Bytes per second copied (read and written), FLOPs per second of a matrix product, on random numbers.
+
+        Large ones; on a CPU small ones, for dry runs.
+        """
         count, side = (2**30, 8192) if self.cuda else (2**12, 64)
         source = self.normal(count)
         target = torch.empty_like(source)
         copied = self.median_ms({"copy": lambda: target.copy_(source)})["copy"]
         a, b = self.normal(side, side), self.normal(side, side, seed=1)
         product = self.median_ms({"product": lambda: a @ b})["product"]
-        return Ceilings(2e3 * source.nbytes / copied, 2e3 * side**3 / product)
-
-    @property
-    def limits(self) -> dict[str, str]:
-        """`ceilings` as columns of a table of a GPU."""
-        if not self.cuda:
-            return {}
-        top = self.ceilings
-        return {"copy_tb_s": f"{top.bandwidth / 1e12:.4f}", "matmul_tflop_s": f"{top.rate / 1e12:.2f}"}
+        return 2e3 * source.nbytes / copied, 2e3 * side**3 / product
 
     def compare(
         self,
@@ -180,7 +156,7 @@ class Bench:
         peer: str | None = None,
         tolerance: float | None = None,
         memory: bool = True,
-        work: Work | None = None,
+        work: Layer | ConvCase | None = None,
         **timing: Any,
     ) -> Iterator[Row]:
         """A row for each of ``calls``, its name under ``column``: milliseconds, MiB, ratios to ``peer``.
@@ -190,7 +166,7 @@ class Bench:
 
         Args:
             tolerance: of outputs and, on a CPU, gradients, relative to the largest value; None: by the dtype.
-            work: also give the share of the least possible time, see `Ceilings`.
+            work: whose bytes and FLOPs are counted: also give the least possible time, by `ceilings`, as a share.
             timing: of `median_ms`.
         """
         tolerance = TOLERANCE[self.dtype] if tolerance is None else tolerance
@@ -237,12 +213,13 @@ class Bench:
                     del runs[name]
         return notes
 
-    def _floor(self, row: Row, work: Work) -> None:
+    def _floor(self, row: Row, work: Layer | ConvCase) -> None:
+        bandwidth, rate = self.ceilings
         for mode in ("forward", "forward_backward"):
             if taken := row[f"{mode}_ms"]:
                 moved, flops = work.bytes(mode != "forward"), work.flops(mode != "forward")
                 row[f"{mode}_mbytes"], row[f"{mode}_gflop"] = round(moved / 1e6, 2), round(flops / 1e9, 2)
-                row[f"{mode}_share_of_floor"] = round(self.ceilings.floor_ms(moved, flops) / taken, 3)
+                row[f"{mode}_share_of_floor"] = round(1e3 * max(moved / bandwidth, flops / rate) / taken, 3)
 
 
 def reason(error: Exception) -> str:
@@ -306,7 +283,7 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def environment() -> dict[str, str]:
+def environment(bench: Bench) -> dict[str, str]:
     """What a figure depends on: date, commit, versions, machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -323,13 +300,16 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
     }
-    if torch.cuda.is_available():
+    if bench.cuda:
+        bandwidth, rate = bench.ceilings
         found |= {
             "gpu": torch.cuda.get_device_name(),
             "capability": ".".join(map(str, torch.cuda.get_device_capability())),
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
             "triton": installed("triton"),
+            "copy_tb_s": f"{bandwidth / 1e12:.4f}",
+            "matmul_tflop_s": f"{rate / 1e12:.2f}",
         }
     return found
 

@@ -83,113 +83,90 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """How a table is drawn: a line for each ``label``, a dot in it for each ``series``; ``variant``: a hollow one."""
+    """How a table is drawn: a line for each ``label`` (a format of the row), a dot in it for each value of ``series``.
+
+    Rows whose column ``hollow[0]`` has the value ``hollow[1]`` get a hollow marker of their own, named ``hollow[2]``.
+    """
 
     title: str
-    label: Callable[[Row], str]
-    series: Callable[[Row], str]
+    label: str
+    series: str
     panels: tuple[Panel, ...]
-    variant: Callable[[Row], str] = lambda row: ""
+    hollow: tuple[str, str, str] | None = None
+
+    def label_of(self, row: Row) -> str:
+        return self.label.format_map(row)
+
+    def series_of(self, row: Row) -> str:
+        name = row.get(self.series) or "eager"  # of earlier tables of models
+        return {"tiled": "foveal", "natten": f"NATTEN {row.get('natten')}"}.get(name, name)
+
+    def is_hollow(self, row: Row) -> bool:
+        return self.hollow is not None and row[self.hollow[0]] == self.hollow[1]
 
 
+FORWARD, BOTH = Panel("forward, ms", "forward_ms"), Panel("forward + backward, ms", "forward_backward_ms")
 SHARES = (
     Panel("forward, share of the floor", "forward_share_of_floor"),
     Panel("forward + backward", "forward_backward_share_of_floor"),
 )
 TABLES = {
     "kernels": Table(
-        "Neighborhood attention, the layers of DiNAT-T at 224, batch 8",
-        lambda row: row["map"].replace(" d", ", dilation "),
-        lambda row: (
-            "foveal" if row["backend"] == "tiled" else row["backend"].replace("natten", f"NATTEN {row['natten']}")
-        ),
-        (Panel("forward, ms", "forward_ms"), Panel("memory, forward, MiB", "forward_extra_mib")),
-        lambda row: "with bias" if row["bias"] == "table" else "",
+        "Neighborhood attention of DiNAT-T at 224, batch 8 (d: dilation)",
+        "{map}",
+        "backend",
+        (FORWARD, Panel("memory, forward, MiB", "forward_extra_mib")),
+        ("bias", "table", "with bias"),
     ),
     "aggregate": Table(
-        "Neighborhood aggregation, the layers of OverLoCK-XT",
-        lambda row: f"{row['map'].replace(' k', ', kernel ').replace(' depth ', ', depth ')}, batch {row['batch']}",
-        lambda row: row["backend"].replace("tiled", "foveal"),
-        (
-            Panel("forward, ms", "forward_ms"),
-            Panel("forward + backward, ms", "forward_backward_ms"),
-            Panel("memory, MiB", "forward_backward_extra_mib"),
-        ),
+        "Neighborhood aggregation of OverLoCK-XT (k: kernel)",
+        "{map}, batch {batch}",
+        "backend",
+        (FORWARD, BOTH, Panel("memory, MiB", "forward_backward_extra_mib")),
     ),
     "halo": Table(
         "Halo attention, the layers of timm's HaloNets",
-        lambda row: f"{row['model']} {row['input']}: {row['layer'].partition(',')[0]}",
-        lambda row: row["by"],
+        "{model} {input}: {layer}",
+        "by",
         (
             Panel("forward, ms", "forward_ms", {"part": "attention"}),
             Panel("with projections, ms", "forward_ms", {"part": "module"}),
             Panel("memory, MiB", "forward_extra_mib", {"part": "attention"}),
         ),
     ),
-    "models": Table(
-        "Whole models beside their peers",
-        lambda row: f"{row['model']}, {row['input']}",
-        lambda row: row.get("run") or "eager",
-        (Panel("forward, ms", "forward_ms"), Panel("forward + backward, ms", "forward_backward_ms")),
-    ),
-    "export": Table(
-        "One image through a model in PyTorch and as exported",
-        lambda row: f"{row['model']}, {row['input'].replace('x3x', ' x ', 1)}",
-        lambda row: row["by"],
-        (Panel("ms", "forward_ms"),),
-    ),
+    "models": Table("Whole models beside their peers", "{model}, {input}", "run", (FORWARD, BOTH)),
+    "export": Table("One image through a model in PyTorch and as exported", "{model}, {input}", "by", (FORWARD,)),
     "data": Table(
         "Loading JPEG files, per core",
-        lambda row: f"{row['files']}, {row['augmentation']}",
-        lambda row: row["loader"],
+        "{files}, {augmentation}",
+        "loader",
         (Panel("images per second", "images_per_core_second"),),
     ),
-    "layers": Table(
-        "Neighborhood operations of the models on a GPU",
-        lambda row: f"{row['case']}, {row['map']} {row['rule']}",
-        lambda row: row["by"],
-        SHARES,
-    ),
-    "convs": Table(
-        "Depthwise convolutions of OverLoCK-T on a GPU", lambda row: row["case"], lambda row: row["by"], SHARES
-    ),
-    "zoo": Table(
-        "One image through every model",
-        lambda row: f"{row['model']}, {row['input'].rpartition('x')[2]}",
-        lambda row: row["form"],
-        (Panel("ms", "ms"),),
-    ),
+    "layers": Table("Neighborhood operations of the models on a GPU", "{case}, {map} {rule}", "by", SHARES),
+    "convs": Table("Depthwise convolutions of OverLoCK-T on a GPU", "{case}", "by", SHARES),
+    "zoo": Table("One image through every model", "{model}, {input}", "form", (Panel("ms", "ms"),)),
 }
 
 
 def dots(table: Table, rows: Sequence[Row]) -> Figure:
     """A line for each label, in the order of the rows, with a dot for each series; logarithmic where tenfold."""
-    labels = list(dict.fromkeys(table.label(row) for row in rows))
-    names = sorted(dict.fromkeys(table.series(row) for row in rows), key=lambda name: not name.startswith("foveal"))
+    labels = list(dict.fromkeys(table.label_of(row) for row in rows))
+    names = sorted(dict.fromkeys(map(table.series_of, rows)), key=lambda name: not name.startswith("foveal"))
     styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(names)}
-    variants = list(dict.fromkeys(table.variant(row) for row in rows))
-    figure = new_figure(8, 1.35 + (0.22 if len(variants) == 1 else 0.34) * len(labels))
+    figure = new_figure(8, 1.35 + (0.22 if table.hollow is None else 0.34) * len(labels))
     axes = figure.subplots(1, len(table.panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, table.panels, strict=True):
         lines: dict[float, list[float]] = {}
         for row in rows:
             if (value := panel.value(row)) is None:
                 continue
-            number = variants.index(table.variant(row))
-            y = labels.index(table.label(row)) + (number - (len(variants) - 1) / 2) * 0.42
+            hollow, (colour, marker) = table.is_hollow(row), styles[table.series_of(row)]
+            y = labels.index(table.label_of(row)) + (0 if table.hollow is None else 0.21 if hollow else -0.21)
             lines.setdefault(y, []).append(value)
-            colour, marker = styles[table.series(row)]
-            axis.plot(
-                value,
-                y,
-                marker,
-                color=colour,
-                markerfacecolor="white" if number else colour,
-                markeredgecolor=colour if number else "white",
-                markeredgewidth=1.1 if number else 0.5,
-                markersize=5.5 if number else 6.5,
-                zorder=4 if table.series(row) == names[0] else 3,
-            )
+            face, edge = ("white", colour) if hollow else (colour, "white")
+            size, width = (5.5, 1.1) if hollow else (6.5, 0.5)
+            look = {"color": colour, "markerfacecolor": face, "markeredgecolor": edge, "markeredgewidth": width}
+            axis.plot(value, y, marker, markersize=size, zorder=4 if marker == MARKERS[0] else 3, **look)
         for y, values in lines.items():
             axis.plot([min(values), max(values)], [y, y], color="0.8", linewidth=1.2, zorder=1)
         drawn = [value for values in lines.values() for value in values] or [1.0]
@@ -205,7 +182,7 @@ def dots(table: Table, rows: Sequence[Row]) -> Figure:
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
-    _legend(figure, styles, [variant for variant in variants if variant])
+    _legend(figure, styles, table.hollow[2] if table.hollow else "")
     _titles(figure, table.title, machine(rows[0]))
     return figure
 
@@ -221,16 +198,16 @@ def _logarithmic(axis: Axes, values: Sequence[float], wide: bool = True) -> None
     axis.xaxis.minorticks_off()
 
 
-def _legend(figure: Figure, series: Mapping[str, tuple[str, str]], hollow: Sequence[str] = ()) -> None:
+def _legend(figure: Figure, series: Mapping[str, tuple[str, str]], hollow: str = "") -> None:
     """Colour and marker of each name; what a hollow marker means."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker=m, color=colour, ls="", label=name) for name, (colour, m) in series.items()]
-    handles += [Line2D([], [], marker="o", color="0.3", markerfacecolor="white", ls="", label=name) for name in hollow]
+    if hollow:
+        handles.append(Line2D([], [], marker="o", color="0.3", markerfacecolor="white", ls="", label=hollow))
     if len(handles) > 1:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False
-        )
+        columns = min(len(handles), 5)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _titles(figure: Figure, title: str, note: str) -> None:
@@ -292,15 +269,8 @@ def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> 
         axis.plot(*zip(*joined, strict=True), color=styles[line[0]][0], linewidth=0.8, alpha=0.45, zorder=1)
     for point in models:
         colour, marker = styles[point.family]
-        axis.plot(
-            point.x,
-            point.y,
-            marker,
-            color=colour,
-            markerfacecolor="white" if point.larger else colour,
-            markersize=6,
-            zorder=3 + point.ours,
-        )
+        face = "white" if point.larger else colour
+        axis.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6, zorder=3 + point.ours)
     _logarithmic(axis, [point.x for point in models])
     axis.margins(0.06)
     axis.set_xlabel(f"{axis_label} (log)", fontsize=9)
@@ -309,8 +279,7 @@ def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> 
     axis.grid(color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    hollow = ["pre-trained on ImageNet-21K or 22K"] if any(point.larger for point in models) else []
-    _legend(figure, styles, hollow)
+    _legend(figure, styles, "pre-trained on ImageNet-21K or 22K" if any(point.larger for point in models) else "")
     _titles(figure, title, note)
     _place_labels(axis, models, {name: colour for name, (colour, _) in styles.items()})
     return figure

@@ -80,10 +80,11 @@ SLOWER = 1.05  # what `--compare` lists
 
 def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[list[Row], int]:
     """The rows of a section; how many of its cases failed."""
-    section, known = SECTIONS[name], environment()
+    section = SECTIONS[name]
     seconds = options.seconds * section.share / sum(SECTIONS[each].share for each in options.sections)
     bench = Bench(options.device, options.rounds, seconds)
-    path = _target(name, options)
+    known, path = environment(bench), _target(name, options)
+    console.print("  ".join(f"{key} {value}" for key, value in known.items()), highlight=False)
     rows: list[Row] = []
     failed = 0
     passes = [section.rows]
@@ -97,7 +98,7 @@ def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[l
             for row in measured(case, bench):
                 rows.append(row)
                 if path:
-                    write_csv(path, rows, known | bench.limits)
+                    write_csv(path, rows, known)
         except ImportError:
             raise  # an extra is missing, which holds for every case
         except Exception as error:  # noqa: BLE001 - the other cases are still measured
@@ -232,7 +233,6 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     earlier = read_csv(options.compare) if options.compare else []
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print("  ".join(f"{key} {value}" for key, value in environment().items()))
     status = 0
     for name in options.sections:
         with quiet(options.device == "cuda"):

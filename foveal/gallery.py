@@ -32,25 +32,16 @@ POINT = (0.46, 0.3)  # where the pictures look, as fractions of width and height
 PHOTOGRAPH_DPI = 150  # photographs make large files
 PANELS = 8  # of a family's picture at most
 
-# The families: a model, None where there are no windows to draw, and a sentence.
-FAMILIES: dict[str, tuple[str | None, str]] = {
+Families = Mapping[str, tuple[str | None, str]]  # by title: a model, None where it has no windows to draw; a sentence
+FAMILIES: Families = {
     "NAT": ("nat_tiny", "Each position sees the 7x7 positions nearest to it, at every level of the pyramid."),
-    "DiNAT": (
-        "dinat_tiny",
-        "Every second layer takes its 49 keys further apart, so that a layer above sees most of the map through them.",
-    ),
+    "DiNAT": ("dinat_tiny", "Every second layer takes its 49 keys further apart; two layers see most of the map."),
     "DiNAT_s": ("dinat_s_tiny", "The same attention in Swin's layout, in place of shifted windows."),
     "Isotropic": ("dinat_isotropic_small", "One resolution from the first layer to the last, as in a plain ViT."),
-    "HaloNet": (
-        "halo_h1",
-        "The queries of a block share a window: the block and a halo around it, which may leave the map.",
-    ),
+    "HaloNet": ("halo_h1", "The queries of a block share a window: the block and a halo around it."),
     "HaloNet hybrids": ("halo26t", "timm's convolutional networks with halo attention in their last stages."),
     "MaxViT": ("maxvit_tiny_224", "Blocks first, then a grid: as many keys again, spread over the whole map."),
-    "OverLoCK": (
-        "overlock_xt",
-        "Dynamic kernels, a small and a large one, whose weights are computed from an overview of the image.",
-    ),
+    "OverLoCK": ("overlock_xt", "A small and a large dynamic kernel, computed from an overview of the image."),
     "AsCAN": ("ascan_tiny", "Plain attention over the whole map, between convolutions."),
     "CARE": (None, "Linear attention and convolutions: each position is mixed with all, without a window to draw."),
 }
@@ -139,7 +130,7 @@ def _figure(file: str, alt: str, caption: str, rem: float = 72) -> str:
     )
 
 
-def _looks(output: Path, families: Mapping[str, tuple[str | None, str]]) -> Iterable[str]:
+def _looks(output: Path, families: Families) -> Iterable[str]:
     save_windows(output / "pictures" / "windows.png")
     yield _figure(
         "pictures/windows.png",
@@ -178,7 +169,7 @@ def build(
     output: Path,
     results: Path = plots.RESULTS,
     runs: Path = Path("runs"),
-    families: Mapping[str, tuple[str | None, str]] | None = None,
+    families: Families = FAMILIES,
 ) -> Path:
     """Write the page and its pictures; the path of the page.
 
@@ -186,30 +177,28 @@ def build(
         output: folder, new or of an earlier gallery.
         results: folder of the tables of `foveal bench`.
         runs: folder of runs, searched for finished ones.
-        families: by title: a model, or None, and a sentence; default: `FAMILIES`.
 
     Raises:
         OSError: the folder cannot be written.
         ValueError: a damaged table or run.
     """
     sections = {
-        "What the models look at": [*_looks(output, FAMILIES if families is None else families)],
+        "What the models look at": [*_looks(output, families)],
         "Accuracy, speed and size": [*_plots(results, output)],
         "Trained here": [*_reports(runs, output)],
     }
-    sections = {title: parts for title, parts in sections.items() if parts}
-    anchors = {title: title.split()[0].lower().strip(",") for title in sections}
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
-    content = "\n".join(
-        f'<section id="{anchors[title]}"><h2>{title}</h2>\n{chr(10).join(parts)}</section>'
-        for title, parts in sections.items()
-    )
+    links = content = ""
+    for title, parts in sections.items():
+        anchor = title.split()[0].lower().strip(",")
+        if parts:
+            links += f'<a href="#{anchor}">{title}</a>'
+            content += "\n".join([f'<section id="{anchor}"><h2>{title}</h2>', *parts, "</section>\n"])
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>foveal: gallery</title><style>{report.STYLE}{STYLE}</style></head>\n<body>\n<h1>foveal</h1>\n"
         "<p>Vision backbones that look closely around each point. Accuracies are the published ones; times and "
-        f"memory were measured, each on the machine that its picture names.</p>\n<nav>{links}</nav>\n{content}\n"
+        f"memory were measured, each on the machine that its picture names.</p>\n<nav>{links}</nav>\n{content}"
         "</body></html>\n"
     )
     path = output / "index.html"
