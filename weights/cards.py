@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
+from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
-from torch import nn
 
 from .._version import __version__
 from ..backbones import download, list_models
@@ -227,7 +226,7 @@ def origin(config: Mapping[str, Any], record: Mapping[str, Any] | None, folder: 
 
 
 def classifier_card(
-    model: nn.Module, to: str, spec: ExportSpec, origin: Mapping[str, Any], checked: str, options: str = ""
+    model: Any, to: str, spec: ExportSpec, origin: Mapping[str, Any], checked: str, options: str = ""
 ) -> str:
     """The card of an exported classifier.
 
@@ -260,7 +259,7 @@ def classifier_card(
     return _exported(architecture, rows, code, f"{to}{options}")
 
 
-def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping[str, Any], checked: str) -> str:
+def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, Any], checked: str) -> str:
     """The card of an exported detector or segmenter for images of ``size``, rows and columns."""
     arguments, detects = model.arguments, isinstance(model, Detector)
     rows, columns = size
@@ -292,9 +291,10 @@ def dense_card(model: nn.Module, to: str, size: tuple[int, int], origin: Mapping
     return _exported(title, table, dense_example(model, to, size), options)
 
 
-def channels_of(model: nn.Module) -> int:
+def channels_of(model: Any) -> int:
     """Of the images that a detector or segmenter takes."""
-    return len(model.detector.transform.image_mean) if isinstance(model, Detector) else len(model.mean)
+    statistics: Any = model.detector.transform.image_mean if isinstance(model, Detector) else model.mean
+    return len(statistics)
 
 
 def training_score(folder: Path) -> str | None:
@@ -367,7 +367,7 @@ def _run_code(to: str, names: tuple[str, ...], shape: str) -> str:
     return f"{start}\nwith torch.no_grad():\n    {line}" if in_torch else f"{start}\n{line}"
 
 
-def preparing(model: nn.Module) -> str | None:
+def preparing(model: Any) -> str | None:
     """Python that makes ``image`` ``[1, C, H, W]`` of ``photo.jpg`` as a classifier's `preprocessing` does, with Pillow
     and NumPy alone; None for images that no file holds, or that are not cropped from the centre."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -385,7 +385,7 @@ def preparing(model: nn.Module) -> str | None:
     )
 
 
-def dense_example(model: nn.Module, to: str, size: tuple[int, int]) -> str:
+def dense_example(model: Any, to: str, size: tuple[int, int]) -> str:
     """Python that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; of safetensors, and
     for channels that no photo has, on any image."""
     detects, channels, names = isinstance(model, Detector), channels_of(model), output_names(model)

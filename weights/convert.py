@@ -80,7 +80,7 @@ class _Found:
 class ConvertedModel:
     """A model with the weights of a file, not yet written."""
 
-    model: nn.Module  # whose parameters they are
+    model: Any  # whose parameters they are
     raw: nn.Module  # whose outputs the fingerprint is taken of
     arguments: dict[str, Any]
     state: dict[str, Tensor]  # of the file, what was used
@@ -366,7 +366,7 @@ def _dense(
         config.check_tag(known)
         if config.task == "detect" and known.input is not None:
             arguments = {"min_size": known.input[1], "max_size": known.input[2], **arguments}
-    net = config.build(found.architecture, arguments, known and known.mean, known and known.std)
+    net: Any = config.build(found.architecture, arguments, known and known.mean, known and known.std)
     dense.check_anchors({bare(name): value for name, value in state.items()}, net)
     translate = names.of_dense(net, found.architecture, metadata.bgr)
     result, dropped = names.fitted(state, net, translate, names.may_be_unused)
@@ -410,7 +410,7 @@ def _inferred(state: Mapping[str, Tensor], found: _Found, arguments: dict[str, A
     return arguments
 
 
-def _classes(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
+def _classes(state: Mapping[str, Tensor], model: Any) -> int | None:
     """The number of classes in a file, None if it has no classifier."""
     meta = {name: value.to("meta") for name, value in state.items()}
     with contextlib.suppress(ValueError):  # that it does not fit is reported later, of the right model
@@ -421,7 +421,7 @@ def _classes(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
     return next((weight.shape[0] for weight in weights if weight is not None), None)
 
 
-def _load(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _load(net: Any, state: Mapping[str, Tensor]) -> None:
     """Set everything in a model, strictly.
 
     Raises:
@@ -441,7 +441,7 @@ def _load(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"its numbers are not those of a model in float32: {listed(changed)}")
 
 
-def _create(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _create(architecture: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return timm.create_model(architecture, **arguments)
     except TypeError as error:
@@ -490,12 +490,12 @@ def _complete(folder: Path, record: dict[str, Any], converted: ConvertedModel) -
     (folder / "README.md").write_text(converted_card(config), encoding="utf-8")
 
 
-def load_raw(folder: Path) -> nn.Module:
+def load_raw(folder: Path) -> Any:
     """The model of a folder that `convert` wrote, as its fingerprint is taken."""
     return loading.load(folder) if read_dense_config(folder) is None else RawOutputs(load_dense(folder))
 
 
-def _config(net: nn.Module, found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
+def _config(net: Any, found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
     """The ``config.json`` that timm reads back."""
     stated = {key: value for key, value in arguments.items() if key != "num_classes"}
     stated = {"model_args": stated} if stated else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def _stored_statistics(state: State, bgr: bool, channels: int) -> dict[str, list
     return stored
 
 
-def _missing(state: State, arguments: Mapping[str, Any], order: str | None, statistics: Sequence[str]) -> str:
+def _missing(state: State, arguments: Mapping[str, Any], order: str | None, statistics: Collection[str]) -> str:
     """What detectron2's configuration says and nobody has told."""
     resnet = any(name.startswith(("backbone.res2.", "backbone.bottom_up.res2.")) for name in state)
     if not resnet and not any(name.startswith("proposal_generator.") for name in state):
@@ -348,7 +348,7 @@ def _mask2former(state: State, task: str | None) -> tuple[str, dict[str, Any]]:
     return ("detect", arguments) if task == "detect" else ("segment", arguments | {"auxiliary": False})
 
 
-def check_anchors(state: State, model: nn.Module) -> None:
+def check_anchors(state: State, model: Any) -> None:
     """Raises ValueError if the anchors that a file holds are not those of the model that it becomes."""
     rpn = getattr(getattr(model, "detector", None), "rpn", None)
     own = rpn.anchor_generator.cell_anchors if rpn is not None else []
@@ -362,13 +362,13 @@ def check_anchors(state: State, model: nn.Module) -> None:
 # ---- what is written beside the weights
 
 
-def preprocessing(model: nn.Module, known: Checkpoint | None = None) -> dict[str, Any]:
+def preprocessing(model: Any, known: Checkpoint | None = None) -> dict[str, Any]:
     """What a reader of config.json should know of the images, as training writes it; of a published segmenter of ADE20K
     also the size at which it was evaluated, its crops' short side and four times that at most."""
     channels = model.arguments.get("in_chans", 3)
     images = {"in_chans": channels, "mean": model.arguments["mean"], "std": model.arguments["std"]}
     if isinstance(model, Detector):
-        transform = model.detector.transform
+        transform: Any = model.detector.transform
         return images | {"short_side": transform.min_size[-1], "max_size": transform.max_size}
     if known is None or known.input is None or "ade20k" not in known.tag:
         return images

@@ -207,7 +207,7 @@ class _Classifier:
 
     def load(self) -> None:
         """Load the model, and refuse what cannot be seen before."""
-        model = load(self.source)
+        model: Any = load(self.source)
         config = self.found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
         self.model, self.config, self.record = model, without_record(config), config.get(RECORD)
         to, size = self.options.to, model.pretrained_cfg["input_size"]
@@ -237,7 +237,7 @@ class _Classifier:
     def card(self, spec: ExportSpec, difference: float | None, checked: list[str], notes: list[str]) -> str:
         options, folder = self.options, self.found.folder
         if folder is None:
-            cfg = self.model.pretrained_cfg
+            cfg: Any = self.model.pretrained_cfg
             origin = {"weights": f"published as `{self.found.name}`, {cfg.get('origin_url')}"}
             origin["licence of the published weights"] = cfg.get("license")
         else:
@@ -249,7 +249,7 @@ class _Classifier:
         return cards.classifier_card(self.model, options.to, spec, origin, "; ".join([outcome, *notes]), flags)
 
 
-def classifier_spec(model: nn.Module, to: str, half: bool = False, dynamic: bool = False) -> ExportSpec:
+def classifier_spec(model: Any, to: str, half: bool = False, dynamic: bool = False) -> ExportSpec:
     """How a classifier is written to a format: reparameterized where it can be, with any batch."""
     if to != "safetensors" and hasattr(model, "reparameterize"):
         model = copy.deepcopy(model).reparameterize()
@@ -262,7 +262,7 @@ def classifier_spec(model: nn.Module, to: str, half: bool = False, dynamic: bool
 
 
 def classifier_inputs(
-    model: nn.Module, images: Sequence[str | Path], to: str = "onnx", dynamic: bool = False
+    model: Any, images: Sequence[str | Path], to: str = "onnx", dynamic: bool = False
 ) -> dict[str, Tensor]:
     """What to check with, by name: random batches of two sizes, and images. ``[B, C, H, W]``."""
     channels, rows, columns = model.pretrained_cfg["input_size"]
@@ -289,7 +289,7 @@ def _fixed_size(architecture: str, to: str) -> str | None:
 class _Exported(nn.Module):
     """An exported classifier that can be scored."""
 
-    def __init__(self, run: Run, spec: ExportSpec, model: nn.Module) -> None:
+    def __init__(self, run: Run, spec: ExportSpec, model: Any) -> None:
         super().__init__()
         self.run, self.single = run, not spec.any_batch
         self.pretrained_cfg, self.num_classes = model.pretrained_cfg, model.num_classes
@@ -299,7 +299,7 @@ class _Exported(nn.Module):
 
 
 @torch.no_grad()
-def _to_int8(folder: Path, model: nn.Module, batches: Sequence[Tensor]) -> str:
+def _to_int8(folder: Path, model: Any, batches: Sequence[Tensor]) -> str:
     """Quantize ``model.onnx`` in place. Returns how the outputs changed on the calibration images, in words.
 
     Raises:
@@ -411,14 +411,14 @@ class _Dense:
         return cards.dense_card(self.model, self.options.to, self.size, origin, "; ".join([outcome, *notes]))
 
 
-def default_size(model: nn.Module) -> tuple[int, int]:
+def default_size(model: Any) -> tuple[int, int]:
     """Rows and columns of a photograph, 4:3, as the model sees it in evaluation.
 
     A detector's short side; the sliding windows of a segmenter, else the shorter bound of its images, else the input
     size of its backbone. The long side is rounded up to a multiple of 32, within the bounds of the recipe.
     """
     if isinstance(model, Detector):
-        transform = model.detector.transform
+        transform: Any = model.detector.transform
         short, most = transform.min_size[-1], transform.max_size
     else:
         inference = model.config["preprocessing"].get("inference") or {}
@@ -430,7 +430,7 @@ def default_size(model: nn.Module) -> tuple[int, int]:
     return min(short, most), min(-(-short * 4 // (3 * 32)) * 32, most)
 
 
-def dense_spec(model: nn.Module, to: str, size: tuple[int, int]) -> ExportSpec:
+def dense_spec(model: Any, to: str, size: tuple[int, int]) -> ExportSpec:
     """How a detector or a segmenter is written to a format: reparameterized, for images of one size."""
     if to != "safetensors":
         model = reparameterize(copy.deepcopy(model))
@@ -446,8 +446,9 @@ def dense_spec(model: nn.Module, to: str, size: tuple[int, int]) -> ExportSpec:
 
 def _onnx_suppress(boxes: Any, scores: Any, groups: Any, count: int, threshold: float) -> Any:
     """`heads.detection.traceable.suppress` by ONNX's NonMaxSuppression, which numbers boxes class by class."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18
     own = op.Equal(op.Unsqueeze(groups, [0]), op.Unsqueeze(op.Constant(value_ints=list(range(count))), [1]))
     by_group = op.Where(own, op.Unsqueeze(scores, [0]), op.Constant(value_float=-1.0))
     found = op.NonMaxSuppression(

@@ -27,7 +27,7 @@ def image(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def fingerprint(model: Any, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """Shape, norm, largest magnitude and some values of the logits (of every map, if it gives maps) for `image` of
     ``[1, *input_size]``; plain numbers, for JSON. The model is to be in evaluation mode."""
     shape = (1, *input_size)
@@ -67,9 +67,9 @@ class RawOutputs(nn.Module):
     """What a dense model computes before it selects detections: numbers that change little where weights change little,
     as detections do not."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[1, C, H, W]`` to the maps of the neck, the logits and deltas on them, and of four fixed regions the
@@ -78,7 +78,7 @@ class RawOutputs(nn.Module):
             return self._queries(image)
         if not isinstance(self.model, Detector):
             return [self.model(image)]
-        detector = self.model.detector
+        detector: Any = self.model.detector
         maps = self.model.backbone(image)
         levels = list(maps.values())
         if not hasattr(detector, "rpn"):
@@ -100,7 +100,7 @@ class RawOutputs(nn.Module):
 
     def _queries(self, image: Tensor) -> list[Tensor]:
         """Every query attends everywhere: whether a place is outside its mask hangs on the sign of a logit."""
-        head = (self.model.detector if isinstance(self.model, Detector) else self.model).head
+        head: Any = (self.model.detector if isinstance(self.model, Detector) else self.model).head
         predictor = head.model.transformer_module.decoder.mask_predictor
         handle = predictor.register_forward_hook(lambda _, __, found: (found[0], torch.zeros_like(found[1])))
         try:

@@ -61,7 +61,8 @@ def read_folder(folder: str | Path) -> ModelFolder:
         path, config = dense
         return ModelFolder(path, config, path / WEIGHTS, dense=True)
     found = loading.resolve(folder)
-    return ModelFolder(found.folder, found.config, loading.weights_file(found), dense=False)
+    file = loading.weights_file(found)
+    return ModelFolder(file.parent, found.config or {}, file, dense=False)
 
 
 def published_config(cfg: Mapping[str, Any], num_classes: int, num_features: int) -> dict[str, Any]:

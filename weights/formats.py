@@ -70,11 +70,16 @@ class ExportSpec:
         return self._trace(_Half(self.model) if self.half else self.model)
 
     @functools.cached_property
-    def onnx(self) -> torch.onnx.ONNXProgram:
+    def onnx(self) -> Any:
         """The same in ONNX's operators."""
-        names = dict(input_names=[INPUT], output_names=list(self.outputs))
-        table = dict(self.translations) or None
-        return torch.onnx.export(self.program, dynamo=True, verbose=False, custom_translation_table=table, **names)
+        return torch.onnx.export(
+            self.program,
+            dynamo=True,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=list(self.outputs),
+            custom_translation_table=dict(self.translations) or None,
+        )
 
     @functools.cached_property
     def in_float(self) -> ExportSpec:
@@ -170,13 +175,13 @@ class _Half(nn.Module):
         return tuple(each.float() if each.is_floating_point() else each for each in outputs)
 
 
-def output_names(model: nn.Module) -> tuple[str, ...]:
+def output_names(model: Any) -> tuple[str, ...]:
     """What a model returns, by name, in the order in which an export returns it."""
     return ("boxes", "labels", "scores", "masks")[: 3 + model.masks] if isinstance(model, Detector) else ("logits",)
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+def outputs_of(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     """What a model returns for ``[B, C, H, W]`` (a detector: for one image), in the order in which an export does."""
     if isinstance(model, Detector):
         (found,) = model(list(images))

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import resolve_data_config
+from timm.data.config import resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
@@ -20,7 +20,7 @@ from ..backbones.images import MODES, label_names, preprocessing, read_image, to
 _BATCH = 32
 
 
-def metadata(model: nn.Module) -> dict[str, Any]:
+def metadata(model: Any) -> dict[str, Any]:
     """How images are prepared for a classifier, in timm's terms, and the names of its classes where they are known."""
     facts = {"architecture": model.pretrained_cfg["architecture"]}
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -41,7 +41,7 @@ def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image
     return {Path(name).name: to_mode(Image.fromarray(pixels), channels) for name, pixels in photos}
 
 
-def read_batches(model: nn.Module, paths: Sequence[str | Path]) -> list[Tensor]:
+def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
     """Image files, or all in folders of them, as a classifier takes them: ``[B, C, H, W]`` each."""
     files, extensions = [], get_img_extensions(as_set=True)
     for path in map(Path, paths):
@@ -54,7 +54,7 @@ def read_batches(model: nn.Module, paths: Sequence[str | Path]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def top1(model: nn.Module, images: str | Path, config: Mapping[str, Any]) -> tuple[float, int]:
+def top1(model: Any, images: str | Path, config: Mapping[str, Any]) -> tuple[float, int]:
     """Score of a classifier on an ImageFolder, in per cent, and the number of images.
 
     Args:

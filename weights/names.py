@@ -79,7 +79,7 @@ def family_filter(architecture: str) -> Callable[[dict[str, Any], nn.Module], di
     return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(_of_resnets(state, net)))
 
 
-def of_family(net: nn.Module, architecture: str) -> Translate:
+def of_family(net: Any, architecture: str) -> Translate:
     """From a file's names to those of a classifier or backbone."""
 
     def translate(state: State) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def of_family(net: nn.Module, architecture: str) -> Translate:
     return translate
 
 
-def of_dense(model: nn.Module, architecture: str, bgr: bool) -> Translate:
+def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
     """From a file's names to those of a detector or segmenter.
 
     Args:
@@ -120,7 +120,7 @@ def of_dense(model: nn.Module, architecture: str, bgr: bool) -> Translate:
     return translate
 
 
-def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
+def backbone_of(model: Any) -> tuple[str, Any]:
     """The prefix of a dense model's backbone, and the backbone, without what timm puts around it."""
     prefix = "detector.backbone.body." if isinstance(model, Detector) else "backbone.body."
     network = model.get_submodule(prefix.rstrip("."))
@@ -128,7 +128,7 @@ def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
     return (prefix, network) if inner is network else (f"{prefix}model.", inner)
 
 
-def without_getter(model: nn.Module) -> nn.Module:
+def without_getter(model: Any) -> Any:
     """The backbone itself, in a model of timm's that returns feature maps."""
     return model.model if type(model).__name__ == "FeatureGetterNet" else model
 
@@ -156,7 +156,7 @@ _DETECTRON2 = [  # detectron2's ResNet, timm's
 ]
 
 
-def _of_resnets(state: State, network: nn.Module) -> dict[str, Tensor]:
+def _of_resnets(state: State, network: Any) -> dict[str, Tensor]:
     """timm's names for detectron2's ResNet, whose frozen norms do not count batches, and for the stem of ResNet-C in
     mmdetection and mmsegmentation, whose last norm stands where other ResNets have their first; others as they are.
 
@@ -187,7 +187,7 @@ def _of_resnets(state: State, network: nn.Module) -> dict[str, Tensor]:
 
 
 def fitted(
-    state: dict[str, Tensor], net: nn.Module, translate: Translate, may_be_unused: Callable[[str], bool]
+    state: dict[str, Tensor], net: Any, translate: Translate, may_be_unused: Callable[[str], bool]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state of the model, made of all of ``state`` and nothing else, and the tensors of ``state`` left out of it.
 

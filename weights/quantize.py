@@ -44,10 +44,18 @@ def quantize(file: Path, target: Path, batches: Sequence[Tensor]) -> None:
         graph = onnx.load(prepared).graph
         weights = {each.name for each in graph.initializer}
         activations_only = [n.name for n in graph.node if n.op_type == "MatMul" and not weights & set(n.input)]
-        kinds = dict(activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, per_channel=True)
-        kinds |= dict(quant_format=q.QuantFormat.QDQ, calibrate_method=q.CalibrationMethod.MinMax)
-        operators = dict(op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=activations_only)
-        q.quantize_static(prepared, target, Reader(), **operators, **kinds)
+        q.quantize_static(
+            prepared,
+            target,
+            Reader(),
+            quant_format=q.QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=activations_only,
+            per_channel=True,
+            activation_type=q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+            calibrate_method=q.CalibrationMethod.MinMax,
+        )
 
 
 @contextmanager

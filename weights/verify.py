@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import nn
 
 from ..backbones import loading
 from ..backbones.download import file_sha256
@@ -118,7 +117,7 @@ def _record(found: ModelFolder) -> dict[str, Any]:
     return record | compared | {"fingerprint": {"input": shape, "outputs": outputs}}
 
 
-def _checks(model: nn.Module, found: ModelFolder, record: Mapping[str, Any]) -> Iterator[Check]:
+def _checks(model: Any, found: ModelFolder, record: Mapping[str, Any]) -> Iterator[Check]:
     """Names, parameters, outputs, and what is published."""
     inner = model.model if isinstance(model, RawOutputs) else without_getter(model)
     with safe_open(found.weights, framework="pt") as stream:
@@ -137,7 +136,7 @@ def _checks(model: nn.Module, found: ModelFolder, record: Mapping[str, Any]) -> 
         yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
 
 
-def _parameters(model: nn.Module, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
+def _parameters(model: Any, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
     count = sum(p.numel() for p in model.parameters())
     passed, text = count == record["parameters"], f"{count:,}"
     if not passed:
