@@ -93,7 +93,7 @@ def build_detector(
         min_size, max_size: in evaluation images are resized to this short side, within this long side.
         mean, std: per channel, of images in [0, 1]; None: the backbone's.
         strides: of the maps that the neck reads; None: the head's.
-        neck_kwargs, head_kwargs: see `necks`, `detection.detector`.
+        neck_kwargs, head_kwargs: see `necks`, `detection.heads`.
         sync_bn: of the whole detector.
         kwargs, options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ..., the model's own.
 

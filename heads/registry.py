@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .detection import detector
+from .detection import heads
 from .detection.mask2former import InstanceMask2Former
 from .segmentation import segmenter
 from .segmentation.mask2former import Mask2Former
@@ -58,11 +58,11 @@ class HeadSpec:
 _RCNN: dict[str, Any] = dict(first_class=1, extra_levels="pool", not_exported=_NO_OPENVINO)
 _SINGLE_STAGE: dict[str, Any] = dict(strides=(8, 16, 32), extra_levels="p6p7", not_exported=_NO_OPENVINO)
 _SPECS = (
-    HeadSpec("mask_rcnn", "detect", detector.mask_rcnn, masks=True, **_RCNN),
-    HeadSpec("cascade_mask_rcnn", "detect", detector.cascade_mask_rcnn, masks=True, **_RCNN),
-    HeadSpec("faster_rcnn", "detect", detector.faster_rcnn, **_RCNN),
-    HeadSpec("retinanet", "detect", detector.retinanet, **_SINGLE_STAGE),
-    HeadSpec("fcos", "detect", detector.fcos, **_SINGLE_STAGE),
+    HeadSpec("mask_rcnn", "detect", heads.mask_rcnn, masks=True, **_RCNN),
+    HeadSpec("cascade_mask_rcnn", "detect", heads.cascade_mask_rcnn, masks=True, **_RCNN),
+    HeadSpec("faster_rcnn", "detect", heads.faster_rcnn, **_RCNN),
+    HeadSpec("retinanet", "detect", heads.retinanet, **_SINGLE_STAGE),
+    HeadSpec("fcos", "detect", heads.fcos, **_SINGLE_STAGE),
     HeadSpec(
         "mask2former",
         "detect",
@@ -84,13 +84,15 @@ def head_spec(task: str, name: str) -> HeadSpec:
     """The entry of a head.
 
     Raises:
-        ValueError: no such head for the task; the message lists those that there are.
+        ValueError: no such task, or no such head for it; the message lists those that there are.
 
     Examples:
         >>> from foveal.heads.registry import head_spec
         >>> head_spec("segment", "upernet").not_exported
         {}
     """
+    if task not in HEADS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(HEADS)}")
     if name not in HEADS[task]:
         raise ValueError(f"unknown head {name!r} for {task}; choose from {', '.join(HEADS[task])}")
     return HEADS[task][name]

@@ -24,6 +24,7 @@ from ..backbones.loading import load, local_path, refuse_exported, resolve
 from ..heads.checkpoint import load_dense, read_dense_config, reparameterize
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
+from ..heads.registry import head_spec
 from . import ANY_SIZE, cards
 from .compare import Difference, compare, detection_error, relative_error
 from .folder import RECORD, TOLERANCE, check_output, published_config, staged, without_record, write_config
@@ -34,7 +35,6 @@ INT8_TOLERANCE = 0.25  # root mean square, of the logits': beyond it, the calibr
 INT8_LARGEST = 1.0  # of the largest logit, on the inputs of the check, noise among them
 HALF_TOLERANCE = 1e-2  # of the largest logit, of a model in float16, whose numbers have 11 bits
 _TRACED_SIZE = (136, 152)  # for dynamic shape: no map of any level has a length that a tracer takes for a constant
-_OPENVINO = ("upernet", "semantic_fpn")  # heads that were seen to give the same outputs there
 
 
 @dataclass(frozen=True)
@@ -349,13 +349,12 @@ class _Dense:
         asked |= {"--dynamic": options.dynamic, "--score": options.score is not None}
         if given := [name for name, value in asked.items() if value]:
             raise ValueError(f"{', '.join(given)}: for classifiers only; {source} is a detector or segmenter")
-        to, size, task = options.to, options.size, self.read.get("task")
-        head = (self.read.get("arguments") or {}).get("head")
-        known = ("safetensors", "onnx", "pt2") + ("openvino",) * (head in _OPENVINO)
-        if (task, head) == ("detect", "mask2former"):  # its boxes jump by a pixel where a mask's logit changes its sign
-            known = ("safetensors",)
+        to, size = options.to, options.size
+        head = head_spec(self.read.get("task"), (self.read.get("arguments") or {}).get("head"))
+        known = [name for name in ("safetensors", "onnx", "pt2", "openvino") if name not in head.not_exported]
         if to not in known:
-            raise ValueError(f"{source} is a {head} ({task}), which exports to {', '.join(known)}, not to {to}")
+            reason = head.not_exported.get(to, "it is for classifiers only")
+            raise ValueError(f"{head.name} ({head.task}) exports to {', '.join(known)}, not to {to}: {reason}")
         FORMATS[to].check(to)
         if size is not None and (to == "safetensors" or len(size) != 2 or min(size) < 1):
             raise ValueError(f"size must be positive rows and columns, and none for safetensors; got {size} for {to}")

@@ -20,7 +20,8 @@ from ..backbones import list_models
 from ..backbones.base import unwrap
 from ..heads.detection import Detector
 from ..heads.detection.published import from_published
-from ..heads.necks.a3fpn import A3FPN, published_state
+from ..heads.necks import A3FPN
+from ..heads.necks.published import published_state
 from ..heads.segmentation.published import from_mask2former, from_mmseg
 from .cards import listed
 from .manifest import checkpoints

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..names import translate
+
 # mmdet's name, ours; {} is a number
 _FPN = (
     ("neck.lateral_convs.{}.conv.", "detector.backbone.neck.pyramid.inner_blocks.{}.0."),
@@ -55,10 +57,7 @@ _DETECTRON2 = (
     ("roi_heads.mask_head.deconv.", "detector.roi_heads.mask_predictor.conv5_mask."),
     ("roi_heads.mask_head.predictor.", "detector.roi_heads.mask_predictor.mask_fcn_logits."),
 )
-_NAMES = [
-    (re.compile(re.escape(theirs).replace(r"\{\}", r"(\d+)")), ours)
-    for theirs, ours in (*_FPN, *_RCNN, *_CASCADE, *_RETINA, *_DETECTRON2)
-]
+_NAMES = (*_FPN, *_RCNN, *_CASCADE, *_RETINA, *_DETECTRON2)
 
 
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,14 +79,9 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stage = r"(\d\.)?" if any(".shared_convs." in name for name in state_dict) else ""
     by_class = re.compile(rf"\.box_predictor\.{stage}bbox_pred\.")
     for name, tensor in state_dict.items():
-        for theirs, ours in _NAMES:
-            if match := theirs.match(name):
-                own = ours.format(*match.groups()) + name[match.end() :]
-                break
-        else:
-            raise ValueError(
-                f"{name} is no parameter of Faster, Mask or Cascade Mask R-CNN or RetinaNet with an FPN or A3-FPN"
-            )
+        own = translate(name, _NAMES)
+        if own is None:
+            raise ValueError(f"{name} is no parameter of a supported detector with an FPN or A3-FPN")
         if ".cls_score." in own:
             tensor = tensor.roll(1, 0)
         elif by_class.search(own):

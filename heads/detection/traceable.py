@@ -16,7 +16,8 @@ from torch import nn
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
 from .cascade import CascadeHeads
-from .detector import AlignedPool, Detector
+from .detector import Detector
+from .parts import AlignedPool
 
 Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 

@@ -18,15 +18,14 @@ It compiles, and exports to ONNX too.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..backbone import ShapeSpec
 from .resample import DeformableResampling
@@ -106,16 +105,10 @@ class RepVGG(nn.Module):
     def reparameterize(self) -> None:
         if self.folded is not None:
             return
-        kernels, biases = [], []
-        for branch in (self.conv1, self.conv2):
-            scale = branch.norm.weight / (branch.norm.running_var + branch.norm.eps).sqrt()
-            kernels.append(branch.conv.weight * scale[:, None, None, None])
-            biases.append(branch.norm.bias - branch.norm.running_mean * scale)
-        weight = kernels[0] + F.pad(kernels[1], [1, 1, 1, 1])
-        self.folded = nn.Conv2d(*weight.shape[1::-1], 3, padding=1).to(weight)
-        self.folded.weight.copy_(weight)
-        self.folded.bias.copy_(sum(biases))
-        self.folded.train(self.training)
+        three, one = (fuse_conv_bn_eval(x.conv.eval(), x.norm.eval()) for x in (self.conv1, self.conv2))
+        three.weight += F.pad(one.weight, [1, 1, 1, 1])
+        three.bias += one.bias
+        self.folded = three.train(self.training)
         del self.conv1, self.conv2
 
 
@@ -203,14 +196,26 @@ class Reassemble(nn.Module):
 class Level(nn.Module):
     """One level of a column: the others sampled to it, nearest first and coarser before finer; fused; reassembled."""
 
-    def __init__(self, level: int, channels: Sequence[int], strides: Sequence[int], groups: int, **fusion: Any) -> None:
+    def __init__(
+        self,
+        level: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        groups: int,
+        resampling_groups: int,
+        resampling: dict[str, Any] | None,
+        **fusion: Any,
+    ) -> None:
         super().__init__()
+        if resampling is not None:
+            resampling = {"groups": resampling_groups, **resampling}
         self.level = level
         self.sources = sources(level, len(channels))
         self.samples = nn.ModuleList(
             Sample(channels[i], channels[level], *_ratio(strides[i], strides[level])) for i in self.sources
         )
-        self.fusion = Fusion(channels[level], len(channels), **fusion)
+        self.fusion = Fusion(channels[level], len(channels), resampling=resampling, **fusion)
         self.reassemble = Reassemble(channels[level], groups)
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
@@ -296,67 +301,37 @@ class A3FPN(nn.Module):
     ) -> None:
         super().__init__()
         count = len(spec)
-        if count < 2:
-            raise ValueError(f"A3FPN fuses at least two maps, got channels {spec.channels}")
-        for name, value, known in (
-            ("preset", preset, tuple(PRESETS)),
-            ("direction", direction, ("top_down", "bottom_up")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        columns = count - 1 if columns is None else columns
+        if not 1 <= columns < count:
+            raise ValueError(f"columns must be from 1 to {count - 1} for channels {spec.channels}, got {columns}")
+        if not 0 <= start_level < count:
+            raise ValueError(f"start_level must be one of {count} levels, got {start_level}")
         extra = {None: 0, "pool": 0, "p6p7": 2}.get(extra_levels, extra_levels)
         if not isinstance(extra, int) or extra < 0:
             raise ValueError(f'extra_levels must be None, "pool", "p6p7" or a number of maps, got {extra_levels!r}')
-        if not 0 <= start_level < count:
-            raise ValueError(f"start_level must be one of {count} levels, got {start_level}")
-        columns = count - 1 if columns is None else columns
-        if not 1 <= columns < count:
-            raise ValueError(f"{count} levels make up to {count - 1} columns, got columns={columns}")
-        settings = PRESETS[preset]
-        limit = settings["squeeze_limit"] or 2**count
-        squeeze = self._by_level("squeeze", squeeze, [min(2**i, limit) for i in range(count)])
-        widths = [channels // s for channels, s in zip(spec.channels, squeeze, strict=True)]
-        if min(widths) < 1:
-            raise ValueError(f"squeeze {squeeze} leaves nothing of channels {spec.channels}")
-        compress = self._by_level("compress", compress, [max(width // _GROUP, 8) for width in widths])
-        groups = self._by_level("groups", groups, [_groups(width) for width in widths])
-        dcn_groups = self._by_level("resampling_groups", resampling_groups, [_groups(width) for width in widths])
-        if resampling is None:
-            resampling = settings["resampling"]
-        if resampling == "last":
-            resampling = [False] * (columns - 1) + [True]
-        resampling = [resampling] * columns if isinstance(resampling, bool) else list(resampling)
-        if len(resampling) != columns:
-            raise ValueError(f"resampling is for {columns} columns, got {resampling}")
+        bottom_up = _one_of("direction", direction, ("top_down", "bottom_up")) == "bottom_up"
+        settings = PRESETS[_one_of("preset", preset, PRESETS)]
+        own = dict(squeeze=squeeze, compress=compress, groups=groups, resampling_groups=resampling_groups)
+        squeeze, widths, levels = _by_level(spec, settings["squeeze_limit"] or 2**count, own)
+        resamples = _by_column(settings["resampling"] if resampling is None else resampling, columns)
         kwargs["offset_scale"] = settings["offset_scale"] if offset_scale is None else offset_scale
-        expansion = settings["expansion"] if expansion is None else expansion
+        fusion = dict(blocks=blocks, expansion=settings["expansion"] if expansion is None else expansion)
 
         self.squeeze = nn.ModuleList(
             ConvNormAct(inputs, width) if s != 1 else nn.Identity()
             for inputs, width, s in zip(spec.channels, widths, squeeze, strict=True)
         )
-        self.updated_first = updated_first and direction == "bottom_up"
+        heights = range(count - columns + 1, count + 1)
+        self.levels = [list(range(h) if bottom_up else range(count - h, count)) for h in heights]  # that columns read
         self.columns = nn.ModuleList()
-        self.levels: list[list[int]] = []  # that each column reads
-        for height, resamples in zip(range(count - columns + 1, count + 1), resampling, strict=True):
-            read = list(range(count))[-height:] if direction == "top_down" else list(range(height))
-            given = [level for level in read if height < count or level >= start_level]
-            self.levels.append(read)
-            column = {
-                str(level): Level(
-                    read.index(level),
-                    [widths[i] for i in read],
-                    [spec.strides[i] for i in read],
-                    groups[level],
-                    compress=compress[level],
-                    blocks=blocks,
-                    expansion=expansion,
-                    resampling={"groups": dcn_groups[level], **kwargs} if resamples else None,
-                )
-                for level in given
-            }
-            self.columns.append(nn.ModuleDict(column))
-
+        for read, resampled in zip(self.levels, resamples, strict=True):
+            inputs = [widths[i] for i in read], [spec.strides[i] for i in read]
+            made = read if len(read) < count else read[start_level:]
+            around = dict(fusion, resampling=kwargs if resampled else None)
+            self.columns.append(
+                nn.ModuleDict({str(i): Level(read.index(i), *inputs, **levels[i], **around) for i in made})
+            )
+        self.updated_first = updated_first and bottom_up
         self.start_level = start_level
         self.outputs = nn.ModuleList(ConvNormAct(width, out_channels, 3) for width in widths[start_level:])
         self.pool = extra_levels == "pool"
@@ -364,13 +339,6 @@ class A3FPN(nn.Module):
         coarser = [spec.strides[-1] * 2 ** (i + 1) for i in range(extra + self.pool)]
         strides = (*spec.strides[start_level:], *coarser)
         self.spec = ShapeSpec((out_channels,) * len(strides), strides)
-
-    @staticmethod
-    def _by_level(name: str, given: Sequence[int] | None, default: list[int]) -> list[int]:
-        given = default if given is None else list(given)
-        if len(given) != len(default) or min(given) < 1:
-            raise ValueError(f"{name} must be {len(default)} numbers of at least 1, got {given}")
-        return given
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Maps ``[B, C, h, w]`` as the given spec says, of any sizes, to those of `spec`.
@@ -410,256 +378,43 @@ class A3FPN(nn.Module):
         return self
 
 
+def _one_of(name: str, value: str, known: Collection[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _by_level(
+    spec: ShapeSpec, limit: int, given: dict[str, Sequence[int] | None]
+) -> tuple[list[int], list[int], list[dict[str, int]]]:
+    """How many times the maps are squeezed, their channels then, and the further settings of each level."""
+
+    def checked(name: str, default: list[int]) -> list[int]:
+        values = default if given[name] is None else list(given[name])
+        if len(values) != len(spec) or min(values) < 1:
+            raise ValueError(f"{name} must be {len(spec)} numbers of at least 1, got {values}")
+        return values
+
+    squeeze = checked("squeeze", [min(2**i, limit) for i in range(len(spec))])
+    widths = [channels // s for channels, s in zip(spec.channels, squeeze, strict=True)]
+    if min(widths) < 1:
+        raise ValueError(f"squeeze {squeeze} leaves nothing of channels {spec.channels}")
+    defaults = {name: [_groups(width) for width in widths] for name in ("groups", "resampling_groups")}
+    defaults["compress"] = [max(width // _GROUP, 8) for width in widths]
+    settings = {name: checked(name, default) for name, default in defaults.items()}
+    return squeeze, widths, [{name: each[i] for name, each in settings.items()} for i in range(len(spec))]
+
+
+def _by_column(resampling: bool | str | Sequence[bool], columns: int) -> list[bool]:
+    if resampling == "last":
+        return [False] * (columns - 1) + [True]
+    resamples = [resampling] * columns if isinstance(resampling, bool) else list(resampling)
+    if len(resamples) != columns:
+        raise ValueError(f"resampling must be {columns} values, one for each column, got {resamples}")
+    return resamples
+
+
 def _groups(width: int) -> int:
     """How many groups of at least 16 channels (all of them if there are fewer) divide the width."""
     size = next(size for size in range(min(_GROUP, width), width + 1) if width % size == 0)
     return width // size
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The authors' keywords and parameter names (mason-ching/A3-FPN, commit 95cb097).
-
-_SAMPLER = re.compile(r"(up|down)sample(\d?)")
-_RENAMED = (
-    (r"\.MCA\.weight_level_(\d)\.", lambda m: f".fusion.compress.{int(m[1]) - 1}."),
-    (r"\.MCA\.weight_levels\.bottlenecks\.", ".fusion.weights.blocks."),
-    (r"\.MCA\.weight_levels\.conv3\.conv\.", ".fusion.weights.conv3."),
-    (r"\.MCA\.weight_levels\.", ".fusion.weights."),
-    (r"\.MCA\.context_conv\.", ".fusion.context."),
-    (r"\.MCA\.resampler(\d)\.", lambda m: f".fusion.resamplers.{int(m[1]) - 1}."),
-    (r"\.resampling\.offset_mask_dw\.", ".resampling.context."),
-    (r"\.resampling\.offset_mask\.", ".resampling.points."),
-    (r"\.resampling\.value_proj\.", ".resampling.value."),
-    (r"\.resampling\.output_proj\.", ".resampling.output."),
-    (r"\.resampling\.center_feature_scale_proj_", ".resampling.center_gate."),
-    (r"\.ICA\.gn\.", ".reassemble.gate."),
-    (r"\.ICA\.", ".reassemble."),
-)
-
-
-def from_published(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> A3FPN:
-    """The neck of one of the authors' models, with its weights.
-
-    Args:
-        config: keywords of the authors' ``A3FPN``, with their defaults: ``in_channels``, ``out_channels``, ``squeeze``,
-            ``compress_channel``, ``group_num``, ``num_repblocks``, ``expansion``, ``using_resampling``, ``dcn_groups``,
-            ``dcn_config``, and of their mmdetection version ``num_outs`` and ``end_level``. ``direction`` (ours)
-            decides where the widths leave open whether the columns grow upwards or downwards.
-        state_dict: the neck's weights under their names, alone or in the checkpoint of a whole model (``neck.`` in
-            mmdetection, ``backbone.a3fpn.`` in detectron2, ``decode_head.a3fpn.`` in mmsegmentation,
-            ``...pixel_decoder.a3fpn.`` in Mask2Former).
-
-    Returns:
-        The neck in training mode. The map that detectron2 pools from the last one is not this class's there, nor here.
-
-    Raises:
-        ValueError: on keywords or weights that this neck does not have.
-    """
-    state = _neck_weights(state_dict)
-    mmdet = "conv44.conv.weight" in state
-    config = dict(config)
-    given = {**_published_defaults(mmdet), **{name: value for name, value in config.items() if name != "direction"}}
-    unknown = sorted(set(given) - set(_published_defaults(True)) - {"norm", "init_cfg"})
-    if unknown:
-        raise ValueError(f"the published A3FPN has no {', '.join(unknown)}")
-    for name in ("norm", "norm_cfg"):
-        kind = given[name].get("type") if isinstance(given.get(name), Mapping) else given.get(name)
-        if kind not in (None, "SyncBN", "BN", "nnSyncBN"):
-            raise ValueError(f"{name} is {kind!r}, this neck has BatchNorm (SyncBN) only")
-
-    channels = tuple(given["in_channels"])
-    spread = lambda value: [value] * len(channels) if isinstance(value, int) else list(value)  # noqa: E731
-    squeeze = spread(given["squeeze"])
-    columns = len({height for height, _ in filter(None, map(_body, state))})
-    resampling = spread(given["using_resampling"])[-columns:]
-    direction = config.get("direction") or _direction(state, state_dict, config, channels, squeeze)
-    start = max(given["end_level"] - given["num_outs"], 0)
-    made = (given["num_outs"] > len(channels)) + start
-
-    neck = A3FPN(
-        ShapeSpec(channels, tuple(4 * 2**i for i in range(len(channels)))),
-        given["out_channels"],
-        direction=direction,
-        columns=columns,
-        extra_levels=made,
-        start_level=start,
-        squeeze=squeeze,
-        compress=given["compress_channel"],
-        groups=given["group_num"],
-        resampling=[bool(r) for r in resampling],
-        resampling_groups=spread(given["dcn_groups"]),
-        expansion=given["expansion"],
-        blocks=given["num_repblocks"],
-        updated_first=direction == "bottom_up",
-        **_resampler_arguments(given["dcn_config"]),
-    )
-    _load_published(neck, state)
-    return neck
-
-
-def load_published(neck: A3FPN, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Loads the authors' weights into a neck of their settings, or, where they don't fit it, nothing.
-
-    Args:
-        state_dict: as `from_published` takes it.
-
-    Raises:
-        ValueError: names or shapes that are not this neck's.
-    """
-    _load_published(neck, _neck_weights(state_dict))
-
-
-def published_state(neck: A3FPN, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The authors' weights, as `from_published` takes them, under the names of a neck of their settings.
-
-    Left out is what the authors compute and drop, and convolutions that they keep folded beside their branches.
-    """
-    return _renamed(neck, _neck_weights(state_dict))
-
-
-def _published_defaults(mmdet: bool) -> dict[str, Any]:
-    widths = [16, 16, 16, 32] if mmdet else [16, 16, 32, 32]
-    return dict(
-        in_channels=[256, 512, 1024, 2048],
-        out_channels=256,
-        num_outs=5 if mmdet else 4,
-        end_level=5 if mmdet else 4,
-        squeeze=1,
-        act=None,
-        norm_cfg=None,
-        compress_channel=widths,
-        group_num=widths,
-        num_repblocks=1,
-        expansion=1.0,
-        using_resampling=False,
-        dcn_groups=4,
-        dcn_config={},
-    )
-
-
-def _resampler_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    config = dict(
-        dict(
-            dcn_norm="LN",
-            offset_scale=0.5,
-            dw_kernel_size=3,
-            dcn_output_bias=False,
-            center_feature_scale=False,
-            remove_center=False,
-            without_pointwise=False,
-        ),
-        **config,
-    )
-    norm = config.pop("dcn_norm")
-    norm = norm.get("type") if isinstance(norm, Mapping) else norm
-    if norm not in ("LN", "", False, None):
-        raise ValueError(f"dcn_norm is {norm!r}, the resampled maps have LN or nothing")
-    arguments = dict(
-        norm=norm == "LN",
-        offset_scale=config.pop("offset_scale"),
-        context_kernel=config.pop("dw_kernel_size"),
-        output_bias=config.pop("dcn_output_bias"),
-        center_scale=config.pop("center_feature_scale"),
-        center=not config.pop("remove_center"),
-        pointwise=not config.pop("without_pointwise"),
-    )
-    if config:
-        raise ValueError(f"the published resampler has no {', '.join(sorted(config))}")
-    return arguments
-
-
-def _neck_weights(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The neck's tensors out of a whole model's, without what stands before their names."""
-    for key in ("state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    prefixes = {name[: name.index("a3fpn_body.")] for name in state_dict if "a3fpn_body." in name}
-    if len(prefixes) != 1:
-        found = ", ".join(sorted(prefixes)) or "none"
-        raise ValueError(f"the weights of one A3-FPN are wanted, found before its names: {found}")
-    (prefix,) = prefixes
-    own = re.compile(r"a3fpn_body\.|conv[0-4]+\.|extra_convs\.")
-    state = {n[len(prefix) :]: torch.as_tensor(t) for n, t in state_dict.items() if n.startswith(prefix)}
-    # folded convolutions, which the authors keep beside their branches
-    return {n: t for n, t in state.items() if own.match(n) and not re.search(r"bottlenecks\.\d+\.conv\.", n)}
-
-
-def _direction(
-    state: Mapping[str, torch.Tensor],
-    whole: Mapping[str, Any],
-    config: Mapping[str, Any],
-    channels: Sequence[int],
-    squeeze: Sequence[int],
-) -> str:
-    """By the widths of the first column; where all levels have the same, by whose names or keywords these are."""
-    widths = [c // s for c, s in zip(channels, squeeze, strict=True)]
-    for height in range(2, len(widths)):
-        own = [state.get(f"a3fpn_body.a3fpn_{height}_level{i}.ICA.norm.weight") for i in range(height)]
-        if all(x is not None for x in own) and widths[:height] != widths[-height:]:
-            return "top_down" if [len(x) for x in own] == widths[-height:] else "bottom_up"
-    mmseg = any("decode_head." in name for name in whole) or "norm_cfg" in config
-    return "bottom_up" if mmseg and "conv44.conv.weight" not in state else "top_down"
-
-
-def _body(name: str) -> tuple[int, int] | None:
-    """Height and level of the column that a published name is of."""
-    match = re.match(r"a3fpn_body\.a3fpn_(\d+)_level(\d+)\.", name)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def _renamed(neck: A3FPN, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    own, start = neck.state_dict(), neck.start_level
-    # mmdetection's always has conv44, used or not; the maps after it are extra_convs
-    conv44 = len(neck.extra) > len({name.split(".")[1] for name in state if name.startswith("extra_convs.")})
-    result: dict[str, torch.Tensor] = {}
-    unused = {f"conv{i}{i}" for i in range(start)} | (set() if conv44 else {"conv44"})
-    smallest = len(neck.levels[0])
-    for name, tensor in state.items():
-        first, _, rest = name.partition(".")
-        if body := _body(name):
-            height, position = body
-            level = neck.levels[height - smallest][position]
-            if height == len(neck.squeeze) and level < start:
-                continue  # computed and then dropped there
-            name = f"columns.{height - smallest}.{level}." + _level_name(name.split(".", 2)[2], height, position)
-        elif first in unused:
-            continue
-        elif first == "extra_convs":
-            i, _, rest = rest.partition(".")
-            name = f"extra.{int(i) + conv44}.{rest}"
-        elif first == "conv44":
-            name = f"extra.0.{rest}"
-        elif len(first) == len("conv0"):
-            name = f"squeeze.{first[-1]}.{rest}"
-        else:
-            name = f"outputs.{int(first[-1]) - start}.{rest}"
-        if name in own and tensor.ndim == 2 and own[name].ndim == 4:  # linear layers are 1x1 convolutions here
-            tensor = tensor[:, :, None, None]
-        result[name] = tensor
-    return result
-
-
-def _load_published(neck: A3FPN, state: dict[str, torch.Tensor]) -> None:
-    own, renamed = neck.state_dict(), _renamed(neck, state)
-    wrong = [n for n, x in own.items() if n in renamed and x.shape != renamed[n].shape]
-    parts = (
-        ("missing", sorted(set(own) - set(renamed))),
-        ("unexpected", sorted(set(renamed) - set(own))),
-        ("of another shape", [f"{n} {tuple(renamed[n].shape)} for {tuple(own[n].shape)}" for n in wrong]),
-    )
-    if any(names for _, names in parts):
-        found = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{' ...' * (len(n) > 4)}" for what, n in parts if n)
-        raise ValueError(f"the weights are not of this neck: {found}")
-    neck.load_state_dict(renamed)
-
-
-def _level_name(name: str, height: int, level: int) -> str:
-    if match := _SAMPLER.match(name):
-        factor = int(match[2] or 2)
-        source = level + int(math.log2(factor)) * (1 if match[1] == "up" else -1)
-        rest = name.partition(".sample_layer.")[2].removeprefix("0.")
-        return f"samples.{sources(level, height).index(source)}.conv.{rest}"
-    name = "." + name
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name[1:]

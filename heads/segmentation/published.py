@@ -1,15 +1,16 @@
 """The parameter names of published segmenters: of UPerNet in mmsegmentation and in transformers' port of it, and of the
 authors' Mask2Former."""
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..necks.a3fpn import A3FPN, load_published
+from ..names import check_fit, translate
+from ..necks.a3fpn import A3FPN
+from ..necks.published import load_published
 
 # mmseg's name, ours; {} is a number. The convolutions of both have a `conv`; its norm is mmseg's `bn`, ours `norm`.
-_UPERNET = (
+UPERNET = (
     ("decode_head.psp_modules.{}.1.", "head.pooling.parts.{}."),
     ("decode_head.bottleneck.", "head.pooling.fuse."),
     ("decode_head.lateral_convs.{}.", "head.neck.lateral.{}."),
@@ -52,14 +53,6 @@ _MASK2FORMER = (
 )
 
 
-def _translate(name: str, prefixes: tuple[tuple[str, str], ...]) -> str | None:
-    for source, target in prefixes:
-        match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
-        if match:
-            return target.format(*match.groups()) + name[match.end() :]
-    return None
-
-
 def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The heads of a published UPerNet under the names of `Segmenter`, without its backbone and its A3-FPN.
 
@@ -73,7 +66,7 @@ def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith(("decode_head.", "auxiliary_head.")) or name.startswith("decode_head.a3fpn."):
             continue
         usual = name.replace(".batch_norm.", ".bn.").replace("_head.classifier.", "_head.conv_seg.")
-        own = _translate(usual, _UPERNET)
+        own = translate(usual, UPERNET)
         if own is None:
             raise ValueError(f"{name} is no parameter of UPerNet")
         result[own.replace(".bn.", ".norm.")] = tensor
@@ -93,7 +86,7 @@ def from_mask2former(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str,
     """
     result = {}
     for name, tensor in state_dict.items():
-        own = _translate(name, _MASK2FORMER)
+        own = translate(name, _MASK2FORMER)
         if own is None:
             raise ValueError(f"{name} is no parameter of Mask2Former")
         if ".self_attn.in_proj_" in own:
@@ -101,17 +94,6 @@ def from_mask2former(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str,
                 result[prefix + own.replace("in_proj_", f"{part}_proj.")] = value
         else:
             result[prefix + own] = tensor
-    return result
-
-
-def to_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The heads of a `Segmenter` with UPerNet and its own top-down path under mmsegmentation's names."""
-    prefixes = tuple((own, published) for published, own in _UPERNET)
-    result = {}
-    for name, tensor in state_dict.items():
-        published = _translate(name.replace(".norm.", ".bn."), prefixes)
-        if published is not None:
-            result[published] = tensor
     return result
 
 
@@ -133,19 +115,9 @@ def load_heads(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
     found = from_mmseg(state_dict)
     if not any(name.startswith("auxiliary.") for name in own):
         found = {name: t for name, t in found.items() if not name.startswith("auxiliary.")}
-    missing, foreign = [n for n in own if n not in found], [n for n in found if n not in own]
-    shapes = [n for n in own if n in found and own[n].shape != found[n].shape]
-    kept = [n for n in shapes if ".classifier.conv." in n]
-    shapes = [n for n in shapes if n not in kept]
-    for what, names in (
-        ("lacks", missing),
-        ("has besides", foreign),
-        ("has other shapes of", shapes),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"the checkpoint {what} {', '.join(names[:3])}{more}")
+    other = [n for n in own if ".classifier.conv." in n and n in found and own[n].shape != found[n].shape]
+    check_fit(own, found, other_shape=other)
     if neck is not None:
         load_published(neck, {n: t for n, t in state_dict.items() if n.startswith("decode_head.a3fpn.")})
-    model.load_state_dict({n: t for n, t in found.items() if n not in kept}, strict=False)
-    return kept
+    model.load_state_dict({n: t for n, t in found.items() if n not in other}, strict=False)
+    return other

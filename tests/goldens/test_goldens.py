@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import foveal.backbones
 import foveal.kernels
-from foveal.heads.necks.a3fpn import from_published
+
+from ..heads.published_names import from_published
 
 HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))

@@ -12,8 +12,11 @@ from torch import nn
 
 from foveal.heads.backbone import ShapeSpec
 from foveal.heads.necks import A3FPN
-from foveal.heads.necks.a3fpn import RepVGG, Sample, from_published
+from foveal.heads.necks.a3fpn import RepVGG, Sample
+from foveal.heads.necks.published import load_published
 from foveal.heads.necks.resample import DeformableResampling, deformable_aggregate
+
+from .published_names import from_published
 
 R50 = ShapeSpec((256, 512, 1024, 2048), (4, 8, 16, 32))
 SMALL = ShapeSpec((16, 24, 32, 48), (4, 8, 16, 32))
@@ -120,7 +123,7 @@ def test_resampling_module():
     gate = torch.sigmoid(torch.einsum("gc,bchw->bghw", module.center_gate.weight[..., 0, 0], y))
     gate = torch.sigmoid(torch.logit(gate) + module.center_gate.bias[:, None, None]).repeat_interleave(4, 1)
     torch.testing.assert_close(module(x, context), module.output(y * (1 - gate) + value * gate))
-    with pytest.raises(ValueError, match="10 channels can't be split into 4 groups"):
+    with pytest.raises(ValueError, match=r"10.*4"):
         DeformableResampling(10, 4)
 
 
@@ -283,22 +286,22 @@ def test_export(tmp_path):
 
 def test_bad_arguments():
     for kwargs, message in (
-        (dict(preset="tiny"), "preset must be one of .*'tiny'"),
-        (dict(direction="up"), "direction must be one of .*'up'"),
-        (dict(columns=4), "4 levels make up to 3 columns, got columns=4"),
-        (dict(extra_levels="p8"), "extra_levels must be .*'p8'"),
-        (dict(start_level=4), "start_level must be one of 4 levels, got 4"),
-        (dict(squeeze=(1, 2)), r"squeeze must be 4 numbers of at least 1, got \[1, 2\]"),
-        (dict(squeeze=(1, 2, 64, 4)), "leaves nothing"),
-        (dict(resampling=[True]), r"resampling is for 3 columns, got \[True\]"),
+        (dict(preset="tiny"), r"preset.*full, lite.*tiny"),
+        (dict(direction="up"), r"direction.*top_down, bottom_up.*'up'"),
+        (dict(columns=4), r"columns.*3.*4"),
+        (dict(extra_levels="p8"), r"extra_levels.*p8"),
+        (dict(start_level=4), r"start_level.*4"),
+        (dict(squeeze=(1, 2)), r"squeeze.*4.*\[1, 2\]"),
+        (dict(squeeze=(1, 2, 64, 4)), r"squeeze.*64"),
+        (dict(resampling=[True]), r"resampling.*3.*\[True\]"),
     ):
         with pytest.raises(ValueError, match=message):
             A3FPN(SMALL, **kwargs)
-    with pytest.raises(ValueError, match="at least two maps"):
+    with pytest.raises(ValueError, match=r"\(8,\)"):
         A3FPN(ShapeSpec((8,), (4,)))
-    with pytest.raises(ValueError, match="strides must divide one another, got 6 and 4"):
+    with pytest.raises(ValueError, match=r"6.*4"):
         A3FPN(ShapeSpec((8, 8), (4, 6)))
-    with pytest.raises(ValueError, match="made for 4 maps, got 3"):
+    with pytest.raises(ValueError, match=r"4.*3"):
         A3FPN(SMALL, **PLAIN)(pyramid(32, 32)[:3])
 
 
@@ -435,18 +438,11 @@ def test_detector_of_detectron2():
 
 
 def test_segmentor_of_mmsegmentation():
-    """Columns upwards, told by their widths, or by the names where the widths are all the same."""
+    """Columns upwards."""
     state = fill(published_spec(CONFIG, "bottom_up"))
-    neck = from_published(CONFIG, state)
+    neck = from_published(CONFIG, {f"decode_head.a3fpn.{n}": x for n, x in state.items()}, "bottom_up")
     assert neck.levels == [[0, 1], [0, 1, 2], [0, 1, 2, 3]] and neck.updated_first
     assert shares(neck, state) == {n for n, x in state.items() if x.ndim}
-
-    config = CONFIG | dict(in_channels=[16] * 4, squeeze=1, compress_channel=[4] * 4, dcn_groups=2)
-    state = fill(published_spec(config | dict(squeeze=[1] * 4, dcn_groups=[2] * 4), "bottom_up"))
-    assert not from_published(config, state).updated_first
-    assert from_published(config, {f"decode_head.a3fpn.{n}": x for n, x in state.items()}).updated_first
-    assert from_published(config | dict(norm_cfg=dict(type="SyncBN")), state).updated_first
-    assert from_published(config | dict(direction="bottom_up"), state).updated_first
 
 
 def test_pixel_decoder_of_mask2former():
@@ -465,23 +461,19 @@ def test_deployed_checkpoint_keeps_its_branches():
 
 def test_published_refusals():
     state = fill(published_spec(CONFIG, convs=5))
-    for config, change, message in (
-        (dict(inn_channels=3), {}, "the published A3FPN has no inn_channels"),
-        (dict(norm_cfg=dict(type="GN")), {}, "norm_cfg is 'GN'"),
-        (dict(dcn_config=dict(dcn_norm="BN")), {}, "dcn_norm is 'BN'"),
-        (dict(dcn_config=dict(kernel=5)), {}, "the published resampler has no kernel"),
-        (dict(num_repblocks=2), {}, "missing: .*blocks.1"),
-        (dict(), {"conv9.conv.weight": torch.ones(1)}, None),
-        (dict(out_channels=8), {}, "of another shape: outputs.0.conv.weight"),
-        (dict(), {"b.a3fpn_body.x": torch.ones(1)}, "the weights of one A3-FPN are wanted"),
+    neck = from_published(CONFIG, state | {"conv9.conv.weight": torch.ones(1)})  # which is another part of a model
+    before = {name: x.clone() for name, x in neck.state_dict().items()}
+    gate = "a3fpn_body.a3fpn_3_level1.ICA.gn.bias"
+    for change, message in (
+        ({"b.a3fpn_body.x": torch.ones(1)}, r"b\."),
+        ({"conv11.conv.weight": torch.ones(1)}, r"outputs\.1\.conv\.weight \(1,\)"),
+        ({"conv33.conv.bias": torch.ones(1)}, r"outputs\.3\.conv\.bias"),
+        ({gate: None}, r"columns\.1\.2\.reassemble\.gate\.bias"),
     ):
-        if message is None:  # other parts of a model are not the neck's
-            from_published(CONFIG | config, state | change)
-            continue
         with pytest.raises(ValueError, match=message):
-            from_published(CONFIG | config, state | change)
-    with pytest.raises(ValueError, match="found before its names: none"):
-        from_published(CONFIG, {"conv1.weight": torch.ones(1)})
-    del state["a3fpn_body.a3fpn_3_level1.ICA.gn.bias"]
-    with pytest.raises(ValueError, match=r"1 missing: columns.1.2.reassemble.gate.bias"):
-        from_published(CONFIG, state)
+            load_published(neck, {name: 2 * x for name, x in (state | change).items() if x is not None})
+    assert all(torch.equal(x, before[name]) for name, x in neck.state_dict().items())
+    with pytest.raises(ValueError, match="a3fpn_body"):
+        load_published(neck, {"conv1.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"blocks\.1\."):
+        from_published(CONFIG | dict(num_repblocks=2), state)

@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 import foveal
 from foveal.heads.build import build_detector
 from foveal.heads.checkpoint import load_dense, save_dense
-from foveal.heads.detection.detector import Anchors
+from foveal.heads.detection.parts import Anchors
 from foveal.heads.registry import HEADS
 
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]

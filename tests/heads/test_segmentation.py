@@ -18,9 +18,10 @@ from foveal.heads.backbone import ShapeSpec
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.necks import A3FPN, FPN
-from foveal.heads.necks.a3fpn import from_published
 from foveal.heads.segmentation import FCN, Segmenter, SemanticFPN, UPerNet, probabilities, rescale_size, slide_inference
-from foveal.heads.segmentation.published import from_mmseg, load_heads, to_mmseg
+from foveal.heads.segmentation.published import from_mmseg, load_heads
+
+from .published_names import from_published, to_mmseg
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SPEC = ShapeSpec((8, 12, 16, 20), (4, 8, 16, 32))

@@ -19,10 +19,11 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from foveal.configs.schema import ConfigError, SegmentConfig, load_config
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
-from foveal.heads.segmentation.published import to_mmseg
 from foveal.train import evaluate, plots, predict, segment
 from foveal.train.scoring import SegmentationScorer
 from foveal.train.segment import segmentation_loss, train
+
+from ..heads.published_names import to_mmseg
 
 RECIPE = """\
 model:

@@ -14,14 +14,14 @@ from torch import nn
 import foveal
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.detection import published as published_names
-from foveal.heads.necks.a3fpn import load_published
+from foveal.heads.necks.published import load_published
 from foveal.heads.segmentation import probabilities
-from foveal.heads.segmentation.published import to_mmseg
 from foveal.weights import dense
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
+from ..heads.published_names import to_mmseg
 from . import filler
 
 REASON = "needs mmdet 3.3 with mmengine and mmcv"

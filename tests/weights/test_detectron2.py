@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import foveal
 from foveal.heads.build import build_backbone, build_detector
 from foveal.heads.mask2former import answers
-from foveal.heads.necks.a3fpn import from_published, load_published
+from foveal.heads.necks.published import load_published
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints
 from foveal.weights.verify import verify
@@ -312,6 +312,7 @@ def test_mask2former_for_objects(mask2former: None, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_mask2former_with_a3fpn(mask2former: None, tmp_path: Path) -> None:
     """As the released ones: one column, on the encoder's maps and the backbone's finest."""
+    from ..heads.published_names import from_published
     from ..heads.test_a3fpn import published_spec
 
     state, body = mask2former_state()
