@@ -57,5 +57,5 @@ def test_other_depths_channels_and_sizes(name):
 @pytest.mark.parametrize("architecture", ["DeepLabV3Plus", "PAN"])
 def test_a_smaller_output_stride_is_refused(architecture, name):
     """They want a stride of 16 and dilate the last stage for it."""
-    with pytest.raises(ValueError, match=r"output_stride 16 is not supported: \w+ has stride 32"):
+    with pytest.raises(ValueError, match=r"output_stride 16\b.*\b32"):
         getattr(smp, architecture)(f"tu-{name}", encoder_weights=None, classes=CLASSES)
