@@ -27,13 +27,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, SqueezeExcite, get_act_layer, get_norm_layer, to_2tuple
+from timm.layers import DropPath, Mlp, SqueezeExcite, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, fold_batch_norm, init_weights
+from .layers import Stage, drop_path_rates, fold_batch_norm, init_weights, positive_pair
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 
@@ -197,22 +197,19 @@ class AsCAN(Backbone):
     ) -> None:
         super().__init__(in_chans, output_stride, out_norm=out_norm)
         _check_layout(stages, embed_dims, head_dim)
-        for name, value, choices in (
-            ("norm_layer", norm_layer, NORMS),
-            ("act_layer", act_layer, ACTIVATIONS),
-            ("position", position, POSITIONS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        self.img_size = _image_size(img_size)
+        _check_choice("norm_layer", norm_layer, NORMS)
+        _check_choice("act_layer", act_layer, ACTIVATIONS)
+        _check_choice("position", position, POSITIONS)
+        self.img_size = positive_pair("img_size", img_size)
         self.reparameterized = False
 
         self.stem = nn.Sequential(
             ConvNormAct(in_chans, stem_width, 3, 2, norm_layer, act_layer),
             ConvNormAct(stem_width, stem_width, 3, 1, norm_layer, act_layer),
         )
-        convolutional = dict(expansion=expansion, se_ratio=se_ratio, norm_layer=norm_layer, act_layer=act_layer)
-        attention = dict(mlp_ratio=mlp_ratio, act_layer=act_layer, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
+        conv: dict[str, Any] = dict(expansion=expansion, se_ratio=se_ratio, norm_layer=norm_layer, act_layer=act_layer)
+        attention: dict[str, Any] = dict(mlp_ratio=mlp_ratio, act_layer=act_layer)
+        attention |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
         rates = drop_path_rates(drop_path_rate, [len(stage) for stage in stages])
         modules = []
         before = stem_width
@@ -222,7 +219,7 @@ class AsCAN(Backbone):
             blocks = []
             for j, (kind, rate) in enumerate(zip(stage, rates[i], strict=True)):
                 if kind == "C":
-                    blocks.append(ConvBlock(before, dim, 2 if j == 0 else 1, drop_path=rate, **convolutional))
+                    blocks.append(ConvBlock(before, dim, 2 if j == 0 else 1, drop_path=rate, **conv))
                 else:
                     blocks.append(TransformerBlock(dim, dim // head_dim, size, drop_path=rate, **attention))
                 before = dim
@@ -242,7 +239,7 @@ class AsCAN(Backbone):
         Raises:
             ValueError: on a size that is no positive int or pair of them; the model is untouched.
         """
-        self.img_size = _image_size(img_size)
+        self.img_size = positive_pair("img_size", img_size)
         for stage, info in zip(self.stages, self.feature_info, strict=True):
             for module in stage.modules():
                 if isinstance(module, RelativePositionTable):
@@ -268,15 +265,13 @@ class AsCAN(Backbone):
         return self
 
 
-def _image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or not all(isinstance(length, int) and length > 0 for length in size):
-        raise ValueError(f"img_size must be a positive int or a pair (rows, columns) of them, got {img_size!r}")
-    return size
-
-
 def _map_size(img_size: tuple[int, int], stride: int) -> tuple[int, int]:
     return math.ceil(img_size[0] / stride), math.ceil(img_size[1] / stride)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: int) -> None:

@@ -140,6 +140,8 @@ class CAREBlock(nn.Module):
     and has neither LayerScale nor a residual.
     """
 
+    gamma: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -186,6 +188,12 @@ class CAREHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.norm(F.gelu(x)))
+
+
+def _head(dim: int, num_classes: int) -> nn.Module:
+    head = CAREHead(dim, num_classes) if num_classes else nn.Identity()
+    init_weights(head)
+    return head
 
 
 class CARE(Backbone):
@@ -278,10 +286,7 @@ class CARE(Backbone):
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        for name in ("head", "dist_head"):
-            head = CAREHead(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-            init_weights(head)
-            setattr(self, name, head)
+        self.head, self.dist_head = (_head(self.head_hidden_size, num_classes) for _ in range(2))
 
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         """The two classifiers, the distilled one second: Linears, or Identities without classes."""

@@ -149,7 +149,7 @@ class HaloNet(Backbone):
             raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
         if any(width % num_heads for width in widths):
             raise ValueError(f"widths {tuple(widths)} are not all divisible by num_heads {num_heads}")
-        options = dict(num_heads=num_heads, block_size=block_size, halo_size=halo_size)
+        options: dict[str, Any] = dict(num_heads=num_heads, block_size=block_size, halo_size=halo_size)
         options |= dict(boundary=boundary, act_layer=act_layer)
 
         stem = OrderedDict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -59,7 +60,15 @@ def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tens
     return x.permute(0, 3, 1, 2) if own == "NHWC" else x.permute(0, 2, 3, 1)
 
 
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.Module) -> bool:
+def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """An int as (rows, columns), a pair as it is; ValueError with ``name`` for others and for lengths below 1."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(length, int) and length > 0 for length in pair):
+        raise ValueError(f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
     """Fold a BatchNorm, also a synchronized or frozen one, into the convolution before it; False for other modules."""
     if getattr(norm, "running_var", None) is None:
         return False

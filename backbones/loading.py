@@ -101,7 +101,7 @@ def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> 
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     overlay |= {"source": None, "file": None, "state_dict": read_weights(file)}
     try:
-        model = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
+        model: Any = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{file} does not fit {architecture}: {_first_lines(error)}") from error
     model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not hold the tensors twice

@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, to_2tuple
+from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
 from torch import nn
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
 from .base import POOLS, Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, fold_batch_norm
+from .layers import Stage, drop_path_rates, fold_batch_norm, positive_pair
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -105,11 +105,15 @@ class MaxViTBlock(nn.Module):
         self.conv.norm1.act, self.conv.norm2.act = GELU(), GELU()
         if stride == 2:
             self.conv.shortcut.pool = AvgPoolSame()
-        for kind in ("block", "grid"):
-            attn = PartitionAttention2d(
+        attentions = (
+            PartitionAttention2d(
                 dim, dim // head_dim, partition_size, kind, parts=parts, attn_drop=attn_drop, proj_drop=proj_drop
             )
-            self.add_module(f"attn_{kind}", PartitionBlock(attn, dim, mlp_ratio, proj_drop, drop_path))
+            for kind in ("block", "grid")
+        )
+        self.attn_block, self.attn_grid = (
+            PartitionBlock(attn, dim, mlp_ratio, proj_drop, drop_path) for attn in attentions
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).permute(0, 2, 3, 1)
@@ -193,7 +197,7 @@ class MaxViT(Backbone):
         self.partition = partition
         self.drop_rate = drop_rate
         self.img_size, self.partition_size = _sizes(img_size, partition_size)
-        options = dict(head_dim=head_dim, partition_size=self.partition_size, mlp_ratio=mlp_ratio)
+        options: dict[str, Any] = dict(head_dim=head_dim, partition_size=self.partition_size, mlp_ratio=mlp_ratio)
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.stem = _stem(in_chans, stem_width)
@@ -323,15 +327,10 @@ def _sizes(
     img_size: int | tuple[int, int], partition_size: int | tuple[int, int] | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Image and partition size as pairs."""
-    img_size = tuple(to_2tuple(img_size))
-    if len(img_size) != 2 or min(img_size) < 1:
-        raise ValueError(f"img_size must be a positive int or a pair (rows, columns) of them, got {img_size}")
+    rows, columns = positive_pair("img_size", img_size)
     if partition_size is None:
-        return img_size, tuple(max(1, size // _PARTITION_RATIO) for size in img_size)
-    partition_size = tuple(to_2tuple(partition_size))
-    if len(partition_size) != 2 or min(partition_size) < 1:
-        raise ValueError(f"partition_size must be a positive int or a pair (rows, columns), got {partition_size}")
-    return img_size, partition_size
+        partition_size = max(1, rows // _PARTITION_RATIO), max(1, columns // _PARTITION_RATIO)
+    return (rows, columns), positive_pair("partition_size", partition_size)
 
 
 def _init_weights(model: nn.Module) -> None:

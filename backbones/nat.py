@@ -204,17 +204,17 @@ class NAT(Backbone):
         self.embed_dim = embed_dim
         self.interpolate_rpb = interpolate_rpb
         self.kernel_size = to_2tuple(kernel_size)
-        options = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.patch_embed = self._tokenizer(in_chans, embed_dim)
-        dilations, rates = _dilations(dilations, depths), drop_path_rates(drop_path_rate, depths)
+        dilated, rates = _dilations(dilations, depths), drop_path_rates(drop_path_rate, depths)
         levels = []
         for i, heads in enumerate(num_heads):
             dim = embed_dim * 2**i
             blocks = [
                 NATBlock(dim, heads, kernel_size, dilation, drop_path=rate, **options)
-                for dilation, rate in zip(dilations[i], rates[i], strict=True)
+                for dilation, rate in zip(dilated[i], rates[i], strict=True)
             ]
             levels.append(NATLevel(blocks, self._downsampler(dim) if i < len(depths) - 1 else None))
             self._add_map(dim, f"{self.levels_name}.{i}.blocks")
@@ -330,15 +330,15 @@ class Isotropic(Backbone):
         self.kernel_size = to_2tuple(kernel_size)
         # tables of full attention belong to the input size, so that asking for a size asks for resampling too
         self.interpolate_rpb = interpolate_rpb or full_attention
-        options = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.patch_embed = _patch_embed(in_chans, embed_dim, patch_size)
-        (dilations,) = _dilations(dilations if dilations in (None, "auto") else [dilations], [depth])
+        (dilated,) = _dilations(dilations if dilations in (None, "auto") else [dilations], [depth])
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         blocks = [
             NATBlock(embed_dim, num_heads, kernel_size, dilation, drop_path=rate, **options)
-            for dilation, rate in zip(dilations, rates, strict=True)
+            for dilation, rate in zip(dilated, rates, strict=True)
         ]
         self.layers = Blocks(*blocks)
         self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"layers.{j}") for j in range(depth)]
@@ -489,7 +489,7 @@ def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) 
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-_384 = dict(input_size=(3, 384, 384), crop_pct=1.0)
+_384: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
 
 
 def _file(path: str, hub: str | None = None, **facts: Any) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _checkpoint(own: dict[str, Any], row: dict[str, Any]) -> Checkpoint:
     if row.get("task", "classify") == "classify":
         row |= _from_cfg(name, row)
     if not (own["code"] or row.get("code")):
-        own = {**own, "code": get_pretrained_cfg(row["model"]).origin_url}
+        own = {**own, "code": getattr(get_pretrained_cfg(row["model"]), "origin_url", None)}
     checkpoint = Checkpoint(**{**own, **row})
     if problems := list(_problems(checkpoint)):
         raise ManifestError(f"{name}: {'; '.join(problems)}")
