@@ -62,7 +62,7 @@ def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tens
 
 def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int as (rows, columns), a pair as it is; ValueError with ``name`` for others and for lengths below 1."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(length, int) and length > 0 for length in pair):
         raise ValueError(f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}")
     return pair[0], pair[1]

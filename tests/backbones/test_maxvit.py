@@ -371,7 +371,7 @@ def test_set_input_size_arguments():
     for wrong in (0, (64, 0), (1, 2, 3)):
         with pytest.raises(ValueError, match="img_size"):
             model.set_input_size(wrong)
-    with pytest.raises(ValueError, match=r"partition_size .*\(0, 0\)"):
+    with pytest.raises(ValueError, match=r"partition_size .*0$"):
         model.set_input_size(64, partition_size=0)
 
 
