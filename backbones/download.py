@@ -83,7 +83,7 @@ def file_sha256(file: Path) -> str:
 def recorded_sha256(address: str) -> str | None:
     """The hash recorded when the file of a web address was first downloaded; None if it never was."""
     record = Path(f"{_place(address)}.sha256")
-    return record.read_text(encoding="utf-8").split()[0] if record.is_file() else None
+    return record.read_text(encoding="utf-8").partition(" ")[0] if record.is_file() else None
 
 
 def _place(address: str) -> Path:

@@ -158,31 +158,26 @@ class HaloNet(Backbone):
         )
         self.stem = nn.Sequential(stem)
         stages = []
+        dims = [int(width * out_ratio) for width in widths]
         dim = stem_dim
-        for i, (width, rates) in enumerate(zip(widths, drop_path_rates(drop_path_rate, depths), strict=True)):
-            value_dim, out_dim = int(width * value_ratio), int(width * out_ratio)
+        for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks = []
             for j, rate in enumerate(rates):
-                stride, project = (2 if i > 0 and j == 0 else 1), j == 0
-                block = HaloBlock(
-                    dim, width, value_dim, out_dim, stride=stride, project=project, drop_path=rate, **options
-                )
-                blocks.append(block)
-                dim = out_dim
+                sizes = dim, widths[i], int(widths[i] * value_ratio), dims[i]
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(HaloBlock(*sizes, stride=stride, project=j == 0, drop_path=rate, **options))
+                dim = dims[i]
             stages.append(Blocks(*blocks))
         self.stages = nn.Sequential(*stages)
         self.final_conv = nn.Identity()
+        modules = [f"stages.{i}" for i in range(len(dims))]
         if num_features is not None:
             self.final_conv = ConvNormAct(dim, num_features, 1, act_layer=act_layer)
-            dim = num_features
-        channels = [*(int(width * out_ratio) for width in widths[:-1]), dim]
-        modules = [f"stages.{i}" for i in range(len(widths))]
-        if num_features is not None:
-            modules[-1] = "final_conv"
-        for each, module in zip(channels, modules, strict=True):
-            self._add_map(each, module, LayerNorm2d)
+            dims[-1], modules[-1] = num_features, "final_conv"
+        for dim, module in zip(dims, modules, strict=True):
+            self._add_map(dim, module, LayerNorm2d)
         self._init_weights(zero_init_last)
-        self._init_head(dim, num_classes, global_pool, drop_rate)
+        self._init_head(dims[-1], num_classes, global_pool, drop_rate)
 
     def _init_weights(self, zero_init_last: bool) -> None:
         for m in self.modules():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from torch import nn
 
-from . import download, list_models
+from . import download
 
 WEIGHTS = "model.safetensors"
 # What a model folder may hold its weights in, in timm's order of preference.
@@ -85,10 +85,19 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
         OSError: if published weights cannot be fetched.
     """
     found = resolve(source)
-    if found.folder is None:
-        return _load_published(found, kwargs)
-
-    return _build(f"local-dir:{found.folder}", found.architecture, weights_file(found), kwargs)
+    if found.folder is not None:
+        return _build(f"local-dir:{found.folder}", found.architecture, weights_file(found), kwargs)
+    cfg = get_pretrained_cfg(found.name)
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if cfg is None or not (cfg.has_weights or overlay.get("file") or overlay.get("state_dict")):
+        raise ValueError(
+            f"{found.architecture} has no weights to fetch. Train it (foveal train classify CONFIG), or build it with "
+            f'random ones: timm.create_model("{found.architecture}"). {" ".join((cfg and cfg.notes) or ())}'.rstrip()
+        )
+    if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
+        return timm.create_model(found.name, pretrained=True, **kwargs).eval()
+    file = overlay.get("file") or download.fetch(found.name, download.addresses(cfg))
+    return _build(found.name, found.architecture, Path(file), kwargs)
 
 
 def weights_file(found: Source) -> Path:
@@ -291,29 +300,8 @@ def _other_file(path: Path) -> str:
     return "is neither a folder nor a .safetensors file"
 
 
-def _load_published(found: Source, kwargs: dict[str, Any]) -> nn.Module:
-    cfg = get_pretrained_cfg(found.name)
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if cfg is None or not (cfg.has_weights or overlay.get("file") or overlay.get("state_dict")):
-        notes = " ".join(["", *(cfg.notes or ())]) if cfg is not None else ""
-        raise ValueError(
-            f"{found.architecture} has no weights to fetch. Train it (foveal train classify CONFIG), or build it with "
-            f'random ones: timm.create_model("{found.architecture}").{notes}'
-        )
-    if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
-        return timm.create_model(found.name, pretrained=True, **kwargs).eval()
-    file = Path(overlay["file"]) if overlay.get("file") else None
-    file = file or download.fetch(found.name, download.addresses(cfg))
-    return _build(found.name, found.architecture, file, kwargs)
-
-
 def _nearest(name: str) -> str:
-    def closeness(candidates: list[str]) -> float:  # of the best, which comes first
-        return difflib.SequenceMatcher(None, name, candidates[0]).ratio() if candidates else 0.0
-
-    ours = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
-    others = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
-    near = ours if closeness(ours) >= closeness(others) else others
+    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
     return f"; nearest: {', '.join(near)}" if near else "; `foveal list` shows the names"
 
 

@@ -654,31 +654,28 @@ def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
 
 
 _S6, _S18 = (2, 2, 6, 2), (2, 2, 18, 2)
+_S_TINY = dict(depths=_S6, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.2)
+_S_SMALL = dict(depths=_S18, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.3)
+_S_BASE = dict(depths=_S18, num_heads=(4, 8, 16, 32), embed_dim=128, mlp_ratio=4, drop_path_rate=0.5)
 _S_LARGE = dict(depths=_S18, num_heads=(6, 12, 24, 48), embed_dim=192, mlp_ratio=4, drop_path_rate=0.35)
 
 
 @register_model
 def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Tiny, 28 M parameters."""
-    args = dict(depths=_S6, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.2)
-    args["dilations"] = _alternating(_S6, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_tiny", pretrained, kwargs, **args)
+    return _create(DiNATs, "dinat_s_tiny", pretrained, kwargs, **_S_TINY, dilations=_alternating(_S6, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Small, 50 M parameters."""
-    args = dict(depths=_S18, num_heads=(3, 6, 12, 24), embed_dim=96, mlp_ratio=4, drop_path_rate=0.3)
-    args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_small", pretrained, kwargs, **args)
+    return _create(DiNATs, "dinat_s_small", pretrained, kwargs, **_S_SMALL, dilations=_alternating(_S18, 8, 4, 2, 1))
 
 
 @register_model
 def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """DiNAT_s-Base, 88 M parameters."""
-    args = dict(depths=_S18, num_heads=(4, 8, 16, 32), embed_dim=128, mlp_ratio=4, drop_path_rate=0.5)
-    args["dilations"] = _alternating(_S18, 8, 4, 2, 1)
-    return _create(DiNATs, "dinat_s_base", pretrained, kwargs, **args)
+    return _create(DiNATs, "dinat_s_base", pretrained, kwargs, **_S_BASE, dilations=_alternating(_S18, 8, 4, 2, 1))
 
 
 @register_model

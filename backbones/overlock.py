@@ -457,11 +457,7 @@ class OverLoCK(Backbone):
             ]
             self.add_module(f"sub_blocks{i + 1}", ContMixBlocks(*blocks))
         modules = ("blocks1", "blocks2", f"sub_blocks3.{sub_depths[0] - 1}", f"sub_blocks4.{sub_depths[1] - 1}")
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2**i, module=module)
-            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
-        ]
-        self._init_norms(dims, embed_dims[3], out_overview)
+        self._init_maps(dims, modules, embed_dims[3] if out_overview else None)
 
         hidden = nn.Conv2d(dims[3], head_width, 1, bias=False)
         self.head = nn.Sequential(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
@@ -472,12 +468,16 @@ class OverLoCK(Backbone):
         self._init_head(dims[3], num_classes, global_pool, drop_rate)
         _init_weights(self)
 
-    def _init_norms(self, dims: Sequence[int], overview_dim: int, out_overview: bool) -> None:
-        """What ``out_norm`` and ``out_overview`` add."""
+    def _init_maps(self, dims: Sequence[int], modules: Sequence[str], overview_dim: int | None) -> None:
+        """The feature maps, and what ``out_norm`` and ``out_overview`` add to them."""
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=module)
+            for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
+        ]
         self.h_proj = None
         if self.out_norm:
             self.extra_norm = nn.ModuleList(LayerNorm2d(dim) for dim in dims)
-        if self.out_norm and out_overview:
+        if self.out_norm and overview_dim is not None:
             self.extra_norm.append(LayerNorm2d(overview_dim))
             self.h_proj = nn.Sequential(nn.Conv2d(overview_dim, dims[3], 1), LayerScale(dims[3], 1e-5))
 

@@ -97,13 +97,13 @@ def timm_loader(root: Path, case: DataCase) -> Pass:
 def our_loader(root: Path, case: DataCase, decode: str) -> Pass:
     """The training's loader over ``ROOT/{train,val}/CLASS``."""
     from ..configs.schema import load_config
-    from ..train.data import build_data, find_classes
+    from ..train.data import build_classification_data, find_classes
 
     given = ["output=none", "model.name=none", f"data.root={root}", "data.workers=0", f"data.decode={decode}"]
     given += ["data.interpolation=bicubic", "data.crop_pct=0.9", f"train.batch_size={BATCH}"]
     config = load_config(None, [*given, f"augment.auto_augment={case.auto_augment or 'null'}"])
     imagenet = {"input_size": (3, SIZE, SIZE), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    data = build_data(config, find_classes(config.data), imagenet, device=torch.device("cpu"))
+    data = build_classification_data(config, find_classes(config.data), imagenet, device=torch.device("cpu"))
     return lambda: (data.train if case.training else data.val).epoch(0)
 
 

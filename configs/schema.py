@@ -377,7 +377,7 @@ class SegmentModelConfig:
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentDataConfig:
-    """Where the images and their masks are; the layouts stand in ``train/data/semantic.py``."""
+    """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
 
     kind: Literal["folder", "ade20k", "cityscapes", "voc", "digits"] = "folder"
     root: str | None = None

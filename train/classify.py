@@ -19,7 +19,7 @@ from ..backbones.images import label_names, preprocessing, read_image
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from . import checkpoint, deprecated, plots, task
-from .data import Data, build_data, find_classes
+from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, autocast, write_confusion
 from .task import Result, find_recipe, processes
@@ -64,7 +64,7 @@ class Task(task.Task):
         """The recipe's model with its initial weights, and its data."""
         classes = find_classes(config.data)
         model = build_model(config.model, len(classes), config.data.in_chans)
-        data = build_data(config, classes, model.pretrained_cfg, **processes(accelerator))
+        data = build_classification_data(config, classes, model.pretrained_cfg, **processes(accelerator))
         set_preprocessing(model, data.preprocessing)
         prepare_heads(model, config)
         teacher = None
@@ -107,7 +107,7 @@ class Task(task.Task):
             model = load(source, in_chans=config.data.in_chans)
             if model.num_classes != len(classes):
                 raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
-        data = build_data(config, classes, model.pretrained_cfg, train=False, **processes(accelerator))
+        data = build_classification_data(config, classes, model.pretrained_cfg, train=False, **processes(accelerator))
         return cls(config, model, classes, data)
 
     def train_step(self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int) -> Tensor:

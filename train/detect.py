@@ -14,7 +14,7 @@ from ..heads.checkpoint import load_dense, save_dense
 from ..heads.detection import Detector
 from ..heads.registry import HEADS
 from . import deprecated, plots, task
-from .data.coco import DetectBatch, DetectData, build_coco
+from .data import Data, DetectBatch, build_detection_data
 from .detection_metrics import CocoScorer, metric_labels
 from .scoring import autocast
 from .task import Result, build_dense, find_recipe, processes
@@ -29,9 +29,9 @@ class Task(task.Task):
     pictures = 6
     files = ("output", "predictions")  # the latter in COCO's result format
     model: Detector
-    data: DetectData
+    data: Data
 
-    def __init__(self, config: DetectConfig, model: Detector, data: DetectData):
+    def __init__(self, config: DetectConfig, model: Detector, data: Data):
         super().__init__(config, model, list(data.categories.values()), data)
         self.metrics = metric_labels(model.masks)
         self.shown = tuple(name for name in self.metrics if name.endswith(("_ap", "_ap50")))
@@ -46,7 +46,7 @@ class Task(task.Task):
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
         """The recipe's detector with its initial weights, and its data."""
         masks = HEADS["detect"][config.model.head].masks
-        data = build_coco(config, masks=masks, **processes(accelerator))
+        data = build_detection_data(config, masks=masks, **processes(accelerator))
         return cls(config, build_model(config, len(data.categories)), data)
 
     @classmethod
@@ -65,7 +65,7 @@ class Task(task.Task):
         }
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
         transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
-        data = build_coco(
+        data = build_detection_data(
             config,
             masks=model.masks,
             categories=dict(zip(ids, model.classes, strict=True)),
@@ -78,7 +78,7 @@ class Task(task.Task):
         return sum(model(batch.images, batch.targets).values())
 
     def scorer(self) -> CocoScorer:
-        return CocoScorer(self.data.val.index, self.model.masks)
+        return CocoScorer(self.data.val.dataset.index, self.model.masks)
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[Found]:
         with autocast(images[0].device, self.config.train.amp):

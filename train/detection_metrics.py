@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as run_lengths
 
-from .data.coco import CocoIndex, DetectBatch
+from .data import DetectBatch
+from .data.index import BoxIndex
 from .scoring import Metrics, Scorer
 
 # The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
@@ -55,7 +56,7 @@ class CocoScorer(Scorer):
         masks: measure masks too.
     """
 
-    def __init__(self, index: CocoIndex, masks: bool):
+    def __init__(self, index: BoxIndex, masks: bool):
         self.index, self.masks = index, masks
         self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 

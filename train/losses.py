@@ -66,7 +66,7 @@ class Teacher:
     Args:
         source: as `foveal.load` takes it.
         num_classes: outputs of the student.
-        preprocessing: of the student's images (mean, std, input_size), from `build_data`.
+        preprocessing: of the student's images (mean, std, input_size), from `build_classification_data`.
         classes: names of the student's classes. A teacher that has one of them at another index is refused; one with
             other names, or none, is trusted.
 

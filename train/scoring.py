@@ -21,9 +21,8 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from ..files import atomic
-from .data.guard import DataError
+from .data import IGNORE, DataError
 
-IGNORE = 255  # label of pixels without a class
 Metrics = dict[str, float | None]
 
 

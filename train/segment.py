@@ -18,9 +18,8 @@ from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
-from .data import Data
-from .data.semantic import Batch, build_semantic_data, find_classes
-from .scoring import IGNORE, SegmentationScorer, autocast, write_iou
+from .data import IGNORE, Data, SegmentBatch, build_segmentation_data, find_classes
+from .scoring import SegmentationScorer, autocast, write_iou
 from .task import Result, build_dense, find_recipe, processes
 
 
@@ -83,7 +82,7 @@ class Task(task.Task):
             raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
         return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
 
-    def train_step(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
+    def train_step(self, model: nn.Module, batch: SegmentBatch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
             return model(batch.images, batch.targets)
         output = model(batch.images)
@@ -116,7 +115,7 @@ class Task(task.Task):
         save_dense(folder, model, self.classes, images | {"inference": self.settings})
 
     def example(self, model: nn.Module, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        image, labels = self.data.val.dataset.read(number)
+        image, labels = self.data.val.dataset.read(number).values()
         predicted = self.predict(model, image[None].to(self.data.val.device).float().div_(255))[0]
         return image.permute(1, 2, 0).numpy(), labels.numpy(), predicted.cpu().numpy()
 
@@ -185,7 +184,9 @@ def segmentation_data(
     config: SegmentConfig, classes: list[str], model: Segmenter, accelerator: Accelerator, train: bool = True
 ) -> Data:
     """The recipe's data; what a crop lacks has the mean colour of the model."""
-    return build_semantic_data(config, classes, model.mean.flatten().tolist(), train=train, **processes(accelerator))
+    return build_segmentation_data(
+        config, classes, model.mean.flatten().tolist(), train=train, **processes(accelerator)
+    )
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:

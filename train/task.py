@@ -16,7 +16,7 @@ from ..backbones.images import read_image
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError
 from . import plots
-from .data.files import UNREADABLE
+from .data.dataset import UNREADABLE
 from .scoring import Metrics, Scorer
 
 Row = dict[str, Any]  # of metrics.csv

@@ -189,19 +189,19 @@ class _Classifier:
 
     def __init__(self, source: str | Path, options: Options) -> None:
         to, self.source, self.options, self.found = options.to, source, options, resolve(source)
-        if options.size is not None:
-            raise ValueError(f"--size {options.size} is for detectors and segmenters; {source} is a classifier")
+        fixed, elsewhere = _fixed_size(self.found.architecture, to), FORMATS[to].not_here()
+        features = ((self.found.config or {}).get("model_args") or {}).get("features_only")
+        problems = {
+            f"{source} is a backbone that returns feature maps; what is exported are classifiers": features,
+            f"--size {options.size} is for detectors and segmenters, not for {source}": options.size is not None,
+            "--int8 is for onnx without --half": options.int8 and (to != "onnx" or options.half),
+            "--int8 and --calibration, some hundred images, need each other": options.int8 != bool(options.calibration),
+            f"{self.found.architecture} does not support --dynamic: {fixed}": options.dynamic and fixed,
+            f"--score runs the exported model, and {to} does not run here: {elsewhere}": options.score and elsewhere,
+        }
         FORMATS[to].check(to, options.dynamic)
-        if options.int8 and (to != "onnx" or options.half):
-            raise ValueError("--int8 is for onnx without --half: what it does not quantize stays in float32")
-        if options.int8 != bool(options.calibration):
-            raise ValueError("--int8 and --calibration go together: some hundred images that the model was made for")
-        if options.dynamic and (reason := _fixed_size(self.found.architecture, to)):
-            raise ValueError(f"{self.found.architecture} does not support --dynamic: {reason}")
-        if options.score is not None and (reason := FORMATS[to].not_here()):
-            raise ValueError(f"--score runs the exported model, and {to} does not run here: {reason}")
-        if self.found.config is not None and (self.found.config.get("model_args") or {}).get("features_only"):
-            raise ValueError(f"{source} is a backbone that returns feature maps; what is exported are classifiers")
+        if found := [text for text, wrong in problems.items() if wrong]:
+            raise ValueError("; ".join(found))
         self.name = self.found.architecture
         self.folders = () if self.found.folder is None else (self.found.folder, local_path(source))
 

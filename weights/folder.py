@@ -95,22 +95,24 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
             files of another format than ``to``, which would stay beside a config.json and a card that are not theirs.
     """
     output = Path(output).expanduser()
-    above = next((each for each in (output, *output.parents) if each.exists()), None)
-    if above is not None and not above.is_dir():
-        raise ValueError(f"cannot write the folder {output}: {above} is a file")
-    if output.resolve() in (source.resolve() for source in sources):
-        raise ValueError(f"{output} is the source; choose another folder")
-    if not force and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; choose another folder, or replace its files with --force")
-    if any((output / best / "config.json").is_file() for best in ("best", "best.old")):
-        raise ValueError(f"{output} is a training run, whose best/ would be read instead; choose another folder")
+    above = next((each for each in (output, *output.parents) if each.exists()), output)
     names = dict.fromkeys([*WEIGHT_FILES, *(name for files in MODEL_FILES.values() for name in files)])
-    if left := [name for name in names if name not in MODEL_FILES.get(to, ()) and (output / name).exists()]:
-        raise ValueError(
-            f"{output} holds {', '.join(left)} of another model, not replaced by {to}; choose another folder, or "
-            "remove them"
-        )
+    left = [name for name in names if name not in MODEL_FILES.get(to, ()) and (output / name).exists()]
+    run = any((output / best / "config.json").is_file() for best in ("best", "best.old"))
+    problems = {
+        f"{above} is a file": above.exists() and not above.is_dir(),
+        "it is the source": output.resolve() in (source.resolve() for source in sources),
+        "it is not empty; --force replaces files of the same names": not force and _filled(output),
+        "it is a training run, whose best/ would be read instead": run,
+        f"it holds {', '.join(left)} of another model, not replaced by {to}": left,
+    }
+    if found := next((text for text, wrong in problems.items() if wrong), None):
+        raise ValueError(f"cannot write the folder {output}: {found}; choose another")
     return output
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 @contextmanager

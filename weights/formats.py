@@ -67,7 +67,14 @@ class ExportSpec:
     @functools.cached_property
     def program(self) -> ExportedProgram:
         """The model traced; if half, in float16 between inputs and outputs in float32."""
-        return self._trace(_Half(self.model) if self.half else self.model)
+        free = {0: Dim("batch", min=1)} if self.any_batch else {}
+        if self.any_size:
+            free |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
+        # PyTorch specializes on whether a length is 1: without this a graph of dynamic shape would not take images
+        # whose last map has one row or column.
+        with torch.no_grad(), _config.patch(backed_size_oblivious=self.any_size):
+            model = _Half(self.model) if self.half else self.model
+            return torch.export.export(model, (self.example,), dynamic_shapes=(free or None,))
 
     @functools.cached_property
     def onnx(self) -> Any:
@@ -85,15 +92,6 @@ class ExportSpec:
     def in_float(self) -> ExportSpec:
         """The same in float32, for formats that convert to float16 themselves."""
         return dataclasses.replace(self, half=False) if self.half else self
-
-    def _trace(self, model: nn.Module) -> ExportedProgram:
-        free = {0: Dim("batch", min=1)} if self.any_batch else {}
-        if self.any_size:
-            free |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
-        # PyTorch specializes on whether a length is 1: without this a graph of dynamic shape would not take images
-        # whose last map has one row or column.
-        with torch.no_grad(), _config.patch(backed_size_oblivious=self.any_size):
-            return torch.export.export(model, (self.example,), dynamic_shapes=(free or None,))
 
 
 @dataclass(frozen=True)
@@ -162,17 +160,14 @@ def run_of(to: str, folder: Path) -> Run:
 
 
 class _Half(nn.Module):
-    """A model in float16 between inputs and outputs in float32."""
+    """A classifier in float16 between inputs and outputs in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).half()
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = self.model(image.half())
-        if isinstance(outputs, Tensor):
-            return outputs.float()
-        return tuple(each.float() if each.is_floating_point() else each for each in outputs)
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.half()).float()
 
 
 def output_names(model: Any) -> tuple[str, ...]:

@@ -17,9 +17,8 @@ from foveal.configs.schema import RECIPES, ClassifyConfig, DetectConfig, Segment
 from foveal.heads.necks import NECKS
 from foveal.heads.registry import HEADS
 from foveal.train import classify, data, detect, segment
-from foveal.train.data.coco import DetectBatch, build_coco
-from foveal.train.data.semantic import Batch as SegmentBatch
-from foveal.train.data.semantic import build_semantic_data, find_classes, split_name
+from foveal.train.data import DetectBatch, SegmentBatch, build_detection_data, build_segmentation_data, find_classes
+from foveal.train.data.masks import split_name
 from foveal.train.engine import create_optimizer, create_schedule
 
 IMAGENET = [n for n in foveal.list_models() if not n.startswith("test_")]
@@ -105,7 +104,7 @@ def classifier_step(config: ClassifyConfig, images: Path) -> None:
     classes = data.find_classes(config.data)
     with torch.device("meta"):
         model = classify.build_model(config.model, len(classes), config.data.in_chans)
-    loaders = data.build_data(config, classes, model.pretrained_cfg, device=torch.device("cpu"))
+    loaders = data.build_classification_data(config, classes, model.pretrained_cfg, device=torch.device("cpu"))
     classify.prepare_heads(model, config)
     outputs = model.num_classes
     teacher = None if config.distill.teacher is None else lambda x: x.new_zeros(len(x), outputs)
@@ -182,7 +181,7 @@ def test_small_segmenter_steps(name, tmp_path):
             for place, shape in zip(places, ((60, 90, 3), (60, 90)), strict=True):
                 (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(draw.integers(0, 3 if len(shape) == 2 else 256, shape, np.uint8)).save(tmp_path / place)
-    loaders = build_semantic_data(config, find_classes(data), [0.5] * data.in_chans, device=torch.device("cpu"))
+    loaders = build_segmentation_data(config, find_classes(data), [0.5] * data.in_chans, device=torch.device("cpu"))
     batch = next(loaders.train.epoch(0))
     assert batch.images.shape == (2, data.in_chans, *config.augment.crop_size)
     assert batch.targets.unique().tolist() != [255]
@@ -244,7 +243,7 @@ def test_small_detector_steps(name, tmp_path):
         for number in (0, 1):
             noise = np.random.default_rng(number).integers(0, 256, (60, 90, 3), np.uint8)
             Image.fromarray(noise).save(tmp_path / folder / f"{number}.png")
-    loaders = build_coco(config, masks=HEADS["detect"][head].masks, device=torch.device("cpu"))
+    loaders = build_detection_data(config, masks=HEADS["detect"][head].masks, device=torch.device("cpu"))
     batch = next(loaders.train.epoch(0))
     crop = config.augment.final_crop_size or [config.augment.max_size] * 2
     for image, target in zip(batch.images, batch.targets, strict=True):

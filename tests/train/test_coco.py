@@ -11,22 +11,17 @@ from PIL import Image
 from pycocotools import mask as oracle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
-from foveal.train.data import DataError
-from foveal.train.data.coco import (
-    CLIPPED,
-    MEASURED,
-    BadEntries,
-    CocoImages,
-    CocoIndex,
-    DetectBatch,
-    _run_sum,
-    augmentation,
-    build_coco,
-    choose_images,
-    read_coco,
-)
+from foveal.train.data import BadSamples, Data, DataError, DetectBatch, build_detection_data
+from foveal.train.data.coco import read_coco
+from foveal.train.data.dataset import BoxSamples
+from foveal.train.data.dense_transforms import Mask, detection_transform
+from foveal.train.data.guard import Report
+from foveal.train.data.index import BoxIndex
+from foveal.train.data.validate import CLIPPED, MEASURED, check_image_files, sum_runs
 from foveal.train.detection_metrics import CocoScorer, average_precision
 
 HEIGHT, WIDTH = 40, 60
@@ -53,9 +48,21 @@ def write(folder: Path, what: dict) -> Path:
     return file
 
 
-def read(folder: Path, what: dict, masks: bool = True, limit: float = 0.01) -> tuple[CocoIndex, BadEntries]:
-    bad = BadEntries(limit)
-    return read_coco(write(folder, what), folder, bad, masks=masks), bad
+def read(folder: Path, what: dict, masks: bool = True) -> tuple[BoxIndex, Report]:
+    index = read_coco(write(folder, what), folder, masks=masks)
+    return index, index.report
+
+
+def build(folder: Path, *, training: bool = True, **data) -> Data:
+    """The loaders of one annotation file for training and evaluation."""
+    config = load_config(None, [], DetectConfig, {"output": "-", "model": {"name": "-"}})
+    for split in ("train", "val"):
+        setattr(config.data, f"{split}_annotations", "instances.json")
+        setattr(config.data, f"{split}_images", "")
+    for key, value in ({"root": str(folder), "workers": 0} | data).items():
+        setattr(config.data, key, value)
+    config.train.batch_size = 1
+    return build_detection_data(config, masks=False, device=torch.device("cpu"), train=training)
 
 
 def packed(mask: np.ndarray) -> dict:
@@ -74,7 +81,7 @@ def test_categories_with_gaps_are_numbered_by_id(tmp_path):
     assert index.categories == {4: "dog", 17: "cup", 90: "kite"}
     assert index.target(0)["labels"].tolist() == [2, 0, 1]
     assert [a["category_id"] for a in index.truth([0])["annotations"]] == [90, 4, 17]
-    assert not bad.entries
+    assert not bad.rows
 
 
 def test_the_three_forms_of_masks(tmp_path):
@@ -90,7 +97,7 @@ def test_the_three_forms_of_masks(tmp_path):
     expected = oracle.decode(oracle.merge(oracle.frPyObjects(parts, HEIGHT, WIDTH)))
     for mask, other in zip(masks, (expected, blob, blob), strict=True):
         assert np.array_equal(mask.numpy(), other)
-    assert not bad.entries
+    assert not bad.rows
 
 
 def test_run_lengths_are_checked_before_they_are_decoded():
@@ -98,13 +105,13 @@ def test_run_lengths_are_checked_before_they_are_decoded():
     for density in (0.01, 0.3, 0.9, 1.0, 0.0):
         mask = (draw.random((97, 131)) < density).astype(np.uint8)
         text = packed(mask)["counts"]
-        assert _run_sum(text) == 97 * 131
-        assert _run_sum(text + "1") != 97 * 131
+        assert sum_runs(text) == 97 * 131
+        assert sum_runs(text + "1") != 97 * 131
     long = np.zeros((3000, 2000), np.uint8)
     long[1234:, 1000:1500] = 1
-    assert _run_sum(packed(long)["counts"]) == long.size
+    assert sum_runs(packed(long)["counts"]) == long.size
     for damaged in ("", "P", "\x00", "hello world", "ü", "oooooooooooo0"):
-        assert _run_sum(damaged) == -1
+        assert sum_runs(damaged) == -1
 
 
 def test_crowds_are_not_learned_and_are_ignored_by_the_evaluation(tmp_path):
@@ -115,7 +122,7 @@ def test_crowds_are_not_learned_and_are_ignored_by_the_evaluation(tmp_path):
     assert len(index.target(0)["labels"]) == 1
     truth = index.truth([0])
     assert [a["iscrowd"] for a in truth["annotations"]] == [0, 1]
-    assert not bad.entries
+    assert not bad.rows
     # a detection on the crowd costs nothing, the same one elsewhere does
     sure = {"image_id": 10, "category_id": 4}
     right = sure | {"bbox": [5, 5, 20, 20], "score": 0.5}
@@ -144,14 +151,16 @@ BAD = {
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_annotations_are_named_and_counted(tmp_path, reason):
     index, bad = read(tmp_path, content([{"segmentation": SQUARE}, {"segmentation": SQUARE} | BAD[reason]]))
-    assert bad.counts(index.file) == {reason: 1}
-    assert bad.entries[0][2] == 2
+    assert bad.counts() == {reason: 1}
+    assert bad.rows[0][1] == 2
     assert len(index.target(0)["labels"]) == 1
-    bad.write(tmp_path / "bad_samples.csv")
+    samples = BadSamples(0.0)
+    samples.reports.append(bad)
+    samples.write(tmp_path / "bad_samples.csv")
     with (tmp_path / "bad_annotations.csv").open() as file:
         row = next(csv.DictReader(file))
     assert row["image"] == ("99" if "image_id" in BAD[reason] else "0.png")
-    assert row["reason"].startswith(reason)
+    assert row["reason"] == reason
     assert not (tmp_path / "bad_samples.csv").exists()  # no image is unreadable
 
 
@@ -169,7 +178,7 @@ def test_bad_annotations_are_named_and_counted(tmp_path, reason):
 )
 def test_nonsense_is_dropped_with_a_reason(tmp_path, entry):
     index, bad = read(tmp_path, content([{"segmentation": SQUARE}, {"segmentation": SQUARE} | entry]))
-    assert len(bad.entries) == 1
+    assert len(bad.rows) == 1
     assert len(index.target(0)["labels"]) == 1
     assert len(index.truth([0])["annotations"]) == 1
 
@@ -184,88 +193,86 @@ def test_areas_that_are_not_given_or_make_no_sense_are_measured(tmp_path):
         index, bad = read(tmp_path, content(entries), masks=masks)
         assert index.areas.tolist() == [7, measured, measured, measured]
         assert index.usable.all()
-        assert bad.counts(index.file) == {MEASURED: 2}
+        assert bad.counts() == {MEASURED: 2}
 
 
 def test_masks_are_not_needed_for_boxes(tmp_path):
     index, bad = read(tmp_path, content([{"segmentation": []}, {}]), masks=False)
     assert len(index.target(0)["labels"]) == 2
     assert "masks" not in index.target(0)
-    assert not bad.entries
+    assert not bad.rows
 
 
 def test_boxes_beyond_the_image_are_clipped_for_training_and_reported(tmp_path):
     boxes = [[-10, -5, 30, 20], [50, 30, 10.4, 10], [20, 10, 100, 100]]
     index, bad = read(tmp_path, content([{"bbox": b, "segmentation": SQUARE} for b in boxes]))
     assert index.target(0)["boxes"].tolist() == [[0, 0, 20, 15], [50, 30, 60, 40], [20, 10, 60, 40]]
-    assert bad.counts(index.file) == {CLIPPED: 2}  # not the one that is off by rounding
+    assert bad.counts() == {CLIPPED: 2}  # not the one that is off by rounding
     assert [a["bbox"] for a in index.truth([0])["annotations"]] == boxes  # measured as COCO's own tool would
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "names"),
     [
-        (json.dumps(content([{}]))[:150], "was cut short"),
-        ("", "was cut short"),
-        ("[1, 2]", "holds a list"),
-        ('{"images": []}', "no list 'annotations'"),
-        (json.dumps(content([]) | {"images": []}), "has no images"),
-        (json.dumps(content([]) | {"categories": []}), "has no categories"),
-        (
-            json.dumps(content([]) | {"categories": [{"id": 1, "name": "a"}] * 2}),
-            "category ids given more than once: 1",
-        ),
-        (json.dumps(content([]) | {"images": [{"id": 1, "file_name": "a"}]}), "no `height` and `width`"),
-        (json.dumps(content([]) | {"images": content([])["images"] * 2}), "two images have the id 10"),
+        (json.dumps(content([{}]))[:150], "JSON"),
+        ("", "JSON"),
+        ("[1, 2]", "list"),
+        ('{"images": []}', "'annotations'"),
+        (json.dumps(content([]) | {"images": []}), "images"),
+        (json.dumps(content([]) | {"categories": []}), "categories"),
+        (json.dumps(content([]) | {"categories": [{"id": 1, "name": "a"}] * 2}), "ids .*1"),
+        (json.dumps(content([]) | {"images": [{"id": 1, "file_name": "a"}]}), "'a'.*`height`.*`width`"),
+        (json.dumps(content([]) | {"images": content([])["images"] * 2}), r"10.*'0\.png'"),
     ],
 )
-def test_files_that_are_not_coco(tmp_path, text, says):
+def test_files_that_are_not_coco(tmp_path, text, names):
     file = tmp_path / "instances.json"
     file.write_text(text)
-    with pytest.raises(DataError, match=says) as caught:
-        read_coco(file, tmp_path, BadEntries(0.0), masks=True)
+    with pytest.raises(DataError, match=names) as caught:
+        read_coco(file, tmp_path, masks=True)
     assert str(file) in str(caught.value)
 
 
 def test_a_missing_file_and_other_categories(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json does not exist"):
-        read_coco(tmp_path / "none.json", tmp_path, BadEntries(0.0), masks=True)
+    with pytest.raises(DataError, match=r"none\.json"):
+        read_coco(tmp_path / "none.json", tmp_path, masks=True)
     file = write(tmp_path, content([{}]))
-    with pytest.raises(DataError, match=r"the model was not made for.*17: 'cup'"):
-        read_coco(file, tmp_path, BadEntries(0.0), masks=False, categories={4: "dog", 90: "kite", 17: "mug"})
+    with pytest.raises(DataError, match=r"\{17: 'cup'\}"):
+        read_coco(file, tmp_path, masks=False, categories={4: "dog", 90: "kite", 17: "mug"})
 
 
 def test_images_without_objects_are_left_out_or_kept(tmp_path):
     entries = [{"segmentation": SQUARE}, {"image_id": 12, "segmentation": SQUARE, "iscrowd": 1}, {"image_id": 13}]
-    for keep, expected in ((False, [10]), (True, [10, 11, 12, 13])):
-        index, bad = read(tmp_path, content(entries, images=4))
-        assert choose_images(index, bad, train=True, keep_empty=keep, limit=None) == (0 if keep else 3)
-        assert index.image_ids.tolist() == expected
-    assert index.target(1)["boxes"].shape == (0, 4)
-    assert index.target(1)["masks"].shape == (0, HEIGHT, WIDTH)
-    index, bad = read(tmp_path, content(entries[1:], images=4))
-    with pytest.raises(DataError, match="no image with an object"):
-        choose_images(index, bad, train=True, keep_empty=False, limit=None)
-    assert choose_images(index, bad, train=False, keep_empty=False, limit=None) == 0  # the evaluation takes them all
-    assert len(index) == 4
+    write(tmp_path, content(entries, images=4))
+    for keep, expected in ((False, [10, 13]), (True, [10, 11, 12, 13])):
+        data = build(tmp_path, keep_empty=keep)
+        assert data.train.dataset.index.image_ids.tolist() == expected
+        assert data.val.dataset.index.image_ids.tolist() == [10, 11, 12, 13]  # the evaluation takes them all
+        assert len(data.notes) == (0 if keep else 1)
+    index, _ = read(tmp_path, content(entries, images=4))
+    assert index.objects().tolist() == [1, 0, 0, 0]  # the last one has no mask
+    index.select(np.array([1, 0]))
+    assert index.target(0)["boxes"].shape == (0, 4)
+    assert index.target(0)["masks"].shape == (0, HEIGHT, WIDTH)
+    assert index.target(1)["masks"].sum() > 0
+    write(tmp_path, content(entries[1:2], images=4))
+    with pytest.raises(DataError, match=r"data\.keep_empty"):
+        build(tmp_path)
 
 
 def test_missing_images_are_named_and_too_many_stop(tmp_path):
-    what = content([{"image_id": 10 + i, "bbox": [i, 5, 20, 20]} for i in range(5)], images=5)
-    file = write(tmp_path, what)
+    write(tmp_path, content([{"image_id": 10 + i, "bbox": [i, 5, 20, 20]} for i in range(5)], images=5))
     (tmp_path / "1.png").unlink()
-    index, bad = read_coco(file, tmp_path, BadEntries(0.5), masks=False), BadEntries(0.5)
-    choose_images(index, bad, train=True, keep_empty=False, limit=3)
-    assert index.names == ["0.png", "2.png", "3.png"]
+    data = build(tmp_path, max_bad_fraction=0.5, limit=3)
+    index = data.train.dataset.index
+    assert [Path(index.name(i)).name for i in range(3)] == ["0.png", "2.png", "3.png"]
     assert index.target(1)["boxes"][0, 0] == 2  # annotations moved with their images
-    assert bad.names == {str(tmp_path / "1.png"): "the file does not exist"}
-    index = read_coco(file, tmp_path, bad, masks=False)
-    with pytest.raises(DataError, match=r"1 of 5 images could not be read.*1\.png"):
-        choose_images(index, BadEntries(0.1), train=True, keep_empty=False, limit=None)
-    with pytest.raises(DataError, match="none of the 5 images"):
-        choose_images(
-            read_coco(file, tmp_path / "elsewhere", bad, masks=False), bad, train=True, keep_empty=True, limit=None
-        )
+    assert list(data.bad.names) == [str(tmp_path / "1.png")]
+    assert "1.png" in " ".join(data.notes)
+    with pytest.raises(DataError, match=r"1 of 5 .*1\.png"):
+        build(tmp_path, max_bad_fraction=0.1)
+    with pytest.raises(DataError, match=r"none of the 5 .*elsewhere"):
+        build(tmp_path, train_images="elsewhere")
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):
@@ -273,15 +280,18 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(t
     file = write(tmp_path, what)
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "1.png")  # of another size
-    index = read_coco(file, tmp_path, BadEntries(1.0), masks=False)
-    training = CocoImages(index, 3, augmentation(DetectAugmentConfig()), seed=0)
-    image, target, number, found = training[0, 0]
-    assert (number, len(target["boxes"])) == (2, 1)
+    index = read_coco(file, tmp_path, masks=False)
+    training = BoxSamples(index, 3, detection_transform(DetectAugmentConfig()), seed=0)
+    sample, found = training[0, 0]
+    assert (sample["number"], len(sample["boxes"])) == (2, 1)
     assert [name for name, _ in found] == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
-    assert "is 40x60 pixels, its annotations are for 60x40" in found[1][1]
-    image, _, _, found = CocoImages(index, 3, None, seed=0)[0, 1]
-    assert image is None
+    assert "40x60" in found[1][1]
+    assert "60x40" in found[1][1]
+    sample, found = BoxSamples(index, 3, None, seed=0)[0, 1]
+    assert sample is None
     assert len(found) == 1
+    rows = check_image_files(index).rows
+    assert [sample for sample, *_ in rows] == [str(tmp_path / "1.png")]  # 0.png's header is whole
 
 
 def test_what_is_left_out_is_said(rectangles):
@@ -290,26 +300,21 @@ def test_what_is_left_out_is_said(rectangles):
     what["annotations"][0]["bbox"] = [0, 0, 0, 0]
     what["images"].append({"id": 1, "file_name": "gone.png", "height": 64, "width": 80})
     file.write_text(json.dumps(what))
-    config = load_config(None, [], DetectConfig, {"output": "-", "model": {"name": "-"}})
-    for key, value in {"root": str(rectangles), "workers": 0, "max_bad_fraction": 0.1}.items():
-        setattr(config.data, key, value)
-    for split in ("train", "val"):
-        setattr(config.data, f"{split}_annotations", f"annotations/instances_{split}.json")
-        setattr(config.data, f"{split}_images", split)
-    config.train.batch_size = 4
-    data = build_coco(config, masks=True, device=torch.device("cpu"))
-    said = "\n".join(data.notes)
-    assert "instances_train.json: 1 x box has no area" in said
-    assert "1 images without an object left out" in said
-    assert "gone.png" in said
+    paths = {f"{split}_images": split for split in ("train", "val")}
+    paths |= {f"{split}_annotations": f"annotations/instances_{split}.json" for split in ("train", "val")}
+    data = build(rectangles, max_bad_fraction=0.1, **paths)
+    faults, missing, empty = data.notes
+    assert "1 x box has no area (000.png)" in faults
+    assert "gone.png" in missing
+    assert "1 images" in empty
     assert data.train.samples == 15
 
     file = rectangles / "annotations" / "instances_val.json"
     what = json.loads(file.read_text())
     what["annotations"] = [entry | {"iscrowd": 1} for entry in what["annotations"]]
     file.write_text(json.dumps(what))
-    with pytest.raises(DataError, match=r"instances_val\.json has no annotation to evaluate against"):
-        build_coco(config, masks=True, device=torch.device("cpu"))
+    with pytest.raises(DataError, match=r"instances_val\.json"):
+        build(rectangles, max_bad_fraction=0.1, **paths)
 
 
 def bounds(mask: torch.Tensor) -> torch.Tensor:
@@ -325,17 +330,18 @@ def bounds(mask: torch.Tensor) -> torch.Tensor:
         {"min_size": [60], "crop_prob": 1.0, "crop_min_size": [70, 90], "crop_size": [45, 65]},
         {"final_crop_size": [60, 72], "scale_jitter": [0.3, 2.0]},
     ],
-    ids=["sizes", "range", "crop", "jitter"],
+    ids=["sizes", "range", "crop", "scale_jitter"],
 )
 def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes):
     config = DetectAugmentConfig(**changes)
     folder = rectangles / "train"
-    index = read_coco(rectangles / "annotations/instances_train.json", folder, BadEntries(0.0), masks=True)
-    dataset = CocoImages(index, 3, augmentation(config), seed=3)
+    index = read_coco(rectangles / "annotations/instances_train.json", folder, masks=True)
+    dataset = BoxSamples(index, 3, detection_transform(config), seed=3)
     sizes, objects = set(), 0
     nearest = 2.5 if config.crop_prob else 1.5  # a mask's edge moves by up to a pixel each time it is resized
     for number in range(len(dataset)):
-        image, target, *_ = dataset[5, number]
+        target, _ = dataset[5, number]
+        image = target["image"]
         sizes.add(tuple(image.shape[-2:]))
         assert image.dtype == torch.uint8
         assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
@@ -367,7 +373,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_number_alone(detect_recipe):
 
     def batches(workers: int, epoch: int, start: int = 0) -> list:
         config.data.workers = workers
-        return list(build_coco(config, masks=True, device=torch.device("cpu")).train.epoch(epoch, start))
+        return list(build_detection_data(config, masks=True, device=torch.device("cpu")).train.epoch(epoch, start))
 
     alone, others = batches(0, 1), batches(2, 1)
     assert len(alone) == 4
@@ -383,30 +389,43 @@ def test_what_is_drawn_depends_on_seed_epoch_and_number_alone(detect_recipe):
 
 
 def test_sizes_that_make_no_sense_are_refused():
-    with pytest.raises(DataError, match="the least and the largest"):
-        augmentation(DetectAugmentConfig(min_size=[640, 700, 800], sampling="range"))
-    with pytest.raises(DataError, match="the least side, then the largest"):
-        augmentation(DetectAugmentConfig(crop_size=[600, 384]))
+    with pytest.raises(DataError, match=r"\[640, 700, 800\]"):
+        detection_transform(DetectAugmentConfig(min_size=[640, 700, 800], sampling="range"))
+    with pytest.raises(DataError, match=r"augment\.crop_size=\[600, 384\]"):
+        detection_transform(DetectAugmentConfig(crop_size=[600, 384]))
     with pytest.raises(DataError, match=r"augment\.scale_jitter=\[0\.1, 2\.0\].*augment\.final_crop_size=None"):
-        augmentation(DetectAugmentConfig(scale_jitter=[0.1, 2.0]))
+        detection_transform(DetectAugmentConfig(scale_jitter=[0.1, 2.0]))
 
 
-def test_colours_change_and_nothing_else():
+def test_colours_change_and_nothing_else(tmp_path):
     """Every image another way, no channel for another, and alike for the same draws."""
-    transform = augmentation(DetectAugmentConfig(hflip=0, min_size=[40], max_size=60, photometric=True))
-    images = CocoImages(None, 3, transform, 0)
-    grey = torch.full((3, 40, 60), 100, dtype=torch.uint8)
-    grey[0] += 60
-    target = {"boxes": torch.tensor([[5.0, 5, 25, 25]]), "labels": torch.tensor([1])}
-    seen = [images._augment(grey, dict(target), (0, 0, number)) for number in range(20)]
-    assert len({tuple(image[:, 0, 0].tolist()) for image, _ in seen}) > 10
-    for image, changed in seen:
+    grey = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
+    grey[..., 0] += 60
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    index, _ = read(tmp_path, content([{}]), masks=False)
+    config = DetectAugmentConfig(hflip=0, min_size=[40], max_size=60, photometric=True)
+    dataset = BoxSamples(index, 3, detection_transform(config), seed=0)
+    seen = [dataset[epoch, 0][0] for epoch in range(20)]
+    assert len({tuple(sample["image"][:, 0, 0].tolist()) for sample in seen}) > 10
+    for sample in seen:
+        image = sample["image"]
         assert image.dtype == torch.uint8
         assert (image == image[:, :1, :1]).all()
         assert image[0, 0, 0] > image[1:, 0, 0].max()
-        assert torch.equal(changed["boxes"], target["boxes"])
-    again, _ = images._augment(grey, dict(target), (0, 0, 3))
-    assert torch.equal(again, seen[3][0])
+        assert sample["boxes"].tolist() == [[5, 5, 25, 25]]
+    assert torch.equal(dataset[3, 0][0]["image"], seen[3]["image"])
+
+
+def test_masks_are_resized_at_pixel_centres():
+    """As their images are; torchvision's own masks move by up to half a pixel."""
+    values = torch.arange(24, dtype=torch.uint8).view(1, 4, 6)
+    half = F.resize(Mask(values.repeat_interleave(4, 1).repeat_interleave(4, 2)), [8, 12])
+    assert type(half) is Mask
+    assert torch.equal(half, values.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    edge = torch.arange(9, dtype=torch.uint8).view(3, 3)
+    assert F.resize(Mask(edge), [1, 1]).item() == 4  # the middle one
+    image, mask = tv_tensors.Image(torch.rand(1, 7, 9)), Mask(torch.zeros(7, 9))
+    assert F.resize(image, [5], max_size=6).shape[-2:] == F.resize(mask, [5], max_size=6).shape
 
 
 def random_results(draw: np.random.Generator, truth: dict) -> list[dict]:
@@ -481,7 +500,7 @@ def test_scorer_finds_what_was_annotated(tmp_path):
     """The annotations themselves as detections: 100, for boxes and masks, with categories that have gaps."""
     draw = np.random.default_rng(3)
     index, bad = read(tmp_path, random_truth(draw))
-    assert not bad.entries
+    assert not bad.rows
     scorer = CocoScorer(index, masks=True)
     for number in range(len(index)):
         target = index.target(number)

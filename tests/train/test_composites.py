@@ -132,19 +132,19 @@ def test_a_complete_folder_is_taken_as_it_is(root: Path):
 
 def test_a_folder_of_something_else_is_refused(root: Path, tmp_path: Path):
     before = contents(root)
-    with pytest.raises(DataError, match=r"holds composites with seed 7, asked is 8"):
+    with pytest.raises(DataError, match=r"seed 7.*8"):
         write_composites(root, 6, 3, SIZE, seed=8)
-    with pytest.raises(DataError, match=r"size 96, asked is 128"):
+    with pytest.raises(DataError, match=r"size 96.*128"):
         write_composites(root, 6, 3, 128, seed=7)
     assert contents(root) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"mine exists and holds no composites"):
+    with pytest.raises(DataError, match=r"mine .*manifest\.json"):
         write_composites(tmp_path / "mine", 6, 3, SIZE, seed=7)
     (tmp_path / "mine" / "manifest.json").write_text('{"version": 1')
-    with pytest.raises(DataError, match=r"mine exists and holds no composites"):
+    with pytest.raises(DataError, match=r"mine .*manifest\.json"):
         write_composites(tmp_path / "mine", 6, 3, SIZE, seed=7)
-    with pytest.raises(DataError, match=r"val_images is 0, must be at least 1"):
+    with pytest.raises(DataError, match=r"val_images is 0.*1"):
         write_composites(tmp_path / "none", 6, 0, SIZE, seed=7)
 
 
@@ -196,7 +196,7 @@ def test_tuxpaint(tuxpaint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
                 abs(np.median(pixels[mask][:, 0]) - 20 * (annotation["category_id"] - 1) - 40) < 10
             )  # its stamp's red
             assert mask.sum() > 0.5 * annotation["bbox"][2] * annotation["bbox"][3]  # a disc fills most of its box
-    with pytest.raises(DataError, match="make tuxpaint-coco"):
+    with pytest.raises(DataError, match=r"nowhere.*`make tuxpaint-coco`"):
         write_tuxpaint(tmp_path / "other", tmp_path / "nowhere", 1, 1, 64, 0)
     with pytest.raises(SystemExit, match="2"):
         composites.main([str(tmp_path / "nowhere"), str(tmp_path / "other")])

@@ -17,7 +17,7 @@ from timm.data import create_dataset, create_loader, create_transform
 
 from foveal.configs.schema import AugmentConfig, load_config
 from foveal.train.classify import train
-from foveal.train.data import BadSamples, DataError, build_data, find_classes
+from foveal.train.data import BadSamples, DataError, build_classification_data, find_classes
 from foveal.train.data.idx import read_idx, read_split
 from foveal.train.data.memory import BatchAugment, load_digits, resize_images
 from foveal.train.data.order import EpochOrder, Normalize
@@ -36,7 +36,7 @@ MODEL_CFG = {
 def build(*overrides: str, **kwargs):
     config = load_config(None, ["output=o", "model.name=m", "train.batch_size=20", "data.workers=0", *overrides])
     classes = find_classes(config.data)
-    return build_data(config, classes, MODEL_CFG, device=CPU, **kwargs), classes
+    return build_classification_data(config, classes, MODEL_CFG, device=CPU, **kwargs), classes
 
 
 # IDX files
@@ -71,31 +71,31 @@ def test_idx_plain_and_gzipped(idx_folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "names"),
     [
-        (lambda b: b[:-5], "the header says .* the file holds"),
-        (lambda b: b[:6], "cut short"),
-        (lambda b: b"PNG!" + b[4:], "is no IDX file"),
-        (lambda b: b"", "is no IDX file"),
+        (lambda b: b[:-5], "18 bytes.* 13$"),
+        (lambda b: b[:6], "6 bytes.*16"),
+        (lambda b: b"PNG!" + b[4:], "504e4721.*00000803"),
+        (lambda b: b"", "00000803"),
     ],
 )
-def test_idx_damaged(tmp_path, damage, says):
+def test_idx_damaged(tmp_path, damage, names):
     path = tmp_path / "x-images-idx3-ubyte"
     path.write_bytes(damage(idx(np.zeros((2, 3, 3), np.uint8))))
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=names):
         read_idx(path, 3)
 
 
 def test_idx_gzip_cut_short(tmp_path):
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(idx(np.arange(200, dtype=np.uint8)))[:-12])
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match=r"x\.gz"):
         read_idx(path, 1)
 
 
 def test_idx_counts_disagree(idx_folder):
     (idx_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(24, np.uint8))))
-    with pytest.raises(DataError, match="25 images but 24 labels"):
+    with pytest.raises(DataError, match=r"25 .*24"):
         read_split(idx_folder, "val")
 
 
@@ -106,7 +106,7 @@ def test_idx_missing_says_how_to_get_it(tmp_path):
 
 def test_idx_label_out_of_range(idx_folder):
     (idx_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.full(25, 10, np.uint8))))
-    with pytest.raises(DataError, match=r"label 10 is outside 0\.\.9"):
+    with pytest.raises(DataError, match=r"10 .*0\.\.9"):
         build("data.kind=idx", f"data.root={idx_folder}", "data.in_chans=1")
 
 
@@ -205,20 +205,20 @@ def test_folder_with_workers_gives_the_same_evaluation(make_images):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says"),
+    ("break_it", "names"),
     [
-        (lambda root: (root / "train" / "green").mkdir(), "class folders without an image.*green"),
-        (lambda root: (root / "val").rename(root / "test"), "no folder 'val' in .*it has test, train"),
-        (lambda root: root.rename(root.with_name("elsewhere")), "the data folder .* does not exist"),
-        (lambda root: [p.rename(p.with_suffix(".txt")) for p in root.rglob("train/*/*.png")], "no images in .*train"),
-        (lambda root: (root / "val" / "red").rename(root / "val" / "pink"), r"classes that are not among.*pink"),
-        (lambda root: (root / "train" / "red").rename(root / "train" / "blue" / "x"), "at least two classes"),
+        (lambda root: (root / "train" / "green").mkdir(), "train: green$"),
+        (lambda root: (root / "val").rename(root / "test"), "'val' .*test, train"),
+        (lambda root: root.rename(root.with_name("elsewhere")), r"images .*data\.root"),
+        (lambda root: [p.rename(p.with_suffix(".txt")) for p in root.rglob("train/*/*.png")], r"train: .*\.png"),
+        (lambda root: (root / "val" / "red").rename(root / "val" / "pink"), r"val .*\['pink'\]"),
+        (lambda root: (root / "train" / "red").rename(root / "train" / "blue" / "x"), r"\['blue'\]"),
     ],
 )
-def test_folder_mistakes(make_images, break_it, says):
+def test_folder_mistakes(make_images, break_it, names):
     root = make_images(train=2, val=2)
     break_it(root)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=names):
         build(f"data.root={root}", "train.batch_size=2")
 
 
@@ -227,7 +227,7 @@ def test_folder_nested_images(make_images):
     (root / "train" / "red" / "deeper").mkdir()
     for path in (root / "train" / "red").glob("*.png"):
         path.rename(path.parent / "deeper" / path.name)
-    with pytest.raises(DataError, match=r"directly in their class folder.*red"):
+    with pytest.raises(DataError, match=r"train: .*\['red'\]"):
         build(f"data.root={root}", "train.batch_size=2")
 
 
@@ -281,7 +281,7 @@ def test_bad_samples_count_each_name_once():
     bad.start(200)
     for _ in range(5):
         bad.add([("a", "x"), ("b", "x")])
-    with pytest.raises(DataError, match=r"3 of 200 images.*a \(x\); b \(x\); c \(y\)"):
+    with pytest.raises(DataError, match=r"3 of 200 .*a \(x\); b \(x\); c \(y\)"):
         bad.add([("c", "y")])
 
 
@@ -345,23 +345,23 @@ def test_shards_are_divided_between_processes(shards):
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "names"),
     [
-        ("data.num_classes=null", "the shards in .* don't tell their classes"),
-        ("data.train_split=nope", "split 'nope'"),
-        ("data.train_split='pipe:cat {a,b}.tar|90' data.workers=5", r"2 shards can't feed 1 process\(es\) x 5 data.wo"),
-        ("data.train_split='gone-{00..02}.tar|90'", "3 of 3 shards don't exist"),
+        ("data.num_classes=null", r"data\.num_classes.*data\.classes"),
+        ("data.train_split=nope", "'nope'"),
+        ("data.train_split='pipe:cat {a,b}.tar|90' data.workers=5", r"2 .*1 .*5 data\.workers"),
+        ("data.train_split='gone-{00..02}.tar|90'", r"3 of 3 .*gone-00\.tar"),
     ],
 )
-def test_shard_mistakes(shards, override, says):
-    with pytest.raises(DataError, match=says):
+def test_shard_mistakes(shards, override, names):
+    with pytest.raises(DataError, match=names):
         build(*WDS, f"data.root={shards}", *shlex.split(override))
 
 
 def test_shard_label_out_of_range(shards):
     data, _ = build(*WDS, f"data.root={shards}", "data.classes=[a,b]")
     data.train.num_classes = 1
-    with pytest.raises(DataError, match=r"label 1 is outside 0\.\.0"):
+    with pytest.raises(DataError, match=r"1 .*0\.\.0"):
         list(data.train.epoch(0))
 
 
@@ -373,7 +373,7 @@ def test_values_of_unusual_image_files(tmp_path):
     assert np.asarray(to_mode(deep, 1)).tolist() == [[0, 1, 255]]
     clear = Image.fromarray(np.array([[[255, 255, 255, 0], [200, 100, 0, 255]]], np.uint8), "RGBA")
     assert np.asarray(to_mode(clear, 3)).tolist() == [[[0, 0, 0], [200, 100, 0]]]
-    with pytest.raises(ValueError, match="whose range is not known"):
+    with pytest.raises(ValueError, match="mode F"):
         to_mode(Image.fromarray(np.zeros((2, 2), np.float32)), 1)
 
 
@@ -487,5 +487,6 @@ def test_exclude(make_images, tmp_path, write):
     (tmp_path / "bad.csv").write_text(write(root))
     data, _ = build(f"data.root={root}", f"data.exclude={tmp_path / 'bad.csv'}")
     assert data.train.samples == 23
-    assert str(root / "train/red/003.png") not in map(data.train.dataset.name, range(23))
-    assert data.notes == ["data.exclude: 1 samples left out, of 1 that are named"]
+    assert str(root / "train/red/003.png") not in map(data.train.dataset.index.name, range(23))
+    (note,) = data.notes
+    assert "1 samples" in note

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.configs.schema import load_config
-from foveal.train.data import DataError, build_data, find_classes
+from foveal.train.data import DataError, build_classification_data, find_classes
 from foveal.train.data import shards as making
-from foveal.train.data.guard import NOTHING
+from foveal.train.data.guard import Excluded
 from foveal.train.data.shards import Options, make_shards
 from foveal.train.data.wds import StreamedImages, load_index, scan_shard
 
@@ -48,7 +48,7 @@ def build(root: Path, *overrides: str, rank: int = 0, world: int = 1):
     given = ["output=o", "model.name=m", "train.batch_size=4", "data.workers=0", "augment.color_jitter=0"]
     given += ["data.kind=wds", f"data.root={root}", "augment.scale=[0.9,1]", *overrides]
     config = load_config(None, given)
-    return build_data(config, find_classes(config.data), MODEL, device=CPU, rank=rank, world=world)
+    return build_classification_data(config, find_classes(config.data), MODEL, device=CPU, rank=rank, world=world)
 
 
 def levels(batches) -> list[int]:
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch):
     assert files(out) == files(tmp_path / "whole")
     assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
     assert make_shards(folder, out, Options(samples=10)).written == 0
-    with pytest.raises(DataError, match="other images, or made with other options"):
+    with pytest.raises(DataError, match=r"out .*_shards\.json"):
         make_shards(folder, out, Options(samples=11))
 
 
@@ -161,17 +161,17 @@ def test_images_are_made_smaller(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "names"),
     [
-        (lambda root, out: (out.mkdir(), (out / "thesis.tex").write_text("x")), "not empty"),
-        (lambda root, out: root.rename(root.with_name("away")), "no folder 'train' or 'val'"),
-        (lambda root, out: (root / "train" / "elm").mkdir(), "class folders without an image"),
+        (lambda root, out: (out.mkdir(), (out / "thesis.tex").write_text("x")), "out "),
+        (lambda root, out: root.rename(root.with_name("away")), "images .*'train' or 'val'"),
+        (lambda root, out: (root / "train" / "elm").mkdir(), "train: elm"),
     ],
 )
-def test_mistakes(folder, tmp_path, change, says):
+def test_mistakes(folder, tmp_path, change, names):
     out = tmp_path / "out"
     change(folder, out)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=names):
         make_shards(folder, out, Options())
     assert not list(tmp_path.glob("out/*.tar"))
 
@@ -192,7 +192,7 @@ def test_two_at_a_time(folder, tmp_path):
         [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(DataError, match="another process"):
+        with pytest.raises(DataError, match=str(tmp_path / "out")):
             make_shards(folder, tmp_path / "out", Options())
         assert lock.exists()  # it is the other's
         other.communicate("\n")
@@ -249,15 +249,15 @@ def test_exclude(made, tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         data = build(made, f"data.exclude={tmp_path / 'bad.csv'}")
         assert data.train.samples == 35
-        assert data.notes == ["data.exclude: 1 samples left out, of 1 that are named"]
-    with pytest.raises(DataError, match=r"data\.exclude=.*can't be read"):
+        assert len(data.notes) == 1
+    with pytest.raises(DataError, match=r"data\.exclude=.*none\.csv"):
         build(made, f"data.exclude={tmp_path / 'none.csv'}")
 
 
 def test_a_damaged_shard_is_named(made):
     path = made / "train-000002.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"train-000002\.tar can't be read after"):
+    with pytest.raises(DataError, match=r"train-000002\.tar"):
         build(made)
 
 
@@ -268,7 +268,7 @@ def test_a_shard_that_lost_samples_is_named(made):
             for member, content in members:
                 other.addfile(member, content)
     (made / "shorter.tar").replace(made / "train-000001.tar")
-    with pytest.raises(DataError, match=r"train-000001\.tar holds 7 samples, _info\.json says 8"):
+    with pytest.raises(DataError, match=r"train-000001\.tar .*7 .*8"):
         build(made)
 
 
@@ -291,10 +291,10 @@ def test_an_index_that_cannot_be_written(made):
     """It is only a shorter way."""
     (made / "_index-val.npz").unlink()
     (made / "_index-val.npz").mkdir()
-    with pytest.warns(UserWarning, match=r"_index-val\.npz can't be written"):
+    with pytest.warns(UserWarning, match=r"_index-val\.npz"):
         data = build(made)
     assert len(levels(data.val.epoch(0))) == 11
-    assert not [path for path in made.iterdir() if path.name.startswith("._index")]
+    assert not [path for path in made.iterdir() if path.name.startswith(".")]
 
 
 def test_streamed_shards(made):
@@ -325,9 +325,9 @@ def test_draws_of_streamed_shards(made):
     def drawn(*place: int, seed: int = 0, rank: int = 0) -> list[list[float]]:
         shards = [f"pipe:cat {made}/train-{i:06}.tar" for i in range(4)]
         split_up = {"rank": rank, "world": 2, "workers": 1}
-        dataset = StreamedImages(shards, Draws(), train=True, seed=seed, excluded=NOTHING, **split_up)
+        dataset = StreamedImages(shards, Draws(), train=True, seed=seed, excluded=Excluded(), **split_up)
         dataset.set(*place)
-        return [item[0].tolist() for item in islice(dataset, 20)]  # of 16: the second pass has begun
+        return [sample[0].tolist() for sample, _ in islice(dataset, 20)]  # of 16: the second pass has begun
 
     states = random.getstate(), torch.get_rng_state()
     first = drawn(3, 0)
@@ -370,7 +370,7 @@ def test_data_name_no_command(made, tmp_path, name):
     name = name.format(tmp_path / "ran")
     info["splits"]["train"]["filenames"][0] = name
     (made / "_info.json").write_text(json.dumps(info))
-    with pytest.raises(DataError, match=f"_info.json in .* names the shard '{name}'"):
+    with pytest.raises(DataError, match=f"_info.json in .*'{name}'"):
         list(build(made).train.epoch(0))
     assert not (tmp_path / "ran").exists()
 
@@ -380,7 +380,7 @@ def test_streamed_shards_without_an_image(made, tmp_path, workers):
     excluded = [f"pipe:cat {made}/train-000000.tar:{key}" for key, *_ in scan_shard(str(made / "train-000000.tar"))]
     (tmp_path / "list").write_text("\n".join(excluded))
     given = (f"data.train_split='pipe:cat {made}/train-00000{{0..0}}.tar|8'", f"data.workers={workers}")
-    with pytest.raises(DataError, match=r"no image in a pass over its own: .*train-000000\.tar \(first of 1 shards\)"):
+    with pytest.raises(DataError, match=r"train-000000\.tar \(first of 1 shards\)"):
         next(build(made, *given, f"data.exclude={tmp_path / 'list'}").train.epoch(0))
 
 
@@ -388,7 +388,7 @@ def test_names_that_are_not_utf8(folder, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     (folder / "train" / "ash" / "0.a.JPEG").rename(folder / "train" / "ash" / f"{name}.JPEG")
     make_shards(folder, tmp_path / "shards", Options(samples=36))
-    data = build(tmp_path / "shards").train.dataset
+    data = build(tmp_path / "shards").train.dataset.index
     (found,) = [data.name(i) for i in range(len(data)) if name in data.name(i)]
     assert found == f"{tmp_path}/shards/train-000000.tar:ash/{name}"
     (tmp_path / "list").write_bytes(os.fsencode(found))

@@ -11,7 +11,6 @@ from torchvision.datasets import VOCDetection
 from foveal.configs.schema import ConfigError, DetectConfig, load_config
 from foveal.train import detect, evaluate
 from foveal.train.data import DataError
-from foveal.train.data.coco import BadEntries, read_coco
 from foveal.train.data.voc import read_voc
 from foveal.train.detection_metrics import average_precision
 
@@ -49,13 +48,13 @@ def devkit(tmp_path) -> Path:
 
 def test_against_torchvision(devkit):
     found = read_voc(devkit, "VOC2007/trainval+VOC2012/trainval", train=True)
-    assert [image["file_name"] for image in found["images"]] == [
+    assert [found.name(i).removeprefix(f"{devkit}/") for i in range(3)] == [
         *("VOC2007/JPEGImages/000005.jpg", "VOC2007/JPEGImages/000007.jpg", "VOC2012/JPEGImages/2008_000008.jpg")
     ]
-    names = {entry["id"]: entry["name"] for entry in found["categories"]}
+    names = found.categories
     assert len(names) == 20
     assert [names[i] for i in (1, 12, 20)] == ["aeroplane", "dog", "tvmonitor"]
-    mine = [(names[a["category_id"]], a["bbox"]) for a in found["annotations"]]
+    mine = [(names[a["category_id"]], a["bbox"]) for a in found.truth(range(3))["annotations"]]
     theirs = []
     for year in ("2007", "2012"):
         for _, target in VOCDetection(str(devkit.parent), year=year, image_set="trainval"):
@@ -63,17 +62,13 @@ def test_against_torchvision(devkit):
                 x1, y1, x2, y2 = (float(each["bndbox"][end]) for end in ("xmin", "ymin", "xmax", "ymax"))
                 theirs.append((each["name"], [x1 - 1, y1 - 1, x2 - (x1 - 1), y2 - (y1 - 1)]))
     assert mine == theirs
-    assert [a["iscrowd"] for a in found["annotations"]] == [0] * 6
-    assert [a["iscrowd"] for a in read_voc(devkit, "VOC2007/test", train=False)["annotations"]] == [0, 1] * 2
+    assert found.crowd.tolist() == [False] * 6
+    assert read_voc(devkit, "VOC2007/test", train=False).crowd.tolist() == [False, True] * 2
 
 
 def test_what_is_difficult_is_neither_demanded_nor_wrong(devkit):
     """Every dog found, and two boxes on each cat: a perfect score. A dog where none is spoils it."""
-    index = read_coco(
-        *(Path("VOC2007/test"), devkit, BadEntries(0.0)),
-        masks=False,
-        read=lambda sets: read_voc(devkit, str(sets), train=False),
-    )
+    index = read_voc(devkit, "VOC2007/test", train=False)
     truth = index.truth(range(len(index)))
     dogs = [a for a in truth["annotations"] if not a["iscrowd"]]
     cats = [a for a in truth["annotations"] if a["iscrowd"]]
@@ -95,32 +90,32 @@ def test_it_trains_and_is_measured(devkit, detect_recipe, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "names"),
     [
-        (lambda kit: (kit / "VOC2007/ImageSets/Main/test.txt").unlink(), "'VOC2007/test': the list of its images"),
-        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").unlink(), r"000002\.xml can't be read"),
-        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").write_text("<annotation>"), "cut short"),
-        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").write_text("<annotation/>"), "no annotation of Pascal"),
+        (lambda kit: (kit / "VOC2007/ImageSets/Main/test.txt").unlink(), r"VOC2007/test.*test\.txt"),
+        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").unlink(), r"000002\.xml"),
+        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").write_text("<annotation>"), r"000002\.xml.*column"),
+        (lambda kit: (kit / "VOC2007/Annotations/000002.xml").write_text("<annotation/>"), r"000002\.xml.*int"),
         (
             lambda kit: (kit / "VOC2007/Annotations/000002.xml").write_text(
                 "<annotation><size><width>9</width><height>9</height></size>"
                 + OBJECT.format(1, 2, 3, 4, name="yeti", difficult=0)
                 + "</annotation>"
             ),
-            "'yeti', which is none of VOC's classes",
+            r"000002\.xml.*'yeti'",
         ),
     ],
 )
-def test_damage_is_named(devkit, damage, says):
+def test_damage_is_named(devkit, damage, names):
     damage(devkit)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=names):
         read_voc(devkit, "VOC2007/test", train=False)
 
 
 def test_masks_are_refused(devkit, detect_recipe, tmp_path, capsys):
     options = [f"output={tmp_path / 'run'}", f"data.root={devkit}", "data.kind=voc", "model.head=mask_rcnn"]
     assert detect.train(detect_recipe, options) == 1
-    assert "data.kind=voc has boxes, and this detector learns masks" in " ".join(capsys.readouterr().out.split())
+    assert "data.kind=voc" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_recipe():

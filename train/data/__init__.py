@@ -1,6 +1,26 @@
-"""Data for training: folders and shards of image files, IDX files, and the bundled digits."""
+"""Data for training: readers return an `Index`, datasets decode and augment its samples, loaders make batches."""
 
-from .factory import Data, Loader, build_data, find_classes
+from .dense_transforms import IGNORE
+from .factory import (
+    Data,
+    build_classification_data,
+    build_detection_data,
+    build_segmentation_data,
+    find_classes,
+)
 from .guard import BadSamples, DataError
+from .loader import DetectBatch, Loader, SegmentBatch
 
-__all__ = ["BadSamples", "Data", "DataError", "Loader", "build_data", "find_classes"]
+__all__ = [
+    "IGNORE",
+    "BadSamples",
+    "Data",
+    "DataError",
+    "DetectBatch",
+    "Loader",
+    "SegmentBatch",
+    "build_classification_data",
+    "build_detection_data",
+    "build_segmentation_data",
+    "find_classes",
+]

@@ -28,8 +28,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from .class_names import DIGITS
 from .guard import DataError
-from .memory import DIGITS, load_digits
+from .memory import load_digits
 
 VERSION = 1  # of what is drawn; a folder of another version is not taken for this one
 SPLITS = ("train", "val")

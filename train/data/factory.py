@@ -1,21 +1,37 @@
 """From the ``data`` and ``augment`` sections of a recipe to the loaders of training and evaluation."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
-from ...configs.schema import ClassifyConfig, DataConfig
-from . import files, idx, memory, wds
+from ...configs.schema import (
+    ClassifyConfig,
+    DataConfig,
+    DetectConfig,
+    DetectDataConfig,
+    SegmentConfig,
+    SegmentDataConfig,
+)
+from . import folder, idx, masks, memory, wds
+from .class_names import DIGITS, FASHION_MNIST
+from .coco import read_coco
+from .composites import write_composites
+from .dataset import BoxSamples, ClassSamples, MaskSamples
+from .dense_transforms import detection_transform, segmentation_transform
 from .guard import BadSamples, DataError, Excluded, check_classes
+from .index import BoxIndex
+from .loader import ClassLoader, DetectLoader, Loader, SegmentLoader, StreamLoader
 from .order import EpochOrder, Normalize
 from .transforms import EvalTransform, TrainTransform
+from .voc import read_voc
 
-Loader = memory.MemoryLoader | files.FileLoader
 CHANNELS = (1, 3)
 
 
@@ -23,11 +39,43 @@ CHANNELS = (1, 3)
 class Data:
     """What a run reads. ``train`` is None when only an evaluation was asked for."""
 
-    train: Loader | None
-    val: Loader
-    preprocessing: dict[str, Any]  # timm's names: input_size, mean, std, interpolation, crop_pct, crop_mode
+    train: Loader | memory.MemoryLoader | None
+    val: Loader | memory.MemoryLoader
     bad: BadSamples
-    notes: list[str] = field(default_factory=list)  # for the user
+    notes: list[str]  # for the user: what was left out
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # timm's names: input_size, mean, std, crop_pct, ...
+    categories: dict[int, str] = field(default_factory=dict)  # detect: id -> name, by id; labels count them from 0
+
+
+class _Builder:
+    """What the tasks share: which samples a loader has, and what is noted on the way."""
+
+    def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig, rank: int, world: int):
+        self.config, self.rank, self.world = config, rank, world
+        data = config.data
+        if data.in_chans not in CHANNELS:
+            raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
+        self.bad, self.excluded = BadSamples(data.max_bad_fraction), Excluded.read(data.exclude)
+        self.notes: list[str] = []
+
+    def limit(self, training: bool) -> int | None:
+        return self.config.data.limit if training else self.config.data.val_limit
+
+    def order(self, samples: int, training: bool) -> EpochOrder:
+        train = self.config.train
+        batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
+        kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
+        return EpochOrder(samples, batch_size, **kind)
+
+    def build(self, loader: Callable[[bool], Any], train: bool) -> Data:
+        """Calls ``loader`` for training, if asked for, and evaluation."""
+        loaders = {training: loader(training) for training in ((True, False) if train else (False,))}
+        if self.excluded:
+            self.notes.append(self.excluded.note())
+        return Data(loaders.get(True), loaders[False], self.bad, self.notes)
+
+
+# ---- classification
 
 
 def idx_root(config: DataConfig) -> Path:
@@ -35,39 +83,36 @@ def idx_root(config: DataConfig) -> Path:
     return Path(config.root or os.environ.get("FOVEAL_FASHION_MNIST") or "data/fashion-mnist")
 
 
-def find_classes(config: DataConfig) -> list[str]:
+def _root(config: DataConfig) -> str:
+    """The root of folders or shards; that of shards may be an address."""
+    if not config.root:
+        raise DataError(f"data.root is needed for data.kind={config.kind}: the folder with {config.train_split!r}")
+    return config.root if "://" in config.root else str(Path(config.root))
+
+
+def find_classes(config: DataConfig | SegmentDataConfig) -> list[str]:
     """The class names of a data set by index, without reading its images.
 
     Raises:
-        DataError: no names and no number are given where the data don't tell them, or the folders can't be used.
+        DataError: no names and no number are given where the data don't have them, or the folders can't be used.
     """
+    if isinstance(config, SegmentDataConfig):
+        return masks.find_classes(config)
     if config.classes is not None:
-        classes = list(config.classes)
+        classes = config.classes
         if config.num_classes is not None and config.num_classes != len(classes):
             raise DataError(f"data.num_classes is {config.num_classes}, but data.classes names {len(classes)}")
     elif config.kind == "folder":
-        classes = files.scan_folder(_root(config), config.train_split)
+        classes = folder.scan_folder(Path(_root(config)), config.train_split)
     elif config.kind == "digits":
-        classes = list(memory.DIGITS)
+        classes = DIGITS
     elif config.num_classes is not None:
         classes = [str(index) for index in range(config.num_classes)]
     elif config.kind == "idx":
-        classes = list(idx.FASHION_MNIST)
+        classes = FASHION_MNIST
     else:
-        classes = wds.read_classes(_root_text(config))
-    check_classes(classes, f"data.kind={config.kind}")
-    return classes
-
-
-def _root(config: DataConfig) -> Path:
-    if not config.root:
-        raise DataError(f"data.root is needed for data.kind={config.kind}: the folder with {config.train_split!r}")
-    return Path(config.root)
-
-
-def _root_text(config: DataConfig) -> str:
-    """The root of shards, which may be an address."""
-    return config.root if "://" in (config.root or "") else str(_root(config))
+        classes = wds.read_classes(_root(config))
+    return check_classes(classes, f"data.kind={config.kind}")
 
 
 def _preprocessing(config: DataConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +135,7 @@ def _preprocessing(config: DataConfig, cfg: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def build_data(
+def build_classification_data(
     config: ClassifyConfig,
     classes: list[str],
     model_cfg: Mapping[str, Any],
@@ -112,86 +157,199 @@ def build_data(
     Raises:
         DataError: data that are missing, damaged or out of range.
     """
-    data = config.data
-    if data.in_chans not in CHANNELS:
-        raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
+    builder, data = _Builder(config, rank, world), config.data
+    in_memory = data.kind in ("idx", "digits")
+    if in_memory and data.exclude is not None:
+        raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
     preprocessing = _preprocessing(data, model_cfg)
-    bad = BadSamples(data.max_bad_fraction)
-    splits = ("train", "val") if train else ("val",)
-    if data.kind in ("idx", "digits"):
-        if data.exclude is not None:
-            raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
-        loaders = _memory(config, classes, preprocessing, bad, device, splits, rank, world)
-        return Data(loaders.get("train"), loaders["val"], preprocessing, bad)
-    excluded = Excluded.read(data.exclude)
-    loaders = _files(config, classes, preprocessing, bad, device, splits, rank, world, excluded)
-    notes = [excluded.note()] if excluded else []
-    return Data(loaders.get("train"), loaders["val"], preprocessing, bad, notes)
+    loader = partial(_memory_loader if in_memory else _file_loader, builder, classes, preprocessing, device)
+    return replace(builder.build(loader, train), preprocessing=preprocessing)
 
 
-def _order(config: ClassifyConfig, samples: int, train: bool, rank: int, world: int) -> EpochOrder:
-    batch_size = config.train.batch_size if train else config.train.val_batch_size or config.train.batch_size
-    return EpochOrder(samples, batch_size, train=train, seed=config.seed, rank=rank, world=world)
-
-
-def _normalize(config: ClassifyConfig, preprocessing: dict, train: bool, device: torch.device) -> Normalize:
-    erase = config.augment.erase if train else 0.0
+def _normalize(
+    config: ClassifyConfig, preprocessing: dict[str, Any], training: bool, device: torch.device
+) -> Normalize:
+    erase = config.augment.erase if training else 0.0
     return Normalize(preprocessing["mean"], preprocessing["std"], device, erase, config.augment.erase_mode)
 
 
-def _memory(config, classes, preprocessing, bad, device, splits, rank, world) -> dict[str, memory.MemoryLoader]:
-    data = config.data
-    in_chans, size, _ = preprocessing["input_size"]
-    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
-    if data.kind == "digits":
-        arrays = memory.load_digits(data.val_fraction)
+def _memory_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> memory.MemoryLoader:
+    config = builder.config
+    split = "train" if training else "val"
+    if config.data.kind == "digits":
+        arrays = memory.load_digits(config.data.val_fraction)[split]
     else:
-        arrays = {split: idx.read_split(idx_root(data), split) for split in splits}
-    loaders = {}
-    for split in splits:
-        train = split == "train"
-        limit = data.limit if train else data.val_limit
-        images, targets = (array[:limit] for array in arrays[split])
-        loaders[split] = memory.MemoryLoader(
-            memory.resize_images(images, size, in_chans),
-            targets,
-            len(classes),
-            _order(config, len(images), train, rank, world),
-            _normalize(config, preprocessing, train, device),
-            config.augment if train else None,
-        )
-    return loaders
+        arrays = idx.read_split(idx_root(config.data), split)
+    images, targets = (array[: builder.limit(training)] for array in arrays)
+    in_chans, size, _ = preprocessing["input_size"]
+    return memory.MemoryLoader(
+        memory.resize_images(images, size, in_chans),
+        targets,
+        len(classes),
+        builder.order(len(images), training),
+        _normalize(config, preprocessing, training, device),
+        config.augment if training else None,
+    )
 
 
-def _files(config, classes, preprocessing, bad, device, splits, rank, world, excluded) -> dict[str, files.FileLoader]:
-    data = config.data
-    loaders = {}
-    for split in splits:
-        train = split == "train"
-        name = data.train_split if train else data.val_split
-        if train:
-            transform = TrainTransform(
-                config.augment, data.decode, preprocessing["input_size"], tuple(preprocessing["mean"])
-            )
-        else:
-            transform = EvalTransform(preprocessing)
-        shared = {"train": train, "seed": config.seed, "excluded": excluded}
-        normalize = _normalize(config, preprocessing, train, device)
-        loader = files.FileLoader
-        if data.kind == "folder":
-            dataset = files.FolderImages(_root(data), name, classes, transform, **shared)
-        else:
-            root = _root_text(data)
-            shards, lengths, samples = wds.find_shards(root, name, train)
-            if any(wds.is_streamed(shard) for shard in shards):
-                split_up = {"rank": rank, "world": world, "workers": data.workers}
-                dataset, loader = wds.StreamedImages(shards, transform, **shared, **split_up), files.StreamLoader
-            else:
-                dataset = wds.ShardImages(root, wds.load_index(root, name, shards, lengths), transform, **shared)
-        if loader is files.FileLoader:
-            samples = len(dataset)
-        if not samples:
-            raise DataError(f"the split {name!r} in {data.root} has no images")
-        order = _order(config, samples, train, rank, world)
-        loaders[split] = loader(dataset, len(classes), order, normalize, bad, data.workers)
-    return loaders
+def _file_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> ClassLoader:
+    config, data = builder.config, builder.config.data
+    name, root = data.train_split if training else data.val_split, _root(data)
+    if training:
+        shape, mean = preprocessing["input_size"], tuple(preprocessing["mean"])
+        transform = TrainTransform(config.augment, data.decode, shape, mean)
+    else:
+        transform = EvalTransform(preprocessing)
+    kind = {"train": training, "seed": config.seed}
+    loader, streamed = ClassLoader, False
+    if data.kind == "folder":
+        index = folder.read_folder(Path(root), name, classes)
+    else:
+        shards, lengths, samples = wds.find_shards(root, name, training)
+        streamed = any(wds.is_streamed(shard) for shard in shards)
+        index = None if streamed else wds.load_index(root, name, shards, lengths)
+    if streamed:
+        readers = {"rank": builder.rank, "world": builder.world, "workers": data.workers}
+        dataset = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind, **readers)
+        loader = StreamLoader
+    else:
+        index.exclude(builder.excluded, root)
+        dataset = ClassSamples(index, transform, **kind)
+        samples = len(dataset)
+    if not samples:
+        raise DataError(f"the split {name!r} in {data.root} has no images")
+    normalize = _normalize(config, preprocessing, training, device)
+    return loader(dataset, len(classes), builder.order(samples, training), normalize, builder.bad, data.workers)
+
+
+# ---- detection and segmentation
+
+
+def _dense_root(config: DetectDataConfig | SegmentDataConfig) -> Path:
+    """``data.root``, to which composites of digits are written, if they are asked for and not there."""
+    if not config.root:
+        raise DataError(f"data.root is needed for data.kind={config.kind}")
+    root = Path(config.root)
+    if config.kind == "digits":
+        with PartialState().main_process_first():  # the others find them written
+            write_composites(root, config.digits_train, config.digits_val, config.digits_size, seed=0)
+    if not root.is_dir():
+        raise DataError(f"the data folder {root} does not exist (data.root)")
+    return root
+
+
+def build_detection_data(
+    config: DetectConfig,
+    *,
+    masks: bool,
+    device: torch.device,
+    categories: dict[int, str] | None = None,
+    train: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> Data:
+    """Builds the loaders.
+
+    Args:
+        masks: whether the detector learns masks.
+        device: where batches go.
+        categories: id -> name of a trained model's classes; None: those of the training annotations.
+        train: False builds the evaluation loader alone.
+
+    Raises:
+        DataError: data that are missing, damaged or out of range.
+    """
+    builder, data = _Builder(config, rank, world), config.data
+    if data.kind == "voc" and masks:
+        raise DataError("data.kind=voc has boxes, and this detector learns masks")
+    root = _dense_root(data)
+
+    def loader(training: bool) -> DetectLoader:
+        nonlocal categories
+        index = _read_boxes(data, root, training, masks, categories)
+        categories = index.categories
+        _choose_images(index, builder, training)
+        transform = detection_transform(config.augment) if training else None
+        dataset = BoxSamples(index, data.in_chans, transform, config.seed)
+        return DetectLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+
+    built = builder.build(loader, train)
+    return replace(built, categories=categories)
+
+
+def _read_boxes(
+    data: DetectDataConfig, root: Path, training: bool, masks: bool, categories: dict[int, str] | None
+) -> BoxIndex:
+    annotations = data.train_annotations if training else data.val_annotations
+    if data.kind == "voc":
+        return read_voc(root, annotations, train=training, categories=categories)
+    images = root / (data.train_images if training else data.val_images)
+    return read_coco(root / annotations, images, masks=masks, categories=categories)
+
+
+def _choose_images(index: BoxIndex, builder: _Builder, training: bool) -> None:
+    """Leaves in ``index`` the images that exist and are not excluded, in training those with something to learn, the
+    first so many.
+
+    Raises:
+        DataError: no image remains, or more files are missing than the recipe allows.
+    """
+    data, source = builder.config.data, index.report.source
+    builder.bad.reports.append(index.report)
+    builder.notes += filter(None, [str(index.report)])
+    index.exclude(builder.excluded, data.root)
+    there = np.array([os.path.isfile(path) for path in index.paths])
+    if not there.any():
+        raise DataError(f"none of the {len(there)} images of {source} exists, such as {index.name(0)}")
+    gone = [index.name(number) for number in np.flatnonzero(~there)]
+    builder.bad.start(len(there))
+    builder.bad.add((name, "the file does not exist") for name in gone)
+    if gone:
+        builder.notes.append(f"{source}: {len(gone):,} images don't exist, first {gone[0]}")
+    keep = there if data.keep_empty or not training else there & (index.objects() > 0)
+    if not keep.any():
+        raise DataError(f"{source} has no image with an object to learn from (data.keep_empty keeps those without)")
+    if empty := int(there.sum() - keep.sum()):
+        builder.notes.append(f"{source}: {empty:,} images without an object left out of training (data.keep_empty)")
+    index.select(np.flatnonzero(keep)[: builder.limit(training)])
+    if not training and index.crowd.all():
+        raise DataError(f"{source} has no annotation to evaluate against (crowds are ignored)")
+
+
+def build_segmentation_data(
+    config: SegmentConfig,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    *,
+    device: torch.device,
+    train: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> Data:
+    """Builds the loaders.
+
+    Args:
+        config: the whole recipe.
+        classes: names by index, from :func:`find_classes`.
+        mean: by channel, of values in [0, 1]: the colour of what a crop lacks.
+        device: where batches go.
+        train: False builds the evaluation loader alone.
+
+    Raises:
+        DataError: data that are missing.
+    """
+    builder, data = _Builder(config, rank, world), config.data
+    root = _dense_root(data)
+    if data.kind == "digits":
+        data = replace(data, kind="folder", images="{split}", masks="semantic/{split}")
+    fill = [round(255 * value) for value in mean]
+
+    def loader(training: bool) -> SegmentLoader:
+        index = masks.read_masks(data, masks.split_name(data, training), len(classes))
+        index.exclude(builder.excluded, root)
+        index.select(np.arange(len(index))[: builder.limit(training)])
+        transform = segmentation_transform(config.augment, fill, data.antialias) if training else None
+        dataset = MaskSamples(index, data.in_chans, transform, config.seed)
+        return SegmentLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+
+    return builder.build(loader, train)

@@ -1,12 +1,15 @@
-"""What can be wrong with data: the error that users see, and the book of images that could not be read."""
+"""What can be wrong with data: the error that users see, and the lists of what could not be used."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ...files import atomic
 
 
 class DataError(ValueError):
@@ -14,32 +17,57 @@ class DataError(ValueError):
 
 
 def printable(name: str) -> str:
-    """A file name as a terminal takes it: what is not UTF-8 is written out."""
+    """A file name that a terminal can show: bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-class BadSamples:
-    """Counts the unreadable images of each epoch, keeps their names and reasons, and says when there are too many.
-
-    An image that cannot be decoded is skipped: the next readable one takes its place in training, and the evaluation
-    goes without it (its ``n`` says so).
+@dataclass
+class Report:
+    """What a reader could not use, or not as it is: rows of (sample, entry, reason).
 
     Args:
-        limit: share of an epoch's images beyond which reading stops.
+        source: the file that was read.
+    """
+
+    source: str
+    rows: list[tuple[str, Any, str]] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Rows by reason, most frequent first."""
+        return dict(Counter(reason for *_, reason in self.rows).most_common())
+
+    def __str__(self) -> str:
+        """Counts and first samples in one line; empty if everything was used."""
+        parts = []
+        for reason, count in self.counts().items():
+            names = [sample for sample, _, why in self.rows if why == reason][:3]
+            parts.append(f"{count:,} x {reason} ({', '.join(names)}{', ...' if count > 3 else ''})")
+        return f"{self.source}: {'; '.join(parts)}" if parts else ""
+
+
+class BadSamples:
+    """Counts the unreadable samples of each epoch, keeps their names and reasons, and raises if there are too many.
+
+    A sample that cannot be decoded is skipped: in training the next readable one takes its place; the evaluation goes
+    without it (``n`` shows that).
+
+    Args:
+        limit: the share of an epoch's samples that may be unreadable.
     """
 
     def __init__(self, limit: float):
         self.limit = limit
         self.names: dict[str, str] = {}  # name -> reason, of the whole run
+        self.reports: list[Report] = []  # of the annotation files
         self._epoch: set[str] = set()
         self._size = 1
 
     def start(self, size: int) -> None:
-        """Begins a pass over ``size`` images."""
+        """Begins a pass over ``size`` samples."""
         self._epoch, self._size = set(), size
 
     def add(self, found: Iterable[tuple[str, str]]) -> None:
-        """Books (name, reason) pairs.
+        """Adds (name, reason) pairs.
 
         Raises:
             DataError: more than ``limit`` of this pass could not be read; names the first of them.
@@ -55,25 +83,30 @@ class BadSamples:
             )
 
     def merge(self, names: dict[str, str]) -> None:
-        """Takes over the names found by another process."""
+        """Adds the names found by another process."""
         self.names.update(names)
 
     def read(self, path: Path) -> None:
-        """Takes over what :meth:`write` wrote, if it is there."""
+        """Adds what :meth:`write` wrote to ``path``, if it exists."""
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self.names.update({row["sample"]: row["reason"] for row in csv.DictReader(file)})
 
     def write(self, path: Path) -> None:
-        """Writes name and reason of every unreadable image of the run; nothing when all were readable."""
-        if not self.names:
-            return
-        temporary = Path(f"{path}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # any file name
-            writer = csv.writer(file)
-            writer.writerow(["sample", "reason"])
-            writer.writerows(sorted(self.names.items()))
-        os.replace(temporary, path)
+        """Writes the unreadable samples to ``path``, and what annotation files held that could not be used to
+        ``bad_annotations.csv`` beside it; no file for an empty list."""
+        _write_csv(path, ("sample", "reason"), sorted(self.names.items()))
+        rows = [(report.source, *row) for report in self.reports for row in report.rows]
+        _write_csv(path.with_name("bad_annotations.csv"), ("file", "image", "annotation", "reason"), rows)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if not rows:
+        return
+    with atomic(path) as new, new.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 class Excluded:
@@ -116,9 +149,6 @@ class Excluded:
         return f"data.exclude: {self.count:,} samples left out, of {len(self.names):,} that are named"
 
 
-NOTHING = Excluded()
-
-
 def check_labels(targets: torch.Tensor, num_classes: int, where: str) -> None:
     """Raises:
     DataError: a label lies outside ``[0, num_classes)``.
@@ -130,12 +160,15 @@ def check_labels(targets: torch.Tensor, num_classes: int, where: str) -> None:
         raise DataError(f"{where}: label {low if low < 0 else high} is outside 0..{num_classes - 1}")
 
 
-def check_classes(classes: Sequence[str], where: str) -> None:
-    """Raises:
-    DataError: a class name is given twice, or there are fewer than two classes.
+def check_classes(classes: Sequence[str], where: str) -> list[str]:
+    """The classes as a list.
+
+    Raises:
+        DataError: a class name is given twice, or there are fewer than two classes.
     """
     twice = sorted(name for name, count in Counter(classes).items() if count > 1)
     if twice:
         raise DataError(f"{where}: class names given more than once: {', '.join(twice[:5])}")
     if len(classes) < 2:
         raise DataError(f"{where}: a classification needs at least two classes, found {list(classes)}")
+    return list(classes)

@@ -17,18 +17,6 @@ from .guard import DataError
 
 UINT8 = 0x08  # the type code of unsigned bytes, the only one these data sets use
 SPLITS = {"train": "train", "val": "t10k"}
-FASHION_MNIST = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:

@@ -15,8 +15,6 @@ from ...configs.schema import AugmentConfig
 from .guard import DataError, check_labels
 from .order import Batch, EpochOrder, Normalize
 
-DIGITS = tuple(str(digit) for digit in range(10))
-
 
 def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The 1,797 handwritten digits that scikit-learn ships (8x8, 17 grey levels), split by class with a fixed seed.

@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ...backbones.images import to_mode
-from .files import UNREADABLE, list_images, scan_folder
+from .dataset import UNREADABLE
+from .folder import read_folder, scan_folder
 from .guard import BadSamples, DataError
 from .wds import load_index
 
@@ -89,7 +90,8 @@ def make_plan(source: Path, options: Options) -> tuple[Plan, list[str], str]:
     plan: Plan = {}
     digest = hashlib.sha256(json.dumps([vars(options), classes], sort_keys=True).encode())
     for split in splits:
-        images = sorted(list_images(source, split, classes))
+        index = read_folder(source, split, classes)
+        images = sorted(zip(map(index.name, range(len(index))), index.label.tolist(), strict=True))
         facts = [os.stat(path) for path, _ in images]
         for (path, label), fact in zip(images, facts, strict=True):
             name = os.path.relpath(path, source)

@@ -1,16 +1,18 @@
-"""Pascal VOC's boxes, an XML file for each image, as the content of an annotation file in COCO's format."""
+"""Pascal VOC's boxes: an XML file for each image."""
 
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from .class_names import VOC
+from .coco import index_objects
 from .guard import DataError
+from .index import BoxIndex
 
 LABELS = {name: number for number, name in enumerate(VOC) if number}  # 0 is the background of its masks
 
 
-def read_voc(root: Path, sets: str, *, train: bool) -> dict[str, list[dict[str, Any]]]:
+def read_voc(root: Path, sets: str, *, train: bool, categories: dict[int, str] | None = None) -> BoxIndex:
     """The images and boxes of one or several sets.
 
     Args:
@@ -20,10 +22,10 @@ def read_voc(root: Path, sets: str, *, train: bool) -> dict[str, list[dict[str, 
         train: learn what VOC marks as difficult like the rest; else it is a crowd, which COCO's evaluation neither
             demands nor counts as wrong, as VOC's own does. By COCO's rule that holds for a box on a part of it, too,
             which VOC's counts as wrong.
+        categories: as of `index_objects`; the sets' own are 1 to 20 by name.
 
     Returns:
-        ``images`` (``file_name`` below ``root``), ``annotations`` and ``categories``, 1 to 20 by name. VOC's pixels
-        count from 1 and its boxes hold the last one; here they begin at 0.
+        the index. VOC's pixels count from 1 and its boxes hold the last one; here they begin at 0.
 
     Raises:
         DataError: a list or an annotation is missing or damaged, or names another class.
@@ -45,8 +47,9 @@ def read_voc(root: Path, sets: str, *, train: bool) -> dict[str, list[dict[str, 
                 entry = {"id": len(annotations) + 1, "image_id": len(images), "category_id": label}
                 entry |= {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "iscrowd": int(difficult and not train)}
                 annotations.append(entry)
-    categories = [{"id": number, "name": name} for name, number in LABELS.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    own = [{"id": number, "name": name} for name, number in LABELS.items()]
+    content = {"images": images, "annotations": annotations, "categories": own}
+    return index_objects(f"{root}/{sets}", root, content, masks=False, categories=categories)
 
 
 def _read_image(file: Path) -> tuple[int, int, list[tuple[int, list[float], bool]]]:

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import socket
 import tarfile
 import warnings
 import zipfile
@@ -19,17 +18,20 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from multiprocessing import Array
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .files import UNREADABLE, Found, Images, Item
+from ...files import atomic
+from .dataset import UNREADABLE, Found, Item
 from .guard import DataError, Excluded
+from .index import Index, encode_paths
 from .transforms import EvalTransform, TrainTransform, seeded
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -37,10 +39,11 @@ OPEN_SHARDS = 64  # of each process
 NO_LABEL, NO_IMAGE = -1, -2  # stand for a label
 
 
-@dataclass
-class ShardIndex:
-    """Where the N samples of S shards lie."""
+@dataclass(kw_only=True)
+class ShardIndex(Index):
+    """Where the N samples of S shards below ``root`` lie, by sample but for ``shards`` and ``stamps``."""
 
+    root: str
     shards: np.ndarray  # bytes [S]: names
     stamps: np.ndarray  # int64 [S, 2]: size in bytes and time of change (ns) when they were indexed
     shard: np.ndarray  # int32 [N]
@@ -48,22 +51,45 @@ class ShardIndex:
     size: np.ndarray  # int64 [N]
     label: np.ndarray  # int64 [N]; NO_LABEL, NO_IMAGE
     key: np.ndarray  # bytes [N]
+    paths: np.ndarray | None = None
+    files: OrderedDict[int, io.FileIO] = field(default_factory=OrderedDict)  # open shards of this process
+    per_sample: ClassVar[tuple[str, ...]] = ("shard", "offset", "size", "label", "key")
+    stored: ClassVar[tuple[str, ...]] = ("shards", "stamps", *per_sample)
 
-    def __len__(self) -> int:
-        return len(self.shard)
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"files": OrderedDict()}
 
     def lengths(self) -> np.ndarray:
         """Samples of each shard."""
         return np.bincount(self.shard, minlength=len(self.shards))
 
     def write(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # the folder may be shared
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **vars(self))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic(path) as new:
+            np.savez_compressed(new, **{name: getattr(self, name) for name in self.stored})
+
+    def _path(self, shard: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.shards[shard]))
+
+    def name(self, number: int) -> str:
+        return f"{self._path(self.shard[number])}:{os.fsdecode(self.key[number])}"
+
+    def open(self, number: int) -> io.BytesIO:
+        if self.label[number] < 0:
+            raise ValueError("no image" if self.label[number] == NO_IMAGE else "no class")
+        size = int(self.size[number])
+        content = os.pread(self._file(int(self.shard[number])).fileno(), size, int(self.offset[number]))
+        if len(content) < size:
+            raise EOFError(f"{len(content)} of its {size} bytes are there")
+        return io.BytesIO(content)
+
+    def _file(self, shard: int) -> io.FileIO:
+        if shard in self.files:
+            self.files.move_to_end(shard)
+        else:
+            self.files[shard] = io.FileIO(self._path(shard))
+            if len(self.files) > OPEN_SHARDS:
+                self.files.popitem(last=False)[1].close()
+        return self.files[shard]
 
 
 def stamps(shards: Sequence[str]) -> np.ndarray:
@@ -72,26 +98,24 @@ def stamps(shards: Sequence[str]) -> np.ndarray:
     return np.array([(each.st_size, each.st_mtime_ns) for each in found], np.int64).reshape(-1, 2)
 
 
-def index_shards(shards: Sequence[str], names: Sequence[str]) -> ShardIndex:
-    """Reads the headers of tar files, and their labels.
-
-    Args:
-        shards: paths.
-        names: what the index calls them.
+def index_shards(root: str, names: Sequence[str]) -> ShardIndex:
+    """Reads the headers of tar files below ``root``, and their labels.
 
     Raises:
         DataError: a file is no tar file, or is cut short.
     """
-    rows = [(number, *sample) for number, path in enumerate(shards) for sample in scan_shard(path)]
+    paths = [os.path.join(root, name) for name in names]
+    rows = [(number, *sample) for number, path in enumerate(paths) for sample in scan_shard(path)]
     shard, key, offset, size, label = zip(*rows, strict=True) if rows else ([],) * 5
     return ShardIndex(
-        np.array([os.fsencode(name) for name in names], bytes),
-        stamps(shards),
-        np.array(shard, np.int32),
-        np.array(offset, np.int64),
-        np.array(size, np.int64),
-        np.array(label, np.int64),
-        np.array([os.fsencode(k) for k in key], bytes),
+        root=root,
+        shards=encode_paths(names),
+        stamps=stamps(paths),
+        shard=np.array(shard, np.int32),
+        offset=np.array(offset, np.int64),
+        size=np.array(size, np.int64),
+        label=np.array(label, np.int64),
+        key=encode_paths(key),
     )
 
 
@@ -152,10 +176,10 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
         raise DataError(f"{len(missing)} of {len(paths)} shards don't exist, first {missing[0]}")
     tag = split if re.fullmatch(r"[\w-]+", split) else hashlib.sha256(split.encode()).hexdigest()[:12]  # a pattern
     file = Path(root) / f"_index-{tag}.npz"
-    index = _read_index(file) if file.is_file() else None
+    index = _read_index(root, file) if file.is_file() else None
     same = index is not None and [os.fsdecode(name) for name in index.shards] == list(names)
     if not same or not np.array_equal(index.stamps, stamps(paths)):
-        index = index_shards(paths, names)
+        index = index_shards(root, names)
         if os.access(root, os.W_OK):
             try:
                 index.write(file)
@@ -168,73 +192,12 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
     return index
 
 
-def _read_index(path: Path) -> ShardIndex | None:
+def _read_index(root: str, path: Path) -> ShardIndex | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return ShardIndex(**{field.name: stored[field.name] for field in fields(ShardIndex)})
+            return ShardIndex(root=root, **{name: stored[name] for name in ShardIndex.stored})
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError):
         return None  # it is only a shorter way to what the shards hold, and is written anew
-
-
-class ShardImages(Images):
-    """Images in local shards."""
-
-    def __init__(
-        self,
-        root: str,
-        index: ShardIndex,
-        transform: TrainTransform | EvalTransform,
-        *,
-        train: bool,
-        seed: int,
-        excluded: Excluded,
-    ):
-        super().__init__(transform, train=train, seed=seed)
-        self.root, self.index = root, index
-        self.files: OrderedDict[int, io.FileIO] = OrderedDict()
-        keep = np.ones(len(index), bool)
-        if excluded:
-            keep[:] = [self._keep(excluded, number) for number in range(len(index))]
-        self.numbers = np.flatnonzero(keep)
-
-    def _keep(self, excluded: Excluded, number: int) -> bool:
-        name = self._name(number)
-        return not excluded.holds(name, os.path.relpath(name, self.root))
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": OrderedDict()}
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def _name(self, number: int) -> str:
-        shard = os.path.join(self.root, os.fsdecode(self.index.shards[self.index.shard[number]]))
-        return f"{shard}:{os.fsdecode(self.index.key[number])}"
-
-    def name(self, position: int) -> str:
-        return self._name(self.numbers[position])
-
-    def label(self, position: int) -> int:
-        return int(self.index.label[self.numbers[position]])
-
-    def open(self, position: int) -> io.BytesIO:
-        number = self.numbers[position]
-        if self.index.label[number] < 0:
-            raise ValueError("no image" if self.index.label[number] == NO_IMAGE else "no class")
-        size = int(self.index.size[number])
-        content = os.pread(self._file(int(self.index.shard[number])).fileno(), size, int(self.index.offset[number]))
-        if len(content) < size:
-            raise EOFError(f"{len(content)} of its {size} bytes are there")
-        return io.BytesIO(content)
-
-    def _file(self, shard: int) -> io.FileIO:
-        if shard in self.files:
-            self.files.move_to_end(shard)
-        else:
-            self.files[shard] = io.FileIO(os.path.join(self.root, os.fsdecode(self.index.shards[shard])))
-            if len(self.files) > OPEN_SHARDS:
-                self.files.popitem(last=False)[1].close()
-        return self.files[shard]
 
 
 class StreamedImages(IterableDataset):
@@ -308,14 +271,14 @@ class StreamedImages(IterableDataset):
                         continue
                     pixels = torch.as_tensor(self.transform.augment(image))
                 count += 1
-                yield pixels, label, found.copy()
+                yield (pixels, label), found.copy()
                 found.clear()
             if self.train and count > before:
                 continue  # what was found comes with the next image: batches stay full
             if self.train:
                 found.append((mine[0], f"first of {len(mine)} shards"))
             if found:
-                yield None, -1, found
+                yield None, found
             return
 
 

@@ -1,0 +1,198 @@
+"""Training-time augmentation of images with boxes or masks: torchvision's v2 transforms, and what they lack.
+
+Detection and segmentation share this file. A transform takes a dictionary with ``image`` and ``boxes``, ``labels``,
+``masks`` or ``mask`` as tv_tensors, and draws from PyTorch's CPU generator alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ...configs.schema import DetectAugmentConfig, SegmentAugmentConfig
+from ...heads.segmentation.inference import rescale_size
+from .guard import DataError
+
+IGNORE = 255  # a pixel without a class
+
+
+class Mask(tv_tensors.Mask):
+    """A mask that is resized as its image is, by the nearest of pixel centres; torchvision's own is resized by corners,
+    which moves it by up to half a pixel."""
+
+
+@F.register_kernel(F.resize, Mask)
+def _resize_mask(mask: Mask, size: list[int], max_size: int | None = None, **_: Any) -> Mask:
+    pixels = mask.as_subclass(torch.Tensor)
+    pixels = pixels if mask.ndim > 2 else pixels[None]  # [N, H, W]
+    resized = F.resize_image(pixels, size, v2.InterpolationMode.NEAREST_EXACT, max_size)
+    return tv_tensors.wrap(resized.reshape(*mask.shape[:-2], *resized.shape[-2:]), like=mask)
+
+
+class RandomScale(v2.Transform):
+    """Resizes by a random factor of a base size.
+
+    Args:
+        base: long and short side to fit in, the aspect is kept; None: the image's own size.
+        ratio: least and largest factor.
+    """
+
+    def __init__(self, base: Sequence[int] | None, ratio: Sequence[float], antialias: bool):
+        super().__init__()
+        self.base, self.ratio, self.antialias = base, ratio, antialias
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        factor = self.ratio[0] + float(torch.rand(())) * (self.ratio[1] - self.ratio[0])
+        return {"size": list(rescale_size(v2.query_size(flat_inputs), self.base, factor))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.resize, inpt, params["size"], antialias=self.antialias)
+
+
+class RandomCrop(v2.Transform):
+    """A crop of so many rows and columns, or of as many as there are, at a random place."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.size = rows, columns
+
+    def draw_size(self, size: Sequence[int]) -> list[int]:
+        """Rows and columns of the crop of an image of ``size``."""
+        return [min(most, side) for most, side in zip(self.size, size, strict=True)]
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        size = v2.query_size(flat_inputs)
+        rows, columns = self.draw_size(size)
+        top, left = (int(torch.randint(s - c + 1, ())) for s, c in zip(size, (rows, columns), strict=True))
+        return {"top": top, "left": left, "height": rows, "width": columns}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+class RandomSizeCrop(RandomCrop):
+    """A crop whose sides are drawn between two lengths, independently, and never beyond the image (DETR, arXiv
+    2005.12872, appendix A.4)."""
+
+    def draw_size(self, size: Sequence[int]) -> list[int]:
+        least, most = self.size
+        return [int(torch.randint(min(least, side), min(most, side) + 1, ())) for side in size]
+
+
+class BalancedCrop(RandomCrop):
+    """A random crop in which no class covers ``max_ratio`` of what is labelled, else the tenth that was tried."""
+
+    def __init__(self, rows: int, columns: int, max_ratio: float):
+        super().__init__(rows, columns)
+        self.max_ratio = max_ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        mask = next(each for each in flat_inputs if isinstance(each, tv_tensors.Mask))
+        for _ in range(10):
+            params = super().make_params(flat_inputs)
+            if self.max_ratio >= 1:
+                break
+            counts = torch.bincount(self.transform(mask, params).flatten().long(), minlength=IGNORE + 1)[:IGNORE]
+            if (counts > 0).sum() > 1 and counts.max() < self.max_ratio * counts.sum():
+                break
+        return params
+
+
+class PadTo(v2.Transform):
+    """Adds rows and columns at the bottom and the right, up to a size: of ``fill`` (0..255 by channel) to images, of
+    255 to masks."""
+
+    def __init__(self, rows: int, columns: int, fill: Sequence[float]):
+        super().__init__()
+        self.size, self.fill = (rows, columns), list(fill)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        rows, columns = v2.query_size(flat_inputs)
+        return {"padding": [0, 0, max(self.size[1] - columns, 0), max(self.size[0] - rows, 0)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill
+        return self._call_kernel(F.pad, inpt, params["padding"], fill=fill)
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """torchvision's photometric distortion of SSD (arXiv 1512.02325) without swapped channels, and with the range of
+    hues that segmentation recipes have."""
+
+    def __init__(self):
+        super().__init__(hue=(-0.1, 0.1))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
+def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
+    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``scale_jitter`` a size
+    from far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
+    Images smaller than the crop are padded in their batch. Sizes are interpolated without antialiasing, as the
+    detectors do it in evaluation.
+
+    Raises:
+        DataError: sizes that contradict each other.
+    """
+    last = [RandomCrop(*config.final_crop_size)] if config.final_crop_size is not None else []
+    if config.photometric:
+        last.append(PhotometricDistort())
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(config.hflip),
+            v2.RandomVerticalFlip(config.vflip),
+            _detection_resize(config),
+            *last,
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(min_size=1.0),  # boxes of which the crop has left nothing
+        ]
+    )
+
+
+def _detection_resize(config: DetectAugmentConfig) -> v2.Transform:
+    sizes = config.min_size
+    if not sizes or (config.crop_prob and not config.crop_min_size):
+        raise DataError("augment.min_size and augment.crop_min_size need a length at least")
+    if config.sampling == "range":
+        if len(sizes) != 2 or sizes[0] > sizes[1]:
+            raise DataError(f"augment.min_size={sizes}: sampling=range takes the least and the largest")
+        sizes = list(range(sizes[0], sizes[1] + 1))
+    if config.crop_size[0] > config.crop_size[1]:
+        raise DataError(f"augment.crop_size={config.crop_size}: the least side, then the largest")
+    if config.scale_jitter is not None:
+        if config.final_crop_size is None or config.crop_prob or config.scale_jitter[0] > config.scale_jitter[1]:
+            raise DataError(
+                f"augment.scale_jitter={config.scale_jitter} is the least factor and the largest, of "
+                f"augment.final_crop_size={config.final_crop_size}, without augment.crop_prob={config.crop_prob}"
+            )
+        rows, columns = config.final_crop_size
+        return v2.ScaleJitter(
+            (columns, rows), tuple(config.scale_jitter), antialias=False
+        )  # its target is (width, height)
+    resize = v2.RandomShortestSize(sizes, config.max_size, antialias=False)
+    if not config.crop_prob:
+        return resize
+    first = v2.RandomShortestSize(config.crop_min_size, antialias=False)
+    cropped = v2.Compose([first, RandomSizeCrop(*config.crop_size), resize])
+    return v2.RandomChoice([resize, cropped], p=[1 - config.crop_prob, config.crop_prob])
+
+
+def segmentation_transform(config: SegmentAugmentConfig, fill: Sequence[float], antialias: bool) -> v2.Transform:
+    """Random resize, crop, flip and photometric distortion, then padding to the size of the crop.
+
+    Args:
+        fill: of each channel, 0..255, where the crop lies beyond the image; the mask has 255 there.
+    """
+    return v2.Compose(
+        [
+            RandomScale(config.scale, config.ratio_range, antialias),
+            BalancedCrop(*config.crop_size, config.cat_max_ratio),
+            v2.RandomHorizontalFlip(config.hflip),
+            *([PhotometricDistort()] if config.photometric else []),
+            PadTo(*config.crop_size, fill),
+        ]
+    )

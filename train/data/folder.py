@@ -1,0 +1,61 @@
+"""Image files with a folder for each class."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+
+from .guard import DataError
+from .index import ClassIndex, encode_paths
+
+
+def scan_folder(root: Path, split: str) -> list[str]:
+    """The class names below ``root/split``, sorted; every one must hold an image somewhere.
+
+    Raises:
+        DataError: the folder is missing, has no classes, or a class has no images.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        if not root.is_dir():
+            raise DataError(f"the data folder {root} does not exist (data.root)")
+        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
+        raise DataError(f"there is no folder {split!r} in {root} (data.train_split, data.val_split); it has {there}")
+    extensions = tuple(get_img_extensions())
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise DataError(f"no images: {folder} has no class folders")
+    empty = [n for n in names if not _has_image(folder / n, extensions)]
+    if len(empty) == len(names):
+        raise DataError(f"no images in {folder}: its {len(names)} folders hold no file like {', '.join(extensions)}")
+    if empty:
+        raise DataError(f"class folders without an image in {folder}: {', '.join(empty[:10])}")
+    return names
+
+
+def _has_image(folder: Path, extensions: tuple[str, ...]) -> bool:
+    return any(name.lower().endswith(extensions) for _, _, files in os.walk(folder, followlinks=True) for name in files)
+
+
+def read_folder(root: Path, split: str, classes: Sequence[str]) -> ClassIndex:
+    """The images below ``root/split/CLASS``, in timm's order.
+
+    Raises:
+        DataError: folders that are missing or empty, unknown classes, or images in deeper folders.
+    """
+    present = scan_folder(root, split)
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
+    numbers = {name: i for i, name in enumerate(classes)}
+    samples = create_dataset("", str(root / split), search_split=False, class_map=numbers).reader.samples
+    nested = set(present) - {classes[label] for _, label in samples}
+    if nested:
+        raise DataError(
+            f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
+        )
+    paths, labels = zip(*samples, strict=True)
+    return ClassIndex(paths=encode_paths(paths), label=np.array(labels, np.int64))

@@ -1,0 +1,198 @@
+"""From datasets to batches on the device: read in worker processes, each sample by its epoch and number."""
+
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .dataset import ATTEMPTS, Found, Item
+from .guard import BadSamples, DataError, check_labels, printable
+from .index import Target
+from .order import Batch, EpochOrder, Normalize, NumberedBatches
+
+
+class DetectBatch(NamedTuple):
+    """images: float ``[C, H, W]`` each, in [0, 1]; targets: their objects (empty in evaluation); numbers: which images
+    of the index they are."""
+
+    images: list[Tensor]
+    targets: list[Target]
+    numbers: list[int]
+
+
+class SegmentBatch(NamedTuple):
+    """images: float ``[B, C, H, W]`` in [0, 1]; targets: int64 ``[B, H, W]``, 255 where there is no class."""
+
+    images: Tensor
+    targets: Tensor
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a worker that obeyed it would break the run it should only stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _collate(stack: Callable[[list], Any], items: list[Item]) -> tuple[Any, Found, DataError | None]:
+    """What ``stack`` makes of the readable samples (None if there are none); the unreadable; an error to raise."""
+    found = [pair for _, pairs in items for pair in pairs]
+    error = next((sample for sample, _ in items if isinstance(sample, DataError)), None)
+    samples = [sample for sample, _ in items if sample is not None]
+    return stack(samples) if samples and error is None else None, found, error
+
+
+class Loader:
+    """Batches of a dataset; a subclass stacks samples and moves them.
+
+    Args:
+        order: batches of numbers into ``dataset``, which is asked for pairs (epoch, number).
+        device: where batches go.
+        bad: where unreadable samples are listed.
+        workers: processes that read.
+    """
+
+    def __init__(self, dataset: Dataset, order: EpochOrder, device: torch.device, bad: BadSamples, workers: int):
+        self.dataset, self.order, self.device, self.bad = dataset, order, device, bad
+        self.loader = self._loader(
+            num_workers=workers,
+            collate_fn=partial(_collate, self.stack),
+            worker_init_fn=leave_signals_to_the_trainer,
+            pin_memory=device.type == "cuda",
+            # its own: from the global one each new iterator would draw, a resumed one too
+            generator=torch.Generator(),
+        )
+
+    def _loader(self, **settings: Any) -> DataLoader:
+        workers = settings["num_workers"]
+        return DataLoader(
+            self.dataset, batch_sampler=NumberedBatches(self.order), persistent_workers=workers > 0, **settings
+        )
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def batches(self) -> int:
+        return len(self.order)
+
+    def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
+        """What `_collate` made of the batches of an epoch from the ``start``-th on."""
+        self.order.set(epoch, start)
+        yield from self.loader
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yields the batches of an epoch from the ``start``-th on.
+
+        Raises:
+            DataError: too many unreadable samples, or a label out of range.
+        """
+        self.bad.start(-(-self.samples // self.order.world))
+        for samples, found, error in self._read(epoch, start):
+            if error is not None:
+                # a new one: `error` would keep this frame alive, and with it the workers beyond the end of the program
+                raise DataError(str(error))
+            self.bad.add(found)
+            if samples is not None:
+                yield from self.finish(samples)
+            elif self.order.train:
+                raise DataError(f"no readable image within {ATTEMPTS} neighbours of a whole batch: {found[:3]}")
+
+    @staticmethod
+    def stack(samples: list[Any]) -> Any:
+        """Puts samples together, in the process that read them."""
+        raise NotImplementedError
+
+    def finish(self, samples: Any) -> Iterator[Any]:
+        """Yields what `stack` made as one or several batches on the device."""
+        raise NotImplementedError
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+class ClassLoader(Loader):
+    """Batches of classified images, normalised on the device."""
+
+    def __init__(
+        self, dataset: Dataset, num_classes: int, order: EpochOrder, normalize: Normalize, bad: BadSamples, workers: int
+    ):
+        super().__init__(dataset, order, normalize.device, bad, workers)
+        self.num_classes, self.normalize = num_classes, normalize
+
+    @staticmethod
+    def stack(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    def finish(self, samples: tuple[Tensor, Tensor]) -> Iterator[Batch]:
+        images, labels = samples
+        check_labels(labels, self.num_classes, "labels")
+        yield Batch(self.normalize.bytes(images), self._to_device(labels))
+
+
+class StreamLoader(ClassLoader):
+    """The same from shards that are streamed, where the order of batches only counts them.
+
+    Args:
+        dataset: a `wds.StreamedImages`.
+    """
+
+    dataset: IterableDataset
+
+    def _loader(self, **settings: Any) -> DataLoader:
+        return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
+
+    def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
+        """In training as many batches as the epoch has left, newly drawn, all of them full.
+
+        Raises:
+            DataError: a reader found no training image in any of its shards.
+        """
+        self.dataset.set(epoch, start)
+        if not self.order.train:
+            yield from self.loader
+            return
+        for _, batch in zip(range(start, self.batches), self.loader, strict=False):  # the loader has no end
+            samples, found, _ = batch
+            if samples is None or len(samples[0]) < self.order.batch_size:
+                first = "; ".join(f"{name} ({reason})" for name, reason in found[-3:])
+                raise DataError(
+                    f"a reader of streamed shards found no image in a pass over its own: {printable(first)}; "
+                    "they are damaged, or data.exclude names them all"
+                )
+            yield batch
+
+
+class DetectLoader(Loader):
+    """Batches of images with their objects."""
+
+    stack = staticmethod(list)
+
+    def finish(self, samples: list[dict[str, Any]]) -> Iterator[DetectBatch]:
+        images = [self._to_device(sample.pop("image")).float().div_(255) for sample in samples]
+        numbers = [sample.pop("number") for sample in samples]
+        targets = [{key: self._to_device(value) for key, value in sample.items()} for sample in samples]
+        yield DetectBatch(images, targets, numbers)
+
+
+class SegmentLoader(Loader):
+    """Batches of images with their masks. Evaluation gives images as they are, those of one size that follow each other
+    together, so a batch of the order may come as several."""
+
+    @staticmethod
+    def stack(samples: list[Target]) -> list[tuple[Tensor, Tensor]]:
+        groups: list[list[Target]] = []
+        for sample in samples:
+            if not groups or groups[-1][0]["image"].shape != sample["image"].shape:
+                groups.append([])
+            groups[-1].append(sample)
+        return [tuple(torch.stack([each[key] for each in group]) for key in ("image", "mask")) for group in groups]
+
+    def finish(self, samples: list[tuple[Tensor, Tensor]]) -> Iterator[SegmentBatch]:
+        for images, masks in samples:
+            yield SegmentBatch(self._to_device(images).float().div_(255), self._to_device(masks).long())

@@ -1,0 +1,138 @@
+"""Images with a class for each pixel: the folder layouts of published sets.
+
+A mask is an image of one channel (or a palette) whose values are classes; 255 is a pixel without one, which neither the
+loss nor the score counts. Other values of a data set (ADE20K's 0, the ids of Cityscapes) are mapped to this on reading.
+Images and masks are paired by name.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...configs.schema import SegmentDataConfig
+from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, DIGITS, VOC
+from .dense_transforms import IGNORE
+from .guard import DataError, check_classes
+from .index import MaskIndex, encode_paths
+
+MAX_CLASSES = 255
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SPLITS = {"ade20k": ("training", "validation")}  # of training and evaluation where the recipe leaves them open
+NAMES = {"ade20k": ADE20K, "cityscapes": CITYSCAPES, "voc": VOC, "digits": ("background", *DIGITS)}
+
+Pair = tuple[Path, Path]  # where an image and its mask are, or should be
+
+
+def split_name(config: SegmentDataConfig, training: bool) -> str:
+    """The split of training or of evaluation: the recipe's, else the one of the layout."""
+    given = config.train_split if training else config.val_split
+    return given or SPLITS.get(config.kind, ("train", "val"))[not training]
+
+
+def find_classes(config: SegmentDataConfig) -> list[str]:
+    """The class names by index.
+
+    Raises:
+        DataError: none are given where the layout has none, one is given twice, or there are too many.
+    """
+    if config.classes is not None:
+        classes = config.classes
+    elif config.kind in NAMES:
+        classes = NAMES[config.kind]
+    else:
+        raise DataError(f"data.classes is needed for data.kind={config.kind}: the names by label")
+    if len(classes) > MAX_CLASSES:
+        raise DataError(f"{len(classes)} classes: masks hold at most {MAX_CLASSES}, {IGNORE} is the pixel without one")
+    return check_classes(classes, f"data.kind={config.kind}")
+
+
+def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> MaskIndex:
+    """Every image and every mask of a split, paired, sorted by name; one may be missing.
+
+    Layouts below ``data.root``:
+
+    * ade20k: ``images/SPLIT/*.jpg``, ``annotations/SPLIT/*.png``
+    * cityscapes: ``leftImg8bit/SPLIT/CITY/*_leftImg8bit.png``, ``gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png`` (or
+      ``..._labelIds.png``)
+    * voc: ``ImageSets/Segmentation/SPLIT.txt`` names, ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png``
+    * folder: ``data.images`` and ``data.masks``, with SPLIT in place of ``{split}``; folders below them may nest
+
+    Raises:
+        DataError: a folder or list is missing, or there is no image.
+    """
+    root = Path(config.root)
+    if config.kind == "voc":
+        pairs = _voc(root, split)
+    elif config.kind == "cityscapes":
+        pairs = _cityscapes(root, split)
+    elif config.kind == "ade20k":
+        pairs = _join(root / "images" / split, root / "annotations" / split)
+    else:
+        images, masks = (root / pattern.replace("{split}", split) for pattern in (config.images, config.masks))
+        pairs = _join(images, masks)
+    if not any(image.is_file() for image, _ in pairs):
+        raise DataError(f"no images of the split {split!r} in {root} (data.kind={config.kind})")
+    images, masks = zip(*pairs, strict=True)
+    table = label_map(config, num_classes, masks[0])
+    return MaskIndex(paths=encode_paths(images), masks=encode_paths(masks), table=table)
+
+
+def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Path]:
+    """Files below ``folder`` by their path in it without ``end`` and suffix; others are passed over.
+
+    Raises:
+        DataError: no such folder, or two files that differ in their suffix alone.
+    """
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.parent.iterdir())[:10]) if folder.parent.is_dir() else ""
+        raise DataError(f"the folder {folder} does not exist; {folder.parent} has {there or 'nothing'}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes and path.stem.endswith(end):
+            name = str(path.relative_to(folder).with_suffix("")).removesuffix(end)
+            if name in files:
+                raise DataError(f"{files[name]} and {path} have one name, by which images and masks are paired")
+            files[name] = path
+    return files
+
+
+def _join(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> list[Pair]:
+    left, right = _files(images, IMAGE_SUFFIXES, image_end), _files(masks, (".png",), mask_end)
+    return [
+        (left.get(name, images / f"{name}{image_end}.*"), right.get(name, masks / f"{name}{mask_end}.png"))
+        for name in sorted(left | right)
+    ]
+
+
+def _voc(root: Path, split: str) -> list[Pair]:
+    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    try:
+        names = listing.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(f"the list of the split {split!r} can't be read: {error}") from None
+    return [(root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClass" / f"{n}.png") for n in sorted(names)]
+
+
+def _cityscapes(root: Path, split: str) -> list[Pair]:
+    masks = root / "gtFine" / split
+    end = "_gtFine_labelTrainIds"
+    if not any(masks.rglob(f"*{end}.png")):
+        end = "_gtFine_labelIds"
+    return _join(root / "leftImg8bit" / split, masks, "_leftImg8bit", end)
+
+
+def label_map(config: SegmentDataConfig, num_classes: int, mask: Path) -> np.ndarray:
+    """int16 ``[256]``: the class of each value of a mask file; 255 for none, -1 for a value that is no label."""
+    table = np.full(256, -1, np.int16)
+    if config.kind == "cityscapes" and mask.stem.endswith("_labelIds"):
+        table[:34] = IGNORE
+        for index, value in enumerate(CITYSCAPES_IDS.values()):
+            table[value] = index
+    elif config.kind == "ade20k" or config.reduce_zero_label:
+        table[0] = IGNORE
+        table[1 : num_classes + 1] = np.arange(num_classes)
+    else:
+        table[:num_classes] = np.arange(num_classes)
+    table[config.ignore_label] = IGNORE
+    return table

@@ -1,0 +1,228 @@
+"""What can be wrong with annotations in COCO's form: checks of whole files, of every object, and of the image files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import mask as run_lengths
+from PIL import Image
+
+from .guard import DataError, Report
+from .index import BoxIndex, clip_boxes, encode_segment
+
+# reported, and still used
+CLIPPED = "box reaches beyond the image: clipped"
+MEASURED = "area is negative or not a number: measured"
+
+
+def check_lists(source: str, content: Any) -> None:
+    """Raises:
+    DataError: not an object with lists of images, annotations and categories.
+    """
+    if not isinstance(content, dict):
+        raise DataError(f"{source} holds a {type(content).__name__}; COCO's format is an object with lists")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
+            raise DataError(f"{source} is not in COCO's format: it has no list {key!r} of objects")
+
+
+def check_categories(source: str, entries: Sequence[dict]) -> dict[int, str]:
+    """id -> name, by id.
+
+    Raises:
+        DataError: no category, an id that is no integer, an id or a name given twice.
+    """
+    found = [(entry.get("id"), entry.get("name")) for entry in entries]
+    wrong = [pair for pair in found if type(pair[0]) is not int or not isinstance(pair[1], str)]
+    if wrong:
+        raise DataError(f"{source}: a category has an integer `id` and a `name`, not {wrong[0]}")
+    for what, values in (("ids", [i for i, _ in found]), ("names", [n for _, n in found])):
+        twice = [str(value) for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise DataError(f"{source}: category {what} given more than once: {', '.join(twice[:5])}")
+    if not found:
+        raise DataError(f"{source} has no categories")
+    return dict(sorted(found))
+
+
+def check_images(source: str, entries: Sequence[dict]) -> dict[int, tuple[str, int, int]]:
+    """id -> file name, height, width, in the file's order.
+
+    Raises:
+        DataError: no image, one without id, name or size, or two with one id.
+    """
+    images: dict[int, tuple[str, int, int]] = {}
+    for entry in entries:
+        name, sides = entry.get("file_name"), (entry.get("height"), entry.get("width"))
+        if type(entry.get("id")) is not int or not isinstance(name, str) or not name:
+            raise DataError(f"{source}: an image has an integer `id` and a `file_name`, not {str(entry)[:200]}")
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise DataError(f"{source}: image {name!r} has no `height` and `width` in pixels: {sides}")
+        if entry["id"] in images:
+            raise DataError(f"{source}: two images have the id {entry['id']}: {images[entry['id']][0]!r} and {name!r}")
+        images[entry["id"]] = (name, *sides)
+    if not images:
+        raise DataError(f"{source} has no images")
+    return images
+
+
+@dataclass
+class Objects:
+    """A annotations as columns; a value that is missing or of the wrong type is replaced as noted."""
+
+    image: np.ndarray  # int64 [A]: number of the image, -1 for one that the file does not have
+    label: np.ndarray  # int64 [A]: number of the category, -1 likewise
+    boxes: np.ndarray  # float64 [A, 4]: x, y, width, height; NaN
+    crowd: np.ndarray  # int64 [A]: 0, 1; -1
+    areas: np.ndarray  # float64 [A]; NaN if missing, -1 if wrong
+    segments: list[Any]  # [A]
+
+    @classmethod
+    def parse(cls, entries: Sequence[dict], images: Sequence[int], categories: Sequence[int]) -> "Objects":
+        """From COCO's objects, and the ids of images and categories in the order of their numbers."""
+
+        def numbers(key: str, ids: Sequence[int]) -> np.ndarray:
+            table = {value: number for number, value in enumerate(ids)}
+            values = (entry.get(key) for entry in entries)
+            return np.array([table.get(value, -1) if type(value) is int else -1 for value in values], np.int64)
+
+        boxes = [box if _is_box(box) else 4 * [np.nan] for box in (entry.get("bbox") for entry in entries)]
+        crowds = [entry.get("iscrowd", 0) for entry in entries]
+        areas = [entry.get("area") for entry in entries]
+        return cls(
+            numbers("image_id", images),
+            numbers("category_id", categories),
+            np.array(boxes, np.float64).reshape(-1, 4),
+            np.array([int(crowd) if crowd in (0, 1) else -1 for crowd in crowds], np.int64),
+            np.array([np.nan if area is None else area if _is_number(area) else -1 for area in areas], np.float64),
+            [entry.get("segmentation") for entry in entries],
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # so no NaN either
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+@dataclass
+class Faults:
+    """dropped: bool ``[A]``, of no use to training or evaluation; unusable: bool ``[A]``, cannot be learned; rows: what
+    is to be reported, as (object, reason) in the order of the file."""
+
+    dropped: np.ndarray
+    unusable: np.ndarray
+    rows: list[tuple[int, str]]
+
+
+def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
+    """Checks every object.
+
+    Args:
+        sizes: height and width of each image.
+        masks: whether masks are learned: then an object without a sound one is dropped.
+    """
+    sizes = sizes[objects.image]
+    reasons: dict[int, str] = {}  # the first one of each object
+
+    def report(wrong: np.ndarray, reason: str) -> None:
+        reasons.update((row, reason) for row in np.flatnonzero(wrong).tolist() if row not in reasons)
+
+    report(objects.image < 0, "image is not in the file")
+    report(objects.label < 0, "category is not in the file")
+    report(np.isnan(objects.boxes).any(1), "box is not four numbers")
+    report(objects.crowd < 0, "iscrowd is neither 0 nor 1")
+    if masks:
+        for row, segment in enumerate(objects.segments):
+            if row not in reasons and (fault := mask_fault(segment, *sizes[row].tolist())):
+                reasons[row] = fault
+    dropped = np.zeros(len(sizes), bool)
+    dropped[list(reasons)] = True
+
+    first, last = objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]
+    sides = sizes[:, ::-1]
+    corners = clip_boxes(objects.boxes, sizes).astype(np.float32)  # whose steps may leave no area
+    report((objects.boxes[:, 2:] <= 0).any(1), "box has no area")
+    report(((first >= sides) | (last <= 0)).any(1), "box lies outside the image")
+    report((corners[:, :2] >= corners[:, 2:]).any(1), "box has no area")
+    if masks:
+        for row, segment in enumerate(objects.segments):
+            if row not in reasons and isinstance(segment, dict) and not mask_area(segment, *sizes[row].tolist()):
+                reasons[row] = "mask is empty"
+    unusable = dropped.copy()
+    unusable[list(reasons)] = True
+    beyond = np.flatnonzero(~unusable & ((first < -1) | (last > sides + 1)).any(1))
+    measured = np.flatnonzero(~dropped & (objects.areas < 0))
+    rows = [*reasons.items(), *((row, CLIPPED) for row in beyond), *((row, MEASURED) for row in measured)]
+    return Faults(dropped, unusable, sorted(rows, key=lambda pair: pair[0]))
+
+
+def mask_area(segment: Any, height: int, width: int) -> int:
+    """Pixels of a mask."""
+    return int(run_lengths.area(encode_segment(segment, height, width)))
+
+
+def mask_fault(segment: Any, height: int, width: int) -> str | None:
+    """Why a segmentation cannot be used, None if it can."""
+    if not segment:
+        return "no mask"
+    if isinstance(segment, dict):
+        size, counts = segment.get("size"), segment.get("counts")
+        if size != [height, width]:
+            return "mask of another size than the image"
+        if isinstance(counts, list):
+            sound = all(type(c) is int and c >= 0 for c in counts) and sum(counts) == height * width
+        else:
+            sound = isinstance(counts, str) and sum_runs(counts) == height * width
+        return None if sound else "mask's run lengths don't fill the image"
+    if not isinstance(segment, list):
+        return "mask is neither polygons nor run lengths"
+    side = max(height, width)
+    for polygon in segment:
+        try:
+            numbers = np.array(polygon)  # much faster than number by number: there are tens of millions in COCO
+        except ValueError:  # lists of lists
+            numbers = np.empty(0)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "if" or len(numbers) < 6 or len(numbers) % 2:
+            return "mask has a polygon that is not three points or more"
+        if not (numbers.min() >= -side and numbers.max() <= 2 * side):  # so written that NaN is found too
+            return "mask has a polygon far outside the image"
+    return None
+
+
+def sum_runs(text: str) -> int:
+    """The sum of compressed run lengths (as COCO packs them: 5 bits a character, differences to the run before last
+    from the fourth on); -1 where the text is none. The library reads beyond its memory on such a text."""
+    codes = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return -1
+    last = np.flatnonzero(codes & 32 == 0)  # of each number
+    first = np.concatenate([[0], last[:-1] + 1])
+    if (last - first).max() > 6:
+        return -1
+    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    runs = np.add.reduceat((codes & 31) << (5 * place), first)
+    runs -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # two's complement
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return int(runs.sum()) if runs.min() >= 0 else -1
+
+
+def check_image_files(index: BoxIndex) -> Report:
+    """Opens every image of an annotation file: the report of its reader with the images that are missing, unreadable or
+    of another size than the file says."""
+    report = index.report or Report("")
+    for number, (height, width) in enumerate(index.sizes.tolist()):
+        try:
+            with index.open(number) as file, Image.open(file) as image:
+                found = image.size
+        except OSError as error:
+            report.rows.append((index.name(number), None, f"image cannot be opened: {type(error).__name__}"))
+            continue
+        if found != (width, height):
+            report.rows.append((index.name(number), None, "image of another size than the file says"))
+    return report
