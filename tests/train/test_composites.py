@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +181,10 @@ def tuxpaint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tuxpaint(tuxpaint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tuxpaint(tuxpaint: Path, tmp_path: Path):
     root = tmp_path / "coco"
-    assert composites.main([str(tuxpaint), str(root), "--train-images=8", "--val-images=4", "--size=64"]) == 0
+    command = [sys.executable, "-m", composites.__name__, str(tuxpaint)]
+    subprocess.run([*command, str(root), "--train-images=8", "--val-images=4", "--size=64"], check=True)
     assert [c["name"] for c in instances(root, "val")["categories"]] == list(composites.TUXPAINT)
     for split, images in (("train", 8), ("val", 4)):
         found = instances(root, split)
@@ -197,10 +200,7 @@ def test_tuxpaint(tuxpaint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             )  # its stamp's red
             assert mask.sum() > 0.5 * annotation["bbox"][2] * annotation["bbox"][3]  # a disc fills most of its box
     with pytest.raises(DataError, match=r"nowhere.*`make tuxpaint-coco`"):
-        write_tuxpaint(tmp_path / "other", tmp_path / "nowhere", 1, 1, 64, 0)
-    with pytest.raises(SystemExit, match="2"):
-        composites.main([str(tmp_path / "nowhere"), str(tmp_path / "other")])
-    assert "make tuxpaint-coco" in capsys.readouterr().err
+        write_tuxpaint(tmp_path / "nowhere", tmp_path / "other", 1, 1, 64, 0)
 
 
 def test_no_stamp_is_in_both_splits(tuxpaint: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,10 +14,8 @@ is put where it would leave too little of another to be seen: what shows in an i
 the seed, its split and its number alone, not on how many are written.
 """
 
-import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import typer
 from PIL import Image
 
 from .class_names import DIGITS
@@ -92,6 +91,7 @@ class Composite:
 
 # Draws a cut-out for a composite; it sees the background, float [H, W, 3] in 0..255, to stand out from it.
 Draw = Callable[[np.random.Generator, np.ndarray], CutOut]
+Sources = dict[str, tuple[list[np.ndarray], Draw]]  # by split: photographs, and what is put on them
 
 
 def compose(
@@ -224,33 +224,30 @@ def annotate(mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_composites(root: str | Path, train_images: int, val_images: int, size: int, seed: int) -> Path:
-    """Writes composites of handwritten digits to ``root``, unless they are there; a fifth of the digits is held out.
+def write_composites(root: Path, train_images: int, val_images: int, size: int, seed: int = 0) -> Path:
+    """Writes composites of handwritten digits to ``root``, which it returns, unless they are there; a fifth of the
+    digits is held out.
 
     Args:
         train_images, val_images: how many composites.
         size: their side in pixels.
         seed: other seeds give other composites of the same digits and photographs.
 
-    Returns:
-        ``root``.
-
     Raises:
         DataError: ``root`` holds something else.
         ImportError: scikit-image is not installed.
     """
-    asked = _ask("digits", train_images, val_images, size, seed)
 
-    def sources() -> dict[str, tuple[list[np.ndarray], Draw]]:
+    def sources() -> Sources:
         digits = load_digits(val_fraction=0.2)
         return {split: (_photographs(split), digit_cut_outs(*digits[split])) for split in SPLITS}
 
-    return _write(Path(root), asked, DIGITS, (2, 5), sources)
+    return _write(root, _ask("digits", train_images, val_images, size, seed), DIGITS, (2, 5), sources)
 
 
 def write_tuxpaint(
-    root: str | Path, source: str | Path, train_images: int, val_images: int, size: int, seed: int
-) -> Path:
+    source: Path, root: Path, train_images: int = 3000, val_images: int = 300, size: int = 160, seed: int = 0
+) -> None:
     """Writes composites of Tux Paint's stamps to ``root``, unless they are there; a quarter of each class is held out.
 
     Args:
@@ -262,7 +259,7 @@ def write_tuxpaint(
         DataError: ``root`` holds something else, or ``source`` does not hold the packages.
     """
     asked = _ask("tuxpaint", train_images, val_images, size, seed)
-    return _write(Path(root), asked, tuple(TUXPAINT), (1, 4), lambda: _tuxpaint_sources(Path(source)))
+    _write(root, asked, tuple(TUXPAINT), (1, 4), lambda: _tuxpaint_sources(source))
 
 
 def _ask(kind: str, train_images: int, val_images: int, size: int, seed: int) -> dict[str, Any]:
@@ -287,7 +284,7 @@ def _photographs(split: str) -> list[np.ndarray]:
     return photographs
 
 
-def _tuxpaint_sources(source: Path) -> dict[str, tuple[list[np.ndarray], Draw]]:
+def _tuxpaint_sources(source: Path) -> Sources:
     share = source / "usr" / "share" / "tuxpaint"
     photographs = sorted(path for path in share.glob("templates/*.jpg") if path.name not in NOT_BACKGROUND)
     stamps: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
@@ -309,11 +306,7 @@ def _tuxpaint_sources(source: Path) -> dict[str, tuple[list[np.ndarray], Draw]]:
 
 
 def _write(
-    root: Path,
-    asked: dict[str, Any],
-    classes: Sequence[str],
-    objects: tuple[int, int],
-    sources: Callable[[], dict[str, tuple[list[np.ndarray], Draw]]],
+    root: Path, asked: dict[str, Any], classes: Sequence[str], objects: tuple[int, int], sources: Callable[[], Sources]
 ) -> Path:
     if _complete(root, asked):
         return root
@@ -323,10 +316,9 @@ def _write(
         folder = Path(scratch) / root.name
         counts = {}
         for number, split in enumerate(SPLITS):
-            photographs, draw = drawn[split]
-            composites = _composites(photographs, draw, objects, asked["size"], (asked["seed"], number))
-            images = asked["images"][split]
-            counts[split] = _write_split(folder, split, itertools.islice(composites, images), classes)
+            composites = _composites(*drawn[split], objects, asked["size"], (asked["seed"], number))
+            images = itertools.islice(composites, asked["images"][split])
+            counts[split] = _write_split(folder, split, images, classes)
         libraries = {"numpy": np.__version__, "pillow": PIL.__version__}
         manifest = asked | {"classes": list(classes), "objects": counts, "libraries": libraries}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -350,14 +342,10 @@ def _complete(root: Path, asked: dict[str, Any]) -> bool:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         found = {key: manifest[key] for key in asked}
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{root} exists and holds no composites (its {MANIFEST}: {error}); name another folder"
-        ) from None
+        raise DataError(f"{root} holds no composites (its {MANIFEST}: {error}); name another folder") from None
     for key, value in asked.items():
         if found[key] != value:
-            raise DataError(
-                f"{root} holds composites with {key} {found[key]!r}, asked is {value!r}; name another folder"
-            )
+            raise DataError(f"{root} holds composites with {key} {found[key]!r}, not {value!r}; name another folder")
     return True
 
 
@@ -390,21 +378,5 @@ def _write_split(folder: Path, split: str, composites: Iterable[Composite], clas
     return len(coco["annotations"])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the composites of Tux Paint's stamps, as ``make tuxpaint-coco`` asks."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("source", type=Path, help="folder into which the two Debian packages were unpacked")
-    parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument("--train-images", type=int, default=3000)
-    parser.add_argument("--val-images", type=int, default=300)
-    parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
-    try:
-        write_tuxpaint(**vars(parser.parse_args(arguments)))
-    except DataError as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # make tuxpaint-coco
+    typer.run(write_tuxpaint)

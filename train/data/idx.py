@@ -7,7 +7,6 @@ of them in Debian's package ``dataset-fashion-mnist``.
 
 import gzip
 import math
-import struct
 import zlib
 from pathlib import Path
 
@@ -34,20 +33,16 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read (damaged or cut short?): {error}") from None
-    header = 4 + 4 * ndim
-    magic = struct.pack(">BBBB", 0, 0, UINT8, ndim)
+    header, magic = 4 + 4 * ndim, bytes([0, 0, UINT8, ndim])
     if content[:4] != magic:
-        raise DataError(
-            f"{path} is no IDX file of bytes in {ndim} dimensions: starts {content[:4].hex()}, not {magic.hex()}"
-        )
+        raise DataError(f"{path} is no IDX file of {ndim}-D bytes: starts {content[:4].hex()}, not {magic.hex()}")
     if len(content) < header:
         raise DataError(f"{path} is cut short: {len(content)} bytes, the header alone has {header}")
-    shape = struct.unpack(f">{ndim}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path}: the header says {shape} = {math.prod(shape)} bytes, the file holds {len(content) - header}"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()  # writable
+    shape = tuple(np.frombuffer(content, ">u4", ndim, offset=4).tolist())
+    values = np.frombuffer(content, np.uint8, offset=header)
+    if len(values) != math.prod(shape):
+        raise DataError(f"{path}: shape {shape} has {math.prod(shape)} bytes, the file holds {len(values)}")
+    return values.reshape(shape).copy()  # writable
 
 
 def _find(root: Path, name: str) -> Path:

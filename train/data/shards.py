@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ...backbones.images import to_mode
+from ...files import atomic
 from .dataset import UNREADABLE
 from .folder import read_folder, scan_folder
 from .guard import BadSamples, DataError
@@ -54,14 +55,11 @@ class Options:
     quality: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("max_size", 1), ("quality", 1)):
+        limits = {"samples": (1, np.inf), "max_size": (1, np.inf), "quality": (1, 100), "megabytes": (1e-6, np.inf)}
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise DataError(f"{name} is {value}, must be at least {low}")
-        if self.quality is not None and self.quality > 100:
-            raise DataError(f"quality is {self.quality}, must be at most 100")
-        if not self.megabytes > 0:
-            raise DataError(f"megabytes is {self.megabytes}, must be above 0")
+            if value is not None and not least <= value <= most:
+                raise DataError(f"{name} is {value}, must be from {least:g} to {most:g}")
 
 
 @dataclass
@@ -74,41 +72,54 @@ class Done:
 
 
 Sample = tuple[str, str, int]  # path, key in the shard, label
-Plan = dict[str, list[list[Sample]]]  # by split, the samples of each shard
 
 
-def make_plan(source: Path, options: Options) -> tuple[Plan, list[str], str]:
-    """Which image goes where, the class names, and a digest of all that the shards depend on.
+@dataclass(frozen=True)
+class Plan:
+    """Which image goes where: by split, the samples of each shard; ``digest`` is of all that the shards depend on."""
 
-    Raises:
+    classes: list[str]
+    splits: dict[str, list[list[Sample]]]
+    digest: str
+
+    @classmethod
+    def make(cls, source: Path, options: Options) -> "Plan":
+        """Raises:
         DataError: folders that are missing or empty, or images in deeper folders.
-    """
-    splits = [split for split in SPLITS if (source / split).is_dir()]
-    if not splits:
-        raise DataError(f"{source} has no folder {' or '.join(map(repr, SPLITS))} with a folder for each class")
-    classes = scan_folder(source, splits[0])
-    plan: Plan = {}
-    digest = hashlib.sha256(json.dumps([vars(options), classes], sort_keys=True).encode())
-    for split in splits:
-        index = read_folder(source, split, classes)
-        images = sorted(zip(map(index.name, range(len(index))), index.label.tolist(), strict=True))
-        facts = [os.stat(path) for path, _ in images]
-        for (path, label), fact in zip(images, facts, strict=True):
-            name = os.path.relpath(path, source)
-            digest.update(os.fsencode(f"{name}\0{label}\0{fact.st_size}\0{fact.st_mtime_ns}\n"))
-        keys = _keys([path for path, _ in images])
-        order = np.random.default_rng([options.seed, SPLITS.index(split)]).permutation(len(images))
-        shards: list[list[Sample]] = [[]]
-        size = 0
-        for i in order.tolist():
-            full = len(shards[-1]) == options.samples if options.samples else size >= options.megabytes * 1e6
-            if full:
-                shards.append([])
-                size = 0
-            shards[-1].append((images[i][0], keys[i], images[i][1]))
-            size += facts[i].st_size
-        plan[split] = shards
-    return plan, classes, digest.hexdigest()
+        """
+        splits = [split for split in SPLITS if (source / split).is_dir()]
+        if not splits:
+            raise DataError(f"{source} has no folder {' or '.join(map(repr, SPLITS))} with a folder for each class")
+        classes = scan_folder(source, splits[0])
+        digest = hashlib.sha256(json.dumps([vars(options), classes], sort_keys=True).encode())
+        plan = {}
+        for split in splits:
+            index = read_folder(source, split, classes)
+            images = sorted(zip(map(index.name, range(len(index))), index.label.tolist(), strict=True))
+            facts = [os.stat(path) for path, _ in images]
+            for (path, label), fact in zip(images, facts, strict=True):
+                name = os.path.relpath(path, source)
+                digest.update(os.fsencode(f"{name}\0{label}\0{fact.st_size}\0{fact.st_mtime_ns}\n"))
+            keys = _keys([path for path, _ in images])
+            order = np.random.default_rng([options.seed, SPLITS.index(split)]).permutation(len(images))
+            shards: list[list[Sample]] = [[]]
+            size = 0
+            for i in order.tolist():
+                if len(shards[-1]) == options.samples if options.samples else size >= options.megabytes * 1e6:
+                    shards.append([])
+                    size = 0
+                shards[-1].append((images[i][0], keys[i], images[i][1]))
+                size += facts[i].st_size
+            plan[split] = shards
+        return cls(classes, plan, digest.hexdigest())
+
+    def shards(self, output: Path) -> dict[Path, list[Sample]]:
+        """The samples of each file below ``output``."""
+        return {
+            output / f"{split}-{number:06}.tar": samples
+            for split, shards in self.splits.items()
+            for number, samples in enumerate(shards)
+        }
 
 
 def _keys(paths: Sequence[str]) -> list[str]:
@@ -196,7 +207,7 @@ def make_shards(
     """
     if jobs < 1:
         raise DataError(f"jobs is {jobs}, must be at least 1")
-    plan, classes, digest = make_plan(source, options)
+    plan = Plan.make(source, options)
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK, timeout=0)
     try:
@@ -204,36 +215,35 @@ def make_shards(
     except Timeout:
         raise DataError(f"another process makes shards in {output}") from None
     try:
-        return _make(plan, classes, digest, source, output, options, jobs, on_shard)
+        _claim(output, {"digest": plan.digest, "source": str(source.resolve()), **vars(options)})
+        return _make(plan, output, options, jobs, on_shard)
     finally:
         (output / LOCK).unlink(missing_ok=True)
         lock.release()
 
 
-def _make(plan, classes, digest, source, output, options, jobs, on_shard) -> Done:
-    record = output / "_shards.json"
-    if record.exists():
+def _claim(output: Path, record: dict[str, Any]) -> None:
+    """Marks ``output`` as the folder of these shards; one that is another's is refused."""
+    file = output / "_shards.json"
+    if file.exists():
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))["digest"]
+            found = json.loads(file.read_text(encoding="utf-8"))["digest"]
         except (ValueError, KeyError, TypeError):
             found = None
-        if found != digest:
+        if found != record["digest"]:
             raise DataError(
-                f"{output} holds shards of other images, or made with other options ({record.name}); "
-                "name another folder"
+                f"{output} holds shards of other images, or made with other options ({file.name}); name another folder"
             )
     elif any(name != LOCK for name in os.listdir(output)):
         raise DataError(f"{output} is not empty, and holds no shards that `foveal shards` made")
     else:
-        _write_json(record, {"digest": digest, "source": str(source.resolve()), **vars(options)})
-    bad = BadSamples(1.0)
-    listed = output / "bad_samples.csv"
+        _write_json(file, record)
+
+
+def _make(plan: Plan, output: Path, options: Options, jobs: int, on_shard: Callable[[int, int], None] | None) -> Done:
+    bad, listed = BadSamples(1.0), output / "bad_samples.csv"
     bad.read(listed)
-    places = {
-        output / f"{split}-{number:06}.tar": samples
-        for split, shards in plan.items()
-        for number, samples in enumerate(shards)
-    }
+    places = plan.shards(output)
     todo = {path: samples for path, samples in places.items() if not path.exists()}
     count = len(places) - len(todo)
     try:
@@ -247,22 +257,17 @@ def _make(plan, classes, digest, source, output, options, jobs, on_shard) -> Don
     finally:
         for path in todo:
             path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
-    info: dict[str, Any] = {"classes": classes, "splits": {}}
-    for split in plan:
+    splits = {}
+    for split in plan.splits:
         names = [path.name for path in places if path.name.startswith(f"{split}-")]
         index = load_index(str(output), split, names)
         if not len(index):
-            raise DataError(f"no image of {source / split} could be read: see {listed}")
-        lengths = index.lengths().tolist()
-        info["splits"][split] = {
-            "name": split,
-            "num_samples": len(index),
-            "filenames": names,
-            "shard_lengths": lengths,
-        }
-    _write_json(output / "_info.json", info)
-    splits = {name: (len(each["filenames"]), each["num_samples"]) for name, each in info["splits"].items()}
-    return Done(splits, len(todo), bad.names)
+            raise DataError(f"no image of the split {split!r} could be read: see {listed}")
+        info = {"name": split, "num_samples": len(index), "filenames": names}
+        splits[split] = info | {"shard_lengths": index.lengths().tolist()}
+    _write_json(output / "_info.json", {"classes": plan.classes, "splits": splits})
+    made = {split: (len(info["filenames"]), info["num_samples"]) for split, info in splits.items()}
+    return Done(made, len(todo), bad.names)
 
 
 def _written(
@@ -283,6 +288,5 @@ def _written(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
