@@ -14,7 +14,7 @@ from ..heads.checkpoint import load_dense, save_dense
 from ..heads.detection import Detector
 from ..heads.registry import HEADS
 from . import deprecated, plots, task
-from .data import Data, DetectBatch, build_detection_data
+from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, metric_labels
 from .scoring import autocast
 from .task import Result, build_dense, find_recipe, processes
@@ -74,7 +74,7 @@ class Task(task.Task):
         )
         return cls(config, model, data)
 
-    def train_step(self, model: nn.Module, batch: DetectBatch, epoch: int) -> Tensor:
+    def train_step(self, model: nn.Module, batch: DetectionBatch, epoch: int) -> Tensor:
         return sum(model(batch.images, batch.targets).values())
 
     def scorer(self) -> CocoScorer:

@@ -10,8 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as run_lengths
 
-from .data import DetectBatch
-from .data.index import BoxIndex
+from .data import DetectionBatch
+from .data.index import DetectionIndex
 from .scoring import Metrics, Scorer
 
 # The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
@@ -56,11 +56,11 @@ class CocoScorer(Scorer):
         masks: measure masks too.
     """
 
-    def __init__(self, index: BoxIndex, masks: bool):
+    def __init__(self, index: DetectionIndex, masks: bool):
         self.index, self.masks = index, masks
         self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 
-    def add(self, batch: DetectBatch, predictions: Sequence[dict[str, torch.Tensor]]) -> int:
+    def add(self, batch: DetectionBatch, predictions: Sequence[dict[str, torch.Tensor]]) -> int:
         """predictions: of a detector, one dictionary for each image of the batch."""
         for number, each in zip(batch.numbers, predictions, strict=True):
             codes = encode_masks(each["masks"]) if self.masks else None

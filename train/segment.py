@@ -18,7 +18,7 @@ from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
-from .data import IGNORE, Data, SegmentBatch, build_segmentation_data, find_classes
+from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
 from .scoring import SegmentationScorer, autocast, write_iou
 from .task import Result, build_dense, find_recipe, processes
 
@@ -82,7 +82,7 @@ class Task(task.Task):
             raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
         return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
 
-    def train_step(self, model: nn.Module, batch: SegmentBatch, epoch: int) -> Tensor:
+    def train_step(self, model: nn.Module, batch: SegmentationBatch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
             return model(batch.images, batch.targets)
         output = model(batch.images)

@@ -17,7 +17,13 @@ from foveal.configs.schema import RECIPES, ClassifyConfig, DetectConfig, Segment
 from foveal.heads.necks import NECKS
 from foveal.heads.registry import HEADS
 from foveal.train import classify, data, detect, segment
-from foveal.train.data import DetectBatch, SegmentBatch, build_detection_data, build_segmentation_data, find_classes
+from foveal.train.data import (
+    DetectionBatch,
+    SegmentationBatch,
+    build_detection_data,
+    build_segmentation_data,
+    find_classes,
+)
 from foveal.train.data.masks import split_name
 from foveal.train.engine import create_optimizer, create_schedule
 
@@ -148,7 +154,7 @@ def segmenter_step(config: SegmentConfig) -> None:
         model = segment.build_model(config, len(classes)).train()
         task = segment.Task(config, model, classes, SimpleNamespace(val=None, notes=[]))
         images = torch.zeros(2, config.data.in_chans, *config.augment.crop_size)
-        loss = task.train_step(model, SegmentBatch(images, torch.zeros(2, *config.augment.crop_size).long()), 0)
+        loss = task.train_step(model, SegmentationBatch(images, torch.zeros(2, *config.augment.crop_size).long()), 0)
     update(model, loss, config, config.train.steps_per_epoch or 10)
 
 
@@ -197,7 +203,7 @@ def detector_step(config: DetectConfig) -> None:
     mask[:, 8:40, 16:56] = 1
     target = {"boxes": torch.tensor([[16.0, 8, 56, 40]]), "labels": torch.tensor([3]), "masks": mask}
     images = [torch.rand(config.data.in_chans, 64, 64) for _ in range(2)]
-    loss = task.train_step(model, DetectBatch(images, [target, dict(target)], [0, 1]), 0)
+    loss = task.train_step(model, DetectionBatch(images, [target, dict(target)], [0, 1]), 0)
     assert loss.isfinite()
     update(model, loss, config, config.train.steps_per_epoch or 10)
 

@@ -18,7 +18,7 @@ from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection import Detector
 from foveal.heads.detection.mask2former import around, instances
 from foveal.train import detect, evaluate, predict
-from foveal.train.data import DetectBatch
+from foveal.train.data import DetectionBatch
 from foveal.train.data.coco import read_coco
 from foveal.train.detection_metrics import CocoScorer
 from foveal.weights.export import export
@@ -476,7 +476,7 @@ def write_data(root: Path, split: str, count: int) -> tuple[list[torch.Tensor], 
 def average_precision(root: Path, split: str, found: list[dict[str, torch.Tensor]]) -> dict[str, float | None]:
     file = root / "annotations" / f"instances_{split}.json"
     scorer = CocoScorer(read_coco(file, root / split, masks=True), True)
-    scorer.add(DetectBatch([], [], list(range(len(found)))), found)
+    scorer.add(DetectionBatch([], [], list(range(len(found)))), found)
     return scorer.compute()
 
 

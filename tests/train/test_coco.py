@@ -15,12 +15,12 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
-from foveal.train.data import BadSamples, Data, DataError, DetectBatch, build_detection_data
+from foveal.train.data import BadSamples, Data, DataError, DetectionBatch, build_detection_data
 from foveal.train.data.coco import read_coco
-from foveal.train.data.dataset import BoxSamples
+from foveal.train.data.dataset import DetectionDataset
 from foveal.train.data.dense_transforms import Mask, detection_transform
 from foveal.train.data.guard import Report
-from foveal.train.data.index import BoxIndex
+from foveal.train.data.index import DetectionIndex
 from foveal.train.data.validate import CLIPPED, MEASURED, check_image_files, sum_runs
 from foveal.train.detection_metrics import CocoScorer, average_precision
 
@@ -48,7 +48,7 @@ def write(folder: Path, what: dict) -> Path:
     return file
 
 
-def read(folder: Path, what: dict, masks: bool = True) -> tuple[BoxIndex, Report]:
+def read(folder: Path, what: dict, masks: bool = True) -> tuple[DetectionIndex, Report]:
     index = read_coco(write(folder, what), folder, masks=masks)
     return index, index.report
 
@@ -281,13 +281,13 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(t
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "1.png")  # of another size
     index = read_coco(file, tmp_path, masks=False)
-    training = BoxSamples(index, 3, detection_transform(DetectAugmentConfig()), seed=0)
+    training = DetectionDataset(index, 3, detection_transform(DetectAugmentConfig()), seed=0)
     sample, found = training[0, 0]
     assert (sample["number"], len(sample["boxes"])) == (2, 1)
     assert [name for name, _ in found] == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     assert "40x60" in found[1][1]
     assert "60x40" in found[1][1]
-    sample, found = BoxSamples(index, 3, None, seed=0)[0, 1]
+    sample, found = DetectionDataset(index, 3, None, seed=0)[0, 1]
     assert sample is None
     assert len(found) == 1
     rows = check_image_files(index).rows
@@ -336,7 +336,7 @@ def test_augmentation_keeps_boxes_masks_and_pixels_together(rectangles, changes)
     config = DetectAugmentConfig(**changes)
     folder = rectangles / "train"
     index = read_coco(rectangles / "annotations/instances_train.json", folder, masks=True)
-    dataset = BoxSamples(index, 3, detection_transform(config), seed=3)
+    dataset = DetectionDataset(index, 3, detection_transform(config), seed=3)
     sizes, objects = set(), 0
     nearest = 2.5 if config.crop_prob else 1.5  # a mask's edge moves by up to a pixel each time it is resized
     for number in range(len(dataset)):
@@ -404,7 +404,7 @@ def test_colours_change_and_nothing_else(tmp_path):
     Image.fromarray(grey).save(tmp_path / "0.png")
     index, _ = read(tmp_path, content([{}]), masks=False)
     config = DetectAugmentConfig(hflip=0, min_size=[40], max_size=60, photometric=True)
-    dataset = BoxSamples(index, 3, detection_transform(config), seed=0)
+    dataset = DetectionDataset(index, 3, detection_transform(config), seed=0)
     seen = [dataset[epoch, 0][0] for epoch in range(20)]
     assert len({tuple(sample["image"][:, 0, 0].tolist()) for sample in seen}) > 10
     for sample in seen:
@@ -505,7 +505,7 @@ def test_scorer_finds_what_was_annotated(tmp_path):
     for number in range(len(index)):
         target = index.target(number)
         found = target | {"scores": torch.ones(len(target["labels"])), "masks": target["masks"][:, None].float()}
-        scorer.add(DetectBatch([], [], [number]), [found])
+        scorer.add(DetectionBatch([], [], [number]), [found])
     figures = scorer.compute()
     assert figures == pytest.approx(dict.fromkeys(figures, 100.0))
 
@@ -514,7 +514,7 @@ def test_nothing_found_is_zero_and_an_absent_size_is_none(tmp_path):
     index, _ = read(tmp_path, content([{"segmentation": SQUARE}]))
     scorer = CocoScorer(index, masks=True)
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
-    scorer.add(DetectBatch([], [], [0]), [nothing | {"masks": torch.zeros(0, 1, HEIGHT, WIDTH)}])
+    scorer.add(DetectionBatch([], [], [0]), [nothing | {"masks": torch.zeros(0, 1, HEIGHT, WIDTH)}])
     figures = scorer.compute()
     assert figures["box_ap"] == figures["mask_ap"] == figures["box_ap_small"] == 0
     assert figures["box_ap_large"] is None

@@ -9,16 +9,16 @@ from .factory import (
     find_classes,
 )
 from .guard import BadSamples, DataError
-from .loader import DetectBatch, Loader, SegmentBatch
+from .loader import DetectionBatch, Loader, SegmentationBatch
 
 __all__ = [
     "IGNORE",
     "BadSamples",
     "Data",
     "DataError",
-    "DetectBatch",
+    "DetectionBatch",
     "Loader",
-    "SegmentBatch",
+    "SegmentationBatch",
     "build_classification_data",
     "build_detection_data",
     "build_segmentation_data",

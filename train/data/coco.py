@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from .guard import DataError, Report
-from .index import BoxIndex, encode_paths, offsets
+from .index import DetectionIndex, encode_paths, offsets
 from .validate import Objects, check_categories, check_images, check_lists, find_faults, mask_area
 
 
-def read_coco(file: Path, folder: Path, *, masks: bool, categories: dict[int, str] | None = None) -> BoxIndex:
+def read_coco(file: Path, folder: Path, *, masks: bool, categories: dict[int, str] | None = None) -> DetectionIndex:
     """Reads an annotation file; `index_objects` has the arguments.
 
     Raises:
@@ -37,7 +37,7 @@ def index_objects(
     *,
     masks: bool,
     categories: dict[int, str] | None = None,
-) -> BoxIndex:
+) -> DetectionIndex:
     """The flat arrays of images, annotations and categories; every reader of boxes ends here.
 
     Args:
@@ -68,7 +68,7 @@ def index_objects(
         shape = sizes[image[i]].tolist()
         areas[i] = mask_area(objects.segments[rows[i]], *shape) if masks else boxes[i, 2] * boxes[i, 3]
     texts = [json.dumps(objects.segments[row]).encode() for row in rows] if masks else []
-    return BoxIndex(
+    return DetectionIndex(
         paths=encode_paths([folder / name for name in names]),
         report=report,
         categories=categories,

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from ...backbones.images import to_mode
 from .dense_transforms import IGNORE, Mask
 from .guard import DataError
-from .index import BoxIndex, ClassIndex, Index, MaskIndex
+from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex
 from .transforms import EvalTransform, TrainTransform, seeded
 
 # what Pillow raises for files that are damaged, cut short, or no images at all
@@ -29,7 +29,7 @@ Found = list[tuple[str, str]]  # (name, reason) of unreadable samples
 Item = tuple[Any, Found]  # a sample, None, or a DataError; and the unreadable samples met on the way
 
 
-class Samples(Dataset):
+class ImageDataset(Dataset):
     """Samples of an index; the unreadable are reported, never returned: in training the next readable one takes the
     place.
 
@@ -67,10 +67,12 @@ class Samples(Dataset):
         return None, found
 
 
-class ClassSamples(Samples):
+class ClassificationDataset(ImageDataset):
     """(uint8 ``[C, H, W]``, class) of classified images."""
 
-    def __init__(self, index: ClassIndex, transform: TrainTransform | EvalTransform, *, train: bool, seed: int):
+    def __init__(
+        self, index: ClassificationIndex, transform: TrainTransform | EvalTransform, *, train: bool, seed: int
+    ):
         super().__init__(index, train=train, seed=seed)
         self.transform = transform
 
@@ -83,7 +85,7 @@ class ClassSamples(Samples):
         return torch.as_tensor(self.transform.augment(image)), label
 
 
-class DenseSamples(Samples):
+class DenseDataset(ImageDataset):
     """Images with a target, augmented together.
 
     Args:
@@ -108,10 +110,10 @@ class DenseSamples(Samples):
         }
 
 
-class BoxSamples(DenseSamples):
-    """Images (uint8 ``[C, H, W]``) with their ``number`` and, in training, the target of `BoxIndex.target`."""
+class DetectionDataset(DenseDataset):
+    """Images (uint8 ``[C, H, W]``) with their ``number`` and, in training, the target of `DetectionIndex.target`."""
 
-    index: BoxIndex
+    index: DetectionIndex
 
     def image(self, number: int) -> torch.Tensor:
         """As above; a file of another size than its annotations is unreadable, too."""
@@ -130,10 +132,10 @@ class BadMask(ValueError):
     """A mask file that does not belong to its image, or holds no classes."""
 
 
-class MaskSamples(DenseSamples):
+class SegmentationDataset(DenseDataset):
     """Images (uint8 ``[C, H, W]``) with their ``mask`` (uint8 ``[H, W]``: classes, 255 for none)."""
 
-    index: MaskIndex
+    index: SegmentationIndex
 
     def read(self, number: int) -> dict[str, Any]:
         image, path = self.image(number), self.index.mask_name(number)
@@ -148,7 +150,7 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
     """uint8 ``[H, W]``, classes and 255.
 
     Args:
-        table: see `MaskIndex`.
+        table: see `SegmentationIndex`.
 
     Raises:
         DataError: a value that is no class of the data, which says that the classes are not theirs; names it.

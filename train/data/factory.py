@@ -23,11 +23,11 @@ from . import folder, idx, masks, memory, wds
 from .class_names import DIGITS, FASHION_MNIST
 from .coco import read_coco
 from .composites import write_composites
-from .dataset import BoxSamples, ClassSamples, MaskSamples
+from .dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
 from .dense_transforms import detection_transform, segmentation_transform
 from .guard import BadSamples, DataError, Excluded, check_classes
-from .index import BoxIndex
-from .loader import ClassLoader, DetectLoader, Loader, SegmentLoader, StreamLoader
+from .index import DetectionIndex
+from .loader import ClassificationLoader, DetectionLoader, Loader, SegmentationLoader, StreamLoader
 from .order import EpochOrder, Normalize
 from .transforms import EvalTransform, TrainTransform
 from .voc import read_voc
@@ -153,6 +153,7 @@ def build_classification_data(
         model_cfg: the model's ``pretrained_cfg``, for what the recipe leaves open.
         device: where batches go.
         train: False builds the evaluation loader alone.
+        rank, world: this process and the number of processes.
 
     Raises:
         DataError: data that are missing, damaged or out of range.
@@ -192,7 +193,7 @@ def _memory_loader(builder: _Builder, classes, preprocessing, device, training: 
     )
 
 
-def _file_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> ClassLoader:
+def _file_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> ClassificationLoader:
     config, data = builder.config, builder.config.data
     name, root = data.train_split if training else data.val_split, _root(data)
     if training:
@@ -201,7 +202,7 @@ def _file_loader(builder: _Builder, classes, preprocessing, device, training: bo
     else:
         transform = EvalTransform(preprocessing)
     kind = {"train": training, "seed": config.seed}
-    loader, streamed = ClassLoader, False
+    loader, streamed = ClassificationLoader, False
     if data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
     else:
@@ -214,7 +215,7 @@ def _file_loader(builder: _Builder, classes, preprocessing, device, training: bo
         loader = StreamLoader
     else:
         index.exclude(builder.excluded, root)
-        dataset = ClassSamples(index, transform, **kind)
+        dataset = ClassificationDataset(index, transform, **kind)
         samples = len(dataset)
     if not samples:
         raise DataError(f"the split {name!r} in {data.root} has no images")
@@ -248,30 +249,25 @@ def build_detection_data(
     rank: int = 0,
     world: int = 1,
 ) -> Data:
-    """Builds the loaders.
+    """As :func:`build_classification_data`, for detectors.
 
     Args:
         masks: whether the detector learns masks.
-        device: where batches go.
         categories: id -> name of a trained model's classes; None: those of the training annotations.
-        train: False builds the evaluation loader alone.
-
-    Raises:
-        DataError: data that are missing, damaged or out of range.
     """
     builder, data = _Builder(config, rank, world), config.data
     if data.kind == "voc" and masks:
         raise DataError("data.kind=voc has boxes, and this detector learns masks")
     root = _dense_root(data)
 
-    def loader(training: bool) -> DetectLoader:
+    def loader(training: bool) -> DetectionLoader:
         nonlocal categories
         index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
         _choose_images(index, builder, training)
         transform = detection_transform(config.augment) if training else None
-        dataset = BoxSamples(index, data.in_chans, transform, config.seed)
-        return DetectLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+        dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
+        return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
 
     built = builder.build(loader, train)
     return replace(built, categories=categories)
@@ -279,7 +275,7 @@ def build_detection_data(
 
 def _read_boxes(
     data: DetectDataConfig, root: Path, training: bool, masks: bool, categories: dict[int, str] | None
-) -> BoxIndex:
+) -> DetectionIndex:
     annotations = data.train_annotations if training else data.val_annotations
     if data.kind == "voc":
         return read_voc(root, annotations, train=training, categories=categories)
@@ -287,7 +283,7 @@ def _read_boxes(
     return read_coco(root / annotations, images, masks=masks, categories=categories)
 
 
-def _choose_images(index: BoxIndex, builder: _Builder, training: bool) -> None:
+def _choose_images(index: DetectionIndex, builder: _Builder, training: bool) -> None:
     """Leaves in ``index`` the images that exist and are not excluded, in training those with something to learn, the
     first so many.
 
@@ -326,17 +322,10 @@ def build_segmentation_data(
     rank: int = 0,
     world: int = 1,
 ) -> Data:
-    """Builds the loaders.
+    """As :func:`build_classification_data`, for segmenters.
 
     Args:
-        config: the whole recipe.
-        classes: names by index, from :func:`find_classes`.
         mean: by channel, of values in [0, 1]: the colour of what a crop lacks.
-        device: where batches go.
-        train: False builds the evaluation loader alone.
-
-    Raises:
-        DataError: data that are missing.
     """
     builder, data = _Builder(config, rank, world), config.data
     root = _dense_root(data)
@@ -344,12 +333,12 @@ def build_segmentation_data(
         data = replace(data, kind="folder", images="{split}", masks="semantic/{split}")
     fill = [round(255 * value) for value in mean]
 
-    def loader(training: bool) -> SegmentLoader:
+    def loader(training: bool) -> SegmentationLoader:
         index = masks.read_masks(data, masks.split_name(data, training), len(classes))
         index.exclude(builder.excluded, root)
         index.select(np.arange(len(index))[: builder.limit(training)])
         transform = segmentation_transform(config.augment, fill, data.antialias) if training else None
-        dataset = MaskSamples(index, data.in_chans, transform, config.seed)
-        return SegmentLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+        dataset = SegmentationDataset(index, data.in_chans, transform, config.seed)
+        return SegmentationLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
 
     return builder.build(loader, train)

@@ -9,7 +9,7 @@ from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 
 from .guard import DataError
-from .index import ClassIndex, encode_paths
+from .index import ClassificationIndex, encode_paths
 
 
 def scan_folder(root: Path, split: str) -> list[str]:
@@ -40,7 +40,7 @@ def _has_image(folder: Path, extensions: tuple[str, ...]) -> bool:
     return any(name.lower().endswith(extensions) for _, _, files in os.walk(folder, followlinks=True) for name in files)
 
 
-def read_folder(root: Path, split: str, classes: Sequence[str]) -> ClassIndex:
+def read_folder(root: Path, split: str, classes: Sequence[str]) -> ClassificationIndex:
     """The images below ``root/split/CLASS``, in timm's order.
 
     Raises:
@@ -58,4 +58,4 @@ def read_folder(root: Path, split: str, classes: Sequence[str]) -> ClassIndex:
             f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
         )
     paths, labels = zip(*samples, strict=True)
-    return ClassIndex(paths=encode_paths(paths), label=np.array(labels, np.int64))
+    return ClassificationIndex(paths=encode_paths(paths), label=np.array(labels, np.int64))

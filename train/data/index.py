@@ -70,7 +70,7 @@ class Index:
 
 
 @dataclass(kw_only=True)
-class ClassIndex(Index):
+class ClassificationIndex(Index):
     """Images with one class each."""
 
     label: np.ndarray  # int64 [N]
@@ -78,7 +78,7 @@ class ClassIndex(Index):
 
 
 @dataclass(kw_only=True)
-class MaskIndex(Index):
+class SegmentationIndex(Index):
     """Images with a class for each pixel."""
 
     masks: np.ndarray  # bytes [N]: paths
@@ -90,7 +90,7 @@ class MaskIndex(Index):
 
 
 @dataclass(kw_only=True)
-class BoxIndex(Index):
+class DetectionIndex(Index):
     """Images with A objects in all, those of image i at ``starts[i]:starts[i + 1]``.
 
     ``usable`` marks the objects that can be trained on; the evaluation takes all A, crowds included. ``segments`` holds

@@ -15,7 +15,7 @@ from .index import Target
 from .order import Batch, EpochOrder, Normalize, NumberedBatches
 
 
-class DetectBatch(NamedTuple):
+class DetectionBatch(NamedTuple):
     """images: float ``[C, H, W]`` each, in [0, 1]; targets: their objects (empty in evaluation); numbers: which images
     of the index they are."""
 
@@ -24,7 +24,7 @@ class DetectBatch(NamedTuple):
     numbers: list[int]
 
 
-class SegmentBatch(NamedTuple):
+class SegmentationBatch(NamedTuple):
     """images: float ``[B, C, H, W]`` in [0, 1]; targets: int64 ``[B, H, W]``, 255 where there is no class."""
 
     images: Tensor
@@ -115,7 +115,7 @@ class Loader:
         return tensor.to(self.device, non_blocking=True)
 
 
-class ClassLoader(Loader):
+class ClassificationLoader(Loader):
     """Batches of classified images, normalised on the device."""
 
     def __init__(
@@ -135,7 +135,7 @@ class ClassLoader(Loader):
         yield Batch(self.normalize.bytes(images), self._to_device(labels))
 
 
-class StreamLoader(ClassLoader):
+class StreamLoader(ClassificationLoader):
     """The same from shards that are streamed, where the order of batches only counts them.
 
     Args:
@@ -168,19 +168,19 @@ class StreamLoader(ClassLoader):
             yield batch
 
 
-class DetectLoader(Loader):
+class DetectionLoader(Loader):
     """Batches of images with their objects."""
 
     stack = staticmethod(list)
 
-    def finish(self, samples: list[dict[str, Any]]) -> Iterator[DetectBatch]:
+    def finish(self, samples: list[dict[str, Any]]) -> Iterator[DetectionBatch]:
         images = [self._to_device(sample.pop("image")).float().div_(255) for sample in samples]
         numbers = [sample.pop("number") for sample in samples]
         targets = [{key: self._to_device(value) for key, value in sample.items()} for sample in samples]
-        yield DetectBatch(images, targets, numbers)
+        yield DetectionBatch(images, targets, numbers)
 
 
-class SegmentLoader(Loader):
+class SegmentationLoader(Loader):
     """Batches of images with their masks. Evaluation gives images as they are, those of one size that follow each other
     together, so a batch of the order may come as several."""
 
@@ -193,6 +193,6 @@ class SegmentLoader(Loader):
             groups[-1].append(sample)
         return [tuple(torch.stack([each[key] for each in group]) for key in ("image", "mask")) for group in groups]
 
-    def finish(self, samples: list[tuple[Tensor, Tensor]]) -> Iterator[SegmentBatch]:
+    def finish(self, samples: list[tuple[Tensor, Tensor]]) -> Iterator[SegmentationBatch]:
         for images, masks in samples:
-            yield SegmentBatch(self._to_device(images).float().div_(255), self._to_device(masks).long())
+            yield SegmentationBatch(self._to_device(images).float().div_(255), self._to_device(masks).long())

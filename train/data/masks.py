@@ -14,7 +14,7 @@ from ...configs.schema import SegmentDataConfig
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, DIGITS, VOC
 from .dense_transforms import IGNORE
 from .guard import DataError, check_classes
-from .index import MaskIndex, encode_paths
+from .index import SegmentationIndex, encode_paths
 
 MAX_CLASSES = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -47,7 +47,7 @@ def find_classes(config: SegmentDataConfig) -> list[str]:
     return check_classes(classes, f"data.kind={config.kind}")
 
 
-def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> MaskIndex:
+def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> SegmentationIndex:
     """Every image and every mask of a split, paired, sorted by name; one may be missing.
 
     Layouts below ``data.root``:
@@ -75,7 +75,7 @@ def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> MaskI
         raise DataError(f"no images of the split {split!r} in {root} (data.kind={config.kind})")
     images, masks = zip(*pairs, strict=True)
     table = label_map(config, num_classes, masks[0])
-    return MaskIndex(paths=encode_paths(images), masks=encode_paths(masks), table=table)
+    return SegmentationIndex(paths=encode_paths(images), masks=encode_paths(masks), table=table)
 
 
 def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Path]:

@@ -10,7 +10,7 @@ from faster_coco_eval import mask as run_lengths
 from PIL import Image
 
 from .guard import DataError, Report
-from .index import BoxIndex, clip_boxes, encode_segment
+from .index import DetectionIndex, clip_boxes, encode_segment
 
 # reported, and still used
 CLIPPED = "box reaches beyond the image: clipped"
@@ -212,7 +212,7 @@ def sum_runs(text: str) -> int:
     return int(runs.sum()) if runs.min() >= 0 else -1
 
 
-def check_image_files(index: BoxIndex) -> Report:
+def check_image_files(index: DetectionIndex) -> Report:
     """Opens every image of an annotation file: the report of its reader with the images that are missing, unreadable or
     of another size than the file says."""
     report = index.report or Report("")

@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 from .class_names import VOC
 from .coco import index_objects
 from .guard import DataError
-from .index import BoxIndex
+from .index import DetectionIndex
 
 LABELS = {name: number for number, name in enumerate(VOC) if number}  # 0 is the background of its masks
 
 
-def read_voc(root: Path, sets: str, *, train: bool, categories: dict[int, str] | None = None) -> BoxIndex:
+def read_voc(root: Path, sets: str, *, train: bool, categories: dict[int, str] | None = None) -> DetectionIndex:
     """The images and boxes of one or several sets.
 
     Args:
