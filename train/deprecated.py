@@ -40,4 +40,6 @@ def commands(task: str, schema: type, build: Callable[..., Any]) -> tuple[Callab
                 found = [(result.label, result.score) for result in each.results]
             yield each.path, each.error or found
 
+    for function in (train, evaluate, predict):  # pickled by these names, for other processes
+        function.__module__, function.__qualname__ = f"{__package__}.{task}", function.__name__
     return train, evaluate, predict
