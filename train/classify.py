@@ -33,11 +33,10 @@ class Task(task.Task):
 
     metrics: ClassVar = {"val_loss": "loss", "top1": "top-1", "top5": "top-5"}
     shown = ("top1",)
-    model: nn.Module
-    data: Data
+    model: Any
 
     def __init__(
-        self, config: ClassifyConfig, model: nn.Module, classes: list[str], data: Data, teacher: Teacher | None = None
+        self, config: ClassifyConfig, model: Any, classes: list[str], data: Data, teacher: Teacher | None = None
     ):
         super().__init__(config, model, classes, data)
         self.num_classes, self.teacher = model.num_classes, teacher
@@ -104,7 +103,7 @@ class Task(task.Task):
                 raise checkpoint.CheckpointError(f"{config.model.checkpoint} has another number of classes ({new[0]})")
         else:
             # with the classifier it was trained with: a new one, for other classes, would predict at random
-            model = load(source, in_chans=config.data.in_chans)
+            model: Any = load(source, in_chans=config.data.in_chans)
             if model.num_classes != len(classes):
                 raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
         data = build_classification_data(config, classes, model.pretrained_cfg, train=False, **processes(accelerator))
@@ -141,7 +140,7 @@ class Task(task.Task):
     def result(self, scorer: ClassificationScorer) -> dict[str, Any]:
         return {"top1": scorer.metrics["top1"], "top5": scorer.metrics["top5"], "loss": scorer.metrics["val_loss"]}
 
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
+    def save_weights(self, folder: Path, model: Any) -> None:
         arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}
         checkpoint.save_model(folder, model, arguments, self.classes)
 
@@ -160,7 +159,7 @@ class Predictor(task.Predictor):
     draws = False
 
     def __init__(self, source: str | Path, *, top: int, threshold: float):
-        self.model = load(source)
+        self.model: Any = load(source)
         if self.model.num_classes < 1:
             raise ValueError(f"{source} has no classifier")
         self.transform, self.labels = preprocessing(self.model), class_labels(self.model, source)
@@ -183,7 +182,7 @@ class Predictor(task.Predictor):
         return [Result(self.labels[i] if self.labels else f"class {i}", score) for i, score in pairs], None
 
 
-def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
+def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     """Creates the recipe's model with timm, in training mode.
 
     Raises:
@@ -193,14 +192,16 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
     if outputs < classes:
         raise ConfigError(f"model.num_classes is {outputs}, but the data have {classes} classes")
     rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
-    arguments = {key: value for key, value in rates.items() if value is not None} | config.kwargs
+    arguments: dict[str, Any] = {key: value for key, value in rates.items() if value is not None} | config.kwargs
     local = config.name.startswith("local-dir:")
     if not local and not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
         raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
     try:
         # not by timm's pretrained=True, which compares no hash and tries no mirror
-        create = load if config.pretrained and not local else partial(timm.create_model, pretrained=config.pretrained)
+        create: Any = (
+            load if config.pretrained and not local else partial(timm.create_model, pretrained=config.pretrained)
+        )
         model = create(config.name, num_classes=outputs, in_chans=in_chans, **arguments).train()
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
@@ -211,7 +212,7 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> nn.Module:
     return model
 
 
-def set_preprocessing(model: nn.Module, preprocessing: dict[str, Any]) -> None:
+def set_preprocessing(model: Any, preprocessing: dict[str, Any]) -> None:
     """Makes ``pretrained_cfg`` describe the run's own images and weights, not the published ones of the same name."""
     cfg = model.pretrained_cfg
     kept = ("architecture", "classifier", "first_conv", "fixed_input_size", "min_input_size")
@@ -242,7 +243,7 @@ def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[i
     return list(sizes)
 
 
-def class_labels(model: nn.Module, source: str | Path) -> Sequence[str] | None:
+def class_labels(model: Any, source: str | Path) -> list[str] | None:
     """The names that came with the weights, else timm's of the ImageNet that the classifier has the size of."""
     names = label_names(model)
     if names is not None:

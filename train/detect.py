@@ -2,7 +2,10 @@
 predictions."""
 
 import json
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -29,7 +32,6 @@ class Task(task.Task):
     pictures = 6
     files = ("output", "predictions")  # the latter in COCO's result format
     model: Detector
-    data: Data
 
     def __init__(self, config: DetectConfig, model: Detector, data: Data):
         super().__init__(config, model, list(data.categories.values()), data)
@@ -75,7 +77,7 @@ class Task(task.Task):
         return cls(config, model, data)
 
     def train_step(self, model: nn.Module, batch: DetectionBatch, epoch: int) -> Tensor:
-        return sum(model(batch.images, batch.targets).values())
+        return reduce(add, model(batch.images, batch.targets).values())
 
     def scorer(self) -> CocoScorer:
         return CocoScorer(self.data.val.dataset.index, self.model.masks)
@@ -84,7 +86,7 @@ class Task(task.Task):
         with autocast(images[0].device, self.config.train.amp):
             return model(images)
 
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
+    def save_weights(self, folder: Path, model: Any) -> None:
         transform = model.detector.transform
         mean, std = list(transform.image_mean), list(transform.image_std)
         sizes = {"short_side": transform.min_size[-1], "max_size": transform.max_size}

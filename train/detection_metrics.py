@@ -18,7 +18,7 @@ from .scoring import Metrics, Scorer
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 # image number, boxes [N, 4], scores [N], labels [N], run lengths or None
 Found = tuple[int, np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]] | None]
-KINDS = {"box": "bbox", "mask": "segm"}
+KINDS: dict[str, Any] = {"box": "bbox", "mask": "segm"}
 
 
 def metric_labels(masks: bool) -> dict[str, str]:
@@ -64,8 +64,8 @@ class CocoScorer(Scorer):
         """predictions: of a detector, one dictionary for each image of the batch."""
         for number, each in zip(batch.numbers, predictions, strict=True):
             codes = encode_masks(each["masks"]) if self.masks else None
-            arrays = (each[key].float().cpu().numpy() for key in ("boxes", "scores"))
-            self.found.append((number, *arrays, each["labels"].cpu().numpy(), codes))
+            boxes, scores = (each[key].float().cpu().numpy() for key in ("boxes", "scores"))
+            self.found.append((number, boxes, scores, each["labels"].cpu().numpy(), codes))
         return len(batch.numbers)
 
     def results(self) -> list[dict[str, Any]]:

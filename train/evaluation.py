@@ -69,10 +69,10 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
     if accelerator.is_main_process:
         if console is not None:
             _print(task, scorer, str(source), console)
-        if files["output"] is not None:
-            write_json(Path(files["output"]), result)
-        if files.get("predictions") is not None:
-            write_json(Path(files["predictions"]), scorer.results())
+        if file := files["output"]:
+            write_json(file, result)
+        if file := files.get("predictions"):
+            write_json(file, scorer.results())
     return result
 
 

@@ -37,7 +37,7 @@ def build_mix(config: ClassifyConfig, num_classes: int) -> Mixup | None:
     )
 
 
-def prepare_heads(model: nn.Module, config: ClassifyConfig) -> None:
+def prepare_heads(model: Any, config: ClassifyConfig) -> None:
     """Turns on a model's second head in training when the recipe has a loss for it.
 
     Raises:
@@ -84,7 +84,7 @@ class Teacher:
     ):
         channels = preprocessing["input_size"][0]
         try:
-            self.model = load(source, in_chans=channels).to(device).requires_grad_(False)
+            self.model: Any = load(source, in_chans=channels).to(device).requires_grad_(False)
         except (ValueError, OSError) as error:
             raise ConfigError(f"distill.teacher: {error}") from None
         if self.model.num_classes != num_classes:
@@ -92,7 +92,7 @@ class Teacher:
                 f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"
             )
         cfg = self.model.pretrained_cfg
-        places = {name: i for i, name in enumerate(cfg.get("label_names") or ())}
+        places: dict[str, int] = {name: i for i, name in enumerate(cfg.get("label_names") or ())}
         for i, name in enumerate(classes):
             if places.get(name, i) != i:
                 raise ConfigError(f"distill.teacher: class {name!r} is number {places[name]} of {source}, here {i}")

@@ -6,22 +6,24 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
 
 from ..files import atomic
 from .scoring import ClassificationScorer, Example
 
 RIGHT, WRONG = "#1b7837", "#b2182b"  # told apart by colour-blind readers too; the symbol says the same
-COLOURS = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
-PLAIN = {"parse_math": False}  # names may have dollar signs
+COLOURS = [*matplotlib.color_sequences["tab10"], *matplotlib.color_sequences["Dark2"]]
+PLAIN: dict[str, Any] = {"parse_math": False}  # names may have dollar signs
 Found = dict[str, Tensor]
 
 
-def save(figure: plt.Figure, path: Path, title: str | None = None) -> None:
+def save(figure: Figure, path: Path, title: str | None = None) -> None:
     """Writes a figure as PNG and closes it."""
     if title:
         figure.suptitle(title, fontsize=11, **PLAIN)
@@ -83,7 +85,7 @@ def predictions(
     save(figure, path, f"{title}: {top1:.2f} % of {score.n:,} held-out images right\n{shown}")
 
 
-def _example(axis: plt.Axes, example: Example, classes: list[str], long_names: bool) -> None:
+def _example(axis: Axes, example: Example, classes: list[str], long_names: bool) -> None:
     hit = example.predicted == example.target
     axis.set_axis_on()
     axis.imshow(_rgb(example.image.permute(1, 2, 0).numpy()), interpolation="nearest")
@@ -124,7 +126,7 @@ def detection(image: Tensor, found: Found, classes: Sequence[str], path: Path, n
     save(figure, path)
 
 
-def _objects(axis: plt.Axes, image: Tensor, found: Found, classes: Sequence[str], title: str) -> None:
+def _objects(axis: Axes, image: Tensor, found: Found, classes: Sequence[str], title: str) -> None:
     """An image (float ``[C, H, W]`` in [0, 1]) with boxes, class names and, where there are any, scores and masks."""
     height, width = image.shape[-2:]
     place = {"interpolation": "nearest", "extent": (0, width, height, 0)}  # edges of pixels are integers, as in boxes
@@ -140,7 +142,7 @@ def _objects(axis: plt.Axes, image: Tensor, found: Found, classes: Sequence[str]
         axis.imshow(layer, **place)
     for i, (x1, y1, x2, y2) in enumerate(found["boxes"].tolist()):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=1.4))
-        text = classes[labels[i]] + (f" {100 * float(found['scores'][i]):.0f}" if "scores" in found else "")
+        text = f"{classes[labels[i]]}" + (f" {100 * float(found['scores'][i]):.0f}" if "scores" in found else "")
         tag = {"facecolor": colours[i], "edgecolor": "none", "pad": 1, "alpha": 0.85}
         side = "top" if y1 < 0.08 * height else "bottom"  # inside the box where there is no room above it
         axis.text(x1, y1, text, fontsize=7, color="white", va=side, bbox=tag, clip_on=True, **PLAIN)
@@ -191,6 +193,6 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return image.repeat(3, -1) if image.shape[-1] == 1 else image
 
 
-def _hide(axes: Iterable[plt.Axes]) -> None:
+def _hide(axes: Iterable[Axes]) -> None:
     for axis in axes:
         axis.set_axis_off()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..files import atomic
 from .data import IGNORE, DataError
 
-Metrics = dict[str, float | None]
+Metrics = dict[str, Any]  # floats, or None where there is nothing to measure
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
@@ -104,7 +104,7 @@ class ClassificationScorer(Scorer):
         undo: normalised images to uint8 ``[B, C, H, W]`` on the CPU, for the examples.
     """
 
-    def __init__(self, num_classes: int, keep: int = 0, undo: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, num_classes: int, keep: int = 0, undo: Callable[[Tensor], Tensor] = Tensor.byte):
         self.top, self.keep, self.undo = min(5, num_classes), keep, undo
         self.right: list[Example] = []
         self.wrong: list[Example] = []
@@ -141,9 +141,10 @@ class ClassificationScorer(Scorer):
             raise DataError("there are no images to evaluate")
         if self.keep:
             self.confusion = dict(sorted(sum(gather_object([self.confusion]), Counter()).items()))
-        top1, top5 = reduce(self._hits, "sum").tolist()
-        loss = reduce(self._loss, "sum") / self.n
-        return {"val_loss": loss.item(), "top1": 100 * top1 / self.n, "top5": 100 * top5 / self.n}
+        hits: Any = reduce(self._hits, "sum")
+        loss: Any = reduce(self._loss, "sum")
+        top1, top5 = hits.tolist()
+        return {"val_loss": (loss / self.n).item(), "top1": 100 * top1 / self.n, "top5": 100 * top5 / self.n}
 
 
 class SegmentationScorer(Scorer):
@@ -172,7 +173,8 @@ class SegmentationScorer(Scorer):
         """Raises:
         DataError: there was no pixel with a class.
         """
-        self.confusion = reduce(self._counts, "sum").cpu().numpy()
+        counts: Any = reduce(self._counts, "sum")
+        self.confusion = counts.cpu().numpy()
         if self.confusion.sum() == 0:
             raise DataError(f"there was no pixel with a class to evaluate in {self.n} images")
         hits, pixels = np.diag(self.confusion).astype(float), self.confusion.sum(1)

@@ -31,7 +31,6 @@ class Task(task.Task):
     shown = ("miou", "pixel_accuracy")
     pictures = 4
     model: Segmenter
-    data: Data
 
     def __init__(self, config: SegmentConfig, model: Segmenter, classes: list[str], data: Data):
         super().__init__(config, model, classes, data)
@@ -109,7 +108,7 @@ class Task(task.Task):
         pairs = zip(self.classes, scorer.iou.tolist(), strict=True)
         return scorer.metrics | {"iou": {name: None if np.isnan(value) else value for name, value in pairs}}
 
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
+    def save_weights(self, folder: Path, model: Any) -> None:
         mean, std = (getattr(model, name).flatten().tolist() for name in ("mean", "std"))
         images = {"in_chans": self.config.data.in_chans, "mean": mean, "std": std}
         save_dense(folder, model, self.classes, images | {"inference": self.settings})
@@ -181,7 +180,7 @@ def load_initial(model: Segmenter, source: str) -> list[str]:
 
 
 def segmentation_data(
-    config: SegmentConfig, classes: list[str], model: Segmenter, accelerator: Accelerator, train: bool = True
+    config: SegmentConfig, classes: list[str], model: Any, accelerator: Accelerator, train: bool = True
 ) -> Data:
     """The recipe's data; what a crop lacks has the mean colour of the model."""
     return build_segmentation_data(

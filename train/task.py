@@ -58,7 +58,7 @@ class Task(ABC):
         """The loss of a batch, a scalar; runs under the chosen precision."""
 
     @abstractmethod
-    def save_weights(self, folder: Path, model: nn.Module) -> None:
+    def save_weights(self, folder: Path, model: Any) -> None:
         """Writes the model folder that users load."""
 
     @abstractmethod
