@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..kernels.window import Window
 
@@ -50,9 +51,9 @@ class Layer:
         return batch * heads * math.prod(self.queries) * self.rows.kernel_size * self.columns.kernel_size
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         both = (self.rows, self.columns)
-        found: dict[str, object] = {
+        found: dict[str, Any] = {
             "kernel_size": tuple(w.kernel_size for w in both),
             "dilation": tuple(w.dilation for w in both),
             "boundary": self.rows.boundary,
@@ -112,7 +113,7 @@ OVERLOCK_XT = (
 
 @dataclass(frozen=True)
 class LayersCase:
-    """The distinct neighborhood operations of a model for images of a size, each once."""
+    """The distinct neighborhood operations, or halo attention modules of timm's, in a model at an image size."""
 
     model: str
     batch: int
@@ -167,28 +168,15 @@ GPU_CONVS = (ConvCase(64, 56, 17), ConvCase(128, 28, 15), ConvCase(256, 14, 13),
 TINY_CONVS = (ConvCase(8, 9, 7, 1),)
 
 
-@dataclass(frozen=True)
-class HaloCase:
-    """The distinct halo attention layers of one of timm's models at an input size."""
-
-    model: str
-    size: int
-    batch: int = 4
-
-    @property
-    def id(self) -> str:
-        return f"{self.model} {self.size}"
-
-
 HALO = (
-    HaloCase("halonet_h1", 256, 2),
-    HaloCase("halonet_h1", 512, 2),
-    HaloCase("halonet26t", 256),
-    HaloCase("halonet26t", 512),
-    HaloCase("halonet50ts", 256),
+    LayersCase("halonet_h1", 2, 256, 256),
+    LayersCase("halonet_h1", 2, 512, 512),
+    LayersCase("halonet26t", 4, 256, 256),
+    LayersCase("halonet26t", 4, 512, 512),
+    LayersCase("halonet50ts", 4, 256, 256),
 )
-GPU_HALO = (HaloCase("halonet26t", 256, 128), HaloCase("halonet_h1", 256, 128))
-TINY_HALO = (HaloCase("halonet26t", 256, 1),)
+GPU_HALO = (LayersCase("halonet26t", 128, 256, 256), LayersCase("halonet_h1", 128, 256, 256))
+TINY_HALO = (LayersCase("halonet26t", 1, 256, 256),)
 
 
 @dataclass(frozen=True)

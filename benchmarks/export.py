@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from .measure import Bench, Row
@@ -61,7 +62,7 @@ def export_rows(case: ExportCase, bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         model, runs = exported(timm.create_model(case.model).eval(), Path(folder))
-        size = model.pretrained_cfg["input_size"]
+        size = get_pretrained_cfg(case.model).input_size
         for batch in case.batches:
             x = bench.normal(batch, *size, seed=batch)
             torch.compiler.reset()  # else a second batch size is compiled with a dynamic shape

@@ -126,7 +126,8 @@ class Bench:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
                 result = call()
             now = peak = 0
-            events = (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+            results: Any = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+            events = (e for e in results.events() if e.name() == "[memory]")
             for event in sorted(events, key=lambda e: e.start_ns()):
                 now += event.nbytes()
                 peak = max(peak, now)

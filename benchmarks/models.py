@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones import list_models
 from ..kernels import recording
@@ -21,9 +22,7 @@ from .peers import unfold_mix
 TOLERANCE = 1e-4  # float32, relative to the largest value
 
 
-def _modes(
-    net: nn.Module, x: Tensor, bench: Bench, compiled: bool, context: Callable[[], AbstractContextManager]
-) -> Modes:
+def _modes(net: Any, x: Tensor, bench: Bench, compiled: bool, context: Callable[[], AbstractContextManager]) -> Modes:
     """Inference, and a training step without the optimizer.
 
     On a GPU in channels_last, with weights in bfloat16 or, for training, autocast; on a CPU in evaluation mode always,
@@ -67,8 +66,17 @@ def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterato
         context = partial(recording, unfold_mix) if case.unfold and name == case.peer_name else nullcontext
         calls[name] = _modes(net, x, bench, compiled, context)
     labels = {"input": f"{case.batch}x3x{case.size}x{case.size}", "run": "compiled" if compiled else "eager"}
-    check = {"reference": case.peer_name if case.same else None, "peer": case.peer_name or None}
-    for row in bench.compare(labels, "model", calls, **check, tolerance=TOLERANCE, memory=bench.cuda, queued=False):
+    rows = bench.compare(
+        labels,
+        "model",
+        calls,
+        reference=case.peer_name if case.same else None,
+        peer=case.peer_name or None,
+        tolerance=TOLERANCE,
+        memory=bench.cuda,
+        queued=False,
+    )
+    for row in rows:
         yield {**row, "images_per_second": round(1e3 * case.batch / row["forward_ms"], 1) if row["forward_ms"] else ""}
 
 
@@ -81,7 +89,7 @@ def zoo_cases() -> tuple[ModelCase, ...]:
 def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
     """One image through a model as it is created, and as it is deployed where that folds branches or norms."""
     x = bench.normal(case.batch, 3, case.size, case.size)
-    nets = {"forward": timm.create_model(case.model).eval()}
+    nets: dict[str, Any] = {"forward": timm.create_model(case.model).eval()}
     if hasattr(nets["forward"], "reparameterize"):
         nets["deployed"] = copy.deepcopy(nets["forward"]).reparameterize()
     with torch.inference_mode():

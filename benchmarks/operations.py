@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -25,7 +26,7 @@ from ..kernels import (
     recording,
 )
 from . import peers
-from .cases import ConvCase, HaloCase, Layer, LayersCase
+from .cases import ConvCase, Layer, LayersCase
 from .measure import TOLERANCE, Bench, Modes, Row, beside_peer, modes, reason
 from .peers import Function
 
@@ -185,7 +186,7 @@ def conv_rows(case: ConvCase, bench: Bench) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------- halo attention
 
 
-def halo_layers(case: HaloCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
+def halo_layers(case: LayersCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
     """timm's halo attention modules and the shapes of their inputs, each kind once."""
     with torch.device("meta"):
         net = timm.create_model(case.model).eval()
@@ -198,7 +199,7 @@ def halo_layers(case: HaloCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
         found.setdefault(label, (module, tuple(inputs[0].shape)))
 
     handles = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, HaloAttn)]
-    net(torch.empty(case.batch, 3, case.size, case.size, device="meta"))
+    net(torch.empty(case.batch, 3, case.rows, case.columns, device="meta"))
     for handle in handles:
         handle.remove()
     return found
@@ -226,7 +227,7 @@ def _halo_calls(module: HaloAttn, x: Tensor, part: str) -> dict[str, Modes]:
             net._modules = {**net._modules, "q": Given(), "kv": Given()}
     parameters = [p for name, p in module.named_parameters() if part == "module" or "rel" in name]
 
-    def call(*given: Tensor, net: nn.Module) -> Tensor:
+    def call(*given: Tensor, net: Any) -> Tensor:
         if len(given) == 2:
             net.q.output, net.kv.output = given
         return net(given[0] if len(given) == 1 else x)
@@ -234,7 +235,7 @@ def _halo_calls(module: HaloAttn, x: Tensor, part: str) -> dict[str, Modes]:
     return {name: modes(partial(call, net=net), tensors, grad, parameters) for name, net in nets.items()}
 
 
-def halo_rows(case: HaloCase, bench: Bench) -> Iterator[Row]:
+def halo_rows(case: LayersCase, bench: Bench) -> Iterator[Row]:
     """Halo attention, timm's and ours on the same parameters: the attention alone (queries, keys and values given), the
     module with its projections, and of either all layers together, each kind once."""
     rows: list[Row] = []
@@ -247,7 +248,7 @@ def halo_rows(case: HaloCase, bench: Bench) -> Iterator[Row]:
         if bench.cuda:
             x = x.contiguous(memory_format=torch.channels_last)
         for part in ("attention", "module"):
-            labels = {"model": case.model, "input": case.size, "batch": case.batch, "layer": label, "part": part}
+            labels = {"model": case.model, "input": case.rows, "batch": case.batch, "layer": label, "part": part}
             calls = _halo_calls(module, x, part)
             limit = (1 if bench.cuda else 10) * TOLERANCE[bench.dtype]
             found = list(bench.compare(labels, "by", calls, reference="timm", peer="timm", tolerance=limit))

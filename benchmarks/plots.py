@@ -53,12 +53,13 @@ def machine(row: Row) -> str:
     return ", ".join([*found, *versions, *filter(None, [row.get("date")])])
 
 
-def new_figure(width: float, height: float, dpi: int = DPI) -> Figure:
-    """An empty figure, in inches, that needs no display."""
+def new_figure(width: float, height: float, dpi: int = DPI, h_pad: float | None = None) -> Figure:
+    """An empty figure that needs no display; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=h_pad))
     FigureCanvasAgg(figure)
     return figure
 
@@ -295,7 +296,8 @@ def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str
     from matplotlib.font_manager import FontProperties
     from matplotlib.transforms import Bbox
 
-    figure, font = axis.figure, FontProperties(size=7.5)
+    figure: Any = axis.figure
+    font = FontProperties(size=7.5)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is placed must stay
     renderer, frame, pixel = figure.canvas.get_renderer(), axis.get_window_extent(), figure.dpi / 72
@@ -413,7 +415,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: there is no table in the folder.
     """
-    parser = argparse.ArgumentParser(prog="foveal bench plots", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="foveal bench plots", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="of tables named like those shipped (the default)")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: FOLDER; of those shipped, plots)")
     options = parser.parse_args(arguments)

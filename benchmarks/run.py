@@ -184,7 +184,7 @@ def geometric_means(rows: Sequence[Row]) -> list[str]:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="foveal bench",
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         epilog=f"gpu: {', '.join(GPU)} on a CUDA GPU. `foveal bench plots --help`: draw the tables.",
     )
     parser.add_argument("sections", nargs="+", choices=(*SECTIONS, "gpu"), metavar="SECTION", help=", ".join(SECTIONS))

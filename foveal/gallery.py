@@ -79,10 +79,9 @@ def reach(length: int, at: int, windows: Sequence[Window]) -> list[int]:
 def windows_picture(kernel_size: int = 7, dilation: int = 8, side: int = 56) -> Any:
     """Neighborhood attention, dilated, and both in turn, on the first map of a DiNAT at 224, by the window rule."""
     shown = photograph(8 * side)
-    query = tuple(int(fraction * side) for fraction in reversed(POINT))
+    query = int(POINT[1] * side), int(POINT[0] * side)
     near, far = Window(kernel_size), Window(kernel_size, dilation=dilation)
-    figure = plots.new_figure(8, 3.2, PHOTOGRAPH_DPI)
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure = plots.new_figure(8, 3.2, PHOTOGRAPH_DPI, h_pad=0.1)
     for axis, layers, title in zip(
         figure.subplots(1, 3),
         ([near], [far], [far, near]),
@@ -101,15 +100,14 @@ def windows_picture(kernel_size: int = 7, dilation: int = 8, side: int = 56) -> 
 
 def family_picture(name: str) -> Any:
     """Every rule on every size of map that a model of random weights uses; none depends on the weights."""
-    model = timm.create_model(name).eval()
+    model: Any = timm.create_model(name).eval()
     channels, height, _ = model.pretrained_cfg["input_size"]
     shown = photograph(height)
     image = torch.from_numpy(shown).permute(2, 0, 1)[None, :channels]
     chosen = patterns(looks(model, image, POINT))[:PANELS]
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = plots.new_figure(2 * columns, 2.5 * rows, PHOTOGRAPH_DPI)
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure = plots.new_figure(2 * columns, 2.5 * rows, PHOTOGRAPH_DPI, h_pad=0.08)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(chosen) :]:
         axis.set_axis_off()
@@ -219,7 +217,7 @@ def readme_pictures(output: Path, results: Path = plots.RESULTS) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m foveal.gallery", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m foveal.gallery", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="to write into")
     parser.add_argument("--pictures", action="store_true", help="the pictures of the README alone, without a page")
     options = parser.parse_args(arguments)

@@ -106,7 +106,7 @@ def test_unfolding_is_the_shifted_window(size, kernel_size):
 
 
 def test_halo_layers_are_those_of_the_model():
-    layers = operations.halo_layers(cases.HaloCase("halonet26t", 256, 2))
+    layers = operations.halo_layers(cases.LayersCase("halonet26t", 2, 256, 256))
     assert [shape for _, shape in layers.values()] == [(2, 256, 16, 16), (2, 512, 16, 16), (2, 512, 8, 8)]
     assert list(layers)[1] == "16x16 b8 h2 s2, 512 channels"
 
