@@ -7,7 +7,7 @@ FASHION := data/fashion-mnist
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help demo demo-detect demo-segment test test-slow test-long bench docs gallery pictures fashion-mnist tuxpaint-coco clean
+.PHONY: help demo demo-detect demo-segment test test-slow test-long bench docs pictures fashion-mnist tuxpaint-coco clean
 
 help:
 	@echo "make demo           train on handwritten digits, evaluate, draw, export, predict (set-up + 5 minutes)"
@@ -18,7 +18,6 @@ help:
 	@echo "make test-long      the demos of detection and segmentation with the scores that they promise"
 	@echo "make bench          measure the kernels"
 	@echo "make docs           build the site into build/site"
-	@echo "make gallery        write build/gallery/index.html: what the models look at, plots, your runs"
 	@echo "make fashion-mnist  fetch Fashion-MNIST into $(FASHION)"
 	@echo "make tuxpaint-coco  compose Tux Paint's stamps and photographs as COCO files into $(TUXPAINT)"
 	@echo "make clean          remove .venv and everything built; runs/ and data/ stay"
@@ -49,11 +48,8 @@ docs: .venv/ready-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
-gallery: .venv/ready
-	$(BIN)/python -m foveal.gallery build/gallery
-
 pictures: .venv/ready  # of the README, anew after a table that they show
-	$(BIN)/python -m foveal.gallery --pictures docs/pictures
+	$(BIN)/python -m foveal.pictures docs/pictures
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

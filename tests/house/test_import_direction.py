@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "foveal": {"kernels", "backbones", "heads"},
     "foveal.cli": set(PACKAGES),
     "foveal.demo": set(PACKAGES),
-    "foveal.gallery": set(PACKAGES),
+    "foveal.pictures": set(PACKAGES),
     "foveal.zoo": {"backbones", "weights"},
     **{f"foveal.{leaf}": set() for leaf in LEAVES},
 }

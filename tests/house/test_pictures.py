@@ -1,17 +1,11 @@
-"""The gallery in a browser; its plots and those of the README: every row drawn, nothing covered, nothing stale."""
+"""Plots of the benchmark tables and the pictures of the README: every row drawn, nothing covered, nothing stale."""
 
 from __future__ import annotations
 
-import csv
-import html
-import json
 import os
-import re
 import shutil
-import subprocess
 from itertools import combinations
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,8 +13,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from foveal import gallery, zoo
-from foveal.backbones import family, list_models
+from foveal import pictures, zoo
+from foveal.backbones import family
 from foveal.benchmarks import plots
 from foveal.benchmarks.measure import read_csv
 from foveal.cli import app
@@ -29,119 +23,6 @@ from foveal.kernels.window import Window
 from foveal.visualize import KEY, MARK
 
 ROOT = Path(__file__).parents[2]
-NASTY = '<script>document.title="broken"</script>'
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# Run by the page itself when everything is there: what the test wants to know goes to the page around it.
-LOOK = """<script>
-addEventListener("error", e => { window.failed = String(e.message || e.target.src); }, true);
-addEventListener("load", () => {
-  const images = [...document.images].map(i => [i.naturalWidth, i.alt]);
-  const root = document.documentElement, back = getComputedStyle(document.body);
-  parent.postMessage({images, inner: innerWidth, over: root.scrollWidth - root.clientWidth, title: document.title,
-    colours: [back.color, back.backgroundColor], failed: window.failed || null,
-    fetched: performance.getEntriesByType("resource").map(r => r.name)}, "*");
-});
-</script>"""
-# A frame has the width of a phone, which a browser's window cannot have.
-FRAME = """<!doctype html><body><script>
-addEventListener("message", e => { document.body.dataset.found = JSON.stringify(e.data); });
-</script><iframe src="looked-at.html" style="width:%dpx;height:800px;border:0"></iframe>"""
-
-
-def zoo_table(folder: Path, models: tuple[str, ...]) -> None:
-    rows = [row for row in read_csv(plots.RESULTS / "zoo-cpu-2core.csv") if row["model"] in models]
-    assert len(rows) == len(models)
-    with (folder / "zoo-cpu-2core.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
-    """A gallery of two families, four models, two tables and two runs, one of them with a name that is HTML."""
-    folder = tmp_path_factory.mktemp("gallery")
-    results, runs = folder / "results", folder / "runs"
-    for name, summary in (("detect", {"box_ap": 31.5, "mask_ap": 28.25}), ("demo/run", {"top1": 98.75, "n": 360})):
-        (runs / name).mkdir(parents=True)
-        (runs / name / "config.yaml").write_text("model: {name: care_s0}")
-        (runs / name / "summary.json").write_text(json.dumps({"parameters": 450_000, **summary}))
-    (runs / "detect").rename(runs / (NASTY.replace("/", "")[:40] + " 50% #1?"))
-    (runs / "unfinished").mkdir(parents=True)
-    (runs / "unfinished" / "config.yaml").write_text("model: {name: care_s0}")
-    results.mkdir()
-    shutil.copy(plots.RESULTS / "export-cpu-2core.csv", results)
-    zoo_table(results, ("care_s0", "halo_h0", "overlock_xt", "swin_tiny_patch4_window7_224"))
-    families = {NASTY + name: (f"test_foveal_{name}", "a <b> & c") for name in ("dinat", "halonet")}
-    return gallery.build(folder / "built", results, runs, families)
-
-
-def look(page: Path, width: int, *settings: str) -> tuple[dict, list[str]]:
-    """What the page says of itself at a width, and what the browser's console says."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    text = page.read_text(encoding="utf-8")
-    page.with_name("looked-at.html").write_text(text.replace("</head>", LOOK + "</head>"), encoding="utf-8")
-    page.with_name("frame.html").write_text(FRAME % width)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    options += ["--disable-dev-shm-usage"]  # which is small in a container
-    options += [f"--user-data-dir={page.parent / 'user'}", "--virtual-time-budget=8000", "--dump-dom"]
-    command = [browser, *options, *settings, page.with_name("frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    attribute = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert attribute, done.stderr[-2000:]
-    return json.loads(html.unescape(attribute[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def test_in_a_browser(page):
-    found, console = look(page, 390)
-    assert console == []
-    assert found["failed"] is None
-    assert (found["inner"], found["over"]) == (390, 0)  # nothing to scroll to the side
-    # the windows of the README and of two families, export, four of the zoo
-    assert len(found["images"]) == 1 + 2 + 1 + 4
-    assert all(width > 0 and alt for width, alt in found["images"])
-    assert all(name.startswith("file:") for name in found["fetched"])
-    assert found["title"] == "foveal: gallery"  # names were not run
-    dark, _ = look(page, 1200, "--blink-settings=preferredColorScheme=0")
-    assert found["colours"] == ["rgb(27, 31, 36)", "rgb(255, 255, 255)"]
-    assert dark["colours"] == ["rgb(230, 233, 237)", "rgb(20, 23, 27)"]
-
-
-def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    targets = re.findall(r'(?:href|src)="([^"]*)"', text)
-    assert {"#what", "#accuracy", "#trained"} <= set(targets)
-    for target in targets:
-        if target.startswith("#"):
-            assert f'id="{target[1:]}"' in text
-        elif target != "data:,":
-            assert (page.parent / unquote(html.unescape(target))).is_file(), target
-    assert "<script" not in text
-    assert "a &lt;b&gt; &amp; c" in text
-    assert "unfinished" not in text
-    reports = [unquote(html.unescape(target)) for target in targets if target.startswith("runs/")]
-    scores = "".join((page.parent / report).read_text(encoding="utf-8") for report in reports)
-    assert len(reports) == 2 and "98.75" in scores and "28.25" in scores
-
-
-def test_without_tables_and_runs(tmp_path):
-    text = gallery.build(tmp_path / "out", tmp_path, tmp_path / "nowhere", {}).read_text(encoding="utf-8")
-    assert re.findall(r'section id="(\w+)"', text) == ["what"]
-
-
-def test_a_folder_that_cannot_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        gallery.main([str(tmp_path / "file")])
-
-
-def test_every_family_is_there():
-    named = {name.lower().rstrip("s") for name in gallery.FAMILIES}
-    assert {name.lower().rstrip("s") for name in zoo.FAMILIES} == named
-    assert {model for model, _ in gallery.FAMILIES.values()} - {None} <= set(list_models())
-
 
 # ------------------------------------------------------------------------------------------------------ plots
 
@@ -279,7 +160,7 @@ def test_the_command(tmp_path):
 # ------------------------------------------------------------------------------------- pictures of the README
 
 
-@pytest.mark.parametrize("name", gallery.README)
+@pytest.mark.parametrize("name", ("windows", *pictures.TABLES))
 def test_the_pictures_are_those_of_the_tables(name):
     path = ROOT / "docs" / "pictures" / f"{name}.png"
     assert path.stat().st_size <= 150_000
@@ -291,7 +172,7 @@ def test_the_pictures_are_those_of_the_tables(name):
         rgb = [int(wanted[at : at + 2], 16) for at in (1, 3, 5)]
         assert (abs(colours - rgb).max(-1) < 20).sum() > 50, f"{wanted} is lost"
     table = plots.RESULTS / f"{name.removesuffix('-accuracy')}.csv"
-    assert said == (plots.fingerprint(table) if name != "windows" else "foveal.gallery"), "run `make pictures`"
+    assert said == (plots.fingerprint(table) if name != "windows" else "foveal.pictures"), "run `make pictures`"
 
 
 def test_what_two_layers_reach_is_what_their_attention_reads():
@@ -302,6 +183,6 @@ def test_what_two_layers_reach_is_what_their_attention_reads():
     far = neighborhood_attention(flat, flat, near, kernel_size=3, dilation=4, backend="reference")
     (gradient,) = torch.autograd.grad(far[0, query[0], query[1]].sum(), x)
     want = gradient[0, :, :, 0, 0].nonzero().tolist()
-    rows, columns = (gallery.reach(side, at, [Window(3, dilation=4), Window(3)]) for at in query)
+    rows, columns = (pictures.reach(side, at, [Window(3, dilation=4), Window(3)]) for at in query)
     assert [[row, column] for row in rows for column in columns] == want
     assert 9 < len(want) <= 81
