@@ -12,7 +12,7 @@ import numpy as np
 
 from .guard import DataError, Report
 from .index import DetectionIndex, encode_paths, offsets
-from .validate import Objects, check_categories, check_images, check_lists, find_faults, mask_area
+from .validate import Objects, check_content, find_faults, mask_area
 
 
 def read_coco(file: Path, folder: Path, *, masks: bool, categories: dict[int, str] | None = None) -> DetectionIndex:
@@ -50,13 +50,16 @@ def index_objects(
     Raises:
         DataError: not in COCO's format, or with categories that are not among ``categories``.
     """
-    check_lists(source, content)
-    categories = _known(source, check_categories(source, content["categories"]), categories)
-    images = check_images(source, content["images"])
-    names = [name for name, *_ in images.values()]
-    sizes = np.array([sides for _, *sides in images.values()], np.int64)
-    entries, report = content["annotations"], Report(source)
-    objects = Objects.parse(entries, list(images), list(categories))
+    check_content(source, content)
+    own = {entry["id"]: entry["name"] for entry in content["categories"]}
+    categories = dict(sorted(own.items())) if categories is None else categories
+    foreign = {key: name for key, name in own.items() if categories.get(key) != name}
+    if foreign:
+        raise DataError(f"{source} has categories that the model was not made for (id: name): {foreign}")
+    images, entries, report = content["images"], content["annotations"], Report(source)
+    names, ids = ([image[key] for image in images] for key in ("file_name", "id"))
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
+    objects = Objects.parse(entries, ids, list(categories))
     faults = find_faults(objects, sizes, masks=masks)
     for row, reason in faults.rows:
         sample = names[objects.image[row]] if objects.image[row] >= 0 else str(entries[row].get("image_id"))
@@ -71,8 +74,8 @@ def index_objects(
     return DetectionIndex(
         paths=encode_paths([folder / name for name in names]),
         report=report,
-        categories=categories,
-        image_ids=np.array(list(images), np.int64),
+        categories=dict(categories),
+        image_ids=np.array(ids, np.int64),
         sizes=sizes,
         starts=offsets(np.bincount(image, minlength=len(names))),
         boxes=boxes,
@@ -83,13 +86,3 @@ def index_objects(
         segments=np.frombuffer(b"".join(texts), np.uint8) if masks else None,
         segment_starts=offsets(map(len, texts)) if masks else None,
     )
-
-
-def _known(source: str, own: dict[int, str], categories: dict[int, str] | None) -> dict[int, str]:
-    """The categories to number by, among which a file's ``own`` must be."""
-    if categories is None:
-        return own
-    foreign = {key: name for key, name in own.items() if categories.get(key) != name}
-    if foreign:
-        raise DataError(f"{source} has categories that the model was not made for (id: name): {foreign}")
-    return dict(categories)

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from faster_coco_eval import mask as run_lengths
 from PIL import Image
+from pydantic import Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from .guard import DataError, Report
 from .index import DetectionIndex, clip_boxes, encode_segment
@@ -17,55 +19,41 @@ CLIPPED = "box reaches beyond the image: clipped"
 MEASURED = "area is negative or not a number: measured"
 
 
-def check_lists(source: str, content: Any) -> None:
+class _Image(TypedDict):
+    id: StrictInt
+    file_name: Annotated[StrictStr, Field(min_length=1)]
+    height: Annotated[StrictInt, Field(gt=0)]
+    width: Annotated[StrictInt, Field(gt=0)]
+
+
+class _Category(TypedDict):
+    id: StrictInt
+    name: StrictStr
+
+
+class _Content(TypedDict):
+    images: Annotated[list[_Image], Field(min_length=1)]
+    categories: Annotated[list[_Category], Field(min_length=1)]
+    annotations: list[InstanceOf[dict]]  # checked one by one, by `find_faults`
+
+
+_CONTENT = TypeAdapter(_Content)
+
+
+def check_content(source: str, content: Any) -> None:
     """Raises:
-    DataError: not an object with lists of images, annotations and categories.
+    DataError: not in COCO's format, no image or category, or an id or a category's name given twice.
     """
-    if not isinstance(content, dict):
-        raise DataError(f"{source} holds a {type(content).__name__}; COCO's format is an object with lists")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
-            raise DataError(f"{source} is not in COCO's format: it has no list {key!r} of objects")
-
-
-def check_categories(source: str, entries: Sequence[dict]) -> dict[int, str]:
-    """id -> name, by id.
-
-    Raises:
-        DataError: no category, an id that is no integer, an id or a name given twice.
-    """
-    found = [(entry.get("id"), entry.get("name")) for entry in entries]
-    wrong = [pair for pair in found if type(pair[0]) is not int or not isinstance(pair[1], str)]
-    if wrong:
-        raise DataError(f"{source}: a category has an integer `id` and a `name`, not {wrong[0]}")
-    for what, values in (("ids", [i for i, _ in found]), ("names", [n for _, n in found])):
-        twice = [str(value) for value, count in Counter(values).items() if count > 1]
-        if twice:
-            raise DataError(f"{source}: category {what} given more than once: {', '.join(twice[:5])}")
-    if not found:
-        raise DataError(f"{source} has no categories")
-    return dict(sorted(found))
-
-
-def check_images(source: str, entries: Sequence[dict]) -> dict[int, tuple[str, int, int]]:
-    """id -> file name, height, width, in the file's order.
-
-    Raises:
-        DataError: no image, one without id, name or size, or two with one id.
-    """
-    images: dict[int, tuple[str, int, int]] = {}
-    for entry in entries:
-        name, sides = entry.get("file_name"), (entry.get("height"), entry.get("width"))
-        if type(entry.get("id")) is not int or not isinstance(name, str) or not name:
-            raise DataError(f"{source}: an image has an integer `id` and a `file_name`, not {str(entry)[:200]}")
-        if not all(type(side) is int and side > 0 for side in sides):
-            raise DataError(f"{source}: image {name!r} has no `height` and `width` in pixels: {sides}")
-        if entry["id"] in images:
-            raise DataError(f"{source}: two images have the id {entry['id']}: {images[entry['id']][0]!r} and {name!r}")
-        images[entry["id"]] = (name, *sides)
-    if not images:
-        raise DataError(f"{source} has no images")
-    return images
+    try:
+        _CONTENT.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place, value = ".".join(map(str, first["loc"])) or "the file", str(first["input"])[:200]
+        raise DataError(f"{source} is not in COCO's format: {place}: {first['msg']}, got {value}") from None
+    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        counts = Counter(entry[field] for entry in content[key])
+        if twice := [str(value) for value, count in counts.items() if count > 1]:
+            raise DataError(f"{source}: {key} with the same {field}: {', '.join(twice[:5])}")
 
 
 @dataclass

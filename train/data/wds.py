@@ -19,7 +19,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from multiprocessing import Array
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -126,30 +128,17 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
         DataError: no tar file, or cut short.
     """
     samples: list[tuple[str, int, int, int]] = []
-    current, image, label = None, None, NO_LABEL
-
-    def finish() -> None:
-        if current is not None:
-            offset, size = image or (0, 0)
-            samples.append((current, offset, size, label if image else NO_IMAGE))
-
     try:
         with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # it keeps them all
-                match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
-                if not member.isfile() or match is None:
-                    continue
-                key, suffix = match[1], match[2].lower()
-                if key != current:
-                    finish()
-                    current, image, label = key, None, NO_LABEL
-                if suffix in IMAGES and image is None:
-                    image = member.offset_data, member.size
-                elif suffix == "cls":
-                    text = tar.extractfile(member).read()
-                    label = int(text) if re.fullmatch(rb"\s*\d+\s*", text) else NO_LABEL
-            finish()
+            for key, members in groupby(_members(tar), key=itemgetter(0)):
+                image, label = None, NO_LABEL
+                for _, suffix, member in members:
+                    if suffix in IMAGES and image is None:
+                        image = member.offset_data, member.size
+                    elif suffix == "cls":
+                        text = tar.extractfile(member).read()
+                        label = int(text) if re.fullmatch(rb"\s*\d+\s*", text) else NO_LABEL
+                samples.append((key, *(image or (0, 0)), label if image else NO_IMAGE))
             tar.fileobj.seek(tar.offset)  # tarfile takes what is no header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError("unexpected end of data")
@@ -158,6 +147,15 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
             f"the shard {path} can't be read after {len(samples)} samples ({error}); copy or make it again"
         ) from None
     return samples
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, suffix and place of each file of a sample."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # it keeps them all
+        match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
+        if member.isfile() and match is not None:
+            yield match[1], match[2].lower(), member
 
 
 def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[int] = ()) -> ShardIndex:
