@@ -11,14 +11,12 @@ from PIL import Image
 from pycocotools import mask as oracle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
 from foveal.train.data import BadSamples, Data, DataError, DetectionBatch, build_detection_data
 from foveal.train.data.coco import read_coco
 from foveal.train.data.dataset import DetectionDataset
-from foveal.train.data.dense_transforms import Mask, detection_transform
+from foveal.train.data.dense_transforms import detection_transform
 from foveal.train.data.guard import Report
 from foveal.train.data.index import DetectionIndex
 from foveal.train.data.validate import CLIPPED, MEASURED, check_image_files, sum_runs
@@ -415,18 +413,6 @@ def test_colours_change_and_nothing_else(tmp_path):
         assert image[0, 0, 0] > image[1:, 0, 0].max()
         assert sample["boxes"].tolist() == [[5, 5, 25, 25]]
     assert torch.equal(dataset[3, 0][0]["image"], seen[3]["image"])
-
-
-def test_masks_are_resized_at_pixel_centres():
-    """As their images are; torchvision's own masks move by up to half a pixel."""
-    values = torch.arange(24, dtype=torch.uint8).view(1, 4, 6)
-    half = F.resize(Mask(values.repeat_interleave(4, 1).repeat_interleave(4, 2)), [8, 12])
-    assert type(half) is Mask
-    assert torch.equal(half, values.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    edge = torch.arange(9, dtype=torch.uint8).view(3, 3)
-    assert F.resize(Mask(edge), [1, 1]).item() == 4  # the middle one
-    image, mask = tv_tensors.Image(torch.rand(1, 7, 9)), Mask(torch.zeros(7, 9))
-    assert F.resize(image, [5], max_size=6).shape[-2:] == F.resize(mask, [5], max_size=6).shape
 
 
 def random_results(draw: np.random.Generator, truth: dict) -> list[dict]:

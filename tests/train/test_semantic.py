@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from foveal.configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig, SegmentModelConfig
 from foveal.train import plots
 from foveal.train.data import DataError, build_segmentation_data, find_classes
 from foveal.train.data.class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
-from foveal.train.data.dense_transforms import Mask, PhotometricDistort, segmentation_transform
+from foveal.train.data.dense_transforms import PhotometricDistort, SemanticMask, segmentation_transform
 from foveal.train.data.masks import read_masks, split_name
 from foveal.train.data.transforms import seeded
 
@@ -260,7 +261,7 @@ def test_augmentation_depends_on_seed_pass_and_image_alone(folder):
 def augment(image: torch.Tensor, labels: torch.Tensor, seed: int, **config) -> tuple[torch.Tensor, torch.Tensor]:
     transform = segmentation_transform(SegmentAugmentConfig(**config), [124, 116, 104], antialias=True)
     with seeded(seed):
-        return transform(tv_tensors.Image(image), Mask(labels))
+        return transform(tv_tensors.Image(image), SemanticMask(labels))
 
 
 def test_labels_stay_with_their_pixels():
@@ -287,6 +288,18 @@ def test_resize_samples_at_pixel_centres():
     pixels, targets = augment(image, labels, 0, crop_size=[8, 12], ratio_range=[2.0, 2.0], hflip=0.0, photometric=False)
     assert torch.equal(targets, labels.repeat_interleave(2, 0).repeat_interleave(2, 1))
     assert (pixels[0].float() - 10 * targets.float()).abs().max() <= 20
+
+
+def test_masks_are_resized_at_pixel_centres():
+    """As their images are; torchvision's own masks move by up to half a pixel."""
+    values = torch.arange(24, dtype=torch.uint8).view(1, 4, 6)
+    half = F.resize(SemanticMask(values.repeat_interleave(4, 1).repeat_interleave(4, 2)), [8, 12])
+    assert type(half) is SemanticMask
+    assert torch.equal(half, values.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    edge = torch.arange(9, dtype=torch.uint8).view(3, 3)
+    assert F.resize(SemanticMask(edge), [1, 1]).item() == 4  # the middle one
+    image, mask = tv_tensors.Image(torch.rand(1, 7, 9)), SemanticMask(torch.zeros(7, 9))
+    assert F.resize(image, [5], max_size=6).shape[-2:] == F.resize(mask, [5], max_size=6).shape
 
 
 def test_crops_avoid_a_single_class():

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...backbones.images import to_mode
-from .dense_transforms import IGNORE, Mask
+from .dense_transforms import IGNORE, SemanticMask
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex
 from .transforms import EvalTransform, TrainTransform, seeded
@@ -143,7 +143,7 @@ class SegmentationDataset(DenseDataset):
         if mask.shape != image.shape[-2:]:
             sizes = " but the image ".join(f"{shape[1]}x{shape[0]}" for shape in (mask.shape, image.shape[-2:]))
             raise BadMask(f"the mask {path} is {sizes} pixels")
-        return {"image": image, "mask": Mask(mask)}
+        return {"image": image, "mask": SemanticMask(mask)}
 
 
 def read_mask(path: str, table: np.ndarray) -> np.ndarray:

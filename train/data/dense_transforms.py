@@ -19,13 +19,16 @@ from .guard import DataError
 IGNORE = 255  # a pixel without a class
 
 
-class Mask(tv_tensors.Mask):
-    """A mask that is resized as its image is, by the nearest of pixel centres; torchvision's own is resized by corners,
-    which moves it by up to half a pixel."""
+class SemanticMask(tv_tensors.Mask):
+    """A mask that is resized as its image is, by the nearest of pixel centres.
+
+    torchvision's own, which instances have, is resized by corners and moves by up to half a pixel. Its Mask R-CNN
+    makes up for that: with masks that stay in place, `detect/digits` loses 12 points of mask AP.
+    """
 
 
-@F.register_kernel(F.resize, Mask)
-def _resize_mask(mask: Mask, size: list[int], max_size: int | None = None, **_: Any) -> Mask:
+@F.register_kernel(F.resize, SemanticMask)
+def _resize_mask(mask: SemanticMask, size: list[int], max_size: int | None = None, **_: Any) -> SemanticMask:
     pixels = mask.as_subclass(torch.Tensor)
     pixels = pixels if mask.ndim > 2 else pixels[None]  # [N, H, W]
     resized = F.resize_image(pixels, size, v2.InterpolationMode.NEAREST_EXACT, max_size)

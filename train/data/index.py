@@ -16,7 +16,6 @@ import torch
 from faster_coco_eval import mask as run_lengths
 from torchvision import tv_tensors
 
-from .dense_transforms import Mask
 from .guard import DataError, Excluded, Report
 
 Target = dict[str, torch.Tensor]
@@ -150,7 +149,7 @@ class DetectionIndex(Index):
         }
         if self.segments is not None:
             masks = [run_lengths.decode(encode_segment(self.segment(row), height, width)) for row in rows]
-            target["masks"] = Mask(np.stack(masks) if masks else np.empty((0, height, width), np.uint8))
+            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.empty((0, height, width), np.uint8))
         return target
 
     def truth(self, numbers: Sequence[int]) -> dict[str, Any]:
