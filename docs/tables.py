@@ -1,6 +1,6 @@
-"""Write the tables of recipes.md and weights.md anew, from the heads of the recipes and from the manifest.
+"""Update the tables in recipes.md and weights.md from the headers of the recipes and from the manifest.
 
-``python docs/tables.py``; a test fails where a page is behind.
+Usage: ``python docs/tables.py``. A test checks that the pages are up to date.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ FAMILIES = {
 }
 
 
-def head(recipe: str) -> dict[str, str]:
-    """What a recipe says of itself: Command, Hardware, Time, Score, Status."""
+def header(recipe: str) -> dict[str, str]:
+    """The header of a recipe: Command, Hardware, Time, Score, Status."""
     text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")
-    said: dict[str, str] = {}
+    fields: dict[str, str] = {}
     key = ""
     for line in text.splitlines():
         if match := re.match(r"# ([A-Z][a-z]+): +(.+)", line):
-            key, said[match[1]] = match[1], match[2]
-        elif key and (match := re.match(r"#  +(.+)", line)):  # goes on, indented
-            said[key] += f" {match[1]}"
+            key, fields[match[1]] = match[1], match[2]
+        elif key and (match := re.match(r"#  +(.+)", line)):  # a continuation line, indented
+            fields[key] += f" {match[1]}"
         else:
             key = ""
-    return said
+    return fields
 
 
 def measured() -> str:
     rows = []
     for name in recipe_names():
-        said = head(name)
-        if said["Status"].startswith("measured"):
-            rows.append(f"| `{name}` | {said['Score']} | {said['Time']} | {said['Hardware']} |")
-    return "\n".join(["| recipe | score | time | on |", "|---|---|---|---|", *rows])
+        fields = header(name)
+        if fields["Status"].startswith("measured"):
+            rows.append(f"| `{name}` | {fields['Score']} | {fields['Time']} | {fields['Hardware']} |")
+    return "\n".join(["| recipe | score | time | hardware |", "|---|---|---|---|", *rows])
 
 
 def others(task: str) -> str:
     rows = []
     for name in recipe_names():
-        said = head(name)
-        if name.startswith(f"{task}/") and not said["Status"].startswith("measured"):
-            source = "published" if said["Status"].startswith("published figure") else said["Status"].partition("; ")[2]
-            score = re.sub(r":? foveal evaluate .*", "", said["Score"])
+        fields = header(name)
+        if name.startswith(f"{task}/") and not fields["Status"].startswith("measured"):
+            source = (
+                "published" if fields["Status"].startswith("published figure") else fields["Status"].partition("; ")[2]
+            )
+            score = re.sub(r":? foveal evaluate .*", "", fields["Score"])
             rows.append(f"| `{name.partition('/')[2]}` | {score} | {source or 'not run'} |")
-    return "\n".join(["| recipe | score that is aimed at | whose |", "|---|---|---|", *rows])
+    return "\n".join(["| recipe | target score | source |", "|---|---|---|", *rows])
 
 
 def families() -> str:
@@ -84,13 +86,13 @@ TABLES = {
 
 
 def filled(page: str) -> str:
-    """A page with its tables as they should be; each stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    """A page with up-to-date tables; each is between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     text = (HERE / page).read_text(encoding="utf-8")
     for name, make in TABLES[page].items():
         pattern, table = rf"(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)", make()
         text, count = re.subn(pattern, lambda _, table=table: f"\n{table}\n\n", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"{page} has {count} places for the table {name}, not one")
+            raise ValueError(f"{page} needs one place for the table {name}, found {count}")
     return text
 
 

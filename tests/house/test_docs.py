@@ -118,14 +118,14 @@ ROWS = {
         called(bias=b, kernel_size=33) for b in (RelativePositionBias, DecomposedRelativePositionBias)
     ],
     "kernel of 1": [called(kernel_size=1)],
-    "even kernel, rows unlike columns": [called(kernel_size=(4, 7)), called(kernel_size=(2, 2))],
-    "stride, dilation (also one that does not divide the map)": [called(stride=3), called(dilation=5)],
+    "even or non-square kernel": [called(kernel_size=(4, 7)), called(kernel_size=(2, 2))],
+    "stride, dilation (need not divide the map)": [called(stride=3), called(dilation=5)],
     "query stride": [called(query_stride=2)],
     "boundary `zero` or `mask`": [called(boundary="zero"), called(boundary="mask")],
     "head size 20": [depth(20)],
     "head size 24": [depth(24)],
     "head size above 256": [depth(264)],
-    "values of another depth": [called(value_depth=40)],
+    "`v` with other channels than `q`": [called(value_depth=40)],
     "attention dropout": [called(dropout_p=0.1)],
     "empty batch": [called(shape=(0, 56, 56, 2, 32))],
 }
