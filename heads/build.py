@@ -117,12 +117,12 @@ def build_detector(
     arguments = dict(name=name, head=head, neck=neck, num_classes=num_classes, min_size=min_size, max_size=max_size)
     arguments |= dict(strides=strides, neck_kwargs=neck_kwargs, head_kwargs=head_kwargs, **options)
     backbone = build_backbone(name, **_body_and_neck(spec, neck, neck_kwargs, strides), **options)
-    mean, std = (_statistics(backbone, *each, options) for each in (("mean", mean), ("std", std)))
-    transform = dict(min_size=min_size, max_size=max_size, image_mean=mean, image_std=std, size_divisible=32)
-    transform |= dict(_skip_resize=True)  # in training
-    own = _pixel_decoder(neck, neck_kwargs, head_kwargs) if spec.own_neck else {}
+    image = _statistics(backbone, mean, std, options.get("in_chans", 3))
+    transform = {"min_size": min_size, "max_size": max_size, **{f"image_{key}": each for key, each in image.items()}}
+    transform |= dict(size_divisible=32, _skip_resize=True)  # no resize in training
+    own = _pixel_decoder(neck, head_kwargs, neck_kwargs) if spec.own_neck else {}
     detector = _build_head(spec, backbone, num_classes, transform, head_kwargs | own)
-    return _finished(Detector(detector, spec, num_classes), sync_bn, arguments | dict(mean=mean, std=std))
+    return _finished(Detector(detector, spec, num_classes), sync_bn, arguments | image)
 
 
 @old_arguments(backbone="name")
@@ -156,7 +156,7 @@ def build_segmenter(
         mean, std: per channel, of images in [0, 1]; None: the backbone's.
         neck_kwargs, head_kwargs: of the neck; of `UPerNet`, `SemanticFPN` or `Mask2Former`.
         auxiliary_kwargs: of `FCN`; ignored without an auxiliary head.
-        segmenter: if a file, the backbone starts from it, too; `checkpoint.load_initial` loads the rest.
+        segmenter: if a file, the backbone's checkpoint; the heads are loaded later, see `published.load_heads`.
         sync_bn: of the whole segmenter.
         kwargs, options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ..., the model's own.
 
@@ -172,27 +172,26 @@ def build_segmenter(
         >>> segmenter(torch.rand(1, 3, 50, 70)).shape
         torch.Size([1, 5, 50, 70])
     """
-    spec = head_spec("segment", head)
+    spec, options = head_spec("segment", head), {**(kwargs or {}), **options}
     parts = dict(neck_kwargs=neck_kwargs, head_kwargs=head_kwargs, auxiliary_kwargs=auxiliary_kwargs)
     parts = {key: dict(value or {}) for key, value in parts.items()}
-    options = {**(kwargs or {}), **options}
     arguments = dict(name=name, head=head, neck=neck, num_classes=num_classes, auxiliary=auxiliary)
     arguments |= dict(size_divisor=size_divisor, **parts, **options)
-    if segmenter is not None:
-        if options.get("pretrained") or options.get("checkpoint") is not None:
-            raise ValueError(f"segmenter={str(segmenter)!r} holds the backbone, too: no pretrained, no checkpoint")
-        options |= dict(checkpoint=segmenter) if Path(segmenter).is_file() else {}
-    backbone = build_backbone(name, **options)
-    mean, std = (_statistics(backbone, *each, options) for each in (("mean", mean), ("std", std)))
+    backbone = build_backbone(name, **options | _started_from(segmenter, options))
+    image = _statistics(backbone, mean, std, options.get("in_chans", 3))
     own = parts.pop("head_kwargs")
-    if not spec.own_neck:
-        own = own | dict(neck=neck, auxiliary=auxiliary, **parts)
-    elif auxiliary_kwargs:
-        raise ValueError(f"{head} has no auxiliary head for auxiliary_kwargs={dict(auxiliary_kwargs)}")
-    else:
-        own = own | _pixel_decoder(neck, parts["neck_kwargs"], own)
-    model = _build_head(spec, backbone, num_classes, dict(mean=mean, std=std, size_divisor=size_divisor), own)
-    return _finished(model, sync_bn, arguments | dict(mean=mean, std=std))
+    more = _pixel_decoder(neck, own, **parts) if spec.own_neck else dict(neck=neck, auxiliary=auxiliary, **parts)
+    model = _build_head(spec, backbone, num_classes, image | dict(size_divisor=size_divisor), own | more)
+    return _finished(model, sync_bn, arguments | image)
+
+
+def _started_from(segmenter: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's checkpoint where the whole model's weights are one file."""
+    if segmenter is None:
+        return {}
+    if options.get("pretrained") or options.get("checkpoint") is not None:
+        raise ValueError(f"segmenter={str(segmenter)!r} holds the backbone, too: no pretrained, no checkpoint")
+    return dict(checkpoint=segmenter) if Path(segmenter).is_file() else {}
 
 
 def _body_and_neck(
@@ -207,8 +206,12 @@ def _body_and_neck(
     return dict(strides=strides or spec.strides, neck=neck, neck_kwargs={**defaults, **neck_kwargs})
 
 
-def _pixel_decoder(neck: str, neck_kwargs: dict[str, Any], head_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _pixel_decoder(
+    neck: str, head_kwargs: dict[str, Any], neck_kwargs: dict[str, Any], auxiliary_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The argument of Mask2Former for the pyramid in its pixel decoder."""
+    if auxiliary_kwargs:
+        raise ValueError(f"Mask2Former has no auxiliary head for auxiliary_kwargs={auxiliary_kwargs}")
     if neck not in NECKS:
         raise ValueError(f"unknown neck {neck!r}; choose from {', '.join(NECKS)}")
     if "a3fpn" in head_kwargs:
@@ -238,17 +241,19 @@ def _finished(model: Model, sync_bn: bool, arguments: dict[str, Any]) -> Model:
 
 
 def _statistics(
-    backbone: Backbone, name: str, given: Sequence[float] | None, options: Mapping[str, Any]
-) -> list[float]:
-    """``"mean"`` or ``"std"`` by channel, as given or the backbone's; for grey images of a colour backbone the mean of
-    its three, as timm sums its first filters."""
-    channels = options.get("in_chans", 3)
-    if given is None:
-        own = list(getattr(backbone, name))
-        return own if len(own) == channels else [sum(own) / len(own)] * channels
-    if len(given) != channels:
-        raise ValueError(f"{name} has {len(given)} values for images of {channels} channels: {list(given)}")
-    return list(given)
+    backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> dict[str, list[float]]:
+    """``mean`` and ``std`` by channel, as given or the backbone's; for grey images of a colour backbone the mean of its
+    three, as timm sums its first filters."""
+    found = {}
+    for name, given in (("mean", mean), ("std", std)):
+        values = list(getattr(backbone, name) if given is None else given)
+        if given is None and len(values) != channels:
+            values = [sum(values) / len(values)] * channels
+        if len(values) != channels:
+            raise ValueError(f"{name} has {len(values)} values for images of {channels} channels: {values}")
+        found[name] = values
+    return found
 
 
 _BUILDERS: dict[str, Callable[..., DenseModel]] = {"detect": build_detector, "segment": build_segmenter}

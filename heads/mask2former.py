@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .backbone import Backbone, ShapeSpec
 from .necks import build_neck
@@ -42,8 +42,9 @@ def decoder(
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackboneConfig
-        from transformers.models.mask2former import modeling_mask2former as published
+        from transformers import Mask2FormerConfig, TimmBackboneConfig
+
+        from .mask2former_network import Network
     except ImportError as error:
         raise ImportError(
             f"mask2former needs transformers and scipy: pip install transformers scipy ({error})"
@@ -61,54 +62,7 @@ def decoder(
     except StrictDataclassError as error:
         raise ValueError(f"mask2former: {' '.join(str(error).split())}") from None
 
-    class A3FPNPixelDecoder(published.Mask2FormerPixelDecoder):
-        def __init__(self, config: Any, feature_channels: Sequence[int]) -> None:
-            super().__init__(config, feature_channels)
-            del self.adapter_1, self.layer_1  # the FPN's
-            self.num_fpn_levels, self.lateral_convolutions, self.output_convolutions = 0, [], []
-
-        def forward(self, features: Sequence[Tensor], **kwargs: Any) -> Any:
-            found = super().forward(features, **kwargs)
-            finest, *maps = self.a3fpn([features[0], *reversed(found.multi_scale_features)])
-            found.mask_features, found.multi_scale_features = self.mask_projection(finest), tuple(reversed(maps))
-            return found
-
-    class PixelLevel(published.Mask2FormerPixelLevelModule):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            kind = published.Mask2FormerPixelDecoder if a3fpn is None else A3FPNPixelDecoder
-            self.decoder = kind(config, feature_channels=backbone.spec.channels)
-
-    class Body(published.Mask2FormerModel):
-        def __init__(self) -> None:
-            published.Mask2FormerPreTrainedModel.__init__(self, config)
-            self.pixel_level_module = PixelLevel()
-            self.transformer_module = published.Mask2FormerTransformerModule(config.feature_size, config)
-            self.post_init()
-
-    class Loss(published.Mask2FormerLoss):
-        def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
-            """Masks for each process; transformers divides by the processes twice."""
-            count = torch.tensor(float(sum(map(len, class_labels))), device=device)
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(count)
-                count /= distributed.get_world_size()
-            return count.clamp(min=1)
-
-    class Whole(Mask2FormerForUniversalSegmentation):
-        def __init__(self) -> None:
-            published.Mask2FormerPreTrainedModel.__init__(self, config)
-            self.model = Body()
-            self.weight_dict = {
-                "loss_cross_entropy": config.class_weight,
-                "loss_mask": config.mask_weight,
-                "loss_dice": config.dice_weight,
-            }
-            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
-            self.criterion = Loss(config=config, weight_dict=self.weight_dict)
-            self.post_init()
-
-    whole = Whole()
+    whole = Network(config, backbone.spec.channels, a3fpn is not None)
     # only now: transformers' initialization is not for these
     whole.model.pixel_level_module.encoder = _Encoder(backbone)
     if a3fpn is not None:
@@ -121,9 +75,11 @@ def decoder(
     return whole
 
 
-def answers(head: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What the queries say of normalized images ``[B, C, H, W]`` whose sides the strides divide, before the first and
-    after each layer of the decoder.
+def query_outputs(head: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The predictions of the queries before the first and after each layer of the decoder.
+
+    Args:
+        images: normalized, ``[B, C, H, W]``, sides divisible by the strides.
 
     Returns:
         logits of the classes ``[B, queries, classes + 1]``, the last that of none, and of the masks ``[B, queries,
@@ -143,11 +99,11 @@ def losses(head: nn.Module, images: Tensor, masks: Sequence[Tensor], labels: Seq
     """The weighted losses of classes, masks and their overlap (dice), each summed over the layers of the decoder.
 
     Args:
-        images: as `answers` takes them.
+        images: as `query_outputs` takes them.
         masks: by image, 0 or 1 in any type, ``[N, H, W]`` for its N objects, perhaps none.
         labels: by image, int64 ``[N]``.
     """
-    class_logits, mask_logits = answers(head, images)
+    class_logits, mask_logits = query_outputs(head, images)
     deep = head.config.use_auxiliary_loss
     with torch.autocast(images.device.type, enabled=False):  # they are matched in NumPy, which has no bfloat16
         found = head.get_loss_dict(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..heads.detection import Detector
-from ..heads.mask2former import answers
+from ..heads.mask2former import query_outputs
 
 _VALUES = 64  # of every output, spread evenly over it
 
@@ -104,7 +104,7 @@ class RawOutputs(nn.Module):
         predictor = head.model.transformer_module.decoder.mask_predictor
         handle = predictor.register_forward_hook(lambda _, __, found: (found[0], torch.zeros_like(found[1])))
         try:
-            return [layers[-1] for layers in answers(head, image)]
+            return [layers[-1] for layers in query_outputs(head, image)]
         finally:
             handle.remove()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..backbone import Backbone
-from ..mask2former import answers, decoder, losses
+from ..mask2former import decoder, losses, query_outputs
 
 Size = Sequence[int]  # rows, columns
 
@@ -63,7 +63,7 @@ class InstanceMask2Former(nn.Module):
         if self.training:
             masks, labels = zip(*(_objects(each, batch.tensors.shape[-2:]) for each in targets), strict=True)
             return losses(self.head, batch.tensors, masks, labels)
-        classes, masks = (layers[-1] for layers in answers(self.head, batch.tensors))
+        classes, masks = (layers[-1] for layers in query_outputs(self.head, batch.tensors))
         padded, seen = batch.tensors.shape[-2:], batch.image_sizes
         limits = self.detections_per_img, self.score_thresh
         each = zip(classes, masks, seen, sizes, strict=True)

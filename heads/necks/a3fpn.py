@@ -336,8 +336,7 @@ class A3FPN(nn.Module):
         self.outputs = nn.ModuleList(ConvNormAct(width, out_channels, 3) for width in widths[start_level:])
         self.pool = extra_levels == "pool"
         self.extra = nn.ModuleList(ConvNormAct(out_channels, out_channels, 3, 2) for _ in range(extra))
-        coarser = [spec.strides[-1] * 2 ** (i + 1) for i in range(extra + self.pool)]
-        strides = (*spec.strides[start_level:], *coarser)
+        strides = *spec.strides[start_level:], *(spec.strides[-1] * 2 ** (i + 1) for i in range(extra + self.pool))
         self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:

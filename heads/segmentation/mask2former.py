@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..mask2former import answers, decoder, losses
+from ..mask2former import decoder, losses, query_outputs
 from .layers import resize
 from .segmenter import SegmentationModel
 
@@ -52,7 +52,7 @@ class Mask2Former(SegmentationModel):
             classes = [found[found != IGNORE] for found in classes]
             masks = [image == found[:, None, None] for image, found in zip(targets, classes, strict=True)]
             return sum(losses(self.head, images, [self.pad(mask) for mask in masks], classes).values())
-        classes, masks = (layers[-1] for layers in answers(self.head, images))
+        classes, masks = (layers[-1] for layers in query_outputs(self.head, images))
         masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
         shares = classes.softmax(-1)[..., :-1]
         kind = images.device.type

@@ -8,7 +8,7 @@ import torch
 
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
-from foveal.heads.mask2former import answers
+from foveal.heads.mask2former import query_outputs
 from foveal.heads.segmentation import Mask2Former
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -83,7 +83,7 @@ def test_half_precision_ends_before_the_scores():
     model.head.class_predictor.register_forward_hook(lambda *call: said.append(call[-1]))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         got = model(images)
-        classes, masks = (layers[-1] for layers in answers(model.head, (images - model.mean) / model.std))
+        classes, masks = (layers[-1] for layers in query_outputs(model.head, (images - model.mean) / model.std))
     assert said[0].dtype == torch.bfloat16
     masks = torch.nn.functional.interpolate(masks, (64, 64), mode="bilinear").sigmoid()
     want = torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks)

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from foveal.heads import mask2former
+from foveal.heads import mask2former, mask2former_network
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection import Detector
@@ -80,7 +80,7 @@ def test_equals_transformers(theirs):
     with torch.no_grad():
         answer = theirs((images - mean) / std)
         found = ours(list(images))
-        classes, masks = (each[-1] for each in mask2former.answers(ours.detector.head, (images - mean) / std))
+        classes, masks = (each[-1] for each in mask2former.query_outputs(ours.detector.head, (images - mean) / std))
     torch.testing.assert_close(classes, answer.class_queries_logits)
     torch.testing.assert_close(masks, answer.masks_queries_logits)
     best = answer.class_queries_logits.softmax(-1)[..., :-1].flatten(1).max(1)
@@ -136,7 +136,7 @@ def test_losses_of_every_layer(deep):
         padded = torch.zeros(2, 96, 96)
         padded[:, :64] = targets[0]["masks"]
         masks, labels = [padded, torch.zeros(0, 96, 96)], [each["labels"] for each in targets]
-        classes, logits = mask2former.answers(model.detector.head, normalized)
+        classes, logits = mask2former.query_outputs(model.detector.head, normalized)
         assert len(classes) == len(logits) == 3
         criterion = model.detector.head.criterion
         each = [criterion(logits[i], classes[i], masks, labels) for i in ((2, 0, 1) if deep else (2,))]
@@ -155,7 +155,7 @@ def test_masks_are_counted_over_the_processes(monkeypatch):
     others = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, all_reduce=lambda x: x.add_(4), get_world_size=lambda: 2
     )
-    monkeypatch.setattr(mask2former, "distributed", others)
+    monkeypatch.setattr(mask2former_network, "distributed", others)
     assert criterion.get_num_masks(labels, torch.device("cpu")) == 2.5
     torch.manual_seed(2)
     together = model(images, targets)

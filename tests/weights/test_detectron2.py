@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import foveal
 from foveal.heads.build import build_backbone, build_detector
-from foveal.heads.mask2former import answers
+from foveal.heads.mask2former import query_outputs
 from foveal.heads.necks.published import load_published
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints
@@ -282,7 +282,7 @@ def test_mask2former_for_classes(hidden: int, mask2former: None, tmp_path: Path)
     classes, masks = Reference(state)(body(x))
     assert (masks > 0).double().mean() > 0.05
     assert (masks < 0).double().mean() > 0.05
-    for got, want in zip(answers(model.head, x), (classes, masks), strict=True):
+    for got, want in zip(query_outputs(model.head, x), (classes, masks), strict=True):
         close(got[-1], want)
     masks = F.interpolate(masks, (96, 96), mode="bilinear", align_corners=False)[..., :70, :90].sigmoid()
     close(model(images).exp(), torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks))
@@ -305,7 +305,7 @@ def test_mask2former_for_objects(mask2former: None, tmp_path: Path) -> None:
     assert model.arguments["mean"] == pytest.approx([value / 255 for value in mean])
     assert model.arguments["std"] == pytest.approx([value / 255 for value in std])
     x = torch.randn(1, 3, 64, 96, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    for got, want in zip(answers(model.double().detector.head, x), Reference(state)(body(x)), strict=True):
+    for got, want in zip(query_outputs(model.double().detector.head, x), Reference(state)(body(x)), strict=True):
         close(got[-1], want)
 
 
@@ -330,7 +330,7 @@ def test_mask2former_with_a3fpn(mask2former: None, tmp_path: Path) -> None:
     model = foveal.load(done.folder).double()
     x = torch.randn(1, 3, 64, 96, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     neck = from_published(config, own).eval().double()
-    for got, want in zip(answers(model.head, x), Reference(state, neck)(body(x)), strict=True):
+    for got, want in zip(query_outputs(model.head, x), Reference(state, neck)(body(x)), strict=True):
         close(got[-1], want)
 
 
