@@ -126,9 +126,9 @@ class CascadeMaskRCNN(MaskRCNN):
 class CascadeHeads(RoIHeads):
     """Three stages of boxes, classes and masks.
 
-    In training every stage samples among the boxes that the one before has moved, without the objects' own boxes that
-    it had been given, and those boxes anew. In evaluation the logits of the stages are averaged, the boxes are those of
-    the last one, and the masks in them are the mean of the stages' probabilities.
+    In training every stage samples among the boxes that the one before has refined (without the ground-truth boxes that
+    were added to them) and the ground-truth boxes. In evaluation logits and mask probabilities are averaged over the
+    stages, and the boxes are those of the last one.
 
     The loss of the boxes: generalized IoU (weight 10) where there are boxes for each class, the smooth L1 loss of the
     deltas where one is for all.

@@ -1,7 +1,7 @@
 """A detector's evaluation on one image of a fixed size, as a graph that exporters can follow.
 
 torchvision's own evaluation asks Python how many boxes there are; here only the number of rows depends on the image.
-The answers are those of `Detector`: the best candidates of every level are taken before the score threshold instead of
+The outputs are those of `Detector`: the best candidates of every level are taken before the score threshold instead of
 after it, which leaves the same ones, and boxes of different classes (or levels) are kept apart exactly, where
 torchvision moves them apart in float32 as long as they are few.
 """
@@ -119,11 +119,11 @@ class OneImage(nn.Module):
     def _dense(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """RetinaNet, FCOS: the candidates of every level, suppressed by class."""
         detector = self.model.detector
-        answers = detector.head(maps)
-        scores = answers["cls_logits"][0].sigmoid()
+        outputs = detector.head(maps)
+        scores = outputs["cls_logits"][0].sigmoid()
         classes = scores.shape[-1]
-        if "bbox_ctrness" in answers:
-            scores = (scores * answers["bbox_ctrness"][0].sigmoid()).sqrt()
+        if "bbox_ctrness" in outputs:
+            scores = (scores * outputs["bbox_ctrness"][0].sigmoid()).sqrt()
         chosen, best, start = [], [], 0
         for count, level in zip(self.counts, scores.split(self.counts), strict=True):
             top = level.flatten().topk(min(detector.topk_candidates, count * classes))
@@ -132,7 +132,7 @@ class OneImage(nn.Module):
             start += count
         scores, at = torch.cat(best), torch.cat(chosen)
         place, labels = at // classes, at % classes
-        codes, anchors = answers["bbox_regression"][0][place], self.anchors[place]
+        codes, anchors = outputs["bbox_regression"][0][place], self.anchors[place]
         decode = getattr(detector.box_coder, "decode_single", detector.box_coder.decode)
         boxes = clip_boxes_to_image(decode(codes, anchors), self.seen)
         limits = classes, detector.nms_thresh, detector.detections_per_img

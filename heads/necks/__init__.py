@@ -1,4 +1,4 @@
-"""Feature pyramids between a backbone and its heads, built from what the backbone says of its maps."""
+"""Feature pyramids between a backbone and its heads, built from the `ShapeSpec` of its maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NECKS: dict[str, type[nn.Module]] = {"fpn": FPN, "a3fpn": A3FPN}
 
 
 def build_neck(name: str, spec: ShapeSpec, **kwargs: Any) -> nn.Module:
-    """The neck ``name`` (one of `NECKS`) over maps as ``spec`` says, its settings in ``kwargs``.
+    """The neck ``name`` (a key of `NECKS`) for maps of this `ShapeSpec`.
 
     Raises:
         ValueError: if there is no such neck, or the settings do not fit.

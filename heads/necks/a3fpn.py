@@ -1,9 +1,9 @@
 """A3-FPN (arXiv 2604.10210): columns of growing height, in which every level is fused from all the others.
 
-A column takes neighbouring levels of the pyramid and gives each of them anew, from all of them as they came in: the
-others are brought to its size (`Sample`), put in place by deformable samples around every position, whose offsets and
-weights come from all of them together (`Resampler`), and added up with one sigmoid weight map each (`Fusion`); then
-channels of little weight are folded into those of more (`Reassemble`). The first column has two levels, the last all:
+A column reads neighbouring levels of the pyramid and recomputes each of them from all of them: the others are resized
+to it (`Sample`), aligned by deformable samples around every position, whose offsets and weights come from all of them
+(`Resampler`), and summed with one sigmoid weight map each (`Fusion`); then channels of little weight are folded into
+those of more (`Reassemble`). The first column has two levels, the last all:
 
     top_down     (2, 3) -> (1, 2, 3) -> (0, 1, 2, 3)      the released detectors
     bottom_up    (0, 1) -> (0, 1, 2) -> (0, 1, 2, 3)      the paper's figure, the released UPerNet
@@ -241,8 +241,8 @@ class A3FPN(nn.Module):
     """The pyramid network. What a preset leaves open follows from the maps' channels, unless given.
 
     Args:
-        spec: of the maps that it is given, at least two.
-        out_channels: of every map that it gives.
+        spec: of the input maps, at least two.
+        out_channels: of every output map.
         preset: ``"full"``, the released models' settings (squeeze 1, 2, 4, 4; expansion 4; resampling in every column,
             the grid stretched by 2), or ``"lite"`` (squeeze 1, 2, 4, 8; expansion 2; resampling in the last column).
         direction: ``"top_down"`` or ``"bottom_up"``, see above.
@@ -263,7 +263,7 @@ class A3FPN(nn.Module):
         **kwargs: of `Resampler`.
 
     Attributes:
-        spec: of the maps that it gives.
+        spec: of the output maps.
 
     Raises:
         ValueError: if the arguments do not fit the maps or one another; the message names them.
@@ -340,7 +340,7 @@ class A3FPN(nn.Module):
         self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps ``[B, C, h, w]`` as the given spec says, of any sizes, to those of `spec`.
+        """Maps ``[B, C, h, w]`` of the input spec, of any sizes, to those of `spec`.
 
         They may also come, and then go, coarsest first, as the released Mask2Former has them.
         """

@@ -14,13 +14,13 @@ class FPN(nn.Module):
     """Lateral 1x1 convolutions, a top-down path of nearest upsampling, and 3x3 convolutions.
 
     Args:
-        spec: of the maps that it is given.
-        out_channels: of every map that it gives.
+        spec: of the input maps.
+        out_channels: of every output map.
         extra_levels: ``"pool"``: one coarser map by subsampling the last (Faster and Mask R-CNN); ``"p6p7"``: two by
             strided convolutions of the last (RetinaNet, FCOS).
 
     Attributes:
-        spec: of the maps that it gives.
+        spec: of the output maps.
 
     Raises:
         ValueError: if ``extra_levels`` is none of these.
@@ -49,5 +49,5 @@ class FPN(nn.Module):
         self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps ``[B, C, h, w]`` as the given spec says, of any sizes, to those of `spec`."""
+        """Maps ``[B, C, h, w]`` of the input spec, of any sizes, to those of `spec`."""
         return list(self.pyramid({str(i): x for i, x in enumerate(maps)}).values())

@@ -17,7 +17,7 @@ class SemanticFPN(nn.Module):
     bilinear upsampling (the finest: one step without upsampling); their sum is classified.
 
     Args:
-        neck: gives the pyramid, all levels with strides that double; its ``spec`` tells channels and strides.
+        neck: its output maps have strides that double; ``spec`` is their `ShapeSpec`.
         channels: width of the steps, a multiple of 32 (the groups of their norms).
         dropout: of whole channels, before the classifier; the paper has none.
 
