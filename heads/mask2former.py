@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .backbone import Backbone, ShapeSpec
 from .necks import build_neck
@@ -43,8 +43,7 @@ def decoder(
     try:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import Mask2FormerConfig, TimmBackboneConfig
-
-        from .mask2former_network import Network
+        from transformers.models.mask2former import modeling_mask2former as published
     except ImportError as error:
         raise ImportError(
             f"mask2former needs transformers and scipy: pip install transformers scipy ({error})"
@@ -62,7 +61,7 @@ def decoder(
     except StrictDataclassError as error:
         raise ValueError(f"mask2former: {' '.join(str(error).split())}") from None
 
-    whole = Network(config, backbone.spec.channels, a3fpn is not None)
+    whole = _network(published, config, backbone.spec.channels, a3fpn is not None)
     # only now: transformers' initialization is not for these
     whole.model.pixel_level_module.encoder = _Encoder(backbone)
     if a3fpn is not None:
@@ -73,6 +72,71 @@ def decoder(
             raise ValueError(f"neck a3fpn with {a3fpn} gives {neck.spec}, the decoder of mask2former reads {wanted}")
         whole.model.pixel_level_module.decoder.a3fpn = neck
     return whole
+
+
+def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) -> nn.Module:
+    """transformers' Mask2FormerForUniversalSegmentation without a backbone.
+
+    Args:
+        published: transformers' module, an optional dependency.
+        config: its ``Mask2FormerConfig``.
+        channels: of the backbone's maps.
+    """
+
+    class PixelLevel(published.Mask2FormerPixelLevelModule):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            decoder = _a3fpn_pixel_decoder(published) if a3fpn else published.Mask2FormerPixelDecoder
+            self.decoder = decoder(config, feature_channels=channels)
+
+    class Body(published.Mask2FormerModel):
+        def __init__(self) -> None:
+            published.Mask2FormerPreTrainedModel.__init__(self, config)
+            self.pixel_level_module = PixelLevel()
+            self.transformer_module = published.Mask2FormerTransformerModule(config.feature_size, config)
+            self.post_init()
+
+    class Loss(published.Mask2FormerLoss):
+        def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+            """Masks for each process; transformers divides by the processes twice."""
+            count = torch.tensor(float(sum(map(len, class_labels))), device=device)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(count)
+                count /= distributed.get_world_size()
+            return count.clamp(min=1)
+
+    class Network(published.Mask2FormerForUniversalSegmentation):
+        def __init__(self) -> None:
+            published.Mask2FormerPreTrainedModel.__init__(self, config)
+            self.model = Body()
+            self.weight_dict = {
+                "loss_cross_entropy": config.class_weight,
+                "loss_mask": config.mask_weight,
+                "loss_dice": config.dice_weight,
+            }
+            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.criterion = Loss(config=config, weight_dict=self.weight_dict)
+            self.post_init()
+
+    return Network()
+
+
+def _a3fpn_pixel_decoder(published: Any) -> type[nn.Module]:
+    class A3FPNPixelDecoder(published.Mask2FormerPixelDecoder):
+        """With an `A3FPN`, assigned later, on the encoder's maps and the backbone's finest, in place of its FPN."""
+
+        def __init__(self, config: Any, feature_channels: Sequence[int]) -> None:
+            super().__init__(config, feature_channels)
+            del self.adapter_1, self.layer_1  # the FPN's
+            self.num_fpn_levels, self.lateral_convolutions, self.output_convolutions = 0, [], []
+
+        def forward(self, features: Sequence[Tensor], **kwargs: Any) -> Any:
+            found = super().forward(features, **kwargs)
+            finest, *maps = self.a3fpn([features[0], *reversed(found.multi_scale_features)])
+            found.mask_features, found.multi_scale_features = self.mask_projection(finest), tuple(reversed(maps))
+            return found
+
+    return A3FPNPixelDecoder
 
 
 def query_outputs(head: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from foveal.heads import mask2former, mask2former_network
+from foveal.heads import mask2former
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection import Detector
@@ -155,7 +155,7 @@ def test_masks_are_counted_over_the_processes(monkeypatch):
     others = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, all_reduce=lambda x: x.add_(4), get_world_size=lambda: 2
     )
-    monkeypatch.setattr(mask2former_network, "distributed", others)
+    monkeypatch.setattr(mask2former, "distributed", others)
     assert criterion.get_num_masks(labels, torch.device("cpu")) == 2.5
     torch.manual_seed(2)
     together = model(images, targets)
