@@ -18,8 +18,6 @@ from matplotlib.ticker import MaxNLocator
 
 from ..files import atomic
 
-HERE = Path(__file__).parent
-STYLE = (HERE / "report.css").read_text(encoding="utf-8")
 Row = dict[str, str]
 Points = list[tuple[float, float]]
 # title, columns of metrics.csv with their labels
@@ -82,12 +80,11 @@ def write(run: str | Path) -> Path:
         raise ValueError(f"{run} is no run folder: it has no config.yaml")
     history, summary = _table(run / "metrics.csv"), _json(run / "summary.json")
     facts = [(label, summary[key]) for key, label in HEADLINES.items() if summary.get(key) is not None]
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters["number"] = _number
     page = environment.get_template("report.html").render(
         title=" ".join(str(summary[k]) for k in ("model", "head") if summary.get(k)) or run.resolve().name,
         run=run,
-        style=STYLE,
         summary=summary,
         epochs=len(history),
         metrics=(list(history[0]), [list(row.values()) for row in history]) if history else None,
