@@ -88,20 +88,25 @@ def _task(config: Any) -> tuple[Any, Any]:
 def _engine(config: Any, updates: int, folder: Path, stack: ExitStack) -> tuple[Callable[[], None], nn.Module]:
     """A function that trains for so many updates, and its model. Until ``stack`` ends signals are remembered and the
     progress bar is shown, as in a run of many epochs."""
-    from ..train.engine import Trainer
+    from ..train.trainer import Trainer
 
     accelerator, task = _task(config)
     config = deepcopy(config)
     config.train.steps_per_epoch = updates  # so that a round is an epoch, with all that the loop does around one
-    parts = {"optim": config.optim, "schedule": config.schedule, "train": config.train}
+    config.output, config.log.trackers = str(folder), []
     output = stack.enter_context((folder / "console").open("w"))
-    trainer = Trainer(accelerator, task, run=folder, console=Console(file=output), **parts)
+    trainer = Trainer(config, task, accelerator, Console(file=output))
     stack.enter_context(trainer.watching())
-    return trainer.train_epoch, trainer.raw
+
+    def run() -> None:
+        trainer.train_epoch()
+        trainer.state.start_epoch(trainer.state.epoch + 1)
+
+    return run, trainer.model_without_ddp
 
 
 def _by_hand(config: Any, updates: int) -> tuple[Callable[[], None], nn.Module]:
-    from ..train.engine import create_optimizer
+    from ..train.optim import create_optimizer
 
     accelerator, task = _task(config)
     loader, device = task.data.train, accelerator.device

@@ -36,6 +36,7 @@ from pydantic.dataclasses import dataclass
 
 __all__ = [
     "OLD_KEYS",
+    "SCHEMAS",
     "AugmentConfig",
     "ClassifyConfig",
     "ConfigError",
@@ -62,6 +63,7 @@ __all__ = [
     "load_config",
     "override_value",
     "recipe_names",
+    "recipe_task",
     "rename_keys",
     "save_config",
 ]
@@ -452,6 +454,9 @@ class SegmentConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+SCHEMAS = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, such as ``classify/digits``.
 
@@ -489,6 +494,17 @@ def find_config(config: str | Path, task: str | None = None) -> Path:
     near = sorted({n for match in difflib.get_close_matches(name, names, n=4) for n in names[match]})
     hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped are {', '.join(shipped)}"
     raise ConfigError(f"no configuration file and no shipped recipe is called {str(config)!r}{hint}")
+
+
+def recipe_task(config: str | Path) -> str:
+    """The task of a recipe: its own ``task``, else that of its folder of shipped recipes, else ``classify``.
+
+    Raises:
+        ConfigError: nothing is found, or the name is of several tasks.
+    """
+    file = find_config(config)
+    task = dict(pair for _, layer in _read(file, object) for pair in layer.items()).get("task", file.parent.name)
+    return task if task in SCHEMAS else "classify"
 
 
 class _Loader(yaml.SafeLoader):

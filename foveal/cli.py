@@ -235,11 +235,11 @@ def train(
     task: Annotated[Task, typer.Argument(help="What to train.", show_default=False)],
     config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-) -> int:
+) -> None:
     """Train a model by a recipe."""
-    from importlib import import_module
+    from .train import train as run
 
-    return import_module(f"foveal.train.{task.value}").train(config, overrides or [])
+    run(config, overrides or [], task.value)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from .backbones.loading import load
-from .train import Prediction, classify, detect, evaluate, predict, segment
+from .train import Prediction, evaluate, predict, train
 from .train.data.memory import load_digits
 from .weights.export import export
 from .weights.folder import TOLERANCE
@@ -29,15 +29,12 @@ TASKS = ("classify", "detect", "segment")
 COMPOSITES = Path("data", "digits-composites")  # where the recipes of detection and segmentation have them
 
 
-def demo(task: str, output: Path | None = None) -> int:
+def demo(task: str, output: Path | None = None) -> None:
     """Run all steps into a new folder: `output`, or, if that exists, the next free name after it.
 
     Args:
         task: one of `TASKS`.
         output: None for `runs/demo`, `runs/demo-detect` or `runs/demo-segment`.
-
-    Returns:
-        0, or the status of the training that failed; it has said why.
 
     Raises:
         ValueError: if there is no such task.
@@ -52,16 +49,18 @@ def demo(task: str, output: Path | None = None) -> int:
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror}") from error
     console = Console(soft_wrap=True, highlight=False)
-    return _classify(output, console) if task == "classify" else _dense(task, output, console)
+    if task == "classify":
+        _classify(output, console)
+    else:
+        _dense(task, output, console)
 
 
-def _classify(output: Path, console: Console) -> int:
+def _classify(output: Path, console: Console) -> None:
     run = output / "run"
     start = time.monotonic()
 
     console.rule(f"1. train {RECIPE} (1,797 handwritten digits, a fifth held out)")
-    if status := classify.train(RECIPE, [f"output={run}"]):
-        return status
+    train(RECIPE, [f"output={run}"])
 
     console.rule("2. evaluate the best epoch on the held-out digits")
     evaluate(run, console=console)
@@ -92,17 +91,14 @@ def _classify(output: Path, console: Console) -> int:
             raise RuntimeError(f"the demo did not write {path}")
         console.print(f"{path!s:40} {what}")
     console.print(f"\ntry: foveal predict {digit} --model {run}")
-    return 0
 
 
-def _dense(task: str, output: Path, console: Console) -> int:
+def _dense(task: str, output: Path, console: Console) -> None:
     recipe, run = f"{task}/digits", output / "run"
-    trainer = {"detect": detect, "segment": segment}[task]
     start = time.monotonic()
 
     console.rule(f"1. train {recipe} (handwritten digits on photographs)")
-    if status := trainer.train(recipe, [f"output={run}", f"data.root={COMPOSITES}"]):
-        return status
+    train(recipe, [f"output={run}", f"data.root={COMPOSITES}"])
 
     console.rule("2. evaluate the best epoch on the held-out composites")
     result = output / "result.json"
@@ -127,7 +123,6 @@ def _dense(task: str, output: Path, console: Console) -> int:
             raise RuntimeError(f"the demo did not write {path}")
         console.print(f"{path!s:40} {what}")
     console.print(f"\ntry: foveal predict {image} --model {run} --output {output}")
-    return 0
 
 
 def _print(prediction: Prediction, console: Console) -> None:

@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .evaluation import evaluate
     from .prediction import Prediction, predict
+    from .run import train
     from .task import Result
 
-__all__ = ["Prediction", "Result", "evaluate", "predict"]
+__all__ = ["Prediction", "Result", "evaluate", "predict", "train"]
 
-_MODULES = {"evaluate": "evaluation", "Prediction": "prediction", "predict": "prediction", "Result": "task"}
+_MODULES = {
+    "evaluate": "evaluation",
+    "Prediction": "prediction",
+    "predict": "prediction",
+    "Result": "task",
+    "train": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -282,13 +282,22 @@ def _differences(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     return lines
 
 
-def load_exact(model: nn.Module, path: Path) -> None:
-    """Loads a file whose names and shapes must be the model's own; nothing is loaded unless all of it fits."""
+def read_exact(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose names and shapes must be the model's own.
+
+    Raises:
+        CheckpointError: unreadable, or not of this model.
+    """
     tensors = migrate_state_dict(read_tensors(path))
     differences = _differences(tensors, model)
     if differences:
         raise CheckpointError(f"{path} is not a checkpoint of this model: {'; '.join(differences)}")
-    model.load_state_dict(tensors)
+    return tensors
+
+
+def load_exact(model: nn.Module, path: Path) -> None:
+    """Loads a file whose names and shapes must be the model's own; nothing is loaded unless all of it fits."""
+    model.load_state_dict(read_exact(model, path))
 
 
 def load_initial(model: nn.Module, source: str | Path) -> list[str]:

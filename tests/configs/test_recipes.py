@@ -25,7 +25,7 @@ from foveal.train.data import (
     find_classes,
 )
 from foveal.train.data.masks import split_name
-from foveal.train.engine import create_optimizer, create_schedule
+from foveal.train.optim import create_optimizer, create_schedule
 
 IMAGENET = [n for n in foveal.list_models() if not n.startswith("test_")]
 

@@ -14,6 +14,7 @@ from foveal.heads.build import build_detector
 from foveal.heads.checkpoint import load_dense, reparameterize, save_dense
 from foveal.heads.detection.published import from_published
 from foveal.train import detect, evaluate, predict
+from foveal.train import train as foveal_train
 
 from ..train.conftest import DETECT, write_rectangles
 from ..weights import filler
@@ -195,7 +196,7 @@ def train(folder: Path, images: int, *options: str) -> Path:
     given = ["model.head=cascade_mask_rcnn", f"model.head_kwargs={settings}", "model.neck_kwargs.out_channels=32"]
     given += [f"data.val_{what}" for what in ("annotations=annotations/instances_train.json", "images=train")]
     run = folder / "run"
-    assert detect.train(recipe, [f"output={run}", f"train.batch_size={images}", "seed=0", *given, *options]) == 0
+    foveal_train(recipe, [f"output={run}", f"train.batch_size={images}", "seed=0", *given, *options], "detect")
     return run
 
 

@@ -17,7 +17,7 @@ from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection import Detector
 from foveal.heads.detection.mask2former import around, instances
-from foveal.train import detect, evaluate, predict
+from foveal.train import detect, evaluate, predict, train
 from foveal.train.data import DetectionBatch
 from foveal.train.data.coco import read_coco
 from foveal.train.detection_metrics import CocoScorer
@@ -538,7 +538,7 @@ def test_a_run(tmp_path, monkeypatch):
     recipe.write_text(RECIPE.format(name=NAME, settings=json.dumps(SMALL), root=tmp_path))
     monkeypatch.setattr(detect.Task, "draw", lambda *_: None)
     monkeypatch.setattr(detect.plots, "curves", lambda *_: None)
-    assert detect.train(recipe, [f"output={run}", "log.trackers=[]"]) == 0
+    train(recipe, [f"output={run}", "log.trackers=[]"], "detect")
     summary = json.loads((run / "summary.json").read_text())
     assert {"box_ap", "mask_ap"} <= set(summary)
     assert summary["head"] == "mask2former"

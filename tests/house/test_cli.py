@@ -225,18 +225,18 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 
 def test_train_and_evaluate_pass_on_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveal.train import classify, evaluation
+    from foveal.train import evaluation, run
 
     calls = []
-    monkeypatch.setattr(classify, "train", lambda config, overrides: calls.append((config, overrides)) or 130)
+    monkeypatch.setattr(run, "train", lambda config, overrides, task: calls.append((task, config, overrides)))
     monkeypatch.setattr(evaluation, "evaluate", lambda source, overrides, console: calls.append((source, overrides)))
-    assert call("train", "classify", "digits", "schedule.epochs=2", "augment.scale=[0.5,1]").exit_code == 130
+    assert call("train", "classify", "digits", "schedule.epochs=2", "augment.scale=[0.5,1]").exit_code == 0
     assert call("evaluate", "runs/digits").exit_code == 0
-    assert calls == [("digits", ["schedule.epochs=2", "augment.scale=[0.5,1]"]), ("runs/digits", [])]
+    assert calls == [("classify", "digits", ["schedule.epochs=2", "augment.scale=[0.5,1]"]), ("runs/digits", [])]
 
 
 def test_train_refuses_an_unknown_recipe() -> None:
-    assert call("train", "classify", "digitz").exit_code == 1
+    assert call("train", "classify", "digitz").exit_code == 2
 
 
 def test_bench_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveal.errors import Interrupted
+from foveal.train import train
+
 QUICK = """\
 model:
   name: test_foveal_dinat
@@ -27,6 +30,13 @@ augment: {scale: [0.5, 1.0]}
 schedule: {epochs: 1}
 train: {batch_size: 20, threads: 1}
 """
+
+
+def stopped(recipe: Path, overrides: list[str], task: str = "classify") -> int:
+    """Trains a run that is stopped by a signal; its exit status."""
+    with pytest.raises(Interrupted) as stop:
+        train(recipe, overrides, task)
+    return stop.value.code
 
 
 @pytest.fixture

@@ -14,8 +14,11 @@ from pathlib import Path
 job = globals().get("JOB") or json.loads(Path(sys.argv[1]).read_text())
 os.environ.update(job.get("environment", {}))
 if "said" in job:
-    os.dup2(os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stdout.fileno())
+    said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, sys.stdout.fileno())
+    os.dup2(said, sys.stderr.fileno())
 
+from foveal.cli import app  # noqa: E402
 from foveal.train import classify  # noqa: E402
 from foveal.train.data.order import EpochOrder  # noqa: E402
 
@@ -44,4 +47,4 @@ def recorded(self):
 classify.Task.train_step = counted
 if "record" in job:
     EpochOrder.__iter__ = recorded
-sys.exit(classify.train(job["recipe"], job["overrides"]))
+app(["train", "classify", job["recipe"], *job["overrides"]])

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from foveal.configs.schema import ClassifyConfig, ConfigError, ModelConfig
-from foveal.train import evaluate
-from foveal.train.classify import Task, train
+from foveal.train import evaluate, train
+from foveal.train.checkpoint import CheckpointError
+from foveal.train.classify import Task
 from foveal.train.losses import Teacher, distillation_loss, prepare_heads
 
 from .conftest import QUICK
@@ -125,12 +126,11 @@ def test_a_run_teaches_another(tmp_path, capsys):
     path = tmp_path / "quick.yaml"
     path.write_text(QUICK)
     options = ["schedule.epochs=1", "data.limit=128", "data.val_limit=64"]
-    assert train(path, [f"output={tmp_path / 'teacher'}", *options]) == 0
+    train(path, [f"output={tmp_path / 'teacher'}", *options])
     taught = [f"output={tmp_path / 'student'}", *options, f"distill.teacher={tmp_path / 'teacher'}"]
-    assert train(path, taught) == 0
-    capsys.readouterr()
-    assert train(path, [*taught, "resume=auto", "distill.kind=soft"]) == 1
-    assert "belongs to another run: distillation was" in capsys.readouterr().out.replace("\n", " ")
+    train(path, taught)
+    with pytest.raises(CheckpointError, match=r"distillation .*hard.*soft"):
+        train(path, [*taught, "resume=auto", "distill.kind=soft"])
 
 
 SECOND_HEAD = """\
@@ -148,13 +148,13 @@ def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
     overlock.write_text(SECOND_HEAD % ("test_foveal_overlock", "{aux_head: true}"))
     care.write_text(SECOND_HEAD % ("test_foveal_care", "{}"))
     run = tmp_path / "run"
-    assert train(overlock, [f"output={run}"]) == 1
-    assert "give it a weight, or leave the head out of model.kwargs" in " ".join(capsys.readouterr().out.split())
-    assert train(overlock, [f"output={run}", "loss.auxiliary=0.4"]) == 0
+    with pytest.raises(ConfigError, match=r"loss\.auxiliary.*model\.kwargs"):
+        train(overlock, [f"output={run}"])
+    train(overlock, [f"output={run}", "loss.auxiliary=0.4"])
     saved = safetensors.torch.load_file(run / "best" / "model.safetensors")
     assert "aux_head.2.weight" in saved
     assert evaluate(run)["n"] == 64
-    assert train(care, [f"output={tmp_path / 'taught'}", f"distill.teacher={run}"]) == 0
+    train(care, [f"output={tmp_path / 'taught'}", f"distill.teacher={run}"])
     first, second = (
         safetensors.torch.load_file(tmp_path / "taught" / "last" / "model.safetensors")[f"{name}.fc.bias"]
         for name in ("head", "dist_head")
@@ -167,5 +167,5 @@ def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
 def test_an_auxiliary_head_that_is_not_there(tmp_path, capsys):
     path = tmp_path / "quick.yaml"
     path.write_text(QUICK)
-    assert train(path, [f"output={tmp_path / 'run'}", "loss.auxiliary=0.4"]) == 1
-    assert "loss.auxiliary=0.4: test_foveal_dinat has no auxiliary head" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"loss\.auxiliary=0\.4.*test_foveal_dinat"):
+        train(path, [f"output={tmp_path / 'run'}", "loss.auxiliary=0.4"])

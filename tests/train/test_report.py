@@ -15,8 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.train import plots
-from foveal.train.classify import train
+from foveal.train import plots, train
 from foveal.train.report import write
 from foveal.train.scoring import write_confusion
 
@@ -217,7 +216,7 @@ def test_file_names_that_are_not_utf8(tmp_path):
 def test_of_a_real_run(quick, tmp_path):
     """Written at the end of a run; the matrix says what the score says."""
     run = tmp_path / "run"
-    assert train(quick, [f"output={run}", "schedule.epochs=1", "data.limit=128"]) == 0
+    train(quick, [f"output={run}", "schedule.epochs=1", "data.limit=128"])
     with (run / "confusion.csv").open() as file:
         rows = list(csv.DictReader(file))
     summary = json.loads((run / "summary.json").read_text())

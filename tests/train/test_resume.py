@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from foveal.train import checkpoint, classify
-from foveal.train.classify import train
+from foveal.errors import Interrupted
+from foveal.train import checkpoint, classify, train
 
 TIMES = {"images_per_second", "data_wait", "memory_mib", "seconds"}  # of a row, what no run repeats
 
@@ -136,7 +137,7 @@ def test_image_files_are_augmented_alike(folder_recipe, make_images, tmp_path, s
         "augment.mixup=0.5",
         "model.drop_path_rate=0.2",
     ]
-    assert train(folder_recipe, [f"output={tmp_path / 'whole'}", *options]) == 0
+    train(folder_recipe, [f"output={tmp_path / 'whole'}", *options])
     original, calls = classify.Task.train_step, []
 
     def step(self, model, batch, epoch):
@@ -147,8 +148,12 @@ def test_image_files_are_augmented_alike(folder_recipe, make_images, tmp_path, s
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classify.Task, "train_step", step)
-        for _ in range(1 + len(stops)):
-            assert train(folder_recipe, [f"output={tmp_path / 'parts'}", "resume=auto", *options]) == 0
+        parts = [f"output={tmp_path / 'parts'}", "resume=auto", *options]
+        for _ in stops:
+            with pytest.raises(Interrupted) as stopped:
+                train(folder_recipe, parts)
+            assert stopped.value.code == 0
+        train(folder_recipe, parts)
     assert len(calls) == 12
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -156,14 +161,14 @@ def test_image_files_are_augmented_alike(folder_recipe, make_images, tmp_path, s
 def test_a_kill_between_last_and_best_is_made_good(recipe, tmp_path):
     """The best epoch's weights are written after the checkpoint, from which they can be written again."""
     options = [f"output={tmp_path / 'run'}", "schedule.epochs=1", "schedule.cooldown_fraction=0"]
-    assert train(recipe, options) == 0
+    train(recipe, options)
     run = tmp_path / "run"
     best = (run / "best/model.safetensors").read_bytes()
     (run / "best/model.safetensors").write_bytes(b"of an epoch before")
     rows = (run / "metrics.csv").read_text()
     (run / "metrics.csv").unlink()
     (run / "summary.json").unlink()
-    assert train(recipe, [*options, "resume=auto"]) == 0
+    train(recipe, [*options, "resume=auto"])
     assert (run / "best/model.safetensors").read_bytes() == best
     assert (run / "metrics.csv").read_text() == rows
     assert (run / "summary.json").exists()
@@ -185,10 +190,11 @@ def stop_at(number: int, monkeypatch) -> list[int]:
 
 def test_a_finished_run_that_goes_on_is_not_finished(quick, tmp_path, monkeypatch):
     options = [f"output={tmp_path / 'run'}", "data.limit=128", "data.val_limit=64"]
-    assert train(quick, [*options, "schedule.epochs=1"]) == 0
+    train(quick, [*options, "schedule.epochs=1"])
     assert (tmp_path / "run/summary.json").exists()
     stop_at(1, monkeypatch)
-    assert train(quick, [*options, "resume=auto"]) == 0
+    with pytest.raises(Interrupted, match=f"foveal train classify {quick} output={tmp_path / 'run'} .*resume=auto"):
+        train(quick, [*options, "resume=auto"])
     assert not (tmp_path / "run/summary.json").exists()
 
 
@@ -198,10 +204,10 @@ def test_what_could_not_be_read_is_remembered(folder_recipe, make_images, tmp_pa
     early, late = sorted((root / "train/red").iterdir())[:2]
     early.write_bytes(b"no image")
     options = [f"data.root={root}", f"output={run}", "data.max_bad_fraction=0.1", "resume=auto"]
-    assert train(folder_recipe, [*options, "schedule.epochs=1"]) == 0
+    train(folder_recipe, [*options, "schedule.epochs=1"])
     early.write_bytes(sorted((root / "train/red").iterdir())[2].read_bytes())
     late.write_bytes(b"no image")
-    assert train(folder_recipe, [*options, "schedule.epochs=2"]) == 0
+    train(folder_recipe, [*options, "schedule.epochs=2"])
     listed = (run / "bad_samples.csv").read_text()
     assert early.name in listed
     assert late.name in listed
@@ -211,7 +217,7 @@ def test_best_of_an_epoch_that_is_not_in_the_checkpoint(quick, tmp_path, capsys)
     """As after falling back to an older checkpoint: its own epoch takes the place, and the run comes to its end."""
     run = tmp_path / "run"
     options = [f"output={run}", "data.limit=128", "data.val_limit=64", "resume=auto"]
-    assert train(quick, [*options, "schedule.epochs=2"]) == 0
+    train(quick, [*options, "schedule.epochs=2"])
     path = run / "last" / checkpoint.TRAINER
     saved = torch.load(path, weights_only=True)
     first = saved["state"]["history"][0]
@@ -220,9 +226,9 @@ def test_best_of_an_epoch_that_is_not_in_the_checkpoint(quick, tmp_path, capsys)
     checkpoint.seal(path.parent)
     checkpoint.write_epoch(run / "best", 7)
     capsys.readouterr()
-    assert train(quick, [*options, "schedule.epochs=3"]) == 0
+    train(quick, [*options, "schedule.epochs=3"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "best holds epoch 7, where the best up to here is epoch 1; epoch 2 takes its place" in said
+    assert re.search(f"warning: {run}/best .*epoch 7.*epoch 1.*epoch 2", said)
     history = metrics(run)
     best = max((2, 3), key=lambda epoch: float(history[epoch - 1]["top1"]))
     assert checkpoint.read_epoch(run / "best") == best

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from foveal.configs.schema import ConfigError, DetectConfig, load_config
-from foveal.train import detect, evaluate
+from foveal.train import detect, evaluate, train
 from foveal.train.data import DataError
 from foveal.train.data.voc import read_voc
 from foveal.train.detection_metrics import average_precision
@@ -83,7 +83,7 @@ def test_it_trains_and_is_measured(devkit, detect_recipe, tmp_path, monkeypatch)
     monkeypatch.setattr(detect.plots, "curves", lambda *_: None)
     sets = ["data.train_annotations=VOC2007/trainval+VOC2012/trainval", "data.val_annotations=VOC2007/test"]
     options = [f"output={tmp_path / 'run'}", f"data.root={devkit}", "data.kind=voc", *sets]
-    assert detect.train(detect_recipe, [*options, "schedule.epochs=1", "train.batch_size=3"]) == 0
+    train(detect_recipe, [*options, "schedule.epochs=1", "train.batch_size=3"], "detect")
     with (tmp_path / "run/metrics.csv").open() as file:
         assert float(next(csv.DictReader(file))["box_ap50"]) >= 0
     assert evaluate(tmp_path / "run")["n"] > 0
@@ -112,10 +112,10 @@ def test_damage_is_named(devkit, damage, names):
         read_voc(devkit, "VOC2007/test", train=False)
 
 
-def test_masks_are_refused(devkit, detect_recipe, tmp_path, capsys):
+def test_masks_are_refused(devkit, detect_recipe, tmp_path):
     options = [f"output={tmp_path / 'run'}", f"data.root={devkit}", "data.kind=voc", "model.head=mask_rcnn"]
-    assert detect.train(detect_recipe, options) == 1
-    assert "data.kind=voc" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises((ConfigError, DataError), match=r"data\.kind=voc"):
+        train(detect_recipe, options, "detect")
 
 
 def test_the_recipe():

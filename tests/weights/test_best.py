@@ -35,19 +35,13 @@ def train(task: str, folder: Path) -> Path:
 
     recipe = folder / "recipe.yaml"
     if task == "classify":
-        from foveal.train.classify import train as run
-
         recipe.write_text(conftest.QUICK.replace("epochs: 2", "epochs: 1"))
     elif task == "detect":
-        from foveal.train.detect import train as run
-
         data = conftest.write_rectangles(folder / "data", {"train": 4, "val": 2})
         recipe.write_text(conftest.DETECT.replace("data:\n", f"data:\n  root: {data}\n"))
     else:
-        from foveal.train.segment import train as run
-
         recipe = test_segment.write_recipe(folder, test_segment.write_blocks(folder / "blocks", {"train": 4, "val": 2}))
-    assert run(recipe, [f"output={folder / 'run'}", "schedule.epochs=1"]) == 0
+    foveal.train.train(recipe, [f"output={folder / 'run'}", "schedule.epochs=1"], task)
     return folder / "run"
 
 

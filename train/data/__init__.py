@@ -10,6 +10,7 @@ from .factory import (
 )
 from .guard import BadSamples, DataError
 from .loader import DetectionBatch, Loader, SegmentationBatch
+from .workers import end_workers
 
 __all__ = [
     "IGNORE",
@@ -22,5 +23,6 @@ __all__ = [
     "build_classification_data",
     "build_detection_data",
     "build_segmentation_data",
+    "end_workers",
     "find_classes",
 ]

@@ -1,0 +1,188 @@
+"""Several processes: errors that all of them raise, readers that may fail on one of them, and FSDP.
+
+Processes meet at fixed places only. What goes wrong on one of them is kept until the next such place and raised there
+by all, so that none waits for another that is gone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..configs.schema import ConfigError, TrainConfig
+from ..errors import RunError
+from .data import DataError
+
+READ_ERRORS = (DataError, OSError, RuntimeError)  # what a loader was seen to raise; the last from a worker that died
+LISTS = (nn.ModuleList, nn.Sequential)
+FULL = StateDictOptions(full_state_dict=True)
+
+
+class OtherProcessError(RunError):
+    """What another process raised; the message names the process, the type and the text."""
+
+
+def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raises ``error``, or an `OtherProcessError` where only another process has one. Every process must call this."""
+    mine = [] if error is None else [f"process {accelerator.process_index}: {type(error).__name__}: {error}"]
+    found = gather_object(mine)
+    if error is not None:
+        raise error
+    if found:
+        raise OtherProcessError("; ".join(found))
+
+
+@contextmanager
+def raised_by_all(accelerator: Accelerator) -> Iterator[None]:
+    """An error inside the block, on the main process alone for example, is raised by every process at its end."""
+    try:
+        yield
+    except Exception as error:
+        raise_together(accelerator, error)
+        raise
+    raise_together(accelerator, None)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether ``flag`` is set on any process. Every process must call this."""
+    return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).max())
+
+
+class EvaluationLoader:
+    """A loader whose errors wait until every process has read its share, and are then raised by all."""
+
+    def __init__(self, loader: Any, accelerator: Accelerator):
+        self._loader, self._accelerator = loader, accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        failure = None
+        try:
+            yield from self._loader.epoch(epoch, start)
+        except READ_ERRORS as error:
+            failure = error
+        raise_together(self._accelerator, failure)
+
+
+class TrainingBatches:
+    """Iterates over an epoch's batches. An error on one of several processes is kept in ``failure`` until they compare
+    notes, and the last batch repeated; only the first batch is waited for by all."""
+
+    def __init__(self, batches: Iterator[Any], accelerator: Accelerator):
+        self._batches, self._accelerator = batches, accelerator
+        self._batch: Any = None
+        self.failure: Exception | None = None
+
+    def __next__(self) -> Any:
+        if self._batch is None:
+            with raised_by_all(self._accelerator):
+                self._read()
+        elif self.failure is None:
+            try:
+                self._read()
+            except READ_ERRORS as error:
+                if self._accelerator.num_processes == 1:
+                    raise
+                self.failure = error
+        return self._batch
+
+    def _read(self) -> None:
+        self._batch = next(self._batches, None)
+        assert self._batch is not None, "the loader ended before its last batch"
+
+
+# ---- FSDP
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: FSDP with an option that it does not support.
+    """
+    if config.amp == "fp16":
+        raise ConfigError("train.parallel=fsdp with train.amp=fp16: the gradient scaler needs full gradients; use bf16")
+    if config.channels_last:
+        raise ConfigError("train.parallel=fsdp with train.channels_last: FSDP shards contiguous weights only")
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether ``module`` has parts and is only ever called as a whole: no list, and no stage, which holds a list of
+    blocks and of which dense tasks call the blocks and the downsampler one by one."""
+    parts = list(module.children())
+    lists = [part for part in parts if isinstance(part, LISTS)]
+    stage = any(True for each in lists for element in each for _ in element.children())
+    return bool(parts) and not isinstance(module, LISTS) and not stage
+
+
+def shard(model: nn.Module, min_num_params: int) -> None:
+    """Shards the parameters of ``model``, in place, over the processes (PyTorch's FSDP2): each element of a list or
+    sequence that is a block of ``min_num_params`` or more is a unit, gathered where it is used, the innermost first;
+    what remains is one unit."""
+    taken: set[nn.Parameter] = set()
+    for module in reversed(list(model.modules())):  # children before their parents
+        if isinstance(module, LISTS):
+            for element in module:
+                own = [p for p in element.parameters() if p not in taken]
+                if _is_block(element) and sum(p.numel() for p in own) >= min_num_params:
+                    fully_shard(element)
+                    taken.update(element.parameters())
+    fully_shard(model)
+
+
+def gradient_sync(accelerator: Accelerator, model: nn.Module, sync: bool) -> Any:
+    """A context in which the backward pass sums the gradients over the processes only if ``sync``."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP, compiled or not
+        model.set_requires_gradient_sync(sync)
+        return nullcontext()
+    return nullcontext() if sync else accelerator.no_sync(model)
+
+
+def full(tensor: Any) -> Any:
+    """A sharded tensor put together, on every process; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shard(tensor: Tensor, own: Tensor) -> Tensor:
+    """This process's shard of a full tensor, sharded as ``own`` is; all of it where ``own`` is not sharded."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, sharded or not, with full tensors; every process must call this."""
+    return get_model_state_dict(model, options=FULL)
+
+
+def load_full_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads full tensors into a model, sharded or not."""
+    set_model_state_dict(model, dict(state), options=FULL)
+
+
+def full_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """The state of an optimizer with full tensors on the CPU, where ``keep``; every process must call this."""
+    saved, state = optimizer.state_dict(), {}
+    for number, values in saved["state"].items():
+        tensors = {name: full(value) for name, value in values.items()}
+        if keep:
+            state[number] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in tensors.items()}
+    return saved | {"state": state}
+
+
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads what `full_optimizer_state` kept, whether the parameters are sharded now or not."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in saved["state"].items():
+        own = parameters[number]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == own.shape:
+                values[name] = local_shard(value, own)
+    optimizer.load_state_dict(saved)

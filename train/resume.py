@@ -1,0 +1,273 @@
+"""The state of a run, and the checkpoints that it goes on from: RUN/last with those before it, RUN/best.
+
+A run goes on at the update where it was saved as if nothing had happened, bit for bit where the loader's images do not
+depend on worker processes. With another number of processes it goes on at the same images, if an update is of as many:
+each update is a run of the epoch's order, whichever way it is divided. Random numbers are then drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+
+from ..configs.schema import rename_keys
+from ..heads.legacy import migrate_arguments, migrate_inference
+from . import checkpoint
+from .checkpoint import CheckpointError, DamagedError
+from .distributed import (
+    full_optimizer_state,
+    full_state_dict,
+    load_full_optimizer_state,
+    load_full_state_dict,
+    raised_by_all,
+)
+from .logging import write_csv
+
+if TYPE_CHECKING:
+    from .task import Row
+
+Trainer = Any  # `trainer.Trainer`, whose module imports this one
+
+
+@dataclass
+class State:
+    """Where a run stands. ``step`` counts the updates done in epoch ``epoch`` (both from 0)."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of training and evaluation, without the time between interruptions
+    loss_sum: float = 0.0  # of this process, in the epoch so far
+    loss_count: int = 0
+    norm_sum: float = 0.0  # of the gradient's norm, where it was measured, in the epoch so far
+    norm_count: int = 0
+    epoch_seconds: float = 0.0  # of training, in the epoch so far
+    wait_seconds: float = 0.0  # of these, waiting for the main process's loader
+    best: Row | None = None  # the row of the best epoch
+    history: list[Row] = field(default_factory=list)  # the rows of metrics.csv
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+        self.loss_sum, self.loss_count, self.norm_sum, self.norm_count = 0.0, 0, 0.0, 0
+        self.epoch_seconds = self.wait_seconds = 0.0
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator that training draws from, as tensors and plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """What must not change between a run and its continuation."""
+    config = trainer.config
+    run = {"seed": config.seed, "optim.name": config.optim.name, "averaging": config.train.ema_decay > 0}
+    return trainer.task.identity | run
+
+
+def _shape(trainer: Trainer) -> dict[str, int]:
+    """What makes an update and a pass over the data, which must not change either."""
+    per_forward = trainer.config.train.batch_size * trainer.accelerator.num_processes
+    return {
+        "updates per epoch": trainer.steps,
+        "images per update": trainer.images_per_step,
+        "images per pass": trainer.task.data.train.batches * per_forward,
+    }
+
+
+# ---- writing
+
+
+def save(trainer: Trainer, best: bool = False) -> None:
+    """Writes RUN/last, and RUN/best after it where the epoch was the ``best``. Every process must call this."""
+    state, bad, scaler = trainer.state, trainer.task.data.bad, trainer.accelerator.scaler
+    randoms = gather_object([random_state()])
+    losses = gather_object([(state.loss_sum, state.loss_count)])
+    found = gather_object([bad.names])
+    trainer.sync_eval_model()
+    trained = full_state_dict(trainer.model_without_ddp) if trainer.ema is not None else {}
+    optimizer = full_optimizer_state(trainer.optimizer, keep=trainer.accelerator.is_main_process)
+    with raised_by_all(trainer.accelerator):
+        if not trainer.accelerator.is_main_process:
+            return
+        for names in found:
+            bad.merge(names)
+        bad.write(trainer.run / "bad_samples.csv")
+        saved = {
+            "format": 1,
+            "state": {key: value for key, value in vars(state).items() if key not in ("loss_sum", "loss_count")},
+            "losses": losses,
+            "identity": _identity(trainer),
+            "shape": _shape(trainer),
+            "optimizer": optimizer,
+            "scheduler": {"updates": trainer.updates},  # the rate is a function of it
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": randoms,
+        }
+
+        def fill(folder: Path) -> None:
+            trainer.task.save_weights(folder, trainer.eval_model)
+            if trainer.ema is not None:
+                checkpoint.save_raw(folder, trained)
+            checkpoint.save_trainer(folder, saved)
+            checkpoint.seal(folder)
+
+        checkpoint.write_folder(trainer.run / "last", fill, trainer.config.train.save_total_limit)
+        if best:
+            _save_best(trainer)
+
+
+def _save_best(trainer: Trainer) -> None:
+    def fill(folder: Path) -> None:
+        trainer.task.save_weights(folder, trainer.eval_model)
+        checkpoint.write_epoch(folder, trainer.state.best["epoch"])
+
+    checkpoint.write_folder(trainer.run / "best", fill)
+
+
+# ---- reading
+
+
+def resume(trainer: Trainer) -> bool:
+    """Goes on from the newest undamaged checkpoint, RUN/last or one before it; False when there is none. Nothing is
+    changed unless all of it can be read and fits. Every process must call this.
+
+    Raises:
+        CheckpointError: unreadable, all damaged, or of another model or set-up.
+    """
+    accelerator = trainer.accelerator
+    folder = _newest_undamaged(trainer)
+    if folder is None:
+        return False
+    with raised_by_all(accelerator):
+        saved = checkpoint.read_trainer(folder)
+        _check_continues(trainer, folder, saved)
+        trained, ema = trainer.model_without_ddp, trainer.ema
+        raw = checkpoint.read_exact(trained, folder / (checkpoint.WEIGHTS if ema is None else checkpoint.RAW))
+        if ema is not None:
+            load_full_state_dict(ema.module, checkpoint.read_exact(ema.module, folder / checkpoint.WEIGHTS))
+        load_full_state_dict(trained, raw)
+    load_full_optimizer_state(trainer.optimizer, saved["optimizer"])
+    if accelerator.scaler is not None and saved["scaler"] is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    trainer.state = State(**saved["state"])
+    _restore_random_state(trainer, saved)
+    trainer.sync_eval_model()
+    with raised_by_all(accelerator):
+        if accelerator.is_main_process:
+            write_csv(trainer.run / "metrics.csv", trainer.state.history)  # a kill may have come before it
+            trainer.task.data.bad.read(trainer.run / "bad_samples.csv")
+            _check_best(trainer)
+    trainer.state.best = broadcast_object_list([trainer.state.best])[0]
+    return True
+
+
+def _restore_random_state(trainer: Trainer, saved: dict[str, Any]) -> None:
+    state, accelerator = trainer.state, trainer.accelerator
+    if len(saved["random"]) == accelerator.num_processes:
+        state.loss_sum, state.loss_count = saved["losses"][accelerator.process_index]
+        set_random_state(saved["random"][accelerator.process_index])
+        return
+    set_seed((trainer.config.seed + 1_000_003 * trainer.updates) % 2**32, device_specific=True)
+    if accelerator.is_main_process:
+        state.loss_sum, state.loss_count = (sum(values) for values in zip(*saved["losses"], strict=True))
+
+
+def _newest_undamaged(trainer: Trainer) -> Path | None:
+    """The newest checkpoint whose files are as they were written; newer ones are put aside with a warning."""
+    found: list[Path | None] = [None]
+    with raised_by_all(trainer.accelerator):
+        damaged: dict[Path, DamagedError] = {}
+        for folder in checkpoint.generations(trainer.run / "last") if trainer.accelerator.is_main_process else ():
+            try:
+                checkpoint.verify(folder)
+            except DamagedError as error:
+                damaged[folder] = error
+                continue
+            found = [folder]
+            break
+        if damaged and found == [None]:
+            raise CheckpointError("; ".join(map(str, damaged.values())))
+        for folder, error in damaged.items():
+            aside = folder.with_name(f"{folder.name}.damaged")
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)  # so that it does not count among those that are kept
+            except OSError as refused:
+                raise CheckpointError(f"{error}; it cannot be put aside: {refused}") from refused
+            trainer.logger.warn(f"{error}; going on from {found[0]}, put it aside as {aside}")
+    return broadcast_object_list(found)[0]
+
+
+def _renamed(key: str, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A part of an earlier run's identity with today's names of arguments and recipe keys."""
+    if key == "augmentation":
+        return rename_keys("augment", earlier, now)
+    return migrate_arguments(earlier) if key == "model" else migrate_inference(earlier)
+
+
+def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> None:
+    for key, value in _identity(trainer).items():
+        earlier = saved["identity"].get(key)
+        if key in ("model", "evaluation", "augmentation") and str(earlier).startswith("{"):
+            earlier = json.dumps(_renamed(key, json.loads(earlier), json.loads(value)), sort_keys=True)
+        if earlier != value:
+            raise CheckpointError(f"{folder} belongs to another run: {key} was {earlier!r}, is now {value!r}")
+    was = saved["shape"]
+    for key, value in _shape(trainer).items():
+        # where an epoch is one pass, the images that fill no update at its end may be others
+        if was[key] == value or (key == "images per pass" and trainer.config.train.steps_per_epoch is None):
+            continue
+        then, now = len(saved["random"]), trainer.accelerator.num_processes
+        text = f"{folder}: {key} were {was[key]}, are now {value}"
+        if then != now:
+            forward = trainer.config.train.batch_size * now
+            text += f", with {now} process(es) instead of {then}"
+            if key != "images per pass" and was["images per update"] % forward == 0:
+                text += f"; train.grad_accum_steps={was['images per update'] // forward} keeps the size of an update"
+        raise CheckpointError(text)
+
+
+def _check_best(trainer: Trainer) -> None:
+    """Makes RUN/best and the state agree: a kill may have come before RUN/best was written; or it is of a later epoch
+    than the checkpoint, and its weights are no longer this run's."""
+    state, folder = trainer.state, checkpoint.newest(trainer.run / "best")
+    if state.best is None:
+        return
+    if state.step == 0 and state.best["epoch"] == state.epoch:
+        _save_best(trainer)
+        return
+    held = checkpoint.read_epoch(folder) if folder is not None else None
+    if folder is not None and held in (None, state.best["epoch"]):  # None: an earlier version wrote it
+        return
+    now = state.step == 0 and state.history[-1][trainer.task.monitor] is not None
+    trainer.logger.warn(
+        f"{trainer.run / 'best'} {f'holds epoch {held}' if folder is not None else 'is gone'}, where the best up to "
+        f"here is epoch {state.best['epoch']}; {f'epoch {state.epoch}' if now else 'the next one that is evaluated'} "
+        "takes its place"
+    )
+    state.best = state.history[-1] if now else None
+    if now:
+        _save_best(trainer)
