@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The kernels' tests and all GPU benchmarks on one GPU, within 8 minutes: bash benchmarks/gpu.sh [FOLDER]
+# Kernel tests and all GPU benchmarks on one GPU, within 8 minutes: bash benchmarks/gpu.sh [FOLDER]
 #
-# Leaves tables (CSV), pictures (PNG) and a log in FOLDER (default: $OUT, else benchmarks/results). Runs from a checkout,
-# installed or not; of foveal's requirements it wants torch, triton, torchvision, timm, safetensors, rich and matplotlib.
+# Writes tables (CSV), plots (PNG) and a log to FOLDER (default: $OUT, else benchmarks/results). Runs from a checkout,
+# installed or not; needs torch, triton, torchvision, timm, safetensors, rich and matplotlib.
 #
 #   SECONDS_TESTS, SECONDS_MEMCHECK, SECONDS_BENCH   limits, default 120, 60 and 250
-#   PARTS    of "tests memcheck layers convs halo models", default all
+#   PARTS    some of "tests memcheck layers convs halo models", default all
 #   PYTHON   the interpreter, default python3
-#   DRY=1    the same on a CPU with very small cases and without tests and memcheck, to try the script
+#   DRY=1    a dry run on a CPU, with very small cases, without tests and memcheck
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,7 +18,7 @@ mkdir -p "$folder"
 rm -f "$folder/gpu.log"
 folder=$(cd "$folder" && pwd)
 
-# The package is the folders of the checkout under one name: put together of links where it is not installed.
+# If the package is not installed, it is assembled from links to the folders of the checkout.
 links=$(mktemp -d)
 trap 'rm -rf "$links"' EXIT
 mkdir "$links/foveal"
@@ -69,7 +69,7 @@ if [ "${#bench[@]}" -gt 0 ]; then
   options=("${bench[@]}" --device cuda --output "$folder" --seconds "${SECONDS_BENCH:-250}")
   [ -z "${DRY:-}" ] || options+=(--device cpu --tiny)
   code=0
-  # a compilation can outlast its budget by its own length
+  # a compilation can exceed the budget by its own duration
   timeout "$((${SECONDS_BENCH:-250} + 40))" "$python" -m foveal.benchmarks.run "${options[@]}" 2>&1 | tee -a "$folder/gpu.log" || code=$?
   finish "$code" "benchmarks"
   code=0
