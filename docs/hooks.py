@@ -1,4 +1,4 @@
-"""What mkdocs does beside mkdocs.yml: pages from outside of docs/, links between all, the package as one tree."""
+"""mkdocs hooks: pages from outside docs/, links between all pages, the package as one tree for mkdocstrings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGES = {
 
 
 def package_tree(target: Path) -> None:
-    """A copy of the package's Python files under ``target/foveal``, in the folders that an installed package has."""
+    """Copy the package's Python files to ``target/foveal``, with the layout of an installed package."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     places = dict(re.findall(r'^"?foveal\.?([\w.]*)"? = "([\w/]+)"$', text, re.MULTILINE))
     shutil.rmtree(target, ignore_errors=True)
@@ -53,7 +53,7 @@ SOURCE = re.compile(r'\b(src|srcset|href)="([^"]+)"')
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links of the repository as links of the site; the text alone where the file is no part of it."""
+    """Rewrite repository links to site links; links to files outside the site become plain text."""
     here = page.file.src_uri
     place = next((place for place, uri in PAGES.items() if uri == here), f"docs/{here}")
 
