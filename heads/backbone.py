@@ -41,13 +41,18 @@ class ShapeSpec:
         return len(self.channels)
 
 
+class Neck(nn.Module):
+    """Base class: maps as a list, the finest first, to maps of ``spec``."""
+
+    spec: ShapeSpec
+
+
 class Backbone(nn.Module):
     """A timm feature network and an optional neck, with the interface of torchvision's ``BackboneWithFPN``.
 
     Args:
         body: what ``timm.create_model(name, features_only=True, ...)`` returns.
-        neck: maps the body's feature maps to those that the heads read; has a ``spec``, a `ShapeSpec`. None: the heads
-            read the body's maps.
+        neck: from the body's maps to those that the heads read. None: the heads read the body's maps.
         classifier: the same model without ``features_only``, preferably on the meta device. timm renames the parameters
             of some feature networks; the published names, `group_matcher` and `no_weight_decay` are read from it.
         frozen_stages: -1: everything is trained. n: the stem and the first n stages are not trained and stay in
@@ -77,7 +82,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         body: nn.Module,
-        neck: nn.Module | None = None,
+        neck: Neck | None = None,
         *,
         classifier: Any,
         frozen_stages: int = -1,

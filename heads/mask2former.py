@@ -25,9 +25,7 @@ class _Encoder:
         return SimpleNamespace(feature_maps=list(self.backbone(images).values()))
 
 
-def decoder(
-    backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None
-) -> nn.Module:
+def decoder(backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None) -> Any:
     """transformers' Mask2FormerForUniversalSegmentation around a backbone, without a backbone of its own.
 
     Args:
@@ -74,7 +72,7 @@ def decoder(
     return whole
 
 
-def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) -> nn.Module:
+def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) -> Any:
     """transformers' Mask2FormerForUniversalSegmentation without a backbone.
 
     Args:
@@ -139,7 +137,7 @@ def _a3fpn_pixel_decoder(published: Any) -> type[nn.Module]:
     return A3FPNPixelDecoder
 
 
-def query_outputs(head: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def query_outputs(head: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The predictions of the queries before the first and after each layer of the decoder.
 
     Args:
@@ -159,7 +157,7 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def losses(head: nn.Module, images: Tensor, masks: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
+def losses(head: Any, images: Tensor, masks: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
     """The weighted losses of classes, masks and their overlap (dice), each summed over the layers of the decoder.
 
     Args:

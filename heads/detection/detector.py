@@ -26,6 +26,7 @@ class Detector(DenseModel):
     """
 
     task = "detect"
+    detector: Any  # torchvision's, and others with its interface
 
     def __init__(self, detector: nn.Module, head: Any, num_classes: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ torchvision moves them apart in float32 as long as they are few.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,14 @@ class OneImage(nn.Module):
         suppress: what does the non-maximum suppression.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+    anchors: torch.Tensor
+
     def __init__(self, model: Detector, size: tuple[int, int], suppress: Suppress = suppress) -> None:
         super().__init__()
-        self.model, self.size, self.suppress = model, size, suppress
+        self.model: Detector = model
+        self.size, self.suppress = size, suppress
         transform = model.detector.transform
         channels = len(transform.image_mean)
         parameter = next(model.parameters())
@@ -194,7 +200,7 @@ def _larger(boxes: torch.Tensor, side: float) -> torch.Tensor:
     return (boxes[:, 2:] - boxes[:, :2] >= side).all(1)
 
 
-def pool_regions(pool: nn.Module, maps: list[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
+def pool_regions(pool: Any, maps: list[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
     """What a detector's region pool gives for the regions ``[n, 4]`` of one image: ``[n, C, side, side]``."""
     aligned = isinstance(pool, AlignedPool)
     levels = pool.map_levels([regions])

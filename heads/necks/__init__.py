@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from ..backbone import ShapeSpec
+from ..backbone import Neck, ShapeSpec
 from .a3fpn import A3FPN
 from .fpn import FPN
 
-NECKS: dict[str, type[nn.Module]] = {"fpn": FPN, "a3fpn": A3FPN}
+NECKS: dict[str, Callable[..., Neck]] = {"fpn": FPN, "a3fpn": A3FPN}
 
 
-def build_neck(name: str, spec: ShapeSpec, **kwargs: Any) -> nn.Module:
+def build_neck(name: str, spec: ShapeSpec, **kwargs: Any) -> Neck:
     """The neck ``name`` (a key of `NECKS`) for maps of this `ShapeSpec`.
 
     Raises:

@@ -27,7 +27,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..backbone import ShapeSpec
+from ..backbone import Neck, ShapeSpec
 from .resample import DeformableResampling
 
 # The settings of the released models, and of their lighter variant. They are for widths of 256 and 512; both give 16
@@ -237,7 +237,7 @@ def _ratio(stride: int, to: int) -> tuple[int, int]:
     return up, down
 
 
-class A3FPN(nn.Module):
+class A3FPN(Neck):
     """The pyramid network. What a preset leaves open follows from the maps' channels, unless given.
 
     Args:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..backbone import ShapeSpec
+from ..backbone import Neck, ShapeSpec
 
 
-class FPN(nn.Module):
+class FPN(Neck):
     """Lateral 1x1 convolutions, a top-down path of nearest upsampling, and 3x3 convolutions.
 
     Args:

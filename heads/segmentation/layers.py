@@ -1,6 +1,6 @@
 """What the segmentation heads share: a convolution with its norm and activation, resizing, and the auxiliary head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ class ConvNormAct(nn.Sequential):
         norm: makes the norm for a number of channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = norm(out_channels)

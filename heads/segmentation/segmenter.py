@@ -25,6 +25,8 @@ class SegmentationModel(DenseModel):
     """
 
     task = "segment"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: Backbone, *, mean: Sequence[float], std: Sequence[float], size_divisor: int = 32):
         super().__init__()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..backbone import ShapeSpec
+from ..backbone import Neck
 from .layers import Classifier, ConvNormAct, resize
 
 
@@ -25,9 +25,9 @@ class SemanticFPN(nn.Module):
         ValueError: strides that do not double from level to level, or a width that 32 does not divide.
     """
 
-    def __init__(self, neck: nn.Module, num_classes: int, *, channels: int = 128, dropout: float = 0.0):
+    def __init__(self, neck: Neck, num_classes: int, *, channels: int = 128, dropout: float = 0.0):
         super().__init__()
-        spec: ShapeSpec = neck.spec
+        spec = neck.spec
         if any(b != 2 * a for a, b in zip(spec.strides, spec.strides[1:], strict=False)):
             raise ValueError(f"semantic FPN: strides must double from level to level, not so: {spec.strides}")
         if channels % 32:

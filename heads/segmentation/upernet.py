@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone import ShapeSpec
+from ..backbone import Neck, ShapeSpec
 from .layers import Classifier, ConvNormAct, resize
 
 
@@ -35,7 +35,7 @@ class PyramidPooling(nn.Module):
         return self.fuse(torch.cat([x, *(resize(p, size) for p in pooled)], 1))
 
 
-class TopDown(nn.Module):
+class TopDown(Neck):
     """UPerNet's own pyramid: like FPN, with norm and ReLU after each convolution, and the last level taken as it is."""
 
     def __init__(self, spec: ShapeSpec, channels: int):
@@ -78,12 +78,12 @@ class UPerNet(nn.Module):
         channels: int = 512,
         bins: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
-        neck: Callable[[ShapeSpec], nn.Module] | None = None,
+        neck: Callable[[ShapeSpec], Neck] | None = None,
     ):
         super().__init__()
         self.pooling = PyramidPooling(spec.channels[-1], channels, bins)
         pooled = ShapeSpec((*spec.channels[:-1], channels), spec.strides)
-        self.neck = TopDown(pooled, channels) if neck is None else neck(pooled)
+        self.neck: Neck = TopDown(pooled, channels) if neck is None else neck(pooled)
         if tuple(self.neck.spec.strides) != tuple(spec.strides):
             raise ValueError(f"UPerNet: the neck gives strides {self.neck.spec.strides}, the backbone {spec.strides}")
         self.fuse = ConvNormAct(sum(self.neck.spec.channels), channels, 3)
