@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..kernels import (
     DecomposedRelativePositionBias,
@@ -25,6 +24,7 @@ from ..kernels import (
     neighborhood_mix,
 )
 from ..kernels.tracing import is_dynamic, without_size_guards
+from .layers import shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -40,9 +40,8 @@ class NeighborhoodAttention2d(nn.Module):
     DiNAT, arXiv:2209.15001, section 3.1).
 
     Each query attends to the ``kernel_size`` window around it, shifted inside the map at the borders. A map smaller
-    than ``kernel_size * dilation`` is enlarged to it at the right and the bottom, and the output is cropped: the
-    added positions are zeros at the input of the qkv projection, so that their q, k and v are its bias. They are
-    attended to like any other, and the published checkpoints were trained so.
+    than ``kernel_size * dilation`` is zero-padded to it at the right and the bottom before the qkv projection, and the
+    output is cropped. The padding is attended to like any other position: the published checkpoints were trained so.
 
     A ``kernel_size`` equal to the map gives plain attention with a relative position bias.
 
@@ -146,7 +145,7 @@ class NeighborhoodAttention2d(nn.Module):
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
 
     def _enlarge(self, qkv: torch.Tensor, bottom: int, right: int) -> torch.Tensor:
-        """Append what the projection answers to zeros, its bias, instead of projecting zeros."""
+        """Append the projection of zeros, which is its bias."""
         B, H, W, C = qkv.shape
         fill = qkv.new_zeros(C) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
         if right:
@@ -154,28 +153,6 @@ class NeighborhoodAttention2d(nn.Module):
         if bottom:
             qkv = torch.cat([qkv, fill.expand(B, bottom, W + right, C)], dim=1)
         return qkv
-
-
-def shortfall(length: int, least: int) -> int:
-    """How much ``length`` is short of ``least``, for a dynamic size, too: 0 where an exporter knows that it is not."""
-    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
-
-
-def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for dynamic sizes, as a matrix product for each axis."""
-    for target in (size[1], size[0]):
-        source = x.shape[3]
-        number = torch.arange(target, device=x.device)[:, None]
-        length = torch.full((), source, dtype=torch.int64, device=x.device)
-        start = torch.div(number * length, target, rounding_mode="floor")
-        stop = torch.div((number + 1) * length + (target - 1), target, rounding_mode="floor")
-        position = torch.arange(source, device=x.device)
-        inside = (position >= start) & (position < stop)
-        matrix = (inside / (stop - start)).to(x.dtype)  # target, source
-        # of two dimensions each, without a broadcast: there an exporter takes down which lengths are 1
-        lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
-        x = (lines @ matrix.t()).unflatten(0, x.shape[:3]).transpose(2, 3)
-    return x
 
 
 class RelativePositionTable(nn.Module):
@@ -206,12 +183,12 @@ class RelativePositionTable(nn.Module):
         resampled = resample_table(table.detach(), window_size).clone()
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
 
-    def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
-        """The table for windows of ``window_size``, differentiable; kept between calls that need no gradient."""
+    def forward(self, window_size: tuple[int, int]) -> RelativePositionBias:
+        """The bias for windows of ``window_size``, differentiable; a resampled table is kept between calls in eval."""
         table = self.relative_position_bias_table
-        if window_size == self.window_size:
-            return table
-        return self.cache.get(resample_table, window_size, source=table)
+        if window_size != self.window_size:
+            table = self.cache.get(resample_table, window_size, source=table)
+        return RelativePositionBias(table, self.cache)
 
 
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -269,7 +246,8 @@ class PartitionAttention2d(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads; must divide ``dim``.
-        partition_size: (rows, columns) of a part; the size that the bias table is for.
+        partition_size: (rows, columns) of a part; the size that the bias table is for. None, with ``parts``, for no
+            position bias.
         kind: ``"block"`` or ``"grid"``.
         parts: None for parts of ``partition_size`` whatever the map; or into how many windows an axis is cut, so that
             their size follows the map, ``ceil(length / parts)``, and the table is resampled (`resample_table`).
@@ -291,7 +269,7 @@ class PartitionAttention2d(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        partition_size: tuple[int, int],
+        partition_size: tuple[int, int] | None,
         kind: str,
         *,
         parts: int | None = None,
@@ -303,27 +281,27 @@ class PartitionAttention2d(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         if kind not in ("block", "grid"):
             raise ValueError(f'kind must be "block" or "grid", got {kind!r}')
+        if (parts is None) if partition_size is None else min(partition_size) < 1:
+            raise ValueError(f"partition_size must be at least 1, got {partition_size}")
         self.kind = kind
         self.parts = parts
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.rel_pos = RelativePositionTable(num_heads, partition_size)
+        self.rel_pos = None if partition_size is None else RelativePositionTable(num_heads, partition_size)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def extra_repr(self) -> str:
-        size = f"partition_size={self.rel_pos.window_size}" if self.parts is None else f"parts={self.parts}"
+        size = f"parts={self.parts}" if self.parts else f"partition_size={self.rel_pos.window_size}"
         return f"{self.kind}, {size}, num_heads={self.num_heads}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
-        size = self.rel_pos.window_size
-        if self.parts is not None:
-            size = -(-H // self.parts), -(-W // self.parts)
+        size = (-(-H // self.parts), -(-W // self.parts)) if self.parts else self.rel_pos.window_size
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
@@ -332,12 +310,47 @@ class PartitionAttention2d(nn.Module):
             kernel_size=size,
             stride=size,
             dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
-            bias=RelativePositionBias(self.rel_pos(size), self.rel_pos.cache),
+            bias=None if self.rel_pos is None else self.rel_pos(size),
             boundary="mask",
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
+
+
+class FullAttention2d(PartitionAttention2d):
+    """Multi-head attention over the whole map, with relative position bias: the map is one part.
+
+    The bias table is for maps of ``map_size``; for maps of another size it is resampled (`RelativePositionTable`).
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        map_size: (rows, columns) that the bias table is for; None for no position bias.
+        attn_drop: dropout probability on the attention weights.
+        proj_drop: dropout probability on the output.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import FullAttention2d
+        >>> attention = FullAttention2d(dim=64, num_heads=2, map_size=(14, 14))
+        >>> attention(torch.randn(1, 16, 20, 64)).shape
+        torch.Size([1, 16, 20, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int] | None,
+        *,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__(dim, num_heads, map_size, "block", parts=1, attn_drop=attn_drop, proj_drop=proj_drop)
 
 
 class RelativeEmbedding(nn.Module):
@@ -481,7 +494,9 @@ class HaloAttention2d(nn.Module):
         k, v = kv.split((self.head_dim, self.value_dim), -1)
 
         # the operation reads row `key - query + window - 1`, both counted from one origin
-        tables = (F.pad(t[self.halo_size :], (0, 0, 0, self.halo_size)) for t in self._tables())
+        factor = self.scale if self.scale_bias else 1.0
+        tables = (factor * t[self.halo_size :] for t in (self.pos_embed.height_rel, self.pos_embed.width_rel))
+        tables = (F.pad(t, (0, 0, 0, self.halo_size)) for t in tables)
         window = self.block_size + 2 * self.halo_size
         x = neighborhood_attention(
             q,
@@ -499,10 +514,6 @@ class HaloAttention2d(nn.Module):
             up = height % self.block_size > 0 or width % self.block_size > 0
             x = F.avg_pool2d(x, 2, ceil_mode=up, count_include_pad=False)
         return x
-
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        factor = self.scale if self.scale_bias else 1.0
-        return factor * self.pos_embed.height_rel, factor * self.pos_embed.width_rel
 
 
 @without_size_guards
@@ -546,7 +557,7 @@ def context_mixing(
         torch.Size([1, 14, 14, 32])
     """
     H, W, heads = q.shape[1:4]
-    sizes = [_kernel_size(table) for table in tables]
+    sizes = [(operator.index(table.shape[-1]) + 1) // 2 for table in tables]  # ints under torch.jit.trace, too
     q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # B heads HW D
     k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
     shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
@@ -558,69 +569,3 @@ def context_mixing(
         table = RelativePositionBias(table)
         mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=table, kernel_bias=bias))
     return torch.stack(mixed, dim=3).flatten(3)
-
-
-def _kernel_size(table: torch.Tensor) -> int:
-    return (operator.index(table.shape[-1]) + 1) // 2  # an int where torch.jit.trace has sizes as tensors
-
-
-class FullAttention2d(nn.Module):
-    """Multi-head attention over the whole map, with relative position bias: neighborhood attention with the map as its
-    kernel.
-
-    The bias table is for maps of ``map_size`` and taken as it is there; for maps of another size it is resampled
-    (`RelativePositionTable`).
-
-    Args:
-        dim: channels C.
-        num_heads: heads; must divide ``dim``.
-        map_size: (rows, columns) that the bias table is for; None for no position bias.
-        attn_drop: dropout probability on the attention weights.
-        proj_drop: dropout probability on the output.
-
-    Raises:
-        ValueError: on arguments that do not fit together; the message names them.
-
-    Examples:
-        >>> import torch
-        >>> from foveal.backbones.attention import FullAttention2d
-        >>> attention = FullAttention2d(dim=64, num_heads=2, map_size=(14, 14))
-        >>> attention(torch.randn(1, 16, 20, 64)).shape
-        torch.Size([1, 16, 20, 64])
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        map_size: tuple[int, int] | None,
-        *,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
-        if map_size is not None and min(map_size) < 1:
-            raise ValueError(f"map_size must be at least 1, got {map_size}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.rel_pos = None if map_size is None else RelativePositionTable(num_heads, map_size)
-        self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, H, W, C]`` to the same shape, for any H and W."""
-        B, H, W, C = _sizes(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
-        x = neighborhood_attention(
-            q,
-            k,
-            v,
-            kernel_size=(H, W),
-            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos((H, W)), self.rel_pos.cache),
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
-        return self.proj_drop(self.proj(x.reshape(B, H, W, C)))

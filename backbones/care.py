@@ -28,9 +28,9 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import is_dynamic, shortfall
+from .attention import is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, init_weights
+from .layers import Stage, drop_path_rates, init_weights, shortfall
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 

@@ -9,6 +9,7 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import checkpoint_seq
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
@@ -77,3 +78,25 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
     )
     conv.bias.requires_grad_(conv.weight.requires_grad)
     return True
+
+
+def shortfall(length: int, least: int) -> int:
+    """How much ``length`` is short of ``least``, for a dynamic size, too: 0 where an exporter knows that it is not."""
+    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
+
+
+def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for dynamic sizes, as a matrix product for each axis."""
+    for target in (size[1], size[0]):
+        source = x.shape[3]
+        number = torch.arange(target, device=x.device)[:, None]
+        length = torch.full((), source, dtype=torch.int64, device=x.device)
+        start = torch.div(number * length, target, rounding_mode="floor")
+        stop = torch.div((number + 1) * length + (target - 1), target, rounding_mode="floor")
+        position = torch.arange(source, device=x.device)
+        inside = (position >= start) & (position < stop)
+        matrix = (inside / (stop - start)).to(x.dtype)  # target, source
+        # of two dimensions each, without a broadcast: there an exporter takes down which lengths are 1
+        lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
+        x = (lines @ matrix.t()).unflatten(0, x.shape[:3]).transpose(2, 3)
+    return x

@@ -31,9 +31,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .attention import average_pool, context_mixing, is_dynamic
+from .attention import context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Blocks, drop_path_rates
+from .layers import Blocks, average_pool, drop_path_rates
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
