@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import atomic
 from .kernels import Call, RelativePositionBias, recording
 from .kernels.window import Window
 
@@ -20,9 +20,9 @@ KEY = "#56b4e9"  # sky blue, and
 MARK = "#d55e00"  # vermillion of Okabe and Ito's palette, told apart from the grey of images by everyone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Look:
-    """What the query at the point saw in one call of a neighborhood operation.
+    """What the query at the point sees in one call of a neighborhood operation.
 
     Attributes:
         layer: name of the module that called.
@@ -144,7 +144,7 @@ def visualize(
         model: a model in evaluation mode with `forward_intermediates`.
         image: ``[1, C, H, W]``, prepared for the model.
         shown: the same picture for the eye, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
-        output: the file to write, through a temporary name.
+        output: the file to write.
         point: (x, y) as fractions of the width and the height.
         layers: how many layers to draw at most, one of each pattern first.
 
@@ -169,7 +169,6 @@ def visualize(
 
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}")
-    output = Path(output)
     seen = looks(model, image, point)
     field, stages = receptive_field(model, image, point), feature_maps(model, image)
     chosen = _chosen(seen, layers)
@@ -180,30 +179,17 @@ def visualize(
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    height, width = image.shape[2:]
-    place = (point[0] * width, point[1] * height)
-
-    _backdrop(axes[0, 0], shown, (height, width))
-    axes[0, 0].plot(*place, "+", color=MARK, markersize=14, markeredgewidth=2.5)
-    axes[0, 0].set_title(f"input {width}x{height}", fontsize=9)
-    _backdrop(axes[0, 1], shown, (height, width))
-    # four decades: beyond them rounding and single outliers are what is left
-    axes[0, 1].imshow(field.clamp(min=1e-4).log10(), cmap="viridis", vmin=-4, vmax=0, extent=(0, width, height, 0))
-    axes[0, 1].plot(*place, "+", color=MARK, markersize=14, markeredgewidth=2.5)
-    axes[0, 1].set_title("receptive field of the last map\n(log10 of the gradient, -4 to 0)", fontsize=9)
+    size = tuple(image.shape[2:])
+    _draw_input(axes[0, 0], axes[0, 1], shown, size, point, field)
     for number, (axis, picture) in enumerate(zip(axes[0, 2:], stages, strict=False)):
-        axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
+        _backdrop(axis, picture, size)
         axis.set_title(f"stage {number + 1}: {picture.shape[1]}x{picture.shape[0]}\n(principal components)", fontsize=9)
     for axis, look in zip(axes[1:].flat, chosen, strict=False):
-        _draw_look(axis, look, shown, (height, width))
+        _draw_look(axis, look, shown, size)
     figure.suptitle(title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as new:
+        figure.savefig(new, dpi=110, format="png")
     return seen
 
 
@@ -238,9 +224,7 @@ def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, in
     axis.add_collection(PatchCollection(boxes, facecolor=KEY, alpha=alpha, antialiased=few, **edges))
     at = ((query[1] + 0.5) * w, (query[0] + 0.5) * h)
     axis.plot(*at, "o", color=MARK, markersize=5, markeredgecolor="white", markeredgewidth=0.8)
-    low, high = keys.amin(0).tolist(), (keys.amax(0) + 1).tolist()
-    axis.set_xlim(min(0, low[1] * w), max(width, high[1] * w))
-    axis.set_ylim(max(height, high[0] * h), min(0, low[0] * h))
+    _limit(axis, size, (height, width), keys[:, 0], keys[:, 1])
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
@@ -253,16 +237,13 @@ def check_point(point: tuple[float, float]) -> None:
 
 def _chosen(seen: list[Look], count: int) -> list[Look]:
     """At most ``count``, in order: one of each pattern and map first, then others, spread evenly."""
-    patterns = {}
-    for number, look in enumerate(seen):
-        patterns.setdefault((look.rule, look.size), number)
-    others = [number for number in range(len(seen)) if number not in patterns.values()]
 
-    def spread(numbers: list[int], n: int) -> list[int]:
-        return numbers if n >= len(numbers) else [numbers[i * len(numbers) // n] for i in range(n)]
+    def spread(some: list[Look], n: int) -> list[Look]:
+        return some if n >= len(some) else [some[i * len(some) // n] for i in range(n)]
 
-    first = spread(list(patterns.values()), count)
-    return [seen[number] for number in sorted(first + spread(others, count - len(first)))]
+    first = spread(patterns(seen), count)
+    others = [look for look in seen if look not in patterns(seen)]
+    return sorted(first + spread(others, count - len(first)), key=seen.index)
 
 
 def clicked(shown: Any) -> tuple[float, float]:
@@ -289,6 +270,18 @@ def clicked(shown: Any) -> tuple[float, float]:
     return min(max(x / width, 0.0), 1 - 1e-6), min(max(y / height, 0.0), 1 - 1e-6)
 
 
+def _draw_input(left: Any, right: Any, shown: Any, size: tuple[int, int], point: tuple[float, float], field: Tensor):
+    """The image with the point, and the receptive field over it."""
+    height, width = size
+    for axis in (left, right):
+        _backdrop(axis, shown, size)
+        axis.plot(point[0] * width, point[1] * height, "+", color=MARK, markersize=14, markeredgewidth=2.5)
+    left.set_title(f"input {width}x{height}", fontsize=9)
+    # four decades: beyond them there is only rounding and single outliers
+    right.imshow(field.clamp(min=1e-4).log10(), cmap="viridis", vmin=-4, vmax=0, extent=(0, width, height, 0))
+    right.set_title("receptive field of the last map\n(log10 of the gradient, -4 to 0)", fontsize=9)
+
+
 def _backdrop(axis: Any, shown: Any, size: tuple[int, int]) -> None:
     height, width = size
     axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
@@ -312,24 +305,28 @@ def _draw_look(axis: Any, look: Look, shown: Any, size: tuple[int, int]) -> None
     row, column = look.query
     axis.add_patch(Rectangle((column * w, row * h), w, h, fill=False, edgecolor=MARK, linewidth=2))
     axis.set_title(f"{look.layer}\n{look.rule}, map {look.size[1]}x{look.size[0]}", fontsize=7)
-    axis.set_xlim(min(0, float(look.columns.min()) * w), max(width, (float(look.columns.max()) + 1) * w))
-    axis.set_ylim(max(height, (float(look.rows.max()) + 1) * h), min(0, float(look.rows.min()) * h))
+    _limit(axis, look.size, size, look.rows, look.columns)
+
+
+def _limit(axis: Any, size: tuple[int, int], pixels: tuple[int, int], rows: Tensor, columns: Tensor) -> None:
+    """Show the image and all keys, which may lie outside."""
+    h, w = pixels[0] / size[0], pixels[1] / size[1]
+    axis.set_xlim(min(0, float(columns.min()) * w), max(pixels[1], (float(columns.max()) + 1) * w))
+    axis.set_ylim(max(pixels[0], (float(rows.max()) + 1) * h), min(0, float(rows.min()) * h))
 
 
 @contextmanager
 def _module_names(model: nn.Module) -> Iterator[list[str]]:
     """The names of the modules that are running, the innermost last."""
     running: list[str] = []
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
     hooks = []
     for name, module in model.named_modules():
-
-        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
-            running.append(name)
-
-        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-            running.pop()
-
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(leave))
     try:
         yield running
     finally:
@@ -341,7 +338,7 @@ def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
     """The query at ``point`` and what it gives to its keys."""
     problem = call.problem
     x, y = point
-    rows, columns = _Axis(problem.rows, problem.size[0], y), _Axis(problem.columns, problem.size[1], x)
+    rows, columns = _AxisWindow(problem.rows, problem.size[0], y), _AxisWindow(problem.columns, problem.size[1], x)
     if call.operation == "neighborhood_aggregate":
         weights = call.tensors[0][0, rows.number, columns.number].float().unflatten(-1, problem.kernel_size)
     else:
@@ -358,7 +355,7 @@ def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
     return Look(layer, problem.size, ", ".join(rule), query, rows.position, columns.position, weights.cpu())
 
 
-def _attention_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
+def _attention_logits(call: Call, rows: _AxisWindow, columns: _AxisWindow) -> Tensor:
     """Of one query to its keys, with their bias: ``[heads, Kh, Kw]``."""
     q, k, _, bias = call.tensors
     query = q[0, rows.number, columns.number].float()  # heads D
@@ -374,15 +371,15 @@ def _attention_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
     return logits
 
 
-def _mix_logits(call: Call, rows: _Axis, columns: _Axis) -> Tensor:
+def _mix_logits(call: Call, rows: _AxisWindow, columns: _AxisWindow) -> Tensor:
     logits, _, table, kernel_bias = call.tensors
     given = logits[0, rows.number, columns.number].float()
     given = (given if kernel_bias is None else given + kernel_bias.float()).unflatten(-1, call.problem.kernel_size)
     return given if table is None else given + table.float()[:, rows.row][:, :, columns.row]
 
 
-class _Axis:
-    """The query at a fraction of an axis, and its keys by the window rule."""
+class _AxisWindow:
+    """One axis of the query at a fraction of the map, and of its keys by the window rule."""
 
     def __init__(self, window: Window, length: int, fraction: float) -> None:
         self.number = min(int(fraction * length) // window.query_stride, window.queries(length) - 1)
