@@ -39,42 +39,30 @@ def unsupported_reason(problem: Problem) -> str | None:
 # --------------------------------------------------------------------------------------------- the three products
 
 
-@torch.library.custom_op("foveal::aggregate_apply", mutates_args=())
-def _apply(weights: Tensor, v: Tensor, window: list[int], boundary: str) -> Tensor:
-    from . import triton_kernels
+def _product(name: str, depth: Callable[[Tensor, list[int]], int]) -> torch.library.CustomOpDef:
+    """The operator of a product of ``x`` and ``y``; ``depth``: channels of its output, from ``y`` and the window."""
 
-    out = v.new_empty(v.shape)
-    triton_kernels.apply(weights, v, out, window, boundary)
-    return out
+    def empty(y: Tensor, window: list[int]) -> Tensor:
+        return y.new_empty(*y.shape[:4], depth(y, window))
 
+    @torch.library.custom_op(f"foveal::aggregate_{name}", mutates_args=())
+    def product(x: Tensor, y: Tensor, window: list[int], boundary: str) -> Tensor:
+        from . import triton_kernels
 
-@torch.library.custom_op("foveal::aggregate_dots", mutates_args=())
-def _dots(q: Tensor, k: Tensor, window: list[int], boundary: str) -> Tensor:
-    from . import triton_kernels
+        out = empty(y, window)
+        getattr(triton_kernels, name)(x, y, out, window, boundary)
+        return out
 
-    out = k.new_empty(*k.shape[:4], window[0] * window[1])
-    triton_kernels.dots(q, k, out, window, boundary)
-    return out
+    @product.register_fake
+    def _(x: Tensor, y: Tensor, window: list[int], boundary: str) -> Tensor:
+        return empty(y, window)
 
-
-@torch.library.custom_op("foveal::aggregate_spread", mutates_args=())
-def _spread(weights: Tensor, q: Tensor, window: list[int], boundary: str) -> Tensor:
-    from . import triton_kernels
-
-    out = q.new_empty(q.shape)
-    triton_kernels.spread(weights, q, out, window, boundary)
-    return out
+    return product
 
 
-@_apply.register_fake
-@_spread.register_fake
-def _(x: Tensor, y: Tensor, window: list[int], boundary: str) -> Tensor:
-    return y.new_empty(y.shape)
-
-
-@_dots.register_fake
-def _(q: Tensor, k: Tensor, window: list[int], boundary: str) -> Tensor:
-    return k.new_empty(*k.shape[:4], window[0] * window[1])
+_apply = _product("apply", lambda v, window: v.shape[4])
+_dots = _product("dots", lambda k, window: window[0] * window[1])
+_spread = _product("spread", lambda q, window: q.shape[4])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -84,31 +72,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _derivative(of_x: Callable[..., Tensor], of_y: Callable[..., Tensor]) -> Callable:
     def backward(ctx, grad: Tensor):
-        x, y = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return (
-            of_x(grad, x, y, *ctx.window) if needed[0] else None,
-            of_y(grad, x, y, *ctx.window) if needed[1] else None,
-            None,
-            None,
-        )
+        wanted = zip((of_x, of_y), ctx.needs_input_grad, strict=False)
+        return *(of(grad, *ctx.saved_tensors, *ctx.window) if needed else None for of, needed in wanted), None, None
 
     return backward
 
 
 # x, y: weights and values; queries and keys; weights and queries
-_apply.register_autograd(
-    _derivative(lambda g, x, y, *w: _dots(g, y, *w), lambda g, x, y, *w: _spread(x, g, *w)),
-    setup_context=_setup_context,
-)
-_dots.register_autograd(
-    _derivative(lambda g, x, y, *w: _apply(g, y, *w), lambda g, x, y, *w: _spread(g, x, *w)),
-    setup_context=_setup_context,
-)
-_spread.register_autograd(
-    _derivative(lambda g, x, y, *w: _dots(y, g, *w), lambda g, x, y, *w: _apply(x, g, *w)),
-    setup_context=_setup_context,
-)
+for _operator, _of_x, _of_y in (
+    (_apply, lambda g, x, y, *w: _dots(g, y, *w), lambda g, x, y, *w: _spread(x, g, *w)),
+    (_dots, lambda g, x, y, *w: _apply(g, y, *w), lambda g, x, y, *w: _spread(g, x, *w)),
+    (_spread, lambda g, x, y, *w: _dots(y, g, *w), lambda g, x, y, *w: _apply(x, g, *w)),
+):
+    _operator.register_autograd(_derivative(_of_x, _of_y), setup_context=_setup_context)
 
 
 # ------------------------------------------------------------------------------------- weights from a softmax

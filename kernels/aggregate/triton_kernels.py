@@ -17,23 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import (
-    first_query,
-    group_length,
-    input_precision,
-    last_query,
-    launch,
-    power_of_2,
-    window_start,
-)
+from ..triton_common import first_query, group_length, input_precision, last_query, launch, power_of_2, window_start
 
-# ------------------------------------------------------------------------------------------ pieces of programs
+# --------------------------------------------------------------------------------------------------- helpers
 
 
 @triton.jit
 def _program(heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns):
-    """(image, head, phase of the rows and the columns, length of this group's rows and columns, first row and column
-    of the tile). Heads run fastest: what lies side by side in memory is read at one time."""
+    """(image, head, dilation group of the rows and the columns, its length in rows and columns, first row and column of
+    the tile). Heads run fastest: what lies side by side in memory is read at one time."""
     down = tl.cdiv(tl.cdiv(height, dilation_rows), tile_rows)
     across = tl.cdiv(tl.cdiv(width, dilation_columns), tile_columns)
     head = tl.program_id(0) % heads
@@ -42,13 +34,13 @@ def _program(heads, height, width, dilation_rows, dilation_columns, tile_rows, t
     rest = rest // across
     row = rest % down * tile_rows
     rest = rest // down
-    phase_column = rest % dilation_columns
+    group_column = rest % dilation_columns
     rest = rest // dilation_columns
-    phase_row = rest % dilation_rows
+    group_row = rest % dilation_rows
     image = (rest // dilation_rows).to(tl.int64)
-    rows = group_length(height, phase_row, dilation_rows)
-    columns = group_length(width, phase_column, dilation_columns)
-    return image, head, phase_row, phase_column, rows, columns, row, column
+    rows = group_length(height, group_row, dilation_rows)
+    columns = group_length(width, group_column, dilation_columns)
+    return image, head, group_row, group_column, rows, columns, row, column
 
 
 @triton.jit
@@ -75,19 +67,14 @@ def _keys_seen(
 
 
 @triton.jit
-def _at(row, column, phase_row, phase_column, dilation_rows, dilation_columns, stride_rows, stride_columns):
-    """Where positions of a dilation group lie in memory."""
-    y = (row * dilation_rows + phase_row).to(tl.int64)
-    x = (column * dilation_columns + phase_column).to(tl.int64)
-    return y * stride_rows + x * stride_columns
+def _positions(row, column, group_row, group_column, dilation_rows, dilation_columns):
+    """Where positions of a dilation group are on the map."""
+    return (row * dilation_rows + group_row).to(tl.int64), (column * dilation_columns + group_column).to(tl.int64)
 
 
 @triton.jit
-def _number(
-    image, head, row, column, phase_row, phase_column, dilation_rows, dilation_columns, heads, height, width
-):  # fmt: skip
+def _number(image, head, y, x, heads, height, width):
     """Number of a position and head among all ``[B, H, W, N]``."""
-    y, x = row * dilation_rows + phase_row, column * dilation_columns + phase_column
     return ((image * height + y) * width + x) * heads + head
 
 
@@ -152,7 +139,7 @@ def _apply(
 ):  # fmt: skip
     """``M @ v`` for a tile of queries; with ``SOFTMAX``, the logarithm of each query's sum into ``sums`` as well.
     ``ZEROS``: positions outside the map take part in the softmax."""
-    image, head, phase_row, phase_column, rows, columns, first_row, first_column = _program(
+    image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
     if (first_row >= rows) | (first_column >= columns):  # other groups are longer than this one
@@ -160,9 +147,8 @@ def _apply(
     query_row, query_column, query_ok, _ = _tile(
         first_row, first_column, tile_rows, tile_columns, rows, columns, 0, BLOCK_Q
     )
-    weights_at = _at(
-        query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns, weights_h, weights_w
-    )
+    query_y, query_x = _positions(query_row, query_column, group_row, group_column, dilation_rows, dilation_columns)
+    weights_at = query_y * weights_h + query_x * weights_w
     weights += image * weights_b + head.to(tl.int64) * weights_n
     v += image * v_b + head.to(tl.int64) * v_n
 
@@ -182,8 +168,8 @@ def _apply(
             key_ok = within
         seen = inside & query_ok[:, None] & key_ok[None, :]
         m = tl.load(weights + weights_at[:, None] + number * weights_k, mask=seen, other=0.0)
-        v_at = _at(key_row, key_column, phase_row, phase_column, dilation_rows, dilation_columns, v_h, v_w)
-        values = _load_map(v, v_at, on_map, v_d, depth, BLOCK_D)
+        key_y, key_x = _positions(key_row, key_column, group_row, group_column, dilation_rows, dilation_columns)
+        values = _load_map(v, key_y * v_h + key_x * v_w, on_map, v_d, depth, BLOCK_D)
         if SOFTMAX:
             z = _logits(
                 m, number, seen, query_row, query_column, key_row, key_column, table, kernel_bias, head,
@@ -199,10 +185,7 @@ def _apply(
             m = p.to(values.dtype)
         total = tl.dot(m, values, total, input_precision=PRECISION)
 
-    at = _number(
-        image, head, query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns,
-        heads, height, width,
-    )  # fmt: skip
+    at = _number(image, head, query_y, query_x, heads, height, width)
     if SOFTMAX:
         mass = tl.where(query_ok, mass, 1.0)
         total = total / mass[:, None]
@@ -212,7 +195,7 @@ def _apply(
 
 @triton.jit
 def _dots(
-    queries, keys, out, weights, answer, sums, table, kernel_bias,
+    queries, keys, out, weights, output, sums, table, kernel_bias,
     queries_b, queries_h, queries_w, queries_n, queries_d, keys_b, keys_h, keys_w, keys_n, keys_d,
     weights_b, weights_h, weights_w, weights_n, weights_k,
     heads, height, width, depth, dilation_rows, dilation_columns, tile_rows, tile_columns,
@@ -222,8 +205,8 @@ def _dots(
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``queries @ keys^T`` where the windows of a tile of queries lie. With ``SOFTMAX`` the queries are the gradient of
-    ``answer``, the keys the values, and what is written is the gradient of the logits ``weights``."""
-    image, head, phase_row, phase_column, rows, columns, first_row, first_column = _program(
+    ``output``, the keys the values, and what is written is the gradient of the logits ``weights``."""
+    image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
     if (first_row >= rows) | (first_column >= columns):
@@ -233,23 +216,17 @@ def _dots(
     )
     queries += image * queries_b + head.to(tl.int64) * queries_n
     keys += image * keys_b + head.to(tl.int64) * keys_n
-    queries_at = _at(
-        query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns, queries_h, queries_w
-    )
-    at = _number(
-        image, head, query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns,
-        heads, height, width,
-    )  # fmt: skip
+    query_y, query_x = _positions(query_row, query_column, group_row, group_column, dilation_rows, dilation_columns)
+    queries_at = query_y * queries_h + query_x * queries_w
+    at = _number(image, head, query_y, query_x, heads, height, width)
     if SOFTMAX:
         weights += image * weights_b + head.to(tl.int64) * weights_n
-        weights_at = _at(
-            query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns, weights_h, weights_w
-        )
+        weights_at = query_y * weights_h + query_x * weights_w
         mass = tl.load(sums + at, mask=query_ok, other=0.0)
         mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for d in tl.static_range(0, DEPTH, BLOCK_D):
             x = _load_map(queries + d * queries_d, queries_at, query_ok, queries_d, depth - d, BLOCK_D)
-            y = _load_map(answer + d, at * depth, query_ok, 1, depth - d, BLOCK_D)
+            y = _load_map(output + d, at * depth, query_ok, 1, depth - d, BLOCK_D)
             mean += tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
     if DEPTH == BLOCK_D:
         x = _load_map(queries, queries_at, query_ok, queries_d, depth, BLOCK_D)
@@ -261,7 +238,8 @@ def _dots(
         key_row, key_column, on_map, within = _tile(
             key_first_row, key_first_column, down, across, rows, columns, begin, BLOCK_K
         )
-        keys_at = _at(key_row, key_column, phase_row, phase_column, dilation_rows, dilation_columns, keys_h, keys_w)
+        key_y, key_x = _positions(key_row, key_column, group_row, group_column, dilation_rows, dilation_columns)
+        keys_at = key_y * keys_h + key_x * keys_w
         products = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
         for d in tl.static_range(0, DEPTH, BLOCK_D):
             if DEPTH > BLOCK_D:
@@ -294,7 +272,7 @@ def _spread(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``M^T @ queries`` for a tile of keys, over all queries whose windows hold one of them."""
-    image, head, phase_row, phase_column, rows, columns, first_row, first_column = _program(
+    image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
     if (first_row >= rows) | (first_column >= columns):
@@ -318,31 +296,22 @@ def _spread(
         )
         number, inside = _in_window(query_row, query_column, key_row, key_column, rows, columns, KH, KW, SHIFT, WIDE)
         seen = inside & query_ok[:, None] & key_ok[None, :]
-        weights_at = _at(
-            query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns, weights_h, weights_w
-        )
+        query_y, query_x = _positions(query_row, query_column, group_row, group_column, dilation_rows, dilation_columns)
+        weights_at = query_y * weights_h + query_x * weights_w
         m = tl.load(weights + weights_at[:, None] + number * weights_k, mask=seen, other=0.0)
-        queries_at = _at(
-            query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns, queries_h, queries_w
-        )
-        x = _load_map(queries, queries_at, query_ok, queries_d, depth, BLOCK_D)
+        x = _load_map(queries, query_y * queries_h + query_x * queries_w, query_ok, queries_d, depth, BLOCK_D)
         if SOFTMAX:
             z = _logits(
                 m, number, seen, query_row, query_column, key_row, key_column, table, kernel_bias, head,
                 KH, KW, TABLE, KERNEL_BIAS,
             )  # fmt: skip
-            at = _number(
-                image, head, query_row, query_column, phase_row, phase_column, dilation_rows, dilation_columns,
-                heads, height, width,
-            )  # fmt: skip
+            at = _number(image, head, query_y, query_x, heads, height, width)
             mass = tl.load(sums + at, mask=query_ok, other=0.0)
             m = tl.exp2(z - mass[:, None]).to(x.dtype)
         total = tl.dot(tl.trans(m), x, total, input_precision=PRECISION)
 
-    at = _number(
-        image, head, key_row, key_column, phase_row, phase_column, dilation_rows, dilation_columns,
-        heads, height, width,
-    )  # fmt: skip
+    key_y, key_x = _positions(key_row, key_column, group_row, group_column, dilation_rows, dilation_columns)
+    at = _number(image, head, key_y, key_x, heads, height, width)
     _store_map(out, at * depth, key_ok, total, depth, BLOCK_D)
 
 
@@ -435,29 +404,14 @@ def _launch(
         rows, columns = tile_shape(length, kernel_size, size, step)
         tiles = math.prod(dilation) * -(-length[0] // rows) * -(-length[1] // columns)
         kernel[(batch * heads * tiles,)](
-            **arguments,
-            heads=heads,
-            height=height,
-            width=width,
-            depth=depth,
-            dilation_rows=dilation[0],
-            dilation_columns=dilation[1],
-            tile_rows=rows,
-            tile_columns=columns,
-            KH=kernel_size[0],
-            KW=kernel_size[1],
-            SHIFT=boundary == "shift",
-            ZEROS=softmax and boundary == "zero",
-            SOFTMAX=softmax,
-            TABLE=whole["table"] is not None,
-            KERNEL_BIAS=whole["kernel_bias"] is not None,
-            WIDE=math.prod(kernel_size) * arguments.get("weights_k", 0) >= 2**31,
-            PRECISION=input_precision(out.dtype),
-            BLOCK_Q=step if name == "spread" else size,
-            BLOCK_K=size if name == "spread" else step,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            **arguments, heads=heads, height=height, width=width, depth=depth,
+            dilation_rows=dilation[0], dilation_columns=dilation[1], tile_rows=rows, tile_columns=columns,
+            KH=kernel_size[0], KW=kernel_size[1], SHIFT=boundary == "shift", ZEROS=softmax and boundary == "zero",
+            SOFTMAX=softmax, TABLE=whole["table"] is not None, KERNEL_BIAS=whole["kernel_bias"] is not None,
+            WIDE=math.prod(kernel_size) * arguments.get("weights_k", 0) >= 2**31, PRECISION=input_precision(out.dtype),
+            BLOCK_Q=step if name == "spread" else size, BLOCK_K=size if name == "spread" else step,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
     shape_class = (out.dtype, padded, kernel_size, max(dilation) > 1, boundary, softmax, math.prod(shape).bit_length())
     with torch.cuda.device_of(out):
@@ -473,12 +427,12 @@ def apply(weights: Tensor, v: Tensor, out: Tensor, window: list[int], boundary: 
 
 
 def dots(
-    q: Tensor, k: Tensor, out: Tensor, window: list[int], boundary: str, logits=None, answer=None, softmax=_NONE
+    q: Tensor, k: Tensor, out: Tensor, window: list[int], boundary: str, logits=None, output=None, softmax=_NONE
 ) -> None:
     """``q @ k^T`` where the windows lie; with ``softmax``, the gradient of ``logits`` for the gradient ``q`` of
-    ``answer``."""
+    ``output``."""
     strided = {"queries": q, "keys": k, "weights": logits}
-    _launch("dots", _dots, k.shape, window, boundary, strided, {"out": out, "answer": answer, **softmax})
+    _launch("dots", _dots, k.shape, window, boundary, strided, {"out": out, "output": output, **softmax})
 
 
 def spread(weights: Tensor, q: Tensor, out: Tensor, window: list[int], boundary: str, softmax=_NONE) -> None:
@@ -493,16 +447,6 @@ def fold_table(logits: Tensor, out: Tensor, window: list[int], boundary: str) ->
     KH, KW, *dilation = window
     with torch.cuda.device_of(out):
         _fold[(heads * (2 * KH - 1),)](
-            logits,
-            out,
-            heads,
-            height,
-            width,
-            *dilation,
-            KH=KH,
-            KW=KW,
-            SHIFT=boundary == "shift",
-            BLOCK_Q=16,
-            BLOCK_T=power_of_2(2 * KW - 1),
-            num_warps=4,
-        )
+            logits, out, heads, height, width, *dilation,
+            KH=KH, KW=KW, SHIFT=boundary == "shift", BLOCK_Q=16, BLOCK_T=power_of_2(2 * KW - 1), num_warps=4,
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """The kernels behind ``triton.py``. Imports Triton: imported where a kernel is launched, and not before.
 
-A program takes a tile of TH x TW queries of one dilation group and walks over the keys that any of them sees, a block
-of KR rows and KC columns at a time. Inside a block, whether a query sees a key, and its bias, are made of a part for
+A program takes a tile of TH x TW queries of one dilation group and goes through the keys that any of them sees in
+blocks of KR rows and KC columns. Inside a block, whether a query sees a key, and its bias, are made of a part for
 the row and a part for the column of the key, so that a single logit costs one addition, and one look into the table:
 
 * no bias: both parts are 0 or -inf;
@@ -29,22 +29,51 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT = tl.constexpr(0)
 MASK = tl.constexpr(2)
 TABLE = tl.constexpr(1)
-FACTORED = tl.constexpr(2)
+DECOMPOSED = tl.constexpr(2)
 
 
-# ------------------------------------------------------------------------------------------------------ pieces
+# ----------------------------------------------------------------------------------------------------- helpers
 
 
 @triton.jit
-def _phase_and_tile(tile, dilation_rows, dilation_columns, tiles_rows, tiles_columns):
-    """(phase of rows, of columns, row, column of the tile, image)."""
+def _place(tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns):
+    """(image, dilation group of rows and of columns, positions of each, row and column of the tile) of a number."""
     column = tile % tiles_columns
     tile = tile // tiles_columns
     row = tile % tiles_rows
     tile = tile // tiles_rows
-    phase_column = tile % dilation_columns
+    group_column = tile % dilation_columns
     tile = tile // dilation_columns
-    return tile % dilation_rows, phase_column, row, column, tile // dilation_rows
+    group_row = tile % dilation_rows
+    length_rows = group_length(height, group_row, dilation_rows)
+    length_columns = group_length(width, group_column, dilation_columns)
+    return (tile // dilation_rows).to(tl.int64), group_row, group_column, length_rows, length_columns, row, column
+
+
+@triton.jit
+def _query_axis(
+    first, number, step, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
+    MOVED: tl.constexpr,
+):  # fmt: skip
+    """One axis of the queries of a tile, from ``first`` on: (query, whether there is one, start, table index)."""
+    query = first + number
+    valid = (number < step) & (query < query_count(length, APART))
+    return (
+        query,
+        valid,
+        window_start(query, length, K, STRIDE, APART, MOVED),
+        table_index(query, STRIDE, APART, COUNTED),
+    )
+
+
+@triton.jit
+def _key_rows(first, last, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, BOUNDARY: tl.constexpr):
+    """The rows of keys that the queries from ``first`` to ``last`` see: (first, behind the last)."""
+    low = window_start(first, length, K, STRIDE, APART, BOUNDARY == SHIFT)
+    high = window_start(last, length, K, STRIDE, APART, BOUNDARY == SHIFT) + K
+    if BOUNDARY == MASK:
+        low, high = tl.maximum(low, 0), tl.minimum(high, length)
+    return low, high
 
 
 @triton.jit
@@ -90,6 +119,21 @@ def _load_embedding(base, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, 
 
 
 @triton.jit
+def _load_bias(
+    rows, columns, head, rows_head, columns_head, KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """A head's (table, embedding of rows, of columns); 0.0 in the place of what the bias does not have."""
+    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
+    if BIAS == TABLE:
+        table = _load_table(rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
+    elif BIAS == DECOMPOSED:
+        row_embedding = _load_embedding(rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(columns + head * columns_head, 2 * KW - 1, D, C, BD)
+    return table, row_embedding, column_embedding
+
+
+@triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
@@ -122,7 +166,7 @@ def _part(
     row = key[None, :] - index[:, None] + (K - 1)
     if BIAS == TABLE:
         part = tl.where(seen, row, P - 1) * PITCH
-    elif BIAS == FACTORED:
+    elif BIAS == DECOMPOSED:
         part = tl.where(seen, tl.gather(dots, tl.minimum(tl.maximum(row, 0), P - 1), 1), float("-inf"))
     else:
         part = tl.where(seen, 0.0, float("-inf"))
@@ -158,46 +202,38 @@ def forward(
     BM: tl.constexpr = TH * TW
     BK: tl.constexpr = KR * KC
     head = tl.program_id(0) % heads
-    phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
-        tl.program_id(0) // heads, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+    wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+        tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
-    length_rows = group_length(height, phase_row, dilation_rows)
-    length_columns = group_length(width, phase_column, dilation_columns)
     first_row, first_column = tile_row * step_rows, tile_column * step_columns
     last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
     if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
         return  # this group is shorter than others
 
     m = tl.arange(0, BM)
-    row, column = first_row + m // TW, first_column + m % TW
-    row_valid = (m // TW < step_rows) & (row <= last_row)
-    column_valid = (m % TW < step_columns) & (column < query_count(length_columns, NW))
-    row_start = window_start(row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
-    column_start = window_start(column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
-    row_index, column_index = table_index(row, SH, NH, COUNTED_H), table_index(column, SW, NW, COUNTED_W)
+    row, row_valid, row_start, row_index = _query_axis(
+        first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT
+    )
+    column, column_valid, column_start, column_index = _query_axis(
+        first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT
+    )
     valid = row_valid & column_valid
-    position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
+    position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
 
-    wide_image, wide_head = image.to(tl.int64), head.to(tl.int64)
+    wide_head = head.to(tl.int64)
     k += wide_image * k_image + wide_head * k_head
     v += wide_image * v_image + wide_head * v_head
     queries = _load(
         q + wide_image * q_image + wide_head * q_head,
         _at(position_row, position_column, q_row, q_column, WIDE), valid, D, BD,
     )  # fmt: skip
-    table, row_dots, column_dots = 0.0, 0.0, 0.0
-    if BIAS == TABLE:
-        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
-    elif BIAS == FACTORED:
-        row_dots = _dots(queries, _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD), PRECISION)
-        column_dots = _dots(
-            queries, _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD), PRECISION
-        )
+    table, row_dots, column_dots = _load_bias(
+        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
+    )
+    if BIAS == DECOMPOSED:
+        row_dots, column_dots = _dots(queries, row_dots, PRECISION), _dots(queries, column_dots, PRECISION)
 
-    low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
-    high = window_start(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + KH
-    if BOUNDARY == MASK:
-        low, high = tl.maximum(low, 0), tl.minimum(high, length_rows)
+    low, high = _key_rows(first_row, last_row, length_rows, KH, SH, NH, BOUNDARY)
     left = first_column * NW - before
     e = tl.arange(0, BK)
     largest = tl.full((BM,), float("-inf"), tl.float32)
@@ -208,7 +244,7 @@ def forward(
         side = left + block % CHUNKS * KC
         key_row, key_column = top + e // KC, side + e % KC
         inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-        position_r, position_c = key_row * dilation_rows + phase_row, key_column * dilation_columns + phase_column
+        position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
         keys = _load(k, _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD)
         values = _load(v, _at(position_r, position_c, v_row, v_column, WIDE), inside, DV, BDV)
         row_part = _part(
@@ -265,12 +301,9 @@ def queries_backward(
     head = tl.program_id(0) % heads
     program = tl.program_id(0) // heads
     wide_head = head.to(tl.int64)
-    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
-    if BIAS == TABLE:
-        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
-    elif BIAS == FACTORED:
-        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+    table, row_embedding, column_embedding = _load_bias(
+        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
+    )
     table_sum, row_sum, column_sum = 0.0, 0.0, 0.0
     if DBIAS and BIAS == TABLE:
         table_sum = tl.zeros((R, TW * KC), tl.float32)
@@ -281,23 +314,20 @@ def queries_backward(
     query_height, query_width = query_count(height, NH), query_count(width, NW)
 
     for tile in range(program, count, programs):
-        phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
-            tile, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+        wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+            tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
         )
-        length_rows = group_length(height, phase_row, dilation_rows)
-        length_columns = group_length(width, phase_column, dilation_columns)
         first_row, first_column = tile_row * step_rows, tile_column * step_columns
         last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
-        row, column = first_row + m // TW, first_column + m % TW
-        row_valid = (m // TW < step_rows) & (row <= last_row)
-        column_valid = (m % TW < step_columns) & (column < query_count(length_columns, NW))
-        row_start = window_start(row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
-        column_start = window_start(column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
-        row_index, column_index = table_index(row, SH, NH, COUNTED_H), table_index(column, SW, NW, COUNTED_W)
+        row, row_valid, row_start, row_index = _query_axis(
+            first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT
+        )
+        column, column_valid, column_start, column_index = _query_axis(
+            first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT
+        )
         valid = row_valid & column_valid
-        position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
+        position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
 
-        wide_image = image.to(tl.int64)
         first_image = wide_image * query_height * query_width * heads + wide_head
         at = _at(position_row, position_column, query_width * heads, heads, WIDE)
         queries = _load(
@@ -312,15 +342,12 @@ def queries_backward(
         deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
         offset = tl.load(lse + first_image + at, mask=valid, other=0.0)
         row_dots, column_dots, drow, dcolumn = 0.0, 0.0, 0.0, 0.0
-        if BIAS == FACTORED:
+        if BIAS == DECOMPOSED:
             row_dots = _dots(queries, row_embedding, PRECISION)
             column_dots = _dots(queries, column_embedding, PRECISION)
             drow, dcolumn = tl.zeros((BM, R), tl.float32), tl.zeros((BM, C), tl.float32)
 
-        low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
-        high = window_start(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + KH
-        if BOUNDARY == MASK:
-            low, high = tl.maximum(low, 0), tl.minimum(high, length_rows)
+        low, high = _key_rows(first_row, last_row, length_rows, KH, SH, NH, BOUNDARY)
         if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
             high = low  # this group is shorter than others
         left = first_column * NW - before
@@ -333,7 +360,7 @@ def queries_backward(
             side = left + block % across * KC
             key_row, key_column = top + e // KC, side + e % KC
             inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-            position_r, position_c = key_row * dilation_rows + phase_row, key_column * dilation_columns + phase_column
+            position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
             keys = _load(
                 k + wide_image * k_image + wide_head * k_head,
                 _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD,
@@ -354,7 +381,7 @@ def queries_backward(
             dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
             if DQ:
                 acc += _dot(dlogits.to(keys.dtype), keys, PRECISION)
-            if BIAS == FACTORED:
+            if BIAS == DECOMPOSED:
                 shaped = tl.reshape(dlogits, (BM, KR, KC))
                 drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
                 dcolumn += _by_offset(tl.sum(shaped, 1), column_index, side, KW, KC, C)
@@ -367,7 +394,7 @@ def queries_backward(
                 ones = tl.where(same, 1.0, 0.0).to(keys.dtype)
                 table_sum += _dot(ones, tl.reshape(shaped, (TH * KR, TW * KC)).to(keys.dtype), PRECISION)
         acc *= scale / LOG2E
-        if BIAS == FACTORED:
+        if BIAS == DECOMPOSED:
             if DQ:
                 acc += _dot(drow.to(row_embedding.dtype), row_embedding, PRECISION)
                 acc += _dot(dcolumn.to(column_embedding.dtype), column_embedding, PRECISION)
@@ -440,11 +467,9 @@ def keys_backward(
     BN: tl.constexpr = TH * TW
     BQ: tl.constexpr = QR * QC
     head = tl.program_id(0) % heads
-    phase_row, phase_column, tile_row, tile_column, image = _phase_and_tile(
-        tl.program_id(0) // heads, dilation_rows, dilation_columns, tiles_rows, tiles_columns
+    wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+        tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
-    length_rows = group_length(height, phase_row, dilation_rows)
-    length_columns = group_length(width, phase_column, dilation_columns)
     first_row, first_column = tile_row * TH, tile_column * TW
     if (first_row >= length_rows) | (first_column >= length_columns):
         return  # this group is shorter than others
@@ -453,8 +478,8 @@ def keys_backward(
     row, column = first_row + n // TW, first_column + n % TW
     row_valid, column_valid = row < length_rows, column < length_columns
     valid = row_valid & column_valid
-    position_row, position_column = row * dilation_rows + phase_row, column * dilation_columns + phase_column
-    wide_image, wide_head = image.to(tl.int64), head.to(tl.int64)
+    position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
+    wide_head = head.to(tl.int64)
     keys = _load(
         k + wide_image * k_image + wide_head * k_head,
         _at(position_row, position_column, k_row, k_column, WIDE), valid, D, BD,
@@ -469,12 +494,9 @@ def keys_backward(
     first_image = wide_image * query_height * query_width * heads + wide_head
     lse += first_image
     delta += first_image
-    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
-    if BIAS == TABLE:
-        table = _load_table(bias_rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
-    elif BIAS == FACTORED:
-        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+    table, row_embedding, column_embedding = _load_bias(
+        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
+    )
 
     low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
     high = last_query(tl.minimum(first_row + TH, length_rows) - 1, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + 1
@@ -493,14 +515,14 @@ def keys_backward(
         side = left + block % chunks * QC
         query_row, query_column = top + e // QC, side + e % QC
         inside = (query_row < high) & (query_column < right)
-        position_r, position_c = query_row * dilation_rows + phase_row, query_column * dilation_columns + phase_column
+        position_r, position_c = query_row * dilation_rows + group_row, query_column * dilation_columns + group_column
         queries = _load(q, _at(position_r, position_c, q_row, q_column, WIDE), inside, D, BD)
         grads = _load(grad, _at(position_r, position_c, g_row, g_column, WIDE), inside, DV, BDV)
         at = _at(position_r, position_c, query_width * heads, heads, WIDE)
         offset = tl.load(lse + at, mask=inside, other=0.0)
         deltas = tl.load(delta + at, mask=inside, other=0.0)
         products = _dot(keys, tl.trans(queries), PRECISION)
-        if BIAS == FACTORED:
+        if BIAS == DECOMPOSED:
             row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)[None, :]
             column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)[None, :]
             seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)

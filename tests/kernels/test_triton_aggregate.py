@@ -62,7 +62,7 @@ def calls(depth, kernel_size, dtype):
         "kernel_bias": torch.empty(kernel_size**2),
     }
     for given in ({}, {"softmax": softmax}):
-        more = {"logits": weights, "answer": out, **given} if given else {}
+        more = {"logits": weights, "output": out, **given} if given else {}
         yield lambda g=given: triton_kernels.apply(weights, v, out, window, "shift", **g)
         yield lambda m=more: triton_kernels.dots(v, v, weights, window, "shift", **m)
         yield lambda g=given: triton_kernels.spread(weights, v, out, window, "shift", **g)
