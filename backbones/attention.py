@@ -453,7 +453,7 @@ class HaloAttention2d(nn.Module):
 
     @classmethod
     def from_timm(cls, module: HaloAttn) -> HaloAttention2d:
-        """timm's module as one of this class, with the same answers, that holds the same parameters (not copies).
+        """timm's module as one of this class, with the same outputs, that holds the same parameters (not copies).
 
         Kept from timm, where it differs: keys of zero outside the map; with stride 2 an average pool behind the
         attention, if asked for or if the block is odd, else position offsets that count strided queries one by one

@@ -62,8 +62,10 @@ class TensorCache:
             return function(*args) if source is None else function(source, *args)
         key = (function, *args) if source is None else function
         found = self._entries.get(key)  # read once: other threads may replace it
-        if found is not None and (source is None or (found[0] == args and _same(found[1], source))):
-            return found[2]
+        if found is not None:
+            kept_args, copy, result = found
+            if copy is None or (kept_args == args and copy.dtype == source.dtype and torch.equal(copy, source)):
+                return result
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
             # copied before it is used: what another thread writes meanwhile shows next time
             copy = None if source is None else source.detach().clone()
@@ -73,7 +75,8 @@ class TensorCache:
 
     def _keep(self, key: Any, entry: tuple[tuple, Tensor | None, Any]) -> None:
         size = _nbytes(entry[1:])
-        if size > BUDGET or not all(_is_plain(t) for t in _tensors(entry[1:])):
+        # numbers alone: no FakeTensor or other mode's product
+        if size > BUDGET or any(type(t) is not Tensor or t.device.type == "meta" for t in _tensors(entry[1:])):
             return
         with _lock:
             if size + sum(cache.nbytes for cache in _caches) > BUDGET:
@@ -91,15 +94,6 @@ def _is_constant(source: Tensor) -> bool:
     wants_gradient = source.requires_grad and torch.is_grad_enabled()
     plain = type(source) in (Tensor, nn.Parameter) and source.device.type == "cpu"
     return plain and not wants_gradient and not torch._C._are_functorch_transforms_active()
-
-
-def _same(copy: Tensor | None, source: Tensor) -> bool:
-    return copy is not None and copy.dtype == source.dtype and torch.equal(copy, source)
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Whether a result holds numbers: no FakeTensor or other mode's product."""
-    return type(t) is Tensor and t.device.type != "meta"
 
 
 def _tensors(held: Any) -> list[Tensor]:

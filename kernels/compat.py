@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .aggregate import neighborhood_aggregate
 from .aggregate.api import check_area, neighborhood_logits
+from .aggregate.softmax import expand_table
 from .checks import IntPair, autocast_enabled, check_tensor, pair
 from .window import Window
 
@@ -70,12 +71,8 @@ def na2d_qk(
     logits = neighborhood_logits(q, k, kernel_size=kernel_size, dilation=dilation).permute(0, 3, 1, 2, 4)
     if rpb is None:
         return logits
-    table = rpb.to(logits.dtype)
-    for dim, (length, size, step) in enumerate(zip(query.shape[2:4], kernel_size, dilation, strict=True)):
-        # [heads, ..] -> [heads, H, Kh, ..] -> [heads, H, Kh, W, Kw]
-        row = Window(size, 1, step).keys(length, table.device)[2]
-        table = table.index_select(1 + 2 * dim, row.flatten()).unflatten(1 + 2 * dim, tuple(row.shape))
-    return logits + table.transpose(2, 3).flatten(3)
+    rows, columns = (Window(size, 1, step) for size, step in zip(kernel_size, dilation, strict=True))
+    return logits + expand_table(rpb.to(logits.dtype), rows, columns, query.shape[2:4])
 
 
 def na2d_av(

@@ -195,24 +195,13 @@ def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Prob
     Non-overlapping windows are dense attention, which ``tiled`` hands to ``scaled_dot_product_attention``. Exporters
     get standard operators, with a dynamic shape from ``dynamic``; ``torch.compile`` sees a Triton kernel as one node.
     """
-    reason = _not_triton(operation, backends, problem) if problem.device == "cuda" else None
-    name = "tiled"
-    if problem.device == "cuda" and reason is None:
-        name = "triton"
-    elif problem.tracing and problem.dynamic_shape:
-        name = "dynamic"
+    exporting = problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
+    dense = operation == "neighborhood_attention" and problem.plain_windows
+    name, reason = "dynamic" if problem.tracing and problem.dynamic_shape else "tiled", None
+    if problem.device == "cuda" and triton_support.AUTOMATIC and not exporting:
+        reason = "dense windows" if dense else backends["triton"].unsupported_reason(problem)
+        name = name if reason else "triton"
     if not problem.tracing and (problem.device, name) not in _announced:
         _announced.add((problem.device, name))
         _log.info("backend %s on %s%s", name, problem.device, f" (not triton: {reason})" if reason else "")
     return name
-
-
-def _not_triton(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str | None:
-    """Why the automatic choice on a GPU is not Triton."""
-    if not triton_support.AUTOMATIC:
-        return "switched off"
-    if problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling()):
-        return "exporters need standard operators"
-    if operation == "neighborhood_attention" and problem.plain_windows:
-        return "windows that do not overlap are dense attention"
-    return backends["triton"].unsupported_reason(problem)

@@ -1,16 +1,17 @@
-"""What a backend is told about a call: sizes and options, no tensors."""
+"""A call as backends see it: sizes and options, no tensors."""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from .bias import DecomposedRelativePositionBias
-from .tracing import is_dynamic
+from .tracing import is_dynamic, tracing
 from .window import Window
 
 
@@ -27,6 +28,18 @@ def old_gpu(device: torch.device) -> str:
         return ""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}" if major < 8 else ""
+
+
+def of_tensors(first: Tensor, *others: Tensor | None) -> dict[str, Any]:
+    """The fields of a `Problem` that its tensors tell; dtype and device are those of the first."""
+    return {
+        "dtype": first.dtype,
+        "device": first.device.type,
+        "needs_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *others)),
+        "tracing": tracing(),
+        "subclass": subclassed(first, *others),
+        "old_gpu": old_gpu(first.device) if first.device.type == "cuda" else "",
+    }
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Problem:
                 length == window.kernel_size * window.dilation
                 or (window.stride == window.kernel_size and length % (window.kernel_size * window.dilation) == 0)
             )
-            for window, length in zip((self.rows, self.columns), self.shape[1:3], strict=True)
+            for window, length in zip(self.windows, self.shape[1:3], strict=True)
         )
 
     @property
@@ -76,6 +89,11 @@ class Problem:
         """H and W of the queries."""
         height, width = self.size
         return self.rows.queries(height), self.columns.queries(width)
+
+    @property
+    def windows(self) -> tuple[Window, Window]:
+        """Of the rows and of the columns."""
+        return self.rows, self.columns
 
     @property
     def boundary(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import TypeVar
 import torch
 import triton
 import triton.language as tl
+
+from ..files import write_json
 
 ENVIRONMENT = "FOVEAL_AUTOTUNE"
 
@@ -129,7 +130,7 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
     """The fastest of ``candidates`` for ``run``, measured once for each kernel ``name``, class of shapes and kind of
     device, and kept on disk; the first of them while autotuning is off and in the interpreter, and, where nothing is
     kept yet, while a CUDA graph is captured. ``run`` must be repeatable. A candidate that does not fit the device is
-    passed over.
+    skipped.
     """
     if len(candidates) == 1 or not torch.cuda.is_available() or not autotuning():
         return candidates[0]
@@ -139,9 +140,8 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
         if path not in _read:
             _measured.update(_load(path))
             _read.add(path)
-        found = _measured.get(key)
-        if found in candidates:
-            return found
+        if _measured.get(key) in candidates:
+            return _measured[key]
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         times = {}
@@ -151,9 +151,10 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
             except triton.runtime.errors.OutOfResources:
                 continue
         if not times:
-            return candidates[0]  # it says itself what it lacks
+            return candidates[0]  # whose error names what it lacks
         _measured[key] = min(times, key=times.get)
-        _save(path, {**_load(path), key: _measured[key]})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**_load(path), key: _measured[key]})
         return _measured[key]
 
 
@@ -161,7 +162,7 @@ def launch(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
     """What ``run`` returns for the choice of :func:`choose`, or where that does not fit the device, for the first of
     ``candidates`` that does."""
     first = choose(name, shape_class, candidates, run)
-    *others, last = first, *(candidate for candidate in candidates if candidate != first)
+    *others, last = dict.fromkeys((first, *candidates))
     for candidate in others:
         try:
             return run(candidate)
@@ -175,10 +176,3 @@ def _load(path: Path) -> dict[str, Choice]:
         return {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
     except FileNotFoundError:
         return {}
-
-
-def _save(path: Path, choices: dict[str, Choice]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(choices, file, indent=0)
-    os.replace(file.name, path)

@@ -1,4 +1,4 @@
-"""What both Triton backends answer before Triton is imported: whether they may run a call at all."""
+"""Whether the Triton backends may run a call at all, without importing Triton."""
 
 from __future__ import annotations
 

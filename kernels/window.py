@@ -32,7 +32,7 @@ BOUNDARIES = ("shift", "zero", "mask")
 
 @dataclass(frozen=True)
 class Window:
-    """The window of one axis. Queries are told by their number, keys by their index.
+    """The window of one axis. Queries are numbered, keys indexed in their dilation group.
 
     ``boundary`` says what happens where a window would leave the map: ``"shift"`` moves it inside (every query sees
     exactly ``kernel_size`` keys), ``"zero"`` leaves it and lets keys and values of zero take part in the softmax,

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..bias import RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
-from ..problem import Problem, old_gpu, subclassed
-from ..tracing import is_dynamic, tracing
+from ..problem import Problem, of_tensors
+from ..tracing import is_dynamic
 from ..window import Window
 from . import dynamic, reference, tiled, triton
 
@@ -194,12 +194,7 @@ def _run(
         value_depth=y.shape[-1],
         rows=Window(kernel_size[0], 1, dilation[0], boundary),
         columns=Window(kernel_size[1], 1, dilation[1], boundary),
-        dtype=y.dtype,
-        device=y.device.type,
-        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *biases)),
-        tracing=tracing(),
-        subclass=subclassed(x, y, *biases),
-        old_gpu=old_gpu(y.device) if y.device.type == "cuda" else "",
+        **of_tensors(y, x, *biases),
     )
     with torch.autocast(y.device.type, enabled=False) if cast else nullcontext():  # backends see plain arithmetic
         return run(operation, BACKENDS, problem, (x, y, *biases), backend, function=function)

@@ -1,4 +1,6 @@
-"""Gather form of neighborhood aggregation: any device, any floating dtype, every option. The judge of the others.
+"""Gather form of neighborhood aggregation: any device, any floating dtype, every option.
+
+The other backends are tested against it.
 
 B batch, H W map, N heads, D channels, Kh Kw keys.
 """

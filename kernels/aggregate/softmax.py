@@ -28,7 +28,7 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
     if problem.boundary == "mask":
         rows, columns = (
             CONSTANTS.get(_rows_and_inside, window, length, z.device)[1]
-            for window, length in zip((problem.rows, problem.columns), size, strict=True)
+            for window, length in zip(problem.windows, size, strict=True)
         )
         inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2)
         z = z.masked_fill(~inside, float("-inf"))

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
-from ..problem import Problem, old_gpu, subclassed
-from ..tracing import is_dynamic, tracing
+from ..problem import Problem, of_tensors
+from ..tracing import is_dynamic
 from ..window import Window
 from . import dynamic, natten, reference, tiled, triton
 
@@ -81,15 +81,8 @@ def neighborhood_attention(
         >>> neighborhood_attention(q[:, ::2, ::2], k, v, kernel_size=7, query_stride=2).shape
         torch.Size([1, 7, 7, 2, 32])
     """
-    kernel_size, stride, dilation, query_stride = (
-        pair(name, value)
-        for name, value in (
-            ("kernel_size", kernel_size),
-            ("stride", stride),
-            ("dilation", dilation),
-            ("query_stride", query_stride),
-        )
-    )
+    kernel_size, stride = pair("kernel_size", kernel_size), pair("stride", stride)
+    dilation, query_stride = pair("dilation", dilation), pair("query_stride", query_stride)
     _check_tensors(q, k, v, query_stride)
     cast = autocast_enabled(q)
     if cast:
@@ -97,6 +90,33 @@ def neighborhood_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     check_window((k.shape[1], k.shape[2]), kernel_size, dilation, boundary)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    _check_bias(bias, q, kernel_size)
+    rows, columns = _windows(kernel_size, stride, dilation, query_stride, boundary, bias)
+    tensors = q, k, v, *(() if bias is None else bias.tensors)
+    problem = Problem(
+        shape=tuple(k.shape),
+        value_depth=v.shape[-1],
+        rows=rows,
+        columns=columns,
+        bias=None if bias is None else type(bias),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout_p=float(dropout_p),
+        **of_tensors(*tensors),
+    )
+    with torch.autocast(q.device.type, enabled=False) if cast else nullcontext():  # backends see plain arithmetic
+        return run("neighborhood_attention", BACKENDS, problem, (q, k, v, bias), backend)
+
+
+def _windows(
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    query_stride: tuple[int, int],
+    boundary: str,
+    bias: Bias | None,
+) -> tuple[Window, Window]:
     if max(query_stride) > 1 and max(dilation) > 1:
         raise ValueError(f"query_stride {query_stride} and dilation {dilation} are not possible together")
     counted = isinstance(bias, DecomposedRelativePositionBias) and bias.counted
@@ -105,32 +125,14 @@ def neighborhood_attention(
             raise ValueError(f"stride {step} is larger than kernel_size {size} ({axis})")
         if counted and step % apart:
             raise ValueError(
-                "a counted bias needs a query_stride that divides stride, got "
-                f"query_stride {apart}, stride {step} ({axis})"
+                f"a counted bias needs a query_stride that divides stride, got query_stride {apart}, stride {step} "
+                f"({axis})"
             )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    _check_bias(bias, q, kernel_size)
-    tensors = q, k, v, *(() if bias is None else bias.tensors)
-    problem = Problem(
-        shape=tuple(k.shape),
-        value_depth=v.shape[-1],
-        rows=Window(kernel_size[0], stride[0], dilation[0], boundary, query_stride[0], counted and query_stride[0] > 1),
-        columns=Window(
-            kernel_size[1], stride[1], dilation[1], boundary, query_stride[1], counted and query_stride[1] > 1
-        ),
-        bias=None if bias is None else type(bias),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        dropout_p=float(dropout_p),
-        dtype=q.dtype,
-        device=q.device.type,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-        tracing=tracing(),
-        subclass=subclassed(*tensors),
-        old_gpu=old_gpu(q.device) if q.device.type == "cuda" else "",
+    rows, columns = (
+        Window(size, step, spacing, boundary, apart, counted and apart > 1)
+        for size, step, spacing, apart in zip(kernel_size, stride, dilation, query_stride, strict=True)
     )
-    with torch.autocast(q.device.type, enabled=False) if cast else nullcontext():  # backends see plain arithmetic
-        return run("neighborhood_attention", BACKENDS, problem, (q, k, v, bias), backend)
+    return rows, columns
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int]) -> None:

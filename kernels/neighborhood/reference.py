@@ -1,4 +1,6 @@
-"""Gather form of neighborhood attention: any device, any floating dtype, every option. The judge of the others.
+"""Gather form of neighborhood attention: any device, any floating dtype, every option.
+
+The other backends are tested against it.
 
 B batch, H W map, h w queries (H W without a query stride), N heads, D query/key channels, V value channels, K = Kh * Kw
 keys.

@@ -162,7 +162,7 @@ def _decomposed_bias(
     """q . rows + q . columns for every query and key of a tile: [B, G, G2, N, R, Q, T*T2, S*S2]."""
     sides = []
     for embedding, window, axis, (tile_dim, query_dim) in zip(
-        bias.tensors, (problem.rows, problem.columns), (a, b), ((4, 6), (5, 7)), strict=True
+        bias.tensors, problem.windows, (a, b), ((4, 6), (5, 7)), strict=True
     ):
         embedding = (embedding if embedding.ndim == 3 else embedding[None]).to(tiles.dtype)
         dots = tiles @ embedding.transpose(-1, -2)[:, None, None, None]  # B G G2 N R Q T T2 2K-1
@@ -208,7 +208,7 @@ class _ChunkBias:
         self.problem, self.a, self.b, self.patterns, self.embedding = problem, a, b, patterns, None
         if problem.bias is DecomposedRelativePositionBias:
             sides = []
-            for t, window, axis in zip(tensors, (problem.rows, problem.columns), (a, b), strict=True):
+            for t, window, axis in zip(tensors, problem.windows, (a, b), strict=True):
                 before, first, count = _offsets(window, axis)
                 side = (t if t.ndim == 3 else t[None]).to(tiling.working_dtype(problem.dtype)).narrow(1, first, count)
                 after = axis.offsets - before - count
@@ -267,7 +267,7 @@ class _ChunkBias:
         """Add the sum to the gradients of the bias tensors; None stands for one that is not wanted."""
         if self.grad is None:  # no bias, or no chunk: an empty batch
             return
-        a, b, windows = self.a, self.b, (self.problem.rows, self.problem.columns)
+        a, b, windows = self.a, self.b, self.problem.windows
         if self.embedding is not None:
             sides = self.grad.split((a.offsets, b.offsets), 1)
             for grad, side, window, axis in zip(grads, sides, windows, (a, b), strict=True):
@@ -448,7 +448,7 @@ def _in_one_window(problem: Problem) -> bool:
     """Whether all queries share a window that holds the whole map, and their logits are one chunk at most."""
     if problem.boundary == "shift":
         return False
-    for window, length in zip((problem.rows, problem.columns), problem.size, strict=True):
+    for window, length in zip(problem.windows, problem.size, strict=True):
         start = window.start(0, length)
         if window.dilation > 1 or window.stride < length or start > 0 or start + window.kernel_size < length:
             return False

@@ -23,6 +23,7 @@ from ..bias import Bias
 from ..problem import Problem
 from ..window import BOUNDARIES, Window
 
+Choice = tuple[int, ...]
 LOG2E = math.log2(math.e)
 LARGEST_DEPTH = 256
 LARGEST_BIASED = 32  # keys along an axis; a table lies whole in a program's registers
@@ -51,7 +52,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 @dataclass(frozen=True)
-class Side:
+class LaunchTiling:
     """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group. The keys that a
     tile sees are among the ``span`` from ``before`` keys left of its first query on, for every tile."""
 
@@ -67,7 +68,7 @@ def _lengths(window: Window, length: int) -> set[int]:
 
 
 @lru_cache(maxsize=4096)
-def side(window: Window, length: int, tile: int) -> Side:
+def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
     """Tiles of ``tile`` queries at most: of whole stride groups where one fits, and about equally large."""
     queries = window.queries(window.group_length(length))
     together = window.stride // window.query_stride if window.stride % window.query_stride == 0 else 1
@@ -84,7 +85,7 @@ def side(window: Window, length: int, tile: int) -> Side:
             at = first * window.query_stride
             before = max(before, at - window.start(first, group))
             after = max(after, window.start(last, group) + window.kernel_size - at)
-    return Side(step, tiles, before, before + after)
+    return LaunchTiling(step, tiles, before, before + after)
 
 
 @lru_cache(maxsize=4096)
@@ -101,8 +102,8 @@ def query_span(window: Window, length: int, tile: int) -> int:
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call's sizes and options; ``bias`` is 0, 1 (table) or 2 (decomposed)."""
+class LaunchShape:
+    """Sizes and options of a launch; ``bias`` is 0, 1 (table) or 2 (decomposed)."""
 
     batch: int
     heads: int
@@ -151,11 +152,11 @@ def _shapes(queries: int) -> Iterator[tuple[int, int]]:
             yield queries // width, width
 
 
-def _query_tile(call: Call, queries: int, keys: int) -> tuple[int, int, int, int]:
+def _query_tile(call: LaunchShape, queries: int, keys: int) -> tuple[int, int, int, int]:
     """(TH, TW, KR, KC) of least cost."""
     choices = []
     for th, tw in _shapes(queries):
-        a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+        a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
         least = -(-16 // th) if call.bias == 1 else 1  # the product that sums a table's gradient takes 16 rows
         if 8 * least > keys:
             continue
@@ -164,7 +165,7 @@ def _query_tile(call: Call, queries: int, keys: int) -> tuple[int, int, int, int
     return min(choices)[2]
 
 
-def _key_tile(call: Call, keys: int, queries: int) -> tuple[int, int, int, int]:
+def _key_tile(call: LaunchShape, keys: int, queries: int) -> tuple[int, int, int, int]:
     """(TH, TW, QR, QC) of least cost."""
     choices = []
     for th, tw in _shapes(keys):
@@ -178,7 +179,7 @@ def _key_tile(call: Call, keys: int, queries: int) -> tuple[int, int, int, int]:
     return min(choices)[2]
 
 
-def _sizes(kernel: str, call: Call) -> list[tuple[int, int, int, int]]:
+def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
     """(queries or keys of a tile, keys or queries of a block, warps, stages): the first is the default.
 
     Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a decomposed
@@ -207,7 +208,7 @@ def _sizes(kernel: str, call: Call) -> list[tuple[int, int, int, int]]:
 
 
 @lru_cache(maxsize=1024)
-def candidates(kernel: str, call: Call) -> tuple[tuple[int, ...], ...]:
+def candidates(kernel: str, call: LaunchShape) -> tuple[tuple[int, ...], ...]:
     """Tiles to choose from, (tile rows, tile columns, block rows, block columns, warps, stages), the default first."""
     find = _key_tile if kernel == "keys_backward" else _query_tile
     return tuple((*find(call, tile, block), warps, stages) for tile, block, warps, stages in _sizes(kernel, call))
@@ -217,9 +218,8 @@ def candidates(kernel: str, call: Call) -> tuple[tuple[int, ...], ...]:
 
 
 def _window_list(problem: Problem) -> list[int]:
-    """The windows as a schema takes them."""
-    rows, columns = problem.rows, problem.columns
-    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)) for w in (rows, columns))
+    """The windows as an operator's schema takes them."""
+    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)) for w in problem.windows)
     return [BOUNDARIES.index(problem.boundary), *(x for pair in pairs for x in pair)]
 
 
@@ -232,10 +232,10 @@ def _windows(numbers: tuple[int, ...]) -> tuple[Window, Window]:
     )
 
 
-def _call(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int]) -> Call:
+def _launch_shape(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int]) -> LaunchShape:
     batch, height, width, heads, depth = k.shape
     bias = 0 if first is None else 1 if second is None else 2
-    return Call(batch, heads, height, width, depth, v.shape[4], *_windows(tuple(window)), bias, k.dtype)
+    return LaunchShape(batch, heads, height, width, depth, v.shape[4], *_windows(tuple(window)), bias, k.dtype)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _constants(call: Call, wide: bool) -> dict:
+def _constants(call: LaunchShape, wide: bool) -> dict:
     """What all kernels are compiled for."""
     from ..triton_common import input_precision, power_of_2
 
@@ -263,15 +263,15 @@ def _head_stride(t: Tensor | None) -> int:
     return t.stride(0) if t is not None and t.ndim == 3 else 0
 
 
-def _sizes_of(call: Call) -> tuple[int, ...]:
+def _sizes_of(call: LaunchShape) -> tuple[int, ...]:
     return call.heads, call.height, call.width, call.rows.dilation, call.columns.dilation
 
 
-def launch_forward(q, k, v, first, second, out, lse, call: Call, scale: float, choice: tuple[int, ...], wide: bool):
+def launch_forward(q, k, v, first, second, out, lse, call: LaunchShape, scale: float, choice: Choice, wide: bool):
     from . import triton_kernels
 
     th, tw, kr, kc, warps, stages = choice
-    a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+    a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
     count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
     triton_kernels.forward[(count * call.heads,)](
         q, k, v, first, second, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
@@ -282,7 +282,7 @@ def launch_forward(q, k, v, first, second, out, lse, call: Call, scale: float, c
     )  # fmt: skip
 
 
-def _programs(call: Call, count: int, share: int, device: torch.device) -> int:
+def _programs(call: LaunchShape, count: int, share: int, device: torch.device) -> int:
     """Programs per head among which the tiles are dealt, where each leaves a share of the bias' gradient behind."""
     # eight waves of a program on each multiprocessor; the interpreter runs one after another
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -291,13 +291,13 @@ def _programs(call: Call, count: int, share: int, device: torch.device) -> int:
 
 
 def launch_queries_backward(
-    q, k, v, first, second, out, grad, lse, delta, dq, call: Call, scale: float, wanted: bool, choice, wide: bool
+    q, k, v, first, second, out, grad, lse, delta, dq, call: LaunchShape, scale: float, wanted: bool, choice, wide: bool
 ) -> list[Tensor]:
     """dq and delta; the float32 gradients of the bias where they are ``wanted``."""
     from . import triton_kernels
 
     th, tw, kr, kc, warps, stages = choice
-    a, b = side(call.rows, call.height, th), side(call.columns, call.width, tw)
+    a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
     count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
     constants = _constants(call, wide)
     r, c, chunks = constants["R"], constants["C"], -(-b.span // kc)
@@ -340,7 +340,7 @@ def launch_queries_backward(
 
 
 def launch_keys_backward(
-    q, k, v, first, second, grad, lse, delta, dk, dv, call: Call, scale: float, choice: tuple[int, ...], wide: bool
+    q, k, v, first, second, grad, lse, delta, dk, dv, call: LaunchShape, scale: float, choice: Choice, wide: bool
 ):
     from . import triton_kernels
 
@@ -375,9 +375,9 @@ def attention(
     out, lse = _outputs(q, v)
     if q.numel() == 0:
         return out, lse
-    call, far = _call(k, v, first, second, window), wide(q, k, v, out)
+    call, far = _launch_shape(k, v, first, second, window), wide(q, k, v, out)
 
-    def run(choice: tuple[int, ...]) -> None:
+    def run(choice: Choice) -> None:
         launch_forward(q, k, v, first, second, out, lse, call, scale, choice, far)
 
     with torch.cuda.device_of(q):
@@ -416,15 +416,13 @@ def attention_backward(
     dq, dk, dv, dfirst, dsecond = _gradients(q, k, v, first, second, wanted)
     if q.numel() == 0:
         return dq, dk, dv, dfirst.zero_(), dsecond.zero_()
-    call, far = _call(k, v, first, second, window), wide(grad, q, k, v, out, dk, dv)
+    call, far = _launch_shape(k, v, first, second, window), wide(grad, q, k, v, out, dk, dv)
     delta = torch.empty_like(lse)
 
-    def queries(choice: tuple[int, ...]) -> list[Tensor]:
-        return launch_queries_backward(
-            q, k, v, *dense, out, grad, lse, delta, dq, call, scale, wanted, choice, far
-        )  # fmt: skip
+    def queries(choice: Choice) -> list[Tensor]:
+        return launch_queries_backward(q, k, v, *dense, out, grad, lse, delta, dq, call, scale, wanted, choice, far)
 
-    def keys(choice: tuple[int, ...]) -> None:
+    def keys(choice: Choice) -> None:
         launch_keys_backward(q, k, v, *dense, grad, lse, delta, dk, dv, call, scale, choice, far)
 
     with torch.cuda.device_of(q):

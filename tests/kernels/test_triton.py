@@ -112,7 +112,7 @@ WINDOWS = [
 @pytest.mark.parametrize("tile", [1, 4, 8, 32])
 def test_tiles_hold_every_query_and_its_keys(tile):
     for window, length in WINDOWS:
-        side = backend.side(window, length, tile)
+        side = backend.launch_tiling(window, length, tile)
         assert 1 <= side.step <= tile
         for group in {window.group_length(length, g) for g in range(min(window.dilation, length))}:
             queries = window.queries(group)
@@ -141,7 +141,7 @@ def test_the_span_of_queries_around_a_tile_of_keys(tile):
 
 def call_of(size, kernel_size, bias, dtype, depth=32, batch=2, heads=2, stride=1, boundary="shift"):
     window = Window(kernel_size, stride, 1, boundary)
-    return backend.Call(batch, heads, *size, depth, depth, window, window, bias, dtype)
+    return backend.LaunchShape(batch, heads, *size, depth, depth, window, window, bias, dtype)
 
 
 def test_a_tile_fits_its_map():
@@ -151,7 +151,7 @@ def test_a_tile_fits_its_map():
     assert backend.candidates("forward", halo)[0][:2] == (8, 8)
     window = call_of((56, 56), 7, 1, torch.bfloat16, stride=7)
     th, tw, _, _ = backend.candidates("forward", window)[0][:4]
-    assert all(backend.side(window.rows, 56, t).step == 7 for t in (th, tw))
+    assert all(backend.launch_tiling(window.rows, 56, t).step == 7 for t in (th, tw))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -91,7 +91,7 @@ def rule_of(bias, tensors, rule):
     )
 
 
-def judge(shape, value_depth, bias, options, dtype):
+def check(shape, value_depth, bias, options, dtype):
     """Output within twice and gradients within three times of what eager PyTorch in this dtype has against float64."""
     leaves, rule = inputs(shape, value_depth, bias=bias, dtype=dtype, **options)
     low = [t.detach().to(DEVICE).requires_grad_(True) for t in leaves]
@@ -138,7 +138,7 @@ def judge(shape, value_depth, bias, options, dtype):
     ],
 )  # fmt: skip
 def test_small(shape, value_depth, bias, options, dtype):
-    judge(shape, value_depth, bias, options, dtype)
+    check(shape, value_depth, bias, options, dtype)
 
 
 @pytest.mark.slow
@@ -156,13 +156,13 @@ def test_every_option(bias, boundary, dtypes):
     options = {"kernel_size": (4, 5), "stride": (2, 3), "boundary": boundary}
     options["query_stride" if bias == "counted" else "dilation"] = (2, 1)
     dtype = dtypes[[None, "table", "factored", "counted"].index(bias)]
-    judge((1, 9, 13, 2, 8), 20, bias, options, dtype)
+    check((1, 9, 13, 2, 8), 20, bias, options, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 16, 32, 40, 64, 128, 256])
 def test_depths(depth):
-    judge((1, 6, 6, 1, depth), max(8, depth // 2), "table", {"kernel_size": (3, 3)}, FLOAT if depth % 3 else BRAIN)
+    check((1, 6, 6, 1, depth), max(8, depth // 2), "table", {"kernel_size": (3, 3)}, FLOAT if depth % 3 else BRAIN)
 
 
 @pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "table", "factored"])
@@ -174,7 +174,7 @@ def test_other_tiles_and_wide_offsets(bias):
         mock.patch.object(triton_common, "wide", lambda *tensors: True),
         mock.patch.object(backend, "_programs", lambda *sizes: 2),
     ):
-        judge((1, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, FLOAT)
+        check((1, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, FLOAT)
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_other_tiles_and_wide_offsets(bias):
 def test_drawn(call):
     shape, value_depth, bias, options = call
     assume(shape[0] > 0 and shape[1] * shape[2] <= 150)
-    judge((min(shape[0], 2), *shape[1:]), value_depth, bias, options, FLOAT)
+    check((min(shape[0], 2), *shape[1:]), value_depth, bias, options, FLOAT)
 
 
 def test_the_same_answer_twice():
