@@ -81,7 +81,8 @@ class NeighborhoodAttention2d(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        rows, columns = self.kernel_size = to_2tuple(kernel_size)
+        self.kernel_size: tuple[int, int] = to_2tuple(kernel_size)
+        rows, columns = self.kernel_size
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         if min(rows, columns) < 1:
@@ -112,12 +113,14 @@ class NeighborhoodAttention2d(nn.Module):
         B, H, W, C = _sizes(x)
         rows, columns = self.kernel_size
         dynamic_shape = is_dynamic(H, W)
-        if dynamic_shape and self.dilation == "auto":
+        dilation = self.dilation
+        if dynamic_shape and isinstance(dilation, str):
             raise ValueError(
                 'dilation "auto" follows the size of the map and so needs to know it: export such a model with a fixed '
                 "height and width, or create it with dilations given"
             )
-        dilation = max(1, min(H // rows, W // columns)) if self.dilation == "auto" else self.dilation
+        if isinstance(dilation, str):
+            dilation = max(1, min(H // rows, W // columns))
 
         if dynamic_shape:  # enlarged by nothing, where the map turns out to be large enough
             bottom, right = shortfall(H, rows * dilation), shortfall(W, columns * dilation)

@@ -36,7 +36,7 @@ class TensorCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, tuple[tuple, Tensor | None, Any]] = {}
+        self._entries: dict[Any, tuple[tuple, Any, Any]] = {}  # (arguments, copy of the source or None, result)
         with _lock:
             _caches.add(self)
 
@@ -64,7 +64,7 @@ class TensorCache:
         found = self._entries.get(key)  # read once: other threads may replace it
         if found is not None:
             kept_args, copy, result = found
-            if copy is None or (kept_args == args and copy.dtype == source.dtype and torch.equal(copy, source)):
+            if source is None or (kept_args == args and copy.dtype == source.dtype and torch.equal(copy, source)):
                 return result
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
             # copied before it is used: what another thread writes meanwhile shows next time
@@ -73,7 +73,7 @@ class TensorCache:
         self._keep(key, (args, copy, result))
         return result
 
-    def _keep(self, key: Any, entry: tuple[tuple, Tensor | None, Any]) -> None:
+    def _keep(self, key: Any, entry: tuple[tuple, Any, Any]) -> None:
         size = _nbytes(entry[1:])
         # numbers alone: no FakeTensor or other mode's product
         if size > BUDGET or any(type(t) is not Tensor or t.device.type == "meta" for t in _tensors(entry[1:])):

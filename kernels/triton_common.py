@@ -126,7 +126,7 @@ def cache_path() -> Path:
     return Path(folder) / "foveal_autotune.json"
 
 
-def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Callable[[Choice], None]) -> Choice:
+def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Callable[[Choice], object]) -> Choice:
     """The fastest of ``candidates`` for ``run``, measured once for each kernel ``name``, class of shapes and kind of
     device, and kept on disk; the first of them while autotuning is off and in the interpreter, and, where nothing is
     kept yet, while a CUDA graph is captured. ``run`` must be repeatable. A candidate that does not fit the device is
@@ -152,7 +152,7 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
                 continue
         if not times:
             return candidates[0]  # whose error names what it lacks
-        _measured[key] = min(times, key=times.get)
+        _measured[key] = min(times, key=times.__getitem__)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**_load(path), key: _measured[key]})
         return _measured[key]

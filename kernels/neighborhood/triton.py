@@ -7,6 +7,8 @@ a call allocates and launches, and waits for nothing. All sums are in one order:
 This file plans and launches; the kernels are in ``triton_kernels.py``.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false  (a kernel is launched with more than its own arguments)
+
 from __future__ import annotations
 
 import math
@@ -130,7 +132,7 @@ class LaunchShape:
     @property
     def blocks(self) -> tuple[int, int]:
         """Channels as the kernels pad them."""
-        return tuple(max(16, 1 << (d - 1).bit_length()) for d in (self.depth, self.value_depth))
+        return max(16, 1 << (self.depth - 1).bit_length()), max(16, 1 << (self.value_depth - 1).bit_length())
 
 
 def _block(rows: int, columns: int, size: int, least: int = 1) -> tuple[float, int, int]:
@@ -226,10 +228,11 @@ def _window_list(problem: Problem) -> list[int]:
 @lru_cache(maxsize=1024)
 def _windows(numbers: tuple[int, ...]) -> tuple[Window, Window]:
     boundary = BOUNDARIES[numbers[0]]
-    return tuple(
+    rows, columns = (
         Window(size, stride, dilation, boundary, apart, bool(counted))
         for size, stride, dilation, apart, counted in (numbers[1:6], numbers[6:])
     )
+    return rows, columns
 
 
 def _launch_shape(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int]) -> LaunchShape:
