@@ -196,9 +196,9 @@ def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Prob
     get standard operators, with a dynamic shape from ``dynamic``; ``torch.compile`` sees a Triton kernel as one node.
     """
     exporting = problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
-    dense = operation == "neighborhood_attention" and problem.plain_windows
     name, reason = "dynamic" if problem.tracing and problem.dynamic_shape else "tiled", None
     if problem.device == "cuda" and triton_support.AUTOMATIC and not exporting:
+        dense = operation == "neighborhood_attention" and problem.plain_windows  # which an exporter would guard
         reason = "dense windows" if dense else backends["triton"].unsupported_reason(problem)
         name = name if reason else "triton"
     if not problem.tracing and (problem.device, name) not in _announced:
