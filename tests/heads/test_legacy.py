@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foveal.heads import build, segmentation
-from foveal.heads.backbone import Backbone, ShapeSpec
+from foveal.heads.backbone import Backbone
 from foveal.heads.build import build_backbone, build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, read_dense_config, save_dense
 from foveal.heads.legacy import migrate_state_dict
