@@ -428,29 +428,16 @@ def visualize(
     ] = False,
 ) -> None:
     """Draw where a model looks around a point: windows, attention, receptive field, feature maps."""
-    import timm
-    import torch
-
-    from .backbones.loading import load
-    from .visualize import check_point, clicked
-    from .visualize import visualize as draw
-    from .weights.images import preprocessing, read_image
+    from .visualize import visualize_file
 
     try:
         x, y = (float(part) for part in point.split(","))
     except ValueError as error:
         raise ValueError(f"--point takes X,Y, two fractions of the image, got {point!r}") from error
-    check_point((x, y))
-    torch.manual_seed(0)
-    network = (timm.create_model(model) if untrained else load(model)).eval()
-    cfg = network.pretrained_cfg
-    prepared = preprocessing(network)(read_image(image, cfg["input_size"][0]))
-    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    shown = (prepared * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-    at = clicked(shown) if click else (x, y)
-    words = f"{model}{', initial weights' if untrained else ''}, {Path(image).name}, point {at[0]:.2f}, {at[1]:.2f}"
-    seen = draw(network, prepared[None], shown, output, point=at, title=words, layers=layers)
-    print(f"{output}: {min(layers, len(seen))} of {len(seen)} attention layers")
+    drawn, layers_found = visualize_file(
+        image, model, output, None if click else (x, y), layers=layers, pretrained=not untrained
+    )
+    print(f"{output}: {drawn} of {layers_found} attention layers")
 
 
 # ---- data, reports
@@ -511,16 +498,16 @@ def bench(context: typer.Context) -> int:
 
 @app.command()
 def demo(
-    task: Annotated[str, typer.Argument(help="classify, detect or segment.")] = "classify",
+    task: Annotated[Task, typer.Argument(help="What to train.")] = Task.classify,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder to write.", show_default="runs/demo, runs/demo-detect or runs/demo-segment"),
     ] = None,
-) -> int:
-    """Train on handwritten digits, evaluate, draw and more: the whole way in a few minutes."""
+) -> None:
+    """Train on handwritten digits, evaluate, export and predict, in a few minutes."""
     from .demo import demo as run
 
-    return run(task, output)
+    run(task.value, output)
 
 
 def _console() -> Console:

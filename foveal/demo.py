@@ -1,7 +1,6 @@
-"""`foveal demo`: the whole way on real handwritten digits, in minutes on a CPU.
+"""`foveal demo`: train on real handwritten digits, evaluate, export and predict, in minutes on a CPU.
 
-Classification: train, evaluate, draw, export and predict. Detection and segmentation: write composites of the digits on
-photographs, train on them, evaluate, draw and predict.
+Classification trains on the digits themselves; detection and segmentation on digits composited on photographs.
 """
 
 from __future__ import annotations
@@ -16,145 +15,107 @@ from PIL import Image
 from rich.console import Console
 
 from .backbones.loading import load
-from .train import Prediction, evaluate, predict, train
+from .train import evaluate, predict, train
 from .train.data.memory import load_digits
 from .weights.export import export
 from .weights.folder import TOLERANCE
 from .weights.formats import ExportError
 from .weights.images import preprocessing, read_image
 
-RECIPE = "classify/digits"
-VAL_FRACTION = 0.2
-TASKS = ("classify", "detect", "segment")
-COMPOSITES = Path("data", "digits-composites")  # where the recipes of detection and segmentation have them
+COMPOSITES = Path("data", "digits-composites")  # the data of the recipes of detection and segmentation
+FILES = {
+    "run/predictions.png": "held-out images with predictions",
+    "run/curves.png": "loss and metrics by epoch",
+    "run/metrics.csv": "the same as numbers",
+    "run/report.html": "everything about the run on one page",
+    "run/best": "the best epoch, for `foveal.load`",
+}
 
 
 def demo(task: str, output: Path | None = None) -> None:
-    """Run all steps into a new folder: `output`, or, if that exists, the next free name after it.
+    """Run all steps of the demo.
 
     Args:
-        task: one of `TASKS`.
-        output: None for `runs/demo`, `runs/demo-detect` or `runs/demo-segment`.
+        task: ``classify``, ``detect`` or ``segment``.
+        output: new folder, by default under ``runs/``; if it exists, the next free name is used.
 
     Raises:
-        ValueError: if there is no such task.
-        OSError: if the folder cannot be written.
-        ExportError: if what was exported does not answer as the trained model does.
+        ValueError: there is no such task.
+        OSError: the folder cannot be written.
+        ExportError: outputs of the exported model differ from the trained model's.
     """
-    if task not in TASKS:
-        raise ValueError(f"there is no demo of {task!r}; there are {', '.join(TASKS)}")
-    output = _free(output or Path("runs", "demo" if task == "classify" else f"demo-{task}"))
-    try:
-        output.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"cannot write {output}: {error.strerror}") from error
+    if task not in ("classify", "detect", "segment"):
+        raise ValueError(f"there is no demo {task!r}: choose classify, detect or segment")
+    output = _new_folder(output or Path("runs", "demo" if task == "classify" else f"demo-{task}"))
+    run, start, files = output / "run", time.monotonic(), dict(FILES)
     console = Console(soft_wrap=True, highlight=False)
-    if task == "classify":
-        _classify(output, console)
-    else:
-        _dense(task, output, console)
 
+    console.rule(f"1. train {task}/digits")
+    data = [] if task == "classify" else [f"data.root={COMPOSITES}"]
+    train(f"{task}/digits", [f"output={run}", *data])
 
-def _classify(output: Path, console: Console) -> None:
-    run = output / "run"
-    start = time.monotonic()
-
-    console.rule(f"1. train {RECIPE} (1,797 handwritten digits, a fifth held out)")
-    train(RECIPE, [f"output={run}"])
-
-    console.rule("2. evaluate the best epoch on the held-out digits")
+    console.rule("2. evaluate the best epoch on held-out images")
     evaluate(run, console=console)
 
-    console.rule("3. export")
-    digit, label = _write_digit(output / "digit.png")
-    for to in ("safetensors", "onnx"):
-        done = export(run, to, output / to, images=[digit])
-        console.print(f"{done.folder}: {', '.join(done.files)}")
-        console.print(f"differs from the trained model by {done.difference:.1e} of the largest logit")
-    _check_timm(run, output / "safetensors", digit)
-    console.print(f'timm.create_model("local-dir:{output / "safetensors"}", pretrained=True) agrees on {digit.name}')
+    console.rule("3. predict a held-out image")
+    if task == "classify":
+        image, label = _write_digit(output / "digit.png")
+        console.print(f"a held-out digit, a {label}")
+        predictions = predict(run, [image], top=3)
+    else:
+        image = COMPOSITES / "val" / "000000.jpg"
+        predictions = predict(run, [image], output=output / "prediction")
+        files["prediction"] = "the image with its prediction"
+    for prediction in predictions:
+        if prediction.error is not None:
+            raise prediction.error
+        console.print(prediction.path, *(f"  {result}" for result in prediction.results), sep="\n")
 
-    console.rule(f"4. predict a held-out digit, a {label}")
-    for prediction in predict(run, [digit], top=3):
-        _print(prediction, console)
-
-    console.rule(f"done in {time.monotonic() - start:.0f} s")
-    for path, what in {
-        run / "predictions.png": "held-out digits, the mistakes marked",
-        run / "curves.png": "loss and accuracy by epoch",
-        run / "metrics.csv": "the same as numbers",
-        run / "best": "the best epoch, a folder that timm loads",
-        output / "safetensors": "the same, exported with a card",
-        output / "onnx": "for onnxruntime",
-    }.items():
-        if not path.exists():
-            raise RuntimeError(f"the demo did not write {path}")
-        console.print(f"{path!s:40} {what}")
-    console.print(f"\ntry: foveal predict {digit} --model {run}")
-
-
-def _dense(task: str, output: Path, console: Console) -> None:
-    recipe, run = f"{task}/digits", output / "run"
-    start = time.monotonic()
-
-    console.rule(f"1. train {recipe} (handwritten digits on photographs)")
-    train(recipe, [f"output={run}", f"data.root={COMPOSITES}"])
-
-    console.rule("2. evaluate the best epoch on the held-out composites")
-    result = output / "result.json"
-    evaluate(run, [f"output={result}"], console)
-
-    console.rule("3. predict a held-out composite")
-    image, drawn = COMPOSITES / "val" / "000000.jpg", output / "prediction"
-    for prediction in predict(run, [image], threshold=0.5, output=drawn):
-        _print(prediction, console)
+    if task == "classify":
+        console.rule("4. export")
+        _export(run, output, image, console)
+        files |= {"safetensors": "the model for timm, with a card", "onnx": "the model for onnxruntime"}
 
     console.rule(f"done in {time.monotonic() - start:.0f} s")
-    for path, what in {
-        run / "predictions.png": "held-out composites, what is there beside what is found",
-        run / "pictures": "the same after each epoch",
-        run / "curves.png": "loss and scores by epoch",
-        run / "metrics.csv": "the same as numbers",
-        run / "best": "the best epoch, for `foveal predict` and `foveal.heads.checkpoint.load_dense`",
-        result: "its scores",
-        drawn: "the predicted composite",
-    }.items():
-        if not path.exists():
-            raise RuntimeError(f"the demo did not write {path}")
-        console.print(f"{path!s:40} {what}")
-    console.print(f"\ntry: foveal predict {image} --model {run} --output {output}")
+    for name, content in files.items():
+        if not (output / name).exists():
+            raise RuntimeError(f"the demo did not write {output / name}")
+        console.print(f"{output / name!s:40} {content}")
+    console.print(f"\ntry: foveal predict {image} --model {run}")
 
 
-def _print(prediction: Prediction, console: Console) -> None:
-    if prediction.error is not None:
-        raise prediction.error
-    console.print(prediction.path)
-    for result in prediction.results:
-        console.print(f"  {result}")
-
-
-def _free(output: Path) -> Path:
+def _new_folder(output: Path) -> Path:
+    """``output``, or the next free name after it, created."""
     candidate, n = output, 1
     while candidate.exists():
         n += 1
         candidate = output.with_name(f"{output.name}-{n}")
+    try:
+        candidate.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"cannot write {candidate}: {error.strerror}") from error
     return candidate
 
 
 def _write_digit(path: Path) -> tuple[Path, int]:
-    """The first held-out digit as an image file, and what it shows."""
-    images, labels = load_digits(VAL_FRACTION)["val"]
+    """The first held-out digit as an image file, and its label."""
+    images, labels = load_digits(0.2)["val"]
     Image.fromarray(np.asarray(images[0], dtype=np.uint8)).save(path)
     return path, int(labels[0])
 
 
 @torch.no_grad()
-def _check_timm(run: Path, folder: Path, digit: Path) -> None:
-    """What timm alone makes of the exported folder must be what was trained."""
-    trained = load(run)
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    image = preprocessing(trained)(read_image(digit, trained.pretrained_cfg["input_size"][0]))[None]
-    expected, got = trained(image), loaded(image)
-    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+def _export(run: Path, output: Path, image: Path, console: Console) -> None:
+    """Exports to safetensors and ONNX; timm alone, without foveal's loading, must agree on the former."""
+    for to in ("safetensors", "onnx"):
+        exported = export(run, to, output / to, images=[image])
+        console.print(f"{exported.folder}: {', '.join(exported.files)}; relative difference {exported.difference:.1e}")
+    model = load(run)
+    cfg: dict = model.pretrained_cfg  # type: ignore[assignment]
+    pixels = preprocessing(model)(read_image(image, cfg["input_size"][0]))[None]
+    expected = model(pixels)
+    logits = timm.create_model(f"local-dir:{output / 'safetensors'}", pretrained=True).eval()(pixels)
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
         raise ExportError(f"timm's model differs from the trained one by {difference:.1e} of the largest logit")
+    console.print(f'timm.create_model("local-dir:{output / "safetensors"}", pretrained=True) agrees on {image.name}')

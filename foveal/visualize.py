@@ -396,3 +396,38 @@ class _AxisWindow:
 def _short(value: tuple[int, int]) -> str:
     rows, columns = value
     return str(rows) if rows == columns else f"{rows}x{columns}"
+
+
+def visualize_file(
+    file: str | Path,
+    name: str,
+    output: str | Path,
+    point: tuple[float, float] | None,
+    *,
+    layers: int = 12,
+    pretrained: bool = True,
+) -> tuple[int, int]:
+    """`visualize` for an image file and the name of a model, a run folder or a model folder.
+
+    Args:
+        point: (x, y) as fractions of width and height after the model's crop; None asks for a click.
+        pretrained: False takes initial weights, seeded.
+
+    Returns:
+        The number of attention layers that were drawn, and of all.
+    """
+    import timm
+
+    from .backbones.images import preprocessing, read_image
+    from .backbones.loading import load
+
+    check_point(point or (0.5, 0.5))
+    torch.manual_seed(0)
+    model: Any = (load(name) if pretrained else timm.create_model(name)).eval()
+    pixels = preprocessing(model)(read_image(file, model.pretrained_cfg["input_size"][0]))
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    shown = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    x, y = point or clicked(shown)
+    title = f"{name}{'' if pretrained else ', initial weights'}, {Path(file).name}, point {x:.2f}, {y:.2f}"
+    found = visualize(model, pixels[None], shown, output, point=(x, y), title=title, layers=layers)
+    return min(layers, len(found)), len(found)
