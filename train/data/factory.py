@@ -62,6 +62,8 @@ class _Builder:
         return self.config.data.limit if training else self.config.data.val_limit
 
     def order(self, samples: int, training: bool) -> EpochOrder:
+        if not samples:
+            raise DataError(f"no image to {'train on' if training else 'evaluate'} in {self.config.data.root}")
         train = self.config.train
         batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
         kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
@@ -202,25 +204,19 @@ def _file_loader(builder: _Builder, classes, preprocessing, device, training: bo
     else:
         transform = EvalTransform(preprocessing)
     kind = {"train": training, "seed": config.seed}
-    loader, streamed = ClassificationLoader, False
+    further = _normalize(config, preprocessing, training, device), builder.bad, data.workers
     if data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
     else:
         shards, lengths, samples = wds.find_shards(root, name, training)
-        streamed = any(wds.is_streamed(shard) for shard in shards)
-        index = None if streamed else wds.load_index(root, name, shards, lengths)
-    if streamed:
-        readers = {"rank": builder.rank, "world": builder.world, "workers": data.workers}
-        dataset = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind, **readers)
-        loader = StreamLoader
-    else:
-        index.exclude(builder.excluded, root)
-        dataset = ClassificationDataset(index, transform, **kind)
-        samples = len(dataset)
-    if not samples:
-        raise DataError(f"the split {name!r} in {data.root} has no images")
-    normalize = _normalize(config, preprocessing, training, device)
-    return loader(dataset, len(classes), builder.order(samples, training), normalize, builder.bad, data.workers)
+        if any(map(wds.is_streamed, shards)):
+            readers = {"rank": builder.rank, "world": builder.world, "workers": data.workers}
+            stream = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind, **readers)
+            return StreamLoader(stream, len(classes), builder.order(samples, training), *further)
+        index = wds.load_index(root, name, shards, lengths)
+    index.exclude(builder.excluded, root)
+    dataset = ClassificationDataset(index, transform, **kind)
+    return ClassificationLoader(dataset, len(classes), builder.order(len(index), training), *further)
 
 
 # ---- detection and segmentation
