@@ -235,7 +235,7 @@ def test_a_split_without_images(folder):
     with pytest.raises(DataError, match="'val'"):
         build(folder)
     config = SegmentDataConfig(kind="folder", root=str(folder))
-    index = read_masks(config, "train", 3)
+    index = read_masks(folder, config, "train", 3)
     assert len(index) == 12
     assert Path(index.mask_name(11)) == folder / "masks" / "train" / "11.png"
 

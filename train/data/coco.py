@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .guard import DataError, Report
-from .index import DetectionIndex, encode_paths, offsets
+from .index import DetectionIndex, Texts, encode_paths, offsets
 from .validate import Objects, check_content, find_faults, mask_area
 
 
@@ -77,12 +77,11 @@ def index_objects(
         categories=dict(categories),
         image_ids=np.array(ids, np.int64),
         sizes=sizes,
-        starts=offsets(np.bincount(image, minlength=len(names))),
+        starts=offsets(np.bincount(image, minlength=len(names)).tolist()),
         boxes=boxes,
         labels=objects.label[rows],
         crowd=objects.crowd[rows] == 1,
         areas=areas,
         usable=~faults.unusable[rows],
-        segments=np.frombuffer(b"".join(texts), np.uint8) if masks else None,
-        segment_starts=offsets(map(len, texts)) if masks else None,
+        segments=Texts.pack(texts) if masks else None,
     )

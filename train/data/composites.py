@@ -354,7 +354,7 @@ def _composites(
 ) -> Iterator[Composite]:
     for number in itertools.count():
         random = np.random.default_rng((*seed, number))
-        yield compose(photographs[random.integers(len(photographs))], size, objects, draw, random)
+        yield compose(photographs[int(random.integers(len(photographs)))], size, objects, draw, random)
 
 
 def _write_split(folder: Path, split: str, composites: Iterable[Composite], classes: Sequence[str]) -> int:

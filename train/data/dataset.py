@@ -70,6 +70,8 @@ class ImageDataset(Dataset):
 class ClassificationDataset(ImageDataset):
     """(uint8 ``[C, H, W]``, class) of classified images."""
 
+    index: ClassificationIndex
+
     def __init__(
         self, index: ClassificationIndex, transform: TrainTransform | EvalTransform, *, train: bool, seed: int
     ):

@@ -56,11 +56,11 @@ class RandomScale(v2.Transform):
 
 
 class RandomCrop(v2.Transform):
-    """A crop of so many rows and columns, or of as many as there are, at a random place."""
+    """A crop of ``size`` (rows, columns), or of as much as there is, at a random place."""
 
-    def __init__(self, rows: int, columns: int):
+    def __init__(self, size: Sequence[int]):
         super().__init__()
-        self.size = rows, columns
+        self.size = size
 
     def draw_size(self, size: Sequence[int]) -> list[int]:
         """Rows and columns of the crop of an image of ``size``."""
@@ -88,8 +88,8 @@ class RandomSizeCrop(RandomCrop):
 class BalancedCrop(RandomCrop):
     """A random crop in which no class covers ``max_ratio`` of what is labelled, else the tenth that was tried."""
 
-    def __init__(self, rows: int, columns: int, max_ratio: float):
-        super().__init__(rows, columns)
+    def __init__(self, size: Sequence[int], max_ratio: float):
+        super().__init__(size)
         self.max_ratio = max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
@@ -108,9 +108,9 @@ class PadTo(v2.Transform):
     """Adds rows and columns at the bottom and the right, up to a size: of ``fill`` (0..255 by channel) to images, of
     255 to masks."""
 
-    def __init__(self, rows: int, columns: int, fill: Sequence[float]):
+    def __init__(self, size: Sequence[int], fill: Sequence[float]):
         super().__init__()
-        self.size, self.fill = (rows, columns), list(fill)
+        self.size, self.fill = size, list(fill)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         rows, columns = v2.query_size(flat_inputs)
@@ -141,7 +141,7 @@ def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
     Raises:
         DataError: sizes that contradict each other.
     """
-    last = [RandomCrop(*config.final_crop_size)] if config.final_crop_size is not None else []
+    last: list[v2.Transform] = [RandomCrop(config.final_crop_size)] if config.final_crop_size is not None else []
     if config.photometric:
         last.append(PhotometricDistort())
     return v2.Compose(
@@ -173,14 +173,13 @@ def _detection_resize(config: DetectAugmentConfig) -> v2.Transform:
                 f"augment.final_crop_size={config.final_crop_size}, without augment.crop_prob={config.crop_prob}"
             )
         rows, columns = config.final_crop_size
-        return v2.ScaleJitter(
-            (columns, rows), tuple(config.scale_jitter), antialias=False
-        )  # its target is (width, height)
+        least, most = config.scale_jitter
+        return v2.ScaleJitter((columns, rows), (least, most), antialias=False)  # its target is (width, height)
     resize = v2.RandomShortestSize(sizes, config.max_size, antialias=False)
     if not config.crop_prob:
         return resize
     first = v2.RandomShortestSize(config.crop_min_size, antialias=False)
-    cropped = v2.Compose([first, RandomSizeCrop(*config.crop_size), resize])
+    cropped = v2.Compose([first, RandomSizeCrop(config.crop_size), resize])
     return v2.RandomChoice([resize, cropped], p=[1 - config.crop_prob, config.crop_prob])
 
 
@@ -193,9 +192,9 @@ def segmentation_transform(config: SegmentAugmentConfig, fill: Sequence[float], 
     return v2.Compose(
         [
             RandomScale(config.scale, config.ratio_range, antialias),
-            BalancedCrop(*config.crop_size, config.cat_max_ratio),
+            BalancedCrop(config.crop_size, config.cat_max_ratio),
             v2.RandomHorizontalFlip(config.hflip),
             *([PhotometricDistort()] if config.photometric else []),
-            PadTo(*config.crop_size, fill),
+            PadTo(config.crop_size, fill),
         ]
     )

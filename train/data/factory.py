@@ -165,7 +165,7 @@ def build_classification_data(
     if in_memory and data.exclude is not None:
         raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
     preprocessing = _preprocessing(data, model_cfg)
-    loader = partial(_memory_loader if in_memory else _file_loader, builder, classes, preprocessing, device)
+    loader = partial(_memory_loader if in_memory else _file_loader, builder, config, classes, preprocessing, device)
     return replace(builder.build(loader, train), preprocessing=preprocessing)
 
 
@@ -176,8 +176,14 @@ def _normalize(
     return Normalize(preprocessing["mean"], preprocessing["std"], device, erase, config.augment.erase_mode)
 
 
-def _memory_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> memory.MemoryLoader:
-    config = builder.config
+def _memory_loader(
+    builder: _Builder,
+    config: ClassifyConfig,
+    classes: Sequence[str],
+    preprocessing: dict[str, Any],
+    device: torch.device,
+    training: bool,
+) -> memory.MemoryLoader:
     split = "train" if training else "val"
     if config.data.kind == "digits":
         arrays = memory.load_digits(config.data.val_fraction)[split]
@@ -195,23 +201,30 @@ def _memory_loader(builder: _Builder, classes, preprocessing, device, training: 
     )
 
 
-def _file_loader(builder: _Builder, classes, preprocessing, device, training: bool) -> ClassificationLoader:
-    config, data = builder.config, builder.config.data
+def _file_loader(
+    builder: _Builder,
+    config: ClassifyConfig,
+    classes: Sequence[str],
+    preprocessing: dict[str, Any],
+    device: torch.device,
+    training: bool,
+) -> ClassificationLoader:
+    data = config.data
     name, root = data.train_split if training else data.val_split, _root(data)
     if training:
         shape, mean = preprocessing["input_size"], tuple(preprocessing["mean"])
         transform = TrainTransform(config.augment, data.decode, shape, mean)
     else:
         transform = EvalTransform(preprocessing)
-    kind = {"train": training, "seed": config.seed}
+    kind: dict[str, Any] = {"train": training, "seed": config.seed}
     further = _normalize(config, preprocessing, training, device), builder.bad, data.workers
     if data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
     else:
         shards, lengths, samples = wds.find_shards(root, name, training)
         if any(map(wds.is_streamed, shards)):
-            readers = {"rank": builder.rank, "world": builder.world, "workers": data.workers}
-            stream = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind, **readers)
+            kind |= {"rank": builder.rank, "world": builder.world, "workers": data.workers}
+            stream = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind)
             return StreamLoader(stream, len(classes), builder.order(samples, training), *further)
         index = wds.load_index(root, name, shards, lengths)
     index.exclude(builder.excluded, root)
@@ -260,7 +273,7 @@ def build_detection_data(
         nonlocal categories
         index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
-        _choose_images(index, builder, training)
+        _choose_images(index, builder, data, training)
         transform = detection_transform(config.augment) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
         return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
@@ -279,21 +292,21 @@ def _read_boxes(
     return read_coco(root / annotations, images, masks=masks, categories=categories)
 
 
-def _choose_images(index: DetectionIndex, builder: _Builder, training: bool) -> None:
+def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataConfig, training: bool) -> None:
     """Leaves in ``index`` the images that exist and are not excluded, in training those with something to learn, the
     first so many.
 
     Raises:
         DataError: no image remains, or more files are missing than the recipe allows.
     """
-    data, source = builder.config.data, index.report.source
+    source = index.report.source
     builder.bad.reports.append(index.report)
     builder.notes += filter(None, [str(index.report)])
-    index.exclude(builder.excluded, data.root)
+    index.exclude(builder.excluded, data.root or "")
     there = np.array([os.path.isfile(path) for path in index.paths])
     if not there.any():
         raise DataError(f"none of the {len(there)} images of {source} exists, such as {index.name(0)}")
-    gone = [index.name(number) for number in np.flatnonzero(~there)]
+    gone = [index.name(number) for number in np.flatnonzero(~there).tolist()]
     builder.bad.start(len(there))
     builder.bad.add((name, "the file does not exist") for name in gone)
     if gone:
@@ -330,7 +343,7 @@ def build_segmentation_data(
     fill = [round(255 * value) for value in mean]
 
     def loader(training: bool) -> SegmentationLoader:
-        index = masks.read_masks(data, masks.split_name(data, training), len(classes))
+        index = masks.read_masks(root, data, masks.split_name(data, training), len(classes))
         index.exclude(builder.excluded, root)
         index.select(np.arange(len(index))[: builder.limit(training)])
         transform = segmentation_transform(config.augment, fill, data.antialias) if training else None

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from .guard import DataError
 from .index import ClassificationIndex, encode_paths
@@ -51,7 +51,7 @@ def read_folder(root: Path, split: str, classes: Sequence[str]) -> Classificatio
     if unknown:
         raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
     numbers = {name: i for i, name in enumerate(classes)}
-    samples = create_dataset("", str(root / split), search_split=False, class_map=numbers).reader.samples
+    samples = ReaderImageFolder(str(root / split), class_map=numbers).samples
     nested = set(present) - {classes[label] for _, label in samples}
     if nested:
         raise DataError(

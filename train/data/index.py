@@ -4,12 +4,11 @@ The arrays are shared by all worker processes. A list with a Python object for e
 into every one of them, as reference counts are written to.
 """
 
-import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,20 +20,40 @@ from .guard import DataError, Excluded, Report
 Target = dict[str, torch.Tensor]
 
 
-def encode_paths(paths: Sequence[str | os.PathLike]) -> np.ndarray:
+def encode_paths(paths: Iterable[str | os.PathLike]) -> np.ndarray:
     """Paths as an array of bytes; names need not be UTF-8."""
     return np.array([os.fsencode(path) for path in paths], bytes)
 
 
+def offsets(lengths: Iterable[int]) -> np.ndarray:
+    """Where each of several parts begins, and the last one ends."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+@dataclass
+class Texts:
+    """Texts one after the other in one array, that of row a at ``starts[a]:starts[a + 1]``."""
+
+    content: np.ndarray  # uint8
+    starts: np.ndarray  # int64 [A + 1]
+
+    @classmethod
+    def pack(cls, texts: Sequence[bytes]) -> "Texts":
+        return cls(np.frombuffer(b"".join(texts), np.uint8), offsets(map(len, texts)))
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.content[self.starts[row] : self.starts[row + 1]].tobytes()
+
+
 @dataclass(kw_only=True)
 class Index:
-    """N image files and what was left out of the split.
+    """N images and what was left out of the split.
 
     A subclass adds arrays; those with one row per sample are listed in ``per_sample``.
     """
 
-    paths: np.ndarray  # bytes [N]
-    report: Report | None = None  # what could not be used
+    paths: np.ndarray = field(default_factory=lambda: np.empty(0, bytes))  # [N]; empty if they lie in other files
+    report: Report = field(default_factory=lambda: Report(""))  # what could not be used
     per_sample: ClassVar[tuple[str, ...]] = ("paths",)
 
     def __len__(self) -> int:
@@ -44,7 +63,7 @@ class Index:
         """What reports call a sample."""
         return os.fsdecode(self.paths[number])
 
-    def open(self, number: int) -> io.IOBase:
+    def open(self, number: int) -> IO[bytes]:
         """The image file of a sample; raises OSError if there is none."""
         return open(self.paths[number], "rb")
 
@@ -92,9 +111,7 @@ class SegmentationIndex(Index):
 class DetectionIndex(Index):
     """Images with A objects in all, those of image i at ``starts[i]:starts[i + 1]``.
 
-    ``usable`` marks the objects that can be trained on; the evaluation takes all A, crowds included. ``segments`` holds
-    the masks as JSON texts (any of COCO's three forms) one after the other, that of object a at
-    ``segment_starts[a]:segment_starts[a + 1]``; None if masks were not asked for.
+    ``usable`` marks the objects that can be trained on; the evaluation takes all A, crowds included.
     """
 
     categories: dict[int, str]  # id -> name, by id; labels count them from 0
@@ -106,8 +123,7 @@ class DetectionIndex(Index):
     crowd: np.ndarray  # bool [A]
     areas: np.ndarray  # float64 [A]
     usable: np.ndarray  # bool [A]
-    segments: np.ndarray | None = None  # uint8
-    segment_starts: np.ndarray | None = None  # int64 [A + 1]
+    segments: Texts | None = None  # the masks in JSON, in any of COCO's three forms; None if not asked for
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "image_ids", "sizes")
     per_object: ClassVar[tuple[str, ...]] = ("boxes", "labels", "crowd", "areas", "usable")
 
@@ -123,18 +139,12 @@ class DetectionIndex(Index):
         for array in self.per_object:
             setattr(self, array, getattr(self, array)[rows])
         if self.segments is not None:
-            texts = [self.segments[self.segment_starts[a] : self.segment_starts[a + 1]] for a in rows]
-            self.segments = np.concatenate([np.empty(0, np.uint8), *texts])
-            self.segment_starts = offsets(map(len, texts))
+            self.segments = Texts.pack([self.segments[row] for row in rows])
 
     def objects(self) -> np.ndarray:
         """int64 ``[N]``: how many objects of each image can be learned."""
         learned = np.concatenate([[0], np.cumsum(self.usable & ~self.crowd)])
         return learned[self.starts[1:]] - learned[self.starts[:-1]]
-
-    def segment(self, row: int) -> Any:
-        """The mask of an object as the file has it."""
-        return json.loads(self.segments[self.segment_starts[row] : self.segment_starts[row + 1]].tobytes())
 
     def target(self, number: int) -> Target:
         """What a detector learns from an image: boxes float32 ``[N, 4]`` (corners, clipped to the image), labels int64
@@ -148,14 +158,14 @@ class DetectionIndex(Index):
             "labels": torch.from_numpy(self.labels[rows]),
         }
         if self.segments is not None:
-            masks = [run_lengths.decode(encode_segment(self.segment(row), height, width)) for row in rows]
-            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.empty((0, height, width), np.uint8))
+            codes = [encode_segment(json.loads(self.segments[row]), height, width) for row in rows]
+            masks = np.stack([run_lengths.decode(code) for code in codes]) if codes else np.empty((0, height, width))
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.astype(np.uint8, copy=False)))
         return target
 
     def truth(self, numbers: Sequence[int]) -> dict[str, Any]:
         """These images as COCO's evaluation takes them, crowds included."""
-        numbers, ids = np.asarray(numbers, int), list(self.categories)
-        annotations = []
+        ids, annotations = list(self.categories), []
         for number in numbers:
             for row in self.rows(number):
                 entry = {
@@ -166,18 +176,17 @@ class DetectionIndex(Index):
                     "area": float(self.areas[row]),
                     "iscrowd": int(self.crowd[row]),
                 }
-                annotations.append(entry | ({} if self.segments is None else {"segmentation": self.segment(row)}))
-        sizes = zip(self.image_ids[numbers].tolist(), self.sizes[numbers].tolist(), strict=True)
+                if self.segments is not None:
+                    entry["segmentation"] = json.loads(self.segments[row])
+                annotations.append(entry)
         return {
-            "images": [{"id": key, "height": height, "width": width} for key, (height, width) in sizes],
+            "images": [
+                {"id": int(self.image_ids[i]), "height": int(self.sizes[i, 0]), "width": int(self.sizes[i, 1])}
+                for i in numbers
+            ],
             "annotations": annotations,
             "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
         }
-
-
-def offsets(lengths: Sequence[int]) -> np.ndarray:
-    """Where each of several parts begins, and the last one ends."""
-    return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from .dataset import ATTEMPTS, Found, Item
 from .guard import BadSamples, DataError, check_labels, printable
 from .index import Target
 from .order import Batch, EpochOrder, Normalize, NumberedBatches
+from .wds import StreamedImages
 
 
 class DetectionBatch(NamedTuple):
@@ -136,13 +137,9 @@ class ClassificationLoader(Loader):
 
 
 class StreamLoader(ClassificationLoader):
-    """The same from shards that are streamed, where the order of batches only counts them.
+    """The same from shards that are streamed, where the order of batches only counts them."""
 
-    Args:
-        dataset: a `wds.StreamedImages`.
-    """
-
-    dataset: IterableDataset
+    dataset: StreamedImages
 
     def _loader(self, **settings: Any) -> DataLoader:
         return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
@@ -171,7 +168,9 @@ class StreamLoader(ClassificationLoader):
 class DetectionLoader(Loader):
     """Batches of images with their objects."""
 
-    stack = staticmethod(list)
+    @staticmethod
+    def stack(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return samples
 
     def finish(self, samples: list[dict[str, Any]]) -> Iterator[DetectionBatch]:
         images = [self._to_device(sample.pop("image")).float().div_(255) for sample in samples]
@@ -191,7 +190,10 @@ class SegmentationLoader(Loader):
             if not groups or groups[-1][0]["image"].shape != sample["image"].shape:
                 groups.append([])
             groups[-1].append(sample)
-        return [tuple(torch.stack([each[key] for each in group]) for key in ("image", "mask")) for group in groups]
+        return [
+            (torch.stack([each["image"] for each in group]), torch.stack([each["mask"] for each in group]))
+            for group in groups
+        ]
 
     def finish(self, samples: list[tuple[Tensor, Tensor]]) -> Iterator[SegmentationBatch]:
         for images, masks in samples:

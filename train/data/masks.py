@@ -47,10 +47,10 @@ def find_classes(config: SegmentDataConfig) -> list[str]:
     return check_classes(classes, f"data.kind={config.kind}")
 
 
-def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> SegmentationIndex:
+def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: int) -> SegmentationIndex:
     """Every image and every mask of a split, paired, sorted by name; one may be missing.
 
-    Layouts below ``data.root``:
+    Layouts below ``root``:
 
     * ade20k: ``images/SPLIT/*.jpg``, ``annotations/SPLIT/*.png``
     * cityscapes: ``leftImg8bit/SPLIT/CITY/*_leftImg8bit.png``, ``gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png`` (or
@@ -61,7 +61,6 @@ def read_masks(config: SegmentDataConfig, split: str, num_classes: int) -> Segme
     Raises:
         DataError: a folder or list is missing, or there is no image.
     """
-    root = Path(config.root)
     if config.kind == "voc":
         pairs = _voc(root, split)
     elif config.kind == "cityscapes":

@@ -27,9 +27,9 @@ def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
     if not 0 < val_fraction < 1:
         raise DataError(f"data.val_fraction is {val_fraction}, must lie between 0 and 1")
-    digits = bundled()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(images, digits.target, test_size=val_fraction, stratify=digits.target, random_state=0)
+    pixels, labels = bundled(return_X_y=True)
+    images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, labels, test_size=val_fraction, stratify=labels, random_state=0)
     train_images, val_images, train_labels, val_labels = parts
     return {"train": (train_images, train_labels), "val": (val_images, val_labels)}
 

@@ -1,16 +1,17 @@
 """The training transform of image files: timm's, with the crop cut and resized by a faster way, and drawn by seed."""
 
-import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from timm.data import auto_augment, create_transform
+from timm.data import auto_augment
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
 from ...backbones.images import to_mode
@@ -124,7 +125,7 @@ class TrainTransform:
             crop = Crop(crop.size, **kept, channels=self.channels, draft=decode == "draft")
         self.crop, self.augment = crop, Compose(steps)
 
-    def read(self, file: io.IOBase) -> Image.Image:
+    def read(self, file: IO[bytes]) -> Image.Image:
         """The random crop of an image file, of the input's size."""
         with Image.open(file) as image:
             return self.crop(image if self.lazy else to_mode(image, self.channels))
@@ -142,6 +143,6 @@ class EvalTransform:
         kept = ("input_size", "interpolation", "crop_pct", "crop_mode")
         self.augment = create_transform(use_prefetcher=True, **{key: preprocessing[key] for key in kept})
 
-    def read(self, file: io.IOBase) -> Image.Image:
+    def read(self, file: IO[bytes]) -> Image.Image:
         with Image.open(file) as image:
             return to_mode(image, self.channels)  # decodes

@@ -122,7 +122,7 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
 
     report(objects.image < 0, "image is not in the file")
     report(objects.label < 0, "category is not in the file")
-    report(np.isnan(objects.boxes).any(1), "box is not four numbers")
+    report(np.any(np.isnan(objects.boxes), axis=1), "box is not four numbers")
     report(objects.crowd < 0, "iscrowd is neither 0 nor 1")
     if masks:
         for row, segment in enumerate(objects.segments):
@@ -134,9 +134,9 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
     first, last = objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]
     sides = sizes[:, ::-1]
     corners = clip_boxes(objects.boxes, sizes).astype(np.float32)  # whose steps may leave no area
-    report((objects.boxes[:, 2:] <= 0).any(1), "box has no area")
-    report(((first >= sides) | (last <= 0)).any(1), "box lies outside the image")
-    report((corners[:, :2] >= corners[:, 2:]).any(1), "box has no area")
+    report(np.any(objects.boxes[:, 2:] <= 0, axis=1), "box has no area")
+    report(np.any((first >= sides) | (last <= 0), axis=1), "box lies outside the image")
+    report(np.any(corners[:, :2] >= corners[:, 2:], axis=1), "box has no area")
     if masks:
         for row, segment in enumerate(objects.segments):
             if row not in reasons and isinstance(segment, dict) and not mask_area(segment, *sizes[row].tolist()):

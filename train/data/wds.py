@@ -27,13 +27,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from timm.data import create_dataset
+from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...files import atomic
 from .dataset import UNREADABLE, Found, Item
 from .guard import DataError, Excluded
-from .index import Index, encode_paths
+from .index import ClassificationIndex, encode_paths
 from .transforms import EvalTransform, TrainTransform, seeded
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -42,8 +42,8 @@ NO_LABEL, NO_IMAGE = -1, -2  # stand for a label
 
 
 @dataclass(kw_only=True)
-class ShardIndex(Index):
-    """Where the N samples of S shards below ``root`` lie, by sample but for ``shards`` and ``stamps``."""
+class ShardIndex(ClassificationIndex):
+    """Where the N samples of S shards below ``root`` lie. A label may be NO_LABEL or NO_IMAGE."""
 
     root: str
     shards: np.ndarray  # bytes [S]: names
@@ -51,9 +51,7 @@ class ShardIndex(Index):
     shard: np.ndarray  # int32 [N]
     offset: np.ndarray  # int64 [N]: of the image's bytes
     size: np.ndarray  # int64 [N]
-    label: np.ndarray  # int64 [N]; NO_LABEL, NO_IMAGE
     key: np.ndarray  # bytes [N]
-    paths: np.ndarray | None = None
     files: OrderedDict[int, io.FileIO] = field(default_factory=OrderedDict)  # open shards of this process
     per_sample: ClassVar[tuple[str, ...]] = ("shard", "offset", "size", "label", "key")
     stored: ClassVar[tuple[str, ...]] = ("shards", "stamps", *per_sample)
@@ -138,7 +136,8 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
                     elif suffix == "cls":
                         text = tar.extractfile(member).read()
                         label = int(text) if re.fullmatch(rb"\s*\d+\s*", text) else NO_LABEL
-                samples.append((key, *(image or (0, 0)), label if image else NO_IMAGE))
+                offset, size = image or (0, 0)
+                samples.append((key, offset, size, label if image else NO_IMAGE))
             tar.fileobj.seek(tar.offset)  # tarfile takes what is no header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError("unexpected end of data")
@@ -174,9 +173,8 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
         raise DataError(f"{len(missing)} of {len(paths)} shards don't exist, first {missing[0]}")
     tag = split if re.fullmatch(r"[\w-]+", split) else hashlib.sha256(split.encode()).hexdigest()[:12]  # a pattern
     file = Path(root) / f"_index-{tag}.npz"
-    index = _read_index(root, file) if file.is_file() else None
-    same = index is not None and [os.fsdecode(name) for name in index.shards] == list(names)
-    if not same or not np.array_equal(index.stamps, stamps(paths)):
+    index = _read_index(root, file, names)
+    if index is None or not np.array_equal(index.stamps, stamps(paths)):
         index = index_shards(root, names)
         if os.access(root, os.W_OK):
             try:
@@ -190,12 +188,14 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
     return index
 
 
-def _read_index(root: str, path: Path) -> ShardIndex | None:
+def _read_index(root: str, path: Path, names: Sequence[str]) -> ShardIndex | None:
+    """A stored index, if it is of these shards; None for a damaged one, too, which is then written anew."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return ShardIndex(root=root, **{name: stored[name] for name in ShardIndex.stored})
+            index = ShardIndex(root=root, **{name: stored[name] for name in ShardIndex.stored})
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError):
-        return None  # it is only a shorter way to what the shards hold, and is written anew
+        return None
+    return index if [os.fsdecode(name) for name in index.shards] == list(names) else None
 
 
 class StreamedImages(IterableDataset):
@@ -232,7 +232,7 @@ class StreamedImages(IterableDataset):
         self.place[:] = epoch, start
 
     def __iter__(self) -> Iterator[Item]:
-        import webdataset
+        from webdataset import filters, pipeline, shardlists, tariterators
 
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -252,10 +252,10 @@ class StreamedImages(IterableDataset):
 
         while True:
             before = count
-            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples(handler=book)]
+            stages = [shardlists.SimpleShardList(mine), tariterators.tarfile_to_samples(handler=book)]
             if self.train:
-                stages.append(webdataset.shuffle(2048, rng=draw))
-            for sample in webdataset.DataPipeline(*stages):
+                stages.append(filters.shuffle(2048, rng=draw))
+            for sample in pipeline.DataPipeline(*stages):
                 name = f"{sample.get('__url__')}:{sample.get('__key__')}"
                 if self.excluded.holds(name):
                     continue
@@ -287,7 +287,7 @@ def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int
         DataError: no such split, no shards, or data that name an address or a command instead of their own files.
     """
     try:
-        reader = create_dataset("wds/", root, split=split, is_training=train).reader
+        reader = ReaderWds(root=root, split=split, is_training=train)
     except (RuntimeError, KeyError, ValueError) as error:
         raise DataError(f"WebDataset split {split!r} in {root}: {error}") from None
     names = [str(name) for name in reader.split_info.filenames]
