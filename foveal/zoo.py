@@ -259,7 +259,7 @@ def family_card(architecture: str) -> str:
     if architecture not in figures():
         raise ValueError(f"{architecture} is timm's; this package has cards for its own models")
     family = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    return (files("foveal.weights") / "cards" / f"{family}.md").read_text(encoding="utf-8")
+    return (files("foveal.weights") / "model_cards" / f"{family}.md").read_text(encoding="utf-8")
 
 
 def words(value: Any) -> str:

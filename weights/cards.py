@@ -1,16 +1,18 @@
-"""Cards, README.md: of published files, of converted folders, and of exports, with code that runs them."""
+"""Model cards, README.md: of published files, of converted folders, and of exports, with code that runs them."""
 
 from __future__ import annotations
 
-import csv
+import functools
 import json
 import math
-import re
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
+import yaml
 from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 
@@ -24,7 +26,7 @@ from .formats import LEAST_SIZE, ExportSpec, output_names
 from .images import metadata
 from .manifest import Checkpoint, checkpoints
 
-# Whose names a file's tensors have.
+# Whose parameter names a file has.
 KEY_FORMATS = {
     "authors": "the authors' models",
     "timm": "timm's models",
@@ -33,7 +35,7 @@ KEY_FORMATS = {
     "mmdet": "mmdetection or mmsegmentation",
     "detectron2": "detectron2",
 }
-# The heads of published detectors and segmenters that are converted, as their tags and as the builders name them.
+# The heads that `foveal convert` supports: as the tags of published files begin, and as the builders name them.
 DENSE_HEADS = {
     "maskrcnn": "mask_rcnn",
     "cascade": "cascade_mask_rcnn",
@@ -42,31 +44,29 @@ DENSE_HEADS = {
     "upernet": "upernet",
     "mask2former": "mask2former",
 }
-_SPEED = Path(__file__).parents[1] / "benchmarks" / "results" / "models-cpu-2core.csv"
-_UNKNOWN = "not known: that of whoever made the file"
-_PIXELS = "the class of each pixel and does not tell objects apart"
-_LISTED = 100  # class names in a card at most
-_HERE = "PATH_OF_THIS_FOLDER"
+_UNKNOWN = "unknown: ask whoever made the file"
+_SEMANTIC_ONLY = "the class of each pixel; objects of a class are not separated"
+_MAX_CLASSES = 100  # class names listed in a card
 
 
-# ---- of a published file
+# ---- published files
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """What is known of a published file: from the manifest, the model's size and cost, and its measured speed."""
+    """What is known of a published file: the manifest's entry, and the model's size and cost."""
     classifier = checkpoint.task == "classify"
     counted = profile(checkpoint.name if classifier else checkpoint.model)
     crop = f"{checkpoint.interpolation}, crop {checkpoint.crop:g} ({checkpoint.crop_mode}), " if classifier else ""
     rows = {
-        "model": f"`{checkpoint.model}`" + ("" if classifier else f", the backbone of a model to {checkpoint.task}"),
-        "parameters": f"{counted.parameters:,}" + ("" if classifier else " (of the backbone with its classifier)"),
-        "GMACs": f"{counted.macs / 1e9:.2f} for one image of {_by(counted.input_size)}" if classifier else "",
+        "model": f"`{checkpoint.model}`" + ("" if classifier else f", the backbone ({checkpoint.task})"),
+        "parameters": f"{counted.parameters:,}" + ("" if classifier else " (backbone with its classifier)"),
+        "GMACs": f"{counted.macs / 1e9:.2f} for one image of {_size(counted.input_size)}" if classifier else "",
         "classes": f"{checkpoint.classes:,}" if classifier and checkpoint.classes else "",
-        "input": f"{_by(checkpoint.input)}, as published" if checkpoint.input else "",
+        "input": f"{_size(checkpoint.input)}, as published" if checkpoint.input else "",
         "preprocessing": f"{crop}mean {_text(checkpoint.mean)}, std {_text(checkpoint.std)}",
         "arguments of the backbone": ", ".join(f"{key}={value}" for key, value in checkpoint.arguments.items()),
         **_published(checkpoint),
-        "address": checkpoint.address or f"{checkpoint.file}, by hand from {checkpoint.page}",
+        "address": checkpoint.address or f"{checkpoint.file}, manual download from {checkpoint.page}",
         "mirrors": ", ".join(checkpoint.mirrors),
         "sha256": _hash(checkpoint),
         "format": f"keys of {KEY_FORMATS[checkpoint.keys]}",
@@ -85,9 +85,15 @@ def published_card(checkpoint: Checkpoint) -> str:
     return _card(checkpoint.name, facts(checkpoint), code)
 
 
+def head_of(checkpoint: Checkpoint) -> str | None:
+    """The head that the tag of a published detector or segmenter names; None if this package does not have it."""
+    tag = checkpoint.tag.removeprefix("a3fpn_")
+    return next((head for start, head in DENSE_HEADS.items() if tag.startswith(f"{start}_")), None)
+
+
 def _published(checkpoint: Checkpoint) -> dict[str, str]:
-    """Rows of the cards of a published file and of what is converted from it."""
-    own = [] if checkpoint.model in list_models() else [f"{checkpoint.model} is timm's."]
+    """Rows for a published file and for what is converted from it."""
+    timms = "" if checkpoint.model in list_models() else f"{checkpoint.model} is timm's."
     return {
         "paper": _paper(checkpoint.model),
         "published score": checkpoint.score_text() or "none",
@@ -95,22 +101,20 @@ def _published(checkpoint: Checkpoint) -> dict[str, str]:
         "licence of the code": checkpoint.code_licence,
         "code of the authors": checkpoint.code,
         "converted from": checkpoint.original or "",
-        "measured speed": _speed(checkpoint) if checkpoint.task == "classify" else "",
-        "note": " ".join(filter(None, [checkpoint.note, checkpoint.about, *own])),
+        "note": " ".join(filter(None, [checkpoint.note, checkpoint.about, timms])),
     }
 
 
 def _convertible(checkpoint: Checkpoint) -> str:
-    """How much of a dense model `convert` takes."""
+    """How much of a dense model `convert` supports."""
+    if head_of(checkpoint) is None:
+        return "the backbone, with --backbone; this package does not have the heads"
+    outputs = f"; its output is {_SEMANTIC_ONLY}" if checkpoint.task == "panoptic" else ""
     backbone = "" if checkpoint.arguments.get("stride_in_1x1") else "; with --backbone its backbone"
-    if re.match(rf"(a3fpn_)?({'|'.join(DENSE_HEADS)})_", checkpoint.tag):
-        gives = f"; it then gives {_PIXELS}" if checkpoint.task == "panoptic" else ""
-        return f"the whole model{gives}{backbone}"
-    return "the backbone, with --backbone; there are no such heads here"
+    return f"the whole model{outputs}{backbone}"
 
 
 def _hash(checkpoint: Checkpoint) -> str:
-    """The published hash of a file, or its first digits; else the one recorded at the first download."""
     if checkpoint.sha256:
         return checkpoint.sha256 + ("" if len(checkpoint.sha256) == 64 else " ... (its first digits, as published)")
     recorded = next(filter(None, map(download.recorded_sha256, checkpoint.addresses)), None)
@@ -119,257 +123,189 @@ def _hash(checkpoint: Checkpoint) -> str:
     return "none published; recorded at the first download and checked from then on"
 
 
-def _speed(checkpoint: Checkpoint) -> str:
-    """The latest measurement of this model at its input size on a CPU; empty if there is none."""
-    if not _SPEED.is_file():
-        return ""
-    size = "x".join(map(str, checkpoint.input or ()))
-    with _SPEED.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == checkpoint.model]
-    rows = [row for row in rows if row["input"].partition("x")[2] == size]
-    if not rows:
-        return ""
-    row = rows[-1]
-    batch, forward = int(row["input"].partition("x")[0]), float(row["forward_ms"])
-    return (
-        f"{1000 * batch / forward:.1f} images/s: {forward:,.0f} ms for {batch} images, with the backward pass "
-        f"{float(row['forward_backward_ms']):,.0f} ms; {row['cpu']}, {row['threads']} threads, float32, torch "
-        f"{row['torch']}, {row['date']}"
-    )
-
-
-# ---- of a converted folder
+# ---- converted folders
 
 
 def converted_card(config: Mapping[str, Any], measured: str | None = None) -> str:
-    """A README.md for the folder of this ``config.json``, which `convert` wrote.
+    """The README.md for a folder that `convert` wrote, from its ``config.json``.
 
     Args:
-        measured: a score that was measured with the converted model, in words.
+        measured: the score that `verify` measured, as text.
     """
     record, dense = config[RECORD], "pretrained_cfg" not in config
-    checkpoint, args = checkpoints().get(record["checkpoint"]), config.get("arguments", {})
-    architecture = args["name"] if dense else config["architecture"]
+    checkpoint = checkpoints().get(record["checkpoint"])
     features = bool((config.get("model_args") or {}).get("features_only"))
     if dense:
-        model = f"{args['head']} with {args['neck']} on `{architecture}`, {len(config['classes'])} classes"
-        use = "found = model([image])  # float [3, H, W] in [0, 1]"
-        use = use if config["task"] == "detect" else "logits = model(images)  # float [B, 3, H, W] in [0, 1]"
-        code = _python(f'foveal.load("{_HERE}")', use)
+        args = config["arguments"]
+        architecture, kind = args["name"], f"{args['head']}, neck {args['neck']}, {len(config['classes'])} classes"
+        build, images = 'foveal.load("PATH_OF_THIS_FOLDER")', "float [B, 3, H, W] in [0, 1]"
+        use = f"logits = model(images)  # {images}"
+        if config["task"] == "detect":
+            use = "found = model([image])  # float [3, H, W] in [0, 1]"
     else:
-        kind = "a backbone: it returns feature maps" if features else f"{config['num_classes']:,} classes"
-        model, use = (
-            f"`{architecture}`, {kind}",
-            "maps = model(images)  # a list" if features else "logits = model(images)",
-        )
-        code = _python(f'timm.create_model("local-dir:{_HERE}", pretrained=True).eval()', use)
-    rows = {"model": f"{model}, {record['parameters']:,} parameters"}
+        architecture = config["architecture"]
+        kind = "backbone, returns feature maps" if features else f"{config['num_classes']:,} classes"
+        build = 'timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()'
+        use = "maps = model(images)  # a list" if features else "logits = model(images)"
+    rows = {"model": f"`{architecture}`, {kind}, {record['parameters']:,} parameters"}
     if checkpoint is None:
         rows |= {"paper": _paper(architecture), "weights": f"from `{record['file']}`, not known to be a published file"}
-        rows["licence of the weights"] = (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN
+        rows["licence of the weights"] = _licence(config)
     else:
-        rows["weights"] = f"`{checkpoint.name}`, published as {checkpoint.address or checkpoint.page}"
-        rows |= _published(checkpoint)
+        rows |= {"weights": f"`{checkpoint.name}`, {_address(checkpoint)}", **_published(checkpoint)}
         rows["published score"] += " (of the whole dense model)" * features
         if checkpoint.task == "panoptic" and dense and config["task"] == "segment":
-            rows["gives"] = _PIXELS
-    rows |= {"input": _input(config["preprocessing" if dense else "pretrained_cfg"], dense), "measured": measured}
+            rows["output"] = _SEMANTIC_ONLY
+    rows |= {"input": _input(config["preprocessing" if dense else "pretrained_cfg"], dense), "measured": measured or ""}
     checked = "\n".join(f"* {each}" for each in record_lines(record))
     written = f"Written by foveal {record['version']}: `foveal convert`."
-    return _card(checkpoint.name if checkpoint else architecture, rows, code, f"## Checked\n\n{checked}", written)
+    title = checkpoint.name if checkpoint else architecture
+    return _card(title, rows, _python(build, use), f"## Checked\n\n{checked}", written)
 
 
 def record_lines(record: Mapping[str, Any]) -> list[str]:
-    """What a record of a conversion says, in words."""
+    """The record of a conversion as text."""
     averaged = {True: "the averaged (EMA) weights, ", False: "the raw weights, ", None: ""}[record["averaged"]]
     heads = ", ".join(f"{count} `{group}`" for group, count in record["heads"].items())
-    return [
-        f"made from `{record['file']}`: {averaged}keys of {KEY_FORMATS[record['keys']]}, sha256 `{record['sha256']}`",
-        f"all {record['tensors']} tensors of it are used, all {record['parameters']:,} parameters are set",
-        *([f"left out, of the heads: {heads}"] if heads else []),
-        *([f"left out, as nothing reads them: {listed(record['dropped'])}"] if record["dropped"] else []),
-        *(["its first filters, for BGR images, flipped to RGB"] if record.get("bgr") else []),
+    lines = [
+        f"source `{record['file']}`: {averaged}keys of {KEY_FORMATS[record['keys']]}, sha256 `{record['sha256']}`",
+        f"all {record['tensors']} tensors used, all {record['parameters']:,} parameters set",
+        f"heads left out: {heads}" if heads else "",
+        f"unused, left out: {listed(record['dropped'])}" if record["dropped"] else "",
+        "first convolution flipped from BGR to RGB" if record.get("bgr") else "",
         f"`model.safetensors` has sha256 `{record['model_sha256']}`",
-        "the outputs for a fixed image, computed before writing and stored in `config.json`, are those of the written "
-        "model; `foveal verify` computes them again",
+        "the written model reproduces the outputs for a fixed image that were computed before writing and are stored "
+        "in `config.json`; `foveal verify` computes them again",
     ]
+    return list(filter(None, lines))
 
 
 def _input(cfg: Mapping[str, Any], dense: bool) -> str:
     statistics = f"mean {_text(cfg['mean'])}, std {_text(cfg['std'])}"
-    if dense:
-        sizes = f", short side {cfg['short_side']} up to {cfg['max_size']}" if "short_side" in cfg else ""
-        taken = f"images of {cfg['in_chans']} channels in [0, 1], of any size"
-        return f"{taken}; the model does the rest: {statistics}{sizes}"
-    crop = f"crop {cfg['crop_pct']} ({cfg.get('crop_mode', 'center')})"
-    return f"{_by(cfg['input_size'])}, {statistics}, {crop}, {cfg['interpolation']}"
+    if not dense:
+        crop = f"crop {cfg['crop_pct']} ({cfg.get('crop_mode', 'center')})"
+        return f"{_size(cfg['input_size'])}, {statistics}, {crop}, {cfg['interpolation']}"
+    sizes = f", short side {cfg['short_side']} up to {cfg['max_size']}" if "short_side" in cfg else ""
+    return f"images of {cfg['in_chans']} channels in [0, 1], any size; applied inside: {statistics}{sizes}"
 
 
-# ---- of an export
+# ---- exports
 
 
-def origin(config: Mapping[str, Any], record: Mapping[str, Any] | None, folder: Path) -> dict[str, str | None]:
+def origin(config: Mapping[str, Any], record: Mapping[str, Any] | None, folder: Path) -> dict[str, str]:
     """Rows of a card: where the weights of a folder come from, and their licence, as far as known."""
-    checkpoint, licence = checkpoints().get(config.get(CHECKPOINT)), "licence of the published weights"
+    checkpoint, licence = checkpoints().get(config.get(CHECKPOINT, "")), "licence of the published weights"
     if checkpoint is not None:
-        published = f"published as {checkpoint.address or checkpoint.page}"
-        return {
-            "weights": f"`{checkpoint.name}`, {published}, converted; from {folder}",
-            licence: checkpoint.weights_licence,
-        }
+        weights = f"`{checkpoint.name}`, {_address(checkpoint)}, converted; from {folder}"
+        return {"weights": weights, licence: checkpoint.weights_licence}
     if record is not None:
-        return {
-            "weights": f"from {folder}, converted from `{record['file']}`; not known to be a published file",
-            licence: (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN,
-        }
+        weights = f"from {folder}, converted from `{record['file']}`; not known to be a published file"
+        return {"weights": weights, licence: _licence(config)}
     return {"weights": f"from {folder}"}
 
 
+def training_score(folder: Path) -> str:
+    """The score that the training run of a classifier recorded; empty if the folder is not from a run."""
+    summary = folder.parent / "summary.json"
+    if folder.name not in ("best", "best.old") or not summary.is_file():
+        return ""
+    score = json.loads(summary.read_text(encoding="utf-8"))
+    epoch = score.get("best_epoch", score["epochs"])
+    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after epoch {epoch} of {score['epochs']}"
+
+
 def classifier_card(
-    model: Any, to: str, spec: ExportSpec, origin: Mapping[str, Any], checked: str, options: str = ""
+    model: Any, to: str, spec: ExportSpec, origin: Mapping[str, str], checked: str, options: str = ""
 ) -> str:
     """The card of an exported classifier.
 
     Args:
-        origin: rows that say where its weights come from.
-        checked: the result of the comparison with the original, in words.
+        origin: rows about the source of the weights.
+        checked: the result of the comparison with the original, as text.
         options: of `foveal export`, besides the format.
     """
     images, architecture = metadata(model), model.pretrained_cfg["architecture"]
-    cfg = {**get_pretrained_cfg(architecture).to_dict(), **model.pretrained_cfg}
+    published: Any = get_pretrained_cfg(architecture)
+    cfg = published.to_dict() | model.pretrained_cfg
     names, classes = images.get("label_names"), str(model.num_classes)
     if names:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(names)).replace("|", "\\|")
-        classes += f": {named}" if len(names) <= _LISTED else ", their names in config.json"
+        classes += f": {named}" if len(names) <= _MAX_CLASSES else ", names in config.json"
     size = "height, width" if spec.any_size else _text(images["input_size"][1:])
     shape = f"[{'batch' if spec.any_batch else 1}, {images['input_size'][0]}, {size}]"
     rows = {
         "architecture": f"`{architecture}`, {sum(p.numel() for p in model.parameters()):,} parameters",
         "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
         **origin,
-        "input": f"{_by(images['input_size'])}, from pixels in [0, 1] less mean {_text(images['mean'])}, by std "
+        "input": f"{_size(images['input_size'])}, pixels in [0, 1] minus mean {_text(images['mean'])}, divided by std "
         f"{_text(images['std'])}; resized ({images['interpolation']}), crop {images['crop_pct']} "
         f"({images['crop_mode']})",
         "classes": classes,
-        "numbers": "float16; images and logits float32" if spec.half else None,
-        "size": f"any height and width from {LEAST_SIZE} on" if spec.any_size else None,
+        "precision": "float16; images and logits float32" if spec.half else "",
+        "size": f"any height and width from {LEAST_SIZE} on" if spec.any_size else "",
         "check of this file": checked,
     }
-    code = "\n".join(filter(None, [preparing(model), _run_code(to, ("logits",), shape)]))
-    return _exported(architecture, rows, code, f"{to}{options}")
+    return _exported(architecture, rows, classifier_example(model, to, shape), f"{to}{options}")
 
 
-def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, Any], checked: str) -> str:
+def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, str], checked: str) -> str:
     """The card of an exported detector or segmenter for images of ``size``, rows and columns."""
-    arguments, detects = model.arguments, isinstance(model, Detector)
-    rows, columns = size
+    arguments, detects, (rows, columns) = model.arguments, isinstance(model, Detector), size
     batch = "1" if detects or to == "openvino" else "batch"
-    shape = f"[{batch}, {channels_of(model)}, {rows}, {columns}]"
-    inside, returned = "normalization", f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
+    channels = len(image_mean(model))
+    inside, outputs = "normalization", f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
     if detects:
         transform, owner = model.detector.transform, getattr(model.detector, "roi_heads", model.detector)
-        seen = tuple(transform([torch.zeros(channels_of(model), *size)])[0].image_sizes[0])
+        seen = tuple(transform([torch.zeros(channels, *size)])[0].image_sizes[0])
         inside += f", the resize to {seen[0]} x {seen[1]}" * (seen != size) + " and non-maximum suppression"
         masks = f", `masks` [n, 1, {rows}, {columns}]" * model.masks
-        returned = (
-            f"`boxes` [n, 4] in its pixels, `labels` int64 [n], `scores` [n], the best first{masks}; scores above "
-        )
-        returned += f"{owner.score_thresh:g}, at most {owner.detections_per_img} detections"
-    parts = f"`{arguments['head']}` on `{arguments['name']}`"
-    if arguments["head"] != "mask2former":
-        parts += f", neck `{arguments['neck']}`"
-    table = {
-        "model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        **origin,
-        "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
-        "input": f"`image` {shape}, float32 in [0, 1]; inside: {inside}" if to != "safetensors" else None,
-        "output": returned if to != "safetensors" else None,
-        "check of this file": checked,
-    }
+        outputs = f"`boxes` [n, 4] in pixels, `labels` int64 [n], `scores` [n], in descending order{masks}; scores "
+        outputs += f"above {owner.score_thresh:g}, at most {owner.detections_per_img} detections"
+    neck = f", neck `{arguments['neck']}`" if arguments["head"] != "mask2former" else ""
+    parts = f"`{arguments['head']}` on `{arguments['name']}`{neck}"
+    options, table = to, {"model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters", **origin}
+    table["classes"] = ", ".join(f"{i} {name}" for i, name in enumerate(model.classes))
+    if to != "safetensors":
+        shape = f"[{batch}, {channels}, {rows}, {columns}]"
+        table |= {"input": f"`image` {shape}, float32 in [0, 1]; inside: {inside}", "output": outputs}
+        options += f" --size {rows}x{columns}"
+    table["check of this file"] = checked
     title = f"{arguments['head']} on {arguments['name']}"
-    options = to if to == "safetensors" else f"{to} --size {rows}x{columns}"
     return _exported(title, table, dense_example(model, to, size), options)
 
 
-def channels_of(model: Any) -> int:
-    """Of the images that a detector or segmenter takes."""
-    statistics: Any = model.detector.transform.image_mean if isinstance(model, Detector) else model.mean
-    return len(statistics)
-
-
-def training_score(folder: Path) -> str | None:
-    """The score that the training run of these weights recorded, if they come from one."""
-    summary = folder.parent / "summary.json"
-    if folder.name not in ("best", "best.old") or not summary.is_file():
-        return None
-    score = json.loads(summary.read_text(encoding="utf-8"))
-    epoch = score.get("best_epoch", score["epochs"])
-    return f"top-1 {score['top1']:.2f} % on {score['n']:,} held-out images, after epoch {epoch} of {score['epochs']}"
+def image_mean(model: Any) -> list[float]:
+    """The mean that a detector or segmenter subtracts, one number for each channel of its images."""
+    values = model.detector.transform.image_mean if model.task == "detect" else model.mean.flatten()
+    return [round(float(value), 6) for value in values]
 
 
 # ---- code in cards
 
-_OPEN = """\
-import numpy as np
-from PIL import Image, ImageOps
 
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
-"""
-_CROP = """\
-width, height = {resized}
-photo = photo.resize((width, height), Image.Resampling.{interpolation})
-left, top = round((width - {columns}) / 2), round((height - {rows}) / 2)
-pixels = np.asarray(photo.crop((left, top, left + {columns}, top + {rows})), np.float32) / 255
-pixels = (pixels.reshape({rows}, {columns}, {channels}) - {mean}) / {std}
-image = pixels.transpose(2, 0, 1)[None].astype(np.float32)
-"""
-_LETTERBOX = """\
-rows, columns = {size}
-scale = min(rows / photo.height, columns / photo.width)
-height, width = (max(1, round(side * scale)) for side in (photo.height, photo.width))
-image = np.empty((1, {channels}, rows, columns), np.float32)
-image[:] = np.array({mean}, np.float32).reshape(-1, 1, 1)  # the padding
-pixels = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-image[0, :, :height, :width] = pixels.reshape(height, width, -1).transpose(2, 0, 1) / 255
-"""
-_RUN = {  # what opens the model, and what runs it on image, a NumPy array
-    "safetensors": (
-        'import foveal\nimport torch\n\nmodel = foveal.load("PATH_OF_THIS_FOLDER")',
-        "model(torch.from_numpy(image))",
-    ),
-    "onnx": (
-        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")',
-        'session.run(None, {"image": image})',
-    ),
-    "pt2": ('import torch\n\nmodel = torch.export.load("model.pt2").module()', "model(torch.from_numpy(image))"),
-    "aoti": (
-        'import torch\nimport torch._inductor\n\nmodel = torch._inductor.aoti_load_package("model.pt2")',
-        "model(torch.from_numpy(image))",
-    ),
-    "openvino": (
-        'import openvino\n\ncore = openvino.Core()\nmodel = core.read_model("model.xml")\n'
-        "model.reshape(image.shape)  # the file is for one image; dynamic dimensions go wrong on its CPU runtime\n"
-        'compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})',
-        "compiled(image).values()",
-    ),
-    "coreml": (
-        'import coremltools\n\nmodel = coremltools.models.MLModel("model.mlpackage")',
-        'model.predict({"image": image}).values()',
-    ),
-}
+@functools.cache
+def _examples() -> dict[str, str]:
+    file = files("foveal.weights") / "model_cards" / "examples.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def _run_code(to: str, names: tuple[str, ...], shape: str) -> str:
-    start, run = _RUN[to]
-    in_torch = "torch.from_numpy" in run  # others return a collection, also of one output
-    outputs = ", ".join(names) + "," * (len(names) == 1 and not in_torch)
-    line = f"{outputs} = {run}  # float32 {shape}\n"
-    return f"{start}\nwith torch.no_grad():\n    {line}" if in_torch else f"{start}\n{line}"
+def _example(name: str, **values: Any) -> str:
+    return Template(_examples()[name]).substitute(values)
+
+
+def _run(to: str, outputs: tuple[str, ...], shape: str) -> str:
+    names = ", ".join(outputs)
+    return _example(to, outputs=names, unpacked=names + "," * (len(outputs) == 1), shape=shape)
+
+
+def classifier_example(model: Any, to: str, shape: str) -> str:
+    """Python that runs an exported classifier on ``photo.jpg``."""
+    return "\n".join(filter(None, [preparing(model), _run(to, ("logits",), shape)]))
 
 
 def preparing(model: Any) -> str | None:
-    """Python that makes ``image`` ``[1, C, H, W]`` of ``photo.jpg`` as a classifier's `preprocessing` does, with Pillow
-    and NumPy alone; None for images that no file holds, or that are not cropped from the centre."""
+    """Python that prepares ``photo.jpg`` as a classifier's `preprocessing` does, with Pillow and NumPy alone, to
+    ``image`` ``[1, C, H, W]``; None for channels that no image file has, and for crops other than the centre."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     channels, rows, columns = config["input_size"]
     if channels not in MODES or config["crop_mode"] != "center":
@@ -378,47 +314,36 @@ def preparing(model: Any) -> str | None:
     resized = f"(int({height} * side / min(photo.size)) for side in photo.size)"
     if height != width:
         resized = f"(round(side / min(photo.width / {width}, photo.height / {height})) for side in photo.size)"
-    interpolation, mean, std = config["interpolation"].upper(), list(config["mean"]), list(config["std"])
-    size = dict(rows=rows, columns=columns, channels=channels)
-    return _OPEN.format(mode=MODES[channels]) + _CROP.format(
-        resized=resized, interpolation=interpolation, mean=mean, std=std, **size
-    )
+    values = dict(rows=rows, columns=columns, channels=channels, mean=list(config["mean"]), std=list(config["std"]))
+    crop = _example("crop", resized=resized, interpolation=config["interpolation"].upper(), **values)
+    return _example("open", mode=MODES[channels]) + crop
 
 
 def dense_example(model: Any, to: str, size: tuple[int, int]) -> str:
-    """Python that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; of safetensors, and
-    for channels that no photo has, on any image."""
-    detects, channels, names = isinstance(model, Detector), channels_of(model), output_names(model)
+    """Python that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; for safetensors on
+    random pixels."""
+    detects, mean, (rows, columns) = isinstance(model, Detector), image_mean(model), size
+    channels = len(mean)
     if to == "safetensors":
-        image = f"torch.rand({channels}, 480, 640)" if detects else f"torch.rand(1, {channels}, 480, 640)"
-        outputs, given = ("(found,)", f"[{image}]") if detects else ("logits", image)
-        return (
-            f'import foveal\nimport torch\n\nmodel = foveal.load("{_HERE}")\nwith torch.no_grad():\n'
-            f"    {outputs} = model({given})  # images in [0, 1], of any size\n"
-        )
-    run = _run_code(to, names, f"[1, {channels}, {size[0]}, {size[1]}] in [0, 1]")
+        return _example(f"safetensors_{model.task}", channels=channels)
+    run = _run(to, output_names(model), f"[1, {channels}, {rows}, {columns}] in [0, 1]")
     if detects and to == "pt2":
         run = f"import torchvision  # registers the operators of the file\n{run}"
     if channels not in MODES:
         return run
-    values = model.detector.transform.image_mean if detects else model.mean
-    mean = [round(float(value), 6) for value in values]
-    prepare = _LETTERBOX.format(size=f"{size[0]}, {size[1]}", channels=channels, mean=mean)
-    after = "classes = logits.argmax(1)[0, :height, :width]  # of each pixel of the resized photo\n"
-    if detects:
-        after = "boxes = boxes / scale  # in pixels of the photo: left, top, right, bottom\n"
-    return _OPEN.format(mode=MODES[channels]) + prepare + "\n" + run + after
+    prepare = _example("letterbox", rows=rows, columns=columns, channels=channels, mean=mean)
+    return _example("open", mode=MODES[channels]) + prepare + "\n" + run + _example(f"after_{model.task}")
 
 
-# ---- the parts of a card
+# ---- parts of a card
 
 
-def _card(title: str, rows: Mapping[str, Any], code: str, *more: str) -> str:
+def _card(title: str, rows: Mapping[str, str], code: str, *more: str) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return "\n\n".join([f"# {title}", f"| | |\n|---|---|\n{table}", code, *more]) + "\n"
 
 
-def _exported(title: str, rows: Mapping[str, Any], code: str, options: str) -> str:
+def _exported(title: str, rows: Mapping[str, str], code: str, options: str) -> str:
     written = f"Written by foveal {__version__}: `foveal export SOURCE --to {options}`."
     return _card(title, rows, f"```python\n{code}```", written)
 
@@ -427,12 +352,21 @@ def _python(build: str, use: str) -> str:
     return f"```python\nimport foveal, timm\n\nmodel = {build}\n{use}\n```"
 
 
+def _address(checkpoint: Checkpoint) -> str:
+    return f"published as {checkpoint.address or checkpoint.page}"
+
+
+def _licence(config: Mapping[str, Any]) -> str:
+    return (config.get("pretrained_cfg") or {}).get("license") or _UNKNOWN
+
+
 def _paper(architecture: str) -> str:
-    """Of the models here; under timm's names it is that of the recipe of timm's own weights."""
-    return _text(get_pretrained_cfg(architecture).paper_ids) if architecture in list_models() else ""
+    """Empty for timm's models, whose cfg names the paper of the training recipe."""
+    cfg: Any = get_pretrained_cfg(architecture)
+    return _text(cfg.paper_ids) if architecture in list_models() else ""
 
 
-def _by(size: Any) -> str:
+def _size(size: Any) -> str:
     return " x ".join(map(str, size))
 
 
@@ -441,10 +375,6 @@ def _text(value: Any) -> str:
 
 
 def listed(names: list[str], most: int = 12) -> str:
-    """The number of names, and the first of them."""
+    """How many names, and the first of them."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} ({', '.join(names[:most])}{rest})"
-
-
-def counted(groups: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {group}" for group, count in groups.items())

@@ -1,4 +1,4 @@
-"""Someone else's file of weights as a verified model folder: every tensor of the file used, every parameter set."""
+"""Convert a checkpoint to a model folder: every tensor is used, every parameter is set, and outputs are compared."""
 
 from __future__ import annotations
 
@@ -28,66 +28,63 @@ from ..backbones.loading import WEIGHTS
 from ..heads.build import build_dense
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.legacy import migrate_state_dict
-from . import dense, download, names
-from .cards import converted_card, counted, listed, record_lines
+from . import dense, names
+from .cards import converted_card, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
 from .folder import RECORD, TOLERANCE, check_output, published_config, read_folder, staged, write_config
 from .manifest import Checkpoint, checkpoints
 from .names import bare
 
-_SOURCE = "source"  # the field of the safetensors header with the names of the file that was converted
+_SOURCE = "source"  # field of the safetensors header: names, dtypes and shapes of the source file
 _COCO = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # the ids of its 80 categories
-_TIMMS = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}  # no arguments of a model
+_TIMMS = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}  # not arguments of a model
 
 
 class ConversionError(ValueError):
-    """File and model do not fit, or the outputs of what was written are not those they should be; nothing was
-    written."""
+    """File and model do not fit, or the outputs of the written model differ; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written, and from what."""
+    """What was written."""
 
     folder: Path
     files: list[str]
     record: dict[str, Any]  # as in config.json
-    model: str  # in words
+    model: str  # a description
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same as text."""
         name = self.record["checkpoint"]
-        note = (
-            checkpoints()[name].note if name else "not known to be a published file: licence and preprocessing are open"
-        )
+        note = checkpoints()[name].note if name else "not a known published file: licence and preprocessing are unknown"
         record = [line.replace("`", "") for line in record_lines(self.record)]
         return [f"{self.folder}: {', '.join(self.files)}", self.model, *record, *([note] if note else [])]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is to be converted: a file, and what is known of it."""
+class _Source:
+    """The file to convert, and what is known of it."""
 
     file: Path
     architecture: str
-    checkpoint: Checkpoint | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] | None = None  # of a timm folder
-    dilations: list[int] | None = None  # of every block, as a folder of transformers states
+    checkpoint: Checkpoint | None
+    arguments: dict[str, Any]
+    config: dict[str, Any] | None  # of a timm folder
+    dilations: list[int] | None  # of every block, if a folder of transformers states them
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
     """A model with the weights of a file, not yet written."""
 
-    model: Any  # whose parameters they are
-    raw: nn.Module  # whose outputs the fingerprint is taken of
+    model: Any  # the module that holds the weights
+    raw: nn.Module  # the module whose outputs the fingerprint records
     arguments: dict[str, Any]
-    state: dict[str, Tensor]  # of the file, what was used
-    words: str
+    state: dict[str, Tensor]  # the tensors of the file that are used
+    description: str
     write: Callable[[Path], None]  # config.json and model.safetensors
-    heads: dict[str, int] = field(default_factory=dict)  # left out, by the first part of their names
-    dropped: list[str] = field(default_factory=list)  # used by nothing
+    heads: dict[str, int] = field(default_factory=dict)  # tensors left out, by the first part of their names
+    dropped: list[str] = field(default_factory=list)  # tensors that no module uses
     bgr: bool = False
 
 
@@ -101,33 +98,31 @@ def convert(
     arguments: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Write a file of weights as a model folder: ``config.json``, ``model.safetensors`` and a card, README.md.
+    """Convert a checkpoint to a model folder: ``config.json``, ``model.safetensors`` and a card, README.md.
 
-    Recognized are the names of the authors, timm, transformers, mmdetection, mmsegmentation and detectron2.
+    Supported parameter names are those of the authors, timm, transformers, mmdetection, mmsegmentation and detectron2.
 
-    A whole detector or segmenter becomes one of this package, where it has those heads with the same outputs: Faster
-    and Mask R-CNN on an FPN or A3-FPN (of mmdetection and detectron2), Cascade Mask R-CNN (of mmdetection), RetinaNet
-    on A3-FPN, UPerNet (also with A3-FPN), Mask2Former (the authors', on detectron2). Others are refused with the
-    reason; ``backbone`` converts theirs.
+    A whole detector or segmenter is converted if this package has its heads with the same outputs: Faster and Mask
+    R-CNN on an FPN or A3-FPN (mmdetection, detectron2), Cascade Mask R-CNN (mmdetection), RetinaNet on A3-FPN, UPerNet
+    (also with A3-FPN), Mask2Former (the authors', on detectron2). Others raise; ``backbone`` converts their backbone.
 
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
-            training run of this package; or a name of the manifest (``dinat_mini.in1k``), which is downloaded.
-        model: the model's name (of a dense one its backbone's), better with the tag of the manifest, which states
-            licence and preprocessing. Needed unless ``source`` names it.
-        ema: take averaged weights (True) or those that were trained (False); None: averaged ones if there are any.
-        backbone: of a detector or segmenter, convert the backbone and leave out neck and heads; the folder then holds a
-            model that returns feature maps.
-        arguments: of the model, besides what the file shows: ``dilations``, ``in_chans`` ... For detectron2's files
-            also what only its configuration says, unless the manifest does: ``stride_in_1x1`` of a ResNet,
-            ``channel_order`` of the images (``"bgr"`` or ``"rgb"``; the converted model takes RGB), their ``mean`` and
-            ``std`` (of RGB in [0, 1]), and of a Mask2Former ``task``, ``"segment"`` or ``"detect"``.
+            training run of this package; or a name in the manifest (``dinat_mini.in1k``), which is downloaded.
+        model: the model's name (a dense model's backbone), preferably with the tag of the manifest, which states
+            licence and preprocessing. Required unless ``source`` names it.
+        ema: take averaged weights (True) or raw ones (False); None: averaged ones if there are any.
+        backbone: convert only the backbone of a detector or segmenter, as a model that returns feature maps.
+        arguments: model arguments that the file does not show: ``dilations``, ``in_chans`` ... For detectron2, unless
+            the manifest has them, also ``stride_in_1x1`` of a ResNet, ``channel_order`` of the images (``"bgr"`` or
+            ``"rgb"``; the converted model takes RGB), their ``mean`` and ``std`` (RGB, in [0, 1]), and for Mask2Former
+            ``task``, ``"segment"`` or ``"detect"``.
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
-        ValueError: for a source, model or output that is none, a file that is damaged or holds code, or that does not
-            fit the model; the message lists what is left over on either side.
-        OSError: if something cannot be downloaded, read or written.
+        ValueError: an invalid source, model or output, or a file that is damaged, contains code, or does not fit the
+            model; the message lists unused and missing tensors.
+        OSError: a file cannot be downloaded, read or written.
 
     Examples:
         >>> import timm, torch
@@ -150,15 +145,14 @@ def convert(
             files = sorted(path.name for path in folder.iterdir())
     except ValueError as error:
         raise ConversionError(f"{found.file} as {found.architecture}: {error}") from error
-    return Conversion(output, files, record, converted.words)
+    return Conversion(output, files, record, converted.description)
 
 
 def restore(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of the file that `convert` made a folder from, under their own names, bit for bit, except those that
-    were left out.
+    """The original tensors of a folder that `convert` wrote, bit for bit, without those that were left out.
 
     Raises:
-        ValueError: if the folder was not written by `convert`.
+        ValueError: `convert` did not write the folder.
 
     Examples:
         >>> import timm, torch
@@ -190,8 +184,8 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
 # ---- the source
 
 
-def _locate(source: str | Path, model: str | None) -> _Found:
-    """Find the file, the model and what the manifest says of them."""
+def _locate(source: str | Path, model: str | None) -> _Source:
+    """Find the file, the model and its entry in the manifest."""
     path, known = loading.local_path(source), checkpoints()
     config = dilations = stated = None
     if path.is_file():
@@ -199,50 +193,42 @@ def _locate(source: str | Path, model: str | None) -> _Found:
     elif path.is_dir():
         file, stated, config, dilations = _in_folder(path)
     elif str(source) in known:
-        file, stated = download.fetch(known[str(source)]), str(source)
+        file, stated = known[str(source)].fetch(), str(source)
     else:
         near = ", ".join(sorted(each.name for each in known.values() if each.model == str(source).partition(".")[0]))
-        raise ValueError(
-            f"{str(source)!r} is no file, folder or name of a published checkpoint; "
-            + (f"those of that model: {near}" if near else "`foveal info MODEL` shows them")
-        )
+        hint = f"published for that model: {near}" if near else "`foveal info MODEL` lists them"
+        raise ValueError(f"{str(source)!r} is no file, folder or name of a published checkpoint; {hint}")
     name = stated if model is None else model
     if name is None:
-        raise ValueError(f"{file} does not name its model: give --model")
+        raise ValueError(f"{file} does not name its model: pass --model")
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         raise loading.unknown_model(architecture)
     if stated is not None and (other := stated.partition(".")[0]) != architecture:
         if other in list_models():
             raise ValueError(f"{path} names the model {other}, not {architecture}")
-        config = None  # timm's own folder of weights that a model here loads, say
+        config = None  # of timm's own network, whose weights a model here loads
     own = {each.name: each for each in known.values() if each.model == architecture}
     if tag and name not in own and config is None:
-        raise ValueError(f"{name} is not in the manifest; of {architecture} there are: {', '.join(own) or 'none'}")
-    checkpoint = own.get(name) if tag else next((each for each in own.values() if _is_file_of(file, each)), None)
-    if path.is_file():
-        _check_file(file, name, checkpoint)
-    arguments = dict((config or {}).get("model_args") or {})
-    arguments = {**(checkpoint.arguments if checkpoint is not None else {}), **arguments}
-    return _Found(file, architecture, checkpoint, arguments, config, dilations)
+        raise ValueError(f"{name} is not in the manifest; known for {architecture}: {', '.join(own) or 'none'}")
+    published = next((each for each in known.values() if _is_file_of(file, each)), None)
+    checkpoint = own.get(name) if tag else published if published in own.values() else None
+    if path.is_file() and published is not None:
+        _check_file(file, name, published, checkpoint)
+    arguments = {**(checkpoint.arguments if checkpoint else {}), **((config or {}).get("model_args") or {})}
+    return _Source(file, architecture, checkpoint, arguments, config, dilations)
 
 
-def _check_file(file: Path, name: str, checkpoint: Checkpoint | None) -> None:
-    """Hold a file with the name of a published one to that: of other models the shapes may be the same."""
-    published = next((each for each in checkpoints().values() if _is_file_of(file, each)), None)
-    if published is None:
-        return
+def _check_file(file: Path, name: str, published: Checkpoint, checkpoint: Checkpoint | None) -> None:
+    """A file named as a published one must be that one: files of other models may have the same shapes."""
     if published is not checkpoint:
         raise ValueError(f"{file} has the name of the published {published.name}, not of {name}: rename other files")
     if published.sha256 and not (digest := file_sha256(file)).startswith(published.sha256):
-        raise ConversionError(
-            f"{file} has the name of {published.name}, but not its sha256: {digest}, published {published.sha256}"
-        )
+        raise ConversionError(f"sha256 of {file} is {digest}, published for {published.name}: {published.sha256}")
 
 
 def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, list[int] | None]:
-    """File, model name and timm configuration of a folder; a folder of transformers has neither of the latter, but
-    dilations."""
+    """File, model name and config.json of a timm folder; file and dilations of a folder of transformers."""
     config, content = folder / "config.json", None
     with contextlib.suppress(ValueError):
         content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
@@ -256,33 +242,29 @@ def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, l
         return file, None, None, [each for level in dilations for each in level] or None
     found = read_folder(folder)
     if found.dense:
-        raise ValueError(f"{folder} holds a detector or segmenter of this package already: foveal.load reads it")
-    # a converted folder still names its checkpoint
+        raise ValueError(f"{folder} is already a detector or segmenter of this package: use foveal.load")
+    # a converted folder keeps the name of its checkpoint
     return found.weights, (found.record or {}).get("checkpoint") or found.config["architecture"], found.config, None
 
 
 def _is_file_of(file: Path, checkpoint: Checkpoint) -> bool:
-    """Whether a file has the name of a published one."""
     address = checkpoint.file or (checkpoint.address or "").removeprefix("hf://")
     return Path(urlparse(address).path).name == file.name
 
 
 def _tensors(content: dict[str, Any], file: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool | None]:
-    """The tensors of a checkpoint, and whether they are averaged; None where it holds one kind and does not say."""
+    """The tensors of a checkpoint, and whether they are averaged; None if it has one kind and does not say which."""
     other = content.get("ema_state_dict")
     if isinstance(other, dict) and isinstance(content.get("state_dict"), dict):
-        # mmengine swaps the two when it saves: state_dict is of the averaged ones (EMAHook)
+        # mmengine's EMAHook swaps the two when it saves: state_dict has the averaged weights
         raw = {name.removeprefix("module."): value for name, value in other.items() if name.startswith("module.")}
         content = {"state_dict": raw, "state_dict_ema": content["state_dict"]}
     state, averaged = loading.pick_weights(content, file, ema)
     both = averaged or any(key in content for key in ("state_dict_ema", "model_ema"))
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if other := [
-        name
-        for name, value in tensors.items()
-        if value.is_quantized or value.is_complex() or value.layout is not torch.strided
-    ]:
-        raise ConversionError(f"{file} holds quantized, complex or sparse numbers: {listed(other)}")
+    plain = {n for n, x in tensors.items() if not (x.is_quantized or x.is_complex() or x.layout is not torch.strided)}
+    if other := [name for name in tensors if name not in plain]:
+        raise ConversionError(f"{file} has quantized, complex or sparse tensors: {listed(other)}")
     return tensors, averaged if both else None
 
 
@@ -290,56 +272,57 @@ def _tensors(content: dict[str, Any], file: Path, ema: bool | None) -> tuple[dic
 
 
 def _converted(
-    state: dict[str, Tensor], content: dict[str, Any], found: _Found, arguments: dict[str, Any], backbone: bool
+    state: dict[str, Tensor], content: dict[str, Any], source: _Source, arguments: dict[str, Any], backbone: bool
 ) -> ConvertedModel:
-    """The model that a file becomes: a classifier, a dense model, or the backbone of one."""
-    inside = names.backbone_names(map(bare, state))
+    """A classifier, a dense model, or the backbone of one."""
+    plain = {bare(name): value for name, value in state.items()}
+    inside = names.backbone_names(plain)
     body = {name: value for name, value in state.items() if bare(name) in inside}
     heads = Counter(bare(name).removeprefix(names.BACKBONE).partition(".")[0] for name in state if name not in body)
     is_dense = bool(body) or names.has_level_norms(state)
     if backbone and not is_dense:
-        raise ValueError("there is no backbone under heads: leave out --backbone")
+        raise ValueError("not a detector or segmenter: leave out --backbone")
     classifier = not (is_dense or arguments.get("features_only"))
     refused = _TIMMS | ({"task", "num_classes"} if backbone else set()) | ({"out_indices"} if classifier else set())
     if wrong := sorted(refused & arguments.keys()):
-        what = "a backbone" if backbone else "a classifier" if classifier else "a detector or segmenter"
-        raise ValueError(f"{', '.join(wrong)}: no argument of {what}, which this becomes")
+        kind = "backbone" if backbone else "classifier" if classifier else "detector or segmenter"
+        raise ValueError(f"{', '.join(wrong)}: not an argument of a {kind}")
     if not is_dense:
-        return _single(state, found, arguments)
-    metadata = dense.source_metadata({bare(name): value for name, value in state.items()}, arguments, found.checkpoint)
+        return _single(state, source, arguments)
+    metadata = dense.source_metadata(plain, arguments, source.checkpoint)
     if backbone:
         arguments = {**metadata.for_timm(), "features_only": True}
-        return _single(body or state, found, arguments, dict(heads) if body else {})
+        return _single(body or state, source, arguments, dict(heads) if body else {})
     try:
-        config = dense.head_config({bare(name): value for name, value in state.items()}, metadata.task)
+        config = dense.head_config(plain, metadata.task)
     except ValueError as error:
-        rest = f" and {counted(heads)} of its heads" if body and heads else ""
+        counts = ", ".join(f"{count} {group}" for group, count in heads.items())
         raise ValueError(
-            f"a dense model of {len(state)} tensors, {len(body or state)} of the backbone{rest}. It is not converted "
-            f"whole: {error}. --backbone converts the backbone"
+            f"a dense model of {len(state)} tensors: {len(body or state)} of the backbone"
+            f"{f', heads: {counts}' if body and heads else ''}. The whole model is not supported: {error}. --backbone "
+            "converts the backbone"
         ) from error
-    return _dense(state, content, found, metadata, config)
+    return _dense(state, content, source, metadata, config)
 
 
 def _single(
-    state: dict[str, Tensor], found: _Found, arguments: dict[str, Any], heads: dict[str, int] | None = None
+    state: dict[str, Tensor], source: _Source, arguments: dict[str, Any], heads: dict[str, int] | None = None
 ) -> ConvertedModel:
     """A classifier or a backbone."""
     features = bool(arguments.get("features_only"))
     statistics = {key: arguments.pop(key) for key in ("mean", "std") if features and key in arguments}
-    arguments = _inferred(state, found, arguments)
-    net = _create(found.architecture, arguments).eval()
+    arguments = _inferred(state, source, arguments)
+    net = _create(source.architecture, arguments).eval()
     inner = names.without_getter(net)
-    if found.dilations is not None:
-        own = [m.dilation for m in inner.modules() if hasattr(m, "rpb") and hasattr(m, "dilation")]
-        if own != found.dilations:
-            raise ValueError(
-                f"config.json has the dilations {found.dilations}, {found.architecture} has {own}: of another "
-                "model, or give --set dilations=..."
-            )
-    result, _ = names.fitted(state, inner, names.of_family(inner, found.architecture), lambda name: False)
+    own = [m.dilation for m in inner.modules() if hasattr(m, "rpb") and hasattr(m, "dilation")]
+    if source.dilations not in (None, own):
+        raise ValueError(
+            f"config.json has the dilations {source.dilations}, {source.architecture} has {own}: choose another model, "
+            "or --set dilations=..."
+        )
+    result, _ = names.fitted(state, inner, names.of_family(inner, source.architecture), lambda name: False)
     _load(inner, result)
-    config = _config(net, found, arguments)
+    config = _config(net, source, arguments)
     if statistics:
         config["pretrained_cfg"] |= statistics
 
@@ -347,28 +330,28 @@ def _single(
         save_file({name: value.detach().contiguous() for name, value in inner.state_dict().items()}, folder / WEIGHTS)
         write_config(folder, config)
 
-    words = f"{found.architecture}, a {'backbone' if features else 'classifier'}"
-    return ConvertedModel(inner, net, arguments, state, words, write, heads or {})
+    description = f"{source.architecture}, a {'backbone' if features else 'classifier'}"
+    return ConvertedModel(inner, net, arguments, state, description, write, heads or {})
 
 
 def _dense(
     state: dict[str, Tensor],
     content: dict[str, Any],
-    found: _Found,
+    source: _Source,
     metadata: dense.SourceMetadata,
     config: dense.HeadConfig,
 ) -> ConvertedModel:
     """A detector or segmenter."""
     if metadata.task not in (None, config.task) and (metadata.task, config.task) != ("panoptic", "segment"):
-        raise ValueError(f"a model to {config.task}, not to {metadata.task}")
-    known, arguments = found.checkpoint, dict(metadata.arguments)
+        raise ValueError(f"the task of this model is {config.task}, not {metadata.task}")
+    known, arguments = source.checkpoint, dict(metadata.arguments)
     if known is not None:
         config.check_tag(known)
         if config.task == "detect" and known.input is not None:
             arguments = {"min_size": known.input[1], "max_size": known.input[2], **arguments}
-    net: Any = config.build(found.architecture, arguments, known and known.mean, known and known.std)
+    net: Any = config.build(source.architecture, arguments, known and known.mean, known and known.std)
     dense.check_anchors({bare(name): value for name, value in state.items()}, net)
-    translate = names.of_dense(net, found.architecture, metadata.bgr)
+    translate = names.of_dense(net, source.architecture, metadata.bgr)
     result, dropped = names.fitted(state, net, translate, names.may_be_unused)
     _load(net, result)
     classes = dense.class_names(content, config.arguments["num_classes"])
@@ -378,21 +361,20 @@ def _dense(
     def write(folder: Path) -> None:
         save_dense(folder, net, classes, dense.preprocessing(net, known), **more)
 
-    words = (
-        f"{config.arguments['head']} on {found.architecture} with {config.arguments['neck']}, {len(classes)} classes"
-    )
+    head, neck = config.arguments["head"], config.arguments["neck"]
+    description = f"{head} on {source.architecture} with {neck}, {len(classes)} classes"
     if metadata.task == "panoptic":
-        words += "; made for panoptic segmentation, it gives the class of each pixel and does not tell objects apart"
+        description += "; of a panoptic model, its output is the class of each pixel, objects are not separated"
     used = {name: value for name, value in state.items() if name not in dropped}
     raw = RawOutputs(net)
-    return ConvertedModel(net, raw, metadata.arguments, used, words, write, dropped=dropped, bgr=metadata.bgr)
+    return ConvertedModel(net, raw, metadata.arguments, used, description, write, dropped=dropped, bgr=metadata.bgr)
 
 
-def _inferred(state: Mapping[str, Tensor], found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the model, with those that the file shows."""
+def _inferred(state: Mapping[str, Tensor], source: _Source, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The model's arguments, completed by what the file shows."""
     with torch.device("meta"):
         shaped = {key: value for key, value in arguments.items() if key not in ("features_only", "out_indices")}
-        plain = _create(found.architecture, shaped)
+        plain = _create(source.architecture, shaped)
     known = inspect.signature(type(plain).__init__).parameters
     if arguments.get("features_only"):
         own = dict.fromkeys(names.backbone_names(map(bare, state)).values() or state)
@@ -403,8 +385,8 @@ def _inferred(state: Mapping[str, Tensor], found: _Found, arguments: dict[str, A
     if "aux_head" in known and not folded and any(bare(name).startswith("aux_head.") for name in state):
         arguments.setdefault("aux_head", True)
     if "num_classes" not in arguments and (classes := _classes(state, plain)) is not None:
-        if found.checkpoint is not None and classes != found.checkpoint.classes:
-            raise ValueError(f"it has {classes} classes, {found.checkpoint.name} has {found.checkpoint.classes}")
+        if source.checkpoint is not None and classes != source.checkpoint.classes:
+            raise ValueError(f"it has {classes} classes, {source.checkpoint.name} has {source.checkpoint.classes}")
         if classes != plain.num_classes:
             arguments["num_classes"] = classes
     return arguments
@@ -413,7 +395,7 @@ def _inferred(state: Mapping[str, Tensor], found: _Found, arguments: dict[str, A
 def _classes(state: Mapping[str, Tensor], model: Any) -> int | None:
     """The number of classes in a file, None if it has no classifier."""
     meta = {name: value.to("meta") for name, value in state.items()}
-    with contextlib.suppress(ValueError):  # that it does not fit is reported later, of the right model
+    with contextlib.suppress(ValueError):  # a file that does not fit is reported later, for the final model
         meta = names.family_filter(model.pretrained_cfg["architecture"])(clean_state_dict(meta), model)
     classifiers = model.pretrained_cfg["classifier"]
     classifiers = [classifiers] if isinstance(classifiers, str) else classifiers
@@ -422,10 +404,10 @@ def _classes(state: Mapping[str, Tensor], model: Any) -> int | None:
 
 
 def _load(net: Any, state: Mapping[str, Tensor]) -> None:
-    """Set everything in a model, strictly.
+    """Load strictly, and without rounding.
 
     Raises:
-        ValueError: for numbers that are not finite, or that the model cannot hold.
+        ValueError: numbers that are not finite, or that the model's dtype does not represent.
     """
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"damaged: {listed(broken)} not finite")
@@ -438,28 +420,28 @@ def _load(net: Any, state: Mapping[str, Tensor]) -> None:
         or not torch.equal(own[name].double(), value.double())
     ]
     if changed:
-        raise ValueError(f"its numbers are not those of a model in float32: {listed(changed)}")
+        raise ValueError(f"cannot be represented in the model's float32: {listed(changed)}")
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return timm.create_model(architecture, **arguments)
     except TypeError as error:
-        raise ValueError(f"{architecture} does not take these arguments: {error}") from error
+        raise ValueError(f"invalid arguments for {architecture}: {error}") from error
 
 
 # ---- the folder
 
 
-def _record(converted: ConvertedModel, found: _Found, keys: str, averaged: bool | None) -> dict[str, Any]:
-    """What config.json says of the conversion."""
-    outputs = fingerprint(converted.raw, _fingerprint_size(found, converted.arguments))
+def _record(converted: ConvertedModel, source: _Source, keys: str, averaged: bool | None) -> dict[str, Any]:
+    """The record of the conversion in config.json."""
+    outputs = fingerprint(converted.raw, _fingerprint_size(source, converted.arguments))
     if not all(math.isfinite(each["norm"]) for each in outputs["outputs"]):
         raise ValueError("damaged or of another model: the outputs for the fixed image are not finite")
     return {
-        "file": found.file.name,
-        "sha256": file_sha256(found.file),
-        "checkpoint": found.checkpoint.name if found.checkpoint else None,
+        "file": source.file.name,
+        "sha256": file_sha256(source.file),
+        "checkpoint": source.checkpoint.name if source.checkpoint else None,
         "keys": keys,
         "averaged": averaged,
         "heads": converted.heads,
@@ -473,7 +455,7 @@ def _record(converted: ConvertedModel, found: _Found, keys: str, averaged: bool 
 
 
 def _complete(folder: Path, record: dict[str, Any], converted: ConvertedModel) -> None:
-    """Add to a written folder where it comes from and a card; read it again and compare."""
+    """Add the record and a card to a written folder; load it and compare its outputs."""
     weights = folder / WEIGHTS
     spec = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in converted.state.items()}
     save_file(load_file(weights), weights, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
@@ -484,29 +466,30 @@ def _complete(folder: Path, record: dict[str, Any], converted: ConvertedModel) -
     apart = difference(fingerprint(load_raw(folder), size), record["fingerprint"])
     if not apart <= TOLERANCE:  # also true of NaN
         raise ValueError(
-            f"the outputs of the written model differ by {apart:.1e} of the largest value, more than {TOLERANCE:g}; "
+            f"outputs of the written model differ by {apart:.1e} of the largest value, more than {TOLERANCE:g}; "
             "nothing was written"
         )
     (folder / "README.md").write_text(converted_card(config), encoding="utf-8")
 
 
 def load_raw(folder: Path) -> Any:
-    """The model of a folder that `convert` wrote, as its fingerprint is taken."""
+    """The model in a folder that `convert` wrote, with the outputs that its fingerprint records."""
     return loading.load(folder) if read_dense_config(folder) is None else RawOutputs(load_dense(folder))
 
 
-def _config(net: Any, found: _Found, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` that timm reads back."""
+def _config(net: Any, source: _Source, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` that timm reads."""
     stated = {key: value for key, value in arguments.items() if key != "num_classes"}
     stated = {"model_args": stated} if stated else {}
-    if found.config is not None:
-        return {key: value for key, value in found.config.items() if key not in (RECORD, "model_args")} | stated
-    # that of a model that returns feature maps lacks the classifier, which timm needs to load it
-    cfg = {**get_pretrained_cfg(found.architecture).to_dict(), **net.pretrained_cfg, "architecture": found.architecture}
-    cfg |= {"tag": None, "license": None}  # of an unknown file
-    if found.checkpoint is not None:
-        cfg |= {"tag": found.checkpoint.tag, "license": found.checkpoint.weights_licence}
-        cfg |= {"origin_url": found.checkpoint.code, **found.checkpoint.preprocessing()}
+    if source.config is not None:
+        return {key: value for key, value in source.config.items() if key not in (RECORD, "model_args")} | stated
+    # the cfg of a model that returns feature maps lacks the classifier, which timm needs to load it
+    published: Any = get_pretrained_cfg(source.architecture)
+    cfg = published.to_dict() | net.pretrained_cfg
+    cfg |= {"architecture": source.architecture, "tag": None, "license": None}
+    if source.checkpoint is not None:
+        cfg |= {"tag": source.checkpoint.tag, "license": source.checkpoint.weights_licence}
+        cfg |= {"origin_url": source.checkpoint.code, **source.checkpoint.preprocessing()}
     cfg["input_size"] = (arguments.get("in_chans", 3), *cfg["input_size"][1:])
     features = arguments.get("features_only")
     if not features:
@@ -515,8 +498,9 @@ def _config(net: Any, found: _Found, arguments: dict[str, Any]) -> dict[str, Any
     return published_config(cfg, cfg["num_classes"], width) | stated
 
 
-def _fingerprint_size(found: _Found, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The input size of the model's name, if it takes others: a dense checkpoint's own would take minutes."""
-    size = arguments.get("img_size", get_pretrained_cfg(found.architecture).input_size[1:])
+def _fingerprint_size(source: _Source, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The input size of the classifier: the image size of a dense checkpoint would take minutes."""
+    cfg: Any = get_pretrained_cfg(source.architecture)
+    size = arguments.get("img_size", cfg.input_size[1:])
     rows, columns = (size, size) if isinstance(size, int) else size
     return (arguments.get("in_chans", 3), rows, columns)

@@ -1,4 +1,4 @@
-"""Whole detectors and segmenters of mmdetection, mmsegmentation and detectron2: what a file is of."""
+"""Detectors and segmenters of mmdetection, mmsegmentation and detectron2: which model a file belongs to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 from ..heads.build import build_dense
 from ..heads.detection import Detector
-from .cards import DENSE_HEADS
+from .cards import head_of
 from .manifest import Checkpoint
 from .names import ANCHORS, STATISTICS, State
 
-# What the tags of published files name: dataset (and task), classes.
+# Dataset (and task) in the tags of published files, number of classes.
 _CLASSES = {
     "coco_panoptic": 133,
     "coco": 80,
@@ -33,11 +33,11 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What the manifest or the user knows of a dense file and its tensors do not show.
+    """Facts about a dense file, from the manifest or the user, that its tensors do not show.
 
     Attributes:
         arguments: of the model.
-        bgr: the file's first filters are for blue, green and red.
+        bgr: the first convolution takes blue, green and red.
         task: ``"detect"``, ``"segment"`` or ``"panoptic"``, if known.
     """
 
@@ -46,31 +46,31 @@ class SourceMetadata:
     task: str | None
 
     def for_timm(self) -> dict[str, Any]:
-        """The arguments of the backbone alone, built by timm.
+        """The arguments of the backbone as a timm model.
 
         Raises:
-            ValueError: if timm has none like it, or its configuration could not state the channel order.
+            ValueError: timm has no such backbone, or its cfg cannot state the channel order.
         """
         arguments = dict(self.arguments)
         first = arguments.pop("stride_in_1x1", False)
         if own := ["stride_in_1x1=true"] * first + ["channel_order=bgr"] * self.bgr:
-            raise ValueError(f"timm has no backbone with {', '.join(own)}: convert it whole, without --backbone")
+            raise ValueError(f"timm has no backbone with {', '.join(own)}: convert the whole model, without --backbone")
         return arguments
 
 
 def source_metadata(state: State, arguments: Mapping[str, Any], known: Checkpoint | None) -> SourceMetadata:
-    """What is known of a file besides its tensors: of detectron2's, what its configuration says.
+    """Collect what the tensors of a file do not show; for detectron2, what its configuration contains.
 
     Args:
         arguments: the user's, of the model, with ``channel_order`` and ``task``.
-        known: the published file that it is.
+        known: the file's entry in the manifest.
 
     Raises:
-        ValueError: if something is not known (the message lists it), has no possible value or another than in the file,
-            or if ``known`` is a classifier.
+        ValueError: facts that are missing (the message lists them), invalid or contradicted by the file, or ``known``
+            is a classifier.
     """
     if known is not None and known.task == "classify":
-        raise ValueError(f"a dense model, but {known.name} is a classifier")
+        raise ValueError(f"a detector or segmenter, but {known.name} is a classifier")
     arguments = dict(arguments)
     order, task = arguments.pop("channel_order", None), arguments.pop("task", None)
     for key, value, values in (
@@ -84,48 +84,37 @@ def source_metadata(state: State, arguments: Mapping[str, Any], known: Checkpoin
     channels = arguments.get("in_chans", 3)
     if order == "bgr" and channels != 3:
         raise ValueError(f"channel_order is bgr, but the images have {channels} channels")
-    for key in ("mean", "std"):
-        if key in arguments:
-            _check_statistics(key, arguments[key], channels)
-    stored = _stored_statistics(state, order == "bgr", channels)
-    if missing := _missing(state, arguments, order, () if known is not None else {"mean", "std"} - stored.keys()):
-        raise ValueError(
-            f"detectron2 keeps some facts in its configuration, not in the file; give them with --set: {missing}"
-        )
-    for key, values in stored.items():
-        stated = arguments.get(key) or (known and getattr(known, key)) or values
-        if not torch.allclose(torch.tensor(stated), torch.tensor(values), rtol=1e-5, atol=1e-6):
-            source = "given" if key in arguments or known is None else known.name
-            raise ValueError(f"pixel_{key} in the file, over 255 and in RGB, is {values}; {source}: {list(stated)}")
-    if known is None:
-        arguments = stored | arguments
-    return SourceMetadata(arguments, order == "bgr", task)
-
-
-def _stored_statistics(state: State, bgr: bool, channels: int) -> dict[str, list[float]]:
-    """Mean and standard deviation that old files hold, of RGB in [0, 1]."""
-    stored = {}
+    stored = {}  # old files contain mean and standard deviation
     for name, key in zip(STATISTICS, ("mean", "std"), strict=True):
         if name in state:
             values = state[name].flatten().double() / 255
-            stored[key] = (values.flip(0) if bgr else values).tolist()
-            _check_statistics(name, stored[key], channels)
-    return stored
+            stored[key] = (values.flip(0) if order == "bgr" else values).tolist()
+    for key, values in [*stored.items(), *((key, arguments[key]) for key in ("mean", "std") if key in arguments)]:
+        _check_statistics(key, values, channels)
+    if missing := _missing(state, arguments, order, () if known is not None else {"mean", "std"} - stored.keys()):
+        raise ValueError(f"only detectron2's configuration has these, pass them by --set: {missing}")
+    for key, values in stored.items():
+        stated = arguments.get(key) or (known and getattr(known, key)) or values
+        if not torch.allclose(torch.tensor(stated), torch.tensor(values), rtol=1e-5, atol=1e-6):
+            owner = "--set" if key in arguments or known is None else known.name
+            raise ValueError(f"pixel_{key} in the file, over 255 and in RGB, is {values}; {owner}: {list(stated)}")
+    return SourceMetadata(arguments if known is not None else stored | arguments, order == "bgr", task)
 
 
 def _missing(state: State, arguments: Mapping[str, Any], order: str | None, statistics: Collection[str]) -> str:
-    """What detectron2's configuration says and nobody has told."""
+    """The entries of detectron2's configuration that nobody has stated."""
     resnet = any(name.startswith(("backbone.res2.", "backbone.bottom_up.res2.")) for name in state)
     if not resnet and not any(name.startswith("proposal_generator.") for name in state):
         return ""
-    missing = []
-    if resnet and arguments.get("stride_in_1x1") is None:
-        missing.append("stride_in_1x1=true or false (MODEL.RESNETS.STRIDE_IN_1X1)")
-    if order is None:
-        missing.append("channel_order=bgr or rgb (INPUT.FORMAT)")
-    for key in sorted(set(statistics) - arguments.keys()):
-        missing.append(f"{key}=[...] (MODEL.PIXEL_{key.upper()} over 255, in RGB)")
-    return "; ".join(missing)
+    missing = {
+        "stride_in_1x1=true or false (MODEL.RESNETS.STRIDE_IN_1X1)": resnet and arguments.get("stride_in_1x1") is None,
+        "channel_order=bgr or rgb (INPUT.FORMAT)": order is None,
+        **{
+            f"{key}=[...] (MODEL.PIXEL_{key.upper()} over 255, in RGB)": key not in arguments
+            for key in sorted(statistics)
+        },
+    }
+    return "; ".join(text for text, applies in missing.items() if applies)
 
 
 def _check_statistics(key: str, values: Any, channels: int) -> None:
@@ -135,18 +124,18 @@ def _check_statistics(key: str, values: Any, channels: int) -> None:
         raise ValueError(f"{key} is {values!r}, must be {channels} numbers from 0 to 1, one for each channel")
 
 
-# ---- what a file shows by its names and shapes
+# ---- what the names and shapes of a file show
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a checkpoint is of: the task and the builder's arguments, without the backbone and its own ones."""
+    """Task and builder arguments of a dense model, without those of the backbone."""
 
     task: str
     arguments: dict[str, Any]
 
     def build(self, architecture: str, arguments: Mapping[str, Any], mean: Any = None, std: Any = None) -> nn.Module:
-        """The model on a backbone with these arguments; those of neck and heads add to the config's."""
+        """The model on a backbone with these arguments; those of neck and heads are merged into the config's."""
         merged = {**self.arguments, "mean": mean, "std": std}
         for key, value in arguments.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -154,41 +143,32 @@ class HeadConfig:
         try:
             return build_dense(self.task, {"name": architecture, **merged}).eval()
         except TypeError as error:
-            raise ValueError(f"{architecture} does not take these arguments: {error}") from error
+            raise ValueError(f"invalid arguments for {architecture}: {error}") from error
 
     def check_tag(self, known: Checkpoint) -> None:
-        """Raises ValueError if the tag of a published file names another head, neck or number of classes."""
-        a3fpn = known.tag.startswith("a3fpn_")
+        """Raise ValueError if the tag of a published file names another head, neck or number of classes."""
         expected = {
             "head": head_of(known),
-            "neck": "a3fpn" if a3fpn else "fpn",
+            "neck": "a3fpn" if known.tag.startswith("a3fpn_") else "fpn",
             "num_classes": next((count for dataset, count in _CLASSES.items() if dataset in known.tag), None),
         }
         if wrong := {key: value for key, value in expected.items() if value not in (None, self.arguments[key])}:
             got = ", ".join(f"{key} {self.arguments[key]}" for key in wrong)
-            raise ValueError(
-                f"it has {got}; {known.name}: {', '.join(f'{key} {value}' for key, value in wrong.items())}"
-            )
-
-
-def head_of(known: Checkpoint) -> str | None:
-    """The head that the tag of a published file names; None if there is no such head here."""
-    tag = known.tag.removeprefix("a3fpn_")
-    return next((head for start, head in DENSE_HEADS.items() if tag.startswith(f"{start}_")), None)
+            raise ValueError(f"got {got}; {known.name}: {', '.join(f'{key} {value}' for key, value in wrong.items())}")
 
 
 def head_config(state: State, task: str | None = None) -> HeadConfig:
-    """What the names and shapes of a whole dense model show.
+    """The heads of a dense model, from the names and shapes of its tensors.
 
     Args:
-        task: of a Mask2Former, whose file does not show it; ``"panoptic"`` ones become segmenters.
+        task: of a Mask2Former, whose file does not show it; ``"panoptic"`` becomes a segmenter.
 
     Raises:
-        ValueError: if this package has no such model, or none with the same outputs; the message says what it has.
+        ValueError: this package does not have these heads, or has them with other outputs; the message names them.
     """
 
-    def has(*starts: str) -> bool:
-        return any(name.startswith(starts) for name in state)
+    def has(start: str) -> bool:
+        return any(name.startswith(start) for name in state)
 
     a3fpn = any("a3fpn_body." in name for name in state)
     if has("sem_seg_head.predictor.class_embed."):
@@ -204,37 +184,34 @@ def head_config(state: State, task: str | None = None) -> HeadConfig:
     elif has("decode_head.psp_modules."):
         task, arguments = "segment", _upernet(state)
     else:
-        raise ValueError(next((text for start, text in _OTHERS.items() if has(start)), None) or _no_heads(state))
+        groups = sorted({name.partition(".")[0] for name in state} - {"backbone"})
+        unknown = f"this package has no heads like {', '.join(groups) or 'none'}"
+        raise ValueError(next((reason for start, reason in _UNSUPPORTED.items() if has(start)), unknown))
     return HeadConfig(task, {"neck": "a3fpn" if a3fpn else "fpn", **arguments})
 
 
-_OTHERS = {
-    "roi_heads.box_head.0.": "detectron2's cascade of heads (roi_heads.box_head.0 ...) is not supported",
-    "bbox_head.retina_cls.": "RetinaNet on an FPN: mmdetection makes P6 from C5, or P7 without a ReLU before it, "
-    "torchvision's does neither, so the outputs would differ",
-    "decode_head.scale_heads.": "mmsegmentation's FPNHead has BatchNorm where the semantic FPN here, as in its paper, "
-    "has GroupNorm",
+_UNSUPPORTED = {
+    "roi_heads.box_head.0.": "detectron2's cascade heads (roi_heads.box_head.0 ...)",
+    "bbox_head.retina_cls.": "RetinaNet on an FPN: mmdetection makes P6 from C5, or P7 without a ReLU before it, and "
+    "torchvision does not, so the outputs would differ",
+    "decode_head.scale_heads.": "mmsegmentation's FPNHead has BatchNorm; the semantic FPN here, as in its paper, has "
+    "GroupNorm",
 }
-
-
-def _no_heads(state: State) -> str:
-    groups = sorted({name.partition(".")[0] for name in state} - {"backbone"})
-    return f"this package has no heads like {', '.join(groups) or 'none'}"
 
 
 def _size(state: State, name: str, axis: int = 0) -> int:
     if name not in state:
-        raise ValueError(f"it has no {name}, which would show its width")
+        raise ValueError(f"{name} is missing, which would show the width")
     return state[name].shape[axis]
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many different numbers the names have at ``#``."""
+    """How many different numbers the names have in the place of ``#``."""
     found = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
     return len({match[1] for match in map(found.match, state) if match})
 
 
-# Where the width of a box head, of a mask head, the number of classes and the neck's width are seen.
+# The tensors that show the widths of box head and mask head, the number of classes, and the neck's width.
 _RCNN = {
     "mmdet": (
         "roi_head.bbox_head.shared_fcs.0.weight",
@@ -267,9 +244,9 @@ def _rcnn(state: State, convention: str) -> dict[str, Any]:
 
 def _cascade(state: State) -> dict[str, Any]:
     if (stages := _count(state, "roi_head.bbox_head.#.")) != 3:
-        raise ValueError(f"a cascade of {stages} stages, here are 3")
+        raise ValueError(f"a cascade of {stages} stages, only 3 are supported")
     if not any(name.startswith("roi_head.mask_head.0.") for name in state):
-        raise ValueError("a cascade without masks; here is Cascade Mask R-CNN")
+        raise ValueError("a cascade without masks, only Cascade Mask R-CNN is supported")
     first = "roi_head.bbox_head.0."
     convs, layers = _count(state, f"{first}shared_convs.#.conv"), _count(state, f"{first}shared_fcs.#.")
     classes, codes = _size(state, f"{first}fc_cls.weight") - 1, _size(state, f"{first}fc_reg.weight")
@@ -277,7 +254,7 @@ def _cascade(state: State) -> dict[str, Any]:
     if (convs, layers, codes) not in kinds:
         raise ValueError(
             f"box heads with {convs} convolutions, {layers} fully connected layers and {codes} deltas for {classes} "
-            "classes; here are heads with 4 and 1 and boxes by class, and with 0 and 2 and one box for all"
+            "classes; supported are 4 and 1 with boxes by class, and 0 and 2 with class-agnostic boxes"
         )
     head = {
         "convention": "mmdet",
@@ -285,56 +262,46 @@ def _cascade(state: State) -> dict[str, Any]:
         "box_width": _size(state, f"{first}shared_fcs.0.weight"),
         "mask_width": _size(state, "roi_head.mask_head.0.convs.0.conv.weight"),
     }
-    return dict(
-        head="cascade_mask_rcnn",
-        num_classes=classes,
-        neck_kwargs={"out_channels": _size(state, "rpn_head.rpn_conv.weight", 1)},
-        head_kwargs=head,
-    )
+    neck = {"out_channels": _size(state, "rpn_head.rpn_conv.weight", 1)}
+    return dict(head="cascade_mask_rcnn", num_classes=classes, neck_kwargs=neck, head_kwargs=head)
 
 
 def _retinanet(state: State) -> dict[str, Any]:
     anchors, classes = _size(state, "bbox_head.retina_reg.weight") // 4, _size(state, "bbox_head.retina_cls.weight")
     if anchors != 9:
-        raise ValueError(f"a RetinaNet with {anchors} anchors at each place, here are 9")
-    return dict(
-        head="retinanet",
-        num_classes=classes // anchors,
-        neck_kwargs={"out_channels": _size(state, "bbox_head.retina_cls.weight", 1)},
-        head_kwargs={"convention": "mmdet", "detections_per_img": 100},
-    )
+        raise ValueError(f"a RetinaNet with {anchors} anchors for each location, only 9 are supported")
+    neck = {"out_channels": _size(state, "bbox_head.retina_cls.weight", 1)}
+    head = {"convention": "mmdet", "detections_per_img": 100}
+    return dict(head="retinanet", num_classes=classes // anchors, neck_kwargs=neck, head_kwargs=head)
 
 
 def _upernet(state: State) -> dict[str, Any]:
-    auxiliary = "auxiliary_head.conv_seg.weight" in state
+    classifier, auxiliary = "decode_head.conv_seg.weight", "auxiliary_head.conv_seg.weight"
     arguments = dict(
         head="upernet",
-        num_classes=_size(state, "decode_head.conv_seg.weight"),
-        auxiliary=auxiliary,
-        head_kwargs={"channels": _size(state, "decode_head.conv_seg.weight", 1)},
+        num_classes=_size(state, classifier),
+        auxiliary=auxiliary in state,
+        head_kwargs={"channels": _size(state, classifier, 1)},
     )
-    if auxiliary:
-        channels = _size(state, "auxiliary_head.conv_seg.weight", 1)
-        arguments["auxiliary_kwargs"] = {"channels": channels, "num_convs": _count(state, "auxiliary_head.convs.#.")}
+    if auxiliary in state:
+        convs = _count(state, "auxiliary_head.convs.#.")
+        arguments["auxiliary_kwargs"] = {"channels": _size(state, auxiliary, 1), "num_convs": convs}
     return arguments
 
 
 def _mask2former(state: State, task: str | None) -> tuple[str, dict[str, Any]]:
     if task is None:
-        raise ValueError(
-            "a Mask2Former, whose file does not show whether it segments images or detects objects: give --set "
-            "task=segment or --set task=detect"
-        )
+        raise ValueError("the file of a Mask2Former does not show its task: pass --set task=segment or task=detect")
     pixels, queries = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
     layer = f"{pixels}transformer.encoder.layers."
     levels = _size(state, f"{pixels}transformer.level_embed")
     if levels != 3:
-        raise ValueError(f"its pixel decoder attends to {levels} maps, that of Mask2Former here to 3")
+        raise ValueError(f"a pixel decoder with attention to {levels} maps, only 3 are supported")
     settings = dict(
         feature_size=_size(state, f"{pixels}mask_features.weight", 1),
         mask_feature_size=_size(state, f"{pixels}mask_features.weight"),
         hidden_dim=_size(state, f"{queries}query_feat.weight", 1),
-        # of each head, for each of the levels, four points of two coordinates
+        # for each head and level four points of two coordinates
         num_attention_heads=_size(state, f"{layer}0.self_attn.sampling_offsets.weight") // (levels * 4 * 2),
         encoder_layers=_count(state, f"{layer}#."),
         encoder_feedforward_dim=_size(state, f"{layer}0.linear1.weight"),
@@ -349,22 +316,24 @@ def _mask2former(state: State, task: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def check_anchors(state: State, model: Any) -> None:
-    """Raises ValueError if the anchors that a file holds are not those of the model that it becomes."""
+    """Raise ValueError if the anchors in a file differ from the model's."""
     rpn = getattr(getattr(model, "detector", None), "rpn", None)
     own = rpn.anchor_generator.cell_anchors if rpn is not None else []
-    for name in filter(ANCHORS.fullmatch, state):
-        level = int(ANCHORS.fullmatch(name)[1])
+    for name, match in ((name, ANCHORS.fullmatch(name)) for name in state):
+        if match is None:
+            continue
+        level = int(match[1])
         theirs, ours = state[name].float(), own[level].float() if level < len(own) else torch.empty(0, 4)
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-3):  # pixels
-            raise ValueError(f"its anchors {name} are {theirs.tolist()}, here they are {ours.tolist()}")
+            raise ValueError(f"{name} has the anchors {theirs.tolist()}, the model {ours.tolist()}")
 
 
-# ---- what is written beside the weights
+# ---- what config.json states besides
 
 
 def preprocessing(model: Any, known: Checkpoint | None = None) -> dict[str, Any]:
-    """What a reader of config.json should know of the images, as training writes it; of a published segmenter of ADE20K
-    also the size at which it was evaluated, its crops' short side and four times that at most."""
+    """The images of a model, as training writes them to config.json; for published segmenters on ADE20K also the scale
+    of the evaluation: short side of the crops, and at most four times that."""
     channels = model.arguments.get("in_chans", 3)
     images = {"in_chans": channels, "mean": model.arguments["mean"], "std": model.arguments["std"]}
     if isinstance(model, Detector):
@@ -373,13 +342,12 @@ def preprocessing(model: Any, known: Checkpoint | None = None) -> dict[str, Any]
     if known is None or known.input is None or "ade20k" not in known.tag:
         return images
     side = min(known.input[1:])
-    # mmsegmentation resizes by OpenCV, detectron2 by Pillow
+    # mmsegmentation resizes by OpenCV, detectron2 by Pillow, which antialiases
     return images | {"inference": {"scale": [4 * side, side], "antialias": known.keys == "detectron2"}}
 
 
 def class_names(checkpoint: Mapping[str, Any], count: int) -> list[str]:
-    """The names of the classes that mmcv or mmengine wrote into a checkpoint; ``class 0`` ... if not ``count`` of
-    them."""
+    """The ``count`` class names that mmcv or mmengine stored in a checkpoint; without them ``class 0`` ..."""
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     nested = meta.get("dataset_meta")

@@ -1,6 +1,6 @@
-"""The formats that models are exported to: how each is written, what it cannot hold, and how it is run again.
+"""Export formats: how each is written, what it does not support, and how it is run.
 
-A model here takes one tensor, images ``[B, C, H, W]`` in float32, and returns a tensor or a tuple of them.
+A model takes one tensor, images ``[B, C, H, W]`` in float32, and returns a tensor or a tuple of tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..heads.detection import Detector
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 INPUT = "image"
-LEAST_SIZE = 32  # pixels of a free height or width: the stride of the last map, which is of one row then
-_ONNX_SINGLE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB, so larger models keep them beside it
+LEAST_SIZE = 32  # the least dynamic height or width: the stride of the last feature map
+_ONNX_SINGLE_FILE = 1_800_000_000  # bytes; protobuf is limited to 2 GiB, larger models store weights in a second file
 
 
 class ExportError(RunError):
-    """A model cannot be converted, or the outputs of the exported one are not the original's."""
+    """A model cannot be converted, or the outputs of the exported model differ from the original's."""
 
 
 @dataclass
@@ -47,13 +47,13 @@ class ExportSpec:
     """A model to write, and how.
 
     Args:
-        model: in evaluation mode, in the form that is deployed.
-        example: images to trace with; more than one if ``any_batch``, since one would be taken for a constant.
+        model: in evaluation mode, in its deployed form.
+        example: images to trace with; more than one if ``any_batch``, since a batch of one becomes a constant.
         outputs: names of the model's outputs.
         any_batch: the batch size is dynamic, else that of ``example``.
         any_size: height and width are dynamic as well, from `LEAST_SIZE` on.
-        half: weights, and what the runtime can compute so, in float16; inputs and outputs stay float32.
-        translations: the model's own operators, and what writes each to ONNX (in onnxscript).
+        half: weights, and computation where the runtime supports it, in float16; inputs and outputs stay float32.
+        translations: onnxscript functions for the model's custom operators.
     """
 
     model: nn.Module
@@ -66,44 +66,31 @@ class ExportSpec:
 
     @functools.cached_property
     def program(self) -> ExportedProgram:
-        """The model traced; if half, in float16 between inputs and outputs in float32."""
-        free = {0: Dim("batch", min=1)} if self.any_batch else {}
+        """The traced model; if half, in float16 between inputs and outputs in float32."""
+        dynamic = {0: Dim("batch", min=1)} if self.any_batch else {}
         if self.any_size:
-            free |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
-        # PyTorch specializes on whether a length is 1: without this a graph of dynamic shape would not take images
-        # whose last map has one row or column.
-        with torch.no_grad(), _config.patch(backed_size_oblivious=self.any_size):
+            dynamic |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
+        config: Any = _config  # its `patch` is added at runtime
+        # By default PyTorch specializes on sizes of 1: the graph would refuse images whose last feature map has one row
+        with torch.no_grad(), config.patch(backed_size_oblivious=self.any_size):
             model = _Half(self.model) if self.half else self.model
-            return torch.export.export(model, (self.example,), dynamic_shapes=(free or None,))
+            return torch.export.export(model, (self.example,), dynamic_shapes=(dynamic or None,))
 
-    @functools.cached_property
-    def onnx(self) -> Any:
-        """The same in ONNX's operators."""
-        return torch.onnx.export(
-            self.program,
-            dynamo=True,
-            verbose=False,
-            input_names=[INPUT],
-            output_names=list(self.outputs),
-            custom_translation_table=dict(self.translations) or None,
-        )
-
-    @functools.cached_property
     def in_float(self) -> ExportSpec:
         """The same in float32, for formats that convert to float16 themselves."""
-        return dataclasses.replace(self, half=False) if self.half else self
+        return dataclasses.replace(self, half=False)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """An export format.
 
     Args:
         write: writes the model's files into a folder.
-        open: returns a function that runs them: images -> the outputs, in order.
-        needs: modules, and the extra of this package that installs them.
-        no_size: why its height and width cannot be dynamic; None: they can.
-        not_here: returns why this machine cannot run it; None: it can.
+        open: returns a function that runs them: images -> outputs, in order.
+        needs: modules, installed by this package's ``extra``.
+        no_size: why height and width cannot be dynamic; None if they can.
+        not_here: returns why this machine cannot run the format; None if it can.
     """
 
     write: Callable[[ExportSpec, Path], None]
@@ -114,10 +101,7 @@ class Format:
     not_here: Callable[[], str | None] = lambda: None
 
     def check(self, name: str, any_size: bool = False) -> None:
-        """Raises:
-        ValueError: the format has no dynamic shape.
-        ImportError: a module is missing.
-        """
+        """Raise ValueError if height and width cannot be dynamic, ImportError if a module is missing."""
         if any_size and self.no_size:
             raise ValueError(f"{name} does not support --dynamic: {self.no_size}")
         if missing := [module for module in self.needs if importlib.util.find_spec(module) is None]:
@@ -126,29 +110,26 @@ class Format:
 
 @contextmanager
 def library(to: str, attempt: str) -> Iterator[None]:
-    """Turn what a format's own library raises into an `ExportError` with its innermost reason.
+    """Turn the errors of a format's own library into an `ExportError` with the root cause.
 
     Args:
-        attempt: in words, such as ``"convert this model"``.
+        attempt: for the message, such as ``"convert this model"``.
     """
     try:
         yield
-    except (ExportError, OSError, ValueError, ImportError):  # they say what is wrong, most are ours
+    except (ExportError, OSError, ValueError, ImportError):  # most are ours
         raise
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # torch.onnx wraps the reason in advice on reporting it
+        while cause.__cause__ is not None:  # torch.onnx wraps it in advice on reporting a bug
             cause = cause.__cause__
         reason = next(filter(None, map(str.strip, str(cause).splitlines())), "no reason given")
         raise ExportError(f"{to} cannot {attempt}: {type(cause).__name__}: {reason}") from error
 
 
 def run_of(to: str, folder: Path) -> Run:
-    """A function that runs the files of a format.
-
-    Raises:
-        ExportError: here or when it runs, if the format's own library fails; with its reason.
-    """
+    """A function that runs the files of a format. It, and opening the files, raise `ExportError` if the format's own
+    library fails."""
     with library(to, "open what was written"):
         run = FORMATS[to].open(folder)
 
@@ -171,13 +152,13 @@ class _Half(nn.Module):
 
 
 def output_names(model: Any) -> tuple[str, ...]:
-    """What a model returns, by name, in the order in which an export returns it."""
+    """The names of a model's outputs, in the order of an export."""
     return ("boxes", "labels", "scores", "masks")[: 3 + model.masks] if isinstance(model, Detector) else ("logits",)
 
 
 @torch.no_grad()
 def outputs_of(model: Any, images: Tensor) -> tuple[Tensor, ...]:
-    """What a model returns for ``[B, C, H, W]`` (a detector: for one image), in the order in which an export does."""
+    """A model's outputs for ``[B, C, H, W]`` (a detector's: for one image), in the order of an export."""
     if isinstance(model, Detector):
         (found,) = model(list(images))
         return tuple(found[name] for name in output_names(model))
@@ -185,7 +166,7 @@ def outputs_of(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-# ---- safetensors: with its config.json a folder that `foveal.load` reads
+# ---- safetensors: a folder that `foveal.load` reads
 
 
 def _write_safetensors(spec: ExportSpec, folder: Path) -> None:
@@ -206,7 +187,15 @@ def _open_safetensors(folder: Path) -> Run:
 
 def _write_onnx(spec: ExportSpec, folder: Path) -> None:
     size = sum(p.numel() * p.element_size() for p in spec.program.parameters())
-    spec.onnx.save(folder / "model.onnx", external_data=size > _ONNX_SINGLE_FILE)
+    model: Any = torch.onnx.export(
+        spec.program,
+        dynamo=True,
+        verbose=False,
+        input_names=[INPUT],
+        output_names=list(spec.outputs),
+        custom_translation_table=dict(spec.translations) or None,
+    )
+    model.save(folder / "model.onnx", external_data=size > _ONNX_SINGLE_FILE)
 
 
 def _open_onnx(folder: Path) -> Run:
@@ -218,7 +207,7 @@ def _open_onnx(folder: Path) -> Run:
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
 
 
-# ---- torch.export's own archive, and one with compiled code
+# ---- torch.export, as a program and compiled by AOTInductor
 
 
 def _write_pt2(spec: ExportSpec, folder: Path) -> None:
@@ -226,8 +215,7 @@ def _write_pt2(spec: ExportSpec, folder: Path) -> None:
 
 
 def _open_pt2(folder: Path) -> Run:
-    module = torch.export.load(folder / "model.pt2").module()
-    return functools.partial(outputs_of, module)
+    return functools.partial(outputs_of, torch.export.load(folder / "model.pt2").module())
 
 
 def _write_aoti(spec: ExportSpec, folder: Path) -> None:
@@ -235,7 +223,7 @@ def _write_aoti(spec: ExportSpec, folder: Path) -> None:
 
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
-        raise ExportError(f"export to aoti compiles C++ and finds no {compiler!r}; install one, or name yours in CXX")
+        raise ExportError(f"export to aoti needs a C++ compiler, {compiler!r} not found; install it or set CXX")
     with config.patch({"cpp.cxx": (None, compiler)}):
         aoti_compile_and_package(spec.program, package_path=str(folder / "model.pt2"))
 
@@ -243,22 +231,21 @@ def _write_aoti(spec: ExportSpec, folder: Path) -> None:
 def _open_aoti(folder: Path) -> Run:
     from torch._inductor import aoti_load_package
 
-    package = aoti_load_package(str(folder / "model.pt2"))
-    return functools.partial(outputs_of, package)
+    return functools.partial(outputs_of, aoti_load_package(str(folder / "model.pt2")))
 
 
 # ---- OpenVINO
 
 
 def _write_openvino(spec: ExportSpec, folder: Path) -> None:
-    """From ONNX: OpenVINO's own reader of PyTorch's programs gets some of these models wrong (2026.4)."""
+    """Through ONNX: OpenVINO converts some of these models incorrectly from PyTorch programs (2026.4)."""
     import openvino
 
     with tempfile.TemporaryDirectory() as scratch:
-        _write_onnx(spec.in_float, Path(scratch))
+        _write_onnx(spec.in_float(), Path(scratch))
         model = openvino.convert_model(Path(scratch) / "model.onnx")
-        # With free dimensions its CPU runtime reads uninitialised memory (2026.4). The file has one shape, and what
-        # was free when it was traced can be given another with `reshape`.
+        # With dynamic dimensions the CPU runtime reads uninitialised memory (2026.4). The file has one shape; what was
+        # dynamic when it was traced can be changed by `reshape`.
         model.reshape([1 if spec.any_batch else len(spec.example), *spec.example.shape[1:]])
         openvino.save_model(model, folder / "model.xml", compress_to_fp16=spec.half)
 
@@ -290,8 +277,8 @@ def _write_coreml(spec: ExportSpec, folder: Path) -> None:
 
     kind = coremltools.precision
     try:
-        model = coremltools.convert(
-            spec.in_float.program.run_decompositions(_FOR_COREML),
+        model: Any = coremltools.convert(
+            spec.in_float().program.run_decompositions(_FOR_COREML),
             inputs=[coremltools.TensorType(name=INPUT, shape=tuple(spec.example.shape))],
             outputs=[coremltools.TensorType(name=name) for name in spec.outputs],
             minimum_deployment_target=coremltools.target.iOS17,
@@ -304,8 +291,8 @@ def _write_coreml(spec: ExportSpec, folder: Path) -> None:
     model.save(str(folder / "model.mlpackage"))
 
 
-# Operators that coremltools 9 does not know, by ones that it knows.
-_FOR_COREML = {
+# Operators that coremltools 9 lacks, by ones that it has.
+_FOR_COREML: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.alias.default: lambda x: x,
     torch.ops.aten.addcmul.default: lambda x, a, b, value=1: x + value * a * b,
     torch.ops.aten.__and__.Tensor: torch.logical_and,
@@ -325,14 +312,8 @@ def _open_coreml(folder: Path) -> Run:
     return run
 
 
-def _no_coreml() -> str | None:
-    return None if sys.platform == "darwin" else "Core ML models run on macOS and iOS only"
-
-
 FORMATS = {
-    "safetensors": Format(
-        _write_safetensors, _open_safetensors, no_size="it holds weights, for any size that the model takes"
-    ),
+    "safetensors": Format(_write_safetensors, _open_safetensors, no_size="it stores weights, not a graph"),
     "onnx": Format(_write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), "export"),
     "pt2": Format(_write_pt2, _open_pt2),
     "aoti": Format(_write_aoti, _open_aoti),
@@ -342,7 +323,7 @@ FORMATS = {
         _open_coreml,
         ("coremltools",),
         "coreml",
-        no_size="the file is for one image of one size",
-        not_here=_no_coreml,
+        no_size="the file takes one image of one size",
+        not_here=lambda: None if sys.platform == "darwin" else "Core ML models run on macOS and iOS only",
     ),
 }

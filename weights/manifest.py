@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ SCORES = {
 }
 
 _FAMILY_KEYS = {"code", "licence", "note", "keys", "defaults", "checkpoints"}
-# our names of what a classifier's PretrainedCfg states
+# fields that a classifier's PretrainedCfg has under other names
 _CFG_FIELDS = {
     "weights_licence": "license",
     "classes": "num_classes",
@@ -50,7 +49,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One released file; the fields are explained at the head of the manifest.
+    """One released file; the head of manifest.yaml documents the fields.
 
     Examples:
         >>> from foveal.weights.manifest import checkpoints
@@ -93,15 +92,25 @@ class Checkpoint:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where the file is, in the order in which they are tried; empty if it can only be fetched by hand."""
+        """Address and mirrors, in the order they are tried; empty if the file must be downloaded manually."""
         return (self.address, *self.mirrors) if self.address else ()
 
+    def fetch(self) -> Path:
+        """The file, from a cache or the first address that works.
+
+        Raises:
+            OSError: no address works (see `backbones.download.fetch`), or there is none.
+        """
+        if not self.addresses:
+            raise OSError(f"{self.file} has no address: download it from {self.page} and name the file")
+        return download.fetch(self.name, self.addresses, self.sha256)
+
     def score_text(self) -> str:
-        """The published score for people: ``"top-1 81.8"``; empty if none is known."""
+        """The published score as text: ``"top-1 81.8"``; empty if unknown."""
         return ", ".join(f"{SCORES[key]} {value:g}" for key, value in self.score.items())
 
     def preprocessing(self) -> dict[str, Any]:
-        """What is known of the inputs and classes, as fields of timm's ``PretrainedCfg``."""
+        """Inputs and classes as far as known, as fields of timm's ``PretrainedCfg``."""
         values = {theirs: getattr(self, ours) for ours, theirs in _CFG_FIELDS.items() if ours != "weights_licence"}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -111,7 +120,7 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
     """All checkpoints by their names ``MODEL.TAG``, in the order of the manifest.
 
     Raises:
-        ManifestError: if an entry is incomplete, unknown in part, there twice, or repeats the ``default_cfgs``.
+        ManifestError: an entry is incomplete, has unknown keys, is a duplicate, or repeats the ``default_cfgs``.
 
     Examples:
         >>> from foveal.weights.manifest import checkpoints
@@ -125,15 +134,15 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
         if unknown := sorted(set(shared) - _FAMILY_KEYS):
             raise ManifestError(f"family {family}: unknown {', '.join(unknown)}")
         own = {"family": family, "keys": shared["keys"], "about": shared.get("note"), "code": shared.get("code")}
-        own |= {f"{of}_licence": licence for of, licence in shared["licence"].items()}
+        own |= {f"{part}_licence": licence for part, licence in shared["licence"].items()}
         for row in shared["checkpoints"]:
-            checkpoint = _checkpoint(own, {**shared.get("defaults", {}), **row})
+            checkpoint = _checkpoint(dict(own), {**shared.get("defaults", {}), **row})
             if checkpoint.name in found:
-                raise ManifestError(f"{checkpoint.name} is there twice")
+                raise ManifestError(f"{checkpoint.name} is a duplicate")
             found[checkpoint.name] = checkpoint
     places = [place for each in found.values() for place in each.addresses]
     if twice := sorted({place for place in places if places.count(place) > 1}):
-        raise ManifestError(f"addresses of more than one checkpoint: {', '.join(twice)}")
+        raise ManifestError(f"more than one checkpoint has the address {', '.join(twice)}")
     return found
 
 
@@ -149,21 +158,19 @@ def of_model(architecture: str) -> dict[str, Checkpoint]:
 
 
 def _checkpoint(own: dict[str, Any], row: dict[str, Any]) -> Checkpoint:
-    """A row with what its family says, and of a classifier what its model's ``default_cfgs`` do."""
+    """A row completed by its family, and for classifiers by the ``default_cfgs`` of the model."""
     name = f"{row.get('model')}.{row.get('tag')}"
-    if unknown := sorted(set(row) - {each.name for each in dataclasses.fields(Checkpoint)}):
-        raise ManifestError(f"{name}: unknown {', '.join(unknown)}")
-    if not all(isinstance(row.get(key), str) and row[key] for key in ("model", "tag")):
-        raise ManifestError(f"{name}: model and tag must be text")
-    if not is_model(row["model"]):
-        raise ManifestError(f"{name}: timm knows no model {row['model']}")
+    if not is_model(str(row.get("model"))):
+        raise ManifestError(f"{name}: timm has no such model")
     row = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     if row.get("task", "classify") == "classify":
         row |= _from_cfg(name, row)
-    if not (own["code"] or row.get("code")):
-        own = {**own, "code": getattr(get_pretrained_cfg(row["model"]), "origin_url", None)}
-    checkpoint = Checkpoint(**{**own, **row})
-    if problems := list(_problems(checkpoint)):
+    own["code"] = own["code"] or getattr(get_pretrained_cfg(row["model"]), "origin_url", None)
+    try:
+        checkpoint = Checkpoint(**{**own, **row})
+    except TypeError as error:  # an unknown key, or one that is missing
+        raise ManifestError(f"{name}: {error}") from error
+    if problems := [text for text, wrong in _problems(checkpoint).items() if wrong]:
         raise ManifestError(f"{name}: {'; '.join(problems)}")
     return checkpoint
 
@@ -176,22 +183,24 @@ def _from_cfg(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     stated = {"address": address, "mirrors": tuple(mirrors[:-1]), "sha256": download.hash_in_name(address or "")}
     stated |= {ours: getattr(cfg, theirs) for ours, theirs in _CFG_FIELDS.items()}
     if repeated := sorted(set(row) & set(stated)):
-        raise ManifestError(f"{name}: {', '.join(repeated)} of a classifier stand in its default_cfgs")
+        raise ManifestError(f"{name}: {', '.join(repeated)} belong in the default_cfgs of a classifier")
     return stated
 
 
-def _problems(checkpoint: Checkpoint) -> Iterator[str]:
-    if bool(checkpoint.address) == bool(checkpoint.page and checkpoint.file):
-        yield "needs an address, or a page and a file"
-    for place in checkpoint.addresses:
-        if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place):
-            yield f"{place!r} is no address"
-    for key, known in {"task": TASKS, "keys": KEY_FORMATS, "channel_order": (None, "rgb", "bgr")}.items():
-        if (value := getattr(checkpoint, key)) not in known:
-            yield f"{key} {value!r} is none of {', '.join(filter(None, known))}"
-    if unknown := sorted(set(checkpoint.score) - set(SCORES)):
-        yield f"unknown scores {', '.join(unknown)}"
-    if not all(0 < value < 100 for value in checkpoint.score.values()):
-        yield f"scores {dict(checkpoint.score)} are not per cent"
-    if checkpoint.sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", str(checkpoint.sha256)):
-        yield f"sha256 {checkpoint.sha256!r}"
+def _problems(each: Checkpoint) -> dict[str, Any]:
+    """What may be wrong with an entry, and whether it is."""
+    places = [place for place in each.addresses if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place)]
+    choices = {"task": TASKS, "keys": KEY_FORMATS, "channel_order": (None, "rgb", "bgr")}
+    return {
+        f"tag {each.tag!r} must be text": not isinstance(each.tag, str) or not each.tag,
+        "requires an address, or a page and a file": bool(each.address) == bool(each.page and each.file),
+        f"invalid addresses {places}": places,
+        f"unknown scores {sorted(set(each.score) - set(SCORES))}": set(each.score) - set(SCORES),
+        f"scores {dict(each.score)} must be percentages": not all(0 < value < 100 for value in each.score.values()),
+        f"sha256 {each.sha256!r}": not re.fullmatch(r"[0-9a-f]{8,64}|None", str(each.sha256)),
+        **{
+            f"{key} {getattr(each, key)!r} must be one of {', '.join(filter(None, known))}": getattr(each, key)
+            not in known
+            for key, known in choices.items()
+        },
+    }

@@ -1,7 +1,7 @@
-"""From the names of a published file to those of a model, with every element accounted for.
+"""Translate the parameter names of a file to those of a model, and account for every element.
 
-What happened to each element is found by running the family's ``checkpoint_filter_fn`` on numbers that say where they
-come from instead of on weights. That shows which tensors are used, and reverses the translation (`restored`).
+The family's ``checkpoint_filter_fn`` runs on element indices in place of weights, which shows where each element of the
+model comes from, so which tensors are used, and how to reverse the translation (`restored`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ State = Mapping[str, Tensor]
 Translate = Callable[[State], dict[str, Tensor]]
 
 BACKBONE = "backbone."
-STATISTICS = ("pixel_mean", "pixel_std")  # in files of older versions of detectron2, which learn neither
-ANCHORS = re.compile(r"proposal_generator\.anchor_generator\.cell_anchors\.(\d+)")  # of each level
+STATISTICS = ("pixel_mean", "pixel_std")  # buffers in files of old versions of detectron2
+ANCHORS = re.compile(r"proposal_generator\.anchor_generator\.cell_anchors\.(\d+)")  # likewise, by level
 _NECK = re.compile(  # A3-FPN's
     r"(neck|backbone\.a3fpn|decode_head\.a3fpn|sem_seg_head\.pixel_decoder\.a3fpn)"
     r"\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)"
 )
-_INDEX = ".relative_position_index"  # stored by the authors' isotropic ViT, though it follows from the image size
-_ODD = 1103515245  # times this modulo 2^31 every place is another
+_INDEX = ".relative_position_index"  # a buffer of the authors' isotropic ViT that follows from the image size
+_ODD = 1103515245  # multiplication by it modulo 2^31 is a permutation
 
 
 def bare(name: str) -> str:
@@ -53,7 +53,7 @@ def backbone_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def has_level_norms(names: Iterable[str]) -> bool:
-    """Whether a norm for each level says that the backbone is a dense model's."""
+    """Whether there is a norm for each level, which only the backbones of dense models have."""
     starts = ("extra_norm.", "hidden_states_norms.", *(f"norm{i}." for i in range(4)))
     return any(bare(name).startswith(starts) for name in names)
 
@@ -75,13 +75,13 @@ def key_format(names: Iterable[str], architecture: str) -> str:
 
 
 def family_filter(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
-    """The ``checkpoint_filter_fn`` of a model's family; for timm's other models, what is around the names comes off."""
+    """The ``checkpoint_filter_fn`` of a model's family; for models of timm itself a translation of ResNets."""
     module = sys.modules[model_entrypoint(architecture).__module__]
-    return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(_of_resnets(state, net)))
+    return getattr(module, "checkpoint_filter_fn", lambda state, net: unwrap(_resnet(state, net)))
 
 
 def of_family(net: Any, architecture: str) -> Translate:
-    """From a file's names to those of a classifier or backbone."""
+    """The translation for a classifier or backbone."""
 
     def translate(state: State) -> dict[str, Tensor]:
         places = backbone_names(map(bare, state))
@@ -92,28 +92,26 @@ def of_family(net: Any, architecture: str) -> Translate:
 
 
 def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
-    """From a file's names to those of a detector or segmenter.
-
-    Args:
-        bgr: the first filters are flipped from BGR to RGB.
-    """
+    """The translation for a detector or segmenter; ``bgr`` flips the first convolution to RGB."""
     detects = isinstance(model, Detector)
-    prefix, network = backbone_of(model)
+    prefix = "detector.backbone.body." if detects else "backbone.body."
+    network = model.get_submodule(prefix.rstrip("."))
+    inner_network = without_getter(network)
+    prefix += "model." * (inner_network is not network)
 
     def translate(state: State) -> dict[str, Tensor]:
         state = {bare(name): value for name, value in state.items()}
         own = backbone_names(state)
-        inner = {own[name]: state[name] for name in own}
-        inner = family_filter(architecture)(clean_state_dict(inner), network)
+        inner = family_filter(architecture)(clean_state_dict({own[name]: state[name] for name in own}), inner_network)
         result = {prefix + name: tensor for name, tensor in inner.items()}
         if bgr:
-            first = f"{prefix}{network.pretrained_cfg['first_conv']}.weight"
+            first = f"{prefix}{inner_network.pretrained_cfg['first_conv']}.weight"
             result[first] = result[first].flip(1)
         between = {name: tensor for name, tensor in state.items() if _NECK.match(name)}
         for place, neck in model.named_modules():
             if isinstance(neck, A3FPN):
                 result |= {f"{place}.{name}": tensor for name, tensor in published_state(neck, between).items()}
-        rest = {name: x for name, x in state.items() if not (name in own or name in between or _not_learned(name))}
+        rest = {name: x for name, x in state.items() if not (name in own or may_be_unused(name))}
         if model.arguments["head"] == "mask2former":
             return result | from_mask2former(rest, "detector.head." if detects else "head.")
         return result | (from_published(rest) if detects else from_mmseg(rest))
@@ -121,83 +119,70 @@ def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
     return translate
 
 
-def backbone_of(model: Any) -> tuple[str, Any]:
-    """The prefix of a dense model's backbone, and the backbone, without what timm puts around it."""
-    prefix = "detector.backbone.body." if isinstance(model, Detector) else "backbone.body."
-    network = model.get_submodule(prefix.rstrip("."))
-    inner = without_getter(network)
-    return (prefix, network) if inner is network else (f"{prefix}model.", inner)
-
-
 def without_getter(model: Any) -> Any:
-    """The backbone itself, in a model of timm's that returns feature maps."""
+    """The backbone inside timm's wrapper for models that return feature maps."""
     return model.model if type(model).__name__ == "FeatureGetterNet" else model
 
 
 def may_be_unused(name: str) -> bool:
-    """Whether a tensor may be left out: of A3-FPN, of which the authors compute parts that nothing reads, or statistics
-    of the images and anchors, which are no weights here."""
-    return _NECK.match(bare(name)) is not None or _not_learned(bare(name))
+    """Whether a tensor may be left out: of A3-FPN, parts of which the authors compute and never read, or a buffer of
+    image statistics or anchors."""
+    name = bare(name)
+    return name in STATISTICS or bool(_NECK.match(name) or ANCHORS.fullmatch(name))
 
 
-def _not_learned(name: str) -> bool:
-    return name in STATISTICS or ANCHORS.fullmatch(name) is not None
+_DETECTRON2 = {  # detectron2's ResNet to timm's
+    r"(^|\.)stem\.conv1\.norm\.": r"\1bn1.",
+    r"(^|\.)stem\.conv1\.": r"\1conv1.",
+    r"\.shortcut\.norm\.": ".downsample.1.",
+    r"\.shortcut\.": ".downsample.0.",
+    r"\.conv(\d)\.norm\.": r".bn\1.",
+    **{rf"(^|\.)res{i + 1}\.": rf"\1layer{i}." for i in range(1, 5)},
+}
+# the stem of ResNet-C in mmdetection and mmsegmentation, whose last norm stands where other ResNets have their first
+_RESNET_C = {r"(?<![^.])stem\.7\.": "bn1.", r"(?<![^.])stem\.([01346])\.": r"conv1.\1."}
 
 
-_DETECTRON2 = [  # detectron2's ResNet, timm's
-    (re.compile(theirs), ours)
-    for theirs, ours in (
-        (r"(^|\.)stem\.conv1\.norm\.", r"\1bn1."),
-        (r"(^|\.)stem\.conv1\.", r"\1conv1."),
-        (r"\.shortcut\.norm\.", ".downsample.1."),
-        (r"\.shortcut\.", ".downsample.0."),
-        (r"\.conv(\d)\.norm\.", r".bn\1."),
-        *((rf"(^|\.)res{i + 1}\.", rf"\1layer{i}.") for i in range(1, 5)),
-    )
-]
-
-
-def _of_resnets(state: State, network: Any) -> dict[str, Tensor]:
-    """timm's names for detectron2's ResNet, whose frozen norms do not count batches, and for the stem of ResNet-C in
-    mmdetection and mmsegmentation, whose last norm stands where other ResNets have their first; others as they are.
+def _resnet(state: State, network: Any) -> dict[str, Tensor]:
+    """timm's names for the ResNets of detectron2 and for ResNet-C; other files unchanged.
 
     Raises:
-        ValueError: if the file has such a stem and the network has not.
+        ValueError: the file has the stem of ResNet-C and the network does not.
     """
-    own, result = network.state_dict(), {}
+    own, table = network.state_dict(), {}
     if any(re.search(r"(^|\.)res2\.\d+\.conv1\.", name) for name in state) and "layer1.0.conv1.weight" in own:
-        for name, tensor in state.items():
-            for theirs, ours in _DETECTRON2:
-                name = theirs.sub(ours, name)
-            result[name] = tensor
+        table = _DETECTRON2
+    elif any(re.search(r"(^|\.)stem\.7\.", name) for name in state) and "bn1.weight" in own:
+        table = _RESNET_C
+        if "conv1.3.weight" not in own:
+            raise ValueError("the file has the three-convolution stem of ResNet-C: choose such a model, as resnet50c")
+    result = {}
+    for name, tensor in state.items():
+        for theirs, ours in table.items():
+            name = re.sub(theirs, ours, name, count=1)
+        result[name] = tensor
+    if table is _DETECTRON2:  # its frozen norms do not count batches
         for name in [name for name in result if name.endswith(".running_mean")]:
             count = f"{name.removesuffix('running_mean')}num_batches_tracked"
-            if count not in result and count.removeprefix(BACKBONE) in own:
-                result[count] = torch.zeros((), dtype=torch.int32)
-        return result
-    if not any(re.search(r"(^|\.)stem\.7\.", name) for name in state) or "bn1.weight" not in own:
-        return dict(state)
-    if "conv1.3.weight" not in own:
-        raise ValueError("its stem has three convolutions, as that of ResNet-C: use resnet50c, for one")
-    places = {"7": "bn1", **{i: f"conv1.{i}" for i in "01346"}}
-    stem = re.compile(r"(?<![^.])stem\.([013467])\.")
-    return {stem.sub(lambda found: f"{places[found[1]]}.", name, count=1): tensor for name, tensor in state.items()}
+            if count.removeprefix(BACKBONE) in own:
+                result.setdefault(count, torch.zeros((), dtype=torch.int32))
+    return result
 
 
-# ---- every element
+# ---- accounting for every element
 
 
 def fitted(
     state: dict[str, Tensor], net: Any, translate: Translate, may_be_unused: Callable[[str], bool]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state of the model, made of all of ``state`` and nothing else, and the tensors of ``state`` left out of it.
+    """The complete state of a model from all elements of ``state``, and the names of the tensors left out.
 
     Raises:
-        ValueError: listing what of the file is not used, what of the model not set, and shapes that differ.
+        ValueError: tensors of the file that are not used, of the model that are not set, or of another shape.
     """
     for name, value in state.items():
         if name.endswith(_INDEX) and not torch.equal(value, _position_index(value)):
-            raise ValueError(f"{name} orders the position bias in another way than this model")
+            raise ValueError(f"{name} orders the position bias differently from this model")
     try:
         origins, starts = _trace(state, translate)
     except RuntimeError as error:
@@ -211,23 +196,21 @@ def fitted(
         for name, start in starts.items()
         if not name.endswith(_INDEX) and not used[start : start + state[name].numel()].all()
     ]
-    dropped = [name for name in unused if may_be_unused(name)]
+    shapes = {name: (tuple(x.shape), tuple(own[name].shape)) for name, x in origins.items() if name in own}
     differ = {
-        "of the file not used": [name for name in unused if name not in dropped],
+        "of the file not used": [name for name in unused if not may_be_unused(name)],
         "of the model not set": [name for name in own if name not in origins],
         "of another shape": [
-            f"{name} {tuple(origin.shape)} for {tuple(own[name].shape)}"
-            for name, origin in origins.items()
-            if name in own and origin.shape != own[name].shape
+            f"{name} {theirs} for {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours
         ],
     }
-    if text := "; ".join(f"{what}: {listed(names)}" for what, names in differ.items() if names):
+    if text := "; ".join(f"{kind}: {listed(names)}" for kind, names in differ.items() if names):
         raise ValueError(text)
-    return translate(state), dropped
+    return translate(state), unused
 
 
 def restored(spec: Mapping[str, tuple[str, list[int]]], weights: State, translate: Translate) -> dict[str, Tensor]:
-    """The tensors of a file, by their dtypes and shapes, from the weights that `translate` made of them."""
+    """The tensors of a file, given their dtypes and shapes, from the weights that `translate` made of them."""
     state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in spec.items()}
     state |= {name: _position_index(value) for name, value in state.items() if name.endswith(_INDEX)}
     origins, starts = _trace(state, translate)
@@ -244,19 +227,18 @@ def restored(spec: Mapping[str, tuple[str, list[int]]], weights: State, translat
 
 
 def _trace(state: State, translate: Translate) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Where each element of the model's state comes from: its place, from 1 on, among all elements of ``state``, or 0
-    if it is made up; and the place at which each tensor of ``state`` begins. Tensors that a filter takes from elsewhere
-    are left out.
+    """The origin of each element of the model's state: its index, from 1 on, among all elements of ``state``, 0 for a
+    constant; and the index at which each tensor of ``state`` begins. Tensors that are not of ``state`` are left out.
 
     Raises:
-        ValueError: if elements are computed, as by resampling, not taken.
+        ValueError: elements are computed, as by resampling, not copied.
     """
     starts, total = {}, 1
     for name, value in state.items():
         starts[name], total = total, total + value.numel()
     if total >= 2**31:
-        raise ValueError(f"{total:,} numbers are more than can be told apart")
-    places = {  # in int32, which no weights are
+        raise ValueError(f"{total:,} numbers exceed the indices of int32")
+    places = {  # in int32, which no weights have
         name: torch.arange(start, start + state[name].numel(), dtype=torch.int32).reshape(state[name].shape)
         for name, start in starts.items()
     }
@@ -265,12 +247,12 @@ def _trace(state: State, translate: Translate) -> tuple[dict[str, Tensor], dict[
     again = translate({name: scrambled(value) for name, value in places.items()})
     for name, value in result.items():
         if value.dtype == torch.int32 and not torch.equal(scrambled(value), again[name]):
-            raise ValueError(f"{name} would be computed from the file's numbers (resampled), not taken from it")
+            raise ValueError(f"{name} would be resampled from the file's numbers, not copied")
     return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
 
 
 def _position_index(like: Tensor) -> Tensor:
-    """The row of the position bias table, flattened, for each pair of tokens of a square map, ``[side^2, side^2]``: the
+    """The row of the flattened position bias table for each pair of tokens of a square map, ``[side^2, side^2]``: the
     offset of the key from the query, counted from ``1 - side``."""
     side = math.isqrt(len(like))
     y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))

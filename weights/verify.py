@@ -1,4 +1,4 @@
-"""Whether a converted model folder still holds what was converted, and whether that is what was published."""
+"""Verify a converted model folder against the record of its conversion and what is published of the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .names import without_getter
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -33,22 +33,21 @@ class Check:
 
 
 def verify(folder: str | Path, images: str | Path | None = None, write_card: bool = False) -> Iterator[Check]:
-    """Check a folder that `convert` wrote, one thing after the other.
+    """Check a folder that `convert` wrote, yielding one result after the other.
 
-    The file against its hash; the names in it against the model's; the number of parameters against the record and the
-    published one, where that is known; the outputs for a fixed image against those of the original tensors (of a
-    detector, what its heads compute before they select); preprocessing and licence against the manifest; and with
-    ``images``, an ImageFolder, the top-1 score.
+    Compared are the file with its hash; its names with the model's; the number of parameters with the record and the
+    published one, if known; the outputs for a fixed image with those of the original tensors (a detector's before it
+    selects detections); preprocessing and licence with the manifest; with ``images`` also the top-1 score.
 
     Args:
-        images: a folder with a folder of images for each class, named in the order of the classes (or as the
-            ``label_names`` of the model's configuration).
+        images: an ImageFolder with a folder for each class, sorted like the classes (or named by ``label_names`` in
+            config.json).
         write_card: write the score into the folder's card.
 
     Raises:
-        ValueError: if the folder was not written by `convert`, its record is damaged, the folders of ``images`` are not
-            the classes, the model is no classifier, or the card is to be written without images.
-        OSError: if something cannot be read.
+        ValueError: `convert` did not write the folder, its record is damaged, the folders of ``images`` are not the
+            classes, the model is not a classifier, or ``write_card`` without ``images``.
+        OSError: a file cannot be read.
 
     Examples:
         >>> import timm, torch
@@ -65,20 +64,18 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
     """
     path = loading.local_path(folder)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; `foveal verify` checks a folder that `foveal convert` wrote")
+        raise FileNotFoundError(f"{path} does not exist; pass a folder that `foveal convert` wrote")
     found = read_folder(path)
     record = _record(found)
     if write_card and images is None:
-        raise ValueError("--card writes the score into the card: give --images, too")
+        raise ValueError("--card writes the score: pass --images as well")
     if images is not None and found.dense:
-        raise ValueError(
-            f"{path} is a model to {found.config['task']}: `foveal evaluate` scores it, with data.root=..."
-        )
+        raise ValueError(f"the task of {path} is {found.config['task']}: use `foveal evaluate` with data.root=...")
     digest, known = file_sha256(found.weights), record["model_sha256"]
     yield Check("file", digest == known, f"sha256 {digest}" + ("" if digest == known else f", it was {known}"))
     try:
         model = load_raw(found.path)
-    except (ValueError, TypeError) as error:  # the latter of arguments that a model does not take
+    except (ValueError, TypeError) as error:  # the latter for unknown arguments of a model
         yield Check("loads", False, str(error))
         return
     yield from _checks(model, found, record)
@@ -94,12 +91,10 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
 
 
 def _record(found: ModelFolder) -> dict[str, Any]:
-    """What `convert` recorded, with the entries that are compared."""
+    """The record of the conversion, with the types that the checks rely on."""
     record = found.record
     if record is None:
-        raise ValueError(
-            f"{found.path} has no record of a conversion; `foveal verify` checks what `foveal convert` wrote"
-        )
+        raise ValueError(f"{found.path} has no record of a conversion; pass a folder that `foveal convert` wrote")
     try:
         outputs = [
             {"shape": list(each["shape"]), "values": list(map(float, each["values"]))}
@@ -111,29 +106,27 @@ def _record(found: ModelFolder) -> dict[str, Any]:
             raise ValueError(f"input {shape}, checkpoint {record['checkpoint']!r}")
         compared = {"parameters": int(record["parameters"]), "model_sha256": str(record["model_sha256"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the record of the conversion in {found.path / 'config.json'} is damaged: {error!r}"
-        ) from error
+        raise ValueError(f"{found.path / 'config.json'}: damaged record of the conversion: {error!r}") from error
     return record | compared | {"fingerprint": {"input": shape, "outputs": outputs}}
 
 
 def _checks(model: Any, found: ModelFolder, record: Mapping[str, Any]) -> Iterator[Check]:
-    """Names, parameters, outputs, and what is published."""
+    """Names, parameters, outputs, and the manifest."""
     inner = model.model if isinstance(model, RawOutputs) else without_getter(model)
     with safe_open(found.weights, framework="pt") as stream:
         stored = set(migrate_state_dict(dict.fromkeys(stream.keys())))
     own = set(inner.state_dict())
     other = ", ".join(sorted(stored ^ own)[:8])
-    yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in one: {other}" if other else ""))
+    yield Check("names", stored == own, f"{len(own)} tensors" + (f"; only in file or model: {other}" if other else ""))
     checkpoint = checkpoints().get(record["checkpoint"])
     yield _parameters(inner, record, checkpoint)
     apart = difference(fingerprint(model, tuple(record["fingerprint"]["input"][1:])), record["fingerprint"])
-    what = f"{apart:.1e} of the largest value from the original's, {TOLERANCE:g} allowed"
-    yield Check("outputs for the fixed image", apart <= TOLERANCE, what)
+    detail = f"difference {apart:.1e} of the largest value, limit {TOLERANCE:g}"
+    yield Check("outputs for the fixed image", apart <= TOLERANCE, detail)
     if checkpoint is not None:
         yield _published(found.config, checkpoint)
     elif record["checkpoint"] is not None:
-        yield Check("as the manifest says", False, f"it has no {record['checkpoint']}")
+        yield Check("manifest", False, f"no entry {record['checkpoint']}")
 
 
 def _parameters(model: Any, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
@@ -142,7 +135,7 @@ def _parameters(model: Any, record: Mapping[str, Any], checkpoint: Checkpoint | 
     if not passed:
         text += f", recorded were {record['parameters']:,}"
     if checkpoint is not None and checkpoint.parameters is not None and checkpoint.task == "classify":
-        # as many digits as are published
+        # to the published number of digits
         published = f"{checkpoint.parameters:g}"
         digits = len(published.partition(".")[2])
         fits = math.isclose(round(count / 1e6, digits), checkpoint.parameters, abs_tol=0.6 * 10**-digits)
@@ -151,7 +144,7 @@ def _parameters(model: Any, record: Mapping[str, Any], checkpoint: Checkpoint | 
 
 
 def _published(config: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
-    """Preprocessing and licence of a ``config.json`` against the manifest; of a dense model what it has of them."""
+    """Compare preprocessing, licence and, of a dense model, arguments in ``config.json`` with the manifest."""
     if "pretrained_cfg" in config:
         cfg: Mapping[str, Any] = config["pretrained_cfg"]
         expected = {**checkpoint.preprocessing(), "license": checkpoint.weights_licence}
@@ -163,4 +156,4 @@ def _published(config: Mapping[str, Any], checkpoint: Checkpoint) -> Check:
         return list(value) if isinstance(value, tuple) else value
 
     wrong = [f"{k} {cfg.get(k)}, not {plain(v)}" for k, v in expected.items() if cfg.get(k) != plain(v)]
-    return Check("as the manifest says", not wrong, "; ".join(wrong) or ", ".join(expected))
+    return Check("manifest", not wrong, "; ".join(wrong) or ", ".join(expected))

@@ -435,7 +435,7 @@ def test_sources_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     # a published name is fetched; what is published of it is in the folder
     published = write(tmp_path / "z", "CARETrans_S0.pth.tar", {"state_dict": filler.published("care_s0")})
-    monkeypatch.setattr("foveal.weights.download.fetch", lambda checkpoint: published)
+    monkeypatch.setattr(Checkpoint, "fetch", lambda _: published)
     done = convert("care_s0.in1k", tmp_path / "care")
     assert done.record["checkpoint"] == "care_s0.in1k"
     config = json.loads((done.folder / "config.json").read_text())
@@ -585,21 +585,6 @@ def test_a_card_of_every_published_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cards.facts(checkpoints()["halo26t.a1h_in1k"])["sha256"].startswith("3083328c ...")
 
 
-def test_the_measured_speed_is_that_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    table = tmp_path / "models.csv"
-    head = "input,model,forward_ms,forward_backward_ms,torch,date,cpu,threads\n"
-    row = "4x3x224x224,dinat_tiny,200.0,1000.0,2.9,2026-01-01,Some CPU,2\n"
-    table.write_text(head + row + row.replace("224x224", "384x384") + row.replace("200.0", "250.0"))
-    monkeypatch.setattr(cards, "_SPEED", table)
-    speed = (
-        "16.0 images/s: 250 ms for 4 images, with the backward pass 1,000 ms; Some CPU, 2 threads, float32, torch 2.9"
-    )
-    assert cards._speed(checkpoints()["dinat_tiny.in1k"]) == f"{speed}, 2026-01-01"  # the latest
-    assert cards._speed(checkpoints()["dinat_mini.in1k"]) == ""
-    table.unlink()  # as where the package is installed without it
-    assert cards._speed(checkpoints()["dinat_tiny.in1k"]) == ""
-
-
 def test_the_command(tmp_path: Path) -> None:
     def call(*arguments: Any) -> Any:
         return CliRunner().invoke(app, [str(each) for each in arguments])
@@ -623,7 +608,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "box AP 46.5, mask AP 41.7" in info.stdout
     card = call("info", "dinat_tiny.in1k").stdout
     rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in card.splitlines()[1:])
-    assert rows.keys() >= CARD | {"GMACs", "measured speed", "mirrors"}
+    assert rows.keys() >= CARD | {"GMACs", "mirrors"}
     assert rows["published score"] == "top-1 82.7"
     assert rows["parameters"] == "27,901,582"
     card = call("info", "dinat_tiny.in1k", "--markdown").stdout

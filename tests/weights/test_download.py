@@ -20,7 +20,6 @@ import torch
 import foveal
 from foveal.backbones import download
 from foveal.backbones.download import fetch
-from foveal.weights.download import fetch as fetch_checkpoint
 from foveal.weights.manifest import checkpoints
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -323,12 +322,12 @@ def test_one_download_for_two_processes(server: Server, place: Path, tmp_path: P
 
 def test_checkpoints_of_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr("foveal.weights.download.download.fetch", lambda *given: asked.append(given))
-    fetch_checkpoint(checkpoints()["dinat_mini.maskrcnn_coco"])
-    fetch_checkpoint(checkpoints()["halo26t.a1h_in1k"])
+    monkeypatch.setattr("foveal.weights.manifest.download.fetch", lambda *given: asked.append(given))
+    checkpoints()["dinat_mini.maskrcnn_coco"].fetch()
+    checkpoints()["halo26t.a1h_in1k"].fetch()
     detector, hybrid = asked
     assert detector[1] == ("https://shi-labs.com/projects/dinat/checkpoints/coco/maskrcnn_dinat_mini.pth",)
     assert hybrid[1][1:] == ("hf://timm/halonet26t.a1h_in1k",)
     assert hybrid[2] == "3083328c"
-    with pytest.raises(OSError, match=r"CARETrans_S0\.pth\.tar .*https:..drive\.google\.com"):
-        fetch_checkpoint(checkpoints()["care_s0.in1k"])
+    with pytest.raises(OSError, match=r"CARETrans_S0\.pth\.tar.*https:..drive\.google\.com"):
+        checkpoints()["care_s0.in1k"].fetch()

@@ -392,7 +392,7 @@ def test_int8_that_is_elsewhere(
     """Well on the images that it was fitted to, far away on those of the check."""
     differences = [0.0] * 4 + [difference]  # of the four inputs before, of the first one after
     monkeypatch.setattr(exporting, "_to_int8", lambda *_: "in 8 bits")
-    monkeypatch.setattr(exporting._Classifier, "difference", staticmethod(lambda *_: differences.pop(0)))
+    monkeypatch.setattr(exporting, "relative_error", lambda *_: differences.pop(0))
     with pytest.raises(ExportError, match=rf"{re.escape(f'{difference:.1e}')} on random, batch 1.* 1;"):
         export(folder, "onnx", tmp_path / "out", int8=True, calibration=[pictures])
     assert not (tmp_path / "out").exists()
