@@ -270,7 +270,7 @@ def _resolve_folder(folder: Path, runs: bool = True) -> Source:
 
 
 # What else this package writes: not the weights of a PyTorch model, but a program that some runtime executes.
-_EXPORTED = {
+EXPORTED = {
     "model.onnx": "ONNX, for onnxruntime",
     "model.pt2": "a compiled or exported program, for torch.export.load or torch._inductor.aoti_load_package",
     "model.xml": "OpenVINO's format, for its runtime",
@@ -280,17 +280,17 @@ _EXPORTED = {
 
 def refuse_exported(folder: Path) -> None:
     """Raise ValueError, with what is in it, if a folder holds an export that is no PyTorch model, and no weights."""
-    found = [name for name in _EXPORTED if (folder / name).exists()]
+    found = [name for name in EXPORTED if (folder / name).exists()]
     if found and not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise ValueError(
-            f"{folder} is an export: {found[0]} is {_EXPORTED[found[0]]}, and cannot be loaded as a PyTorch model; "
+            f"{folder} is an export: {found[0]} is {EXPORTED[found[0]]}, and cannot be loaded as a PyTorch model; "
             "load what it was exported from, or export that --to safetensors. Its README.md shows how to run it"
         )
 
 
 def _other_file(path: Path) -> str:
     """What a file is that cannot be loaded."""
-    for name, what in _EXPORTED.items():
+    for name, what in EXPORTED.items():
         if path.suffix == Path(name).suffix:
             return f"is {what}, and cannot be loaded as a PyTorch model"
     if path.suffix in (".pth", ".pt", ".bin", ".tar", ".ckpt"):

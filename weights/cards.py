@@ -245,7 +245,8 @@ def classifier_card(
         "size": f"any height and width from {LEAST_SIZE} on" if spec.any_size else "",
         "check of this file": checked,
     }
-    return _exported(architecture, rows, classifier_example(model, to, shape), f"{to}{options}")
+    code = "\n".join(filter(None, [preparing(model), _run(to, ("logits",), shape)]))
+    return _exported(architecture, rows, code, f"{to}{options}")
 
 
 def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, str], checked: str) -> str:
@@ -296,11 +297,6 @@ def _example(name: str, **values: Any) -> str:
 def _run(to: str, outputs: tuple[str, ...], shape: str) -> str:
     names = ", ".join(outputs)
     return _example(to, outputs=names, unpacked=names + "," * (len(outputs) == 1), shape=shape)
-
-
-def classifier_example(model: Any, to: str, shape: str) -> str:
-    """Python that runs an exported classifier on ``photo.jpg``."""
-    return "\n".join(filter(None, [preparing(model), _run(to, ("logits",), shape)]))
 
 
 def preparing(model: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""How far the outputs of an exported model are from the original's."""
+"""The difference between the outputs of an exported model and the original's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compare(
     """The largest difference over all inputs.
 
     Raises:
-        ExportError: if it is more than ``limit``, or not a number; the message names the input.
+        ExportError: it exceeds ``limit``, or is NaN; the message names the input.
     """
     worst = 0.0
     for name, images in inputs.items():
@@ -39,7 +39,7 @@ def compare(
 
 
 def relative_error(expected: Outputs, got: Outputs, images: Tensor | None = None) -> float:
-    """Largest error over largest value, the worst of the outputs; NaN if any output holds one."""
+    """Largest error over largest value, the maximum over the outputs; NaN if any output contains one."""
     errors = [((b - a).abs().max() / a.abs().max()).item() for a, b in zip(expected, got, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -55,35 +55,32 @@ def detection_error(model: Detector) -> Difference:
 
 
 def detections_differ(expected: Outputs, got: Outputs, size: Sequence[int], threshold: float, limit: int) -> float:
-    """How far two sets of detections in one image are apart: the largest difference of matched boxes (of the image's
-    longer side), scores and masks; infinite if one has an object that the other lacks.
+    """The difference between two sets of detections in one image: the largest over matched boxes (relative to the
+    longer side), scores and masks; infinite if a detection has no match.
 
-    Detections may come in another order. Those whose scores are within `TOLERANCE` of the cut-off may be in one set
-    only. Masks are pasted in whole pixels, and compared where rounding chose the same ones.
+    The order does not matter. Detections with a score within `TOLERANCE` of the cut-off need no match. Masks are pasted
+    in whole pixels, and compared where both boxes round to the same ones.
 
     Args:
-        expected, got: ``boxes`` ``[n, 4]``, ``labels`` ``[n]``, ``scores`` ``[n]``, perhaps ``masks``.
+        expected, got: ``boxes`` ``[n, 4]``, ``labels`` ``[n]``, ``scores`` ``[n]``, optionally ``masks``.
         size: rows and columns of the image.
-        threshold, limit: the lowest score and the largest number of detections.
+        threshold, limit: score threshold and maximum number of detections.
     """
-    boxes, labels, scores = expected[:3]
-    apart = (boxes[:, None] - got[0]).abs().amax(-1) / max(size) if len(boxes) and len(got[0]) else None
-    worst, left, missing = 0.0, set(range(len(got[0]))), []
-    for i in range(len(boxes)):
-        choices = sorted(left)
-        if choices:
-            cost = torch.maximum(apart[i, choices], (scores[i] - got[2][choices]).abs())
-            cost = cost.masked_fill(got[1][choices] != labels[i], math.inf)
-            best = int(cost.argmin())
-            if cost[best] <= TOLERANCE:
-                j = choices[best]
-                left.remove(j)
-                worst = max(worst, float(cost[best]), _masks_differ(expected, got, i, j))
-                continue
-        missing.append(float(scores[i]))
+    scores, worst, unmatched, left = expected[2], 0.0, [], set(range(len(got[2])))
+    apart = (expected[0][:, None] - got[0]).abs().amax(-1) / max(size)
+    cost = torch.maximum(apart, (scores[:, None] - got[2]).abs())
+    cost = cost.masked_fill(expected[1][:, None] != got[1], math.inf)
+    for i in range(len(scores)):
+        j = int(cost[i].argmin()) if len(got[2]) else 0
+        if not len(got[2]) or cost[i, j] > TOLERANCE:
+            unmatched.append(float(scores[i]))
+            continue
+        worst = max(worst, float(cost[i, j]), _masks_differ(expected, got, i, j))
+        cost[:, j] = math.inf  # each detection matches one other
+        left.discard(j)
     end = max(threshold, float(scores.min())) if len(scores) == limit else threshold
-    others = missing + [float(got[2][j]) for j in left]
-    return worst if all(abs(score - end) <= TOLERANCE for score in others) else math.inf
+    unmatched += [float(got[2][j]) for j in left]
+    return worst if all(abs(score - end) <= TOLERANCE for score in unmatched) else math.inf
 
 
 def _masks_differ(expected: Outputs, got: Outputs, i: int, j: int) -> float:

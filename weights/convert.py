@@ -25,13 +25,14 @@ from ..backbones import list_models, loading
 from ..backbones.base import unwrap
 from ..backbones.download import file_sha256
 from ..backbones.loading import WEIGHTS
+from ..files import write_json
 from ..heads.build import build_dense
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.legacy import migrate_state_dict
 from . import dense, names
 from .cards import converted_card, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
-from .folder import RECORD, TOLERANCE, check_output, published_config, read_folder, staged, write_config
+from .folder import RECORD, TOLERANCE, check_output, published_config, read_folder, staged
 from .manifest import Checkpoint, checkpoints
 from .names import bare
 
@@ -138,10 +139,9 @@ def convert(
     state, averaged = _tensors(content, found.file, ema)
     try:
         converted = _converted(state, content, found, {**found.arguments, **(arguments or {})}, backbone)
-        record = _record(converted, found, names.key_format(state, found.architecture), averaged)
         with staged(output) as folder:
             converted.write(folder)
-            _complete(folder, record, converted)
+            record = _complete(folder, converted, found, names.key_format(state, found.architecture), averaged)
             files = sorted(path.name for path in folder.iterdir())
     except ValueError as error:
         raise ConversionError(f"{found.file} as {found.architecture}: {error}") from error
@@ -328,7 +328,7 @@ def _single(
 
     def write(folder: Path) -> None:
         save_file({name: value.detach().contiguous() for name, value in inner.state_dict().items()}, folder / WEIGHTS)
-        write_config(folder, config)
+        write_json(folder / "config.json", config)
 
     description = f"{source.architecture}, a {'backbone' if features else 'classifier'}"
     return ConvertedModel(inner, net, arguments, state, description, write, heads or {})
@@ -433,12 +433,17 @@ def _create(architecture: str, arguments: Mapping[str, Any]) -> Any:
 # ---- the folder
 
 
-def _record(converted: ConvertedModel, source: _Source, keys: str, averaged: bool | None) -> dict[str, Any]:
-    """The record of the conversion in config.json."""
+def _complete(
+    folder: Path, converted: ConvertedModel, source: _Source, keys: str, averaged: bool | None
+) -> dict[str, Any]:
+    """Add a card and the record, which is returned, to a written folder, if the model in it has the same outputs."""
     outputs = fingerprint(converted.raw, _fingerprint_size(source, converted.arguments))
     if not all(math.isfinite(each["norm"]) for each in outputs["outputs"]):
         raise ValueError("damaged or of another model: the outputs for the fixed image are not finite")
-    return {
+    weights = folder / WEIGHTS
+    spec = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in converted.state.items()}
+    save_file(load_file(weights), weights, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
+    record = {
         "file": source.file.name,
         "sha256": file_sha256(source.file),
         "checkpoint": source.checkpoint.name if source.checkpoint else None,
@@ -451,25 +456,18 @@ def _record(converted: ConvertedModel, source: _Source, keys: str, averaged: boo
         "parameters": sum(p.numel() for p in converted.model.parameters()),
         "fingerprint": outputs,
         "version": __version__,
+        "model_sha256": file_sha256(weights),
     }
-
-
-def _complete(folder: Path, record: dict[str, Any], converted: ConvertedModel) -> None:
-    """Add the record and a card to a written folder; load it and compare its outputs."""
-    weights = folder / WEIGHTS
-    spec = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in converted.state.items()}
-    save_file(load_file(weights), weights, metadata={"format": "pt", _SOURCE: json.dumps(spec)})
-    record["model_sha256"] = file_sha256(weights)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {RECORD: record}
-    write_config(folder, config)
-    size = tuple(record["fingerprint"]["input"][1:])
-    apart = difference(fingerprint(load_raw(folder), size), record["fingerprint"])
+    write_json(folder / "config.json", config)
+    apart = difference(fingerprint(load_raw(folder), tuple(outputs["input"][1:])), outputs)
     if not apart <= TOLERANCE:  # also true of NaN
         raise ValueError(
             f"outputs of the written model differ by {apart:.1e} of the largest value, more than {TOLERANCE:g}; "
             "nothing was written"
         )
     (folder / "README.md").write_text(converted_card(config), encoding="utf-8")
+    return record
 
 
 def load_raw(folder: Path) -> Any:

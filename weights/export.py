@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones import family, list_models
 from ..backbones.loading import Source, load, local_path, refuse_exported, resolve
+from ..files import write_json
 from ..heads.checkpoint import load_dense, read_dense_config, reparameterize
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
 from ..heads.registry import head_spec
 from . import ANY_SIZE, cards
 from .compare import Difference, compare, detection_error, relative_error
-from .folder import RECORD, TOLERANCE, check_output, published_config, staged, without_record, write_config
-from .formats import FORMATS, LEAST_SIZE, ExportError, ExportSpec, Run, library, output_names, outputs_of, run_of
+from .folder import RECORD, TOLERANCE, check_output, published_config, staged, without_record
+from .formats import FORMATS, LEAST_SIZE, ExportError, ExportSpec, library, output_names, outputs_of, run_of
 from .images import metadata, preprocessing, read_batches, sample_images, top1
 
 INT8_TOLERANCE = 0.25  # relative RMS error of the logits; above it, the calibration images do not suit the model
@@ -106,7 +107,7 @@ def export(
     else:
         found = resolve(source)
         folder, prepare = found.folder, functools.partial(_classifier, source, found, options)
-    output = check_output(output, force, [folder, local_path(source)] if folder else [], options.to)
+    output = check_output(output, force, [folder, local_path(source)] if folder else [], FORMATS[options.to].file)
     job = prepare()
     return _write(job, options, output)
 
@@ -153,7 +154,7 @@ def _write(job: Job, options: Options, output: Path) -> ExportResult:
     before = None if options.score is None else top1(job.model, options.score, job.config)
     batches = read_batches(job.model, options.calibration) if options.int8 else []
     with staged(output) as folder:
-        write_config(folder, job.config)
+        write_json(folder / "config.json", job.config)
         with library(to, f"convert {job.name}"):
             FORMATS[to].write(spec, folder)
         unavailable, difference = FORMATS[to].not_here(), None
@@ -166,7 +167,9 @@ def _write(job: Job, options: Options, output: Path) -> ExportResult:
         if to == "onnx":
             set_onnx_metadata(folder, job.metadata)
         if before is not None:
-            (was, _), (now, count) = before, top1(_Exported(run_of(to, folder), job), str(options.score), job.config)
+            run, batch = run_of(to, folder), None if spec.any_batch else 1
+            after = top1(job.model, str(options.score), job.config, lambda x: run(x)[0], batch)
+            (was, _), (now, count) = before, after
             change = f"the original {was:.2f} % ({now - was:+.2f})"
             notes.append(f"top-1 {now:.2f} % on {count:,} images of {options.score}, {change}")
         checked = [] if unavailable else list(inputs)
@@ -294,18 +297,6 @@ def _fixed_size(architecture: str, to: str) -> str | None:
     if to == "aoti" and family(architecture) != "CARE":
         return "AOTInductor takes more than ten minutes for windows of dynamic shape; use pt2 or onnx"
     return None
-
-
-class _Exported(nn.Module):
-    """An exported classifier with the interface that `top1` needs."""
-
-    def __init__(self, run: Run, job: Job) -> None:
-        super().__init__()
-        self.run, self.single = run, not job.spec.any_batch
-        self.pretrained_cfg, self.num_classes = job.model.pretrained_cfg, job.model.num_classes
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.run(batch)[0] for batch in (images.split(1) if self.single else [images])])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The outputs for one fixed image, in a few numbers: enough to see whether it is the same model elsewhere."""
+"""A model's outputs for one fixed image in a few numbers, which identify the model on any machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VALUES = 64  # of every output, spread evenly over it
 
 
 def image(shape: tuple[int, ...]) -> torch.Tensor:
-    """A normalized image of ``shape``, the same on every machine: about N(0, 1), sums of four uniforms from PCG64."""
+    """A normalized image, the same on every machine: approximately N(0, 1), sums of four uniforms from PCG64."""
     count = math.prod(shape)
     raw = np.random.PCG64(zlib.crc32(b"image:foveal")).random_raw(4 * count)
     uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -28,12 +28,12 @@ def image(shape: tuple[int, ...]) -> torch.Tensor:
 
 @torch.no_grad()
 def fingerprint(model: Any, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """Shape, norm, largest magnitude and some values of the logits (of every map, if it gives maps) for `image` of
-    ``[1, *input_size]``; plain numbers, for JSON. The model is to be in evaluation mode."""
+    """Shape, norm, largest magnitude and some values of each output for `image` ``[1, *input_size]``, as plain numbers
+    for JSON. The model must be in evaluation mode."""
     shape = (1, *input_size)
-    answer = model(image(shape))
+    found = model(image(shape))
     outputs = []
-    for output in answer if isinstance(answer, (list, tuple)) else [answer]:
+    for output in found if isinstance(found, (list, tuple)) else [found]:
         flat = output.double().flatten()
         chosen = torch.linspace(0, len(flat) - 1, min(_VALUES, len(flat))).long()
         outputs.append(
@@ -48,7 +48,7 @@ def fingerprint(model: Any, input_size: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """How far two fingerprints are apart, the largest error over the largest value; infinite if shapes differ."""
+    """The largest error over the largest value between two fingerprints; infinite if shapes differ."""
     if len(got["outputs"]) != len(expected["outputs"]):
         return math.inf
     worst = 0.0
@@ -64,16 +64,16 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
 
 
 class RawOutputs(nn.Module):
-    """What a dense model computes before it selects detections: numbers that change little where weights change little,
-    as detections do not."""
+    """The outputs of a dense model before it selects detections, which are continuous in the weights; detections are
+    not."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model: Any = model
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """``[1, C, H, W]`` to the maps of the neck, the logits and deltas on them, and of four fixed regions the
-        classes, boxes and mask logits; a segmenter's logits; the logits of Mask2Former's classes and masks."""
+        """``[1, C, H, W]`` to the neck's maps, the logits and deltas on them, and for four fixed regions the class, box
+        and mask outputs; to a segmenter's logits; to the class and mask logits of Mask2Former."""
         if self.model.arguments["head"] == "mask2former":
             return self._queries(image)
         if not isinstance(self.model, Detector):
@@ -99,7 +99,7 @@ class RawOutputs(nn.Module):
         return [*levels, *logits, *deltas, *boxes, *masks]
 
     def _queries(self, image: Tensor) -> list[Tensor]:
-        """Every query attends everywhere: whether a place is outside its mask hangs on the sign of a logit."""
+        """Without masked attention, whose masks jump at the sign of a logit."""
         head: Any = (self.model.detector if isinstance(self.model, Detector) else self.model).head
         predictor = head.model.transformer_module.decoder.mask_predictor
         handle = predictor.register_forward_hook(lambda _, __, found: (found[0], torch.zeros_like(found[1])))

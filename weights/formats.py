@@ -86,6 +86,7 @@ class Format:
     """An export format.
 
     Args:
+        file: the model's main file, beside config.json and the card.
         write: writes the model's files into a folder.
         open: returns a function that runs them: images -> outputs, in order.
         needs: modules, installed by this package's ``extra``.
@@ -93,6 +94,7 @@ class Format:
         not_here: returns why this machine cannot run the format; None if it can.
     """
 
+    file: str
     write: Callable[[ExportSpec, Path], None]
     open: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
@@ -313,12 +315,13 @@ def _open_coreml(folder: Path) -> Run:
 
 
 FORMATS = {
-    "safetensors": Format(_write_safetensors, _open_safetensors, no_size="it stores weights, not a graph"),
-    "onnx": Format(_write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), "export"),
-    "pt2": Format(_write_pt2, _open_pt2),
-    "aoti": Format(_write_aoti, _open_aoti),
-    "openvino": Format(_write_openvino, _open_openvino, ("openvino", "onnx", "onnxscript"), "openvino"),
+    "safetensors": Format(WEIGHTS, _write_safetensors, _open_safetensors, no_size="it stores weights, not a graph"),
+    "onnx": Format("model.onnx", _write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), "export"),
+    "pt2": Format("model.pt2", _write_pt2, _open_pt2),
+    "aoti": Format("model.pt2", _write_aoti, _open_aoti),
+    "openvino": Format("model.xml", _write_openvino, _open_openvino, ("openvino", "onnx", "onnxscript"), "openvino"),
     "coreml": Format(
+        "model.mlpackage",
         _write_coreml,
         _open_coreml,
         ("coremltools",),

@@ -1,9 +1,9 @@
-"""Image files as a model takes them, and the score of a classifier on folders of them."""
+"""Image files as model inputs, and the score of a classifier on an ImageFolder."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,29 @@ _BATCH = 32
 
 
 def metadata(model: Any) -> dict[str, Any]:
-    """How images are prepared for a classifier, in timm's terms, and the names of its classes where they are known."""
-    facts = {"architecture": model.pretrained_cfg["architecture"]}
+    """The preprocessing of a classifier, in timm's terms, and its class names, if known."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    facts |= {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
-    names = label_names(model)
+    facts = {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")}
+    facts["architecture"], names = model.pretrained_cfg["architecture"], label_names(model)
     return facts if names is None else facts | {"label_names": names}
 
 
 def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image.Image]:
-    """Images to check a model with, by name: those of the paths; without any, two photographs of scikit-learn's, if the
-    model takes 1 or 3 channels."""
+    """Images to compare on, by name; without paths scikit-learn's two sample images, if the model takes 1 or 3
+    channels."""
     if paths or channels not in MODES:
         return {str(path): read_image(path, channels) for path in paths}
-    from sklearn.datasets import load_sample_images  # takes a second to import
-
+    try:
+        from sklearn.datasets import load_sample_images  # takes a second to import
+    except ModuleNotFoundError as error:
+        raise ImportError("sample images need scikit-learn: pip install 'foveal[export]', or pass --image") from error
     found = load_sample_images()
     photos = zip(found.filenames, found.images, strict=True)
     return {Path(name).name: to_mode(Image.fromarray(pixels), channels) for name, pixels in photos}
 
 
 def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
-    """Image files, or all in folders of them, as a classifier takes them: ``[B, C, H, W]`` each."""
+    """Image files, or all images in folders, in batches for a classifier: ``[B, C, H, W]`` each."""
     files, extensions = [], get_img_extensions(as_set=True)
     for path in map(Path, paths):
         below = sorted(each for each in path.rglob("*") if each.suffix.lower() in extensions)
@@ -54,19 +55,26 @@ def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def top1(model: Any, images: str | Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    """Score of a classifier on an ImageFolder, in per cent, and the number of images.
+def top1(
+    model: Any,
+    images: str | Path,
+    config: Mapping[str, Any],
+    run: Callable[[Tensor], Tensor] | None = None,
+    batch: int | None = None,
+) -> tuple[float, int]:
+    """Top-1 score of a classifier on an ImageFolder, in per cent, and the number of images.
 
     Args:
-        images: a folder with a folder of images for each class, named in the order of the classes, or as the
-            ``label_names`` of ``config``, the model's config.json.
+        images: a folder for each class, sorted like the classes or named by the ``label_names`` of ``config``.
+        config: the model's config.json.
+        run: what computes the logits, by default the model.
 
     Raises:
-        ValueError: if the folders are not the classes of the model, or it has none.
-        OSError: if there are no images, or one cannot be read.
+        ValueError: the folders are not the classes of the model, or it has none.
+        OSError: there are no images, or one cannot be read.
     """
     if (config.get("model_args") or {}).get("features_only"):
-        raise ValueError(f"{config['architecture']} is a backbone here: it returns feature maps and has no classes")
+        raise ValueError(f"{config['architecture']} is a backbone that returns feature maps: there is no top-1 score")
     channels = model.pretrained_cfg["input_size"][0]
     try:
         data = ImageFolder(images, preprocessing(model), loader=functools.partial(read_image, channels=channels))
@@ -80,5 +88,6 @@ def top1(model: Any, images: str | Path, config: Mapping[str, Any]) -> tuple[flo
             f"not among them: {', '.join(unknown[:8])}"
         )
     order = torch.tensor([(labels or data.classes).index(name) for name in data.classes])
-    correct = sum(int((model(x).argmax(1) == order[target]).sum()) for x, target in DataLoader(data, _BATCH))
+    loader, compute = DataLoader(data, batch or _BATCH), run or model
+    correct = sum(int((compute(x).argmax(1) == order[target]).sum()) for x, target in loader)
     return 100 * correct / len(data), len(data)

@@ -1,4 +1,4 @@
-"""Earlier place of `foveal.train.predict`; it goes with the next release."""
+"""Deprecated: `foveal.train.predict` replaces this module, which the next release removes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..train import predict as predict_all
 def predict(
     source: str | Path, images: Sequence[str | Path], top: int = 5
 ) -> Iterator[tuple[str, list[tuple[str, float]] | OSError]]:
-    """Deprecated: `foveal.train.predict` has the same for all tasks. Yields the path, and (label, probability) pairs or
-    the error of a file that cannot be read."""
-    text = "foveal.weights.predict goes with the next release: use foveal.train.predict"
+    """Deprecated: use `foveal.train.predict`. Yields each path with (label, probability) pairs, or with the error of a
+    file that cannot be read."""
+    text = "foveal.weights.predict will be removed in the next release: use foveal.train.predict"
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     for each in predict_all(source, images, top=top):
         yield each.path, each.error or [(result.label, result.score) for result in each.results]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .formats import INPUT
 
-# What is computed in 8 bits: products with weights. Those of attention, of activations alone, stay in float as softmax,
-# norms and activation functions do: in 8 bits they make the file no smaller. Measured, with the ways to find ranges, in
+# Operators in 8 bits: products with weights. Attention's products of activations stay in float like softmax, norms and
+# activation functions: in 8 bits they would not make the file smaller. Measured, with several calibration methods, in
 # benchmarks/results/int8-fashion-mnist.csv.
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 
@@ -21,11 +21,11 @@ QUANTIZED = ("Conv", "Gemm", "MatMul")
 def quantize(file: Path, target: Path, batches: Sequence[Tensor]) -> None:
     """Write ``target``, the model of ``file`` with convolutions and linear layers in 8 bits.
 
-    Weights get a scale for each output channel, activations one for each tensor, from the least and the largest value
-    that they take on ``batches`` (Q and DQ nodes, uint8 activations, int8 weights).
+    Weights are scaled per output channel, activations per tensor, by their minimum and maximum on ``batches`` (Q and DQ
+    nodes, uint8 activations, int8 weights).
 
     Args:
-        batches: images as the model takes them, ``[B, C, H, W]``.
+        batches: prepared images, ``[B, C, H, W]``.
     """
     import onnx
     from onnxruntime import quantization as q
@@ -39,7 +39,7 @@ def quantize(file: Path, target: Path, batches: Sequence[Tensor]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         prepared = Path(scratch) / "prepared.onnx"
-        # its symbolic shapes are not needed, and its checks fail on a dynamic batch
+        # symbolic shape inference is not needed, and fails on a dynamic batch
         quant_pre_process(file, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         weights = {each.name for each in graph.initializer}
@@ -60,7 +60,7 @@ def quantize(file: Path, target: Path, batches: Sequence[Tensor]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice on preparing models that is followed here."""
+    """Silence onnxruntime's advice on preprocessing, which is followed here."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -91,23 +91,20 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
 
 
 def _record(found: ModelFolder) -> dict[str, Any]:
-    """The record of the conversion, with the types that the checks rely on."""
+    """The record of the conversion, once it has the entries and types that the checks rely on."""
     record = found.record
     if record is None:
         raise ValueError(f"{found.path} has no record of a conversion; pass a folder that `foveal convert` wrote")
     try:
-        outputs = [
-            {"shape": list(each["shape"]), "values": list(map(float, each["values"]))}
-            | {key: float(each[key]) for key in ("norm", "largest")}
-            for each in record["fingerprint"]["outputs"]
-        ]
-        shape = [int(each) for each in record["fingerprint"]["input"]]
-        if len(shape) != 4 or not isinstance(record["checkpoint"], (str, type(None))):
-            raise ValueError(f"input {shape}, checkpoint {record['checkpoint']!r}")
-        compared = {"parameters": int(record["parameters"]), "model_sha256": str(record["model_sha256"])}
+        keys = ("fingerprint", "checkpoint", "parameters", "model_sha256")
+        recorded, checkpoint, count, digest = (record[key] for key in keys)
+        if difference(recorded, recorded) != 0 or len(recorded["input"]) != 4:
+            raise ValueError(f"fingerprint of {recorded['input']}")
+        if not (isinstance(checkpoint, (str, type(None))) and isinstance(count, int) and isinstance(digest, str)):
+            raise ValueError(f"checkpoint {checkpoint!r}, parameters {count!r}, model_sha256 {digest!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{found.path / 'config.json'}: damaged record of the conversion: {error!r}") from error
-    return record | compared | {"fingerprint": {"input": shape, "outputs": outputs}}
+    return record
 
 
 def _checks(model: Any, found: ModelFolder, record: Mapping[str, Any]) -> Iterator[Check]:

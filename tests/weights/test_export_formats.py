@@ -278,7 +278,7 @@ def test_a_format_that_goes_wrong_is_not_written(folder: Path, tmp_path: Path, m
         run = FORMATS["safetensors"].open(target)
         return lambda images: tuple(1.001 * each for each in run(images))
 
-    monkeypatch.setitem(exporting.FORMATS, "broken", Format(write, wrong))
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format("model.safetensors", write, wrong))
     with pytest.raises(ExportError, match=r"1\.0e-03.*0\.0001"):
         export(folder, "broken", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -299,7 +299,7 @@ def test_what_a_library_cannot_do(folder: Path, tmp_path: Path, monkeypatch) -> 
         fail("open")
         return lambda images: fail("run")
 
-    monkeypatch.setitem(exporting.FORMATS, "broken", Format(lambda *_: fail("write"), start))
+    monkeypatch.setitem(exporting.FORMATS, "broken", Format("x", lambda *_: fail("write"), start))
     for what, message in (
         ("write", r"^broken.* test_foveal_dinat: KeyError: 'aten\.new'$"),
         ("open", "^broken.*: KeyError"),
