@@ -45,7 +45,7 @@ DENSE_HEADS = {
     "mask2former": "mask2former",
 }
 _UNKNOWN = "unknown: ask whoever made the file"
-_SEMANTIC_ONLY = "the class of each pixel; objects of a class are not separated"
+SEMANTIC_ONLY = "the class of each pixel; objects of a class are not separated"
 _MAX_CLASSES = 100  # class names listed in a card
 
 
@@ -109,7 +109,7 @@ def _convertible(checkpoint: Checkpoint) -> str:
     """How much of a dense model `convert` supports."""
     if head_of(checkpoint) is None:
         return "the backbone, with --backbone; this package does not have the heads"
-    outputs = f"; its output is {_SEMANTIC_ONLY}" if checkpoint.task == "panoptic" else ""
+    outputs = f"; its output is {SEMANTIC_ONLY}" if checkpoint.task == "panoptic" else ""
     backbone = "" if checkpoint.arguments.get("stride_in_1x1") else "; with --backbone its backbone"
     return f"the whole model{outputs}{backbone}"
 
@@ -155,7 +155,7 @@ def converted_card(config: Mapping[str, Any], measured: str | None = None) -> st
         rows |= {"weights": f"`{checkpoint.name}`, {_address(checkpoint)}", **_published(checkpoint)}
         rows["published score"] += " (of the whole dense model)" * features
         if checkpoint.task == "panoptic" and dense and config["task"] == "segment":
-            rows["output"] = _SEMANTIC_ONLY
+            rows["output"] = SEMANTIC_ONLY
     rows |= {"input": _input(config["preprocessing" if dense else "pretrained_cfg"], dense), "measured": measured or ""}
     checked = "\n".join(f"* {each}" for each in record_lines(record))
     written = f"Written by foveal {record['version']}: `foveal convert`."

@@ -30,7 +30,7 @@ from ..heads.build import build_dense
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.legacy import migrate_state_dict
 from . import dense, names
-from .cards import converted_card, listed, record_lines
+from .cards import SEMANTIC_ONLY, converted_card, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
 from .folder import RECORD, TOLERANCE, check_output, published_config, read_folder, staged
 from .manifest import Checkpoint, checkpoints
@@ -364,7 +364,7 @@ def _dense(
     head, neck = config.arguments["head"], config.arguments["neck"]
     description = f"{head} on {source.architecture} with {neck}, {len(classes)} classes"
     if metadata.task == "panoptic":
-        description += "; of a panoptic model, its output is the class of each pixel, objects are not separated"
+        description += f"; of a panoptic model: {SEMANTIC_ONLY}"
     used = {name: value for name, value in state.items() if name not in dropped}
     raw = RawOutputs(net)
     return ConvertedModel(net, raw, metadata.arguments, used, description, write, dropped=dropped, bgr=metadata.bgr)

@@ -86,12 +86,11 @@ def check_output(output: str | Path, force: bool, sources: Sequence[Path] = (), 
     above = next((each for each in (output, *output.parents) if each.exists()), output)
     left = [name for name in (*WEIGHT_FILES, *EXPORTED) if name != file and (output / name).exists()]
     run = any((output / best / "config.json").is_file() for best in ("best", "best.old"))
+    filled = output.is_dir() and any(output.iterdir())
     problems = {
         f"{above} is a file": above.exists() and not above.is_dir(),
         "it is the source": output.resolve() in (source.resolve() for source in sources),
-        "it is not empty; --force replaces files of the same names": not force
-        and above == output
-        and any(above.iterdir()),
+        "it is not empty; --force replaces files of the same names": filled and not force,
         "it is a training run, whose best/ would be read instead": run,
         f"it contains {', '.join(left)} of another model, which {file} does not replace": left,
     }
