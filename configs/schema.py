@@ -34,39 +34,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-__all__ = [
-    "OLD_KEYS",
-    "SCHEMAS",
-    "AugmentConfig",
-    "ClassifyConfig",
-    "ConfigError",
-    "DataConfig",
-    "DenseOptimConfig",
-    "DetectAugmentConfig",
-    "DetectConfig",
-    "DetectDataConfig",
-    "DetectModelConfig",
-    "DistillConfig",
-    "LogConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ScheduleConfig",
-    "SegmentAugmentConfig",
-    "SegmentConfig",
-    "SegmentDataConfig",
-    "SegmentEvalConfig",
-    "SegmentLossConfig",
-    "SegmentModelConfig",
-    "TrainConfig",
-    "find_config",
-    "load_config",
-    "override_value",
-    "recipe_names",
-    "recipe_task",
-    "rename_keys",
-    "save_config",
-]
+from ..files import atomic
 
 RECIPES = Path(__file__).parent
 COMMAND_LINE = "command line"
@@ -97,6 +65,8 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message is meant for the user."""
 
 
+# ---- the sections
+
 SCHEMA = ConfigDict(extra="forbid", allow_inf_nan=False)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropping something, or of an average
@@ -108,87 +78,6 @@ RatePair = Annotated[list[Rate], Field(min_length=2, max_length=2)]
 def _list(*values: Any) -> Any:
     """A field whose default is a list of ``values``."""
     return field(default_factory=lambda: list(values))
-
-
-@dataclass(config=SCHEMA, kw_only=True)
-class ModelConfig:
-    """What ``timm.create_model`` is given."""
-
-    name: str
-    pretrained: bool = False  # the published weights, by the name's tag
-    checkpoint: str | None = None  # weights to start from: a file, a timm folder or a run folder
-    num_classes: PositiveInt | None = None  # null: as many as the data have
-    drop_rate: Rate | None = None
-    drop_path_rate: Rate | None = None  # null: the model's own
-    grad_checkpointing: bool = False
-    sync_bn: bool = False  # batch norms over all processes
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
-
-
-@dataclass(config=SCHEMA, kw_only=True)
-class DataConfig:
-    """Where the images are and how they reach the model."""
-
-    kind: Literal["folder", "wds", "idx", "digits"] = "folder"
-    root: str | None = None  # folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files
-    train_split: str = "train"
-    val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
-    val_fraction: float = Field(0.2, gt=0, lt=1)  # digits: share held out, stratified, fixed
-    classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
-    num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
-    limit: PositiveInt | None = None  # idx, digits: train on the first so many images only
-    val_limit: PositiveInt | None = None  # likewise for the evaluation
-    image_size: PositiveInt | None = None  # side of the square input; null: the model's own
-    in_chans: PositiveInt = 3
-    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
-    std: list[PositiveFloat] | None = None
-    interpolation: str | None = None  # of the evaluation; null: the model's own
-    crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
-    workers: NonNegativeInt = 8  # folder, wds: decoding processes for each training process
-    decode: Literal["timm", "fast", "draft"] = "fast"  # folder, wds: in training; see train/README.md
-    exclude: str | None = None  # folder, wds: a bad_samples.csv or a list of names; these samples are left out
-    max_bad_fraction: Probability = 0.01  # unreadable images beyond this share of an epoch stop the run
-
-
-@dataclass(config=SCHEMA, kw_only=True)
-class AugmentConfig:
-    """Training-time augmentation. Mixing is by batch, as ``timm.data.Mixup`` does it."""
-
-    hflip: Probability = 0.5
-    vflip: Probability = 0.0
-    scale: list[float] = _list(0.08, 1.0)  # folder, wds: area of the random crop
-    ratio: list[float] = _list(0.75, 4 / 3)  # folder, wds: its aspect
-    color_jitter: NonNegativeFloat = 0.4  # folder, wds
-    auto_augment: str | None = None  # folder, wds: for example rand-m9-mstd0.5-inc1
-    interpolation: str = "random"  # folder, wds: random, bilinear or bicubic
-    shift: NonNegativeFloat = 0.0  # idx, digits: largest translation as a fraction of the side
-    rotate: NonNegativeFloat = 0.0  # idx, digits: largest rotation in degrees
-    zoom: NonNegativeFloat = 0.0  # idx, digits: largest change of size, 0.1 for 0.9 to 1.1
-    erase: Probability = 0.0  # probability of random erasing
-    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
-    mixup: NonNegativeFloat = 0.0  # alpha; 0: off
-    cutmix: NonNegativeFloat = 0.0  # alpha; 0: off
-    mix_prob: Probability = 1.0
-    mix_switch_prob: Probability = 0.5
-    mix_off_fraction: Probability = 0.0  # mixing is off in this last fraction of the epochs
-    sizes: list[PositiveInt] = _list()  # growing sides of the input, each for an equal part of the run
-
-
-@dataclass(config=SCHEMA, kw_only=True)
-class LossConfig:
-    name: Literal["cross_entropy", "bce"] = "cross_entropy"
-    smoothing: Rate = 0.0
-    auxiliary: NonNegativeFloat = 0.0  # weight of the loss of the model's auxiliary head; 0: it is not trained
-
-
-@dataclass(config=SCHEMA, kw_only=True)
-class DistillConfig:
-    """Learning from a teacher's answers to the same images, beside the labels (DeiT, arXiv 2012.12877, section 4)."""
-
-    teacher: str | None = None  # what `foveal.load` takes: a name with published weights, a run, a folder; null: none
-    alpha: Probability = 0.5  # weight of the teacher's part; the labels' is 1 - alpha
-    kind: Literal["hard", "soft"] = "hard"  # learn its decision, or its distribution
-    temperature: PositiveFloat = 1.0  # soft: divides both sides' logits
 
 
 @dataclass(config=SCHEMA, kw_only=True)
@@ -256,68 +145,174 @@ class LogConfig:
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class ClassifyConfig:
-    """A whole classification run."""
+class RunConfig:
+    """What the recipes of all tasks have."""
 
-    task: Literal["classify"] = "classify"  # so that a run's config.yaml says what it is of
-    output: str  # run folder; when a recipe does not name it: runs/<name of the recipe>
+    output: str  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
     resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
     seed: int = Field(0, ge=0, lt=2**32)
-    model: ModelConfig
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class DetectModelConfig:
-    """What ``heads.build.build_detector`` is given."""
+class ImagesConfig:
+    """What the ``data`` of all tasks have."""
+
+    root: str | None = None  # the folder of the data; other paths are below it
+    limit: PositiveInt | None = None  # the first so many training images only; classify: of idx and digits
+    val_limit: PositiveInt | None = None  # likewise for the evaluation
+    in_chans: PositiveInt = 3
+    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
+    std: list[PositiveFloat] | None = None
+    workers: NonNegativeInt = 4  # decoding processes for each training process
+    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
+    max_bad_fraction: Probability = 0.01  # unreadable images beyond this share of an epoch stop the run
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DenseDataConfig(ImagesConfig):
+    """What the ``data`` of detection and segmentation have; ``digits`` are composites, written when missing."""
+
+    digits_train: PositiveInt = 400  # digits: how many composites to write, ...
+    digits_val: PositiveInt = 100
+    digits_size: int = Field(128, ge=32)  # ... of which side
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DenseModelConfig:
+    """What ``heads.build`` is given of a detector or a segmenter."""
 
     name: str  # the backbone: any name that timm creates with features_only
-    head: Literal["mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former"] = "mask_rcnn"
-    neck: Literal["fpn", "a3fpn"] = "fpn"
+    neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet with fpn: its own top-down path
     pretrained: bool = False  # the backbone's published weights, by the name's tag
     checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
     frozen_stages: int = Field(-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
     norm_eval: bool = False  # the backbone's batch norms keep their statistics
-    sync_bn: bool = False  # batch norms of the whole detector over all processes
+    sync_bn: bool = False  # batch norms of the whole model over all processes
     drop_path_rate: Rate | None = None  # null: the backbone's own
     grad_checkpointing: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
     neck_kwargs: dict[str, Any] = field(default_factory=dict)
-    head_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of torchvision's detector
+    head_kwargs: dict[str, Any] = field(default_factory=dict)  # of torchvision's detector, or heads.segmentation
+
+
+# ---- classification
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class DetectDataConfig:
-    """Annotations in COCO's format, and the folders of their images; all paths are below ``root``."""
+class ModelConfig:
+    """What ``timm.create_model`` is given."""
 
-    kind: Literal["coco", "voc", "digits"] = "coco"  # digits: composites, written when not there
-    root: str | None = None
+    name: str
+    pretrained: bool = False  # the published weights, by the name's tag
+    checkpoint: str | None = None  # weights to start from: a file, a timm folder or a run folder
+    num_classes: PositiveInt | None = None  # null: as many as the data have
+    drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None  # null: the model's own
+    grad_checkpointing: bool = False
+    sync_bn: bool = False  # batch norms over all processes
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DataConfig(ImagesConfig):
+    """Where the images are and how they reach the model.
+
+    ``root`` is for folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files.
+    """
+
+    kind: Literal["folder", "wds", "idx", "digits"] = "folder"
+    train_split: str = "train"
+    val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
+    val_fraction: float = Field(0.2, gt=0, lt=1)  # digits: share held out, stratified, fixed
+    classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
+    num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
+    image_size: PositiveInt | None = None  # side of the square input; null: the model's own
+    interpolation: str | None = None  # of the evaluation; null: the model's own
+    crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
+    workers: NonNegativeInt = 8  # folder, wds
+    decode: Literal["timm", "fast", "draft"] = "fast"  # folder, wds: in training; see train/README.md
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class AugmentConfig:
+    """Training-time augmentation. Mixing is by batch, as ``timm.data.Mixup`` does it."""
+
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    scale: list[float] = _list(0.08, 1.0)  # folder, wds: area of the random crop
+    ratio: list[float] = _list(0.75, 4 / 3)  # folder, wds: its aspect
+    color_jitter: NonNegativeFloat = 0.4  # folder, wds
+    auto_augment: str | None = None  # folder, wds: for example rand-m9-mstd0.5-inc1
+    interpolation: str = "random"  # folder, wds: random, bilinear or bicubic
+    shift: NonNegativeFloat = 0.0  # idx, digits: largest translation as a fraction of the side
+    rotate: NonNegativeFloat = 0.0  # idx, digits: largest rotation in degrees
+    zoom: NonNegativeFloat = 0.0  # idx, digits: largest change of size, 0.1 for 0.9 to 1.1
+    erase: Probability = 0.0  # probability of random erasing
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: NonNegativeFloat = 0.0  # alpha; 0: off
+    cutmix: NonNegativeFloat = 0.0  # alpha; 0: off
+    mix_prob: Probability = 1.0
+    mix_switch_prob: Probability = 0.5
+    mix_off_fraction: Probability = 0.0  # mixing is off in this last fraction of the epochs
+    sizes: list[PositiveInt] = _list()  # growing sides of the input, each for an equal part of the run
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class LossConfig:
+    name: Literal["cross_entropy", "bce"] = "cross_entropy"
+    smoothing: Rate = 0.0
+    auxiliary: NonNegativeFloat = 0.0  # weight of the loss of the model's auxiliary head; 0: it is not trained
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DistillConfig:
+    """Learning from a teacher's outputs on the same images, beside the labels (DeiT, arXiv 2012.12877, section 4)."""
+
+    teacher: str | None = None  # what `foveal.load` takes: a name with published weights, a run, a folder; null: none
+    alpha: Probability = 0.5  # weight of the teacher's part; the labels' is 1 - alpha
+    kind: Literal["hard", "soft"] = "hard"  # learn its decision, or its distribution
+    temperature: PositiveFloat = 1.0  # soft: divides both sides' logits
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ClassifyConfig(RunConfig):
+    """A whole classification run."""
+
+    task: Literal["classify"] = "classify"  # so that a run's config.yaml names its task
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+# ---- detection
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DetectModelConfig(DenseModelConfig):
+    """What ``heads.build.build_detector`` is given."""
+
+    head: Literal["mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former"] = "mask_rcnn"
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class DetectDataConfig(DenseDataConfig):
+    """Annotations in COCO's format, and the folders of their images."""
+
+    kind: Literal["coco", "voc", "digits"] = "coco"
     # voc: sets instead, such as VOC2007/trainval+VOC2012/trainval, which name their images
     train_annotations: str = "annotations/instances_train2017.json"
     train_images: str = "train2017"
     val_annotations: str = "annotations/instances_val2017.json"
     val_images: str = "val2017"
-    limit: PositiveInt | None = None  # the first so many training images only
-    val_limit: PositiveInt | None = None
-    digits_train: PositiveInt = 400  # digits: how many composites to write, ...
-    digits_val: PositiveInt = 100
-    digits_size: int = Field(128, ge=32)  # ... of which side
     keep_empty: bool = False  # train on images without objects too
-    in_chans: PositiveInt = 3
-    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the backbone's own
-    std: list[PositiveFloat] | None = None
     min_size: PositiveInt = 800  # evaluation: the short side is resized to this, ...
     max_size: PositiveInt = 1333  # ... unless the long side would exceed this
-    workers: NonNegativeInt = 4  # decoding processes for each training process
-    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
-    max_bad_fraction: Probability = 0.01  # unreadable images beyond this share of an epoch stop the run
 
 
 @dataclass(config=SCHEMA, kw_only=True)
@@ -338,51 +333,35 @@ class DetectAugmentConfig:
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class DetectConfig:
+class DetectConfig(RunConfig):
     """A whole detection run."""
 
     task: Literal["detect"] = "detect"
-    output: str  # run folder; when a recipe does not name it: runs/detect/<name of the recipe>
-    resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
-    seed: int = Field(0, ge=0, lt=2**32)
     model: DetectModelConfig
     data: DetectDataConfig = field(default_factory=DetectDataConfig)
     augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+
+
+# ---- segmentation
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class SegmentModelConfig:
+class SegmentModelConfig(DenseModelConfig):
     """What ``heads.build.build_segmenter`` is given."""
 
-    name: str  # the backbone: any name that timm creates with features_only
     head: Literal["upernet", "semantic_fpn", "mask2former"] = "upernet"
-    neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet with fpn: its own top-down path
-    pretrained: bool = False  # the backbone's published weights, by the name's tag
-    checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
-    segmenter: str | None = None  # or the whole model's: a run folder, a model folder, or a file with mmseg's names
-    auxiliary: bool = True  # upernet: an FCN head on the third map, which helps to train and is not asked afterwards
+    segmenter: str | None = None  # the whole model's weights: a run or model folder, or a file with mmseg's names
+    auxiliary: bool = True  # upernet: an FCN head on the third map, which helps to train and is not used afterwards
     size_divisor: PositiveInt = 32  # images are padded to multiples of it; 1: the backbone takes any size
-    frozen_stages: int = Field(-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
-    norm_eval: bool = False  # the backbone's batch norms keep their statistics
-    sync_bn: bool = False  # batch norms of the whole segmenter over all processes
-    drop_path_rate: Rate | None = None  # null: the backbone's own
-    grad_checkpointing: bool = False
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
-    neck_kwargs: dict[str, Any] = field(default_factory=dict)
-    head_kwargs: dict[str, Any] = field(default_factory=dict)  # channels, dropout ... of heads.segmentation
     auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # level, channels ... of heads.segmentation.FCN
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class SegmentDataConfig:
+class SegmentDataConfig(DenseDataConfig):
     """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
 
     kind: Literal["folder", "ade20k", "cityscapes", "voc", "digits"] = "folder"
-    root: str | None = None
     train_split: str | None = None  # null: train (ade20k: training)
     val_split: str | None = None  # null: val (ade20k: validation)
     images: str = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
@@ -390,18 +369,7 @@ class SegmentDataConfig:
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
     reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
     ignore_label: int = Field(255, ge=0, le=255)  # the value of a pixel without a class
-    limit: PositiveInt | None = None  # the first so many training images only
-    val_limit: PositiveInt | None = None
-    digits_train: PositiveInt = 400  # digits: how many composites to write, ...
-    digits_val: PositiveInt = 100
-    digits_size: int = Field(128, ge=32)  # ... of which side
-    in_chans: PositiveInt = 3
-    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the backbone's own
-    std: list[PositiveFloat] | None = None
     antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
-    workers: NonNegativeInt = 4  # reading processes for each training process
-    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
-    max_bad_fraction: Probability = 0.01  # bad samples beyond this share of a pass stop the run
 
 
 @dataclass(config=SCHEMA, kw_only=True)
@@ -424,7 +392,7 @@ class SegmentLossConfig:
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentEvalConfig:
-    """What the model sees in evaluation; the answer is brought back to the image's size."""
+    """What the model sees in evaluation; its output is resized to the image's size."""
 
     mode: Literal["whole", "slide"] = "whole"
     crop_size: IntPair | None = None  # slide: rows, columns; null: the training crop
@@ -436,25 +404,21 @@ class SegmentEvalConfig:
 
 
 @dataclass(config=SCHEMA, kw_only=True)
-class SegmentConfig:
+class SegmentConfig(RunConfig):
     """A whole segmentation run."""
 
     task: Literal["segment"] = "segment"
-    output: str  # run folder; when a recipe does not name it: runs/segment/<name of the recipe>
-    resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
-    seed: int = Field(0, ge=0, lt=2**32)
     model: SegmentModelConfig
     data: SegmentDataConfig = field(default_factory=SegmentDataConfig)
     augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
     loss: SegmentLossConfig = field(default_factory=SegmentLossConfig)
     eval: SegmentEvalConfig = field(default_factory=SegmentEvalConfig)
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 SCHEMAS = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+
+# ---- finding recipes
 
 
 def recipe_names() -> list[str]:
@@ -479,21 +443,19 @@ def find_config(config: str | Path, task: str | None = None) -> Path:
     if path.is_file():
         return path
     name = str(config).removesuffix(".yaml")
-    shipped = recipe_names()
-    found = [n for n in shipped if name in (n, n.split("/", 1)[1])]
-    if task is not None and f"{task}/{name}" in found:
-        found = [f"{task}/{name}"]
+    by_name: dict[str, list[str]] = {}  # with the folder and without
+    for shipped in recipe_names():
+        if task is None or shipped.startswith(f"{task}/"):
+            by_name[shipped] = [shipped]
+            by_name.setdefault(shipped.split("/")[1], []).append(shipped)
+    found = by_name.get(name, [])
     if len(found) == 1:
         return RECIPES / f"{found[0]}.yaml"
     if found:
         raise ConfigError(f"the recipe name {name!r} is ambiguous: {', '.join(found)}")
-    shipped = [n for n in shipped if task is None or n.startswith(f"{task}/")]
-    names = {n: [n] for n in shipped}
-    for n in shipped:
-        names.setdefault(n.split("/", 1)[1], []).append(n)
-    near = sorted({n for match in difflib.get_close_matches(name, names, n=4) for n in names[match]})
-    hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped are {', '.join(shipped)}"
-    raise ConfigError(f"no configuration file and no shipped recipe is called {str(config)!r}{hint}")
+    near = sorted({each for match in difflib.get_close_matches(name, by_name, n=4) for each in by_name[match]})
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped are {', '.join(n for n in by_name if '/' in n)}"
+    raise ConfigError(f"there is no configuration file and no shipped recipe {str(config)!r}; {hint}")
 
 
 def recipe_task(config: str | Path) -> str:
@@ -503,8 +465,11 @@ def recipe_task(config: str | Path) -> str:
         ConfigError: nothing is found, or the name is of several tasks.
     """
     file = find_config(config)
-    task = dict(pair for _, layer in _read(file, object) for pair in layer.items()).get("task", file.parent.name)
-    return task if task in SCHEMAS else "classify"
+    keys = {key: value for _, layer in _read(file, object) for key, value in layer.items()}
+    return next((task for task in (keys.get("task"), file.parent.name) if task in SCHEMAS), "classify")
+
+
+# ---- reading them
 
 
 class _Loader(yaml.SafeLoader):
@@ -609,61 +574,48 @@ def override_value(overrides: Iterable[str], key: str) -> str | None:
     return values[-1] if values else None
 
 
-def rename_keys(section: str, values: Mapping, known: Iterable[str]) -> dict:
-    """``values`` of a section with the names in `OLD_KEYS` replaced, where only the new one is ``known``."""
-    known = set(known)
-    new = {old.removeprefix(f"{section}."): key.removeprefix(f"{section}.") for old, key in OLD_KEYS.items()}
-    return {new[key] if key not in known and new.get(key) in known else key: value for key, value in values.items()}
-
-
-def _rename_old_keys(layer: dict, schema: type, source: str) -> dict:
-    result = dict(layer)
-    for section, values in layer.items():
-        kind = _field_type(schema, section)
-        if not dataclasses.is_dataclass(kind) or not isinstance(values, Mapping):
+def _rename_old_keys(layer: Mapping, schema: type, source: str) -> dict:
+    """The layer with the keys of `OLD_KEYS` replaced; the layer itself stays."""
+    valid, layer = set(_keys(schema)), dict(layer)
+    for old, new in OLD_KEYS.items():
+        section, key, new_key = old.split(".")[0], old.split(".")[1], new.split(".")[1]
+        values = layer.get(section)
+        if old in valid or new not in valid or not isinstance(values, Mapping) or key not in values:
             continue
-        result[section] = renamed = rename_keys(section, values, [f.name for f in dataclasses.fields(kind)])
-        if len(renamed) < len(values):
-            raise ConfigError(f"{source}: `{section}` has a key and its earlier name, too: {', '.join(values)}")
-        for old, new in zip(values, renamed, strict=True):
-            if old != new:
-                text = f"{source}: `{section}.{old}` is now `{section}.{new}`"
-                warnings.warn(text, DeprecationWarning, stacklevel=4)
-    return result
+        if new_key in values:
+            raise ConfigError(f"{source}: `{old}` is the earlier name of `{new}`, which is given, too")
+        layer[section] = {new_key if name == key else name: value for name, value in values.items()}
+        warnings.warn(f"{source}: `{old}` is now `{new}`", DeprecationWarning, stacklevel=4)
+    return layer
 
 
-def _merge(below: Mapping, above: Mapping) -> dict:
-    both = {key: _merge(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
-    return {**below, **above, **both}
-
-
-def _are_mappings(*values: Any) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
-
-
-def _leaves(layer: Mapping, prefix: str = "") -> Iterable[str]:
-    for key, value in layer.items():
-        yield f"{prefix}{key}"
+def _merge(below: dict, above: Mapping, source: str, blame: dict[str, str], prefix: str = "") -> None:
+    """Writes ``above`` over ``below``, and into ``blame`` the source of each key."""
+    for key, value in above.items():
+        blame[f"{prefix}{key}"] = source
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            below[key] = below[key] if isinstance(below.get(key), dict) else {}
+            _merge(below[key], value, source, blame, f"{prefix}{key}.")
+        else:
+            below[key] = value
 
 
-def _valid_keys(schema: Any, prefix: str = "") -> list[str]:
+def _keys(schema: Any, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(schema):
         keys.append(prefix + f.name)
         if dataclasses.is_dataclass(f.type):
-            keys += _valid_keys(f.type, f"{prefix}{f.name}.")
+            keys += _keys(f.type, f"{prefix}{f.name}.")
     return keys
 
 
 def _nearest_key(name: str, schema: type) -> str:
-    valid = _valid_keys(schema)
-    by_leaf = {v.rsplit(".", 1)[-1]: v for v in reversed(valid)}
+    valid = _keys(schema)
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(valid)}
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    near = near or [by_leaf[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.5)]
+    near = near or [by_leaf[k] for k in difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.5)]
     section = name.rpartition(".")[0]
-    siblings = [v.removeprefix(f"{section}.") for v in valid if v.rpartition(".")[0] == section]
+    siblings = (key.rpartition(".")[2] for key in valid if key.rpartition(".")[0] == section)
     return f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(siblings)}"
 
 
@@ -722,11 +674,10 @@ def load_config(
         layers += _read(file, schema)
     layers += [(COMMAND_LINE, _override_layer(override, schema)) for override in overrides]
 
-    merged, blame = {}, {"": layers[-1][0] if file is None else str(file)}
+    merged: dict[str, Any] = {}
+    blame = {"": layers[-1][0] if file is None else str(file)}
     for source, layer in layers:
-        renamed = _rename_old_keys(layer, schema, source)
-        merged = _merge(merged, renamed)
-        blame.update(dict.fromkeys(_leaves(renamed), source))
+        _merge(merged, _rename_old_keys(layer, schema, source), source, blame)
     if file is not None:
         merged.setdefault("output", f"runs/{file.stem}" if task in (None, "classify") else f"runs/{task}/{file.stem}")
     try:
@@ -745,7 +696,6 @@ def save_config(config: Any, path: str | Path) -> None:
         >>> load_config("whole.yaml") == config
         True
     """
-    temporary = Path(f"{path}.tmp")
     content = yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    with atomic(path) as new:
+        new.write_text(content, encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from ..configs.schema import rename_keys
+from ..configs.schema import OLD_KEYS
 from ..heads.legacy import migrate_arguments, migrate_inference
 from . import checkpoint
 from .checkpoint import CheckpointError, DamagedError
@@ -224,7 +224,8 @@ def _newest_undamaged(trainer: Trainer) -> Path | None:
 def _renamed(key: str, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A part of an earlier run's identity with today's names of arguments and recipe keys."""
     if key == "augmentation":
-        return rename_keys("augment", earlier, now)
+        names = {name: OLD_KEYS.get(f"augment.{name}", name).removeprefix("augment.") for name in earlier}
+        return {name if name in now else names[name]: value for name, value in earlier.items()}
     return migrate_arguments(earlier) if key == "model" else migrate_inference(earlier)
 
 
