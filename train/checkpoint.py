@@ -8,13 +8,10 @@ disk and renamed; those before it stand as ``NAME.old``, ``NAME.old2`` ..., wher
 many as are to be kept, and one between the two renames.
 """
 
-import hashlib
 import inspect
 import json
 import os
-import pickle
 import shutil
-import struct
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +23,8 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from ..backbones.loading import read_checkpoint
+from ..backbones.download import file_sha256
+from ..backbones.loading import read_weights
 from ..errors import RunError
 from ..heads.legacy import migrate_state_dict
 
@@ -34,12 +32,6 @@ WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
 TRAINER = "trainer.pt"
 CHECKSUMS = "checksums.json"
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where published files put the tensors
-# what reading a file of anything at all as a checkpoint was seen to raise
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError),
-    *(struct.error, pickle.UnpicklingError, SafetensorError),
-)
 
 
 class CheckpointError(RunError):
@@ -111,15 +103,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != CHECKSUMS:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while part := file.read(1 << 22):
-                    digest.update(part)
-            sums[path.name] = digest.hexdigest()
-    return sums
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
 
 
 def seal(folder: Path) -> None:
@@ -134,18 +118,9 @@ def verify(folder: Path) -> None:
         DamagedError: a file is missing or is not as it was written; the message names it.
     """
     try:
-        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(
-            f"{folder} has no {CHECKSUMS}: an earlier version wrote it (finish the run with that version), or the file "
-            "was deleted"
-        ) from None
+        written, found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), _checksums(folder)
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{folder / CHECKSUMS} can't be read: {error}") from None
-    try:
-        found = _checksums(folder)
-    except OSError as error:
-        raise DamagedError(f"{folder} can't be read: {error}") from None
+        raise DamagedError(f"{folder / CHECKSUMS} cannot be checked: {error}") from error
     if not isinstance(written, dict):
         raise DamagedError(f"{folder / CHECKSUMS} holds no checksums")
     for name, value in written.items():
@@ -159,19 +134,12 @@ def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], cl
     """Writes ``config.json`` and ``model.safetensors`` of ``model`` into an existing folder, in timm's format."""
 
     def contiguous(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
-        state.update(
-            {name: tensor.contiguous() for name, tensor in state.items()}
-        )  # in channels-last memory they're not
+        state.update({name: tensor.contiguous() for name, tensor in state.items()})  # channels-last weights are not
 
     hook = model.register_state_dict_post_hook(contiguous)
     try:
-        save_for_hf(
-            model,
-            str(folder),
-            model_config={"label_names": list(classes)},
-            model_args=dict(model_args),
-            safe_serialization=True,
-        )
+        config = {"label_names": list(classes)}
+        save_for_hf(model, str(folder), config, model_args=dict(model_args), safe_serialization=True)
     finally:
         hook.remove()
 
@@ -207,50 +175,26 @@ def save_trainer(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """Raises:
-    CheckpointError: the file is missing, damaged, or not a trainer's state.
-    """
-    path = folder / TRAINER
-    state = _read_pickle(path)
-    needed = {"state", "losses", "identity", "shape", "optimizer", "scaler", "random"}
-    if not isinstance(state, dict) or state.get("format") != 1 or not needed <= set(state):
-        raise CheckpointError(f"{path} is not the state of a training run of this program")
+    """What `save_trainer` wrote, of a folder that `verify` found undamaged."""
+    state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
+    if state.get("format") != 1:
+        raise CheckpointError(f"{folder / TRAINER} is of another version: format {state.get('format')}, not 1")
     return state
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        # torch's own text goes on with the advice to load unsafely
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
-        reason = reason.split(" (1) In PyTorch")[0].split(" In PyTorch 2.6")[0]
-        raise CheckpointError(f"{path} can't be read as a checkpoint: {reason}") from None
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a PyTorch file (loaded with ``weights_only=True``), by name.
+    """The tensors of a safetensors file or of a PyTorch file (no code of which runs), by name.
 
     Raises:
         CheckpointError: a missing or damaged file, or one that holds something else.
     """
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except UNREADABLE as error:
-            raise CheckpointError(f"{path} can't be read as safetensors: {error}") from None
     try:
-        content = read_checkpoint(path)
+        tensors = read_weights(path)
     except (OSError, ValueError) as error:
-        reason = str(error).replace(f"{path} ", "it ", 1)
-        raise CheckpointError(f"{path} can't be read as a checkpoint: {reason}") from None
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no model weights (a mapping of names to tensors)")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        raise CheckpointError(str(error)) from error
+    if other := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path} holds no model weights: {other[0]} is no tensor")
+    return tensors
 
 
 def find_weights(source: str | Path) -> Path:
