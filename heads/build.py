@@ -33,7 +33,8 @@ def build_backbone(
         name: of the model, with or without the tag of its weights.
         neck: ``"fpn"``, ``"a3fpn"`` or None.
         neck_kwargs: see `necks`.
-        frozen_stages, norm_eval: see `Backbone`.
+        frozen_stages: see `Backbone`.
+        norm_eval: see `Backbone`.
         kwargs: ``pretrained``: start from the published weights.
             ``checkpoint``: start from a folder that ``foveal train classify`` wrote, a model folder as timm writes it,
             or a file in any key format of the model's family (classification or dense).
@@ -90,12 +91,16 @@ def build_detector(
         head: a name in `registry.HEADS`; ``"mask2former"`` needs transformers.
         neck: ``"fpn"`` or ``"a3fpn"``; of Mask2Former, in its pixel decoder.
         num_classes: without the background; labels start at 0.
-        min_size, max_size: in evaluation images are resized to this short side, within this long side.
-        mean, std: per channel, of images in [0, 1]; None: the backbone's.
+        min_size: short side that images are resized to in evaluation.
+        max_size: limit of the long side, which takes precedence.
+        mean: per channel, of images in [0, 1]; None: the backbone's.
+        std: as ``mean``.
         strides: of the maps that the neck reads; None: the head's.
-        neck_kwargs, head_kwargs: see `necks`, `detection.heads`.
+        neck_kwargs: see `necks`.
+        head_kwargs: see `detection.heads`.
         sync_bn: of the whole detector.
-        kwargs, options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ..., the model's own.
+        kwargs: of the model, passed to `build_backbone`.
+        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ...
 
     Raises:
         ValueError: if a name or an argument does not fit.
@@ -153,12 +158,15 @@ def build_segmenter(
             last map and the finer ones go through A3-FPN. Of Mask2Former, in its pixel decoder.
         auxiliary: UPerNet: an FCN head on the third map, whose logits are the second output in training.
         size_divisor: see `SegmentationModel`.
-        mean, std: per channel, of images in [0, 1]; None: the backbone's.
-        neck_kwargs, head_kwargs: of the neck; of `UPerNet`, `SemanticFPN` or `Mask2Former`.
+        mean: per channel, of images in [0, 1]; None: the backbone's.
+        std: as ``mean``.
+        neck_kwargs: of the neck.
+        head_kwargs: of `UPerNet`, `SemanticFPN` or `Mask2Former`.
         auxiliary_kwargs: of `FCN`; ignored without an auxiliary head.
         segmenter: if a file, the backbone's checkpoint; the heads are loaded later, see `published.load_heads`.
         sync_bn: of the whole segmenter.
-        kwargs, options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ..., the model's own.
+        kwargs: of the model, passed to `build_backbone`.
+        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ...
 
     Raises:
         ValueError: if a name or an argument does not fit.

@@ -99,7 +99,8 @@ def probabilities(
 
     Args:
         model: in evaluation mode; images to logits of the same height and width.
-        scale, size_divisor: the size that the model sees, see `rescale_size`.
+        scale: of the input of the model, see `rescale_size`.
+        size_divisor: of its height and width, see `rescale_size`.
         antialias: when images are made smaller.
         crop_size: rows and columns of sliding windows, see `slide_inference`; None: whole images.
         stride: of the windows; None: two thirds of their size.
