@@ -257,4 +257,4 @@ def class_labels(model: Any, source: str | Path) -> list[str] | None:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-train, evaluate, _ = deprecated.commands("classify")
+train, evaluate = deprecated.commands("classify")

@@ -133,4 +133,4 @@ def above(found: Found, score: float) -> Found:
     return {key: value[keep] for key, value in found.items()}
 
 
-train, evaluate, predict = deprecated.commands("detect")
+train, evaluate = deprecated.commands("detect")

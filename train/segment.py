@@ -221,4 +221,4 @@ def segmentation_loss(logits: Tensor, targets: Tensor, ignored_in_mean: bool) ->
     return total / pixels
 
 
-train, evaluate, predict = deprecated.commands("segment")
+train, evaluate = deprecated.commands("segment")

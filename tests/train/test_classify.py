@@ -208,7 +208,7 @@ def test_sigterm_saves_exits_0_and_says_how_to_go_on(quick, tmp_path, monkeypatc
     assert (run / "summary.json").exists()
 
 
-def test_nan_stops_with_the_step_and_keeps_the_checkpoint(quick, tmp_path, monkeypatch, capsys):
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(quick, tmp_path, monkeypatch):
     run = tmp_path / "run"
     original, calls = classify.Task.train_step, []
 

@@ -121,7 +121,7 @@ def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
         Teacher("no_such", 4, seen_by_student, torch.device("cpu"))
 
 
-def test_a_run_teaches_another(tmp_path, capsys):
+def test_a_run_teaches_another(tmp_path):
     """From a recipe: the teacher is a run; resuming with another kind of teaching is refused."""
     path = tmp_path / "quick.yaml"
     path.write_text(QUICK)
@@ -142,7 +142,7 @@ train: {batch_size: 32, threads: 1, ema_decay: 0.9}
 """
 
 
-def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
+def test_models_with_a_second_head_train_by_recipe(tmp_path):
     """An auxiliary head, which is part of what is saved; and a distillation head that learns from that run."""
     overlock, care = tmp_path / "overlock.yaml", tmp_path / "care.yaml"
     overlock.write_text(SECOND_HEAD % ("test_foveal_overlock", "{aux_head: true}"))
@@ -164,7 +164,7 @@ def test_models_with_a_second_head_train_by_recipe(tmp_path, capsys):
     assert not torch.equal(first, second)
 
 
-def test_an_auxiliary_head_that_is_not_there(tmp_path, capsys):
+def test_an_auxiliary_head_that_is_not_there(tmp_path):
     path = tmp_path / "quick.yaml"
     path.write_text(QUICK)
     with pytest.raises(ConfigError, match=r"loss\.auxiliary=0\.4.*test_foveal_dinat"):

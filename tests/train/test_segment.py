@@ -317,7 +317,7 @@ def test_a_published_file_evaluates_as_the_model_it_was_of(blocks, tmp_path):
     assert torch.equal(loaded(image), model(image))
 
 
-def test_bad_samples_of_a_run(blocks, tmp_path, capsys):
+def test_bad_samples_of_a_run(blocks, tmp_path):
     root = write_blocks(tmp_path / "data", {"train": 8, "val": 5})
     (root / "masks" / "train" / "003.png").unlink()
     (root / "images" / "val" / "001.png").write_text("no picture")
