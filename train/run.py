@@ -52,9 +52,10 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; all is saved, and ``resume=auto`` goes on from there.
 
     Examples:
+        >>> from rich.console import Console
         >>> from foveal.train import train
         >>> options = ["schedule.epochs=1", "data.limit=64", "data.val_limit=32", "log.trackers=[]"]
-        >>> train("classify/digits", options)["epochs"]
+        >>> train("classify/digits", options, console=Console(quiet=True))["epochs"]
         1
     """
     config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
