@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from foveal.errors import RunError  # absolute: in a checkout, transformers imports this folder as "kernels"
+
 from . import triton_support
 from .problem import Problem
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..files import write_json
+from foveal.files import write_json  # absolute, as in dispatch.py
 
 ENVIRONMENT = "FOVEAL_AUTOTUNE"
 

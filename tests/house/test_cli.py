@@ -330,3 +330,9 @@ def test_start_up_takes_little_cpu_time() -> None:
 def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "foveal", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"foveal {foveal.__version__}\n"
+
+
+def test_other_libraries_may_import_our_folder_of_kernels() -> None:
+    """transformers probes for a package "kernels"; with the checkout as working directory it finds this folder."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", "import kernels, foveal.kernels"], cwd=root, check=True)
