@@ -113,7 +113,7 @@ class ScheduleConfig:
     cooldown_fraction: NonNegativeFloat = 0.0  # further epochs at the lowest rate, after `epochs`
     min_lr_ratio: Probability = 0.0
     power: float = 1.0  # poly: 1 is a linear decay
-    decay_fraction: float = Field(0.3, gt=0, le=1)  # step: a step after each such part of the run
+    decay_fraction: float = Field(default=0.3, gt=0, le=1)  # step: a step after each such part of the run
     decay_rate: float = 0.1  # step, multistep
     milestones: list[float] = _list()  # multistep: a step after each such part of `epochs`
 
@@ -150,7 +150,7 @@ class RunConfig:
 
     output: str  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
     resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -177,7 +177,7 @@ class DenseDataConfig(ImagesConfig):
 
     digits_train: PositiveInt = 400  # digits: how many composites to write, ...
     digits_val: PositiveInt = 100
-    digits_size: int = Field(128, ge=32)  # ... of which side
+    digits_size: int = Field(default=128, ge=32)  # ... of which side
 
 
 @dataclass(config=SCHEMA, kw_only=True)
@@ -188,7 +188,7 @@ class DenseModelConfig:
     neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet with fpn: its own top-down path
     pretrained: bool = False  # the backbone's published weights, by the name's tag
     checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
-    frozen_stages: int = Field(-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
+    frozen_stages: int = Field(default=-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
     norm_eval: bool = False  # the backbone's batch norms keep their statistics
     sync_bn: bool = False  # batch norms of the whole model over all processes
     drop_path_rate: Rate | None = None  # null: the backbone's own
@@ -226,7 +226,7 @@ class DataConfig(ImagesConfig):
     kind: Literal["folder", "wds", "idx", "digits"] = "folder"
     train_split: str = "train"
     val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
-    val_fraction: float = Field(0.2, gt=0, lt=1)  # digits: share held out, stratified, fixed
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)  # digits: share held out, stratified, fixed
     classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
     num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
     image_size: PositiveInt | None = None  # side of the square input; null: the model's own
@@ -368,7 +368,7 @@ class SegmentDataConfig(DenseDataConfig):
     masks: str = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
     reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
-    ignore_label: int = Field(255, ge=0, le=255)  # the value of a pixel without a class
+    ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class
     antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
 
 
@@ -379,7 +379,7 @@ class SegmentAugmentConfig:
     scale: IntPair | None = None  # long and short side to fit in; null: the image's own
     ratio_range: FloatPair = _list(0.5, 2.0)  # random factor of that
     crop_size: IntPair = _list(512, 512)  # rows, columns
-    cat_max_ratio: float = Field(0.75, gt=0, le=1)  # largest share of one class in a crop; 1: any crop
+    cat_max_ratio: float = Field(default=0.75, gt=0, le=1)  # largest share of one class in a crop; 1: any crop
     hflip: Probability = 0.5
     photometric: bool = True  # brightness, contrast, saturation, hue
 
@@ -560,7 +560,7 @@ def _override_layer(override: str, schema: type) -> dict:
             node = yaml.ScalarNode(tag, text[1:-1] if quoted else text)
         else:
             node = loader.get_single_node()
-        layer = None if node is None else _construct(loader, node, kind)
+        layer: Any = None if node is None else _construct(loader, node, kind)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{COMMAND_LINE}: {override!r} can't be read: {error}") from None
     for part in reversed(key.split(".")):

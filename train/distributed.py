@@ -52,7 +52,8 @@ def raised_by_all(accelerator: Accelerator) -> Iterator[None]:
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether ``flag`` is set on any process. Every process must call this."""
-    return bool(accelerator.gather(torch.tensor([float(flag)], device=accelerator.device)).max())
+    flags: Any = accelerator.gather(torch.tensor([float(flag)], device=accelerator.device))
+    return bool(flags.max())
 
 
 class EvaluationLoader:
@@ -137,7 +138,7 @@ def shard(model: nn.Module, min_num_params: int) -> None:
     fully_shard(model)
 
 
-def gradient_sync(accelerator: Accelerator, model: nn.Module, sync: bool) -> Any:
+def gradient_sync(accelerator: Accelerator, model: Any, sync: bool) -> Any:
     """A context in which the backward pass sums the gradients over the processes only if ``sync``."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP, compiled or not
         model.set_requires_gradient_sync(sync)
@@ -157,7 +158,7 @@ def local_shard(tensor: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state of a model, sharded or not, with full tensors; every process must call this."""
     return get_model_state_dict(model, options=FULL)
 

@@ -32,7 +32,7 @@ PROJECT = "foveal"
 BUILT_IN = frozenset(LOGGER_TYPE_TO_CLASS)
 
 
-def accelerate_trackers(names: Sequence[str]) -> list[str]:
+def accelerate_trackers(names: Sequence[str]) -> list[Any]:
     """Those of ``log.trackers`` that accelerate is to start.
 
     Raises:
@@ -119,7 +119,7 @@ class Logger:
 
     def describe(self, description: str | None = None, note: str | None = None) -> None:
         """Changes the words before and behind the bar."""
-        fields = {"description": description, "note": note}
+        fields: dict[str, Any] = {"description": description, "note": note}
         self._bar.update(self._bar_task, **{key: text for key, text in fields.items() if text is not None})
 
     def progress(self, updates: int, loss: float, images_per_second: float, now: bool) -> None:

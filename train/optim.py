@@ -6,12 +6,11 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 
 from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
+def create_optimizer(model: Any, config: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
     """timm's optimizer ``config.name``, its rate scaled linearly from ``lr_batch`` to the global batch.
 
     A model with ``parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)`` groups its parameters itself; for
@@ -54,6 +53,7 @@ def create_schedule(
     if any(not 0 < part < 1 for part in config.milestones):
         raise ConfigError(f"schedule.milestones={config.milestones} must be fractions of the run, between 0 and 1")
     lr = max(group["lr"] for group in optimizer.param_groups)  # each group's own, times its lr_scale, from here on
+    scheduler: Any
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.name,

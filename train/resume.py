@@ -61,7 +61,8 @@ class State:
 
 def random_state() -> dict[str, Any]:
     """Every generator that training draws from, as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),

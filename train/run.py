@@ -134,7 +134,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """Evaluates the best weights, and writes summary.json, figures and the report."""
     run, task, state = trainer.run, trainer.task, trainer.state
     is_main = trainer.accelerator.is_main_process
-    checkpoint.load_exact(trainer.eval_model, checkpoint.newest(run / "best") / checkpoint.WEIGHTS)
+    folder = checkpoint.newest(run / "best")
+    assert folder is not None and state.best is not None, "the last epoch is always evaluated"
+    checkpoint.load_exact(trainer.eval_model, folder / checkpoint.WEIGHTS)
     summary = task.finish(run, state, trainer.eval_model, draw=is_main) | {
         "parameters": parameter_count(task.model),
         "epochs": state.epoch,

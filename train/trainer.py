@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -120,7 +120,7 @@ class Trainer:
         if train.parallel == "fsdp":
             check_sharding(train)
         sharded = train.parallel == "fsdp" and self.accelerator.num_processes > 1
-        self.model = model.to(device) if sharded else self.accelerator.prepare(model)
+        self.model: Any = model.to(device) if sharded else self.accelerator.prepare(model)
         self.eval_model = deepcopy(model) if sharded else model
         self.ema = ModelEmaV3(model, train.ema_decay, use_warmup=train.ema_warmup) if train.ema_decay else None
         if sharded:
@@ -224,7 +224,8 @@ class Trainer:
     def _row(self, metrics: dict[str, float]) -> Row:
         """The figures of the epoch that ends."""
         state, device = self.state, self.accelerator.device
-        total, count = reduce(torch.tensor([state.loss_sum, state.loss_count], device=device), "sum").tolist()
+        sums: Any = reduce(torch.tensor([state.loss_sum, state.loss_count], device=device), "sum")
+        total, count = sums.tolist()
         return {
             "epoch": state.epoch + 1,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
@@ -282,7 +283,7 @@ class Trainer:
             pending = Pending(state.step)
         stream.close()
 
-    def _stream(self) -> Iterator[Any]:
+    def _stream(self) -> Generator[Any]:
         """Training batches from where the run stands: the epoch's own pass over the data, or, with ``steps_per_epoch``,
         one pass after the other whatever the epoch."""
         passes, loader = self.config.train.grad_accum_steps, self.task.data.train
@@ -349,7 +350,7 @@ class Trainer:
         wait = max(1, min(most, int(LOOK_SECONDS / max(seconds, 1e-6))))
         bad = [pending.start + i // passes for i, value in enumerate(losses) if not math.isfinite(value)]
         flags = [min(bad, default=self.steps), -int(bool(self.signals)), -int(failure is not None), wait]
-        gathered = self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device))
+        gathered: Any = self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device))
         first_bad, stop, failed, wait = gathered.amin(0).tolist()
         if failed:
             raise_together(self.accelerator, failure)

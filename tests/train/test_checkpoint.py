@@ -205,14 +205,14 @@ FOREIGN = {"stem.weight": torch.zeros(2)}
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("w.pth", b"", ""),
-        ("w.pth", b"this is no checkpoint", ""),
-        ("w.pth", bytes(range(256)), ""),
-        ("w.pth", {"epoch": 3}, ""),
-        ("w.pth", [1, 2], ""),
+        ("w.pth", b"", None),
+        ("w.pth", b"this is no checkpoint", None),
+        ("w.pth", bytes(range(256)), None),
+        ("w.pth", {"epoch": 3}, None),
+        ("w.pth", [1, 2], None),
         ("w.pth", {"state_dict": FOREIGN}, r"stem\.weight"),
-        ("w.safetensors", b"", ""),
-        ("w.safetensors", b"this is no checkpoint", ""),
+        ("w.safetensors", b"", None),
+        ("w.safetensors", b"this is no checkpoint", None),
         ("w.safetensors", safetensors.torch.save(FOREIGN), r"stem\.weight"),
     ],
 )
