@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, SqueezeExcite, get_act_layer, get_norm_layer
+from timm.layers import DropPath, Mlp, SqueezeExcite, create_norm_layer, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -50,8 +50,9 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
-        self.norm = get_norm_layer(norm_layer)(out_chs)
-        self.act = nn.Identity() if act_layer is None else get_act_layer(act_layer)()
+        self.norm = create_norm_layer(norm_layer, out_chs)
+        act: Any = nn.Identity if act_layer is None else get_act_layer(act_layer)
+        self.act = act()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -89,7 +90,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         hidden, squeezed = int(dim * expansion), int(dim * se_ratio)
         self.expand = ConvNormAct(in_chs, hidden, 3, stride, norm_layer, act_layer)
-        act = get_act_layer(act_layer)
+        act: Any = get_act_layer(act_layer)
         self.se = SqueezeExcite(hidden, rd_channels=squeezed, act_layer=act) if squeezed else nn.Identity()
         self.project = ConvNormAct(hidden, dim, 1, 1, norm_layer)
         straight = stride == 1 and in_chs == dim
@@ -120,7 +121,8 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = FullAttention2d(dim, num_heads, map_size, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=proj_drop)
+        act: Any = get_act_layer(act_layer)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act, drop=proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -292,7 +294,7 @@ def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: AsCAN) -> dict[str, torch.Tensor]:
     """A checkpoint of these models as a state dict of ``model``. Changes neither argument.
 
     There are no published checkpoints. Understood are state dicts of these models, also as wrapped by ``features_only``

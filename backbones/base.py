@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
 from .layers import Blocks, init_weights, to_format
@@ -40,6 +40,9 @@ class Backbone(nn.Module):
     feature_info: list[dict[str, Any]]
     num_features: int
     num_classes: int
+    global_pool: Any  # a module with timm's ``feat_mult`` and ``pool_type``, or the latter alone
+    head: nn.Module
+    norm: nn.Module
 
     def __init__(self, in_chans: int, output_stride: int, stride: int = 32, out_norm: bool = False) -> None:
         super().__init__()
@@ -67,9 +70,10 @@ class Backbone(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         check_head(num_classes, global_pool)
         self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
+        layers: Any = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, input_fmt=self.output_fmt
         )
+        self.global_pool, self.head = layers
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         init_weights(self.head)
 
@@ -109,7 +113,7 @@ class Backbone(nn.Module):
     # ---- features
 
     @property
-    def _levels(self) -> nn.Sequential:
+    def _levels(self) -> Any:  # a Sequential of what the family makes its levels of
         return getattr(self, self.levels_name)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
@@ -221,9 +225,10 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
     the largest of them."""
     if indices is None:
         indices = count
-    given = indices
     if isinstance(indices, int):
-        given = range(-indices, 0) if indices <= count else ()
+        given: Sequence[int] = range(-indices, 0) if indices <= count else ()
+    else:
+        given = indices
     if not given or not all(-count <= i < count for i in given):
         raise ValueError(f"indices {indices} select nothing or leave the range of {count} maps")
     take = [i % count for i in given]
@@ -233,7 +238,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
 # ---- creating and loading
 
 Model = TypeVar("Model", bound=Backbone)
-Filter = Callable[[dict[str, Any], nn.Module], dict[str, torch.Tensor]]
+Filter = Callable[[dict[str, Any], Any], dict[str, torch.Tensor]]
 
 
 def create(
@@ -245,6 +250,14 @@ def create(
     return build_model_with_cfg(
         cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
     )
+
+
+def registered_cfg(name: str) -> PretrainedCfg:
+    """timm's configuration of a registered model, with or without a tag; ValueError for other names."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        raise ValueError(f"no model {name!r} is registered")
+    return cfg
 
 
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

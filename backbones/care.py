@@ -240,6 +240,9 @@ class CARE(Backbone):
 
     output_fmt = "NCHW"
 
+    head: Any  # CAREHeads, or Identities without classes
+    dist_head: Any
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -390,7 +393,7 @@ def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return out
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: CARE) -> dict[str, torch.Tensor]:
     """A checkpoint as a state dict of ``model``. Changes neither argument.
 
     Understood are the authors' checkpoints, whose names are those of these models, and state dicts of these models,

@@ -22,15 +22,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, get_norm_act_layer
+from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, create_norm_act_layer
 from timm.layers.halo_attn import HaloAttn
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByobNet
 from torch import nn
 
 from .attention import HaloAttention2d
-from .base import Backbone, create, keep_new, unwrap
+from .base import Backbone, create, keep_new, registered_cfg, unwrap
 from .layers import Blocks, drop_path_rates
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
@@ -68,11 +68,12 @@ class HaloBlock(nn.Module):
             halo_size=halo_size,
             boundary=boundary,
         )
-        self.post_attn = get_norm_act_layer("batchnorm2d", act_layer)(value_dim)
+        self.post_attn = create_norm_act_layer("batchnorm2d", value_dim, act_layer=act_layer)
         self.conv3_1x1 = ConvNormAct(value_dim, out_dim, 1, apply_act=False)
         self.shortcut = ConvNormAct(in_dim, out_dim, 1, stride=stride, apply_act=False) if project else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.act = create_act_layer(act_layer, inplace=True)
+        act: Any = create_act_layer(act_layer, inplace=True)
+        self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.post_attn(self.self_attn(self.conv1_1x1(x)))
@@ -152,7 +153,7 @@ class HaloNet(Backbone):
         options: dict[str, Any] = dict(num_heads=num_heads, block_size=block_size, halo_size=halo_size)
         options |= dict(boundary=boundary, act_layer=act_layer)
 
-        stem = OrderedDict(
+        stem: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=ConvNormAct(in_chans, stem_dim, 7, stride=2, act_layer=act_layer),
             pool=nn.MaxPool2d(3, stride=2, padding=1),
         )
@@ -187,7 +188,8 @@ class HaloNet(Backbone):
             if isinstance(m, HaloAttention2d) and not m.q.weight.is_meta:
                 m.reset_parameters()  # not those of other convolutions
             if isinstance(m, HaloBlock) and zero_init_last:
-                nn.init.zeros_(m.conv3_1x1.bn.weight)
+                norm: Any = m.conv3_1x1.bn
+                nn.init.zeros_(norm.weight)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates."""
@@ -262,7 +264,7 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: HaloNet) -> dict[str, torch.Tensor]:
     """A checkpoint of a `HaloNet` as a state dict of ``model``. Changes neither argument.
 
     Nobody has published weights of HaloNet, so this only unwraps: checkpoints under ``state_dict`` or ``model``, names
@@ -309,7 +311,7 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
 def _hybrid_cfg(architecture: str) -> dict[str, Any]:
     """timm's own, addresses included, of the weights that this model loads."""
     return {
-        **get_pretrained_cfg(_HYBRIDS[architecture][1]).to_dict(),
+        **registered_cfg(_HYBRIDS[architecture][1]).to_dict(),
         "min_input_size": None,
         "origin_url": "https://github.com/huggingface/pytorch-image-models",
         "paper_ids": _PAPER,

@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
-from torch import nn
 
 MODES = {1: "L", 3: "RGB"}
 # What Pillow's decoders are known to raise on files that are damaged, made up or too large.
@@ -68,7 +67,7 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         raise OSError(f"{path}: not a readable image: {error or type(error).__name__}") from error
 
 
-def label_names(model: nn.Module) -> list[str] | None:
+def label_names(model: Any) -> list[str] | None:
     """The names of a classifier's classes that came with its weights, by index; timm also has them by number."""
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, dict):
@@ -76,6 +75,6 @@ def label_names(model: nn.Module) -> list[str] | None:
     return list(names) if names else None
 
 
-def preprocessing(model: nn.Module) -> Any:
+def preprocessing(model: Any) -> Any:
     """The evaluation transform of a model, from a PIL image to a ``[C, H, W]`` tensor, by its ``pretrained_cfg``."""
     return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)

@@ -22,6 +22,7 @@ from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrain
 from torch import nn
 
 from . import download
+from .base import registered_cfg
 
 WEIGHTS = "model.safetensors"
 # What a model folder may hold its weights in, in timm's order of preference.
@@ -102,7 +103,11 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
 
 def weights_file(found: Source) -> Path:
     """The file with the weights of a resolved folder, which has one."""
-    return found.file or next(found.folder / name for name in WEIGHT_FILES if (found.folder / name).is_file())
+    if found.file is not None:
+        return found.file
+    folder = found.folder
+    assert folder is not None, found
+    return next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
 
 
 def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> nn.Module:
@@ -236,7 +241,7 @@ def _resolve_name(text: str) -> Source:
     if tag and text not in known:
         tags = ", ".join(sorted(name.partition(".")[2] for name in known if "." in name)) or "none"
         raise ValueError(f"{architecture} has no weights tagged {tag!r}; its tags: {tags}")
-    return Source(architecture, tag=tag or get_pretrained_cfg(architecture).tag)
+    return Source(architecture, tag=tag or registered_cfg(architecture).tag)
 
 
 def _resolve_folder(folder: Path, runs: bool = True) -> Source:

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
 from torch import nn
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
-from .base import POOLS, Backbone, check_head, check_names, create, keep_new, unwrap
+from .base import POOLS, Backbone, check_head, check_names, create, keep_new, registered_cfg, unwrap
 from .layers import Stage, drop_path_rates, fold_batch_norm, positive_pair
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
-_CONV = MaxxVitConvCfg(norm_eps=1e-3, act_layer="gelu_tanh", padding="same")  # TensorFlow's, as published
+_CONV_EPS = 1e-3
+_CONV = MaxxVitConvCfg(norm_eps=_CONV_EPS, act_layer="gelu_tanh", padding="same")  # TensorFlow's, as published
 _NORM_EPS = 1e-5
 _PARTITION_RATIO = 32  # image size over partition size, as published: the last map is one window
 _TABLE = "relative_position_bias_table"
@@ -166,6 +167,8 @@ class MaxViT(Backbone):
 
     output_fmt = "NCHW"
     tables = (_TABLE,)
+
+    head: NormMlpClassifierHead
 
     def __init__(
         self,
@@ -317,7 +320,7 @@ def _stem(in_chans: int, width: int) -> Stem:
         bias=True,
         act_layer=_CONV.act_layer,
         norm_layer=_CONV.norm_layer,
-        norm_eps=_CONV.norm_eps,
+        norm_eps=_CONV_EPS,
     )
     stem.norm1.act = GELU()
     return stem
@@ -349,14 +352,14 @@ def _init_weights(model: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def _fold(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
+def _fold(conv: Any, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
     norm = getattr(parent, name)
     if fold_batch_norm(conv, norm):
         setattr(parent, name, norm.act)
 
 
-def _fold_before(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
+def _fold_before(conv: Any, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the 1x1 convolution after it."""
     norm = getattr(parent, name)
     if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
@@ -373,7 +376,7 @@ def _fold_before(conv: nn.Conv2d, parent: nn.Module, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: MaxViT) -> dict[str, torch.Tensor]:
     """A checkpoint of timm's ``maxvit_*_tf_*`` or of these models as a state dict of ``model``. Changes neither.
 
     The names are the same. Position bias tables for another partition size are resampled, as timm does; the layers of
@@ -416,7 +419,7 @@ _TAGS = {
 
 def _cfg(size: str, tag: str, **facts: Any) -> dict[str, Any]:
     """timm's own, its copy on the hub included, of the same weights."""
-    theirs = get_pretrained_cfg(f"maxvit_{size.replace('_', '_tf_')}.{tag}")
+    theirs = registered_cfg(f"maxvit_{size.replace('_', '_tf_')}.{tag}")
     return {
         **theirs.to_dict(),
         "fixed_input_size": False,

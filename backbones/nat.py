@@ -33,7 +33,7 @@ from torch import nn
 
 from .attention import NeighborhoodAttention2d, is_dynamic
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Blocks, drop_path_rates, init_weights
+from .layers import Blocks, drop_path_rates, init_weights, positive_pair
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -324,9 +324,10 @@ class Isotropic(Backbone):
             raise ValueError(f"img_size is for full attention, and needed there; got {img_size}")
         if full_attention and dilations is not None:
             raise ValueError(f"full attention has no dilations, got {dilations}")
-        self.img_size = None if img_size is None else to_2tuple(img_size)
-        if full_attention:
-            kernel_size = tuple(math.ceil(s / patch_size) for s in self.img_size)
+        self.img_size = None if img_size is None else positive_pair("img_size", img_size)
+        if self.img_size is not None:
+            height, width = self.img_size
+            kernel_size = math.ceil(height / patch_size), math.ceil(width / patch_size)
         self.kernel_size = to_2tuple(kernel_size)
         # tables of full attention belong to the input size, so that asking for a size asks for resampling too
         self.interpolate_rpb = interpolate_rpb or full_attention
@@ -334,7 +335,8 @@ class Isotropic(Backbone):
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
         self.patch_embed = _patch_embed(in_chans, embed_dim, patch_size)
-        (dilated,) = _dilations(dilations if dilations in (None, "auto") else [dilations], [depth])
+        given: Dilations = dilations if dilations is None or isinstance(dilations, str) else [dilations]
+        (dilated,) = _dilations(given, [depth])
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         blocks = [
             NATBlock(embed_dim, num_heads, kernel_size, dilation, drop_path=rate, **options)
@@ -412,7 +414,7 @@ _FROM_TRANSFORMERS = (
 
 
 def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: nn.Module, interpolate_rpb: bool | None = None
+    state_dict: dict[str, Any], model: NAT | Isotropic, interpolate_rpb: bool | None = None
 ) -> dict[str, torch.Tensor]:
     """A checkpoint of any published format as a state dict of ``model``. Changes neither argument.
 
@@ -742,6 +744,6 @@ def test_foveal_nat(pretrained: bool = False, **kwargs: Any) -> NAT:
 def test_foveal_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:
     """A very small DiNAT, for tests and demonstrations."""
     depths = (2, 2, 2, 1)
-    args = dict(depths=depths, num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=3)
+    args: dict[str, Any] = dict(depths=depths, num_heads=(1, 2, 4, 8), embed_dim=16, mlp_ratio=2, kernel_size=3)
     args["dilations"] = _alternating(depths, 5, 2, 1, 1)
     return _create(NAT, "test_foveal_dinat", pretrained, kwargs, **args)

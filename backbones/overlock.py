@@ -19,9 +19,10 @@ which depthwise convolutions are several times as fast.
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class DilatedReparam(nn.Module):
             reach = d * (k // 2)
             taps = slice(self.kernel_size // 2 - reach, self.kernel_size // 2 + reach + 1, d)
             kernel[:, :, taps, taps] += other
-        return kernel, sum(bn.bias - bn.running_mean * scale for bn, scale in zip(norms, scales, strict=True))
+        biases = (bn.bias - bn.running_mean * scale for bn, scale in zip(norms, scales, strict=True))
+        return kernel, reduce(operator.add, biases)
 
     def reparameterize(self) -> None:
         """Become the one convolution, in place; frozen if the large one is."""
@@ -92,7 +94,8 @@ class DilatedReparam(nn.Module):
         weight, bias = copy.deepcopy(self).double().folded()
         old = self.lk_origin
         with torch.device("meta"):
-            conv = nn.Conv2d(old.in_channels, old.in_channels, old.kernel_size, padding=old.padding, groups=old.groups)
+            k, dim = self.kernel_size, old.in_channels
+            conv = nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim)
         trained = old.weight.requires_grad
         conv.weight = nn.Parameter(weight.detach().to(old.weight.dtype), requires_grad=trained)
         conv.bias = nn.Parameter(bias.detach().to(old.weight.dtype), requires_grad=trained)
@@ -106,7 +109,7 @@ class DilatedReparam(nn.Module):
             return self.lk_origin(x)
         # norms that another library froze need not tell their epsilon (transformers' do not): no folding then
         if self.training or not all(hasattr(bn, "eps") for _, bn in self.branches()):
-            return sum(bn(conv(x)) for conv, bn in self.branches())
+            return reduce(operator.add, (bn(conv(x)) for conv, bn in self.branches()))
         weight, bias = self.folded()
         return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=self.lk_origin.groups)
 
@@ -304,7 +307,7 @@ class ContMixBlock(ContMix):
     def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, dim + context_dim, H, W]`` to the same; ``initial``: the context that the focus-net began with,
         ``[B, context_dim, H, W]``."""
-        if self.x_scale is not None:
+        if self.x_scale is not None and self.h_scale is not None:
             x, context = x.split(self.dims, 1)
             x = torch.cat([x, self.x_scale(context) + self.h_scale(initial)], 1)
         x = self.dwconv1(x)
@@ -332,7 +335,7 @@ def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
     return max(int(least / width * height), least), least
 
 
-def _enlarged_or_same(height: int, width: int, least: int) -> tuple[int, int]:
+def _enlarged_or_same(height: int, width: int, least: int) -> tuple[Any, Any]:
     """`_enlarged` of a map with a side shorter than ``least``, the size as it is of others, for free sizes. Where one
     side is a multiple of nine of the other, the longer may be one more: there the authors' arithmetic in floating point
     ends below the whole number that it stands for."""
@@ -408,6 +411,19 @@ class OverLoCK(Backbone):
 
     output_fmt = "NCHW"
     tables = ("rpb1", "rpb2")
+
+    patch_embed2: nn.Sequential
+    patch_embed3: nn.Sequential
+    patch_embed4: nn.Sequential
+    blocks1: Blocks
+    blocks2: Blocks
+    blocks3: Blocks
+    blocks4: Blocks  # of the overview-net
+    sub_blocks3: ContMixBlocks
+    sub_blocks4: ContMixBlocks
+    extra_norm: nn.ModuleList  # with ``out_norm``
+    head: nn.Sequential  # hidden layer, norm, activation, pooling, classifier
+    aux_head: Any  # a Sequential of norm, pooling and classifier, or None
 
     def __init__(
         self,
@@ -486,8 +502,9 @@ class OverLoCK(Backbone):
         self.num_classes = num_classes
         hidden = self.head[0]
         width = hidden.out_channels if isinstance(hidden, nn.Conv2d) else self.num_features
-        self.head[3], self.head[4] = create_classifier(width, num_classes, global_pool, use_conv=True)
-        self.head_hidden_size = width * self.head[3].feat_mult()
+        layers: Any = create_classifier(width, num_classes, global_pool, use_conv=True)
+        self.head[3], self.head[4] = layers
+        self.head_hidden_size = width * self.global_pool.feat_mult()
         _init_weights(self.head[4])
         if self.aux_head is not None:
             width = self.aux_head[0].num_features
@@ -495,7 +512,7 @@ class OverLoCK(Backbone):
             _init_weights(self.aux_head[2])
 
     @property
-    def global_pool(self) -> nn.Module:
+    def global_pool(self) -> Any:
         """The pooling layer, between the head's hidden layer and its classifier."""
         return self.head[3]
 
@@ -662,7 +679,7 @@ def _init_weights(module: nn.Module) -> None:
 _DENSE = r"extra_norm\.|h_proj\."  # what ``out_norm`` adds
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: OverLoCK) -> dict[str, torch.Tensor]:
     """A checkpoint of any published format as a state dict of ``model``.
 
     Understood are

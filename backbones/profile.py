@@ -16,13 +16,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import figures
 from ..kernels import Call, recording
 from . import family, list_models
+from .base import registered_cfg
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def count(name: str) -> figures.Figures:
         macs=counted.macs,
         input_size=counted.input_size,
         tags=tuple(sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights)),
-        licence=get_pretrained_cfg(name).license or "",
+        licence=registered_cfg(name).license or "",
     )
 
 
