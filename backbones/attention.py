@@ -9,6 +9,7 @@ import bisect
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,8 @@ class NeighborhoodAttention2d(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.kernel_size: tuple[int, int] = to_2tuple(kernel_size)
+        pair: Any = to_2tuple(kernel_size)
+        self.kernel_size: tuple[int, int] = pair
         rows, columns = self.kernel_size
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
@@ -298,13 +300,18 @@ class PartitionAttention2d(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def extra_repr(self) -> str:
-        size = f"parts={self.parts}" if self.parts else f"partition_size={self.rel_pos.window_size}"
+        fixed = None if self.rel_pos is None or self.parts else self.rel_pos.window_size
+        size = f"parts={self.parts}" if fixed is None else f"partition_size={fixed}"
         return f"{self.kind}, {size}, num_heads={self.num_heads}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
-        size = (-(-H // self.parts), -(-W // self.parts)) if self.parts else self.rel_pos.window_size
+        if self.parts:
+            size = -(-H // self.parts), -(-W // self.parts)
+        else:
+            assert self.rel_pos is not None  # the constructor asks for one of the two
+            size = self.rel_pos.window_size
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
@@ -565,6 +572,7 @@ def context_mixing(
     k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
     shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
     kernels = proj.weight.flatten(1).split([size * size for size in sizes])  # K*K S
+    assert proj.bias is not None
     biases = proj.bias.split([size * size for size in sizes])
     mixed = []
     for size, table, kernel, bias, share in zip(sizes, tables, kernels, biases, shares, strict=True):

@@ -82,7 +82,10 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
 
 def shortfall(length: int, least: int) -> int:
     """How much ``length`` is short of ``least``, for a dynamic size, too: 0 where an exporter knows that it is not."""
-    return 0 if statically_known_true(length >= least) else torch.sym_max(length, least) - length
+    if statically_known_true(length >= least):
+        return 0
+    longer: Any = torch.sym_max(length, least)
+    return longer - length
 
 
 def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -73,7 +73,7 @@ def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[L
     return found
 
 
-def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float]) -> Tensor:
+def receptive_field(model: Any, image: Tensor, point: tuple[float, float]) -> Tensor:
     """How much each pixel moves the last map at ``point`` (effective receptive field, arXiv:1701.04128, section 2, of
     one image): the absolute gradient of the sum of its channels, summed over the input's channels, of the largest.
 
@@ -101,7 +101,7 @@ def receptive_field(model: nn.Module, image: Tensor, point: tuple[float, float])
     return field / field.max().clamp(min=torch.finfo(field.dtype).tiny)
 
 
-def feature_maps(model: nn.Module, image: Tensor) -> list[Tensor]:
+def feature_maps(model: Any, image: Tensor) -> list[Tensor]:
     """The map of each stage as a picture ``[h, w, 3]`` in [0, 1]: its first three principal components over the
     positions, the first percentile black and the last full.
 
@@ -179,7 +179,7 @@ def visualize(
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    size = tuple(image.shape[2:])
+    size = image.shape[2], image.shape[3]
     _draw_input(axes[0, 0], axes[0, 1], shown, size, point, field)
     for number, (axis, picture) in enumerate(zip(axes[0, 2:], stages, strict=False)):
         _backdrop(axis, picture, size)
@@ -219,7 +219,7 @@ def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, in
     _backdrop(axis, 0.75 * grey, (height, width))
     boxes = [Rectangle((column * w, row * h), w, h) for row, column in keys.tolist()]
     few = len(boxes) < 500  # of more, the edges would hide the picture
-    edges = {"edgecolor": "black", "linewidth": 0.3} if few else {"linewidth": 0}
+    edges: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.3} if few else {"linewidth": 0}
     alpha = 0.9 if 8 * len(boxes) < size[0] * size[1] else 0.55
     axis.add_collection(PatchCollection(boxes, facecolor=KEY, alpha=alpha, antialiased=few, **edges))
     at = ((query[1] + 0.5) * w, (query[0] + 0.5) * h)

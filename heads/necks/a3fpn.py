@@ -18,7 +18,9 @@ It compiles, and exports to ONNX too.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -106,6 +108,7 @@ class RepVGG(nn.Module):
         if self.folded is not None:
             return
         three, one = (fuse_conv_bn_eval(x.conv.eval(), x.norm.eval()) for x in (self.conv1, self.conv2))
+        assert three.bias is not None and one.bias is not None  # of the norms
         three.weight += F.pad(one.weight, [1, 1, 1, 1])
         three.bias += one.bias
         self.folded = three.train(self.training)
@@ -164,12 +167,12 @@ class Fusion(nn.Module):
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
         """n maps ``[B, C, H, W]``, the level's own at the end, to one."""
-        if self.resamplers is not None:
+        if self.resamplers is not None and self.context is not None:
             contexts = self.context(torch.cat(maps, 1)).chunk(len(self.resamplers), 1)
             moved = [r(x, context) for r, x, context in zip(self.resamplers, maps, contexts)]  # noqa: B905 less the own
             maps = [*moved, maps[-1]]
         weights = self.weights(torch.cat([f(x) for f, x in zip(self.compress, maps, strict=True)], 1)).sigmoid()
-        return sum(x * weights[:, i : i + 1] for i, x in enumerate(maps))
+        return reduce(operator.add, (x * weights[:, i : i + 1] for i, x in enumerate(maps)))
 
 
 class Reassemble(nn.Module):
@@ -327,7 +330,7 @@ class A3FPN(Neck):
         for read, resampled in zip(self.levels, resamples, strict=True):
             inputs = [widths[i] for i in read], [spec.strides[i] for i in read]
             made = read if len(read) < count else read[start_level:]
-            around = dict(fusion, resampling=kwargs if resampled else None)
+            around: dict[str, Any] = dict(fusion, resampling=kwargs if resampled else None)
             self.columns.append(
                 nn.ModuleDict({str(i): Level(read.index(i), *inputs, **levels[i], **around) for i in made})
             )
@@ -349,6 +352,7 @@ class A3FPN(Neck):
         if maps[0].shape[-2:].numel() < maps[-1].shape[-2:].numel():
             return self.forward(maps[::-1])[::-1]
         maps = [f(x) for f, x in zip(self.squeeze, maps, strict=True)]
+        column: Any  # a ModuleDict of levels
         for read, column in zip(self.levels, self.columns, strict=True):
             given = [maps[i] for i in read]
             if self.updated_first and len(read) == 2:
@@ -389,7 +393,8 @@ def _by_level(
     """How many times the maps are squeezed, their channels then, and the further settings of each level."""
 
     def checked(name: str, default: list[int]) -> list[int]:
-        values = default if given[name] is None else list(given[name])
+        value = given[name]
+        values = default if value is None else list(value)
         if len(values) != len(spec) or min(values) < 1:
             raise ValueError(f"{name} must be {len(spec)} numbers of at least 1, got {values}")
         return values
@@ -407,7 +412,7 @@ def _by_level(
 def _by_column(resampling: bool | str | Sequence[bool], columns: int) -> list[bool]:
     if resampling == "last":
         return [False] * (columns - 1) + [True]
-    resamples = [resampling] * columns if isinstance(resampling, bool) else list(resampling)
+    resamples: list[Any] = [resampling] * columns if isinstance(resampling, bool) else list(resampling)
     if len(resamples) != columns:
         raise ValueError(f"resampling must be {columns} values, one for each column, got {resamples}")
     return resamples
