@@ -350,9 +350,9 @@ def sizes(depth: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
     """(positions of a tile, positions of a step, warps, stages): the first is the default. Those of which no kernel
     spills registers when compiled for compute capability 9.0; which is fastest has not been measured yet."""
     if dtype == torch.float32:
-        return [(16, 32, 4, 1)]
+        return [(16, 32, 4, 1)] if depth <= 128 else [(16, 32, 8, 1)]
     if depth > 128:
-        return [(32, 32, 4, 1), (32, 32, 8, 1)]
+        return [(32, 32, 8, 1)]
     wide = [(32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 8, 1)]
     return wide if depth > 32 else [*wide, (16, 32, 4, 1), (16, 64, 4, 1)]
 
