@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foveal.heads import build, segmentation
-from foveal.heads.backbone import Backbone
+from foveal.heads.backbone import Backbone, ShapeSpec
 from foveal.heads.build import build_backbone, build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, read_dense_config, save_dense
 from foveal.heads.legacy import migrate_state_dict
@@ -69,16 +69,16 @@ def test_arguments_and_moved_names():
         assert segmentation.fitted((375, 500), (2048, 512)) == (512, 683)
     with pytest.warns(DeprecationWarning, match="bounds.*scale"):
         segmentation.probabilities(nn.Identity(), IMAGE, bounds=(64, 32))
-    with pytest.warns(DeprecationWarning, match="ShapeSpec"):
-        from foveal.heads.backbone import ShapeSpec
-    assert ShapeSpec is ShapeSpec
+    with pytest.warns(DeprecationWarning, match="FeatureSpec"):
+        from foveal.heads.features import FeatureSpec
+    assert FeatureSpec is ShapeSpec
     with pytest.raises(AttributeError, match="nothing"):
         getattr(build, "nothing")  # noqa: B009
 
 
-def test_build_backbone_gives_a_list():
-    with pytest.warns(DeprecationWarning, match="build_backbone"):
-        features = build.build_backbone("test_foveal_nat", frozen_stages=1)
+def test_build_features_gives_a_list():
+    with pytest.warns(DeprecationWarning, match="build_features"):
+        features = build.build_features("test_foveal_nat", frozen_stages=1)
     assert isinstance(features, Backbone)
     features.eval().load_state_dict(build_backbone("test_foveal_nat").state_dict())
     maps = features(IMAGE)
