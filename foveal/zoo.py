@@ -1,6 +1,6 @@
-"""What is known of each model: size and cost counted here, accuracy and licence as published.
+"""Facts about each model: size and cost counted here, accuracy and licence as published.
 
-Nothing here imports PyTorch before it has to: `foveal list` reads `figures.csv`.
+PyTorch is imported only where it is needed: `foveal list` reads `figures.csv`.
 """
 
 from __future__ import annotations
@@ -66,14 +66,13 @@ def published(name: str) -> dict[str, Any]:
         ``top1`` in percent or None, ``larger``: the data set beyond ImageNet-1K that they were trained on, or "", and
         ``weights_licence``.
     """
-    from timm.models import get_pretrained_cfg
-
+    from .backbones.base import registered_cfg
     from .weights.manifest import of_model
 
     if name in PEERS:
         return {"top1": PEERS[name][1], "larger": "", "weights_licence": ""}
     name = SAME.get(name, name)
-    tag = get_pretrained_cfg(name).tag or ""
+    tag = registered_cfg(name).tag or ""
     weights = of_model(name).get(tag)
     if weights is None:
         return {"top1": None, "larger": "", "weights_licence": "none published"}
@@ -174,15 +173,16 @@ def info(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such model.
     """
-    from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+    from timm.models import get_arch_pretrained_cfgs
 
+    from .backbones.base import registered_cfg
     from .backbones.loading import resolve
     from .weights import cards
     from .weights.manifest import checkpoints, of_model
 
     checkpoint = checkpoints().get(name)
     found = resolve(name if checkpoint is None or checkpoint.task == "classify" else checkpoint.model)
-    cfg = get_pretrained_cfg(found.name)
+    cfg = registered_cfg(found.name)
     prep = ("interpolation", "crop_pct", "mean", "std")
     return describe(found.name) | {
         "paper": ", ".join(filter(None, [cfg.paper_name, words(cfg.paper_ids)])),
