@@ -1,18 +1,15 @@
-"""mkdocs hooks: pages from outside docs/, links between all pages, the package as one tree for mkdocstrings."""
+"""mkdocs hooks: pages from outside docs/, and links between all pages."""
 
 from __future__ import annotations
 
 import posixpath
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "build" / "package"  # for mkdocstrings, whose reader takes no notice of setuptools' package-dir
 # by their place in the repository, the name of the page
 PAGES = {
     "README.md": "overview.md",
@@ -22,24 +19,6 @@ PAGES = {
     "kernels/README.md": "operations.md",
     "train/README.md": "training.md",
 }
-
-
-def package_tree(target: Path) -> None:
-    """Copy the package's Python files to ``target/foveal``, with the layout of an installed package."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    places = dict(re.findall(r'^"?foveal\.?([\w.]*)"? = "([\w/]+)"$', text, re.MULTILINE))
-    shutil.rmtree(target, ignore_errors=True)
-    for package, folder in places.items():
-        inside = target / "foveal" / package.replace(".", "/")
-        inside.mkdir(parents=True, exist_ok=True)
-        for file in [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("py.typed")]:
-            shutil.copy(file, inside)
-
-
-@event_priority(100)  # before mkdocstrings looks for the folder
-def on_config(config: Any) -> Any:
-    package_tree(PACKAGE)
-    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
