@@ -183,31 +183,29 @@ def info(
     elif as_json:
         print(json.dumps(zoo.info(name), indent=2))
     elif card:
-        print(_folder_card(name) or zoo.family_card(name if published is None else published.model), end="")
+        folder = _folder(name)
+        print(_folder_card(folder) if folder else zoo.family_card(published.model if published else name), end="")
     elif published is not None:
         _print_rows([(key, value.replace("`", "")) for key, value in cards.facts(published).items()], title=name)
+    elif _folder(name):
+        raise ValueError(f"{name} is a folder; info takes a model name, or with --card a folder")
     else:
-        _refuse_folder(name)
         _print_rows(zoo.info_rows(name))
 
 
-def _folder_card(name: str) -> str | None:
-    """The card in a folder, or in a run's best/; None for a model name."""
+def _folder(name: str) -> Path | None:
+    """The folder that a name is, after ``local-dir:`` and ``~``; None for a model name."""
     from .backbones.loading import local_path
 
-    if not name.strip() or not (folder := local_path(name)).is_dir():
-        return None
+    return folder if name.strip() and (folder := local_path(name)).is_dir() else None
+
+
+def _folder_card(folder: Path) -> str:
+    """The card in a folder, or in a run's best/."""
     for place in (folder / "README.md", folder / "best" / "README.md"):
         if place.is_file():
             return place.read_text(encoding="utf-8")
-    raise ValueError(f"{name} has no README.md: `foveal convert` and `foveal export` write one")
-
-
-def _refuse_folder(name: str) -> None:
-    from .backbones.loading import local_path
-
-    if name.strip() and local_path(name).is_dir():
-        raise ValueError(f"{name} is a folder; info takes a model name, or with --card a folder")
+    raise ValueError(f"{folder} has no README.md: `foveal convert` and `foveal export` write one")
 
 
 def _print_rows(rows: Sequence[tuple[str, str]], title: str | None = None) -> None:

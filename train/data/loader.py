@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset import ATTEMPTS, Found, Item
 from .guard import BadSamples, DataError, check_labels, printable
 from .index import Target
-from .order import Batch, EpochOrder, Normalize, NumberedBatches
+from .order import Batch, EpochOrder, Normalize, NumberedBatches, Ordered
 from .wds import StreamedImages
 
 
@@ -46,7 +46,7 @@ def _collate(stack: Callable[[list], Any], items: list[Item]) -> tuple[Any, Foun
     return stack(samples) if samples and error is None else None, found, error
 
 
-class Loader:
+class Loader(Ordered):
     """Batches of a dataset; a subclass stacks samples and moves them.
 
     Args:
@@ -72,14 +72,6 @@ class Loader:
         return DataLoader(
             self.dataset, batch_sampler=NumberedBatches(self.order), persistent_workers=workers > 0, **settings
         )
-
-    @property
-    def samples(self) -> int:
-        return self.order.samples
-
-    @property
-    def batches(self) -> int:
-        return len(self.order)
 
     def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
         """What `_collate` made of the batches of an epoch from the ``start``-th on."""

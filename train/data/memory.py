@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...configs.schema import AugmentConfig
 from .guard import DataError, check_labels
-from .order import Batch, EpochOrder, Normalize
+from .order import Batch, EpochOrder, Normalize, Ordered
 
 
 def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +82,7 @@ class BatchAugment:
         return (torch.rand(len(images), 1, 1, 1) < probability).to(images.device)
 
 
-class MemoryLoader:
+class MemoryLoader(Ordered):
     """Batches of a data set in memory.
 
     Args:
@@ -109,14 +109,6 @@ class MemoryLoader:
         self.order = order
         self.normalize = normalize
         self.augment = BatchAugment(augment) if augment is not None else None
-
-    @property
-    def samples(self) -> int:
-        return self.order.samples
-
-    @property
-    def batches(self) -> int:
-        return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from the ``start``-th on."""

@@ -61,6 +61,20 @@ class EpochOrder:
             yield mine[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
 
+class Ordered:
+    """The sizes of a loader by its order: images of the data set, batches of this process in an epoch."""
+
+    order: EpochOrder
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    @property
+    def batches(self) -> int:
+        return len(self.order)
+
+
 class NumberedBatches:
     """The batches of an order, each index with its epoch, so that processes with a copy of the data know it."""
 
