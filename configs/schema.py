@@ -148,6 +148,7 @@ class LogConfig:
 class RunConfig:
     """What the recipes of all tasks have."""
 
+    auto: list[str] = _list()  # keys that training chooses by the data; one that a later file or override gives is not
     output: str  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
     resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -163,6 +164,8 @@ class ImagesConfig:
     root: str | None = None  # the folder of the data; other paths are below it
     limit: PositiveInt | None = None  # the first so many training images only; classify: of idx and digits
     val_limit: PositiveInt | None = None  # likewise for the evaluation
+    split: str | None = None  # auto: a CSV of images and train or val; null: as the data have it, else drawn
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: share that is held out, of each class
     in_chans: PositiveInt = 3
     mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
     std: list[PositiveFloat] | None = None
@@ -174,6 +177,9 @@ class ImagesConfig:
 @dataclass(config=SCHEMA, kw_only=True)
 class DenseDataConfig(ImagesConfig):
     """What the ``data`` of detection and segmentation have; ``digits`` are composites, written when missing."""
+
+    train_split: str | None = None  # null: train (segment, ade20k: training)
+    val_split: str | None = None  # null: val (segment, ade20k: validation); auto: test where there is no other
 
     digits_train: PositiveInt = 400  # digits: how many composites to write, ...
     digits_val: PositiveInt = 100
@@ -223,10 +229,9 @@ class DataConfig(ImagesConfig):
     ``root`` is for folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files.
     """
 
-    kind: Literal["folder", "wds", "idx", "digits"] = "folder"
+    kind: Literal["folder", "auto", "wds", "idx", "digits"] = "folder"
     train_split: str = "train"
     val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
-    val_fraction: float = Field(default=0.2, gt=0, lt=1)  # digits: share held out, stratified, fixed
     classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
     num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
     image_size: PositiveInt | None = None  # side of the square input; null: the model's own
@@ -304,12 +309,13 @@ class DetectModelConfig(DenseModelConfig):
 class DetectDataConfig(DenseDataConfig):
     """Annotations in COCO's format, and the folders of their images."""
 
-    kind: Literal["coco", "voc", "digits"] = "coco"
+    kind: Literal["coco", "auto", "voc", "digits"] = "coco"
     # voc: sets instead, such as VOC2007/trainval+VOC2012/trainval, which name their images
     train_annotations: str = "annotations/instances_train2017.json"
     train_images: str = "train2017"
     val_annotations: str = "annotations/instances_val2017.json"
     val_images: str = "val2017"
+    classes: list[str] | None = None  # auto: names by label; objects of others are left out; null: all that occur
     keep_empty: bool = False  # train on images without objects too
     min_size: PositiveInt = 800  # evaluation: the short side is resized to this, ...
     max_size: PositiveInt = 1333  # ... unless the long side would exceed this
@@ -361,9 +367,7 @@ class SegmentModelConfig(DenseModelConfig):
 class SegmentDataConfig(DenseDataConfig):
     """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "voc", "digits"] = "folder"
-    train_split: str | None = None  # null: train (ade20k: training)
-    val_split: str | None = None  # null: val (ade20k: validation)
+    kind: Literal["folder", "auto", "ade20k", "cityscapes", "voc", "digits"] = "folder"
     images: str = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
     masks: str = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
@@ -677,7 +681,11 @@ def load_config(
     merged: dict[str, Any] = {}
     blame = {"": layers[-1][0] if file is None else str(file)}
     for source, layer in layers:
-        _merge(merged, _rename_old_keys(layer, schema, source), source, blame)
+        given: dict[str, str] = {}
+        _merge(merged, _rename_old_keys(layer, schema, source), source, given)
+        if "auto" not in given and isinstance(merged.get("auto"), list):
+            merged["auto"] = [key for key in merged["auto"] if key not in given]
+        blame |= given
     if file is not None:
         merged.setdefault("output", f"runs/{file.stem}" if task in (None, "classify") else f"runs/{task}/{file.stem}")
     try:

@@ -22,7 +22,7 @@ from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, autocast, write_confusion
-from .task import Result, find_recipe, processes
+from .task import Result, find_recipe, processes, use_kept_split
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
@@ -90,6 +90,7 @@ class Task(task.Task):
             name = f"local-dir:{folder}" if folder.is_dir() else str(source)
             defaults = {"output": "-", "model": {"name": name}}
         config = load_config(recipe, overrides, ClassifyConfig, defaults)
+        use_kept_split(config, source, overrides)
         if config.data.kind == "folder" and config.data.classes is None:
             config.data.train_split = config.data.val_split
         classes = find_classes(config.data)

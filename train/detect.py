@@ -20,7 +20,7 @@ from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, metric_labels
 from .scoring import autocast
-from .task import Result, build_dense, find_recipe, processes
+from .task import Result, build_dense, find_recipe, processes, use_kept_split
 
 SURE = 0.5  # score from which a detection is drawn
 Found = dict[str, Tensor]  # boxes [N, 4], labels [N], scores [N], perhaps masks [N, 1, H, W]
@@ -66,6 +66,7 @@ class Task(task.Task):
             "data": {"in_chans": channels, "min_size": transform.min_size[-1], "max_size": transform.max_size},
         }
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
+        use_kept_split(config, source, overrides)
         transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
         data = build_detection_data(
             config,

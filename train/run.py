@@ -21,6 +21,7 @@ from ..errors import Interrupted
 from ..files import write_json
 from . import checkpoint, report
 from .data import end_workers
+from .data.auto import kept_split
 from .distributed import raised_by_all
 from .logging import accelerate_trackers
 from .resume import resume
@@ -59,6 +60,8 @@ def train(
         1
     """
     config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
+    if config.resume == "auto":
+        kept_split(config.data, Path(config.output), overrides)
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     run, accelerator = Path(config.output), create_accelerator(config)
     set_seed(config.seed)
@@ -77,6 +80,8 @@ def train(
             run.mkdir(parents=True, exist_ok=True)
             (run / "summary.json").unlink(missing_ok=True)  # by which a run is finished: this one now goes on
             save_config(config, run / "config.yaml")
+            if job.data.division is not None:
+                job.data.division.write(run)
             write_json(run / "environment.json", environment(accelerator))
     try:
         trainer.fit()

@@ -20,7 +20,7 @@ from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
 from .scoring import SegmentationScorer, autocast, write_iou
-from .task import Result, build_dense, find_recipe, processes
+from .task import Result, build_dense, find_recipe, processes, use_kept_split
 
 
 class Task(task.Task):
@@ -73,6 +73,7 @@ class Task(task.Task):
             seen = {"antialias": given.pop("antialias", True), "in_chans": model.arguments.get("in_chans", 3)}
             defaults |= {"eval": given | {"mode": "slide" if given.get("crop_size") else "whole"}, "data": seen}
         config = load_config(recipe, overrides, SegmentConfig, defaults)
+        use_kept_split(config, source, overrides)
         classes = find_classes(config.data)
         if len(classes) != model.arguments["num_classes"]:
             raise ConfigError(f"{source} has {model.arguments['num_classes']} classes, the data have {len(classes)}")

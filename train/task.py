@@ -1,7 +1,7 @@
 """What a task (classification, detection, segmentation) brings to training, evaluation and prediction."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..backbones.images import read_image
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError
 from . import plots
+from .data.auto import kept_split
 from .data.dataset import UNREADABLE
 from .scoring import Metrics, Scorer
 
@@ -211,6 +212,13 @@ def find_recipe(source: str | Path) -> Path | None:
     folder = local_path(source)
     places = (folder, folder.resolve().parent) if folder.is_dir() else ()
     return next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+
+
+def use_kept_split(config: Any, source: str | Path, overrides: Sequence[str]) -> None:
+    """An evaluation holds out the images that the run ``source`` held out, unless the overrides name other data."""
+    recipe = find_recipe(source)
+    if recipe is not None:
+        kept_split(config.data, recipe.parent, overrides)
 
 
 def processes(accelerator: Accelerator) -> dict[str, Any]:

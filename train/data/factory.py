@@ -19,7 +19,7 @@ from ...configs.schema import (
     SegmentConfig,
     SegmentDataConfig,
 )
-from . import folder, idx, masks, memory, wds
+from . import auto, folder, idx, masks, memory, wds
 from .class_names import DIGITS, FASHION_MNIST
 from .coco import read_coco
 from .composites import write_composites
@@ -44,7 +44,8 @@ class Data:
     bad: BadSamples
     notes: list[str]  # for the user: what was left out
     preprocessing: dict[str, Any] = field(default_factory=dict)  # timm's names: input_size, mean, std, crop_pct, ...
-    categories: dict[int, str] = field(default_factory=dict)  # detect: id -> name, by id; labels count them from 0
+    categories: dict[int, str] = field(default_factory=dict)  # detect: id -> name; labels count them from 0
+    division: auto.Division | None = None  # data.kind=auto: which images are held out
 
 
 class _Builder:
@@ -267,11 +268,21 @@ def build_detection_data(
     builder, data = _Builder(config, rank, world), config.data
     if data.kind == "voc" and masks:
         raise DataError("data.kind=voc has boxes, and this detector learns masks")
+    if data.classes is not None and data.kind != "auto":
+        raise DataError(f"data.classes={data.classes} is for data.kind=auto, not {data.kind}")
     root = _dense_root(data)
+    division = None
+    if data.kind == "auto":
+        found = auto.read_boxes(data, root, categories)
+        division = auto.divide_boxes(found, data, config.seed, train)
+        builder.notes += [f"{found.format} in {root}: {division.text}", *found.notes, *division.notes]
 
     def loader(training: bool) -> DetectionLoader:
         nonlocal categories
-        index = _read_boxes(data, root, training, masks, categories)
+        if division is not None:
+            index = auto.index_boxes(found, division.train if training else division.val, masks=masks, train=training)
+        else:
+            index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
         _choose_images(index, builder, data, training)
         transform = detection_transform(config.augment) if training else None
@@ -279,7 +290,7 @@ def build_detection_data(
         return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
 
     built = builder.build(loader, train)
-    return replace(built, categories=categories)
+    return replace(built, categories=categories, division=division)
 
 
 def _read_boxes(

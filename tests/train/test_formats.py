@@ -1,0 +1,302 @@
+"""``data.kind=auto``: the same objects in every format are read to the same boxes; damaged files cost themselves."""
+
+import csv
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from foveal.configs.schema import DetectConfig, load_config
+from foveal.train import evaluate, train
+from foveal.train.data import DataError, build_detection_data
+from foveal.train.data.auto import draw
+from foveal.train.data.files import Files, split_of
+
+CLASSES = ("cat", "dog")
+Truth = dict[str, list[tuple[int, tuple[int, int, int, int]]]]  # stem -> class and corners
+WIDTH, HEIGHT = 40, 32
+
+
+def truth(count: int = 10, first: int = 0) -> Truth:
+    return {f"im {i}": [(i % 2, (2, 3, 12 + i % 5, 20)), (1, (20, 8, 36, 24))] for i in range(first, first + count)}
+
+
+def write_images(folder: Path, names: Truth) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        noise = np.random.default_rng(len(name) + int(name.split()[1])).integers(0, 255, (HEIGHT, WIDTH, 3))
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{name}.jpg")
+
+
+def write_coco(file: Path, names: Truth, folder: str = "") -> None:
+    images, annotations = [], []
+    for name, objects in names.items():
+        images.append({"id": len(images), "file_name": f"{folder}{name}.jpg", "height": HEIGHT, "width": WIDTH})
+        for label, (x1, y1, x2, y2) in objects:
+            entry = {"id": len(annotations), "image_id": images[-1]["id"], "category_id": label}
+            polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
+            annotations.append(entry | {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [polygon], "iscrowd": 0})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": i, "name": name, "supercategory": "none"} for i, name in enumerate(CLASSES)]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def roboflow_coco(root: Path) -> None:
+    for split, names in (("train", truth(6)), ("valid", truth(4, 6))):
+        write_images(root / split, names)
+        write_coco(root / split / "_annotations.coco.json", names)
+
+
+def coco_named_otherwise(root: Path) -> None:
+    write_images(root / "images", truth())
+    write_coco(root / "annotations" / "my export.json", truth(), "C:\\photos\\")
+
+
+def write_voc(folder: Path, names: Truth) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, objects in names.items():
+        tree = ElementTree.Element("annotation")
+        ElementTree.SubElement(tree, "filename").text = f"{name}.jpg"
+        size = ElementTree.SubElement(tree, "size")
+        for key, value in (("width", WIDTH), ("height", HEIGHT)):
+            ElementTree.SubElement(size, key).text = str(value)
+        for label, corners in objects:
+            entry = ElementTree.SubElement(tree, "object")
+            ElementTree.SubElement(entry, "name").text = CLASSES[label]
+            box = ElementTree.SubElement(entry, "bndbox")
+            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
+                ElementTree.SubElement(box, key).text = str(value)
+        ElementTree.ElementTree(tree).write(folder / f"{name}.xml")
+
+
+def voc(root: Path) -> None:
+    write_images(root / "images", truth())
+    write_voc(root / "annotations", truth())
+
+
+def voc_with_sets(root: Path) -> None:
+    year = root / "VOC2030"
+    write_images(year / "JPEGImages", truth())
+    write_voc(year / "Annotations", truth())
+    (year / "ImageSets" / "Main").mkdir(parents=True)
+    for split, names in (("train", truth(6)), ("val", truth(4, 6))):
+        (year / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(name.replace(" ", "_") for name in names))
+    for path in [*year.rglob("*.jpg"), *year.rglob("*.xml")]:  # names in lists have no blanks
+        path.rename(path.with_name(path.name.replace(" ", "_")))
+    for path in year.rglob("*.xml"):
+        path.write_text(path.read_text().replace("im ", "im_"))
+
+
+def write_yolo(folder: Path, names: Truth, polygons: bool = False) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, objects in names.items():
+        lines = []
+        for label, (x1, y1, x2, y2) in objects:
+            w, h = WIDTH, HEIGHT
+            box = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h]
+            shape = [x1 / w, y1 / h, x2 / w, y1 / h, x2 / w, y2 / h, x1 / w, y2 / h]
+            lines.append(" ".join(map(str, [label, *(shape if polygons else box)])))
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+
+
+def yolo(root: Path, polygons: bool = False) -> None:
+    for split, names in (("train", truth(6)), ("val", truth(4, 6))):
+        write_images(root / "images" / split, names)
+        write_yolo(root / "labels" / split, names, polygons)
+    settings = {"path": "/elsewhere", "train": "images/train", "val": "images/val", "names": dict(enumerate(CLASSES))}
+    (root / "data.yaml").write_text(yaml.safe_dump(settings))
+
+
+def yolo_polygons(root: Path) -> None:
+    yolo(root, polygons=True)
+
+
+def cvat_yolo(root: Path) -> None:
+    write_images(root / "obj_train_data", truth())
+    write_yolo(root / "obj_train_data", truth())
+    (root / "obj.names").write_text("\n".join(CLASSES))
+    (root / "obj.data").write_text("classes = 2\nnames = data/obj.names\ntrain = data/train.txt\n")
+    (root / "train.txt").write_text("\n".join(f"data/obj_train_data/{name}.jpg" for name in truth()))
+
+
+def label_studio_yolo(root: Path) -> None:
+    write_images(root / "images", truth())
+    write_yolo(root / "labels", truth())
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "notes.json").write_text(json.dumps({"categories": [{"id": 0, "name": "cat"}]}))
+
+
+def labelme(root: Path) -> None:
+    write_images(root, truth())
+    for name, objects in truth().items():
+        shapes = [
+            {"label": CLASSES[label], "points": [corners[:2], corners[2:]], "shape_type": "rectangle"}
+            for label, corners in objects
+        ]
+        content = {"shapes": shapes, "imagePath": f"{name}.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH}
+        (root / f"{name}.json").write_text(json.dumps(content))
+
+
+FORMATS: list[Callable[[Path], None]] = [
+    *(roboflow_coco, coco_named_otherwise, voc, voc_with_sets, yolo, yolo_polygons, cvat_yolo, label_studio_yolo),
+    labelme,
+]
+
+
+def read(root: Path, *overrides: str, masks: bool = False, **kwargs):
+    given = ["output=o", "model.name=m", "data.kind=auto", f"data.root={root}", "data.workers=0", "train.batch_size=2"]
+    config = load_config(None, [*given, *overrides], DetectConfig)
+    return build_detection_data(config, masks=masks, device=torch.device("cpu"), **kwargs)
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda each: each.__name__)
+def test_every_format_gives_the_same_objects(write, tmp_path):
+    write(tmp_path)
+    data = read(tmp_path)
+    assert list(data.categories.values()) == list(CLASSES)
+    indices = [loader.dataset.index for loader in (data.train, data.val)]
+    assert sum(map(len, indices)) == 10
+    if write.__name__ in ("roboflow_coco", "voc_with_sets", "yolo", "yolo_polygons"):
+        assert [len(index) for index in indices] == [6, 4]
+        assert not data.division.rows
+    else:
+        assert [len(index) for index in indices] == [8, 2]
+        assert len(data.division.rows) == 10
+    for index in indices:
+        for number in range(len(index)):
+            target = index.target(number)
+            expected = truth()[Path(index.name(number)).stem.replace("_", " ")]
+            assert target["labels"].tolist() == [label for label, _ in expected]
+            assert torch.allclose(target["boxes"], torch.tensor([box for _, box in expected]).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("write", [yolo_polygons, labelme, roboflow_coco], ids=lambda each: each.__name__)
+def test_polygons_are_masks(write, tmp_path):
+    write(tmp_path)
+    target = read(tmp_path, masks=True).train.dataset.index.target(0)
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert target["masks"][0, y1:y2, x1:x2].all()
+    assert target["masks"][0].sum() == (x2 - x1) * (y2 - y1)
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda each: each.__name__)
+def test_damaged_files_are_errors_or_reported(write, tmp_path):
+    """Cut short, or with bytes changed: a DataError or fewer images, never another exception."""
+    write(tmp_path / "whole")
+    draw_bytes = random.Random(0)
+    for trial in range(25):
+        root = tmp_path / str(trial)
+        shutil.copytree(tmp_path / "whole", root)
+        for path in root.rglob("*"):
+            if path.is_file() and path.suffix != ".jpg":
+                content = bytearray(path.read_bytes())
+                if trial % 2:
+                    content = content[: draw_bytes.randrange(len(content))]
+                else:
+                    for _ in range(3):
+                        content[draw_bytes.randrange(len(content))] = draw_bytes.randrange(256)
+                path.write_bytes(content)
+        try:
+            read(root)
+        except DataError:
+            continue
+
+
+@pytest.mark.parametrize("declared", ["<!DOCTYPE a [<!ENTITY x 'y'>]>", "<!DOCTYPE a SYSTEM 'file:///etc/passwd'>"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_document_types_are_refused(declared, encoding, tmp_path):
+    text = f"<?xml version='1.0' encoding='{encoding}'?>{declared}<annotation/>"
+    (tmp_path / "a.xml").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="document type"):
+        Files(tmp_path).xml("a.xml")
+
+
+def test_what_cannot_be_used_is_reported_by_name(tmp_path):
+    yolo(tmp_path)
+    label = tmp_path / "labels" / "train" / "im 0.txt"
+    label.write_text("0 0.5 0.5 0.2 0.2\n0 20 10 8 8\n7 0.5 0.5 0.2 0.2\nx\n0 0.5 0.5")
+    (tmp_path / "images" / "train" / "im 1.jpg").write_bytes(b"no image")
+    (tmp_path / "labels" / "train" / "im 2.txt").unlink()
+    data = read(tmp_path)
+    assert data.bad.reports[0].counts() == {
+        "line is no class with a box or a polygon": 2,
+        "line has values that are no fractions of the image": 1,
+        "class 7 has no name": 1,
+        "image cannot be opened: UnidentifiedImageError": 1,
+    }
+    assert any("im 2.jpg" in note for note in data.notes)
+
+
+def test_classes_are_named_ordered_and_left_out(tmp_path):
+    voc(tmp_path)
+    assert list(read(tmp_path, "data.classes=[dog,cat]").categories.values()) == ["dog", "cat"]
+    alone = read(tmp_path, "data.classes=[dog]")
+    assert list(alone.categories.values()) == ["dog"]
+    assert set(alone.train.dataset.index.labels) == {0}
+    assert any("cat 5" in note for note in alone.notes)
+    with pytest.raises(DataError, match="dogs"):
+        read(tmp_path, "data.classes=[dogs]")
+
+
+def test_the_order_of_a_trained_models_classes_is_kept(tmp_path):
+    voc(tmp_path)
+    index = read(tmp_path, categories={5: "dog", 9: "cat"}, train=False).val.dataset.index
+    assert (index.categories, len(index)) == ({5: "dog", 9: "cat"}, 10)
+    expected = [label for name in sorted(truth()) for label, _ in truth()[name]]
+    assert index.labels.tolist() == [1 - label for label in expected]
+
+
+def test_a_folder_without_annotations_says_what_it_has(tmp_path):
+    write_images(tmp_path, truth())
+    with pytest.raises(DataError, match=r"10 \.jpg"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 101])
+def test_draws_by_class(count):
+    names = [str(i) for i in range(count)]
+    classes = [i % 3 for i in range(count)]
+    held_out = draw(names, classes, 0.2, seed=3)
+    assert abs(held_out.sum() - 0.2 * count) <= 1
+    assert held_out.any()
+    assert not held_out.all()
+    assert (draw(names[::-1], classes[::-1], 0.2, seed=3)[::-1] == held_out).all()
+    if count > 50:
+        assert all(abs(held_out[k::3].mean() - 0.2) < 0.03 for k in range(3))
+        assert (draw(names, classes, 0.2, seed=4) != held_out).any()
+
+
+def test_splits_by_name():
+    assert [split_of(text) for text in ("valid/a.jpg", "instances_train2017.json", "trainval/x", "a/Test", "b")] == [
+        *("val", "train", "", "test", "")
+    ]
+
+
+def test_a_run_keeps_its_split(tmp_path):
+    voc(tmp_path / "data")
+    run = tmp_path / "run"
+    options = [
+        *("data.kind=auto", f"data.root={tmp_path / 'data'}", f"output={run}", "schedule.epochs=1", "data.workers=0"),
+        *("model.name=test_foveal_dinat", "model.head=fcos", "train.batch_size=4", "train.threads=1"),
+        *("data.min_size=32", "data.max_size=40", "augment.min_size=[32]", "augment.max_size=40", "log.trackers=[]"),
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: detect\n")
+    first = train(recipe, options, "detect")
+    with (run / "split.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["split"] for row in rows].count("val") == 2
+    for i in range(10, 30):  # what comes later changes nothing
+        write_images(tmp_path / "data" / "images", {f"im {i}": []})
+    write_voc(tmp_path / "data" / "annotations", truth(20, 10))
+    again = evaluate(run)
+    assert again["n"] == 2
+    assert again["box_ap"] == pytest.approx(first["box_ap"], abs=1e-3)

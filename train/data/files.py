@@ -1,0 +1,159 @@
+"""The files of a folder that somebody else made: found by their names, and read within bounds."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+from PIL import Image
+
+from .guard import DataError, Report
+
+LIMITS = {".xml": 2**24, ".txt": 2**26, ".yaml": 2**20, ".json": 2**32, ".csv": 2**30}  # bytes
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
+
+
+def split_of(path: str) -> str:
+    """``train``, ``val`` or ``test`` by the last part of a path that says so, such as ``valid`` or ``train2017``; else
+    an empty text."""
+    for part in reversed(PurePosixPath(path).parts):
+        if found := _SPLIT.findall(part.lower()):
+            return SPLIT_NAMES[found[-1]]
+    return ""
+
+
+class Paths:
+    """Paths by what annotations call them: whole, a part of the end, a name, or a name without its suffix."""
+
+    def __init__(self, paths: Iterable[str]):
+        self.all = list(paths)
+        self.names: dict[str, list[str]] = defaultdict(list)
+        for path in self.all:
+            name = PurePosixPath(path)
+            self.names[name.name].append(path)
+            self.names[name.stem].append(path)
+
+    def find(self, name: str, near: str = "", split: str = "") -> str | None:
+        """The path that ``name`` means in a file at ``near``, whose images are of ``split``; None for none or several.
+
+        The name may have backslashes, a leading ``./``, folders of another machine, or no suffix.
+        """
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        found = self.names.get(parts[-1], []) if parts else []
+        if len(found) < 2:
+            return found[0] if found else None
+        ranks = sorted(((_likeness(path, parts, near, split), path) for path in found), reverse=True)
+        return ranks[0][1] if ranks[0][0] > ranks[1][0] else None
+
+
+def _likeness(path: str, parts: tuple[str, ...], near: str, split: str) -> tuple[int, bool, int]:
+    own, there = PurePosixPath(path).parts, PurePosixPath(near).parent.parts
+    same = next((i for i, (a, b) in enumerate(zip(own[::-1], parts[::-1], strict=False)) if a != b), len(own))
+    shared = next((i for i, (a, b) in enumerate(zip(own, there, strict=False)) if a != b), len(there))
+    return max(same, 1), bool(split) and split_of(str(PurePosixPath(path).parent)) == split, shared
+
+
+class Files:
+    """All files below a folder by suffix, as sorted paths relative to it; hidden files and folders are left out."""
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise DataError(f"the data folder {root} does not exist (data.root)")
+        self.root = root
+        self.by_suffix: dict[str, list[str]] = defaultdict(list)
+        seen: set[str] = set()  # links may lead back
+        for folder, folders, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            folders[:] = sorted(name for name in folders if not _is_hidden(name)) if real not in seen else []
+            if real in seen:
+                continue
+            seen.add(real)
+            inside = os.path.relpath(folder, root).replace(os.sep, "/")
+            for name in sorted(names):
+                if not _is_hidden(name):
+                    path = name if inside == "." else f"{inside}/{name}"
+                    self.by_suffix[os.path.splitext(name)[1].lower()].append(path)
+        readable = image_suffixes()
+        self.images = Paths(sorted(path for end in self.by_suffix if end in readable for path in self.by_suffix[end]))
+
+    def __getitem__(self, suffix: str) -> list[str]:
+        return self.by_suffix.get(suffix, [])
+
+    def passed_over(self, used: Iterable[str] = ()) -> dict[str, list[str]]:
+        """What is no image, by suffix, but for ``used`` suffixes."""
+        known = image_suffixes() | {*used}
+        return {suffix: paths for suffix, paths in self.by_suffix.items() if suffix not in known}
+
+    def text(self, path: str) -> str:
+        """The text of a small file; raises DataError where it is large, unreadable or no text."""
+        file, limit = self.root / path, LIMITS.get(os.path.splitext(path)[1].lower(), 2**20)
+        try:
+            if (size := file.stat().st_size) > limit:
+                raise DataError(f"{file} has {size:,} bytes, more than the {limit:,} that are read of such a file")
+            return file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} can't be read: {error}") from None
+
+    def json(self, path: str) -> Any:
+        try:
+            return json.loads(self.text(path))
+        except (ValueError, RecursionError) as error:
+            raise DataError(str(error) if isinstance(error, DataError) else f"{path} is not JSON: {error}") from None
+
+    def yaml(self, path: str) -> Any:
+        try:
+            return yaml.safe_load(self.text(path))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise DataError(f"{path} is not YAML: {error}") from None
+
+    def xml(self, path: str) -> ElementTree.Element:
+        """The root of an XML file. One that declares a document type is refused: entities could grow without end or
+        name other files."""
+        try:
+            # from bytes, as the file may declare another encoding than UTF-8
+            if (self.root / path).stat().st_size > LIMITS[".xml"]:
+                raise DataError(f"{path} is too large for an annotation")
+            return ElementTree.fromstring(
+                (self.root / path).read_bytes(), ElementTree.XMLParser(target=_NoDocumentType())
+            )
+        except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+            raise DataError(str(error) if isinstance(error, DataError) else f"{path} is not XML: {error}") from None
+
+    def size(self, path: str) -> tuple[int, int]:
+        """Height and width of an image, upright; raises OSError or ValueError where it has none."""
+        with Image.open(self.root / path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
+        return (width, height) if turned else (height, width)
+
+
+class _NoDocumentType(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise DataError(f"declares a document type ({name}), which annotations don't need")
+
+
+def image_suffixes() -> set[str]:
+    """The suffixes of the images that Pillow reads."""
+    known = Image.registered_extensions()
+    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def sizes_of(files: Files, paths: Iterable[str], report: Report) -> dict[str, tuple[int, int]]:
+    """Height and width of the images that can be opened; the others are reported."""
+    sizes = {}
+    for path in paths:
+        try:
+            sizes[path] = files.size(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            report.rows.append((path, None, f"image cannot be opened: {type(error).__name__}"))
+    return sizes
