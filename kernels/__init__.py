@@ -1,4 +1,4 @@
-"""The attention operations every backbone stands on (see README.md here for layouts and the support matrix)."""
+"""Neighborhood attention and aggregation, used by all backbones. README.md has the layouts and the support matrix."""
 
 import warnings as _warnings
 from typing import Any as _Any

@@ -14,8 +14,8 @@ class RelativePositionBias:
     """One learned number per head and relative position (NAT, arXiv 2204.07143; MaxViT, arXiv 2204.01697).
 
     ``table`` is ``[heads, 2*Kh - 1, 2*Kw - 1]``; the entry for a key at ``t`` and a query at ``i`` (indices inside
-    their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``. In a ``cache``, the table's owner
-    keeps what a backend derives from it in evaluation.
+    their dilation group) is ``table[head, th - ih + Kh - 1, tw - iw + Kw - 1]``. ``cache`` stores what a backend
+    derives from the table in evaluation.
 
     Examples:
         >>> import torch
@@ -44,11 +44,11 @@ class DecomposedRelativePositionBias:
 
     ``rows`` is ``[2*Kh - 1, D]`` or, one set per head, ``[heads, 2*Kh - 1, D]``; ``columns`` likewise with ``Kw``.
     The bias of a key at ``t`` for the query ``q`` at ``i`` is
-    ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]`` with the query as given: ``scale`` does not touch it.
+    ``q . rows[th - ih + Kh - 1] + q . columns[tw - iw + Kw - 1]`` with the unscaled query.
 
-    ``counted`` matters with a query stride, which must then divide the stride: the queries that share a window are
-    counted one by one from the first of them, so that the third, which stands four positions behind it at a query
-    stride of 2, is offset by two (timm's ``HaloAttn``).
+    ``counted`` matters only with a query stride, which must then divide the stride: offsets then count the queries
+    that share a window, not positions. At a query stride of 2 the third query, four positions after the first, has an
+    offset of two (timm's ``HaloAttn``).
 
     Examples:
         >>> import torch

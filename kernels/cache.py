@@ -1,4 +1,4 @@
-"""Tensors kept between eager calls: masks and indices of a shape, and what is derived from a learned table in eval."""
+"""Cache of tensors between eager calls: masks and indices of a shape, and values derived from a bias table in eval."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from .tracing import tracing
 
-BUDGET = 128 << 20  # bytes of all caches together; the layers of a DiNAT take less than one MiB
+BUDGET = 128 << 20  # bytes of all caches together; a DiNAT needs less than one MiB
 
 _caches: WeakSet[TensorCache] = WeakSet()
 _lock = threading.Lock()
 
 
 class TensorCache:
-    """Results of functions, kept until the caches of the process exceed `BUDGET`: then all of them are emptied.
+    """Cached function results. When the caches of the process together exceed `BUDGET`, all of them are cleared.
 
-    The owner of a bias table passes its cache along with the table (``RelativePositionBias(table, cache)``), so that
-    what is kept ends with the module. Copies of a cache, by ``copy`` or ``pickle``, are empty.
+    A module passes its cache along with its bias table (``RelativePositionBias(table, cache)``), so cached tensors
+    are freed with the module. A copied or pickled cache is empty.
 
     Examples:
         >>> import torch
@@ -54,9 +54,9 @@ class TensorCache:
     def get(self, function: Callable, *args: Any, source: Tensor | None = None) -> Any:
         """``function(*args)``, a tensor or a tuple of tensors, computed once for each ``args``.
 
-        With a ``source``: the latest ``function(source, *args)``, as long as ``source`` holds the same numbers. These
-        are compared, as identity and version would not do: ``.data.copy_()`` and NumPy views change a parameter behind
-        both. Nothing is kept of a source that wants a gradient or is no plain tensor in CPU memory, nor under a tracer.
+        With a ``source``: ``function(source, *args)``, recomputed when the values of ``source`` change. Values are
+        compared, because ``.data.copy_()`` and NumPy views change a parameter without changing identity or version.
+        Nothing is cached if ``source`` requires a gradient or is not a plain CPU tensor, or while tracing.
         """
         if tracing() or not (source is None or _is_constant(source)):
             return function(*args) if source is None else function(source, *args)
@@ -67,7 +67,7 @@ class TensorCache:
             if source is None or (kept_args == args and copy.dtype == source.dtype and torch.equal(copy, source)):
                 return result
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a backward
-            # copied before it is used: what another thread writes meanwhile shows next time
+            # copied first: a write by another thread in the meantime is found next time
             copy = None if source is None else source.detach().clone()
             result = function(*args) if copy is None else function(copy, *args)
         self._keep(key, (args, copy, result))
@@ -75,7 +75,7 @@ class TensorCache:
 
     def _keep(self, key: Any, entry: tuple[tuple, Any, Any]) -> None:
         size = _nbytes(entry[1:])
-        # numbers alone: no FakeTensor or other mode's product
+        # plain tensors only: no FakeTensor or other mode's output
         if size > BUDGET or any(type(t) is not Tensor or t.device.type == "meta" for t in _tensors(entry[1:])):
             return
         with _lock:
@@ -85,12 +85,12 @@ class TensorCache:
             self._entries[key] = entry
 
 
-# Masks and indices: what depends on shapes alone.
+# Masks and indices, which depend on shapes alone.
 CONSTANTS = TensorCache()
 
 
 def _is_constant(source: Tensor) -> bool:
-    """Whether ``source`` is numbers that can be compared at once; on another device that would wait for the device."""
+    """Whether the values of ``source`` can be compared; on another device that would synchronize."""
     wants_gradient = source.requires_grad and torch.is_grad_enabled()
     plain = type(source) in (Tensor, nn.Parameter) and source.device.type == "cpu"
     return plain and not wants_gradient and not torch._C._are_functorch_transforms_active()

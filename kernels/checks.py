@@ -1,4 +1,4 @@
-"""What every operation checks and normalises at its border."""
+"""Argument checks shared by the public operations."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ IntPair = int | tuple[int, int]
 
 
 def pair(name: str, value: IntPair) -> tuple[int, int]:
-    """An int or a pair of them as (rows, columns)."""
+    """An int or a pair of ints as (rows, columns)."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in both):
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(both[0]), operator.index(both[1])  # under a tracer: a constant, as the plan needs it
+    return operator.index(both[0]), operator.index(both[1])  # a constant under tracing, as the plan needs
 
 
 def check_tensor(name: str, t: Tensor, layout: str) -> None:
-    """Five dimensions of a floating type that arithmetic knows; ``layout`` is what the message calls them."""
+    """Raise unless ``t`` has five dimensions and a supported floating dtype; ``layout`` names them in the error."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.ndim != 5:
@@ -34,7 +34,7 @@ def check_tensor(name: str, t: Tensor, layout: str) -> None:
 
 
 def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], boundary: str) -> None:
-    """The boundary's name, and that a window which is moved inside finds room in a map of ``size``."""
+    """Raise unless ``boundary`` is known and, with "shift", the window fits a map of ``size``."""
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
     if boundary != "shift":
@@ -58,7 +58,7 @@ def autocast_enabled(t: Tensor) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the dtype of autocast, which leaves float64 alone."""
+    """Cast all to the autocast dtype, unless one is float64."""
     if any(t.dtype == torch.float64 for t in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)

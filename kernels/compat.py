@@ -1,18 +1,18 @@
-"""``na2d_qk`` and ``na2d_av`` as NATTEN had them up to 0.17, for code that was written against them.
+"""``na2d_qk`` and ``na2d_av`` of NATTEN 0.17, for code written against them.
 
-NATTEN 0.20 removed the unfused operations, relative position biases and its CPU kernels. Models that work on the
-attention weights between the two products (OverLoCK, NAT and DiNAT as published) therefore ask for NATTEN 0.17 and the
-PyTorch of its time. These two functions take its place, on any device, with gradients::
+NATTEN 0.20 removed the unfused operations, relative position biases and its CPU kernels. Models that use the attention
+weights between the two products (OverLoCK, NAT and DiNAT as published) therefore need NATTEN 0.17 and an old PyTorch.
+These two functions replace it, on any device, with gradients::
 
     from foveal.kernels.compat import na2d_av, na2d_qk
 
     attn = na2d_qk(scale * query, key, kernel_size=7, dilation=2, rpb=rpb).softmax(-1)
     out = na2d_av(attn, value, kernel_size=7, dilation=2)
 
-Layout here, unlike in the rest of this package: ``[B, heads, H, W, D]``. Names, order and defaults of the arguments are
-NATTEN's. As there, ``na2d_qk`` does not scale: that is the caller's. Unlike there, the kernel may be even, and sizes
-that do not fit are a ``ValueError`` with the sizes. For new code :func:`~foveal.kernels.neighborhood_attention` does
-both products and the softmax at once, faster and in less memory.
+The layout is ``[B, heads, H, W, D]``, unlike in the rest of this package. Names, order and defaults of the arguments
+are NATTEN's. As there, ``na2d_qk`` does not scale. Unlike there, the kernel size may be even, and sizes that do not fit
+raise a ``ValueError``. New code should use :func:`~foveal.kernels.neighborhood_attention`, which fuses both products
+and the softmax and needs less time and memory.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def na2d_qk(
         key: same shape, dtype and device.
         kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
         dilation: distance of neighbouring keys.
-        additional_keys: not supported: keys that every query sees beside its window.
-        is_causal: not supported: windows that look back only.
+        additional_keys: not supported (keys that every query sees in addition to its window).
+        is_causal: not supported (windows that only look back).
         rpb: relative position bias, ``[heads, 2 * Kh - 1, 2 * Kw - 1]``.
 
     Returns:
-        ``[B, heads, H, W, Kh * Kw]`` in the dtype of ``key``, keys row by row. Under autocast the inputs are cast.
+        ``[B, heads, H, W, Kh * Kw]`` in the dtype of ``key``, keys in row-major order. Under autocast the inputs are
+        cast to the autocast dtype.
 
     Raises:
         NotImplementedError: ``additional_keys`` or ``is_causal``.
@@ -83,10 +84,10 @@ def na2d_av(
     additional_values: Tensor | None = None,
     is_causal: bool | tuple[bool, bool] | None = False,
 ) -> Tensor:
-    """The output of neighborhood attention: the values of every window, weighted with ``attn``.
+    """The output of neighborhood attention: the values of every window, weighted by ``attn``.
 
     Args:
-        attn: ``[B, heads, H, W, Kh * Kw]``, any weights, keys row by row; dtypes as in `na2d_qk`.
+        attn: ``[B, heads, H, W, Kh * Kw]``, any values, keys in row-major order; dtypes as in `na2d_qk`.
         value: ``[B, heads, H, W, D]``, same dtype and device.
         kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
         dilation: distance of neighbouring keys.
@@ -123,9 +124,9 @@ def na2d_av(
 
 def _refuse(name: str, additional: Tensor | None, is_causal: bool | tuple[bool, bool] | None) -> None:
     if additional is not None:
-        raise NotImplementedError(f"{name} (got shape {list(additional.shape)}) is not supported; leave it None")
+        raise NotImplementedError(f"{name} (got shape {list(additional.shape)}) is not supported, use None")
     if is_causal is not None and is_causal is not False and (is_causal is True or any(is_causal)):
-        raise NotImplementedError(f"is_causal={is_causal} is not supported; windows look both ways")
+        raise NotImplementedError(f"is_causal={is_causal} is not supported")
 
 
 def _check(**tensors: Tensor) -> None:

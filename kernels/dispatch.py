@@ -1,7 +1,7 @@
-"""Which backend runs a call, and who is notified of it: every call of every operation passes through `run`.
+"""Choice of a backend, and recording of calls: every call of every operation passes through `run`.
 
-A backend is a module with ``unsupported_reason(problem) -> str | None`` and, for each operation it has,
-a function ``(*tensors, problem) -> Tensor``.
+A backend is a module with ``unsupported_reason(problem) -> str | None`` and, for each operation it supports, a function
+``(*tensors, problem) -> Tensor``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
-# (name or None, who asked), the last one counts
+# (name or None, source); the last one applies
 _forced: list[tuple[str | None, str]] = [
     (os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}")
 ]
@@ -53,8 +53,8 @@ class BackendError(RunError):
 def backend(name: str | None) -> Iterator[None]:
     """Use the backend ``name`` for every call inside the block (``None``: automatic choice).
 
-    The choice is process-wide, like ``FOVEAL_BACKEND``, which is read once, at import; an explicit ``backend=``
-    argument of a call wins over both. A backend that cannot run a call raises `BackendError` with its reason.
+    The choice is process-wide, like the environment variable ``FOVEAL_BACKEND``, which is read at import. The
+    ``backend=`` argument of a call overrides both. A backend that cannot run a call raises `BackendError`.
 
     Examples:
         >>> import torch
@@ -72,7 +72,7 @@ def backend(name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # its own entry, not the last one: blocks of several threads may end in any order
+        # remove this entry, which need not be the last: blocks of several threads may end in any order
         del _forced[max(i for i, other in enumerate(_forced) if other is entry)]
 
 
@@ -91,10 +91,10 @@ class Call:
     Attributes:
         operation: ``"neighborhood_attention"``, ``"neighborhood_aggregate"``, ``"neighborhood_mix"`` or
             ``"neighborhood_logits"``.
-        problem: its shapes, windows, dtype and options: ``shape`` (of the keys), ``value_depth``, ``query_size``,
+        problem: shapes, windows, dtype and options: ``shape`` (of the keys), ``value_depth``, ``query_size``,
             ``rows`` and ``columns`` (a `Window` each), ``bias`` (its class), ``scale``, ``dropout_p``, ``device``.
-        tensors: the inputs of the backend: of attention q, k, v and the bias, of aggregation weights and v, of mix
-            logits, v, table and kernel_bias.
+        tensors: inputs of the backend. Attention: q, k, v and bias; aggregation: weights and v; mix: logits, v, table
+            and kernel_bias.
 
     Examples:
         >>> import torch
@@ -113,7 +113,7 @@ class Call:
     _requested: str | None
 
     def empty_output(self) -> Tensor:
-        """Uninitialised, of the shape and dtype that the operation returns."""
+        """An uninitialised tensor with the shape and dtype of the output."""
         *lead, depth = self.tensors[2 if self.operation == "neighborhood_attention" else 1].shape
         if self.operation == "neighborhood_logits":
             depth = math.prod(self.problem.kernel_size)
@@ -121,7 +121,7 @@ class Call:
 
     @property
     def backend(self) -> str:
-        """Name of the backend chosen for it; raises `BackendError` if the requested one cannot run it."""
+        """Name of the chosen backend; raises `BackendError` if the requested one cannot run the call."""
         return choose(self.operation, self._backends, self.problem, self._requested)
 
 
@@ -130,10 +130,10 @@ _recorders: ContextVar[tuple[Callable[[Call], Tensor | None], ...]] = ContextVar
 
 @contextmanager
 def recording(on_call: Callable[[Call], Tensor | None]) -> Iterator[None]:
-    """Call ``on_call`` with every call of an operation inside the block, in this thread, before its backend runs.
+    """Inside the block, pass every `Call` of this thread to ``on_call`` before its backend runs.
 
-    If ``on_call`` returns a tensor, that is the output and no backend runs (to count calls: ``call.empty_output()``).
-    Calls that are traced, or that run inside a compiled graph, are not reported. Blocks nest, the innermost first.
+    If ``on_call`` returns a tensor, it becomes the output and no backend runs (``call.empty_output()`` for counting).
+    Calls under tracing or inside a compiled graph are not recorded. Blocks nest; the innermost is called first.
 
     Examples:
         >>> import torch
@@ -162,7 +162,7 @@ def run(
     *,
     function: str = "forward",
 ) -> Tensor:
-    """``function`` of the backend chosen for ``problem``, on ``tensors``."""
+    """Run ``function`` of the backend chosen for ``problem`` on ``tensors``."""
     if not problem.tracing:
         for on_call in _recorders.get():
             out = on_call(Call(operation, problem, tensors, backends, requested))
@@ -176,7 +176,7 @@ def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem,
     """Name of the backend for ``problem``, a call of ``operation``.
 
     Raises:
-        BackendError: the requested backend (argument, context or environment variable) cannot run it; with its reason.
+        BackendError: the requested backend (argument, context or environment variable) cannot run it.
     """
     name, source = (requested, "the argument backend") if requested is not None else _forced[-1]
     if name is None:
@@ -193,8 +193,8 @@ def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem,
 def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str:
     """``triton`` where it runs, else ``tiled``, which runs everything; ``natten`` and ``reference`` only by name.
 
-    Non-overlapping windows are dense attention, which ``tiled`` hands to ``scaled_dot_product_attention``. Exporters
-    get standard operators, with a dynamic shape from ``dynamic``; ``torch.compile`` sees a Triton kernel as one node.
+    Non-overlapping windows are dense attention: ``tiled`` runs ``scaled_dot_product_attention``. Exporters get standard
+    operators, from ``dynamic`` if the shape is dynamic. ``torch.compile`` sees a Triton kernel as one node.
     """
     exporting = problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
     name, reason = "dynamic" if problem.tracing and problem.dynamic_shape else "tiled", None

@@ -1,11 +1,10 @@
-"""What the ``dynamic`` backends of both operations stand on: an axis of unknown length cut into tiles.
+"""Tiling of an axis of unknown length, shared by the ``dynamic`` backends of both operations.
 
-A plan of ``kernels/tiling.py`` is made of numbers and holds for one size. Here the side of a tile is a number, and how
-many tiles there are, which positions they hold and which keys their queries see is arithmetic on tensors, so that one
-traced graph serves every size. Queries and keys are gathered into their tiles, each tile is dense, and the outputs are
-gathered back.
+A plan of ``kernels/tiling.py`` holds for one map size. Here only the side of a tile is a constant; the number of tiles,
+their positions and the keys that their queries see are computed with tensor operations, so one traced graph works for
+every size. Queries and keys are gathered into tiles, each tile is dense, and the outputs are gathered back.
 
-Symbols as in ``kernels/tiling.py``, but M and M2 are the tiles of all dilation groups, group by group.
+Symbols as in ``kernels/tiling.py``; M and M2 count the tiles of all dilation groups, group by group.
 """
 
 from __future__ import annotations
@@ -20,35 +19,35 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .window import Window
 
-TILE = 7  # queries of a tile along an axis, at least: what the plan for a fixed 224 takes on most maps of the zoo
+TILE = 7  # minimum queries of a tile along an axis: what the plan for a fixed 224 uses on most maps of the zoo
 
 
 class DynamicAxisTiling(NamedTuple):
-    """How one axis of the map is cut; the tensors hold int64 or booleans."""
+    """Tiling of one axis of the map; the tensors are int64 or bool."""
 
     tile: int
-    tiles: int  # an int or a SymInt, as the next
+    tiles: int  # an int or a SymInt
     span: int
     query_at: Tensor  # [M*T] row of the query map
     key_at: Tensor  # [M*S] row of the key map
-    inside: Tensor  # [M*S] whether there is such a row; another one stands in its place otherwise
-    first: Tensor  # [M, T] where in the span the window of a query begins
+    inside: Tensor  # [M*S] whether that row exists; otherwise ``key_at`` is clamped
+    first: Tensor  # [M, T] start of the query's window in the span
     row: Tensor  # [M, T, S] row of the bias table, 2K - 1 for a key that the query does not see
-    back: Tensor  # [h] where among the M*T the output of a query lies
+    back: Tensor  # [h] index of the query's output among the M*T
 
 
 def tile_of(window: Window) -> int:
-    """Queries of a tile: whole groups of those that share a window."""
+    """Queries of a tile: whole stride groups."""
     together = window.stride // math.gcd(window.stride, window.query_stride)
     return -(-max(TILE, window.kernel_size) // together) * together
 
 
-# What a tracer has recorded already: the layers of a stage share their tilings, half of what there is to record.
+# Tilings in the current trace: the layers of a stage share them, which halves the graph.
 _recorded: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxisTiling:
-    """An axis of ``length`` positions, an int or a SymInt; no operation here asks which number it is."""
+    """Tiling of an axis of ``length`` positions, an int or a SymInt; nothing here guards on its value."""
     mode = get_proxy_mode()
     if mode is None or not isinstance(length, torch.SymInt):
         return _axis_tiling(window, length, device)
@@ -61,19 +60,19 @@ def axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxi
 
 def _axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxisTiling:
     d, n, tile = window.dilation, window.query_stride, tile_of(window)
-    longest = window.group_length(length)  # of the first group; of others one less at most
+    longest = window.group_length(length)  # of the first group; others are at most one shorter
     queries = window.queries(length)
     each = (window.queries(longest) + tile - 1) // tile  # tiles of a group
     tiles = d * each
     # how far apart the windows of a tile's first and last query begin; a tile begins with a stride group
     span: Any = (tile - 1) * n // window.stride * window.stride + window.kernel_size
     if window.boundary != "zero":
-        span = torch.sym_min(span, longest)  # what is outside need not be there
+        span = torch.sym_min(span, longest)  # positions outside the map are not needed
 
     end, per_group = (torch.full((), count, dtype=torch.int64, device=device) for count in (length - 1, each))
     number = torch.arange(tiles, device=device)[:, None]
     group = torch.div(number, per_group, rounding_mode="floor")  # M 1
-    in_group = ((end - group) // d + 1).clamp(min=1)  # a group behind the end of the map counts as one position
+    in_group = ((end - group) // d + 1).clamp(min=1)  # a group beyond the end of the map counts as one position
     last = (in_group + n - 1) // n - 1
     query = torch.minimum((number - group * per_group) * tile + torch.arange(tile, device=device), last)  # M T
     start = window.starts(query, in_group)
@@ -107,8 +106,8 @@ def _gather(x: Tensor, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int
     """[B, H, W, N, C] -> [B, M, M2, N, T*T2, C], by the rows [M*T] and columns [M2*T2] of tiles; ``sizes``: M, M2, T,
     T2.
 
-    Axis by axis there would be less to compute, but then the tiles of one row would have to change places with the
-    rows of a tile: an exporter would take down whether there is more than one, as else that is no change.
+    Gathering axis by axis would be cheaper, but needs a transpose of the tiles of a row with the rows of a tile, on
+    which exporters guard whether there is more than one.
     """
     a, b, t, t2 = sizes
     at = rows.unflatten(0, (a, 1, t, 1)) * x.shape[2] + columns.unflatten(0, (1, b, 1, t2))

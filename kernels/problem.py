@@ -1,4 +1,4 @@
-"""A call as backends see it: sizes and options, no tensors."""
+"""Description of a call for the backends: sizes and options, no tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .window import Window
 
 
 def subclassed(*tensors: Tensor | None) -> bool:
-    """Whether one of some tensors is a subclass that may hold no memory of its own; Dynamo looks through those."""
+    """Whether one of the tensors is a subclass that may have no storage; Dynamo sees through those."""
     plain = (Tensor, nn.Parameter, FakeTensor, type(None))
     return not torch.compiler.is_dynamo_compiling() and any(type(t) not in plain for t in tensors)
 
 
 @torch.compiler.assume_constant_result
 def old_gpu(device: torch.device) -> str:
-    """The compute capability of an NVIDIA GPU below 8.0, else nothing."""
+    """The compute capability of an NVIDIA GPU below 8.0, else ""."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability(device)
@@ -31,7 +31,7 @@ def old_gpu(device: torch.device) -> str:
 
 
 def of_tensors(first: Tensor, *others: Tensor | None) -> dict[str, Any]:
-    """The fields of a `Problem` that its tensors tell; dtype and device are those of the first."""
+    """The fields of a `Problem` that follow from its tensors; dtype and device are those of the first."""
     return {
         "dtype": first.dtype,
         "device": first.device.type,
@@ -44,7 +44,7 @@ def of_tensors(first: Tensor, *others: Tensor | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of an operation, as far as a backend needs it to say whether it can run it."""
+    """One call of an operation: what a backend needs to decide whether it can run it, and to run it."""
 
     shape: tuple[int, ...]  # B, H, W, heads, D of the keys; of the values where there are none
     value_depth: int
@@ -54,27 +54,27 @@ class Problem:
     device: str  # "cpu", "cuda", ...
     needs_grad: bool
     tracing: bool  # under torch.compile, torch.export, torch.jit.trace or an ONNX exporter
-    subclass: bool = False  # whether a tensor is of a class of its own, such as DTensor; unknown under Dynamo
+    subclass: bool = False  # whether a tensor is a subclass such as DTensor; unknown under Dynamo
     old_gpu: str = ""  # the compute capability of a GPU below 8.0
-    # of attention alone
+    # attention only
     bias: type | None = None  # RelativePositionBias, DecomposedRelativePositionBias or None
     scale: float = 1.0
     dropout_p: float = 0.0
 
     @property
     def dynamic_shape(self) -> bool:
-        """Whether the call is recorded for maps of any height or any width."""
+        """Whether the call is traced with a dynamic height or width."""
         return is_dynamic(*self.shape[1:3])
 
     @property
     def size(self) -> tuple[int, int]:
-        """H and W of the keys as constants: under a tracer too, a plan is for one size."""
+        """H and W of the keys as constants, also under tracing: a plan is for one size."""
         return operator.index(self.shape[1]), operator.index(self.shape[2])
 
     @property
     def plain_windows(self) -> bool:
-        """Whether attention is dense inside windows that do not overlap: a query to each key, blocks that fill the map
-        (MaxViT's block attention), or groups that are one window each (its grid attention)."""
+        """Whether attention is dense inside non-overlapping windows: blocks that tile the map (MaxViT's block
+        attention), or dilation groups of one window each (its grid attention)."""
         return self.bias is not DecomposedRelativePositionBias and all(
             window.query_stride == 1
             and (
@@ -92,7 +92,7 @@ class Problem:
 
     @property
     def windows(self) -> tuple[Window, Window]:
-        """Of the rows and of the columns."""
+        """The windows of rows and columns."""
         return self.rows, self.columns
 
     @property

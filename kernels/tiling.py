@@ -1,11 +1,11 @@
-"""What the ``tiled`` backends of both operations stand on: a map cut into tiles of queries with spans of keys.
+"""Tiling of a map into tiles of queries with spans of keys, shared by the ``tiled`` backends of both operations.
 
 The map is split into its dilation groups, each group into tiles of queries. All windows of a tile lie inside one span
-of keys, of the same size for every tile, so what a tile does is a few dense matrix products.
+of keys with the same size for every tile, so a tile needs only a few dense matrix products. This file has
 
-* the plan of a call: which tiles (``AxisTiling``, ``plan_of``);
-* maps as views of dilation groups, tiles and spans;
-* the chunks that a map is computed in, in memory that they share (``chunks``, ``Scratch``).
+* the plan of a call: its tiles (``AxisTiling``, ``plan_of``);
+* views of maps as dilation groups, tiles and spans;
+* the chunks that a map is computed in, and the memory that they share (``chunks``, ``Scratch``).
 
 B batch, H W map, N heads, C channels, G G2 dilation groups of rows and columns, h w positions of a group,
 R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
@@ -27,29 +27,29 @@ from .problem import Problem
 from .tracing import tracing
 from .window import Window
 
-# Query-key pairs of a chunk, about. Measured on a 2-core CPU with 2 MiB of level-2 and 32 MiB of level-3 cache: half or
-# twice as many cost the same, unchunked costs 1.5 to 2 times as much.
+# Approximate query-key pairs of a chunk. On a 2-core CPU with 2 MiB of L2 and 32 MiB of L3 cache, half or twice as many
+# take the same time; without chunks it is 1.5 to 2 times slower.
 CHUNK = 1 << 20
 
 
 # ---------------------------------------------------------------------------------------------------- planning
 
 
-class AxisTiling(NamedTuple):  # a tuple of numbers: what Dynamo takes as a constant in every release
+class AxisTiling(NamedTuple):  # a plain tuple, which Dynamo accepts as a constant in every release
     """How one axis of the dilation groups ``first:stop`` (all of ``length`` positions) is cut into tiles."""
 
     first: int
     stop: int
     length: int
-    queries: int  # of a group: its length, but with a query stride
+    queries: int  # of a group: its length, unless there is a query stride
     tile: int
     tiles: int
-    step: int  # positions from the first query of a tile to that of the next: the tile's queries times their stride
-    before: int  # keys that the span of a tile reaches before its first query
-    after: int  # padding behind the last position, so that the last tile has a full span
+    step: int  # positions from the first query of a tile to that of the next: tile * query_stride
+    before: int  # keys of a span before the first query of its tile
+    after: int  # padding after the last position, so that the last tile has a full span
     span: int
-    ragged: int  # queries that the last tile is short of
-    runs: tuple[tuple[int, int, int], ...]  # (tile from, tile to, pattern): neighbouring tiles with equal windows
+    ragged: int  # queries missing from the last tile
+    runs: tuple[tuple[int, int, int], ...]  # (start, stop, pattern) of consecutive tiles with equal windows
     order: tuple[int, ...]  # the pattern of every tile
     samples: tuple[int, ...]  # one tile of each pattern
     keys: int  # of the window of one query
@@ -65,10 +65,10 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> AxisTi
     spans = [(t * step, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
     before = max(0, *(q0 - min(s) for q0, s in spans))
     span = max(max(s) + window.kernel_size - (q0 - before) for q0, s in spans)
-    # far apart, the last queries may not see the end of the map, which the spans are to hold nevertheless
+    # with a large query stride the last queries may not see the end of the map, but the spans must cover it
     span = max(span, length + before - (tiles - 1) * step)
     between = window.rows_between if tile > 1 else 0
-    shapes = []  # relative to the tile: its windows, and (boundary "mask") where the map begins and ends
+    shapes = []  # relative to the tile: its windows and, with boundary "mask", the edges of the map
     for q0, s in spans:
         base = q0 - before
         edges = (max(-base, 0), min(length - base, span)) if window.boundary == "mask" else (0, span)
@@ -121,7 +121,7 @@ def plan(rows: Window, columns: Window, height: int, width: int, cost: Cost) -> 
                 continue
             queries, together = window.queries(length), -(-window.stride // window.query_stride)
             sizes = {*range(1, min(queries, 24) + 1), min(queries, together), queries}
-            if window.counted:  # the offsets of a tile's queries are in step inside a stride group alone
+            if window.counted:  # offsets are evenly spaced only inside a stride group
                 sizes = {min(queries, together)}
             choices.append([cut(window, first, stop, length, tile) for tile in sorted(sizes)])
         return choices
@@ -139,15 +139,15 @@ def _compile_time_plan(rows: tuple, columns: tuple, height: int, width: int, cos
 
 
 def plan_of(problem: Problem, cost: Cost) -> Plans:
-    """``plan`` of a call; under a compiler a constant of the compiled code."""
+    """``plan`` of a call; a constant in compiled code."""
     if torch.compiler.is_compiling():
         return _compile_time_plan(problem.rows.arguments, problem.columns.arguments, *problem.size, cost)
     return plan(problem.rows, problem.columns, *problem.size, cost)
 
 
 def chunkable(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether a call may run chunk by chunk: eager mode on a CPU, plain tensors. All else gets standard operators,
-    which tracers, the transforms of ``torch.func`` and the subclasses of tensors support."""
+    """Whether a call may run in chunks: eager mode on a CPU, plain tensors. Everything else uses standard operators,
+    which tracers, the transforms of ``torch.func`` and tensor subclasses support."""
     return (
         not problem.tracing
         and not torch._C._are_functorch_transforms_active()
@@ -157,7 +157,7 @@ def chunkable(problem: Problem, *tensors: Tensor) -> bool:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits and sums are held in: a float16 logit overflows at 65,504, and bfloat16 has three digits."""
+    """Dtype of logits and sums: float16 overflows at 65,504, and bfloat16 has three significant digits."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -178,7 +178,7 @@ def split_groups(x: Tensor, dilation: tuple[int, int]) -> Tensor:
 
 
 def take(x: Tensor, *index: slice, dim: int = 0) -> Tensor:
-    """``x`` indexed with slices from dimension ``dim`` on: one operator for each that cuts something off."""
+    """``x`` indexed with slices from dimension ``dim`` on, without an operator for full slices."""
     shape = x.shape
     for at, cut in enumerate(index, dim):
         if cut.stop - cut.start < shape[at]:
@@ -187,8 +187,8 @@ def take(x: Tensor, *index: slice, dim: int = 0) -> Tensor:
 
 
 def select_groups(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
-    """The dilation groups and positions of one plan out of [B, G, G2, N, h, w, C]. With a query stride there is one
-    plan, and nothing to cut off: not from the queries either, which are fewer."""
+    """The dilation groups and positions of one plan, from [B, G, G2, N, h, w, C]. With a query stride there is one
+    plan, so nothing is cut off from keys or queries."""
     return x[:, a.first : a.stop, b.first : b.stop, :, : a.length, : b.length]
 
 
@@ -205,17 +205,17 @@ def from_query_tiles(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
 
 
 def pad_keys(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
-    """[B, G, G2, N, h, w, C] with zeros around it, as far as spans reach out."""
+    """[B, G, G2, N, h, w, C] padded with zeros as far as the spans reach."""
     if a.before or a.after or b.before or b.after:
         return F.pad(x, (0, 0, b.before, b.after, a.before, a.after))
     return x
 
 
 def key_spans(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
-    """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather where it is traced."""
+    """Padded [B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, or a gather under tracing."""
     if a.tiles == b.tiles == 1:
         return x[:, :, :, :, None, None]
-    if tracing():  # exporters know a gather with constant indices; views that overlap, few do
+    if tracing():  # few exporters support overlapping views; all support a gather
         for dim, axis in ((5, b), (4, a)):
             at = torch.arange(axis.tiles, device=x.device)[:, None] * axis.step
             at = at + torch.arange(axis.span, device=x.device)
@@ -230,7 +230,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
-    """The outputs of the plans, [B, G, G2, N, h, w, C] of their dilation groups, as one map of the queries."""
+    """Join the outputs of the plans, [B, G, G2, N, h, w, C] of their dilation groups, into one map of the queries."""
     longest = [max(axis.queries for axis in side) for side in zip(*plans, strict=True)]
     grid: dict[int, list[Tensor]] = {}
     for (a, b), out in zip(plans, outs, strict=True):
@@ -245,8 +245,8 @@ def join(outs: list[Tensor], plans: Plans, problem: Problem) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """A part of [B, G, G2, N, h, w, C]: by dimension (as in ``select_groups``), its heads, and its tile rows in slices
-    of about the wanted size."""
+    """Index of a part of [B, G, G2, N, h, w, C] (as in ``select_groups``), its heads, and its tile rows in slices of
+    about the chunk size."""
 
     index: tuple[slice, ...]
     heads: slice
@@ -254,12 +254,12 @@ class Chunk(NamedTuple):
 
 
 def _share(count: int, pairs: int, size: int) -> int:
-    """Of ``count`` units of ``pairs`` each, those that make one of equal chunks."""
+    """Units per chunk when ``count`` units of ``pairs`` each are divided into equal chunks of about ``size``."""
     return max(1, -(-count // max(1, min(count, round(count * pairs / size)))))
 
 
 def chunks(shape: tuple[int, ...], a: AxisTiling, b: AxisTiling, size: int) -> Iterator[Chunk]:
-    """Of about ``size`` query-key pairs each; as much as fits of tile rows, heads, dilation groups and images."""
+    """Chunks of about ``size`` query-key pairs: as many tile rows, heads, dilation groups and images as fit."""
     batch, heads = shape[0], shape[3]
     group_row = (b.stop - b.first) * pairs(a, b)
     heads_each = _share(heads, group_row, size)
@@ -286,13 +286,13 @@ def blocks(rows: slice, a: AxisTiling, b: AxisTiling) -> Iterator[tuple[slice, s
 
 
 class Scratch:
-    """Memory that the chunks of one call share: fresh pages for each would cost as much as the arithmetic on them."""
+    """Memory shared by the chunks of one call: allocating pages for each would cost as much as the arithmetic."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.held = like, dtype, {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor; the one of the same name before it is given up."""
+        """An uninitialised tensor, in the memory of the previous one with the same name."""
         count = math.prod(shape)
         if name not in self.held or self.held[name].numel() < count:
             self.held[name] = self.like.new_empty(count, dtype=self.dtype)
@@ -304,12 +304,12 @@ class Scratch:
         return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
 
     def bmm(self, name: str, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
-        """``factor * x @ y``. With ``out=`` also because autocast, which may surround a backward, leaves that alone."""
+        """``factor * x @ y``, with ``out=`` also because autocast, which may surround a backward, ignores that."""
         out = self(name, x.shape[0], x.shape[1], y.shape[2])
         return torch.baddbmm(out, x, y, beta=0.0, alpha=factor, out=out)
 
     def spans(self, name: str, x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
-        """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C], a view; of a padded copy where spans reach out."""
+        """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, of a padded copy if spans leave the map."""
         if a.before or a.after or b.before or b.after:
             whole = self(name, *padded_shape(x, a, b))
             whole.zero_()
@@ -319,31 +319,31 @@ class Scratch:
 
 
 def padded_shape(x: Tensor, a: AxisTiling, b: AxisTiling) -> tuple[int, ...]:
-    """Of ``pad_keys(x, a, b)``."""
+    """Shape of ``pad_keys(x, a, b)``."""
     return *x.shape[:4], a.before + a.length + a.after, b.before + b.length + b.after, x.shape[6]
 
 
 def inner(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
-    """The map in its padded form [B, G, G2, N, h, w, C]."""
+    """The map inside its padded form [B, G, G2, N, h, w, C]."""
     return take(x, slice(a.before, a.before + a.length), slice(b.before, b.before + b.length), dim=4)
 
 
 def add_spans(total: Tensor, spans: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> None:
-    """Add key-span gradients [B, G, G2, N, R, Q, S, S2, C] of some tile rows onto the padded map they were cut from."""
+    """Add gradients of key spans [B, G, G2, N, R, Q, S, S2, C] of some tile rows to the padded map ``total``."""
     *lead, line, cell, channel = total.stride()
     for i in range(0, a.span, a.step):
         height = min(a.step, a.span - i)
         for j in range(0, b.span, b.step):
             width = min(b.step, b.span - j)
             part = take(spans, slice(i, i + height), slice(j, j + width), dim=6)
-            # every tile's part lands on its own cells, so the target is a view without overlap
+            # these parts of different tiles do not overlap, so neither does the target view
             first = total.storage_offset() + (rows.start * a.step + i) * line + j * cell
             total.as_strided(part.shape, (*lead, a.step * line, b.step * cell, line, cell, channel), first).add_(part)
 
 
 def store(target: Tensor, tiles: Tensor, rows: slice, size: tuple[int, int]) -> None:
-    """Write flattened tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows to their place in [B, G, G2, N, h, w, C].
-    ``size``: T, T2, of the queries, or of keys where a span is nothing but its tile."""
+    """Write flattened tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows into ``target`` [B, G, G2, N, h, w, C].
+    ``size``: T, T2 of the queries, or S, S2 of keys whose spans do not overlap."""
     (t, t2), (length, length2) = size, target.shape[4:6]
     tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, -1, t, t2, tiles.shape[-1])
     target = take(target, slice(rows.start * t, min(rows.stop * t, length)), dim=4)

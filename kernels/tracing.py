@@ -1,4 +1,4 @@
-"""What the operations need to know of compilers and exporters."""
+"""Helpers for compilers and exporters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 def tracing() -> bool:
-    """Whether a compiler or exporter records the operators of this call instead of running them once."""
+    """Whether this call is being traced by a compiler or exporter."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_dynamic(*sizes: int) -> bool:
-    """Whether one of some sizes is dynamic: an exporter records what holds for every value.
+    """Whether one of the sizes is dynamic in an export.
 
-    Not so under ``torch.compile``, which has dynamic sizes, too: what it compiles for one size is faster.
+    False under ``torch.compile``, even for dynamic sizes: code compiled for one size is faster.
     """
     if torch.compiler.is_dynamo_compiling():  # there a dynamic size looks like any int
         return torch.compiler.is_exporting() and not all(has_static_value(size) for size in sizes)
@@ -29,9 +29,8 @@ def is_dynamic(*sizes: int) -> bool:
 def without_size_guards(function: Callable) -> Callable:
     """Export ``function`` for maps of dynamic shape without guards on the shape.
 
-    PyTorch checks of every length whether it is 1, as memory could be laid out in more ways then. An exporter records
-    the result as a guard, so that a graph recorded for maps of several tiles would not hold for those of one.
-    In here the result is no, which has no effect but that an operation is not left out.
+    PyTorch checks whether a length is 1, to skip operations, and exporters record the result as a guard: a graph traced
+    for several tiles would not hold for one. Inside ``function`` the result is always no, so nothing is skipped.
     """
 
     @wraps(function)

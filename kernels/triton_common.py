@@ -1,9 +1,9 @@
-"""What the Triton kernels share: the window rule on the device, and the choice of a tile. Imports Triton, so it is
-imported where a kernel is launched and not before.
+"""Shared code of the Triton kernels: the window rule on the device, and the choice of tiles. Imports Triton, so import
+it only where a kernel is launched.
 
-The window rule is that of ``kernels/window.py``, whose names it keeps; the tests compare the two. The parameters K,
-STRIDE, APART (the query stride) and SHIFT (boundary "shift") are compile-time constants, lengths and dilations are not:
-a model has few windows and many maps.
+The window rule is that of ``kernels/window.py``, with the same names; tests compare the two. K, STRIDE, APART (the
+query stride) and SHIFT (boundary "shift") are compile-time constants; lengths and dilations are not, since a model has
+few windows and many map sizes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def query_count(length, APART: tl.constexpr):
 
 @triton.jit
 def window_start(query, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
-    """First key of a query, a scalar or a tensor of them, in a group of ``length`` positions."""
+    """First key of a query (scalar or tensor) in a group of ``length`` positions."""
     lead = query * APART // STRIDE * STRIDE + STRIDE // 2
     if SHIFT:
         lead = tl.minimum(tl.maximum(lead, K // 2), length - K + K // 2)
@@ -49,7 +49,7 @@ def window_start(query, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl
 
 @triton.jit
 def first_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
-    """The first query whose window reaches ``key``, a key of the map, or one behind it."""
+    """The first query whose window ends at or after ``key``, a key of the map."""
     # start + K > key, solved for the query; K + STRIDE is added first, since the division rounds towards zero
     group = (key - (K - 1 - K // 2) - STRIDE // 2 + STRIDE - 1 + STRIDE * K) // STRIDE - K
     query = (tl.maximum(group, 0) * STRIDE + APART - 1) // APART
@@ -60,7 +60,7 @@ def first_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.co
 
 @triton.jit
 def last_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
-    """The last query whose window begins at ``key``, a key of the map, or before it."""
+    """The last query whose window begins at or before ``key``, a key of the map."""
     group = (key + K // 2 - STRIDE // 2 + STRIDE) // STRIDE - 1
     query = (group * STRIDE + STRIDE - 1) // APART
     last = query_count(length, APART) - 1
@@ -71,7 +71,7 @@ def last_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.con
 
 @triton.jit
 def table_index(query, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr):
-    """The index of a query from which a bias table is read: row = key - index + K - 1."""
+    """The index of a query in the row of a bias table: row = key - index + K - 1."""
     if COUNTED:
         together: tl.constexpr = STRIDE // APART
         query += query // together * (STRIDE - together)
@@ -84,29 +84,29 @@ def table_index(query, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.co
 
 
 def power_of_2(x: int, least: int = 1) -> int:
-    """The first power of two from ``x`` on, and at least ``least``."""
+    """The smallest power of two that is at least ``x`` and ``least``."""
     return max(least, 1 << (x - 1).bit_length())
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """Of a product of float32 tiles: tf32 only where PyTorch's own products may use it."""
+    """Precision of float32 products: tf32 only if PyTorch's own matmul may use it."""
     if dtype != torch.float32:
-        return "tf32"  # of no effect on float16 and bfloat16 operands
-    # PyTorch 2.9 has a new setting; once it was used the old ones raise
+        return "tf32"  # ignored for float16 and bfloat16 operands
+    # PyTorch 2.9 has a new setting; once it is used, the old one raises
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     allowed = torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
 def wide(*tensors: torch.Tensor) -> bool:
-    """Whether offsets inside one image need 64 bits (a kernel's offset of the image itself always has them)."""
+    """Whether offsets inside one image need 64 bits (offsets of images always have them)."""
     return any(
         sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31 for t in tensors
     )
 
 
 def autotuning() -> bool:
-    """Whether ``FOVEAL_AUTOTUNE=1`` asks for measured tiles. Without it every call takes its fixed default."""
+    """Whether ``FOVEAL_AUTOTUNE=1`` is set. Without it every call uses the default tiles."""
     value = os.environ.get(ENVIRONMENT, "0")
     if value not in ("0", "1"):
         raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {value!r}")
@@ -116,21 +116,20 @@ def autotuning() -> bool:
 Choice = tuple[int, ...]
 Result = TypeVar("Result")
 _lock = threading.Lock()
-_measured: dict[str, Choice] = {}  # by the text of a shape class
+_measured: dict[str, Choice] = {}  # by device, Triton version and shape class, as JSON
 _read: set[Path] = set()
 
 
 def cache_path() -> Path:
-    """The file of measured choices, in Triton's own cache folder."""
+    """The file of autotuning results, in Triton's cache folder."""
     folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     return Path(folder) / "foveal_autotune.json"
 
 
 def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Callable[[Choice], object]) -> Choice:
-    """The fastest of ``candidates`` for ``run``, measured once for each kernel ``name``, class of shapes and kind of
-    device, and kept on disk; the first of them while autotuning is off and in the interpreter, and, where nothing is
-    kept yet, while a CUDA graph is captured. ``run`` must be repeatable. A candidate that does not fit the device is
-    skipped.
+    """The fastest of ``candidates`` for ``run``, measured once per kernel ``name``, shape class and device type, and
+    stored on disk. The first candidate if autotuning is off, in the interpreter, and, if nothing is stored yet, during
+    the capture of a CUDA graph. ``run`` must be repeatable. Candidates that do not fit the device are skipped.
     """
     if len(candidates) == 1 or not torch.cuda.is_available() or not autotuning():
         return candidates[0]
@@ -151,7 +150,7 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
             except triton.runtime.errors.OutOfResources:
                 continue
         if not times:
-            return candidates[0]  # whose error names what it lacks
+            return candidates[0]  # its error names the missing resource
         _measured[key] = min(times, key=times.__getitem__)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**_load(path), key: _measured[key]})
@@ -159,14 +158,13 @@ def choose(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Cal
 
 
 def launch(name: str, shape_class: tuple, candidates: Sequence[Choice], run: Callable[[Choice], Result]) -> Result:
-    """What ``run`` returns for the choice of :func:`choose`, or where that does not fit the device, for the first of
-    ``candidates`` that does."""
+    """Run the choice of :func:`choose` or, if that does not fit the device, the first of ``candidates`` that does."""
     first = choose(name, shape_class, candidates, run)
     *others, last = dict.fromkeys((first, *candidates))
     for candidate in others:
         try:
             return run(candidate)
-        except triton.runtime.errors.OutOfResources:  # raised before anything is launched, also into a CUDA graph
+        except triton.runtime.errors.OutOfResources:  # raised before any launch
             continue
     return run(last)
 

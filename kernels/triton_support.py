@@ -1,4 +1,4 @@
-"""Whether the Triton backends may run a call at all, without importing Triton."""
+"""Checks whether Triton kernels can run a call, without importing Triton."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .problem import Problem
 
-# The one switch of the automatic choice: False takes the Triton kernels out of it; by name they still run.
+# False excludes the Triton kernels from the automatic choice; by name they still run.
 AUTOMATIC = True
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,13 +19,12 @@ _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels, on any device. It takes the variable as it is when a kernel is defined, so
-    a later change is of no effect here either."""
+    """Whether Triton runs in its interpreter. Read once, as Triton reads the variable when a kernel is defined."""
     return _interpreted
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Of any kernel: Triton, the device and the dtype."""
+    """The reason why no Triton kernel can run the call: installation, device or dtype; else None."""
     if not _installed:
         return "Triton is not installed (it comes with PyTorch's CUDA packages)"
     if problem.device != "cuda" and not (problem.device == "cpu" and interpreting()):
@@ -33,7 +32,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     if problem.old_gpu:
         return f"Triton kernels need compute capability 8.0, below which there is no bfloat16 (got {problem.old_gpu})"
     if problem.subclass:
-        return "Triton kernels read memory, which a subclass of Tensor may not have"
+        return "Triton kernels need storage, which a subclass of Tensor may not have"
     if problem.dtype not in DTYPES:
         return f"Triton kernels take float16, bfloat16 and float32 (got {problem.dtype})"
     return None

@@ -1,23 +1,23 @@
-"""The window rule: which keys a query sees. Every backend, mask, count and test derives from this file.
+"""The window rule: which keys a query sees. All backends, masks, FLOP counts and tests follow this file.
 
 Per axis, a query at ``x`` on an axis of length ``X`` belongs to the dilation group ``g = x % d`` and has the index
-``i = x // d`` among the ``L`` positions of that group. Its keys are the ``K`` indices from ``start(i)`` on, in the same
-group, so at the positions ``t * d + g``. The ``s`` positions of a stride group share the window of their leader::
+``i = x // d`` among the ``L`` positions of that group. Its keys are the ``K`` indices ``t`` from ``start(i)`` on in the
+same group, at the positions ``t * d + g``. The ``s`` positions of a stride group share the window of their leader::
 
     lead  = (i // s) * s + s // 2
     left  = K // 2,  right = K - 1 - left
     start = clamp(min(lead, L - 1), left, L - 1 - right) - left      boundary "shift"
     start = lead - left                                             boundary "zero", "mask"
 
-With a query stride ``n`` (and no dilation) queries stand on every n-th position alone, beginning with the first: the
-query with the number ``j`` has the index ``i = j * n``, and all else follows from that.
+With a query stride ``n`` (and no dilation) there are queries only at every n-th position: query ``j`` has the index
+``i = j * n``.
 
-A bias table is read by the offset ``t - i``. If it is ``counted``, the ``s / n`` queries of a stride group count as if
-they stood side by side at its beginning: ``i`` is then ``(j // (s / n)) * s + j % (s / n)``, for the table alone.
+A bias table is indexed by the offset ``t - i``. If ``counted``, the ``s / n`` queries of a stride group count as
+adjacent: for the table alone, ``i`` is ``(j // (s / n)) * s + j % (s / n)``.
 
 Sources: Neighborhood Attention Transformer (arXiv 2204.07143) for the window, Dilated NAT (arXiv 2209.15001) for the
 dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks
-with a halo, and their strided queries; timm's ``HaloAttn`` counts these one by one.
+with a halo and strided queries; ``counted`` is timm's ``HaloAttn``.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ BOUNDARIES = ("shift", "zero", "mask")
 class Window:
     """The window of one axis. Queries are numbered, keys indexed in their dilation group.
 
-    ``boundary`` says what happens where a window would leave the map: ``"shift"`` moves it inside (every query sees
-    exactly ``kernel_size`` keys), ``"zero"`` leaves it and lets keys and values of zero take part in the softmax,
-    ``"mask"`` leaves it and drops the keys outside from the softmax.
+    ``boundary`` applies to windows that leave the map: ``"shift"`` moves them inside (every query sees exactly
+    ``kernel_size`` keys), with ``"zero"`` keys and values outside are zero and take part in the softmax, ``"mask"``
+    excludes the keys outside.
     """
 
     kernel_size: int
     stride: int = 1
     dilation: int = 1
     boundary: str = "shift"
-    query_stride: int = 1  # above 1 without dilation only
+    query_stride: int = 1  # above 1 only without dilation
     counted: bool = False  # only where query_stride divides stride
 
     @property
     def arguments(self) -> tuple:
-        """The window as plain values: what Dynamo and operator schemas take as constants."""
+        """The window as plain values, for Dynamo and operator schemas."""
         return self.kernel_size, self.stride, self.dilation, self.boundary, self.query_stride, self.counted
 
     @property
@@ -96,7 +96,7 @@ class Window:
 
     @property
     def rows_between(self) -> int:
-        """Rows of a bias table from a query to its neighbour; where it is ``counted``, inside a stride group."""
+        """Rows of a bias table from a query to its neighbour; if ``counted``, inside a stride group."""
         return 1 if self.counted else self.query_stride
 
     def keys(self, length: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:

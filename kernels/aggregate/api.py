@@ -1,4 +1,4 @@
-"""The public operation: checks at the border, choice of a backend, nothing else.
+"""The public operations: validate the arguments, choose a backend.
 
 Layout legend: B batch, H W map, N heads, D value channels, Kh Kw keys of a window.
 """
@@ -30,31 +30,30 @@ def neighborhood_aggregate(
     boundary: str = "shift",
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of the values in the ``kernel_size`` window around every point, with weights given for each point and key.
+    """Weighted sum of the values in the ``kernel_size`` window around each position.
 
-    The second half of neighborhood attention on its own, for weights that come from elsewhere: a convolution whose
-    kernel depends on the position (OverLoCK, arXiv 2502.20087; ``na2d_av`` of NATTEN up to 0.17). Nothing is
-    normalised: ``out[x] = sum over t of weights[x, t] * v[key(x, t)]``. The rule that says which keys a query sees is
-    in ``kernels/window.py``.
+    The second half of neighborhood attention, for given weights: a convolution whose kernel depends on the position
+    (OverLoCK, arXiv 2502.20087; ``na2d_av`` in NATTEN up to 0.17). The weights are not normalised:
+    ``out[x] = sum over t of weights[x, t] * v[key(x, t)]``. ``kernels/window.py`` defines which keys a query sees.
 
     Args:
-        weights: ``[B, H, W, heads, Kh * Kw]``, any values; the keys of a window row by row. float16, bfloat16, float32
-            or float64, any strides.
+        weights: ``[B, H, W, heads, Kh * Kw]``, keys in row-major order; float16, bfloat16, float32 or float64, any
+            strides.
         v: values ``[B, H, W, heads, D]``, same dtype and device as ``weights``.
-        kernel_size: keys per axis, an int or a pair (rows, columns), likewise ``dilation``.
-        dilation: distance of neighbouring keys; need not divide the map.
-        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` or ``"mask"``: keys outside contribute
-            nothing. These two are the same here, as there is no softmax that a key could be left out of.
+        kernel_size: keys per axis, an int or a pair (rows, columns).
+        dilation: distance between neighbouring keys, an int or a pair; need not divide the map.
+        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` or ``"mask"`` (keys outside contribute
+            nothing; without a softmax the two are the same).
         backend: a backend's name, or ``None`` for the automatic choice.
 
     Returns:
         ``[B, H, W, heads, D]`` in the dtype of ``v``. Under autocast the inputs are cast to the autocast dtype.
 
     Raises:
-        ValueError: shapes, devices or options that do not fit together; with ``boundary="shift"``, a map smaller than
+        ValueError: inconsistent shapes, devices or options; with ``boundary="shift"``, a map smaller than
             ``kernel_size * dilation``.
         TypeError: dtypes that differ or are not floating point, or options of a wrong type.
-        BackendError: the backend asked for cannot run this call.
+        BackendError: the requested backend cannot run this call.
 
     Examples:
         >>> import torch
@@ -81,20 +80,20 @@ def neighborhood_mix(
     boundary: str = "shift",
     backend: str | None = None,
 ) -> Tensor:
-    """`neighborhood_aggregate` with weights that are the softmax of logits: a convolution whose kernel each
-    position derives from its content (OverLoCK's ContMix, arXiv 2502.20087, section 3.3).
+    """`neighborhood_aggregate` with the softmax of logits as weights: a convolution with input-dependent kernels
+    (OverLoCK's ContMix, arXiv 2502.20087, section 3.3).
 
-    The kernels written for it make the weights from the logits as they read them; elsewhere they are made first.
+    The Triton kernels fuse the softmax; other backends compute the weights first.
 
     Args:
-        logits: ``[B, H, W, heads, Kh * Kw]``, the keys of a window row by row, any strides.
+        logits: ``[B, H, W, heads, Kh * Kw]``, keys in row-major order, any strides.
         v: values ``[B, H, W, heads, D]``, same dtype and device as ``logits``.
         kernel_size: as in `neighborhood_aggregate`.
         dilation: likewise.
-        bias: a table of ``[heads, 2*Kh - 1, 2*Kw - 1]`` that is added to the logits by the offset from query to key.
+        bias: relative position bias, a table of ``[heads, 2*Kh - 1, 2*Kw - 1]``, added to the logits.
         kernel_bias: ``[Kh * Kw]``, added to the logits of every position and head.
-        boundary: as in `neighborhood_attention`: ``"shift"``, ``"zero"`` (positions outside the
-            map take part in the softmax, with values of zero) or ``"mask"`` (they are left out).
+        boundary: as in `neighborhood_attention`: ``"shift"``, ``"zero"`` (positions outside the map take part in the
+            softmax, with zero values) or ``"mask"`` (they are excluded).
         backend: a backend's name, or ``None`` for the automatic choice.
 
     Returns:
@@ -132,8 +131,8 @@ def neighborhood_logits(
 ) -> Tensor:
     """``q . k`` for every key in the window, ``[B, H, W, heads, Kh * Kw]``, unscaled; boundary "shift".
 
-    For ``kernels/compat.py``: the gradient of the weights of :func:`neighborhood_aggregate` is this same product.
-    Arguments and errors as there, with ``q`` and ``k`` ``[B, H, W, heads, D]``.
+    For ``kernels/compat.py``; the same product is the gradient of the weights of :func:`neighborhood_aggregate`.
+    Arguments and errors as there; ``q`` and ``k`` are ``[B, H, W, heads, D]``.
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     for name, t in (("q", q), ("k", k)):
@@ -144,7 +143,7 @@ def neighborhood_logits(
 
 
 def check_area(name: str, weights: Tensor, kernel_size: tuple[int, int]) -> None:
-    """One weight for every key of a window."""
+    """Raise unless there is one weight for every key of a window."""
     rows, columns = kernel_size
     if weights.shape[4] != rows * columns:
         raise ValueError(
@@ -154,7 +153,7 @@ def check_area(name: str, weights: Tensor, kernel_size: tuple[int, int]) -> None
 
 
 def _check_values(name: str, weights: Tensor, v: Tensor, kernel_size: tuple[int, int]) -> None:
-    """Raise unless there is a weight, or what one is made of, for every key of the window of each value's position."""
+    """Raise unless every value's position has one weight or logit for each key of its window."""
     check_tensor(name, weights, "[B, H, W, heads, Kh * Kw]")
     check_tensor("v", v, "[B, H, W, heads, D]")
     if weights.shape[:4] != v.shape[:4]:
@@ -175,7 +174,7 @@ def _run(
     backend: str | None,
     biases: tuple[Tensor | None, ...] = (),
 ) -> Tensor:
-    """What the operations share: ``function`` of a backend, on tensors that agree in their first four dimensions."""
+    """Run ``function`` of a backend on tensors that agree in their first four dimensions."""
     (name, x), (other, y) = tensors.items()
     if x.device != y.device:
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
@@ -188,7 +187,7 @@ def _run(
     if x.dtype != y.dtype:
         raise TypeError(f"{name} and {other} must have one dtype, got {x.dtype} and {y.dtype}")
     if boundary == "mask" and function != "mix":
-        boundary = "zero"  # one thing without a softmax: they share their plans
+        boundary = "zero"  # the same without a softmax: they share their plans
     problem = Problem(
         shape=tuple(y.shape),
         value_depth=y.shape[-1],

@@ -1,4 +1,4 @@
-"""Neighborhood aggregation with a dynamic height or width in one traced graph: what exporters record.
+"""Neighborhood aggregation for export with a dynamic height or width.
 
 B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, M M2 tiles of rows and columns, T T2 queries of a
 tile, S S2 keys of its span (``kernels/dynamic.py``).

@@ -1,4 +1,4 @@
-"""Gather form of neighborhood aggregation: any device, any floating dtype, every option.
+"""Reference implementation of neighborhood aggregation, by gather: any device, any floating dtype, every option.
 
 The other backends are tested against it.
 
@@ -15,7 +15,7 @@ from .softmax import mix_by
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """The reference runs everything."""
+    """Supports every call."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""The weights of ``neighborhood_mix`` in standard operators, for backends that take them ready made."""
+"""The softmax of ``neighborhood_mix`` in standard operators, for backends that do not fuse it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from ..window import Window
 
 
 def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
-    """The softmax of ``logits`` ``[B, H, W, N, Kh*Kw]`` with their biases: the same shape and dtype, at least float32
-    inside."""
+    """Softmax of ``logits`` ``[B, H, W, N, Kh*Kw]`` plus biases, in at least float32: the same shape and dtype."""
     size = problem.shape[1:3] if problem.dynamic_shape else problem.size
-    # heads before positions, as a product of each head's queries and keys lies in memory: the softmax copies others
+    # heads before positions, as q @ k^T per head lies in memory; any other order makes the softmax copy
     z = logits.permute(0, 3, 1, 2, 4).to(torch.promote_types(logits.dtype, torch.float32))
     if table is not None:
         bias = expand_table(table, problem.rows, problem.columns, size)
@@ -36,7 +35,7 @@ def weights(logits: Tensor, table: Tensor | None, kernel_bias: Tensor | None, pr
 
 
 def mix_by(forward: Callable[[Tensor, Tensor, Problem], Tensor]) -> Callable[..., Tensor]:
-    """The ``mix`` of a backend that computes the weights before its ``forward``."""
+    """``mix`` for a backend that computes the weights before its ``forward``."""
 
     @without_size_guards
     def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
@@ -50,8 +49,7 @@ def mix_by(forward: Callable[[Tensor, Tensor, Problem], Tensor]) -> Callable[...
 
 
 def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[int]) -> Tensor:
-    """A bias table ``[N, 2*Kh - 1, 2*Kw - 1]`` as every position of a map of ``size`` meets it,
-    ``[N, H, W, Kh*Kw]``."""
+    """Expand a bias table ``[N, 2*Kh - 1, 2*Kw - 1]`` to every position of a map of ``size``: ``[N, H, W, Kh*Kw]``."""
     row, column = (
         CONSTANTS.get(_rows_and_inside, window, length, table.device)[0]
         for window, length in zip((rows, columns), size, strict=True)
@@ -62,7 +60,7 @@ def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[in
 
 
 def _rows_and_inside(window: Window, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every position of an axis and every key of its window, both ``[length, K]``: the table's row, and whether the
-    key is on the map."""
+    """For every position of an axis and every key of its window, both ``[length, K]``: the row of the table, and
+    whether the key is inside the map."""
     _, inside, row = window.keys(length, device)
     return row, inside

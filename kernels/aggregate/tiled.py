@@ -1,17 +1,17 @@
-"""Neighborhood aggregation in plain PyTorch operations: the CPU default, and what compilers and exporters see.
+"""Neighborhood aggregation in plain PyTorch operations: the default on CPUs, for compilers and for exporters.
 
-The map is cut into tiles of queries with one span of keys each, as for attention (``kernels/tiling.py``). With
-``M``, the matrix of a tile, queries by keys of the span, that holds the weights and zeros elsewhere, there are three
-products, each the derivative of another:
+The map is cut into tiles of queries with one span of keys each, as for attention (``kernels/tiling.py``). ``M`` is the
+matrix of a tile, queries by keys of the span: the weights inside the windows, zeros elsewhere. There are three
+products, and the gradients of each are the other two:
 
 * ``apply``: ``M @ values``, the aggregation;
-* ``dots``: ``queries @ keys^T``, read where the windows lie: the logits of attention, the gradient of the weights;
-* ``spread``: ``M^T @ queries``, added up over the spans: the gradient of the values.
+* ``dots``: ``queries @ keys^T`` inside the windows: the logits of attention, the gradient of the weights;
+* ``spread``: ``M^T @ queries``, summed over the spans: the gradient of the values.
 
-Whole maps and whole rows are tiles like any other; the planner takes the cheapest.
+A tile may be a whole row or the whole map; the planner chooses the cheapest.
 
-Two forms: standard operators on all tiles at once, which compilers and exporters trace through, and, in eager mode on a
-CPU, chunks that stay in the cache, of which only the two inputs are kept for the backward.
+There are two forms: standard operators on all tiles at once, for compilers and exporters, and chunks that stay in the
+CPU's cache, for eager mode on a CPU. Only the two inputs are kept for the backward pass.
 
 B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, G G2 dilation groups of rows and columns,
 R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
@@ -38,20 +38,20 @@ FILL_COST = 2.0  # one weight of a map that the tiles do not divide
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Runs everything, on any device."""
+    """Supports every call on any device."""
     return None
 
 
 def _cost(a: AxisTiling, b: AxisTiling) -> float:
-    """Of the tiles of one group, in query-key pairs."""
+    """Cost of the tiles of one dilation group, in query-key pairs."""
     copied = a.tiles * a.span * b.tiles * b.span
     weights = a.tiles * a.tile * a.keys * b.tiles * b.tile * b.keys
-    filled = weights if a.ragged or b.ragged else 0  # the weights are copied to be filled up
+    filled = weights if a.ragged or b.ragged else 0  # padding copies the weights
     return tiling.pairs(a, b) + COPY_COST * copied + FILL_COST * filled
 
 
 def _places(rows: Window, columns: Window, a: AxisTiling, b: AxisTiling, device: torch.device) -> Tensor:
-    """Where the keys of each query lie in the span of its tile, for every pattern of tiles: [P, P2, T*T2, K]."""
+    """Index of each query's keys in the span of its tile, for every pattern of tiles: [P, P2, T*T2, K]."""
     sides = []
     for window, axis in ((rows, a), (columns, b)):
         tile = torch.tensor(axis.samples, device=device)[:, None] * axis.tile
@@ -91,7 +91,7 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
 
 
 class _Chunked:
-    """The three products chunk by chunk, on maps [B, H, W, N, C]. Key positions outside the map hold zeros."""
+    """The three products chunk by chunk, on maps [B, H, W, N, C]. Keys outside the map are zeros."""
 
     def __init__(self, like: Tensor, problem: Problem, plans: Plans) -> None:
         self.like, self.problem, self.plans = like, problem, plans
@@ -109,13 +109,13 @@ class _Chunked:
         return tiling.crop(padded, *self.like.shape[1:3])
 
     def chunks(self, groups: Tensor) -> Iterator[tuple]:
-        """(tiling of the rows, of the columns, where the chunk lies in [B, G, G2, N, h, w, C], its tile rows)."""
+        """(tiling of the rows, tiling of the columns, index of the chunk in [B, G, G2, N, h, w, C], its tile rows)."""
         for a, b in self.plans:
             for index, _, tile_rows in tiling.chunks(groups.shape, a, b, tiling.CHUNK):
                 yield a, b, index, tile_rows
 
     def blocks(self, matrix: Tensor, weights: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> Iterator[tuple]:
-        """(matrices, weights, where the weights lie in the matrices) of each rectangle of tiles of one pattern."""
+        """(matrices, weights, index of the weights in the matrices) of each rectangle of tiles with one pattern."""
         places = CONSTANTS.get(_places, self.problem.rows, self.problem.columns, a, b, matrix.device)
         places = places.unflatten(2, (a.tile, b.tile))
         for r, c, p, p2 in tiling.blocks(rows, a, b):
@@ -123,7 +123,7 @@ class _Chunked:
             yield matrix[:, :, :, :, r, c], part, places[p, p2].expand(part.shape)
 
     def matrices(self, tiles: Tensor, rows: slice, a: AxisTiling, b: AxisTiling) -> Tensor:
-        """Weights of some tile rows of [B, G, G2, N, R, Q, T, T2, K] among zeros: [B*G*G2*N*R*Q, T*T2, S*S2]."""
+        """``M`` of some tile rows of weights [B, G, G2, N, R, Q, T, T2, K]: [B*G*G2*N*R*Q, T*T2, S*S2]."""
         tiles = tiles[:, :, :, :, rows]
         matrix = self.scratch("matrix", *tiles.shape[:8], a.span * b.span).zero_()
         for target, part, places in self.blocks(matrix, tiles, rows, a, b):
@@ -177,7 +177,7 @@ class _Chunked:
 
 
 class _Product(torch.autograd.Function):
-    """One of the products, by name; its gradients are the two others, so that derivatives of every order exist."""
+    """One of the products, by name. Its gradients are the other two, so derivatives of every order exist."""
 
     @staticmethod
     def forward(ctx, name, x, y, problem, plans):

@@ -1,16 +1,16 @@
 """Neighborhood aggregation in Triton: the CUDA default.
 
-As in ``tiled.py``, ``M`` is the matrix of a tile, queries by keys, that holds the weights and zeros elsewhere, and
-there are three products, each the derivative of another, so that derivatives of every order exist:
+As in ``tiled.py``, ``M`` is the matrix of a tile (queries by keys, zeros outside the windows), and there are three
+products. The gradients of each are the other two, so derivatives of every order exist:
 
-* ``apply``: ``M @ values``, the aggregation, a program for each tile of queries;
-* ``dots``: ``queries @ keys^T``, written where the windows lie, a program for each tile of queries;
-* ``spread``: ``M^T @ queries``, a program for each tile of keys, over the queries whose windows hold one of them.
+* ``apply``: ``M @ values``, the aggregation, one program per tile of queries;
+* ``dots``: ``queries @ keys^T`` inside the windows, one program per tile of queries;
+* ``spread``: ``M^T @ queries``, one program per tile of keys, over the queries that see one of them.
 
-Every number is written by one program, which sums in a fixed order: there are no atomics.
+Each output is written by one program in a fixed order of summation; there are no atomics.
 
-``mix`` is the aggregation by the softmax of logits and biases: the same kernels make the weights from the logits as
-they read them, and keep the logarithm of each query's sum for the backward.
+``mix`` aggregates with the softmax of logits and biases: the same kernels compute the weights from the logits as they
+load them, and store the log-sum-exp of each query for the backward pass.
 
 B batch, H W map, N heads, D channels, K = Kh * Kw keys of a window.
 """
@@ -40,7 +40,7 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 
 def _product(name: str, depth: Callable[[Tensor, list[int]], int]) -> torch.library.CustomOpDef:
-    """The operator of a product of ``x`` and ``y``; ``depth``: channels of its output, from ``y`` and the window."""
+    """Register the product of ``x`` and ``y`` as an operator; ``depth(y, window)``: channels of its output."""
 
     def empty(y: Tensor, window: list[int]) -> Tensor:
         return y.new_empty(*y.shape[:4], depth(y, window))
@@ -119,7 +119,7 @@ def _mix_backward(
     window: list[int],
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the logits, the values, the table and the kernel's bias; of what was not given, an empty tensor."""
+    """Gradients of the logits, values, table and kernel bias; empty tensors for inputs that are not given."""
     from . import triton_kernels
 
     softmax = {"sums": sums, "table": table, "kernel_bias": kernel_bias}
@@ -180,7 +180,7 @@ def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
 
 
 def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
-    """[B, H, W, N, K] x [B, H, W, N, D] -> [B, H, W, N, D]: ``forward`` with the softmax of logits and biases."""
+    """[B, H, W, N, K] x [B, H, W, N, D] -> [B, H, W, N, D]: ``forward`` with a softmax over logits plus biases."""
     table = None if table is None else table.contiguous()
     kernel_bias = None if kernel_bias is None else kernel_bias.contiguous()
     return _mix(logits, v, table, kernel_bias, *_window(problem))[0]

@@ -1,8 +1,8 @@
-"""Neighborhood aggregation: the Triton kernels and how they are launched.
+"""Triton kernels of neighborhood aggregation and their launchers.
 
-A program takes one tile of one image, head and dilation group, and goes in steps through the keys that its queries see
-(or the queries that see its keys). ``M``, queries by keys, is made for one step at a time: the rule of the windows says
-which of a query's weights belongs to a key, if one does, and it is read from where it lies.
+A program processes one tile of one image, head and dilation group, and loops in steps over the keys that its queries
+see (or the queries that see its keys). ``M``, queries by keys, is built for one step at a time: the window rule gives
+the index of a key among its query's weights, if there is one, and the weight is loaded from there.
 
 B batch, H W map, N heads, D channels, K = Kh * Kw keys of a window.
 """
@@ -25,7 +25,7 @@ from ..triton_common import first_query, group_length, input_precision, last_que
 @triton.jit
 def _program(heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns):
     """(image, head, dilation group of the rows and the columns, its length in rows and columns, first row and column of
-    the tile). Heads run fastest: what lies side by side in memory is read at one time."""
+    the tile). Heads vary fastest, so neighbouring programs read neighbouring memory."""
     down = tl.cdiv(tl.cdiv(height, dilation_rows), tile_rows)
     across = tl.cdiv(tl.cdiv(width, dilation_columns), tile_columns)
     head = tl.program_id(0) % heads
@@ -45,7 +45,7 @@ def _program(heads, height, width, dilation_rows, dilation_columns, tile_rows, t
 
 @triton.jit
 def _tile(first_row, first_column, down, across, rows, columns, begin, BLOCK: tl.constexpr):
-    """``BLOCK`` positions of a rectangle from its ``begin`` on: (row, column, on the map, in the rectangle)."""
+    """``BLOCK`` positions of a rectangle starting at ``begin``: (row, column, inside the map, inside the rectangle)."""
     number = begin + tl.arange(0, BLOCK)
     row = first_row + number // across
     column = first_column + number % across
@@ -68,19 +68,19 @@ def _keys_seen(
 
 @triton.jit
 def _positions(row, column, group_row, group_column, dilation_rows, dilation_columns):
-    """Where positions of a dilation group are on the map."""
+    """Map coordinates of positions of a dilation group."""
     return (row * dilation_rows + group_row).to(tl.int64), (column * dilation_columns + group_column).to(tl.int64)
 
 
 @triton.jit
 def _number(image, head, y, x, heads, height, width):
-    """Number of a position and head among all ``[B, H, W, N]``."""
+    """Flat index of a position and head in ``[B, H, W, N]``."""
     return ((image * height + y) * width + x) * heads + head
 
 
 @triton.jit
 def _load_map(pointer, at, ok, stride, depth, BLOCK_D: tl.constexpr):
-    """``[positions, BLOCK_D]``, zeros where a position is not ``ok`` and beyond the depth."""
+    """Load ``[positions, BLOCK_D]``; zeros where a position is not ``ok`` and beyond the depth."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(
         pointer + at[:, None] + (d.to(tl.int64) * stride)[None, :], mask=ok[:, None] & (d < depth)[None, :], other=0.0
@@ -99,7 +99,7 @@ def _in_window(
     query_row, query_column, key_row, key_column, rows, columns,
     KH: tl.constexpr, KW: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(number of the key in the query's window, whether it is in it), ``[queries, keys]``."""
+    """(index of the key in the query's window, whether it is in it), ``[queries, keys]``."""
     row = key_row[None, :] - window_start(query_row, rows, KH, 1, 1, SHIFT)[:, None]
     column = key_column[None, :] - window_start(query_column, columns, KW, 1, 1, SHIFT)[:, None]
     number = row * KW + column
@@ -113,7 +113,7 @@ def _logits(
     values, number, seen, query_row, query_column, key_row, key_column, table, kernel_bias, head,
     KH: tl.constexpr, KW: tl.constexpr, TABLE: tl.constexpr, KERNEL_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Logits with their biases, for ``exp2``; -inf where a query does not see a key."""
+    """Logits plus biases in base 2; -inf where a query does not see a key."""
     z = values.to(tl.float32)
     if TABLE:
         row = key_row[None, :] - query_row[:, None] + KH - 1
@@ -137,12 +137,12 @@ def _apply(
     SOFTMAX: tl.constexpr, TABLE: tl.constexpr, KERNEL_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``M @ v`` for a tile of queries; with ``SOFTMAX``, the logarithm of each query's sum into ``sums`` as well.
+    """``M @ v`` for a tile of queries; with ``SOFTMAX``, also the log-sum-exp (base 2) of each query, into ``sums``.
     ``ZEROS``: positions outside the map take part in the softmax."""
     image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
-    if (first_row >= rows) | (first_column >= columns):  # other groups are longer than this one
+    if (first_row >= rows) | (first_column >= columns):  # this group is shorter than the longest
         return
     query_row, query_column, query_ok, _ = _tile(
         first_row, first_column, tile_rows, tile_columns, rows, columns, 0, BLOCK_Q
@@ -204,8 +204,8 @@ def _dots(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """``queries @ keys^T`` where the windows of a tile of queries lie. With ``SOFTMAX`` the queries are the gradient of
-    ``output``, the keys the values, and what is written is the gradient of the logits ``weights``."""
+    """``queries @ keys^T`` inside the windows of a tile of queries. With ``SOFTMAX`` the queries are the gradient of
+    ``output``, the keys are the values, and the result is the gradient of the logits ``weights``."""
     image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
@@ -258,7 +258,7 @@ def _dots(
                 KH, KW, TABLE, KERNEL_BIAS,
             )  # fmt: skip
             products = tl.exp2(z - mass[:, None]) * (products - mean[:, None])
-        # the places of keys outside the map are written too
+        # keys outside the map are written too
         tl.store(out + (at * (KH * KW))[:, None] + number, products.to(out.dtype.element_ty), mask=inside)
 
 
@@ -271,7 +271,7 @@ def _spread(
     SOFTMAX: tl.constexpr, TABLE: tl.constexpr, KERNEL_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``M^T @ queries`` for a tile of keys, over all queries whose windows hold one of them."""
+    """``M^T @ queries`` for a tile of keys, over all queries that see one of them."""
     image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
         heads, height, width, dilation_rows, dilation_columns, tile_rows, tile_columns
     )
@@ -320,7 +320,7 @@ def _fold(
     logits, out, heads, height, width, dilation_rows, dilation_columns,
     KH: tl.constexpr, KW: tl.constexpr, SHIFT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head's bias table: the sums over all queries of ``logits`` ``[H, W, N, K]``, by the offset."""
+    """One row of one head's bias table: sums of ``logits`` ``[H, W, N, K]`` over all queries, by offset."""
     head = tl.program_id(0) // (2 * KH - 1)
     table_row = tl.program_id(0) % (2 * KH - 1)
     table_column = tl.arange(0, BLOCK_T)
@@ -347,8 +347,8 @@ def _fold(
 
 
 def sizes(depth: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    """(positions of a tile, positions of a step, warps, stages): the first is the default. Those of which no kernel
-    spills registers when compiled for compute capability 9.0; which is fastest has not been measured yet."""
+    """(positions of a tile, positions of a step, warps, stages), the default first. None of them spills registers on
+    compute capability 9.0. Not tuned for speed yet."""
     if dtype == torch.float32:
         return [(16, 32, 4, 1)] if depth <= 128 else [(16, 32, 8, 1)]
     if depth > 128:
@@ -359,8 +359,8 @@ def sizes(depth: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
 
 @lru_cache(maxsize=4096)
 def tile_shape(length: tuple[int, int], kernel_size: tuple[int, int], size: int, step: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most ``size`` positions on a map of ``length``: the shape whose tiles take the
-    fewest steps of ``step`` positions through their windows; of equals the widest, for longer runs in memory."""
+    """Rows and columns of a tile of at most ``size`` positions on a map of ``length``: the shape that needs the fewest
+    steps of ``step`` positions; ties go to the widest, for longer runs in memory."""
 
     def tile(columns: int) -> tuple[int, int]:
         return min(size // columns, length[0]), columns
@@ -394,7 +394,7 @@ def _launch(
         arguments.update(zip(names, (0,) * 5 if t is None else t.stride(), strict=True))
     out, softmax = whole["out"], whole["sums"] is not None
     padded = power_of_2(depth, 16)
-    if name == "dots":  # in float32 it goes through the depth in steps, for which there are no matrix units
+    if name == "dots":  # float32 loops over the depth: there are no tensor cores for it
         arguments |= {"DEPTH": padded, "BLOCK_D": min(padded, 32) if out.dtype == torch.float32 else padded}
     else:
         arguments |= {"BLOCK_D": padded}
@@ -422,14 +422,14 @@ _NONE: dict[str, Tensor | None] = dict.fromkeys(("sums", "table", "kernel_bias")
 
 
 def apply(weights: Tensor, v: Tensor, out: Tensor, window: list[int], boundary: str, softmax=_NONE) -> None:
-    """``M @ v``; ``softmax`` holds ``sums`` ``[B, H, W, N]`` to write, and the biases."""
+    """``M @ v``; ``softmax`` holds the output ``sums`` ``[B, H, W, N]`` and the biases."""
     _launch("apply", _apply, v.shape, window, boundary, {"weights": weights, "v": v}, {"out": out, **softmax})
 
 
 def dots(
     q: Tensor, k: Tensor, out: Tensor, window: list[int], boundary: str, logits=None, output=None, softmax=_NONE
 ) -> None:
-    """``q @ k^T`` where the windows lie; with ``softmax``, the gradient of ``logits`` for the gradient ``q`` of
+    """``q @ k^T`` inside the windows; with ``softmax``, the gradient of ``logits`` given the gradient ``q`` of
     ``output``."""
     strided = {"queries": q, "keys": k, "weights": logits}
     _launch("dots", _dots, k.shape, window, boundary, strided, {"out": out, "output": output, **softmax})
@@ -441,7 +441,7 @@ def spread(weights: Tensor, q: Tensor, out: Tensor, window: list[int], boundary:
 
 
 def fold_table(logits: Tensor, out: Tensor, window: list[int], boundary: str) -> None:
-    """Sums of contiguous ``logits`` ``[H, W, N, K]`` over the queries, for each entry of a bias table ``out``
+    """Sum contiguous ``logits`` ``[H, W, N, K]`` over the queries into a bias table ``out``
     ``[N, 2*Kh - 1, 2*Kw - 1]``, both float32."""
     height, width, heads, _ = logits.shape
     KH, KW, *dilation = window

@@ -1,4 +1,4 @@
-"""The public operation: checks at the border, choice of a backend, nothing else.
+"""The public operation: validate the arguments, choose a backend.
 
 Layout legend: B batch, H W map, h w queries, N heads, D query/key channels, V value channels.
 """
@@ -37,27 +37,26 @@ def neighborhood_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of every point of a map to the ``kernel_size`` window around it.
+    """Attention of every position of a map to the ``kernel_size`` window around it.
 
-    Neighborhood Attention Transformer (arXiv 2204.07143), Dilated NAT (arXiv 2209.15001); with ``stride`` the windows
-    are shared by blocks of queries (Generalized Neighborhood Attention, arXiv 2504.16922; HaloNet, arXiv 2103.12731).
-    The rule that says which keys a query sees is in ``kernels/window.py``.
+    Neighborhood Attention Transformer (arXiv 2204.07143), Dilated NAT (arXiv 2209.15001); with ``stride``, blocks of
+    queries share a window (Generalized Neighborhood Attention, arXiv 2504.16922; HaloNet, arXiv 2103.12731).
+    ``kernels/window.py`` defines which keys a query sees.
 
     Args:
-        q: queries ``[B, h, w, heads, D]``, float16, bfloat16, float32 or float64, any strides. ``h, w`` is the map of
-            the keys, but with a ``query_stride``.
+        q: queries ``[B, h, w, heads, D]``, float16, bfloat16, float32 or float64, any strides. ``h, w`` equals
+            ``H, W`` unless there is a ``query_stride``.
         k: keys ``[B, H, W, heads, D]``, same dtype and device as ``q``.
         v: values ``[B, H, W, heads, Dv]``.
-        kernel_size: keys per axis, an int or a pair (rows, columns), likewise the next three.
+        kernel_size: keys per axis, an int or a pair (rows, columns); so are the next three.
         stride: positions per axis whose queries share one window; at most ``kernel_size``.
-        dilation: distance of neighbouring keys; need not divide the map.
-        query_stride: distance of neighbouring queries: query ``(i, j)`` stands at the key ``(i, j) * query_stride``,
-            and its window and bias are those of that position. ``h = ceil(H / query_stride)``, likewise ``w``. Not
-            together with a dilation.
+        dilation: distance between neighbouring keys; need not divide the map.
+        query_stride: distance between neighbouring queries: query ``(i, j)`` has the window and bias of position
+            ``(i, j) * query_stride``. ``h = ceil(H / query_stride)``, likewise ``w``. Not with a dilation.
         bias: ``RelativePositionBias`` or ``DecomposedRelativePositionBias``, added to the scaled logits in at least
             float32.
-        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zeros that
-            take part in the softmax) or ``"mask"`` (keys outside are left out).
+        boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zero and take
+            part in the softmax) or ``"mask"`` (keys outside are excluded).
         scale: factor on ``q . k``; ``None`` is ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight. Applied whenever it is above zero, as in
             ``torch.nn.functional.scaled_dot_product_attention``: pass 0.0 in evaluation.
@@ -67,10 +66,10 @@ def neighborhood_attention(
         ``[B, h, w, heads, Dv]`` in the dtype of ``v``. Under autocast the inputs are cast to the autocast dtype.
 
     Raises:
-        ValueError: shapes, devices or options that do not fit together; with ``boundary="shift"``, a map smaller than
+        ValueError: inconsistent shapes, devices or options; with ``boundary="shift"``, a map smaller than
             ``kernel_size * dilation``.
         TypeError: dtypes that differ or are not floating point, or options of a wrong type.
-        BackendError: the backend asked for cannot run this call.
+        BackendError: the requested backend cannot run this call.
 
     Examples:
         >>> import torch
@@ -118,7 +117,7 @@ def _windows(
     bias: Bias | None,
 ) -> tuple[Window, Window]:
     if max(query_stride) > 1 and max(dilation) > 1:
-        raise ValueError(f"query_stride {query_stride} and dilation {dilation} are not possible together")
+        raise ValueError(f"query_stride {query_stride} and dilation {dilation} cannot be combined")
     counted = isinstance(bias, DecomposedRelativePositionBias) and bias.counted
     for axis, size, step, apart in zip(("rows", "columns"), kernel_size, stride, query_stride, strict=True):
         if step > size:
@@ -143,7 +142,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
     dynamic_shape = is_dynamic(*k.shape[1:3])
     rows, columns = (-(-length // n) for length, n in zip(k.shape[1:3], query_stride, strict=True))
     if dynamic_shape and max(query_stride) > 1:
-        rows, columns = q.shape[1:3]  # rounded up in one of many ways, which no tracer sees to be equal
+        rows, columns = q.shape[1:3]  # tracers cannot prove that different roundings are equal
     if q.shape != (k.shape[0], rows, columns, *k.shape[3:]) or k.shape[:4] != v.shape[:4]:
         wanted = "one shape" if query_stride == (1, 1) else f"one shape, but {rows} x {columns} queries (query_stride)"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Neighborhood attention with a dynamic height or width in one traced graph: what exporters record.
+"""Neighborhood attention for export with a dynamic height or width.
 
 B batch, H W map, h w queries, N heads, D query/key channels, V value channels, M M2 tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span (``kernels/dynamic.py``).

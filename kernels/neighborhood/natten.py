@@ -1,7 +1,7 @@
-"""NATTEN's fused kernels, where it is installed and has the feature: no bias, boundary "shift".
+"""NATTEN's fused kernels: no bias, boundary "shift".
 
-A ``torch.library`` operation with a fake and a gradient, so that compilers see one node. The gradient runs NATTEN's
-forward again: its backward operators are not public.
+A ``torch.library`` operation with a fake and a gradient, so that compilers see one node. The backward pass reruns
+NATTEN's forward, because its backward operators are not public.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def unsupported_reason(problem: Problem) -> str | None:
         return "natten is not installed (pip install 'foveal[natten]')"
     major, minor = re.match(r"(\d+)\.(\d+)", found).groups()
     if (int(major), int(minor)) < (0, 20):
-        return f"natten {found} is older than 0.20, whose interface this is"
+        return f"natten {found} is too old, 0.20 is required"
     if problem.bias is not None:
         return f"NATTEN has no relative position bias since 0.20 (got {problem.bias.__name__})"
     if problem.boundary != "shift":
         return f"NATTEN only has boundary 'shift' (got {problem.boundary!r})"
     if problem.query_stride != (1, 1):
-        return f"NATTEN has a query at every key (got query_stride {problem.query_stride})"
+        return f"NATTEN has no query_stride (got {problem.query_stride})"
     if problem.dropout_p > 0:
         return f"NATTEN has no attention dropout (got {problem.dropout_p})"
     if problem.shape[0] == 0:
@@ -52,7 +52,7 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"NATTEN needs a kernel_size of at least 2 (got {problem.kernel_size})"
     depth = problem.shape[4]
     if problem.value_depth != depth:
-        return f"NATTEN needs values as deep as the queries (got {problem.value_depth} and {depth})"
+        return f"NATTEN needs values with the depth of the queries (got {problem.value_depth} and {depth})"
     if depth % 8 or (problem.device == "cpu" and depth & (depth - 1)):
         return f"NATTEN needs a depth that is a multiple of 8, on a CPU a power of two (got {depth})"
     return None
@@ -79,7 +79,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tenso
 def natten_na2d_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Inside a custom operator autograd is switched off below the reach of enable_grad; NATTEN's forward has to record.
+    # Custom operators run with the autograd dispatch keys excluded, which enable_grad does not undo.
     keys = torch._C.DispatchKey
     with (
         torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),

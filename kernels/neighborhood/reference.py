@@ -1,4 +1,4 @@
-"""Gather form of neighborhood attention: any device, any floating dtype, every option.
+"""Reference implementation of neighborhood attention, by gather: any device, any floating dtype, every option.
 
 The other backends are tested against it.
 
@@ -17,7 +17,7 @@ from ..problem import Problem
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """The reference runs everything."""
+    """Supports every call."""
     return None
 
 

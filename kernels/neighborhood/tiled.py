@@ -1,18 +1,17 @@
-"""Neighborhood attention in plain PyTorch operations: the CPU default, and what compilers and exporters see.
+"""Neighborhood attention in plain PyTorch operations: the default on CPUs, for compilers and for exporters.
 
 The map is cut into tiles of queries with one span of keys each (``kernels/tiling.py``). A tile is one small dense
 attention with a mask: a few batched matrix products instead of a gather of K keys for each query.
 
 Three forms; the first two share the planning, the views and the bias:
 
-* ``_attend``: standard operators on all tiles at once. Traced through by ``torch.compile`` and the exporters; also
-  takes dropout.
-* ``_Chunked``: eager mode on a CPU. Forward and backward run in chunks that stay in the cache; the backward keeps only
-  q, k, v and the bias, and of small calls the probabilities.
-* ``_one_window``: eager mode on a CPU, a small map that all queries see whole (HaloNet's last maps).
+* ``_attend``: standard operators on all tiles at once, for ``torch.compile``, the exporters and dropout.
+* ``_Chunked``: eager mode on a CPU, forward and backward in chunks that stay in the CPU's cache. The backward pass
+  keeps only q, k, v and the bias, and for small calls the probabilities.
+* ``_one_window``: eager mode on a CPU, for a small map that every query sees completely (HaloNet's last maps).
 
 B batch, H W map, N heads, C channels, G G2 dilation groups of rows and columns, R Q tiles of rows and columns,
-T T2 queries of a tile, S S2 keys of its span, P P2 patterns of tiles: those whose windows lie alike.
+T T2 queries of a tile, S S2 keys of its span, P P2 patterns: tiles with the same windows relative to the tile.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ COPY_COST = 64.0
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Runs everything, on any device."""
+    """Supports every call on any device."""
     return None
 
 
 def _cost(a: AxisTiling, b: AxisTiling) -> float:
-    """Of the tiles of one group, in query-key pairs."""
+    """Cost of the tiles of one dilation group, in query-key pairs."""
     pairs = tiling.pairs(a, b)
-    if a.tiles == b.tiles == 1 and a.span == a.length and b.span == b.length:  # the map as it is
+    if a.tiles == b.tiles == 1 and a.span == a.length and b.span == b.length:  # no copy
         return pairs
     patterns = len(a.samples) * len(b.samples) * a.tile * a.span * b.tile * b.span
     copied = a.tiles * a.span * b.tiles * b.span
@@ -56,7 +55,7 @@ def _cost(a: AxisTiling, b: AxisTiling) -> float:
 
 
 def _pattern_index(window: Window, axis: AxisTiling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(row, seen)`` of every pattern, both [P, T, S]: the bias table's row, and whether the query sees the key."""
+    """``(row, seen)`` of every pattern, both [P, T, S]: row of the bias table, and whether the query sees the key."""
     tile = torch.tensor(axis.samples, device=device)[:, None, None]
     query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.queries - 1)
     key = tile * axis.step - axis.before + torch.arange(axis.span, device=device)
@@ -88,7 +87,7 @@ def _pattern_bias(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """Table and mask together for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None where neither is needed."""
+    """Table plus mask for each pattern of tiles, [N or 1, P, P2, T*T2, S*S2]; None if neither is needed."""
     mask = None
     if a.masked or b.masked:
         mask = CONSTANTS.get(_pattern_mask, rows, columns, a, b, dtype, device)[None]
@@ -138,8 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
         if isinstance(bias, DecomposedRelativePositionBias):
             decomposed = _decomposed_bias(tiles.to(working), bias, problem, a, b)
             added = decomposed if added is None else added + decomposed
-        # Exporters trace one attention kernel and decompose into another, of other strides, where the views behind it
-        # fail: they get the three products.
+        # Exporters get the products: they decompose SDPA into a kernel with other strides, on which later views fail.
         if problem.dropout_p > 0 or (added is not None and added.ndim == 8) or torch.compiler.is_exporting():
             logits = (queries.to(working) * problem.scale) @ keys.to(working).transpose(-1, -2)
             weights = (logits if added is None else logits + added).softmax(-1).to(values.dtype)
@@ -178,15 +176,15 @@ def _decomposed_bias(
 
 
 def _offsets(window: Window, axis: AxisTiling) -> tuple[int, int, int]:
-    """Which rows of a bias table the offsets between a query and a key of a tile are: ``(before, first, count)``,
-    ``before`` that the table lacks, since no query sees so far, then ``count`` from its row ``first`` on."""
+    """Rows of a bias table for the offsets between queries and keys of a tile, ``(before, first, count)``: ``before``
+    offsets outside the table, then ``count`` rows from ``first`` on."""
     first = window.kernel_size - 1 - axis.before - axis.between * (axis.tile - 1)
     last = min(first + axis.offsets, 2 * window.kernel_size - 1)
     return max(-first, 0), max(first, 0), last - max(first, 0)
 
 
 def _sum_offsets(x: Tensor, axis: AxisTiling) -> Tensor:
-    """[N, T, S, Z] -> [N, M, Z]: the sums over all pairs of query and key with the same offset."""
+    """[N, T, S, Z] -> [N, M, Z]: sums over all query-key pairs with the same offset."""
     n, t, _, z = x.shape
     m, step = axis.offsets, axis.between
     shifted = x.new_zeros(n, t, m, z)
@@ -195,11 +193,10 @@ def _sum_offsets(x: Tensor, axis: AxisTiling) -> Tensor:
 
 
 class _ChunkBias:
-    """The bias of one plan while its chunks are computed, and the sum of its gradients.
+    """Bias of one plan during the computation of its chunks, and the sum of its gradients.
 
-    The table is in ``patterns``, with the mask. The decomposed bias of a chunk is a product of its queries with
-    ``embedding`` [N or 1, M + M2, D]: the rows of both embeddings for the offsets between the queries and keys of a
-    tile, which are the same for every tile.
+    A table is part of ``patterns``, with the mask. The decomposed bias of a chunk is the product of its queries with
+    ``embedding`` [N or 1, M + M2, D]: the rows of both embeddings for the offsets inside a tile, equal for all tiles.
     """
 
     def __init__(
@@ -237,7 +234,7 @@ class _ChunkBias:
         return torch.softmax(logits, -1, out=logits)
 
     def add_grad(self, scratch: Scratch, q: Tensor, dq: Tensor, logit_grad: Tensor, heads: slice, rows: slice) -> None:
-        """Add the gradient of a chunk's logits, and to ``dq`` what comes through the decomposed bias."""
+        """Accumulate the gradient of a chunk's logits; add the gradient through the decomposed bias to ``dq``."""
         tiles = (rows.stop - rows.start) * self.b.tiles
         if self.embedding is not None:
             if self.grad is None:
@@ -252,7 +249,7 @@ class _ChunkBias:
             if len(self.embedding) == 1:
                 self.grad.baddbmm_(dots.transpose(1, 2), q)
             else:
-                # into memory: `@` would obey an autocast around the backward
+                # not `@`, which an autocast around the backward would cast
                 products = scratch.bmm("products", dots.transpose(1, 2), q)
                 self.grad[heads] += products.view(-1, heads.stop - heads.start, tiles, *embedding.shape[1:]).sum((0, 2))
             dq.baddbmm_(dots, embedding)
@@ -260,11 +257,11 @@ class _ChunkBias:
             if self.grad is None:
                 self.grad = logit_grad.new_zeros(self.problem.shape[3], *logit_grad.shape[1:])
             shaped = logit_grad.view(-1, heads.stop - heads.start, tiles, *logit_grad.shape[1:])
-            shaped = shaped.sum(2) if tiles > 1 else shaped[:, :, 0]  # one sum over both is 15 times slower
+            shaped = shaped.sum(2) if tiles > 1 else shaped[:, :, 0]  # a single sum over both is 15 times slower
             self.grad[heads] += shaped.sum(0)
 
     def add_to(self, grads: list[Tensor | None]) -> None:
-        """Add the sum to the gradients of the bias tensors; None stands for one that is not wanted."""
+        """Add the sum to the gradients of the bias tensors; None for those that are not needed."""
         if self.grad is None:  # no bias, or no chunk: an empty batch
             return
         a, b, windows = self.a, self.b, self.problem.windows
@@ -284,7 +281,7 @@ class _ChunkBias:
             grads[0][:, first : first + count, first2 : first2 + count2] += x
 
     def _of(self, heads: slice, count: int, tiles: int) -> Tensor:
-        """The embedding for ``count`` = n*N*R*Q tiles: one for all, [1, M, D], or one for each, [n*N*R*Q, M, D]."""
+        """The embedding for ``count`` = n*N*R*Q tiles: shared, [1, M, D], or one per tile, [n*N*R*Q, M, D]."""
         assert self.embedding is not None
         if len(self.embedding) == 1:
             return self.embedding
@@ -292,12 +289,12 @@ class _ChunkBias:
         return some[None, :, None].expand(count // (len(some) * tiles), -1, tiles, -1, -1).flatten(0, 2)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """[n*N*R*Q, T*T2, C], as one matrix [1, n*N*R*Q*T*T2, C] where there is one embedding for all."""
+        """[n*N*R*Q, T*T2, C], as one matrix [1, n*N*R*Q*T*T2, C] if the embedding is shared."""
         assert self.embedding is not None
         return x.view(1, -1, x.shape[2]) if len(self.embedding) == 1 else x
 
     def _by_key(self, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [n, T, T2, S] and [n, T, T2, S2] of [n, T*T2, M + M2]: the entries for every query and key."""
+        """Views [n, T, T2, S] and [n, T, T2, S2] of [n, T*T2, M + M2], by query and key instead of by offset."""
         (n, queries, m), (a, b) = dots.shape, (self.a, self.b)
         first = dots.storage_offset() + a.between * (a.tile - 1)
         rows = dots.as_strided((n, a.tile, b.tile, a.span), (queries * m, b.tile * m - a.between, m, 1), first)
@@ -315,7 +312,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, problem, plans, patterns, *tensors):
         ctx.problem, ctx.plans, ctx.patterns = problem, plans, patterns
-        # what is one chunk keeps its probabilities: a fifth of the time of a backward, for at most 4 bytes x CHUNK
+        # a single chunk keeps its probabilities: saves a fifth of the backward for at most 4 bytes x CHUNK
         logits = sum(_logits(problem, a, b) for a, b in plans)
         keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.CHUNK
         kept = []
@@ -341,9 +338,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # create_graph=True: saying nothing would leave out the terms through q, k and v
+        if torch.is_grad_enabled():  # create_graph=True: the terms through q, k and v would be missing
             raise RuntimeError(
-                "backend 'tiled' gives first derivatives only on a CPU; for create_graph=True use backend='reference'"
+                "backend 'tiled' has no second derivatives on a CPU; for create_graph=True use backend='reference'"
             )
         problem, wanted = ctx.problem, ctx.needs_input_grad[6:]
         q, k, v, *saved = ctx.saved_tensors
@@ -386,7 +383,7 @@ def _chunk_backward(
 ) -> None:
     """Gradients of the chunk (q, k, v and the output's gradient) into ``targets``; ``kept``: its probabilities."""
     a, b, scale = bias.a, bias.b, bias.problem.scale
-    apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # every key is in one span only
+    apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # spans do not overlap
     q, k, v, grad = chunk
     tiles, grad_tiles = tiling.query_tiles(q, a, b), tiling.query_tiles(grad, a, b)
     keys, values = scratch.spans("all k", k, a, b), scratch.spans("all v", v, a, b)
@@ -402,7 +399,7 @@ def _chunk_backward(
             weights = bias.probabilities(scratch, q_, k_, heads, rows)
         logit_grad = scratch.bmm("logits", grad_, v_.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(logit_grad, weights, -1, logit_grad.dtype, grad_input=logit_grad)
-        # from here on, each product takes the place of the factor that is not needed again
+        # from here on, each product reuses the memory of a factor that is not needed again
         dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
         dq = scratch.bmm("grad", logit_grad, k_, scale)
         bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
@@ -425,8 +422,8 @@ def _logits(problem: Problem, a: AxisTiling, b: AxisTiling) -> int:
 
 
 def _chunk_size(problem: Problem, a: AxisTiling, b: AxisTiling) -> int:
-    """Logits of a chunk of one plan. Fewer with the decomposed bias, where the layers are few and their memory counts
-    (HaloNet): about a quarter of all at most, so that even a small map is never unfolded as a whole."""
+    """Logits of a chunk of one plan. With the decomposed bias at most about a quarter of all, to save memory
+    (HaloNet has few, large layers)."""
     if problem.bias is not DecomposedRelativePositionBias:
         return tiling.CHUNK
     return max(1, min(tiling.CHUNK, _logits(problem, a, b)) // 4)
@@ -436,7 +433,7 @@ def _chunk_size(problem: Problem, a: AxisTiling, b: AxisTiling) -> int:
 
 
 def _window_rows(window: Window, length: int, device: torch.device) -> Tensor:
-    """The bias table's row of each query and key of the window that all queries share, [T, K]: first the keys inside
+    """Row of the bias table for each query and key of the window that all queries share, [T, K]: first the keys inside
     the map, then the others."""
     key = window.start(0, length) + torch.arange(window.kernel_size, device=device)
     inside = (key >= 0) & (key < length)
@@ -445,7 +442,7 @@ def _window_rows(window: Window, length: int, device: torch.device) -> Tensor:
 
 
 def _in_one_window(problem: Problem) -> bool:
-    """Whether all queries share a window that holds the whole map, and their logits are one chunk at most."""
+    """Whether all queries share one window that covers the map, and their logits fit one chunk."""
     if problem.boundary == "shift":
         return False
     for window, length in zip(problem.windows, problem.size, strict=True):
@@ -457,9 +454,9 @@ def _in_one_window(problem: Problem) -> bool:
 
 
 def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositionBias, problem: Problem) -> Tensor:
-    """Attention to the keys of the map, and with boundary "zero" to one key more, whose value is zero, in place of all
-    those outside: their logits are sums of a row's and a column's bias, so the sum of their exponentials is a product
-    of two sums. Standard operators, differentiated as such; maps [B, H, W, N, C]."""
+    """Attention to all keys of the map and, with boundary "zero", to one extra key with a zero value that stands for
+    all keys outside: their logits are row bias + column bias, so the sum of their exponentials factorises.
+    Standard operators, differentiated by autograd; maps [B, H, W, N, C]."""
     working, (height, width) = tiling.working_dtype(q.dtype), problem.size
     queries, keys, values = (t.to(working).permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v))  # B N HW C
     heads = q.shape[3] if any(t.ndim == 3 for t in bias.tensors) else 1
@@ -487,15 +484,15 @@ def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositio
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
-    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
+    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
     tensors = () if bias is None else bias.tensors
     eager = tiling.chunkable(problem, q, k, v, *tensors) and problem.dropout_p == 0
     if eager and isinstance(bias, DecomposedRelativePositionBias) and _in_one_window(problem):
         return _one_window(q, k, v, bias, problem)
     plans = tiling.plan_of(problem, _cost)
     a, b = plans[0]
-    large = a.tile * a.span * b.tile * b.span > tiling.CHUNK  # one tile alone is more than a chunk
-    if not eager or (large and bias is None):  # plain attention of large tiles: fused, without the logits in memory
+    large = a.tile * a.span * b.tile * b.span > tiling.CHUNK  # a single tile exceeds a chunk
+    if not eager or (large and bias is None):  # large tiles without bias: SDPA, which does not store the logits
         return _attend(q, k, v, bias, problem, plans)
     arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(q.dtype)
     if not isinstance(bias, RelativePositionBias):

@@ -1,8 +1,8 @@
-"""Neighborhood attention in Triton: one fused pass forward, two backward, the CUDA default.
+"""Neighborhood attention in Triton: one fused forward pass, two backward passes; the CUDA default.
 
-Reads ``[B, H, W, N, D]`` with its strides, any dilation by them; keeps the log-sum-exp of every query and nothing else
-for the backward. Two ``torch.library`` operations with fakes, so compilers see one node and CUDA graphs can record it:
-a call allocates and launches, and waits for nothing. All sums are in one order: the same call gives the same bits.
+Inputs ``[B, H, W, N, D]`` may have any strides. Only the log-sum-exp of each query is kept for the backward pass. Two
+``torch.library`` operations with fakes, so compilers see one node; calls do not synchronize, so CUDA graphs can capture
+them. The order of summation is fixed, so results are deterministic.
 
 This file plans and launches; the kernels are in ``triton_kernels.py``.
 """
@@ -28,9 +28,9 @@ from ..window import BOUNDARIES, Window
 Choice = tuple[int, ...]
 LOG2E = math.log2(math.e)
 LARGEST_DEPTH = 256
-LARGEST_BIASED = 32  # keys along an axis; a table lies whole in a program's registers
-WORKSPACE_BYTES = 64 * 2**20  # of the shares of a bias gradient, at most
-# What a key costs a tile, to load, in units of one query-key pair: a guess that no GPU has seen yet.
+LARGEST_BIASED = 32  # keys along an axis; a program holds the whole table in registers
+WORKSPACE_BYTES = 64 * 2**20  # maximum for the partial sums of a bias gradient
+# Cost of loading a key, in units of one query-key pair; an estimate, not tuned on a GPU.
 LOAD_COST = 32
 
 
@@ -55,8 +55,8 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class LaunchTiling:
-    """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group. The keys that a
-    tile sees are among the ``span`` from ``before`` keys left of its first query on, for every tile."""
+    """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group. Every tile sees
+    only keys among the ``span`` that start ``before`` keys left of its first query."""
 
     step: int
     tiles: int
@@ -65,13 +65,13 @@ class LaunchTiling:
 
 
 def _lengths(window: Window, length: int) -> set[int]:
-    """Of the groups, without empty ones."""
+    """Lengths of the non-empty dilation groups."""
     return {n for n in (window.group_length(length), window.group_length(length, window.dilation - 1)) if n > 0}
 
 
 @lru_cache(maxsize=4096)
 def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
-    """Tiles of ``tile`` queries at most: of whole stride groups where one fits, and about equally large."""
+    """Tiles of at most ``tile`` queries, about equally large; whole stride groups if one fits."""
     queries = window.queries(window.group_length(length))
     together = window.stride // window.query_stride if window.stride % window.query_stride == 0 else 1
     if together > tile:
@@ -92,7 +92,7 @@ def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
 
 @lru_cache(maxsize=4096)
 def query_span(window: Window, length: int, tile: int) -> int:
-    """The most queries along an axis whose windows reach a tile of ``tile`` keys."""
+    """Maximum number of queries along an axis that see a key of one tile of ``tile`` keys."""
     longest = 0
     for group in _lengths(window, length):
         starts = [window.start(query, group) for query in range(window.queries(group))]
@@ -120,7 +120,7 @@ class LaunchShape:
 
     @property
     def shape_class(self) -> tuple:
-        """Calls of one class take the same tiles."""
+        """Key of the autotuning: calls of one class use the same tiles."""
         size = self.batch * self.heads * self.height * self.width
         windows = [(w.kernel_size, w.stride, w.query_stride, w.boundary, w.dilation > 1) for w in self.windows]
         return self.dtype, self.depth, self.value_depth, self.bias, *windows, size.bit_length()
@@ -131,35 +131,35 @@ class LaunchShape:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Channels as the kernels pad them."""
+        """Channels as padded by the kernels: depth and value depth."""
         return max(16, 1 << (self.depth - 1).bit_length()), max(16, 1 << (self.value_depth - 1).bit_length())
 
 
 def _block(rows: int, columns: int, size: int, least: int = 1) -> tuple[float, int, int]:
-    """(cost, block rows, block columns): how blocks of ``size`` positions, ``least`` rows at least, cover a rectangle
-    best."""
+    """(cost, block rows, block columns) of the cheapest cover of a rectangle by blocks of ``size`` positions with at
+    least ``least`` rows."""
     choices = []
     for width in (8, 16, 32, 64):
         if width * least <= size:
             height, across = size // width, -(-columns // width)
-            # more than one block across: the table's gradient takes a launch for each
+            # more than one block across: the gradient of a table needs a launch for each
             choices.append((-(-rows // height) * size * across * (1.0 if across == 1 else 1.25), height, width))
     return min(choices)
 
 
 def _shapes(queries: int) -> Iterator[tuple[int, int]]:
-    """(rows, columns) of a tile of ``queries``."""
+    """Candidate (rows, columns) of a tile of ``queries``."""
     for width in (4, 8, 16, 32):
         if queries // 16 <= width <= queries:
             yield queries // width, width
 
 
 def _query_tile(call: LaunchShape, queries: int, keys: int) -> tuple[int, int, int, int]:
-    """(TH, TW, KR, KC) of least cost."""
+    """The cheapest (TH, TW, KR, KC)."""
     choices = []
     for th, tw in _shapes(queries):
         a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
-        least = -(-16 // th) if call.bias == 1 else 1  # the product that sums a table's gradient takes 16 rows
+        least = -(-16 // th) if call.bias == 1 else 1  # the product that sums a table's gradient needs 16 rows
         if 8 * least > keys:
             continue
         cost, height, width = _block(a.span, b.span, keys, least)
@@ -168,7 +168,7 @@ def _query_tile(call: LaunchShape, queries: int, keys: int) -> tuple[int, int, i
 
 
 def _key_tile(call: LaunchShape, keys: int, queries: int) -> tuple[int, int, int, int]:
-    """(TH, TW, QR, QC) of least cost."""
+    """The cheapest (TH, TW, QR, QC)."""
     choices = []
     for th, tw in _shapes(keys):
         tiles = math.prod(
@@ -182,10 +182,10 @@ def _key_tile(call: LaunchShape, keys: int, queries: int) -> tuple[int, int, int
 
 
 def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
-    """(queries or keys of a tile, keys or queries of a block, warps, stages): the first is the default.
+    """(queries or keys of a tile, keys or queries of a block, warps, stages), the default first.
 
-    Of what compiles for sm_90, the largest that keep everything in registers, which of the backward with a decomposed
-    bias none do; which is fastest has not been measured yet.
+    The largest that do not spill registers on sm_90; the backward pass with a decomposed bias always spills. Not tuned
+    for speed yet.
     """
     depth, decomposed, keys = max(call.blocks), call.bias == 2, kernel == "keys_backward"
     if call.dtype == torch.float32:
@@ -211,7 +211,7 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
 
 @lru_cache(maxsize=1024)
 def candidates(kernel: str, call: LaunchShape) -> tuple[tuple[int, ...], ...]:
-    """Tiles to choose from, (tile rows, tile columns, block rows, block columns, warps, stages), the default first."""
+    """Candidates (tile rows, tile columns, block rows, block columns, warps, stages), the default first."""
     find = _key_tile if kernel == "keys_backward" else _query_tile
     return tuple((*find(call, tile, block), warps, stages) for tile, block, warps, stages in _sizes(kernel, call))
 
@@ -220,7 +220,7 @@ def candidates(kernel: str, call: LaunchShape) -> tuple[tuple[int, ...], ...]:
 
 
 def _window_list(problem: Problem) -> list[int]:
-    """The windows as an operator's schema takes them."""
+    """The windows as a list of ints, for the operator's schema."""
     pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)) for w in problem.windows)
     return [BOUNDARIES.index(problem.boundary), *(x for pair in pairs for x in pair)]
 
@@ -242,12 +242,12 @@ def _launch_shape(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | N
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Channels side by side; the other strides are as they are."""
+    """``t`` with contiguous channels; other strides are kept."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _constants(call: LaunchShape, wide: bool) -> dict:
-    """What all kernels are compiled for."""
+    """Compile-time constants of all kernels."""
     from ..triton_common import input_precision, power_of_2
 
     (bd, bdv), (a, b) = call.blocks, call.windows
@@ -262,7 +262,7 @@ def _constants(call: LaunchShape, wide: bool) -> dict:
 
 
 def _head_stride(t: Tensor | None) -> int:
-    """Of a bias tensor, contiguous; 0 where all heads share it."""
+    """Head stride of a contiguous bias tensor; 0 if all heads share it."""
     return t.stride(0) if t is not None and t.ndim == 3 else 0
 
 
@@ -286,8 +286,8 @@ def launch_forward(q, k, v, first, second, out, lse, call: LaunchShape, scale: f
 
 
 def _programs(call: LaunchShape, count: int, share: int, device: torch.device) -> int:
-    """Programs per head among which the tiles are dealt, where each leaves a share of the bias' gradient behind."""
-    # eight waves of a program on each multiprocessor; the interpreter runs one after another
+    """Programs per head that share the tiles when each writes a partial sum of the bias gradient."""
+    # eight programs per multiprocessor; the interpreter runs them sequentially
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = -(-8 * processors // call.heads)
     return max(1, min(count, wanted, WORKSPACE_BYTES // (4 * share * call.heads)))
@@ -296,7 +296,7 @@ def _programs(call: LaunchShape, count: int, share: int, device: torch.device) -
 def launch_queries_backward(
     q, k, v, first, second, out, grad, lse, delta, dq, call: LaunchShape, scale: float, wanted: bool, choice, wide: bool
 ) -> list[Tensor]:
-    """dq and delta; the float32 gradients of the bias where they are ``wanted``."""
+    """Compute dq and delta; return the float32 gradients of the bias if ``wanted``."""
     from . import triton_kernels
 
     th, tw, kr, kc, warps, stages = choice
@@ -369,7 +369,7 @@ def launch_keys_backward(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(output, log2 of the sum of each query's exponentials); ``first`` alone is a table, with ``second`` they are row
+    """(output, log-sum-exp in base 2 of each query). ``first`` alone is a bias table; ``first`` and ``second`` are row
     and column embeddings."""
     from ..triton_common import launch, wide
 
@@ -411,7 +411,7 @@ def attention_backward(
     scale: float,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dfirst, dsecond); the last two are empty where there is none or ``wanted`` is false."""
+    """(dq, dk, dv, dfirst, dsecond); the last two are empty without a bias or if ``wanted`` is false."""
     from ..triton_common import launch, wide
 
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
@@ -465,9 +465,9 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
-    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V], with a query at every n-th position."""
-    # a bias has at most the digits of float32 here, as q is never float64; beside a float32 q it has them all, as the
-    # logits' gradients are multiplied in the bias' dtype
+    """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
+    # float32 is the most a bias needs, as q is never float64; with a float32 q it is float32, because the gradients of
+    # the logits are multiplied in the dtype of the bias
     exact = q.dtype == torch.float32
     tensors = () if bias is None else bias.tensors
     tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in tensors)

@@ -1,19 +1,19 @@
-"""The kernels behind ``triton.py``. Imports Triton: imported where a kernel is launched, and not before.
+"""The kernels of ``triton.py``. Imports Triton, so import it only where a kernel is launched.
 
-A program takes a tile of TH x TW queries of one dilation group and goes through the keys that any of them sees in
-blocks of KR rows and KC columns. Inside a block, whether a query sees a key, and its bias, are made of a part for
-the row and a part for the column of the key, so that a single logit costs one addition, and one look into the table:
+A program processes a tile of TH x TW queries of one dilation group and loops over the keys that any of them sees, in
+blocks of KR rows and KC columns. Mask and bias are the sum of a row part and a column part, so each logit costs one
+addition and, with a table, one lookup:
 
 * no bias: both parts are 0 or -inf;
-* table: both parts are offsets into the padded table, whose last row and column are -inf, for keys that are not seen;
-* decomposed: both parts are the products of the query with one row of an embedding, or -inf.
+* table: both parts are offsets into the padded table, whose last row and column are -inf, for masked keys;
+* decomposed: both parts are products of the query with a row of an embedding, or -inf.
 
-The columns of all tiles lie alike, from ``before`` keys left of the first query on: what a program sums for the
-gradient of a table is then summed by position in the tile, over many tiles, and by offset only in the end.
+The key columns of every tile start ``before`` keys left of its first query. The gradient of a table can thus be summed
+by position in the tile over many tiles, and by offset only at the end.
 
-``keys_backward`` does the reverse: a tile of keys, and the queries whose windows hold them.
+``keys_backward`` does the reverse: a tile of keys, and the queries that see them.
 
-Every number is written by one program, and summed in one order: there are no atomics.
+Each output is written by one program in a fixed order of summation; there are no atomics.
 
 Names: m a query of a tile, e a key of a block; R and C the rows of the padded embeddings or table.
 """
@@ -37,7 +37,7 @@ DECOMPOSED = tl.constexpr(2)
 
 @triton.jit
 def _place(tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns):
-    """(image, dilation group of rows and of columns, positions of each, row and column of the tile) of a number."""
+    """(image, dilation group of rows and of columns, their lengths, row and column of the tile) of a tile index."""
     column = tile % tiles_columns
     tile = tile // tiles_columns
     row = tile % tiles_rows
@@ -55,7 +55,7 @@ def _query_axis(
     first, number, step, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
     MOVED: tl.constexpr,
 ):  # fmt: skip
-    """One axis of the queries of a tile, from ``first`` on: (query, whether there is one, start, table index)."""
+    """One axis of the queries of a tile, from ``first`` on: (query, whether it exists, window start, table index)."""
     query = first + number
     valid = (number < step) & (query < query_count(length, APART))
     return (
@@ -68,7 +68,7 @@ def _query_axis(
 
 @triton.jit
 def _key_rows(first, last, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, BOUNDARY: tl.constexpr):
-    """The rows of keys that the queries from ``first`` to ``last`` see: (first, behind the last)."""
+    """Range of key rows that the queries from ``first`` to ``last`` see: (first, end)."""
     low = window_start(first, length, K, STRIDE, APART, BOUNDARY == SHIFT)
     high = window_start(last, length, K, STRIDE, APART, BOUNDARY == SHIFT) + K
     if BOUNDARY == MASK:
@@ -86,7 +86,7 @@ def _at(row, column, stride_row, stride_column, WIDE: tl.constexpr):
 
 @triton.jit
 def _load(base, at, inside, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Channels [positions, BLOCK] of some positions; zero where ``inside`` is false and behind the last channel."""
+    """Load channels [positions, BLOCK]; zero where ``inside`` is false and beyond the last channel."""
     channel = tl.arange(0, BLOCK)
     mask = inside[:, None]
     if DEPTH < BLOCK:
@@ -105,7 +105,7 @@ def _store(base, at, inside, x, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_table(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """A head's table [R * C], in units of log 2, with -inf behind its last row and column."""
+    """A head's table [R * C] in base 2, with -inf beyond its last row and column."""
     at = tl.arange(0, R * C)
     row, column = at // C, at % C
     inside = (row < ROWS) & (column < COLUMNS)
@@ -123,7 +123,7 @@ def _load_bias(
     rows, columns, head, rows_head, columns_head, KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A head's (table, embedding of rows, of columns); 0.0 in the place of what the bias does not have."""
+    """A head's (table, row embedding, column embedding); 0.0 for those that the bias does not have."""
     table, row_embedding, column_embedding = 0.0, 0.0, 0.0
     if BIAS == TABLE:
         table = _load_table(rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
@@ -140,8 +140,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dots(q, embedding, PRECISION: tl.constexpr):
-    """q . embedding in units of log 2, [queries, P]; in float32 where the two differ, so that the embedding counts
-    with its own digits."""
+    """q . embedding in base 2, [queries, P]; in float32 if their dtypes differ, to keep the embedding's precision."""
     if q.dtype != embedding.dtype:
         q, embedding = q.to(tl.float32), embedding.to(tl.float32)
     return tl.dot(q, tl.trans(embedding), input_precision=PRECISION) * LOG2E
@@ -149,7 +148,7 @@ def _dots(q, embedding, PRECISION: tl.constexpr):
 
 @triton.jit
 def _seen(key, start, valid, length, K: tl.constexpr, BOUNDARY: tl.constexpr):
-    """Whether a query sees a key, along one axis; the arguments broadcast against each other."""
+    """Whether a query sees a key along one axis; the arguments broadcast."""
     seen = valid & (key >= start) & (key < start + K)
     if BOUNDARY == MASK:
         seen = seen & (key >= 0) & (key < length)
@@ -161,7 +160,7 @@ def _part(
     key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constexpr, PITCH: tl.constexpr,
     BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One axis' part of a logit, [queries, keys], as the head of this file says."""
+    """Row or column part of the mask and bias, [queries, keys]; see the module docstring."""
     seen = _seen(key[None, :], start[:, None], valid[:, None], length, K, BOUNDARY)
     row = key[None, :] - index[:, None] + (K - 1)
     if BIAS == TABLE:
@@ -198,7 +197,7 @@ def forward(
     TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: the output [B, h, w, N, DV] and log2 of the sum of exponentials [B, h, w, N]."""
+    """A tile of queries of one head: the output [B, h, w, N, DV] and the log-sum-exp in base 2 [B, h, w, N]."""
     BM: tl.constexpr = TH * TW
     BK: tl.constexpr = KR * KC
     head = tl.program_id(0) % heads
@@ -257,7 +256,7 @@ def forward(
         products = _dot(queries, tl.trans(keys), PRECISION)
         logits = _logits(products, scale, row_part, column_part, table, BM, KR, KC, BIAS)
         larger = tl.maximum(largest, tl.max(logits, 1))
-        offset = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen so far: no inf - inf
+        offset = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen so far: avoid inf - inf
         weights = tl.exp2(logits - offset[:, None])
         shrink = tl.exp2(largest - offset)
         total = total * shrink + tl.sum(weights, 1)
@@ -290,11 +289,11 @@ def queries_backward(
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """``count`` tiles of queries of a head, dealt out to ``programs`` programs.
+    """``count`` tiles of queries of a head, distributed over ``programs`` programs.
 
-    DQ: dq [B, h, w, N, D], and delta [B, h, w, N], the sums of grad * out. DBIAS: each program's share of the gradient
-    of the bias in ``work`` [N, programs, ...]: of a table [R, TW, KC], of embeddings [R + C, BD]. Without ALL_CHUNKS
-    only the column ``chunk`` of blocks (a table's gradient, where the columns of a tile are more than one block).
+    DQ: write dq [B, h, w, N, D] and delta [B, h, w, N], the sums of grad * out. DBIAS: write each program's partial sum
+    of the bias gradient to ``work`` [N, programs, ...]: [R, TW, KC] for a table, [R + C, BD] for embeddings. Without
+    ALL_CHUNKS only block column ``chunk`` (for a table whose tiles have more than one block column).
     """
     BM: tl.constexpr = TH * TW
     BK: tl.constexpr = KR * KC
@@ -386,7 +385,7 @@ def queries_backward(
                 drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
                 dcolumn += _by_offset(tl.sum(shaped, 1), column_index, side, KW, KC, C)
             if DBIAS and BIAS == TABLE:
-                # sums over the rows of the tile and of the block, by their offset: a product with ones and zeros
+                # sum over rows of the tile and block by offset, as a product with a 0/1 matrix
                 shaped = tl.permute(tl.reshape(dlogits, (TH, TW, KR, KC)), (0, 2, 1, 3))
                 pair = tl.arange(0, TH * KR)
                 index = table_index(first_row + pair // KR, SH, NH, COUNTED_H)
@@ -417,9 +416,9 @@ def queries_backward(
 
 @triton.jit
 def _by_offset(sums, index, first, K: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr):
-    """[queries, KEYS], by key from ``first`` on, as [queries, P], by row of the embedding."""
+    """Scatter [queries, KEYS], keys from ``first`` on, to [queries, P], rows of the embedding."""
     key = tl.arange(0, P)[None, :] + index[:, None] - (K - 1) - first
-    if KEYS < 16:  # up to Triton 3.8 there is no warp-local layout for a gather from so few
+    if KEYS < 16:  # Triton up to 3.8 has no warp-local gather from fewer than 16
         same = key[:, :, None] == tl.arange(0, KEYS)[None, None, :]
         picked = tl.sum(tl.where(same, sums[:, None, :], 0.0), 2)
     else:
@@ -434,7 +433,7 @@ def table_gradient(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, NW: tl.constexpr,
     TW: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A row of a head's table from the sums by position in the tile, ``sums`` [CHUNKS, N, R, TW, KC]."""
+    """One row of a head's table gradient from the sums by position in the tile, ``sums`` [CHUNKS, N, R, TW, KC]."""
     head, row = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, C)
     acc = tl.zeros((C,), tl.float32)
@@ -555,7 +554,7 @@ def _key_part(
     query, key, key_valid, query_valid, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr,
     P: tl.constexpr, PITCH: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``_part``, of keys by queries."""
+    """``_part`` transposed: [keys, queries]."""
     start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
     seen = _seen(key[:, None], start[None, :], key_valid[:, None] & query_valid[None, :], length, K, BOUNDARY)
     if BIAS == TABLE:
@@ -567,5 +566,5 @@ def _key_part(
 
 @triton.jit
 def _pick(dots, entry, P: tl.constexpr):
-    """[P, queries] at the rows ``entry`` [keys, queries]."""
+    """Gather from [P, queries] at the rows ``entry`` [keys, queries]."""
     return tl.gather(dots, tl.minimum(tl.maximum(entry, 0), P - 1), 0)
