@@ -7,11 +7,13 @@ the value and the nearest valid key. What depends on another value is written as
 number.
 
 A key whose type is text takes its text as it stands: ``output=2024_05_01`` is no number and ``classes: [no, yes]`` are
-two names. Only the values of the free mappings (``model.kwargs``) are typed by YAML's rules.
+two names. In paths a leading ``~`` is the home folder and ``${NAME}`` an environment variable, if there is one. Only
+the values of the free mappings (``model.kwargs``) are typed by YAML's rules.
 """
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -23,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -73,6 +76,14 @@ Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropping something, or of an av
 IntPair = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 FloatPair = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 RatePair = Annotated[list[Rate], Field(min_length=2, max_length=2)]
+
+
+def expand_path(path: str) -> str:
+    """The path with a leading ``~`` and each ``${NAME}`` of a variable that is set replaced; the rest is text."""
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), path))
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 def _list(*values: Any) -> Any:
@@ -149,7 +160,7 @@ class RunConfig:
     """What the recipes of all tasks have."""
 
     auto: list[str] = _list()  # keys that training chooses by the data; one that a later file or override gives is not
-    output: str  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
+    output: PathText  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
     resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
     seed: int = Field(default=0, ge=0, lt=2**32)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -161,16 +172,16 @@ class RunConfig:
 class ImagesConfig:
     """What the ``data`` of all tasks have."""
 
-    root: str | None = None  # the folder of the data; other paths are below it
+    root: PathText | None = None  # the folder of the data; other paths are below it
     limit: PositiveInt | None = None  # the first so many training images only; classify: of idx and digits
     val_limit: PositiveInt | None = None  # likewise for the evaluation
-    split: str | None = None  # auto: a CSV of images and train or val; null: as the data have it, else drawn
+    split: PathText | None = None  # auto: a CSV of images and train or val; null: as the data have it, else drawn
     val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: share that is held out, of each class
     in_chans: PositiveInt = 3
     mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
     std: list[PositiveFloat] | None = None
     workers: NonNegativeInt = 4  # decoding processes for each training process
-    exclude: str | None = None  # a bad_samples.csv or a list of names; these samples are left out
+    exclude: PathText | None = None  # a bad_samples.csv or a list of names; these samples are left out
     max_bad_fraction: Probability = 0.01  # unreadable images beyond this share of an epoch stop the run
 
 
@@ -193,7 +204,7 @@ class DenseModelConfig:
     name: str  # the backbone: any name that timm creates with features_only
     neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet with fpn: its own top-down path
     pretrained: bool = False  # the backbone's published weights, by the name's tag
-    checkpoint: str | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
+    checkpoint: PathText | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
     frozen_stages: int = Field(default=-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
     norm_eval: bool = False  # the backbone's batch norms keep their statistics
     sync_bn: bool = False  # batch norms of the whole model over all processes
@@ -213,7 +224,7 @@ class ModelConfig:
 
     name: str
     pretrained: bool = False  # the published weights, by the name's tag
-    checkpoint: str | None = None  # weights to start from: a file, a timm folder or a run folder
+    checkpoint: PathText | None = None  # weights to start from: a file, a timm folder or a run folder
     num_classes: PositiveInt | None = None  # null: as many as the data have
     drop_rate: Rate | None = None
     drop_path_rate: Rate | None = None  # null: the model's own
@@ -276,7 +287,7 @@ class LossConfig:
 class DistillConfig:
     """Learning from a teacher's outputs on the same images, beside the labels (DeiT, arXiv 2012.12877, section 4)."""
 
-    teacher: str | None = None  # what `foveal.load` takes: a name with published weights, a run, a folder; null: none
+    teacher: PathText | None = None  # as for `foveal.load`: name with published weights, run, folder; null: none
     alpha: Probability = 0.5  # weight of the teacher's part; the labels' is 1 - alpha
     kind: Literal["hard", "soft"] = "hard"  # learn its decision, or its distribution
     temperature: PositiveFloat = 1.0  # soft: divides both sides' logits
@@ -311,10 +322,10 @@ class DetectDataConfig(DenseDataConfig):
 
     kind: Literal["coco", "auto", "voc", "digits"] = "coco"
     # voc: sets instead, such as VOC2007/trainval+VOC2012/trainval, which name their images
-    train_annotations: str = "annotations/instances_train2017.json"
-    train_images: str = "train2017"
-    val_annotations: str = "annotations/instances_val2017.json"
-    val_images: str = "val2017"
+    train_annotations: PathText = "annotations/instances_train2017.json"
+    train_images: PathText = "train2017"
+    val_annotations: PathText = "annotations/instances_val2017.json"
+    val_images: PathText = "val2017"
     classes: list[str] | None = None  # auto: names by label; objects of others are left out; null: all that occur
     keep_empty: bool = False  # train on images without objects too
     min_size: PositiveInt = 800  # evaluation: the short side is resized to this, ...
@@ -357,7 +368,7 @@ class SegmentModelConfig(DenseModelConfig):
     """What ``heads.build.build_segmenter`` is given."""
 
     head: Literal["upernet", "semantic_fpn", "mask2former"] = "upernet"
-    segmenter: str | None = None  # the whole model's weights: a run or model folder, or a file with mmseg's names
+    segmenter: PathText | None = None  # the whole model's weights: a run or model folder, or a file with mmseg's names
     auxiliary: bool = True  # upernet: an FCN head on the third map, which helps to train and is not used afterwards
     size_divisor: PositiveInt = 32  # images are padded to multiples of it; 1: the backbone takes any size
     auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # level, channels ... of heads.segmentation.FCN
@@ -368,8 +379,8 @@ class SegmentDataConfig(DenseDataConfig):
     """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
 
     kind: Literal["folder", "auto", "ade20k", "cityscapes", "voc", "digits"] = "folder"
-    images: str = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
-    masks: str = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
+    images: PathText = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
+    masks: PathText = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
     reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
     ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class
@@ -495,7 +506,8 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _alternatives(kind: Any) -> tuple:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return tuple(part.__origin__ if typing.get_origin(part) is Annotated else part for part in parts)
 
 
 def _field_type(schema: Any, key: str) -> Any:
@@ -504,6 +516,16 @@ def _field_type(schema: Any, key: str) -> Any:
         known = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
         schema = known.get(part, Any)
     return schema
+
+
+def _check_comment(node: yaml.Node) -> None:
+    """Refuses unquoted text that goes on with `` #2``, which YAML takes for a comment."""
+    end = node.end_mark
+    plain = node.style is None and end is not None and end.buffer is not None
+    rest = re.match(r" #[^\s#].*", end.buffer[end.pointer :]) if plain else None
+    if rest is not None:
+        problem = f"the text {node.value!r} goes on with {rest[0]!r}: quote all of it, or begin a comment with '# '"
+        raise yaml.constructor.ConstructorError(problem=problem, problem_mark=end)
 
 
 def _construct(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
@@ -520,6 +542,8 @@ def _construct(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
         item = next((typing.get_args(each)[0] for each in alternatives if typing.get_origin(each) is list), Any)
         return [_construct(loader, value, item) for value in node.value]
     if any(each is str or typing.get_origin(each) is Literal for each in alternatives):
+        if str in alternatives:
+            _check_comment(node)
         null = node.tag == NULL and (type(None) in alternatives or not node.value)
         return None if null else node.value
     return loader.construct_object(node, deep=True)
@@ -573,9 +597,9 @@ def _override_layer(override: str, schema: type) -> dict:
 
 
 def override_value(overrides: Iterable[str], key: str) -> str | None:
-    """The text given for ``key`` on the command line, the last one if there are several; None if there is none."""
+    """The path given for ``key`` on the command line, the last one if there are several; None if there is none."""
     values = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
-    return values[-1] if values else None
+    return expand_path(values[-1]) if values else None
 
 
 def _rename_old_keys(layer: Mapping, schema: type, source: str) -> dict:

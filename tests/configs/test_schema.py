@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from foveal.configs.schema import (
     OLD_KEYS,
+    SCHEMAS,
     ClassifyConfig,
     ConfigError,
     DetectConfig,
@@ -178,6 +181,88 @@ def test_text_is_taken_as_it_stands(tmp_path):
 def test_overrides_are_read_by_the_type_of_their_key(recipe, override, value):
     config = load_config(recipe, [override])
     assert getattr(config.data, override.split("=")[0].removeprefix("data.")) == value
+
+
+def text_keys(schema: type, prefix: str = "") -> dict[str, bool]:
+    """The keys of a schema that take free text, and whether it is a list of it."""
+    found = {}
+    for f in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(f.type):
+            found |= text_keys(f.type, f"{prefix}{f.name}.")
+        elif not f.name.endswith("kwargs") and re.search(r"\bstr\b", str(f.type)):
+            found[prefix + f.name] = "list" in str(f.type)
+    return found
+
+
+def get(config: typing.Any, key: str) -> typing.Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+TEXTS = [
+    "d/site #2",
+    "2024_05_01",
+    "2024-05-01",
+    "007",
+    "0x1f",
+    "1.10",
+    "1e3",
+    "1:30",
+    "no",
+    "True",
+    "${FOVEAL_NONE}/x",
+]
+TEXTS += ["a: b", "[a", "{b}", "'q", "&a", "*a", "!t", "%d", "@x", "`x", "-", "a~", "$5", "ä ö"]
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_key_takes_its_text(tmp_path, task, text):
+    """On the command line as it is, in a file quoted or, where it is a plain scalar of YAML, as it is."""
+    keys, schema = text_keys(SCHEMAS[task]), SCHEMAS[task]
+    assert {"output", "data.root", "data.classes" if task != "detect" else "data.val_images"} <= set(keys)
+    quoted = "'" + text.replace("'", "''") + "'"
+    plain = not re.search(r"(^[\[{'&*!%@`-])|[:#]", text)
+    for shown in (quoted, text) if plain else (quoted,):
+        file = write(tmp_path / "text.yaml", "model: {name: m}\noutput: o\n")
+        nested: dict = {}
+        for key, many in keys.items():
+            *sections, leaf = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[leaf] = ["MARK"] if many else "MARK"
+        config = load_config(write(file, yaml.safe_dump(nested).replace("MARK", shown)), (), schema)
+        assert {key: get(config, key) for key in keys} == {key: [text] if many else text for key, many in keys.items()}
+    given = load_config(None, [f"{key}=[{quoted}]" if many else f"{key}={text}" for key, many in keys.items()], schema)
+    assert {key: get(given, key) for key in keys} == {key: get(config, key) for key in keys}
+    save_config(given, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", (), schema) == given
+
+
+def test_paths_of_home_and_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/disk #1")
+    file = write(
+        tmp_path / "a.yaml", "model: {name: '${HOME}'}\ndata: {root: ~/x, train_split: '${HOME}'}\noutput: ${DATA}/o\n"
+    )
+    config = load_config(file, ["model.checkpoint=${HOME}/${NONE}/w.pt", "data.exclude=$HOME"])
+    assert (config.data.root, config.output, config.data.exclude) == ("/home/me/x", "/disk #1/o", "$HOME")
+    assert config.model.checkpoint == "/home/me/${NONE}/w.pt"
+    assert (config.model.name, config.data.train_split) == ("${HOME}", "${HOME}")  # no paths
+    assert override_value(["output=~/a.json"], "output") == "/home/me/a.json"
+
+
+def test_text_that_goes_on_as_a_comment_is_refused(tmp_path):
+    model = "model: {name: m}\n"
+    with pytest.raises(ConfigError, match=r"(?s)'d/site'.*#2"):
+        load_config(write(tmp_path / "a.yaml", model + "data:\n  root: d/site #2\n"))
+    with pytest.raises(ConfigError, match=r"(?s)'a'.*#1"):
+        load_config(write(tmp_path / "a.yaml", model + "data:\n  classes:\n  - a #1\n  - b\n"))
+    fine = "data:\n  root: 'd/site #2' #quoted\n  val_split: v # comment\nseed: 3 #4\n"
+    config = load_config(write(tmp_path / "a.yaml", model + fine))
+    assert (config.data.root, config.data.val_split, config.seed) == ("d/site #2", "v", 3)
 
 
 def test_old_keys_load_and_name_the_new_ones(tmp_path):
