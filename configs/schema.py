@@ -68,6 +68,29 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message is meant for the user."""
 
 
+class Problems:
+    """Collects what is wrong with a recipe: a ValueError inside ``with problems:`` is kept, and the program goes on
+    behind it."""
+
+    def __init__(self) -> None:
+        self.found: list[ValueError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if isinstance(error, ValueError):  # DataError, too
+            self.found.append(error)
+        return isinstance(error, ValueError)
+
+    def raise_all(self) -> None:
+        """Raises the error that was kept; of several, a `ConfigError` with a line each."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ConfigError("\n".join(dict.fromkeys(map(str, self.found))))
+
+
 # ---- the sections
 
 SCHEMA = ConfigDict(extra="forbid", allow_inf_nan=False)

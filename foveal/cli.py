@@ -81,7 +81,7 @@ def _missing_extra(error: Exception) -> str | None:
 
 def _print_error(heading: str, message: str, colour: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0 or heading == "error":
-        line = " ".join(message.split())
+        line = "\n  ".join(" ".join(each.split()) for each in message.splitlines() if each.strip())
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[{colour}]{heading}:[/] {escape(line)}")
 
 

@@ -15,14 +15,15 @@ from timm.data import ImageNetInfo, Mixup, infer_imagenet_subset
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from ..backbones.base import registered_cfg
 from ..backbones.images import label_names, preprocessing, read_image
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
-from .losses import Teacher, build_losses, build_mix, distillation_loss, prepare_heads
+from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, autocast, write_confusion
-from .task import Result, find_recipe, processes, use_kept_split
+from .task import Result, find_recipe, loop_problems, processes, use_kept_split
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
@@ -61,9 +62,21 @@ class Task(task.Task):
     @classmethod
     def build(cls, config: ClassifyConfig, accelerator: Accelerator) -> "Task":
         """The recipe's model with its initial weights, and its data."""
-        classes = find_classes(config.data)
+        problems, classes, cfg = loop_problems(config), [], {}
+        with problems:
+            check_mix(config)
+        with problems:
+            cfg = model_cfg(config.model)
+        if config.distill.teacher is not None:
+            with problems:
+                check_teacher(config.distill.teacher)
+        with problems:
+            classes = find_classes(config.data)
+        if classes and cfg:
+            with problems:
+                data = build_classification_data(config, classes, cfg, **processes(accelerator))
+        problems.raise_all()
         model = build_model(config.model, len(classes), config.data.in_chans)
-        data = build_classification_data(config, classes, model.pretrained_cfg, **processes(accelerator))
         set_preprocessing(model, data.preprocessing)
         prepare_heads(model, config)
         teacher = None
@@ -183,6 +196,35 @@ class Predictor(task.Predictor):
         return [Result(self.labels[i] if self.labels else f"class {i}", score) for i, score in pairs], None
 
 
+def is_local(config: ModelConfig) -> bool:
+    return config.name.startswith("local-dir:")
+
+
+def check_name(config: ModelConfig) -> None:
+    """Raises:
+    ConfigError: an unknown name; the message has the nearest ones.
+    """
+    if not is_local(config) and not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
+        raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
+
+
+def model_cfg(config: ModelConfig) -> dict[str, Any]:
+    """The ``pretrained_cfg`` that the recipe's model will have, before it is built.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    check_name(config)
+    if not is_local(config):
+        return registered_cfg(config.name).to_dict() | (config.kwargs.get("pretrained_cfg_overlay") or {})
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return timm.create_model(config.name, **config.kwargs).pretrained_cfg
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise ConfigError(f"model {config.name!r} can't be created with {config.kwargs}: {error}") from error
+
+
 def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     """Creates the recipe's model with timm, in training mode.
 
@@ -194,10 +236,8 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
         raise ConfigError(f"model.num_classes is {outputs}, but the data have {classes} classes")
     rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
     arguments: dict[str, Any] = {key: value for key, value in rates.items() if value is not None} | config.kwargs
-    local = config.name.startswith("local-dir:")
-    if not local and not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
-        raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
+    check_name(config)
+    local = is_local(config)
     try:
         # not by timm's pretrained=True, which compares no hash and tries no mirror
         create: Any = (

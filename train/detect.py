@@ -20,7 +20,7 @@ from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, metric_labels
 from .scoring import autocast
-from .task import Result, build_dense, find_recipe, processes, use_kept_split
+from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 SURE = 0.5  # score from which a detection is drawn
 Found = dict[str, Tensor]  # boxes [N, 4], labels [N], scores [N], perhaps masks [N, 1, H, W]
@@ -48,7 +48,12 @@ class Task(task.Task):
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
         """The recipe's detector with its initial weights, and its data."""
         masks = HEADS["detect"][config.model.head].masks
-        data = build_detection_data(config, masks=masks, **processes(accelerator))
+        problems = loop_problems(config)
+        with problems:
+            check_backbone(config)
+        with problems:
+            data = build_detection_data(config, masks=masks, **processes(accelerator))
+        problems.raise_all()
         return cls(config, build_model(config, len(data.categories)), data)
 
     @classmethod

@@ -4,13 +4,14 @@ Processes meet at fixed places only. What goes wrong on one of them is kept unti
 by all, so that none waits for another that is gone.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, get_int_from_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +21,7 @@ from ..configs.schema import ConfigError, TrainConfig
 from ..errors import RunError
 from .data import DataError
 
+WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")  # by launcher, as accelerate's
 READ_ERRORS = (DataError, OSError, RuntimeError)  # what a loader was seen to raise; the last from a worker that died
 LISTS = (nn.ModuleList, nn.Sequential)
 FULL = StateDictOptions(full_state_dict=True)
@@ -27,6 +29,29 @@ FULL = StateDictOptions(full_state_dict=True)
 
 class OtherProcessError(RunError):
     """What another process raised; the message names the process, the type and the text."""
+
+
+def join_processes(**options: Any) -> Accelerator:
+    """The accelerator of this process, in one group with all that the launcher started: on CPUs where there is no GPU.
+
+    Args:
+        options: of `Accelerator`.
+
+    Raises:
+        ConfigError: the group is not of as many processes as the launcher was asked for.
+    """
+    world, environ = get_int_from_env(WORLD_SIZES, 1), os.environ
+    hint = "start N with `torchrun --nproc_per_node N -m foveal ...`"
+    # accelerate launch names the meeting point of several processes, and with --cpu starts one
+    if world == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys() and "WORLD_SIZE" not in environ:
+        raise ConfigError(f"accelerate launch with --num_processes above 1 started one process on the CPU; {hint}")
+    accelerator = Accelerator(cpu=world > 1 and not torch.accelerator.is_available(), **options)
+    if accelerator.num_processes != world:
+        raise ConfigError(
+            f"the launcher started {world} processes, but {accelerator.num_processes} joined this run on "
+            f"{accelerator.device.type}; {hint}, and ACCELERATE_USE_CPU=true for CPUs"
+        )
+    return accelerator
 
 
 def raise_together(accelerator: Accelerator, error: Exception | None) -> None:

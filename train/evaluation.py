@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +14,7 @@ from ..backbones.loading import local_path
 from ..configs.schema import override_value
 from ..files import write_json
 from .data.guard import printable
+from .distributed import join_processes
 from .scoring import Scorer
 from .task import Task
 from .tasks import find_task, task_of
@@ -51,7 +51,7 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
     kind = find_task(task_of(local_path(source))).Task
     files = {key: override_value(overrides, key) for key in kind.files}
     overrides = [pair for pair in overrides if pair.partition("=")[0] not in files]
-    accelerator = Accelerator()
+    accelerator = join_processes()
     task: Task = kind.load(source, overrides, accelerator)
     if task.config.train.threads:
         torch.set_num_threads(task.config.train.threads)

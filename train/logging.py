@@ -163,7 +163,7 @@ class Trackers:
             "mlflow": {"run_id": self._known.get("mlflow"), "run_name": name},
             "wandb": {"id": self._known.get("wandb"), "name": name, "resume": "allow", "dir": str(self.run)},
         }
-        self.accelerator.init_trackers(PROJECT, None if self._known else dict(_flat(config)), settings)
+        self.accelerator.init_trackers(PROJECT, None if self._known else dict(flat(config)), settings)
         if self.accelerator.is_main_process:
             self._known = {"logged": 0} | self._known | {t.name: _run_id(t) for t in self.accelerator.trackers}
             self._write()
@@ -190,11 +190,11 @@ def _run_id(tracker: Any) -> str | None:
     return tracker.tracker.id if tracker.name == "wandb" else None
 
 
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """``section.key`` and value of a recipe, lists and mappings as text."""
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{each.name}.")
+            yield from flat(value, f"{prefix}{each.name}.")
         else:
             yield f"{prefix}{each.name}", value if isinstance(value, bool | int | float | str) else str(value)

@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ..backbones.loading import load
+from ..backbones.loading import load, resolve
 from ..configs.schema import ClassifyConfig, ConfigError
 
 
@@ -20,13 +20,24 @@ def build_losses(name: str, smoothing: float) -> tuple[nn.Module, nn.Module]:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss(), SoftTargetCrossEntropy()
 
 
+def check_mix(config: ClassifyConfig) -> None:
+    """Raises:
+    ConfigError: an odd batch, where images are mixed.
+    """
+    given, size = config.augment, config.train.batch_size
+    if size % 2 and (given.mixup > 0 or given.cutmix > 0):
+        raise ConfigError(
+            f"train.batch_size={size} is odd, and augment.mixup={given.mixup:g}, augment.cutmix={given.cutmix:g} pair "
+            "images; 0 turns them off"
+        )
+
+
 def build_mix(config: ClassifyConfig, num_classes: int) -> Mixup | None:
     """Mixup and CutMix, where the recipe has them."""
     augment = config.augment
     if not (augment.mixup > 0 or augment.cutmix > 0):
         return None
-    if config.train.batch_size % 2:
-        raise ConfigError(f"mixup and cutmix pair images: train.batch_size={config.train.batch_size} is odd")
+    check_mix(config)
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
@@ -59,6 +70,16 @@ def prepare_heads(model: Any, config: ClassifyConfig) -> None:
         model.set_distilled_training(True)  # its second head learns from the teacher; another model's only head does
 
 
+def check_teacher(source: str) -> None:
+    """Raises:
+    ConfigError: the teacher's name is unknown.
+    """
+    try:
+        resolve(source)
+    except ValueError as error:
+        raise ConfigError(f"distill.teacher: {error}; distill.teacher=null trains without one") from None
+
+
 class Teacher:
     """A frozen classifier that takes the student's batches, normalised for the student, and sees them as it was trained
     to.
@@ -86,7 +107,7 @@ class Teacher:
         try:
             self.model: Any = load(source, in_chans=channels).to(device).requires_grad_(False)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"distill.teacher: {error}") from None
+            raise ConfigError(f"distill.teacher: {error}; distill.teacher=null trains without one") from None
         if self.model.num_classes != num_classes:
             raise ConfigError(
                 f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
@@ -37,21 +37,34 @@ def create_optimizer(model: Any, config: OptimConfig, global_batch: int) -> torc
         raise ConfigError(f"optim.name={config.name}: {error}") from error
 
 
-def create_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int
-) -> tuple[Scheduler, int]:
-    """The learning rate by update, and the number of epochs including the cooldown.
-
-    Raises:
-        ConfigError: milestones outside (0, 1), missing from ``multistep`` or given to another schedule.
+def check_optim(config: OptimConfig) -> None:
+    """Raises:
+    ConfigError: timm knows no such optimizer.
     """
-    total = config.epochs * updates_per_epoch
+    try:
+        get_optimizer_info(config.name.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ConfigError(f"optim.name={config.name}: {error}") from None
+
+
+def check_schedule(config: ScheduleConfig) -> None:
+    """Raises:
+    ConfigError: milestones outside (0, 1), missing from ``multistep`` or given to another schedule.
+    """
     if (config.name == "multistep") != bool(config.milestones):
         raise ConfigError(
             f"schedule.name={config.name}, schedule.milestones={config.milestones}: only multistep has them"
         )
     if any(not 0 < part < 1 for part in config.milestones):
         raise ConfigError(f"schedule.milestones={config.milestones} must be fractions of the run, between 0 and 1")
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int
+) -> tuple[Scheduler, int]:
+    """The learning rate by update, and the number of epochs including the cooldown."""
+    total = config.epochs * updates_per_epoch
+    check_schedule(config)
     lr = max(group["lr"] for group in optimizer.param_groups)  # each group's own, times its lr_scale, from here on
     scheduler: Any
     scheduler, _ = create_scheduler_v2(

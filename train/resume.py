@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
-from ..configs.schema import OLD_KEYS
+from ..configs.schema import OLD_KEYS, ConfigError
 from ..heads.legacy import migrate_arguments, migrate_inference
 from . import checkpoint
 from .checkpoint import CheckpointError, DamagedError
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .task import Row
 
 Trainer = Any  # `trainer.Trainer`, whose module imports this one
+
+
+SHAPE_KEYS = "train.batch_size, train.grad_accum_steps, train.steps_per_epoch, data.limit, data.exclude, processes"
 
 
 @dataclass
@@ -174,6 +177,8 @@ def resume(trainer: Trainer) -> bool:
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.state = State(**saved["state"])
+    if trainer.updates:
+        _set_rate(trainer)
     _restore_random_state(trainer, saved)
     trainer.sync_eval_model()
     with raised_by_all(accelerator):
@@ -183,6 +188,18 @@ def resume(trainer: Trainer) -> bool:
             _check_best(trainer)
     trainer.state.best = broadcast_object_list([trainer.state.best])[0]
     return True
+
+
+def _set_rate(trainer: Trainer) -> None:
+    """Sets the rate of the recipe as it is now, which may not be what it was when the checkpoint was written."""
+
+    def rate() -> float:
+        return max(group["lr"] for group in trainer.optimizer.param_groups)
+
+    before = rate()
+    trainer.scheduler.step_update(trainer.updates)
+    if rate() != before:
+        trainer.logger.warn(f"the learning rate goes on at {rate():.3g}, where it was {before:.3g}")
 
 
 def _restore_random_state(trainer: Trainer, saved: dict[str, Any]) -> None:
@@ -231,6 +248,10 @@ def _renamed(key: str, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str
 
 
 def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> None:
+    epoch, step = saved["state"]["epoch"], saved["state"]["step"]
+    if epoch + (step > 0) > trainer.epochs:
+        done = f"{epoch} epochs" + (f" and {step} updates" if step else "")
+        raise ConfigError(f"{folder} is already past epoch {trainer.epochs}, the last of this recipe: it has {done}")
     for key, value in _identity(trainer).items():
         earlier = saved["identity"].get(key)
         if key in ("model", "evaluation", "augmentation") and str(earlier).startswith("{"):
@@ -243,7 +264,7 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
         if was[key] == value or (key == "images per pass" and trainer.config.train.steps_per_epoch is None):
             continue
         then, now = len(saved["random"]), trainer.accelerator.num_processes
-        text = f"{folder}: {key} were {was[key]}, are now {value}"
+        text = f"{folder}: {key} were {was[key]}, are now {value} ({SHAPE_KEYS})"
         if then != now:
             forward = trainer.config.train.batch_size * now
             text += f", with {now} process(es) instead of {then}"

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from ..backbones.base import registered_cfg
 from ..configs.schema import SCHEMAS, ConfigError, load_config, recipe_task, save_config
 from ..errors import Interrupted
 from ..files import write_json
 from . import checkpoint, report
 from .data import end_workers
 from .data.auto import kept_split
-from .distributed import raised_by_all
-from .logging import accelerate_trackers
+from .distributed import join_processes, raised_by_all
+from .logging import accelerate_trackers, flat
 from .resume import resume
 from .tasks import find_task
 from .trainer import Trainer
 
-RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")
+RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")  # any of them: a run is there
 
 
 def train(
@@ -78,6 +80,8 @@ def train(
     with raised_by_all(accelerator):
         if accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
+            if resumed:
+                keep_former(trainer)
             (run / "summary.json").unlink(missing_ok=True)  # by which a run is finished: this one now goes on
             save_config(config, run / "config.yaml")
             if job.data.division is not None:
@@ -92,6 +96,8 @@ def train(
         raise Interrupted(stop.code, f"saved as {run}/last; this goes on from there: {shlex.join(command)}") from None
     finally:
         end_workers(job.data.train, job.data.val)
+        if accelerator.is_main_process and not checkpoint.generations(run / "last"):
+            (run / "config.yaml").unlink(missing_ok=True)  # nothing to go on from, so nothing to protect
     accelerator.end_training()
     return summary
 
@@ -107,16 +113,19 @@ def create_accelerator(config: Any) -> Accelerator:
     trackers = accelerate_trackers(config.log.trackers)
     AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
     try:
-        accelerator = Accelerator(
+        accelerator = join_processes(
             mixed_precision=config.train.amp, log_with=trackers or None, project_dir=config.output
         )
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"train.amp={config.train.amp}: {error}") from error
     if config.model.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise ConfigError("model.sync_bn: PyTorch synchronizes batch norms on GPUs only")
     if config.resume == "never" and any((Path(config.output) / name).exists() for name in RUN_FILES):
         raise ConfigError(
-            f"{config.output} already holds a run: resume=auto goes on with it, output=FOLDER names another"
+            f"{config.output} already holds a run: resume=auto goes on with it (without a checkpoint, from the start), "
+            "output=FOLDER names another"
         )
     return accelerator
 
@@ -131,8 +140,54 @@ def describe(trainer: Trainer, resumed: bool) -> None:
     )
     for note in filter(None, [*task.notes, shared_store(os.environ, accelerator.num_processes)]):
         trainer.logger.print(note)
-    if resumed and state.epoch < trainer.epochs:
+    if not resumed:
+        trainer.logger.print(f"starts from {initial_weights(trainer.config.model)}")
+    elif state.epoch < trainer.epochs:
         trainer.logger.print(f"resumed at epoch {state.epoch + 1}, update {state.step + 1}")
+    trainer.logger.print(plan(trainer))
+
+
+def initial_weights(model: Any) -> str:
+    """What a new run starts from, in a few words."""
+    if source := getattr(model, "segmenter", None) or model.checkpoint:
+        return f"the weights of {source}"
+    if not model.pretrained:
+        return "random weights" + (" in the backbone" if hasattr(model, "head") else "")
+    tag = "" if ":" in model.name or "." in model.name else registered_cfg(model.name).tag
+    return f"the published weights {model.name}{f'.{tag}' if tag else ''}"
+
+
+def plan(trainer: Trainer) -> str:
+    """Optimizer, peak learning rate and length of a run, in a line."""
+    optim, schedule, images = trainer.config.optim, trainer.config.schedule, trainer.images_per_step
+    groups = zip(trainer.scheduler.base_values, trainer.optimizer.param_groups, strict=True)
+    peak = max(rate * group.get("lr_scale", 1.0) for rate, group in groups)
+    scaled = f" (optim.lr={optim.lr:g} x {images} / optim.lr_batch={optim.lr_batch})" if optim.lr_batch else ""
+    cooldown = trainer.epochs - schedule.epochs
+    more = f" + {cooldown} of cooldown at the lowest rate (schedule.cooldown_fraction)" if cooldown else ""
+    return (
+        f"{optim.name}, peak learning rate {peak:.3g}{scaled}; {schedule.epochs} epochs{more} of {trainer.steps:,} "
+        f"updates of {images:,} images"
+    )
+
+
+def keep_former(trainer: Trainer) -> None:
+    """Says what a resumed run changes of its recipe, and renames the former config.yaml."""
+    file, config = trainer.run / "config.yaml", trainer.config
+    if not file.is_file():
+        return
+    try:
+        earlier = dict(flat(load_config(file, [], SCHEMAS[config.task])))
+    except ConfigError as error:
+        trainer.logger.warn(f"{file} cannot be compared with the recipe: {error}")
+        earlier = {}
+    now = dict(flat(config))
+    changed = [f"{key} {earlier.get(key)} -> {now[key]}" for key in now if earlier and earlier[key] != now[key]]
+    changed = [text for text in changed if text.partition(" ")[0] not in ("resume", "output")]
+    if changed or not earlier:
+        kept = next(name for n in count(1) if not (name := file.with_name(f"config.{n}.yaml")).exists())
+        file.rename(kept)
+        trainer.logger.warn(f"the recipe has changed ({kept.name} keeps the former one): {', '.join(changed)}")
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
 from .scoring import SegmentationScorer, autocast, write_iou
-from .task import Result, build_dense, find_recipe, processes, use_kept_split
+from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 
 class Task(task.Task):
@@ -49,11 +49,19 @@ class Task(task.Task):
     def build(cls, config: SegmentConfig, accelerator: Accelerator) -> "Task":
         """The recipe's segmenter with its initial weights, and its data."""
         together = accelerator.num_processes if config.model.sync_bn else 1
-        if config.model.head == "upernet" and config.train.batch_size * together == 1:
-            raise ConfigError(
-                "train.batch_size=1: UPerNet normalises maps of one pixel, which needs two images or more"
-            )
-        classes = find_classes(config.data)
+        problems, classes = loop_problems(config), []
+        with problems:
+            check_backbone(config)
+        with problems:
+            inference(config)
+        with problems:
+            if config.model.head == "upernet" and config.train.batch_size * together == 1:
+                raise ConfigError(
+                    "train.batch_size=1: UPerNet normalises maps of one pixel, which needs two images or more"
+                )
+        with problems:
+            classes = find_classes(config.data)
+        problems.raise_all()
         model = build_model(config, len(classes))
         data = segmentation_data(config, classes, model, accelerator)
         new = load_initial(model, config.model.segmenter) if config.model.segmenter is not None else []

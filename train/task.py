@@ -9,15 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from timm.models import is_model
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones.images import read_image
-from ..backbones.loading import local_path
-from ..configs.schema import ConfigError
+from ..backbones.loading import local_path, unknown_model
+from ..configs.schema import ConfigError, Problems
 from . import plots
 from .data.auto import kept_split
 from .data.dataset import UNREADABLE
+from .distributed import check_sharding
+from .optim import check_optim, check_schedule
 from .scoring import Metrics, Scorer
 
 Row = dict[str, Any]  # of metrics.csv
@@ -207,6 +210,19 @@ class Predictor(ABC):
         raise NotImplementedError
 
 
+def loop_problems(config: Any) -> Problems:
+    """What is wrong with the keys of the training loop."""
+    problems = Problems()
+    with problems:
+        check_optim(config.optim)
+    with problems:
+        check_schedule(config.schedule)
+    if config.train.parallel == "fsdp":
+        with problems:
+            check_sharding(config.train)
+    return problems
+
+
 def find_recipe(source: str | Path) -> Path | None:
     """The config.yaml of the run that ``source`` is, or lies in as a checkpoint; None for anything else."""
     folder = local_path(source)
@@ -224,6 +240,14 @@ def use_kept_split(config: Any, source: str | Path, overrides: Sequence[str]) ->
 def processes(accelerator: Accelerator) -> dict[str, Any]:
     """The arguments by which a builder of loaders takes this process's share of the images, on its device."""
     return dict(device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes)
+
+
+def check_backbone(config: Any) -> None:
+    """Raises:
+    ConfigError: the backbone's name is unknown.
+    """
+    if not is_model(config.model.name):
+        raise ConfigError(f"model.name: {unknown_model(config.model.name)}")
 
 
 def build_dense(builder: Callable[..., Any], config: Any, num_classes: int, **more: Any) -> Any:

@@ -17,6 +17,7 @@ import safetensors.torch
 import timm
 import torch
 
+from foveal.configs.schema import ConfigError, load_config
 from foveal.train import checkpoint, classify, train
 from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
 
@@ -449,6 +450,48 @@ def test_a_run_whose_folder_becomes_read_only(capsys, monkeypatch, no_rights):
 def test_resume_of_another_run(stopped, quick, override, named):
     with pytest.raises(CheckpointError, match=f"{stopped}/last.*{named}"):
         train(quick, [f"output={stopped}", "resume=auto", override])
+
+
+def test_a_resumed_run_says_what_changed(stopped, quick, capsys):
+    """The keys with both values, the rate that it goes on at; the former recipe stays."""
+    former = (stopped / "config.yaml").read_text()
+    train(quick, [f"output={stopped}", "resume=auto", "schedule.epochs=3", "optim.lr=0.012", "augment.mixup=0.5"])
+    said = " ".join(capsys.readouterr().out.split())
+    for each in ("schedule.epochs 1 -> 3", "optim.lr 0.003 -> 0.012", "augment.mixup 0.0 -> 0.5", "config.1.yaml"):
+        assert each in said
+    assert "resume never" not in said
+    assert re.search(r"learning rate .*\d, .*\d", said)
+    assert (stopped / "config.1.yaml").read_text() == former
+    with pytest.raises(ConfigError, match=r"past epoch 1\b.*3 epochs"):
+        train(quick, [f"output={stopped}", "resume=auto", "schedule.epochs=1"])
+    assert load_config(stopped / "config.yaml").schedule.epochs == 3
+
+
+def test_a_resumed_run_without_changes_says_none(stopped, quick, capsys):
+    file = stopped / "config.yaml"
+    file.write_text(file.read_text().replace("epochs: 1", "epochs: 2"))  # as if it had been stopped
+    train(quick, [f"output={stopped}", "resume=auto"])
+    assert "->" not in capsys.readouterr().out
+    assert not (stopped / "config.1.yaml").exists()
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_the_readme_lists_what_a_resumed_run_may_not_change(task):
+    """Every entry of the identity that a checkpoint is compared by."""
+    readme = (Path(__file__).parents[2] / "train/README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| refused, (\w+)[^|]*\| (.*) \|$", readme, re.MULTILINE))
+    run = Path(__file__).parents[1] / "data/runs_0.1.0" / task
+    identity = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)["identity"]
+    for key in identity:
+        assert key.partition(" ")[0] in rows["all"] + rows[task], key
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_blocks_nothing(quick, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(classify.Task, "train_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(quick, [f"output={tmp_path / 'run'}", "schedule.epochs=1", "data.limit=64"])
+    train(quick, [f"output={tmp_path / 'run'}", "schedule.epochs=1", "data.limit=64"])
 
 
 def test_resume_finds_the_old_folder(stopped, quick):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -370,6 +371,26 @@ def test_epochs_of_so_many_updates(quick, tmp_path):
     assert len(calls) == 20
     assert calls[:8] != calls[8:16]
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_all_that_is_wrong_is_said_at_once(quick, tmp_path):
+    """Before a model is built or a teacher is fetched."""
+    wrong = ["optim.name=adamv", "train.batch_size=63", "data.limit=20", "augment.mixup=0.8", "distill.teacher=nobody"]
+    with pytest.raises(ConfigError) as error:
+        train(quick, [f"output={tmp_path / 'run'}", *wrong])
+    lines = str(error.value).splitlines()
+    for number, words in enumerate(("adamv", "batch_size=63.*mixup", "nobody.*distill.teacher=null", "20 .*63")):
+        assert re.search(words, lines[number]), lines
+
+
+def test_the_header_names_rate_weights_and_cooldown(quick, tmp_path, capsys):
+    options = ["optim.lr_batch=256", "schedule.cooldown_fraction=0.5", "data.limit=128", "data.val_limit=64"]
+    train(quick, [f"output={tmp_path / 'a'}", *options])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "random weights" in said
+    assert "learning rate 0.00075 (optim.lr=0.003 x 64 / optim.lr_batch=256); 2 epochs + 1 of cooldown" in said
+    train(quick, [f"output={tmp_path / 'b'}", "schedule.epochs=1", f"model.checkpoint={tmp_path / 'a'}"])
+    assert f"the weights of {tmp_path / 'a'}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_resume_refuses_other_preprocessing_and_leaves_a_finished_run_alone(tmp_path, capsys):

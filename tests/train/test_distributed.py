@@ -287,6 +287,45 @@ def test_another_number_of_processes_needs_updates_of_as_many_images(recipe, tmp
     train(recipe, [f"output={tmp_path / 'run'}", "resume=auto", "train.grad_accum_steps=4"])
 
 
+def bare(*command: str, folder: Path) -> subprocess.CompletedProcess:
+    """A command as a user types it: none of the variables by which tests or launchers steer."""
+    set_here = re.compile("OMP_NUM_THREADS|MKL_NUM_THREADS|ACCELERATE_.*|MASTER_.*|WORLD_SIZE|(LOCAL_)?RANK")
+    environment = {name: value for name, value in os.environ.items() if not set_here.fullmatch(name)}
+    program = str(Path(sys.executable).with_name(command[0]))
+    return subprocess.run([program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_torchrun_without_a_gpu(tmp_path):
+    """The documented command as it stands is one run of two processes."""
+    short = ["schedule.epochs=1", "data.limit=128"]
+    done = bare(
+        "torchrun", "--nproc_per_node", "2", "-m", "foveal", "train", "classify", "digits", *short, folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu x 2" in done.stdout
+    assert json.loads((tmp_path / "runs/digits/environment.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_accelerate_launch_that_starts_one_process_is_refused(tmp_path):
+    """accelerate starts a single process with --cpu: better no run than half of one."""
+    launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "foveal", "train", "classify", "digits"]
+    done = bare(*launch, folder=tmp_path)
+    assert done.returncode != 0
+    assert "torchrun --nproc_per_node" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_launcher_with_other_processes_than_joined_is_refused(monkeypatch):
+    alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: alone)
+    assert distributed.join_processes() is alone
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"3 processes.*1 .*torchrun"):
+        distributed.join_processes()
+
+
 @pytest.mark.slow
 def test_four_processes_of_torchrun(recipe, tmp_path):
     train(recipe, [f"output={tmp_path / 'one'}", "train.batch_size=4", "train.grad_accum_steps=4"])
