@@ -62,6 +62,7 @@ class Task(task.Task):
         with problems:
             classes = find_classes(config.data)
         problems.raise_all()
+        config.data.classes = classes if config.data.kind == "auto" else config.data.classes
         model = build_model(config, len(classes))
         data = segmentation_data(config, classes, model, accelerator)
         new = load_initial(model, config.model.segmenter) if config.model.segmenter is not None else []

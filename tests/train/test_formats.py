@@ -14,10 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from foveal.configs.schema import DetectConfig, load_config
+from foveal.configs.schema import SCHEMAS, DetectConfig, load_config
 from foveal.train import evaluate, train
 from foveal.train.data import DataError, build_detection_data
-from foveal.train.data.auto import draw
+from foveal.train.data.auto import draw, read_set
+from foveal.train.data.dataset import SegmentationDataset
 from foveal.train.data.files import Files, split_of
 
 CLASSES = ("cat", "dog")
@@ -252,6 +253,125 @@ def test_the_order_of_a_trained_models_classes_is_kept(tmp_path):
     assert (index.categories, len(index)) == ({5: "dog", 9: "cat"}, 10)
     expected = [label for name in sorted(truth()) for label, _ in truth()[name]]
     assert index.labels.tolist() == [1 - label for label in expected]
+
+
+# classification and segmentation
+
+
+def labels_of(root: Path, *overrides: str, task: str = "classify", train: bool = True):
+    given = ["output=o", "model.name=m", "data.kind=auto", f"data.root={root}"]
+    config = load_config(None, [*given, *overrides], SCHEMAS[task])
+    return read_set(config, train=train)
+
+
+def class_folders(root: Path, *above: str, counts: tuple[int, int] = (10, 5)) -> None:
+    for name, count in zip(CLASSES, counts, strict=True):
+        write_images(root.joinpath(*above, name), {f"{name} {i}": [] for i in range(count)})
+
+
+def flat_with_table(root: Path, header: str = "id,breed") -> None:
+    class_folders(root / "x")
+    rows = [(path.stem, path.parent.name) for path in sorted(root.rglob("*.jpg"))]
+    for path in sorted(root.rglob("*.jpg")):
+        path.rename(root / path.name)
+    (root / "labels.csv").write_text("\n".join([header, *map(",".join, rows)]))
+
+
+def one_hot(root: Path) -> None:
+    flat_with_table(root)
+    lines = [line.split(",") for line in (root / "labels.csv").read_text().splitlines()[1:]]
+    rows = [f"{name}.jpg, {int(label == 'cat')}, {int(label == 'dog')}" for name, label in lines]
+    (root / "labels.csv").unlink()
+    (root / "_classes.csv").write_text("\n".join(["filename, cat, dog", *rows]))
+
+
+@pytest.mark.parametrize(
+    "write", [class_folders, lambda root: class_folders(root, "archive", "all"), flat_with_table, one_hot]
+)
+def test_classified_images(write, tmp_path):
+    write(tmp_path)
+    found = labels_of(tmp_path)
+    assert found.classes == list(CLASSES)
+    assert found.by_class(found.train).tolist() == [8, 4]
+    assert found.by_class(found.val).tolist() == [2, 1]
+    for index in (found.train, found.val):
+        assert all(found.classes[label] in index.name(i) for i, label in enumerate(index.label))
+
+
+def test_splits_of_classified_images(tmp_path):
+    class_folders(tmp_path, "training", counts=(4, 3))
+    class_folders(tmp_path, "valid", counts=(2, 1))
+    class_folders(tmp_path, "test", counts=(1, 1))
+    found = labels_of(tmp_path)
+    assert (len(found.train), len(found.val), found.division.rows) == (7, 3, [])
+    assert any("test" in note for note in found.division.notes)
+    assert len(labels_of(tmp_path, "data.val_split=test", train=False).val) == 2
+    with pytest.raises(DataError, match="tests"):
+        labels_of(tmp_path, "data.val_split=tests")
+
+
+def test_rows_without_images_are_reported(tmp_path):
+    flat_with_table(tmp_path)
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.write("\nnowhere,cat\ncat 1,\nx\n")
+    report = labels_of(tmp_path).train.report
+    assert sorted(report.counts().values()) == [1, 2]
+    assert "nowhere" in str(report)
+
+
+def write_masks(images: Path, masks: Path, ending: str = "", values: tuple[int, ...] = (0, 1, 2)) -> None:
+    write_images(images, {f"im {i}": [] for i in range(10)})
+    masks.mkdir(parents=True, exist_ok=True)
+    for i in range(10):
+        mask = np.full((HEIGHT, WIDTH), values[0], np.uint8)
+        mask[4:20, 5:30] = values[i % (len(values) - 1) + 1]
+        Image.fromarray(mask).save(masks / f"im {i}{ending}.png")
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "ending"), [("a", "b", ""), (".", ".", ""), (".", ".", "_mask"), ("x/photos", "y", "_L")]
+)
+def test_masks_are_found_by_content(images, masks, ending, tmp_path):
+    write_masks(tmp_path / images, tmp_path / masks, ending)
+    found = labels_of(tmp_path, task="segment")
+    assert found.classes == ["background", "class 1", "class 2"]
+    assert (len(found.train), len(found.val)) == (8, 2)
+    dataset = SegmentationDataset(found.train, 3, None, 0)
+    sample = dataset.read(0)
+    assert sorted(torch.as_tensor(sample["mask"]).unique().tolist())[0] == 0
+    named = labels_of(tmp_path, "data.classes=[ground,tree,car]", task="segment")
+    assert (named.classes, named.train.table[:4].tolist()) == (["ground", "tree", "car"], [0, 1, 2, -1])
+    fewer = labels_of(tmp_path, "data.classes=[class 2,background]", task="segment")
+    assert fewer.train.table[[0, 1, 2, 3, 255]].tolist() == [1, 255, 0, -1, 255]
+    assert any("class 1" in note for note in fewer.found.notes)
+
+
+def test_masks_of_0_and_255_are_background_and_object(tmp_path):
+    write_masks(tmp_path / "a", tmp_path / "b", values=(0, 255))
+    found = labels_of(tmp_path, task="segment")
+    assert found.classes == ["background", "object"]
+    assert found.train.table[[0, 255, 1]].tolist() == [0, 1, -1]
+
+
+def test_values_named_by_roboflow(tmp_path):
+    write_masks(tmp_path / "train", tmp_path / "train", "_mask", values=(0, 2))
+    (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, ground\n1, tree\n2, car\n")
+    found = labels_of(tmp_path, task="segment")
+    assert found.classes == ["ground", "car"]
+
+
+def test_shapes_are_drawn(tmp_path):
+    labelme(tmp_path)
+    found = labels_of(tmp_path, task="segment")
+    assert found.classes == ["background", *CLASSES]
+    dataset = SegmentationDataset(found.train, 3, None, 0)
+    mask = torch.as_tensor(dataset.read(0)["mask"])
+    ((label, (x1, y1, x2, y2)), _) = truth()[Path(found.train.name(0)).stem]
+    assert mask[y1:y2, x1:x2].unique().tolist() == [label + 1]
+    assert mask[0, 0] == 0
+    Path(found.train.mask_name(0)).write_text("{")
+    with pytest.raises(ValueError, match=r"\.json"):
+        dataset.read(0)
 
 
 def test_a_folder_without_annotations_says_what_it_has(tmp_path):

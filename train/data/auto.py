@@ -2,23 +2,30 @@
 
 import csv
 import difflib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig
+from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig, SegmentDataConfig
 from ...files import atomic
 from .coco import index_objects
-from .files import SPLIT_NAMES, Files
-from .formats import DETECTION, Found, find_boxes
+from .dense_transforms import IGNORE
+from .files import SPLIT_NAMES, Files, image_size
+from .formats import DETECTION, Found, find_boxes, first_names
 from .guard import DataError
-from .index import DetectionIndex
+from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, encode_paths
+from .pairs import find_labels, find_masks
 
 SPLIT_FILE = "split.csv"  # of a run
+UNNAMED = re.compile(r"(class )?\d+|background|object")  # what readers call a class without a name
 
 
 @dataclass
@@ -138,37 +145,160 @@ def _listed(names: Sequence[str], file: Path) -> Division:
     return Division(train, val, rows, f"train {len(train):,}, val {len(val):,} by {file}", notes)
 
 
+# ---- the data set of a folder
+
+
+@dataclass
+class DataSet:
+    """What a folder holds for a task, divided.
+
+    Attributes:
+        classes: by label.
+        train, val: what is learned, and what is held out; ``train`` is empty for an evaluation alone.
+    """
+
+    task: str
+    found: Found
+    classes: list[str]
+    division: Division
+    train: Index
+    val: Index
+
+    def lines(self) -> list[str]:
+        """Format and split; classes and sizes; what is odd."""
+        found, report = self.found, str(self.train.report)
+        odd = [*found.notes, *self.division.notes, *filter(None, [report])]
+        return [
+            f"{found.format} in {found.root}: {self.division.text}",
+            f"{self.counts()}; images {size_range(sizes(self.train if len(self.train) else self.val))}",
+            f"odd: {'; '.join(odd)}" if odd else "nothing odd",
+        ]
+
+    def by_class(self, index: Index) -> np.ndarray:
+        """int64 ``[C]``: objects, or images, of each class in a part."""
+        rows = index.labels if isinstance(index, DetectionIndex) else getattr(index, "label", np.empty(0, np.int64))
+        return np.bincount(rows, minlength=len(self.classes))
+
+    def counts(self) -> str:
+        names = self.classes
+        if self.task == "segment":
+            return f"{len(names)} classes: {first_names(names, 10)}"
+        count = self.by_class(self.val) + (self.by_class(self.train) if len(self.train) else 0)
+        order = np.argsort(-count, kind="stable")
+        each = first_names([f"{names[i]} {count[i]:,}" for i in order], 10)
+        return f"{count.sum():,} {'objects' if self.task == 'detect' else 'images'} of {len(names)} classes: {each}"
+
+
+def find_classes(data: DataConfig | SegmentDataConfig) -> list[str]:
+    """The classes of a folder of classified images or of masks, by label; `data.classes` if it is given."""
+    if data.classes is not None:
+        return list(data.classes)  # compared with the data by `read_set`
+    files = Files(_root(data))
+    return list((find_masks(files) if isinstance(data, SegmentDataConfig) else find_labels(files)).names.values())
+
+
+def _root(data: DataConfig | DenseDataConfig) -> Path:
+    if not data.root:
+        raise DataError("data.root is needed for data.kind=auto")
+    return Path(data.root)
+
+
+def read_set(
+    config: Any, *, masks: bool = False, categories: dict[int, str] | None = None, train: bool = True
+) -> DataSet:
+    """Reads ``data.root`` of a recipe with ``data.kind=auto``.
+
+    Args:
+        masks: detection: whether the masks of objects are learned.
+        categories: detection: id -> name of a trained model's classes.
+        train: False for an evaluation alone.
+
+    Raises:
+        DataError: no format is recognised, a class or a split is not there.
+    """
+    data = config.data
+    files = Files(_root(data))
+    if config.task == "detect":
+        found = _choose_categories(find_boxes(files) or _nothing(files), data, categories)
+        keys = rarest_classes(found)
+    elif config.task == "classify":
+        found = _choose_labels(find_labels(files), data.classes, train)
+        keys = [entry["label"] for entry in found.images]
+    else:
+        found = _choose_values(find_masks(files), data.classes, train)
+        keys = [0] * len(found.images)
+    if not found.images:
+        raise DataError(f"{files.root}: no image can be used; {found.report}")
+    names = [entry["file_name"] for entry in found.images]
+    division = divide(names, [entry["split"] for entry in found.images], keys, data, config.seed, train)
+    index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[config.task]
+    parts = [index(found, numbers, train=part) for numbers, part in ((division.train, True), (division.val, False))]
+    parts[0].report.rows[:0] = found.report.rows
+    parts[0].report.source = parts[0].report.source or found.report.source
+    return DataSet(config.task, found, list(found.names.values()), division, *parts)
+
+
+def _nothing(files: Files) -> Found:
+    there = ", ".join(f"{len(paths)} {end or 'without suffix'}" for end, paths in sorted(files.by_suffix.items()))
+    raise DataError(
+        f"{files.root} holds no annotations of {', '.join(DETECTION)} (data.kind=auto); it has {there or 'no files'}"
+    )
+
+
+def sizes(index: Index, most: int = 500) -> np.ndarray:
+    """int64 ``[N, 2]``: height and width of the images; of the classified, and of images with masks, of so many."""
+    if isinstance(index, DetectionIndex):
+        return index.sizes
+    found = []
+    for number in range(0, len(index), -(-len(index) // most) or 1):
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            found.append(image_size(index.name(number)))
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def size_range(sizes: np.ndarray) -> str:
+    """Least, median and largest sides in words."""
+    if not len(sizes):
+        return "of unknown size"
+    ends = [f"{w:.0f}x{h:.0f}" for h, w in (sizes.min(0), np.median(sizes, axis=0), sizes.max(0))]
+    return f"{ends[0]} to {ends[2]}, median {ends[1]}" if ends[0] != ends[2] else f"of {ends[0]}"
+
+
+def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = True) -> dict[int, str]:
+    """The classes of `data.classes` in its order, by their keys in ``names``; new names where the data have none.
+
+    Raises:
+        DataError: one is not in the data; names the nearest. Unless ``strict``, it has a negative key instead.
+    """
+    known = {name: key for key, name in names.items()}
+    if len(wanted) == len(names) and all(UNNAMED.fullmatch(name) for name in known) and not set(wanted) <= set(known):
+        return dict(zip(sorted(names), wanted, strict=True))
+    for name in wanted:
+        if name not in known and strict:
+            near = difflib.get_close_matches(name, list(known), n=3) or list(known)[:10]
+            raise DataError(f"data.classes: the data have no {name!r}, but {', '.join(near)}")
+    return {known.get(name, -1 - label): name for label, name in enumerate(wanted)}
+
+
 # ---- detection
 
 
-def read_boxes(data: DetectDataConfig, root: Path, categories: dict[int, str] | None = None) -> Found:
-    """What the folder holds for detection, with the classes that are learned.
-
-    Args:
-        categories: id -> name of a trained model's classes; None: `data.classes`, else all that have an object.
-
-    Raises:
-        DataError: no format is recognised, or a class is not there.
-    """
-    files = Files(root)
-    found = find_boxes(files)
-    if found is None or not found.images:
-        more = f"; {found.report}" if found is not None else ""
-        there = ", ".join(f"{len(paths)} {end or 'without suffix'}" for end, paths in sorted(files.by_suffix.items()))
-        raise DataError(f"{root} holds no annotations of {', '.join(DETECTION)} (data.kind=auto); it has {there}{more}")
+def _choose_categories(found: Found, data: DetectDataConfig, categories: dict[int, str] | None) -> Found:
+    """Leaves the objects of a trained model's classes, of `data.classes`, or of all classes that have an object."""
     count = Counter(entry["category_id"] for entry in found.annotations)
     by_name = {name: number for number, name in found.names.items()}
     if categories is not None:
         wanted = categories
-    elif data.classes is not None:
-        wanted = {by_name[name]: name for name in known_classes(data.classes, by_name)}
+        numbers = {by_name[name]: number for number, name in wanted.items() if name in by_name}
     else:
         wanted = {number: name for number, name in found.names.items() if count[number]}
-        if empty := [name for number, name in found.names.items() if not count[number]]:
-            found.notes.append(f"classes without an object are left out: {', '.join(empty[:5])}")
-    numbers = {by_name[name]: number for number, name in wanted.items() if name in by_name}
+        if data.classes is not None:
+            wanted = choose_names(data.classes, found.names if set(data.classes) <= set(by_name) else wanted)
+        elif empty := [name for number, name in found.names.items() if not count[number]]:
+            found.notes.append(f"classes without an object are left out: {first_names(empty)}")
+        numbers = {number: number for number in wanted}
     if left := {found.names[key]: n for key, n in count.items() if key in found.names and key not in numbers}:
-        text = ", ".join(f"{name} {n:,}" for name, n in sorted(left.items())[:5])
+        text = first_names([f"{name} {n:,}" for name, n in sorted(left.items())], 5)
         found.notes.append(f"{sum(left.values()):,} objects of classes that are left out: {text}")
     kept = [e for e in found.annotations if e["category_id"] in numbers or e["category_id"] not in found.names]
     found.annotations = [e | {"category_id": numbers.get(e["category_id"], e["category_id"])} for e in kept]
@@ -176,31 +306,16 @@ def read_boxes(data: DetectDataConfig, root: Path, categories: dict[int, str] | 
     return found
 
 
-def known_classes(wanted: Sequence[str], known: Sequence[str] | dict[str, Any]) -> list[str]:
-    """The classes of `data.classes`.
-
-    Raises:
-        DataError: one is not in the data; names the nearest.
-    """
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=3) or list(known)[:10]
-            raise DataError(f"data.classes: the data have no {name!r}, but {', '.join(map(str, near))}")
-    return list(wanted)
-
-
-def divide_boxes(found: Found, data: DetectDataConfig, seed: int, train: bool = True) -> Division:
-    """`divide` by the class of each image that the fewest images have."""
+def rarest_classes(found: Found) -> list[Any]:
+    """Of each image the class that the fewest images have, by which a part is drawn."""
     held = defaultdict(set)
     for entry in found.annotations:
-        held[repr(entry["image_id"])].add(entry["category_id"])
+        held[repr(entry.get("image_id"))].add(entry["category_id"])
     images = Counter(label for labels in held.values() for label in labels)
-    rarest = [
+    return [
         min(held[repr(entry.get("id"))], key=lambda label: (images[label], str(label)), default=-1)
         for entry in found.images
     ]
-    names = [entry["file_name"] for entry in found.images]
-    return divide(names, [entry["split"] for entry in found.images], rarest, data, seed, train)
 
 
 def index_boxes(found: Found, numbers: np.ndarray, *, masks: bool, train: bool) -> DetectionIndex:
@@ -219,7 +334,53 @@ def index_boxes(found: Found, numbers: np.ndarray, *, masks: bool, train: bool) 
         "categories": [{"id": key, "name": name} for key, name in found.names.items()],
     }
     source = f"{found.root} ({found.format})"
-    index = index_objects(source, found.root, content, masks=masks, categories=found.names)
-    if train:
-        index.report.rows[:0] = found.report.rows
-    return index
+    return index_objects(source, found.root, content, masks=masks, categories=found.names)
+
+
+# ---- classification and segmentation
+
+
+def _choose_labels(found: Found, classes: Sequence[str] | None, strict: bool) -> Found:
+    if classes is not None:
+        found.names = dict(enumerate(choose_names(classes, found.names, strict).values()))
+        left = Counter(entry["label"] for entry in found.images if entry["label"] not in found.names.values())
+        if left:
+            text = first_names([f"{name} {n:,}" for name, n in sorted(left.items())], 5)
+            found.notes.append(f"{left.total():,} images of classes that are left out: {text}")
+        found.images = [entry for entry in found.images if entry["label"] not in left]
+    return found
+
+
+def index_labels(found: Found, numbers: np.ndarray, *, train: bool) -> ClassificationIndex:
+    """The images numbered ``numbers``."""
+    labels = {name: label for label, name in found.names.items()}
+    images = [found.images[number] for number in numbers]
+    paths = encode_paths([found.root / entry["file_name"] for entry in images])
+    return ClassificationIndex(paths=paths, label=np.array([labels[entry["label"]] for entry in images], np.int64))
+
+
+def _choose_values(found: Found, classes: Sequence[str] | None, strict: bool) -> Found:
+    """Pixels of a class that is left out are ignored."""
+    if classes is not None:
+        names = found.values or found.names
+        chosen = choose_names(classes, names, strict)
+        left = {key: name for key, name in names.items() if key not in chosen}
+        if left:
+            found.notes.append(f"pixels of classes that are left out are ignored: {first_names([*left.values()], 5)}")
+        found.ignored += left if found.values else ()
+        found.values = chosen if found.values else {}
+        found.names = dict(enumerate(chosen.values()))
+    return found
+
+
+def index_masks(found: Found, numbers: np.ndarray, *, train: bool) -> SegmentationIndex:
+    """The images numbered ``numbers``."""
+    table = np.full(256, -1, np.int16)
+    table[found.ignored] = IGNORE
+    for label, value in enumerate(found.values):
+        if value >= 0:
+            table[value] = label
+    paths, masks = (
+        encode_paths([found.root / found.images[number][key] for number in numbers]) for key in ("file_name", "mask")
+    )
+    return SegmentationIndex(paths=paths, masks=masks, table=table, classes=tuple(found.names.values()))

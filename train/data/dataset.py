@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from ...backbones.images import to_mode
 from .dense_transforms import IGNORE, SemanticMask
+from .formats import draw_shapes
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex
 from .transforms import EvalTransform, TrainTransform, seeded
@@ -141,7 +142,10 @@ class SegmentationDataset(DenseDataset):
 
     def read(self, number: int) -> dict[str, Any]:
         image, path = self.image(number), self.index.mask_name(number)
-        mask = read_mask(path, self.index.table)
+        if path.endswith(".json"):
+            mask = draw_shapes(path, self.index.classes, tuple(image.shape[-2:]))
+        else:
+            mask = read_mask(path, self.index.table)
         if mask.shape != image.shape[-2:]:
             sizes = " but the image ".join(f"{shape[1]}x{shape[0]}" for shape in (mask.shape, image.shape[-2:]))
             raise BadMask(f"the mask {path} is {sizes} pixels")

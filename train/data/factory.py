@@ -99,6 +99,8 @@ def find_classes(config: DataConfig | SegmentDataConfig) -> list[str]:
     Raises:
         DataError: no names and no number are given where the data don't have them, or the folders can't be used.
     """
+    if config.kind == "auto":
+        return check_classes(auto.find_classes(config), f"data.kind=auto, {config.root}")
     if isinstance(config, SegmentDataConfig):
         return masks.find_classes(config)
     if config.classes is not None:
@@ -163,11 +165,18 @@ def build_classification_data(
     """
     builder, data = _Builder(config, rank, world), config.data
     in_memory = data.kind in ("idx", "digits")
+    found = None
+    if data.kind == "auto":
+        found = auto.read_set(replace(config, data=replace(data, classes=classes)), train=train)
+        builder.notes += found.lines()
     if in_memory and data.exclude is not None:
         raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
     preprocessing = _preprocessing(data, model_cfg)
     loader = partial(_memory_loader if in_memory else _file_loader, builder, config, classes, preprocessing, device)
-    return replace(builder.build(loader, train), preprocessing=preprocessing)
+    if found is not None:
+        loader = partial(loader, found=found)
+    built = builder.build(loader, train)
+    return replace(built, preprocessing=preprocessing, division=found and found.division)
 
 
 def _normalize(
@@ -209,9 +218,11 @@ def _file_loader(
     preprocessing: dict[str, Any],
     device: torch.device,
     training: bool,
+    found: auto.DataSet | None = None,
 ) -> ClassificationLoader:
     data = config.data
     name, root = data.train_split if training else data.val_split, _root(data)
+    assert (found is None) == (data.kind != "auto")
     if training:
         shape, mean = preprocessing["input_size"], tuple(preprocessing["mean"])
         transform = TrainTransform(config.augment, data.decode, shape, mean)
@@ -219,7 +230,9 @@ def _file_loader(
         transform = EvalTransform(preprocessing)
     kind: dict[str, Any] = {"train": training, "seed": config.seed}
     further = _normalize(config, preprocessing, training, device), builder.bad, data.workers
-    if data.kind == "folder":
+    if found is not None:
+        index: Any = found.train if training else found.val
+    elif data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
     else:
         shards, lengths, samples = wds.find_shards(root, name, training)
@@ -271,16 +284,13 @@ def build_detection_data(
     if data.classes is not None and data.kind != "auto":
         raise DataError(f"data.classes={data.classes} is for data.kind=auto, not {data.kind}")
     root = _dense_root(data)
-    division = None
-    if data.kind == "auto":
-        found = auto.read_boxes(data, root, categories)
-        division = auto.divide_boxes(found, data, config.seed, train)
-        builder.notes += [f"{found.format} in {root}: {division.text}", *found.notes, *division.notes]
+    found = auto.read_set(config, masks=masks, categories=categories, train=train) if data.kind == "auto" else None
+    builder.notes += found.lines() if found is not None else []
 
     def loader(training: bool) -> DetectionLoader:
         nonlocal categories
-        if division is not None:
-            index = auto.index_boxes(found, division.train if training else division.val, masks=masks, train=training)
+        if found is not None:
+            index = found.train if training else found.val
         else:
             index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
@@ -290,7 +300,7 @@ def build_detection_data(
         return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
 
     built = builder.build(loader, train)
-    return replace(built, categories=categories, division=division)
+    return replace(built, categories=categories, division=found and found.division)
 
 
 def _read_boxes(
@@ -352,13 +362,20 @@ def build_segmentation_data(
     if data.kind == "digits":
         data = replace(data, kind="folder", images="{split}", masks="semantic/{split}")
     fill = [round(255 * value) for value in mean]
+    found = None
+    if data.kind == "auto":
+        found = auto.read_set(replace(config, data=replace(data, classes=list(classes))), train=train)
+        builder.notes += found.lines()
 
     def loader(training: bool) -> SegmentationLoader:
-        index = masks.read_masks(root, data, masks.split_name(data, training), len(classes))
+        if found is not None:
+            index: Any = found.train if training else found.val
+        else:
+            index = masks.read_masks(root, data, masks.split_name(data, training), len(classes))
         index.exclude(builder.excluded, root)
         index.select(np.arange(len(index))[: builder.limit(training)])
         transform = segmentation_transform(config.augment, fill, data.antialias) if training else None
         dataset = SegmentationDataset(index, data.in_chans, transform, config.seed)
         return SegmentationLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
 
-    return builder.build(loader, train)
+    return replace(builder.build(loader, train), division=found and found.division)

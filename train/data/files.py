@@ -92,19 +92,13 @@ class Files:
 
     def text(self, path: str) -> str:
         """The text of a small file; raises DataError where it is large, unreadable or no text."""
-        file, limit = self.root / path, LIMITS.get(os.path.splitext(path)[1].lower(), 2**20)
         try:
-            if (size := file.stat().st_size) > limit:
-                raise DataError(f"{file} has {size:,} bytes, more than the {limit:,} that are read of such a file")
-            return file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} can't be read: {error}") from None
+            return _read_bytes(self.root / path).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.root / path} is no text in UTF-8: {error}") from None
 
     def json(self, path: str) -> Any:
-        try:
-            return json.loads(self.text(path))
-        except (ValueError, RecursionError) as error:
-            raise DataError(str(error) if isinstance(error, DataError) else f"{path} is not JSON: {error}") from None
+        return read_json(self.root / path)
 
     def yaml(self, path: str) -> Any:
         try:
@@ -115,22 +109,38 @@ class Files:
     def xml(self, path: str) -> ElementTree.Element:
         """The root of an XML file. One that declares a document type is refused: entities could grow without end or
         name other files."""
+        content = _read_bytes(self.root / path)
         try:
-            # from bytes, as the file may declare another encoding than UTF-8
-            if (self.root / path).stat().st_size > LIMITS[".xml"]:
-                raise DataError(f"{path} is too large for an annotation")
-            return ElementTree.fromstring(
-                (self.root / path).read_bytes(), ElementTree.XMLParser(target=_NoDocumentType())
-            )
-        except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+            return ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDocumentType()))
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             raise DataError(str(error) if isinstance(error, DataError) else f"{path} is not XML: {error}") from None
 
-    def size(self, path: str) -> tuple[int, int]:
-        """Height and width of an image, upright; raises OSError or ValueError where it has none."""
-        with Image.open(self.root / path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
-        return (width, height) if turned else (height, width)
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image, upright; raises OSError or ValueError where it has none."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
+    return (width, height) if turned else (height, width)
+
+
+def read_json(file: Path) -> Any:
+    """Raises DataError where the file is large, unreadable or no JSON."""
+    content = _read_bytes(file)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON, or was cut short: {error}") from None
+
+
+def _read_bytes(file: Path) -> bytes:
+    limit = LIMITS.get(file.suffix.lower(), 2**20)
+    try:
+        if (size := file.stat().st_size) > limit:
+            raise DataError(f"{file} has {size:,} bytes, more than the {limit:,} that are read of such a file")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror}") from None
 
 
 class _NoDocumentType(ElementTree.TreeBuilder):
@@ -153,7 +163,7 @@ def sizes_of(files: Files, paths: Iterable[str], report: Report) -> dict[str, tu
     sizes = {}
     for path in paths:
         try:
-            sizes[path] = files.size(path)
+            sizes[path] = image_size(files.root / path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             report.rows.append((path, None, f"image cannot be opened: {type(error).__name__}"))
     return sizes

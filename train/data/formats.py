@@ -8,12 +8,15 @@ file costs its image and is reported.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .files import SPLIT_NAMES, Files, Paths, sizes_of, split_of
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .files import SPLIT_NAMES, Files, Paths, image_size, read_json, sizes_of, split_of
 from .guard import DataError, Report
 
 MAX_POINTS = 100_000  # of a polygon
@@ -27,8 +30,11 @@ class Found:
     Attributes:
         format: in words.
         images: with ``split`` (train, val, test, or empty) besides COCO's keys; ``file_name`` is relative to the root.
+            Of a classification they have a ``label``, of a segmentation a ``mask``: the path of an image or of a JSON
+            file of shapes.
         annotations: VOC's difficult ones have ``difficult``.
-        names: category id -> name.
+        names: category id or label -> name.
+        values: value of a mask's pixels -> name; ``ignored`` are those of no class.
         notes: what a reader decided, for the user.
         report: what could not be used.
     """
@@ -38,6 +44,8 @@ class Found:
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    values: dict[int, str] = field(default_factory=dict)
+    ignored: list[int] = field(default_factory=lambda: [255])
     notes: list[str] = field(default_factory=list)
     report: Report = field(default_factory=lambda: Report(""))
 
@@ -80,7 +88,7 @@ def read_coco_files(files: Files) -> Found | None:
     if not parts:
         return None
     if instances and (others := sorted(set(loose) - set(instances))):
-        found.notes.append(f"read are {', '.join(instances)}; not read: {_first(others)}")
+        found.notes.append(f"read are {', '.join(instances)}; not read: {first_names(others)}")
     ids = _category_ids([content for _, content in parts])
     found.names = {number: name for name, number in sorted(ids.items(), key=lambda pair: pair[1])}
     for path, content in parts:
@@ -177,11 +185,8 @@ def _voc_lists(files: Files) -> dict[str, str]:
     for path in files[".txt"]:
         place = PurePosixPath(path)
         if "ImageSets" in place.parts and place.stem.lower() in SPLIT_NAMES:
-            lists |= {
-                line.split()[0]: SPLIT_NAMES[place.stem.lower()]
-                for line in files.text(path).splitlines()
-                if line.split()
-            }
+            names = [line.split()[0] for line in files.text(path).splitlines() if line.strip()]
+            lists |= dict.fromkeys(names, SPLIT_NAMES[place.stem.lower()])
     return lists
 
 
@@ -225,7 +230,7 @@ def read_yolo_files(files: Files) -> Found | None:
         labels = {p: label for p, label in labels.items() if p in listed or any(map(f"{p}".startswith, prefixes))}
     without = [path for path, label in labels.items() if label is None]
     if without:
-        found.notes.append(f"{len(without):,} images have no label file, so no objects: {_first(without)}")
+        found.notes.append(f"{len(without):,} images have no label file, so no objects: {first_names(without)}")
     for path, size in sizes_of(files, labels, found.report).items():
         split = listed.get(path) or next((s for p, s in prefixes.items() if path.startswith(p)), "")
         number = found.add_image(path, size, split or ("" if prefixes or listed else split_of(path)))
@@ -362,11 +367,12 @@ def read_labelme_files(files: Files) -> Found | None:
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 continue
             size = content.get("imageHeight"), content.get("imageWidth")
-            size = size if all(type(side) is int and side > 0 for side in size) else files.size(image)
+            size = size if all(type(side) is int and side > 0 for side in size) else image_size(files.root / image)
         except (DataError, OSError, ValueError) as error:
             found.report.rows.append((path, None, f"annotation left out: {error}"))
             continue
         number = found.add_image(image, size, split_of(image))  # type: ignore[arg-type]
+        found.images[-1]["mask"] = path
         for row, shape in enumerate(content["shapes"]):
             polygon = labelme_polygon(shape)
             if polygon is None:
@@ -399,7 +405,27 @@ def labelme_polygon(shape: Any) -> list[float] | None:
     return [value for pair in pairs for value in pair] if kind == "polygon" and len(pairs) >= 3 else None
 
 
-def _first(names: list[str], count: int = 3) -> str:
+def draw_shapes(path: str, classes: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+    """uint8 ``[H, W]`` of labelme's shapes, one over the other: classes, 255 for another label.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    content = read_json(Path(path))
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(shapes, list):
+        raise ValueError(f"{path} has no shapes")
+    numbers = {name: number for number, name in enumerate(classes)}
+    drawn = Image.new("L", size[::-1], numbers.get("background", 255))
+    for shape in shapes:
+        polygon = labelme_polygon(shape)
+        if polygon is not None:
+            label = "background" if shape["label"] == "_background_" else shape["label"]
+            ImageDraw.Draw(drawn).polygon(polygon, fill=numbers.get(label, 255))
+    return np.array(drawn)
+
+
+def first_names(names: list[str], count: int = 3) -> str:
     return f"{', '.join(names[:count])}{', ...' if len(names) > count else ''}"
 
 

@@ -101,6 +101,7 @@ class SegmentationIndex(Index):
 
     masks: np.ndarray  # bytes [N]: paths
     table: np.ndarray  # int16 [256]: the class of each value of a mask file; 255 for none, -1 for no label
+    classes: tuple[str, ...] = ()  # of masks that are labelme's files of shapes
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "masks")
 
     def mask_name(self, number: int) -> str:

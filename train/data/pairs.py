@@ -1,0 +1,233 @@
+"""Classified images and images with masks, found out from a folder: folders or a table of classes; masks beside their
+images or in a folder of any name, or labelme's shapes."""
+
+import csv
+import re
+from collections import Counter, defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .files import SPLIT_NAMES, Files, Paths, split_of
+from .formats import Found, read_labelme_files
+from .guard import DataError
+
+# ---- classification
+
+LABEL_COLUMNS = ("label", "class", "category", "target", "species", "breed", "class_name", "label_name")
+SPLIT_COLUMNS = ("split", "set", "subset", "fold")
+
+
+def find_labels(files: Files) -> Found:
+    """A table of names and labels where there is one, else a folder for each class, perhaps below one for each split.
+
+    Raises:
+        DataError: neither.
+    """
+    found = next((each for path in (*files[".csv"], *files[".tsv"]) if (each := _read_table(files, path))), None)
+    found = found or _read_folders(files)
+    found.report.source = str(files.root)
+    return found
+
+
+def _read_table(files: Files, path: str) -> Found | None:
+    lines = files.text(path).splitlines()
+    rows = list(csv.reader(lines, delimiter="\t" if path.endswith(".tsv") else _delimiter(lines)))
+    if len(rows) < 2:
+        return None
+    header, body = [name.strip().lower() for name in rows[0]], [row for row in rows[1:] if any(row)]
+    head = [row for row in body[:50] if len(row) == len(header)]
+    columns = [i for i in range(len(header)) if head and all(row[i].strip() for row in head)]
+    hits = {i: sum(files.images.find(row[i].strip(), path) is not None for row in head) for i in columns}
+    image = max(hits, key=lambda i: hits[i], default=-1)
+    if image < 0 or hits[image] < 0.5 * len(head):
+        return None
+    split = next((i for i, name in enumerate(header) if name in SPLIT_COLUMNS), None)
+    label = _label_of(header, body, [i for i in range(len(header)) if i not in (image, split)])
+    if label is None:
+        return None  # such as a list of images to predict
+    found = Found(f"table {path}", files.root)
+    for number, row in enumerate(body, 2):
+        place = files.images.find(row[image].strip(), path) if len(row) == len(header) else None
+        name = label(row) if place is not None else None
+        if place is None or not name:
+            why = "the line has no label" if place else "no image, or several, of this name"
+            found.report.rows.append((row[image] if len(row) > image else path, number, why))
+            continue
+        part = SPLIT_NAMES.get(row[split].strip().lower(), "") if split is not None else split_of(place)
+        found.images.append({"id": number, "file_name": place, "split": part, "label": name})
+    unnamed = len(files.images.all) - len({entry["file_name"] for entry in found.images})
+    if unnamed:
+        found.notes.append(f"{unnamed:,} images are not in {path}")
+    return _named(found)
+
+
+def _delimiter(lines: list[str]) -> str:
+    return max(",;\t", key=lines[0].count) if lines else ","
+
+
+def _label_of(header: list[str], body: list[list[str]], columns: list[int]) -> Any:
+    """The function from a row to its label: of the column that is called so, of the only other one, or of a column of
+    ones and zeros for each class; None if there is none of these."""
+    named = [i for i in columns if header[i] in LABEL_COLUMNS]
+    whole = [row for row in body if len(row) == len(header)]
+    if named or len(columns) == 1:
+        column = named[0] if named else columns[0]
+        return lambda row: row[column].strip()
+    one = ["0"] * (len(columns) - 1) + ["1"]
+    if columns and all(sorted(row[i].strip() for i in columns) == one for row in whole):
+        return lambda row: header[next(i for i in columns if row[i].strip() == "1")]
+    return None
+
+
+def _read_folders(files: Files) -> Found:
+    found = Found("a folder for each class", files.root)
+    parts = {path: PurePosixPath(path).parts for path in files.images.all}
+    # an archive's own folder, and others that hold all folders, are passed
+    shortest = min(map(len, parts.values()), default=0)
+    start = next((i for i in range(shortest - 2) if len({names[i] for names in parts.values()}) > 1), shortest - 2)
+    start = max(start, 0)
+    splits = {p[start] for p in parts.values() if len(p) > start + 1}
+    by_split = bool(splits) and all(split_of(name) for name in splits)
+    for path, names in parts.items():
+        place = start + by_split
+        if len(names) <= place + 1:
+            found.report.rows.append((path, None, "image is in no class folder"))
+            continue
+        split = split_of(names[start]) if by_split else ""
+        found.images.append({"id": len(found.images) + 1, "file_name": path, "split": split, "label": names[place]})
+    if not found.images:
+        more = f"; {found.report}" if found.report.rows else ""
+        raise DataError(f"{files.root} has no folder for each class, and no table of names and labels{more}")
+    return _named(found)
+
+
+def _named(found: Found) -> Found:
+    found.names = dict(enumerate(sorted({entry["label"] for entry in found.images})))
+    return found
+
+
+# ---- segmentation
+
+ENDINGS = re.compile(r"[_-](masks?|l|labels?|labelids|labeltrainids|seg|segmentation|gt|annotations?)$", re.IGNORECASE)
+INSTANCES = re.compile(r"SegmentationObject|instance", re.IGNORECASE)
+COLOURS = 64  # a mask has no more values than this in any of the sampled files
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+SAMPLED = 200  # masks whose values are looked at
+
+
+def find_masks(files: Files) -> Found:
+    """Images with masks, by content: a group of files that hold few values are masks. Else labelme's shapes.
+
+    Raises:
+        DataError: neither, or two groups of masks for the same images.
+    """
+    found = _read_pairs(files) or read_labelme_files(files)
+    if found is None:
+        raise DataError(f"{files.root} has no masks for its images, and no JSON files of labelme (data.kind=auto)")
+    found.report.source = str(files.root)
+    if found.annotations:
+        labels = sorted(set(found.names.values()) - {"background", "_background_"})
+        found.names = dict(enumerate(["background", *labels]))
+    return found
+
+
+def _read_pairs(files: Files) -> Found | None:
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for path in files.images.all:
+        place = PurePosixPath(path)
+        ending = ENDINGS.search(place.stem)
+        if not INSTANCES.search(str(place.parent)):
+            groups[str(place.parent), ending.group() if ending else "", place.suffix.lower()].append(path)
+    masks = {key: paths for key, paths in groups.items() if _are_masks(files, paths)}
+    pictures = Paths(path for key, paths in groups.items() if key not in masks for path in paths)
+    if not masks or not pictures.all:
+        return None
+    found, taken = Found("images and masks", files.root), dict[str, str]()
+    for (_, ending, _), paths in masks.items():
+        for path in paths:
+            stem = PurePosixPath(path).stem
+            image = pictures.find(stem.removesuffix(ending), path, split_of(path))
+            if image is None:
+                found.report.rows.append((path, None, "mask without an image, or with several"))
+            elif image in taken:
+                raise DataError(f"{image} has two masks, {taken[image]} and {path}: data.kind=folder with data.masks")
+            else:
+                taken[image] = path
+    if without := [path for path in pictures.all if path not in taken]:
+        found.report.rows += [(path, None, "image without a mask") for path in without]
+    for image, mask in sorted(taken.items()):
+        found.images.append({"id": len(found.images), "file_name": image, "split": split_of(image), "mask": mask})
+    if not found.images:
+        return None
+    _name_values(found, files)
+    return found
+
+
+def _are_masks(files: Files, paths: list[str]) -> bool:
+    """Whether files are masks, by three of them. JPEG changes values, so it holds none."""
+    if paths[0].lower().endswith((".jpg", ".jpeg", ".jp2", ".webp")):
+        return False
+    counts = []
+    for path in {paths[0], paths[len(paths) // 2], paths[-1]}:
+        try:
+            with Image.open(files.root / path) as image:
+                image = image.resize([min(side, 256) for side in image.size], Image.Resampling.NEAREST)
+                values = np.asarray(image).reshape(image.height * image.width, -1)
+        except _UNREADABLE:
+            continue
+        counts.append(len(np.unique(values, axis=0)))
+    return bool(counts) and max(counts) <= COLOURS
+
+
+def mask_values(files: Files, paths: list[str]) -> Counter[int]:
+    """How many of some masks hold each value.
+
+    Raises:
+        DataError: colours.
+    """
+    count: Counter[int] = Counter()
+    step = -(-len(paths) // SAMPLED)
+    for path in paths[::step]:
+        try:
+            with Image.open(files.root / path) as image:
+                values = np.asarray(image)
+        except _UNREADABLE:
+            continue
+        if values.ndim == 3:
+            if (values[..., :1] != values[..., :3]).any():
+                raise DataError(f"the mask {path} holds colours; masks hold the numbers of classes (data.kind=auto)")
+            values = values[..., 0]
+        count.update(np.unique(values).tolist())
+    return count
+
+
+def _name_values(found: Found, files: Files) -> None:
+    """Names by value: of a table or list beside the masks, else by number; 0 is the background."""
+    values = mask_values(files, [entry["mask"] for entry in found.images])
+    wrong = [value for value in values if not 0 <= value <= 255]
+    if wrong:
+        raise DataError(f"masks hold {wrong[:5]}; classes are 0 to 254, and 255 is a pixel without one")
+    names = _written_names(files)
+    if set(values) <= {0, 255} and 255 in values:
+        found.notes.append("masks hold 0 and 255: background and object")
+        found.values = {0: "background", 255: names.get(255) or names.get(1, "object")}
+    else:
+        found.values = {v: names.get(v, f"class {v}" if v else "background") for v in sorted(values) if v != 255}
+    if unnamed := [value for value in found.values if value not in names]:
+        found.notes.append(f"masks hold the values {', '.join(map(str, unnamed[:8]))}, which no file names")
+    found.names = dict(enumerate(found.values.values()))
+
+
+def _written_names(files: Files) -> dict[int, str]:
+    """value -> name by Roboflow's _classes.csv, or a classes.txt or labels.txt."""
+    for path in files[".csv"]:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(files.text(path).splitlines())]
+        if rows and [cell.lower() for cell in rows[0]] == ["pixel value", "class"]:
+            return {int(row[0]): row[1] for row in rows[1:] if len(row) == 2 and row[0].isdecimal()}
+    for path in files[".txt"]:
+        if Path(path).name in ("classes.txt", "labels.txt"):
+            return dict(enumerate(line.strip() for line in files.text(path).splitlines() if line.strip()))
+    return {}
