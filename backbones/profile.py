@@ -5,7 +5,7 @@ once for the logits and once for the values; for neighborhood aggregation its ``
 computes and masks away. What is not: normalization, activations, softmax, additions, pooling, resampling. One MAC is
 what papers of this field print as one FLOP.
 
-``python -m foveal.backbones.profile`` counts every model and writes the table of `foveal.figures`.
+`foveal.zoo` writes the table of all models, ``foveal/figures.csv``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import figures
 from ..kernels import Call, recording
-from . import family, list_models
-from .base import registered_cfg
 
 
 @dataclass(frozen=True)
@@ -84,23 +80,3 @@ def _macs(call: Call) -> int:
     batch, _, _, heads, depth = problem.shape
     pairs = batch * heads * math.prod(problem.query_size) * math.prod(problem.kernel_size)
     return pairs * (depth + problem.value_depth if call.operation == "neighborhood_attention" else depth)
-
-
-def count(name: str) -> figures.Figures:
-    """The row of `figures.figures` for a registered model, of this package or timm's, with or without a tag."""
-    architecture = name.partition(".")[0]
-    counted, cfgs = profile(name), get_arch_pretrained_cfgs(architecture)
-    return figures.Figures(
-        name=name,
-        family=family(architecture) if architecture in list_models() else "timm",
-        parameters=counted.parameters,
-        macs=counted.macs,
-        input_size=counted.input_size,
-        tags=tuple(sorted(full.partition(".")[2] for full, cfg in cfgs.items() if "." in full and cfg.has_weights)),
-        licence=registered_cfg(name).license or "",
-    )
-
-
-if __name__ == "__main__":
-    figures.write([count(name) for name in list_models()])
-    print(figures.FILE)

@@ -119,42 +119,69 @@ def _options(
 # ---- models
 
 
+class Sort(str, Enum):
+    """By what models are sorted."""
+
+    name = "name"
+    parameters = "parameters"
+    macs = "macs"
+    top1 = "top1"
+
+
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'dinat_*'.")] = "*",
+    sort: Annotated[Sort, typer.Option(help="By what; the best top-1 first.")] = Sort.name,
+    max_params: Annotated[str | None, typer.Option(metavar="N", help="At most so many parameters: 30M.")] = None,
+    any_size: Annotated[bool, typer.Option("--any-size", help="Only models that take images of any size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of docs/models.md, without the models for tests.")
     ] = False,
 ) -> None:
-    """List the models: family, parameters, GMACs at their input size, pretrained tags, licence."""
-    from fnmatch import fnmatch
-
+    """List the models: family, parameters, GMACs at their input size, published top-1, licences, exports."""
     from . import zoo
-    from .figures import figures
 
-    names = [name for name in figures() if fnmatch(name, pattern.lower())]
-    if not names:
-        raise ValueError(f"no model matches {pattern!r}; `foveal list` lists all")
-    rows = [zoo.describe(name) for name in names]
+    rows = zoo.select(pattern, sort.value, None if max_params is None else _number(max_params), any_size)
+    if not rows:
+        raise ValueError(f"no model matches {pattern!r} and the options; `foveal list` lists all")
     if markdown:
         print(zoo.markdown([row for row in rows if not row["name"].startswith("test_")]))
-        return
-    if as_json:
+    elif as_json:
         print(json.dumps(rows, indent=2))
-        return
-    table = Table("name", "family", "parameters", "GMACs", "input", "tags", "licence", box=None, pad_edge=False)
-    for column in (2, 3, 4):
-        table.columns[column].justify = "right"
+    else:
+        _print_models(rows)
+
+
+def _number(text: str) -> float:
+    """30M, 1.5e7 or 25000000."""
+    unit = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 1.0)
+    try:
+        return float(text if unit == 1 else text[:-1]) * unit
+    except ValueError:
+        raise ValueError(f"--max-params takes a number such as 30M, got {text!r}") from None
+
+
+def _print_models(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "family", "parameters", "GMACs", "input", "any size", "top-1", "tags"):
+        number = name in ("parameters", "GMACs", "input", "top-1")
+        table.add_column(name, justify="right" if number else "left", no_wrap=name in ("name", "parameters"))
+    for name in ("code licence", "weights licence", "exports"):
+        table.add_column(name)
     for row in rows:
         table.add_row(
             row["name"],
             row["family"],
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['macs'] / 1e9:.2f}",
-            "x".join(map(str, row["input"])),
+            "x".join(map(str, row["input"][1:])),
+            "yes" if row["any_size"] else "no",
+            f"{row['top1']:.1f}" if row["top1"] else "-",
             ", ".join(row["tags"]) or "-",
-            row["licence"] or "-",
+            row["code_licence"] or "-",
+            row["weights_licence"] or "-",
+            row["exports"],
         )
     _console().print(table)
 

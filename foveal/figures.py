@@ -1,6 +1,6 @@
-"""Size, cost and released weights of every model, read from ``figures.csv``, without building any.
+"""Size, cost and published weights of every model, read from ``figures.csv``, without building any.
 
-``python -m foveal.backbones.profile`` writes the table; a test counts every model again. A leaf: only the
+``python -m foveal.zoo`` writes the table; a test counts every model again. A leaf: only the
 standard library, so that `foveal list` does not wait for PyTorch.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_name("figures.csv")
 
@@ -30,8 +31,11 @@ class Figures:
     parameters: int
     macs: int  # of one image, counted as in `foveal.backbones.profile`
     input_size: tuple[int, int, int]  # channels, rows, columns
-    tags: tuple[str, ...]  # of released weights that can be fetched, sorted
-    licence: str  # of the default weights; without any, of the code
+    any_size: bool  # takes images of any other size, too
+    top1: float | None  # of the default weights on ImageNet-1K, as published, in percent
+    tags: tuple[str, ...]  # of published weights that can be fetched, sorted
+    code_licence: str  # of the published code
+    weights_licence: str  # of the default weights; empty where none are published
 
 
 @functools.cache
@@ -46,20 +50,21 @@ def write(rows: list[Figures], file: Path = FILE) -> None:
     """Write the table anew, sorted by name."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("name", "family", "parameters", "macs", "input", "tags", "licence"))
+        writer.writerow(each.name for each in fields(Figures))
         for row in sorted(rows, key=lambda row: row.name):
-            size, tags = "x".join(map(str, row.input_size)), " ".join(row.tags)
-            writer.writerow((row.name, row.family, row.parameters, row.macs, size, tags, row.licence))
+            size = "x".join(map(str, row.input_size))
+            text = {"input_size": size, "any_size": "yes" if row.any_size else "", "tags": " ".join(row.tags)}
+            writer.writerow((vars(row) | text).values())
 
 
 def _parse(row: dict[str, str]) -> Figures:
-    channels, rows, columns = map(int, row["input"].split("x"))
-    return Figures(
-        name=row["name"],
-        family=row["family"],
-        parameters=int(row["parameters"]),
-        macs=int(row["macs"]),
-        input_size=(channels, rows, columns),
-        tags=tuple(row["tags"].split()),
-        licence=row["licence"],
-    )
+    channels, rows, columns = map(int, row["input_size"].split("x"))
+    values: dict[str, Any] = {
+        "parameters": int(row["parameters"]),
+        "macs": int(row["macs"]),
+        "input_size": (channels, rows, columns),
+        "any_size": bool(row["any_size"]),
+        "top1": float(row["top1"]) if row["top1"] else None,
+        "tags": tuple(row["tags"].split()),
+    }
+    return Figures(**{**row, **values})

@@ -1,6 +1,6 @@
 """Facts about each model: size and cost counted here, accuracy and licence as published.
 
-PyTorch is imported only where it is needed: `foveal list` reads `figures.csv`.
+PyTorch is imported only where it is needed: `foveal list` reads `figures.csv`, which ``python -m foveal.zoo`` writes.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import functools
 import re
+from fnmatch import fnmatch
 from importlib.resources import files
 from typing import Any
 
-from .figures import figures
+from .figures import FILE, Figures, figures, write
 
 FAMILIES = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
 
@@ -32,7 +33,7 @@ SAME = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "halonet26t": "halo26t", "halon
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Family, parameters, MACs, input size, tags of the weights and licence of a model.
+    """The fields of `Figures` for a model, and what it is exported to (see `exports`).
 
     Args:
         name: of a model of this package or of timm, with or without a tag. Only timm's are built.
@@ -40,23 +41,47 @@ def describe(name: str) -> dict[str, Any]:
     architecture, _, tag = name.partition(".")
     row = figures().get(architecture)
     if row is None or tag:
-        row = _counted(name)
-    return {
-        "name": name,
-        "family": row.family,
-        "parameters": row.parameters,
-        "macs": row.macs,
-        "input": list(row.input_size),
-        "tags": list(row.tags),
-        "licence": row.licence,
-    }
+        row = count(name)
+    facts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(row).items()}
+    facts["input"] = facts.pop("input_size")
+    return facts | {"name": name, "exports": exports(row.family) if row.family != "timm" else ""}
 
 
 @functools.cache  # a fraction of a second each
-def _counted(name: str) -> Any:
-    from .backbones.profile import count
+def count(name: str) -> Figures:
+    """The row of `figures` for a registered model, of this package or timm's, with or without a tag."""
+    from timm.models import get_arch_pretrained_cfgs
 
-    return count(name)
+    from .backbones import family, list_models
+    from .backbones.base import registered_cfg
+    from .backbones.profile import profile
+    from .weights.manifest import of_model
+
+    architecture = name.partition(".")[0]
+    counted, cfgs, cfg = profile(name), get_arch_pretrained_cfgs(architecture), registered_cfg(name)
+    released = of_model(architecture)
+    weights = released.get(cfg.tag or "")
+    return Figures(
+        name=name,
+        family=family(architecture) if architecture in list_models() else "timm",
+        parameters=counted.parameters,
+        macs=counted.macs,
+        input_size=counted.input_size,
+        any_size=not cfg.fixed_input_size,
+        top1=weights.score.get("top1") if weights else None,
+        tags=tuple(sorted(full.partition(".")[2] for full, each in cfgs.items() if "." in full and each.has_weights)),
+        code_licence=next((each.code_licence for each in released.values()), cfg.license or ""),
+        weights_licence=weights.weights_licence if weights else "",
+    )
+
+
+def select(pattern: str, sort: str, max_params: float | None, any_size: bool) -> list[dict[str, Any]]:
+    """The models that match, as `describe` has them, sorted by a field of it: the best top-1 first, else the least."""
+    rows = [describe(name) for name in figures() if fnmatch(name, pattern.lower())]
+    rows = [row for row in rows if max_params is None or row["parameters"] <= max_params]
+    rows = [row for row in rows if row["any_size"] or not any_size]
+    sign = -1 if sort == "top1" else 1
+    return sorted(rows, key=lambda row: (row[sort] is None, row[sort] if sort == "name" else sign * (row[sort] or 0)))
 
 
 def published(name: str) -> dict[str, Any]:
@@ -143,7 +168,7 @@ def exports(family: str) -> str:
     """What `foveal export` writes of a family: ``all``: safetensors, ONNX, pt2, AOTInductor and OpenVINO."""
     from .weights import ANY_SIZE
 
-    free = ("any size",) if family in ANY_SIZE else ()
+    free = ("dynamic size",) if family in ANY_SIZE else ()
     return ", ".join(("all", *(("Core ML",) if family in CORE_ML else ()), *free))
 
 
@@ -232,7 +257,7 @@ def info_rows(name: str) -> list[tuple[str, str]]:
             f"{prep['interpolation']}, crop {prep['crop']}, mean {words(prep['mean'])}, std {words(prep['std'])}",
         ),
         ("classes", str(facts["classes"])),
-        ("licence", facts["licence"] or "-"),
+        ("licence", f"of the code: {facts['code_licence'] or '-'}"),
         ("paper", facts["paper"] or "-"),
         ("origin", facts["origin"] or "-"),
     ]
@@ -245,6 +270,7 @@ def info_rows(name: str) -> list[tuple[str, str]]:
         ]
     if not released:
         rows += [("weights", f"{tag}  {url}") for tag, url in (facts["weights"] or {"-": "none published"}).items()]
+    rows += [("exports", facts["exports"]), ("input sizes", "any" if facts["any_size"] else f"{size} only")]
     rows += [("note", note) for note in facts["notes"]]
     return [row for row in rows if row[1]]
 
@@ -284,3 +310,10 @@ def _dilations(name: str) -> list[list[int | str]] | None:
     stages = getattr(model, levels_name) if levels_name else [model]
     levels = [[m.dilation for m in stage.modules() if isinstance(m, NeighborhoodAttention2d)] for stage in stages]
     return levels if any(levels) else None
+
+
+if __name__ == "__main__":
+    from .backbones import list_models
+
+    write([count(name) for name in list_models()])
+    print(FILE)

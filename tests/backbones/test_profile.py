@@ -9,9 +9,10 @@ import timm
 import torch
 
 import foveal
-from foveal.backbones.profile import count, profile
+from foveal.backbones.profile import profile
 from foveal.figures import FILE, figures, write
 from foveal.kernels import backend, neighborhood_attention
+from foveal.zoo import count
 
 # Published in NAT.md and DiNAT.md of the authors: G multiply-accumulates, millions of parameters.
 PUBLISHED = {
@@ -104,7 +105,7 @@ def test_the_table_holds_every_model() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_table_is_true_of_small_models(name: str) -> None:
-    """`python -m foveal.backbones.profile` writes it."""
+    """`python -m foveal.zoo` writes it."""
     assert figures()[name] == count(name)
 
 

@@ -61,7 +61,8 @@ def test_list() -> None:
     assert result.exit_code == 0
     rows = result.stdout.splitlines()
     assert [row.split()[0] for row in rows[1:]] == ["dinat_mini", "dinat_tiny"]
-    assert rows[2].split() == ["dinat_tiny", "DiNAT", "27.90", "M", "4.30", "3x224x224", "in1k", "mit"]
+    facts = ["224x224", "yes", "82.7", "in1k", "mit", "mit", "all,", "dynamic", "size"]
+    assert rows[2].split() == ["dinat_tiny", "DiNAT", "27.90", "M", "4.30", *facts]
     (row,) = json.loads(call("list", "nat_mini", "--json").stdout)
     assert row == {
         "name": "nat_mini",
@@ -69,10 +70,27 @@ def test_list() -> None:
         "parameters": row["parameters"],
         "macs": row["macs"],
         "input": [3, 224, 224],
+        "any_size": True,
+        "top1": 81.8,
         "tags": ["in1k"],
-        "licence": "mit",
+        "code_licence": "mit",
+        "weights_licence": "mit",
+        "exports": "all, dynamic size",
     }
     assert (f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.1f}") == ("19.98", "2.7")  # as published
+
+
+def test_list_chooses() -> None:
+    """The best first, within a size, of any input size; models without published weights have no licence of them."""
+    rows = json.loads(call("list", "--sort", "top1", "--max-params", "30M", "--any-size", "--json").stdout)
+    scores = [row["top1"] or 0 for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > 83
+    assert all(row["parameters"] <= 30e6 and row["any_size"] for row in rows)
+    assert "vitrpb_isotropic_small" not in {row["name"] for row in rows}
+    without = {row["name"]: row["weights_licence"] for row in json.loads(call("list", "--json").stdout)}
+    assert {without["ascan_tiny"], without["halo_h1"]} == {""}
+    assert call("list", "--max-params", "few").exit_code == 2
 
 
 def test_info() -> None:
