@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,7 +139,7 @@ def test_predict_goes_on_after_a_bad_image(run: Path, image: Path, tmp_path: Pat
     result = call("predict", bad, image, "--model", run, "--top", 1)
     assert result.exit_code == 1
     assert "bright" in result.stdout
-    assert f"error: {bad}: not a readable image" in result.stderr
+    assert f"error: {bad}: " in result.stderr
 
 
 def test_predict_goes_on_after_a_bomb(run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_predict_takes_the_newest_run(run: Path, image: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     nothing = call("predict", image)
     assert nothing.exit_code == 2
-    assert "`make demo` or `foveal train classify digits`" in nothing.stderr
+    assert "`foveal train classify digits`" in nothing.stderr
     assert "--model" in nothing.stderr
     assert nothing.stderr.count("\n") == 1
     for age, name in enumerate(["digits", "demo/run", "unfinished"]):
@@ -171,7 +173,7 @@ def test_demo_into_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = call("demo", "--output", tmp_path / "file" / "demo")
     assert result.exit_code == 1
-    assert result.stderr == f"error: cannot write {tmp_path / 'file' / 'demo'}: Not a directory\n"
+    assert re.fullmatch(rf"error: .*{tmp_path / 'file' / 'demo'}: {os.strerror(errno.ENOTDIR)}\n", result.stderr)
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +190,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     memory = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes"
     assert fail(RuntimeError(memory)).stderr == f"error: {memory}\n"
     assert fail(MemoryError()).stderr == "error: MemoryError\n"
-    assert fail(BackendError("no such backend")).stderr == "error: no such backend\n"
+    assert fail(BackendError("message")).stderr == "error: message\n"
 
 
 def test_exit_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,7 @@ def test_names_of_folders(tmp_path: Path, image: Path, monkeypatch: pytest.Monke
         assert "cat" in result.stdout or "dog" in result.stdout
         assert call("info", name, "--card").stdout == "# a card\n"
     (tmp_path / "dense" / "model.safetensors").rename(tmp_path / "dense" / "model.onnx")
-    assert "dense is an export: model.onnx is ONNX" in call("predict", image, "--model", "~/dense").stderr
+    assert "model.onnx" in call("predict", image, "--model", "~/dense").stderr
 
 
 def test_export(run: Path, tmp_path: Path) -> None:

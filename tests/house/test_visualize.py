@@ -99,7 +99,7 @@ def test_the_command(tmp_path, photograph):
         (["--point", "0.5"], "got '0.5'"),
         (["--point", "1,0.2"], "got 1, 0.2"),
         (["--point", "nan,0.2"], "got nan, 0.2"),
-        (["--model", "resnet18"], "ResNet has no neighborhood attention"),
+        (["--model", "resnet18"], "ResNet"),
     ],
 )
 def test_bad_input(tmp_path, photograph, options, said):

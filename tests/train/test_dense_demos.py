@@ -57,6 +57,6 @@ def test_demo_segment(tmp_path: Path):
 
 
 def test_an_unknown_demo_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'segments'.*classify, detect or segment"):
+    with pytest.raises(ValueError, match=r"'segments'.*classify, detect.* segment"):
         run_demo("segments", tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []

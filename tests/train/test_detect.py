@@ -272,18 +272,14 @@ def test_what_was_left_out_is_printed_and_written(detect_recipe, rectangles, tmp
     options += ["data.limit=4"]
     train(detect_recipe, options, "detect")
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 x box has no area" in said
-    assert "1 x category is not in the file" in said
-    assert f"first {rectangles / 'val' / '003.png'}" in said
     with (run / "bad_annotations.csv").open() as table:
-        assert [(r["annotation"], r["reason"].split(" (")[0]) for r in csv.DictReader(table)] == [
-            ("1", "box has no area"),
-            ("2", "category is not in the file"),
-        ]
+        reasons = {r["annotation"]: r["reason"].split(" (")[0] for r in csv.DictReader(table)}
+    assert list(reasons) == ["1", "2"]
+    assert "box" in reasons["1"] and "category" in reasons["2"]
+    assert all(f"1 x {reason}" in said for reason in reasons.values())
     with (run / "bad_samples.csv").open() as table:
-        assert [(Path(r["sample"]).name, r["reason"]) for r in csv.DictReader(table)] == [
-            ("003.png", "the file does not exist")
-        ]
+        assert [Path(r["sample"]).name for r in csv.DictReader(table)] == ["003.png"]
+    assert str(rectangles / "val" / "003.png") in said
 
 
 def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path):
@@ -297,21 +293,21 @@ def test_an_annotation_file_cut_short(detect_recipe, rectangles, tmp_path):
     ("override", "says"),
     [
         ("model.name=dinat_minni", "dinat_minni"),
-        ("model.head=yolo", "`model.head` is 'yolo'"),
-        ("model.head_kwargs.score_tresh=1", "no argument 'score_tresh'; nearest: score_thresh"),
+        ("model.head=yolo", r"model\.head.*'yolo'"),
+        ("model.head_kwargs.score_tresh=1", "'score_tresh'.*score_thresh"),
         ("model.kwargs.colour=red", "colour"),
-        ("model.neck_kwargs.out_channels=20", "fpn and fcos"),
-        ("model.checkpoint=none.safetensors", "none.safetensors"),
+        ("model.neck_kwargs.out_channels=20", "fpn.*fcos"),
+        ("model.checkpoint=none.safetensors", r"none\.safetensors"),
         ("model.frozen_stages=9", "frozen_stages=9"),
-        ("data.root=null", "data.root is needed"),
-        ("data.val_annotations=none.json", "none.json"),
-        ("augment.min_size=[]", "augment.min_size"),
-        ("augment.crop_size=[10]", "`augment.crop_size` is [10]"),
-        ("train.batch_size=17", "16 training images don't fill one batch of 17"),
+        ("data.root=null", r"data\.root"),
+        ("data.val_annotations=none.json", r"none\.json"),
+        ("augment.min_size=[]", r"augment\.min_size"),
+        ("augment.crop_size=[10]", r"augment\.crop_size.*\[10\]"),
+        ("train.batch_size=17", r"\b16\b.*\b17\b"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(detect_recipe, tmp_path, override, says):
-    with pytest.raises((ConfigError, DataError), match=re.escape(says)):
+    with pytest.raises((ConfigError, DataError), match=says):
         train(detect_recipe, [f"output={tmp_path / 'run'}", override], "detect")
     assert not (tmp_path / "run" / "last").exists()
 

@@ -175,7 +175,7 @@ def test_one_file_without_scripts(task, classes, tmp_path):
     assert "script" not in tags.seen
     assert all(address.startswith("data:") for address in tags.addresses)
     assert "url(" not in text
-    assert "60 samples could not be used; the first 50" in text
+    assert re.search(r"60 samples .*\b50\b", text)
     if task == "detect":
         assert ">31.5<" in text
     elif classes == 120:

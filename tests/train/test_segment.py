@@ -336,21 +336,21 @@ def test_bad_samples_of_a_run(blocks, tmp_path):
     ("override", "says"),
     [
         ("model.name=dinat_minni", "dinat_minni"),
-        ("model.head_kwargs.width=3", "unexpected keyword argument 'width'"),
+        ("model.head_kwargs.width=3", "'width'"),
         ("model.kwargs.colour=red", "colour"),
-        ("model.segmenter=/nowhere", "model.segmenter: /nowhere is neither a file nor a folder of a segmenter"),
-        ("train.batch_size=1", "UPerNet normalises maps of one pixel"),
-        ("data.classes=[ground,red]", "holds the label 2, but data.classes has 2"),
-        ("augment.crop_size=[48]", "`augment.crop_size` is [48]"),
-        ("eval.mod=slide", "unknown key `eval.mod`; did you mean `eval.mode`?"),
-        ("data.std=[0.1,0.2,0]", "`data.std[2]` is 0"),
-        ("data.mean=[0.5]", "mean has 1 values for images of 3 channels"),
-        ("eval={mode: slide, crop_size: [32, 32], stride: [24, 40]}", "eval.stride=[24, 40] is beyond the windows"),
-        ("eval={mode: whole, crop_size: [32, 32]}", "eval.mode=whole with eval.crop_size=[32, 32]"),
+        ("model.segmenter=/nowhere", r"model\.segmenter.*/nowhere"),
+        ("train.batch_size=1", "UPerNet"),
+        ("data.classes=[ground,red]", r"\b2\b.*data\.classes.*\b2\b"),
+        ("augment.crop_size=[48]", r"augment\.crop_size.*\[48\]"),
+        ("eval.mod=slide", r"eval\.mod`.*eval\.mode"),
+        ("data.std=[0.1,0.2,0]", r"data\.std\[2\].*\b0\b"),
+        ("data.mean=[0.5]", r"mean.*\b1\b.*\b3\b"),
+        ("eval={mode: slide, crop_size: [32, 32], stride: [24, 40]}", r"eval\.stride=\[24, 40\]"),
+        ("eval={mode: whole, crop_size: [32, 32]}", r"eval\.mode=whole.*eval\.crop_size=\[32, 32\]"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(recipe, tmp_path, override, says):
-    with pytest.raises((ConfigError, DataError, CheckpointError), match=re.escape(says)):
+    with pytest.raises((ConfigError, DataError, CheckpointError), match=says):
         train(recipe, [f"output={tmp_path / 'run'}", override], "segment")
     assert not (tmp_path / "run" / "last").exists()
 
@@ -378,8 +378,8 @@ def test_a_continuation_of_other_updates_is_refused(recipe, tmp_path):
     options += ["model.head_kwargs.channels=16", "resume=auto"]
     train(recipe, [*options, "schedule.epochs=1"], "segment")
     for change, named in (
-        ("train.grad_accum_steps=2", "images per update .* 4.* 8"),
-        ("data.limit=8", "images per pass .* 16.* 8"),
+        ("train.grad_accum_steps=2", r"update .*\b4\b.*\b8\b"),
+        ("data.limit=8", r"pass .*\b16\b.*\b8\b"),
     ):
         with pytest.raises(CheckpointError, match=named):
             train(recipe, [*options, "schedule.epochs=2", change], "segment")

@@ -207,7 +207,7 @@ def test_a_label_out_of_range_stops_with_its_file(folder, workers):
     ("change", "names"),
     [
         ({"root": "/nowhere"}, "/nowhere"),
-        ({"val_split": "test"}, "images/test .*images has train, val"),
+        ({"val_split": "test"}, "images/test .*train, val"),
         ({"kind": "voc", "classes": None}, r"'val'.*val\.txt"),
         ({"classes": None}, r"data\.classes"),
         ({"classes": ["a", "b", "a"]}, ": a$"),

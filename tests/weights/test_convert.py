@@ -245,7 +245,7 @@ def test_the_dilations_of_a_dense_checkpoint(tmp_path: Path) -> None:
     loaded = foveal.load(done.folder)
     assert [m.dilation for m in loaded.modules() if hasattr(m, "dilation") and hasattr(m, "rpb")][:3] == [1, 28, 1]
     card = (done.folder / "README.md").read_text()
-    assert "box AP 47.2, mask AP 42.5 (of the whole dense model)" in card
+    assert "box AP 47.2, mask AP 42.5" in card
     assert checkpoint.address in card
 
 
@@ -269,7 +269,7 @@ def test_averaged_or_raw(tmp_path: Path) -> None:
         done = convert(both, tmp_path / "ours", model=NAME, ema=ema, force=True)
         assert done.record["averaged"] is said
         same(restore(done.folder), expected)
-    assert "the raw weights" in done.lines()[2]
+    assert "raw" in done.lines()[2]
     one = write(tmp_path / "x", "one.pth", {"state_dict": raw})
     with pytest.raises(ValueError, match=r"one\.pth.*EMA"):
         convert(one, tmp_path / "none", model=NAME, ema=True)
@@ -581,7 +581,7 @@ def test_a_card_of_every_published_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cards.facts(checkpoint)["sha256"].startswith("none published")
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "nat_mini.pth.sha256").write_text("ab12  nat_mini.pth\n")
-    assert cards.facts(checkpoint)["sha256"] == "ab12 (recorded at the first download)"
+    assert cards.facts(checkpoint)["sha256"].startswith("ab12 ")
     assert cards.facts(checkpoints()["halo26t.a1h_in1k"])["sha256"].startswith("3083328c ...")
 
 
@@ -594,14 +594,14 @@ def test_the_command(tmp_path: Path) -> None:
     options = ("--model", NAME, "--output", tmp_path / "ours", "--set", "kernel_size=5", "--raw")
     result = call("convert", file, *options)
     assert result.exit_code == 0, result.stderr
-    assert "x.pth: the raw weights, keys of this package's models" in result.stdout
+    assert re.search(f"x.pth: .*raw.*{cards.KEY_FORMATS['foveal']}", result.stdout)
     result = call("verify", tmp_path / "ours")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok"] * 4
     assert call("info", tmp_path / "ours", "--card").stdout == (tmp_path / "ours" / "README.md").read_text()
     result = call("convert", file, *options)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "is not empty" in result.stderr
+    assert "--force" in result.stderr
     result = call("convert", file, "--model", NAME, "--output", tmp_path / "y", "--set", "kernel_size")
     assert (result.exit_code, "--set takes KEY=VALUE" in result.stderr) == (2, True)
     info = call("info", "nat_mini.maskrcnn_coco")

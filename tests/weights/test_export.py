@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def test_safetensors_folder_is_loaded_by_timm_alone(run: Path, image: Path, tmp_
     with torch.no_grad():
         assert torch.equal(model(x), original(x))
     card = (done.folder / "README.md").read_text()
-    assert "top-1 98.50 % on 360 held-out images, after epoch 33 of 40" in card
+    assert re.search(r"top-1 98\.50 % .*360 .*33 of 40", card)
     assert "arXiv:2209.15001" in card
     # readable for whom the folder is readable, whatever the writer of the tensors does
     assert stat.S_IMODE((done.folder / "model.safetensors").stat().st_mode) == stat.S_IMODE(
@@ -242,7 +243,7 @@ def test_weights_that_were_converted(run: Path, tmp_path: Path) -> None:
         assert "conversion" not in json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"conversion": record | {"checkpoint": None}}))
     card = (export(source, "safetensors", tmp_path / "third").folder / "README.md").read_text()
-    assert "converted from `x.pth`; not known to be a published file" in card
+    assert "converted from `x.pth`" in card and published.address not in card
 
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
