@@ -52,13 +52,13 @@ class Backbone(nn.Module):
 
     Args:
         body: what ``timm.create_model(name, features_only=True, ...)`` returns.
-        neck: from the body's maps to those that the heads read. None: the heads read the body's maps.
+        neck: applied to the body's maps; None: the heads read the body's maps.
         classifier: the same model without ``features_only``, preferably on the meta device. timm renames the parameters
             of some feature networks; the published names, `group_matcher` and `no_weight_decay` are read from it.
-        frozen_stages: -1: everything is trained. n: the stem and the first n stages are not trained and stay in
-            evaluation mode (statistics of norms, dropout). A stage ends with a map of stride 4 or more; norms that a
-            feature network adds per map are not part of it.
-        norm_eval: every BatchNorm of the body keeps its statistics in training; its weights are trained unless frozen.
+        frozen_stages: -1: train everything. n: freeze the stem and the first n stages and keep them in evaluation mode
+            (statistics of norms, dropout). A stage ends with a map of stride 4 or more; norms that a feature network
+            adds per map are not part of it.
+        norm_eval: keep every BatchNorm of the body in evaluation mode; its weights are trained unless frozen.
 
     Attributes:
         spec: channels and strides of the output maps.
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         mean, std: per channel, the body's normalization of images in [0, 1].
 
     Raises:
-        ValueError: if the body has fewer stages than ``frozen_stages``, or its stages cannot be told apart.
+        ValueError: if the body has fewer stages than ``frozen_stages``, or ``group_matcher`` does not separate them.
 
     Examples:
         >>> import torch
@@ -155,13 +155,13 @@ class Backbone(nn.Module):
     def parameter_groups(
         self, weight_decay: float, layer_decay: float | None = None, lr_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
-        """The body's trained parameters as an optimizer takes them; ``lr_scale`` multiplies the learning rate.
+        """Optimizer groups of the body's trainable parameters; ``lr_scale`` multiplies the learning rate.
 
         Args:
-            weight_decay: for all but vectors, biases and what the model's ``no_weight_decay`` names.
-            layer_decay: the last layer (by timm's `group_matcher`) gets this times the heads' rate, the one before its
-                square, and so on. Norms that only the feature network has get the full rate.
-            lr_ratio: multiplies all of them.
+            weight_decay: for all but vectors, biases and the model's ``no_weight_decay``.
+            layer_decay: layer-wise decay by timm's `group_matcher`: the last layer gets this times the heads' rate, the
+                one before its square, and so on. Norms added by the feature network get the full rate.
+            lr_ratio: multiplies all rates.
 
         Raises:
             ValueError: ``layer_decay`` for a model without `group_matcher`.
@@ -186,7 +186,7 @@ def decays(name: str, parameter: nn.Parameter, exempt: Collection[str]) -> bool:
 
 
 def grouped(rows: list[tuple[nn.Parameter, float, bool]], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups of the trained ones of rows of a parameter, its ``lr_scale``, and whether it decays."""
+    """Optimizer groups from rows (parameter, ``lr_scale``, whether it decays), without frozen parameters."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for parameter, scale, decays in rows:
         if parameter.requires_grad:
@@ -211,8 +211,8 @@ def _named(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def published_names(body: nn.Module, classifier: nn.Module) -> dict[str, str]:
-    """From the names in a feature network to those of the classifier: timm wraps the model, or takes it apart and joins
-    the first two parts of names (``stages.0`` becomes ``stages_0``)."""
+    """Map names in a feature network to those of the classifier: timm wraps the model, or takes it apart and joins the
+    first two parts of names (``stages.0`` becomes ``stages_0``)."""
     prefix = "model." if isinstance(body, FeatureGetterNet) else ""
     prefix = "body." if isinstance(body, FeatureHookNet) and "body" in body else prefix
     joined = {name.replace(".", "_", 1): name for name, _ in _named(classifier) if "." in name}

@@ -1,4 +1,4 @@
-"""timm's feature networks with weights. The only file here that imports the backbones."""
+"""timm's feature networks with weights. The only file in heads/ that imports the backbones."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def build_body(
 
 
 def synchronized(model: Model, sync_bn: bool) -> Model:
-    """The model with synchronized BatchNorms, if asked for and a process group is up.
+    """The model with SyncBatchNorm, if requested and a process group is initialized.
 
-    By timm's conversion: PyTorch's drops the activations that timm's norms hold.
+    Uses timm's conversion: PyTorch's drops the activations inside timm's norms.
     """
     up = distributed.is_available() and distributed.is_initialized()
     if not (sync_bn and up):
@@ -99,9 +99,9 @@ def _indices(architecture: str, classifier: Any, strides: Sequence[int]) -> list
 
 
 def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path, kwargs: dict[str, Any]) -> nn.Module:
-    """The feature network with the weights of a checkpoint, all of them but the norms that it adds."""
+    """The feature network with the weights of a checkpoint; only the norms that it adds may be missing."""
     beside_config = checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file()
-    statistics = {}  # of the images that a folder's model was trained on
+    statistics = {}  # normalization of the images that a folder's model was trained on
     if checkpoint.is_file() and not beside_config:
         file = checkpoint
     else:
@@ -122,13 +122,13 @@ def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path,
     published, own = published_names(body, classifier), classifier.state_dict()
     if unset := [name for name in body.state_dict() if published[name] in missing & own.keys()]:
         raise ValueError(f"{file} does not fit {architecture}: {len(unset)} tensors are missing, {', '.join(unset)}")
-    body.pretrained_cfg |= {"state_dict": None, "file": str(file), **statistics}  # not the tensors twice
+    body.pretrained_cfg |= {"state_dict": None, "file": str(file), **statistics}  # do not keep the tensors twice
     return body
 
 
 @contextmanager
 def _missing_keys() -> Iterator[set[str]]:
-    """The names that any ``load_state_dict`` in this context leaves unset, which timm logs and does not return."""
+    """Collect missing keys of any ``load_state_dict`` in this context, which timm logs but does not return."""
     missing: set[str] = set()
     handles = []
 

@@ -1,4 +1,4 @@
-"""Backbones, detectors and segmenters by the names of their parts. Arguments have the keys of a recipe's ``model``."""
+"""Build backbones, detectors and segmenters by name. The arguments are the keys of a recipe's ``model``."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def build_backbone(
         kwargs: ``pretrained``: start from the published weights.
             ``checkpoint``: start from a folder that ``foveal train classify`` wrote, a model folder as timm writes it,
             or a file in any key format of the model's family (classification or dense).
-            ``strides``: of the body's maps, 4 to 32 by default; of several with one stride the last is taken.
+            ``strides``: of the body's maps, 4 to 32 by default; the last map of each stride is used.
             ``out_indices``: the maps by timm's indices instead, for models without those strides.
-            ``sync_bn``: synchronized BatchNorms if a process group is up, the usual ones otherwise.
+            ``sync_bn``: SyncBatchNorm if a process group is initialized.
             ``drop_path_rate``: stochastic depth; None: the model's default.
             ``grad_checkpointing``: recompute the blocks' activations in the backward pass.
             ``stride_in_1x1``: the bottleneck blocks of a ResNet stride in their first convolution, as in detectron2's
-            weights. All others are passed to `timm.create_model`. Where the model's class has these arguments,
-            ``out_norm=True`` (a new norm per map) and free image sizes are the default.
+            weights. All others are passed to `timm.create_model`. If the model's class has these arguments,
+            ``out_norm=True`` (a new norm per map) and flexible image sizes are the default.
 
     Raises:
         ValueError: if the name, the strides or the weights do not fit, for example a checkpoint that lacks any
@@ -89,9 +89,9 @@ def build_detector(
     Args:
         name: of the backbone.
         head: a name in `registry.HEADS`; ``"mask2former"`` needs transformers.
-        neck: ``"fpn"`` or ``"a3fpn"``; of Mask2Former, in its pixel decoder.
+        neck: ``"fpn"`` or ``"a3fpn"``; for Mask2Former, inside its pixel decoder.
         num_classes: without the background; labels start at 0.
-        min_size: short side that images are resized to in evaluation.
+        min_size: short side of resized images in evaluation.
         max_size: limit of the long side, which takes precedence.
         mean: per channel, of images in [0, 1]; None: the backbone's.
         std: as ``mean``.
@@ -155,8 +155,8 @@ def build_segmenter(
         name: of the backbone.
         head: a name in `registry.HEADS`; ``"mask2former"`` needs transformers.
         neck: ``"fpn"`` or ``"a3fpn"``. UPerNet with ``"fpn"`` has its own top-down path; with ``"a3fpn"`` the pooled
-            last map and the finer ones go through A3-FPN. Of Mask2Former, in its pixel decoder.
-        auxiliary: UPerNet: an FCN head on the third map, whose logits are the second output in training.
+            last map and the finer ones go through A3-FPN. For Mask2Former, inside its pixel decoder.
+        auxiliary: for UPerNet, an FCN head on the third map, whose logits are the second output in training.
         size_divisor: see `SegmentationModel`.
         mean: per channel, of images in [0, 1]; None: the backbone's.
         std: as ``mean``.
@@ -194,7 +194,7 @@ def build_segmenter(
 
 
 def _started_from(segmenter: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's checkpoint where the whole model's weights are one file."""
+    """The backbone's checkpoint if the weights of the whole model are one file."""
     if segmenter is None:
         return {}
     if options.get("pretrained") or options.get("checkpoint") is not None:
@@ -209,7 +209,7 @@ def _body_and_neck(
     if spec.own_neck:
         return dict(strides=strides or spec.strides)
     defaults: dict[str, Any] = dict(extra_levels=spec.extra_levels)
-    if strides is None and neck == "a3fpn" and spec.strides[0] > 4:  # it reads the finest map too, without output there
+    if strides is None and neck == "a3fpn" and spec.strides[0] > 4:  # it reads the finest map, too, without output
         strides, defaults["start_level"] = (4, *spec.strides), 1
     return dict(strides=strides or spec.strides, neck=neck, neck_kwargs={**defaults, **neck_kwargs})
 
@@ -251,8 +251,8 @@ def _finished(model: Model, sync_bn: bool, arguments: dict[str, Any]) -> Model:
 def _statistics(
     backbone: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> dict[str, list[float]]:
-    """``mean`` and ``std`` by channel, as given or the backbone's; for grey images of a colour backbone the mean of its
-    three, as timm sums its first filters."""
+    """``mean`` and ``std`` per channel, as given or the backbone's; for grey images on an RGB backbone the mean over
+    the three channels, as timm sums the filters of the first convolution."""
     found = {}
     for name, given in (("mean", mean), ("std", std)):
         values = list(getattr(backbone, name) if given is None else given)

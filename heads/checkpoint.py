@@ -22,7 +22,7 @@ FORMAT, WEIGHTS = "foveal-dense", "model.safetensors"
 
 
 def _foldable(model: nn.Module) -> list[tuple[str, Any]]:
-    """The outermost modules, by name, that can fold what only training needs."""
+    """The outermost modules that can be reparameterized, by name."""
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
         if hasattr(module, "reparameterize") and not any(name.startswith(f"{outer}.") for outer, _ in found):
@@ -31,9 +31,9 @@ def _foldable(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def reparameterize(model: Model) -> Model:
-    """Fold the branches and norms of backbone, neck and heads that only training needs, in place, for inference.
+    """Fold training-only branches and norms of backbone, neck and heads in place, for inference.
 
-    The outputs are those of evaluation mode up to rounding. `save_dense` and `load_dense` keep this form.
+    Outputs equal those in evaluation mode up to rounding. `save_dense` and `load_dense` keep this form.
 
     Returns:
         The model itself.
@@ -61,12 +61,11 @@ def save_dense(
     Args:
         model: of `build_detector` or `build_segmenter`.
         classes: their names by index.
-        preprocessing: what a reader should know of the images; the model does it all itself.
+        preprocessing: description of the images for readers; the model applies it itself.
         more: further entries of config.json.
 
     Raises:
-        ValueError: a model that no builder made and that could not be built again; or not one name for each of its
-            classes.
+        ValueError: a model without the arguments of a builder, or not one name per class.
 
     Examples:
         >>> from foveal.heads.build import build_segmenter
@@ -100,7 +99,7 @@ def save_dense(
 
 
 def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The folder that holds the model (for a run: its ``best/``) and its config.json; None where there is no dense one.
+    """The folder of the model (for a run: its ``best/``) and its config.json; None if it is not a dense model's.
 
     Raises:
         ValueError: if config.json is not JSON.
@@ -115,7 +114,7 @@ def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
         'segment'
     """
     folder = Path(folder)
-    # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
+    # a run replaces best/ by two renames; if killed between them, it leaves the previous one as best.old/
     for candidate in (folder / "best", folder / "best.old", folder):
         file = candidate / "config.json"
         if file.is_file():
@@ -132,13 +131,13 @@ def load_dense(folder: str | Path, file: Path | None = None) -> Any:
     """Load what `save_dense` wrote, or a run's ``best/``, in evaluation mode.
 
     Args:
-        file: another file of weights of that folder.
+        file: another weights file in the folder.
 
     Returns:
-        a `DenseModel` with ``classes`` (names by index) and ``config`` (all of config.json).
+        A `DenseModel` with ``classes`` (names by index) and ``config`` (the content of config.json).
 
     Raises:
-        ValueError: the folder holds no dense model, or its parts do not fit each other.
+        ValueError: the folder has no dense model, or config and weights do not fit.
 
     Examples:
         >>> from foveal.heads.build import build_segmenter
@@ -163,7 +162,7 @@ def load_dense(folder: str | Path, file: Path | None = None) -> Any:
         for name, module in _foldable(model):
             stored = {key for key in tensors if key.startswith(f"{name}.")}
             if stored != {f"{name}.{key}" for key in module.state_dict()}:
-                module.reparameterize()  # as it was when it was saved, or nothing fits
+                module.reparameterize()  # in the form in which it was saved
         model.load_state_dict(tensors)
     except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} can't be loaded: {error}") from error

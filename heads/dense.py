@@ -1,4 +1,4 @@
-"""What detectors and segmenters share."""
+"""Base class of detectors and segmenters."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class DenseModel(nn.Module):
     def parameter_groups(
         self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
-        """As an optimizer takes them: those of the backbone's body (`Backbone.parameter_groups`); neck and heads at the
-        full rate, decayed unless they are vectors, biases or embeddings."""
+        """Optimizer groups: those of the backbone's body (`Backbone.parameter_groups`); neck and heads at the full
+        rate, without decay for vectors, biases and embeddings."""
         body = {id(p) for p in self.backbone.body.parameters()}
         rest = [(name, p) for name, p in self.named_parameters() if id(p) not in body]
         kept = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}

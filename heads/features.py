@@ -1,4 +1,4 @@
-"""Before `foveal.heads.backbone`; goes with the next release."""
+"""Deprecated names of `foveal.heads.backbone`; to be removed in the next release."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __getattr__ = moved(__name__, {"FeatureSpec": "backbone:ShapeSpec"})
 
 
 class Features(Backbone):
-    """Deprecated: `Backbone`, whose maps come by name; these come as a list."""
+    """Deprecated: use `Backbone`, which returns a dict of maps; this returns a list."""
 
     def __init__(self, network: nn.Module, whole: Any, **kwargs: Any) -> None:
         super().__init__(network, classifier=whole, **kwargs)
@@ -31,6 +31,6 @@ class Features(Backbone):
 
 @old_arguments(backbone="name")
 def build_features(name: str, *, frozen_stages: int = -1, norm_eval: bool = False, **kwargs: Any) -> Features:
-    """Deprecated: `foveal.heads.build.build_backbone`."""
+    """Deprecated: use `foveal.heads.build.build_backbone`."""
     warnings.warn("build_features is deprecated, use build_backbone of foveal.heads.build", DeprecationWarning, 3)
     return Features(*build_body(name, **kwargs), frozen_stages=frozen_stages, norm_eval=norm_eval)

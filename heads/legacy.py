@@ -1,4 +1,4 @@
-"""What keeps the names, arguments and files of before the `Backbone` class working. Goes with the next release."""
+"""Compatibility with names, arguments and files of the previous release. To be removed in the next release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# the start of a parameter's name then and now: in detectors, in segmenters, in MMDetection's models
+# old and new prefixes of parameter names: in detectors, in segmenters, in MMDetection's models
 _KEYS = (
     ("detector.backbone.features.network.", "detector.backbone.body."),
     ("features.network.", "backbone.body."),
@@ -17,7 +17,7 @@ _KEYS = (
 
 
 def migrate_state_dict(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same tensors, in the same order, under today's names.
+    """The same tensors in the same order under the new names.
 
     Args:
         prefix: before the names of the model's parameters.
@@ -39,12 +39,12 @@ def migrate_in_place(state_dict: dict[str, Any], prefix: str = "") -> None:
 
 
 def migrate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A builder's arguments, as config.json holds them, under today's names."""
+    """A builder's arguments from config.json under the new names."""
     return {"name" if key == "backbone" else key: value for key, value in arguments.items()}
 
 
 def migrate_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a dense model's folder with today's names."""
+    """The config.json of a dense model's folder with the new names."""
     migrated = dict(config)
     if isinstance(config.get("arguments"), Mapping):
         migrated["arguments"] = migrate_arguments(config["arguments"])
@@ -59,12 +59,12 @@ INFERENCE = {"bounds": "scale", "multiple_of": "size_divisor", "window": "crop_s
 
 
 def migrate_inference(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `probabilities`, as config.json holds them, under today's names."""
+    """The arguments of `probabilities` from config.json under the new names."""
     return {INFERENCE.get(key, key): value for key, value in arguments.items()}
 
 
 def old_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that renames keyword arguments (``old="new"``), with a warning."""
+    """A decorator that accepts old keyword arguments (``old="new"``) with a warning."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -81,10 +81,10 @@ def old_arguments(**names: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def moved(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` for names that stand elsewhere now.
+    """A module's ``__getattr__`` for names that have moved.
 
     Args:
-        module: whose names they were.
+        module: their old module.
         names: ``package.module:name`` by old name, relative to `foveal.heads`.
     """
 

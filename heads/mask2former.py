@@ -1,5 +1,5 @@
-"""Mask2Former (Cheng et al., arXiv 2112.01527) on the maps of any backbone: transformers' pixel decoder, queries,
-matching and losses. What its segmenter and its detector share."""
+"""Mask2Former (Cheng et al., arXiv 2112.01527) on any backbone, with transformers' pixel decoder, queries, matching and
+losses. Shared by its segmenter and its detector."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,12 +11,12 @@ from torch import Tensor, distributed, nn
 from .backbone import Backbone, ShapeSpec
 from .necks import build_neck
 
-# the parts of the published loss and their names here
+# terms of the published loss and their names here
 LOSSES = {"cross_entropy": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
 
 
 class _Encoder:
-    """A backbone as transformers' pixel level module calls one. Not a module: the model around it owns the backbone."""
+    """Adapts a backbone to transformers' pixel level module. Not a module: the model around it owns the backbone."""
 
     def __init__(self, backbone: Backbone):
         self.backbone, self.channels = backbone, backbone.spec.channels
@@ -26,17 +26,17 @@ class _Encoder:
 
 
 def decoder(backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fpn: dict[str, Any] | None = None) -> Any:
-    """transformers' Mask2FormerForUniversalSegmentation around a backbone, without a backbone of its own.
+    """transformers' Mask2FormerForUniversalSegmentation on one of our backbones.
 
     Args:
         settings: of transformers' ``Mask2FormerConfig``: ``num_queries``, ``feature_size``, ``encoder_layers``, ...
-        a3fpn: settings of an `A3FPN`, which then stands in the pixel decoder in place of its FPN, and mixes what the
-            encoder gives with the finest map, as in A3-FPN's released models. None: the FPN.
+        a3fpn: settings of an `A3FPN` that replaces the FPN of the pixel decoder and fuses the encoder's maps with the
+            finest map, as in A3-FPN's released models. None: the FPN.
 
     Raises:
-        ImportError: transformers is not there.
-        ValueError: other strides than 4, 8, 16, 32, settings that its configuration or A3-FPN does not have or take, or
-            an A3-FPN that gives other maps than the decoder reads.
+        ImportError: transformers is not installed.
+        ValueError: strides other than 4, 8, 16, 32, unknown or invalid settings, or an A3-FPN whose maps do not fit the
+            decoder.
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -52,15 +52,15 @@ def decoder(backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fp
     unknown = set(settings) - set(known) | set(settings) & {"backbone_config", "num_labels"}
     if unknown:
         raise ValueError(f"mask2former: no such settings: {', '.join(sorted(unknown))}")
-    # YAML has 2 for 2.0, which the configuration does not take
+    # YAML may give 2 for 2.0, which the configuration rejects
     settings = {k: float(v) if type(v) is int and type(known[k]) is float else v for k, v in settings.items()}
-    try:  # the configuration wants some backbone; none is made of it
+    try:  # the configuration requires a backbone, which is not built
         config = Mask2FormerConfig(backbone_config=TimmBackboneConfig(), num_labels=num_classes, **settings)
     except StrictDataclassError as error:
         raise ValueError(f"mask2former: {' '.join(str(error).split())}") from None
 
     whole = _network(published, config, backbone.spec.channels, a3fpn is not None)
-    # only now: transformers' initialization is not for these
+    # after transformers' initialization, which must not change these
     whole.model.pixel_level_module.encoder = _Encoder(backbone)
     if a3fpn is not None:
         spec = ShapeSpec((backbone.spec.channels[0], *[config.feature_size] * 3), backbone.spec.strides)
@@ -96,7 +96,7 @@ def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) 
 
     class Loss(published.Mask2FormerLoss):
         def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
-            """Masks for each process; transformers divides by the processes twice."""
+            """Masks per process; transformers divides by the number of processes twice."""
             count = torch.tensor(float(sum(map(len, class_labels))), device=device)
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(count)
@@ -121,7 +121,7 @@ def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) 
 
 def _a3fpn_pixel_decoder(published: Any) -> type[nn.Module]:
     class A3FPNPixelDecoder(published.Mask2FormerPixelDecoder):
-        """With an `A3FPN`, assigned later, on the encoder's maps and the backbone's finest, in place of its FPN."""
+        """A pixel decoder with an `A3FPN`, assigned later, in place of its FPN."""
 
         def __init__(self, config: Any, feature_channels: Sequence[int]) -> None:
             super().__init__(config, feature_channels)
@@ -138,14 +138,14 @@ def _a3fpn_pixel_decoder(published: Any) -> type[nn.Module]:
 
 
 def query_outputs(head: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The predictions of the queries before the first and after each layer of the decoder.
+    """Predictions of the queries before the first layer and after each layer of the decoder.
 
     Args:
         images: normalized, ``[B, C, H, W]``, sides divisible by the strides.
 
     Returns:
-        logits of the classes ``[B, queries, classes + 1]``, the last that of none, and of the masks ``[B, queries,
-        H / 4, W / 4]``; not in half precision, whatever is around it.
+        Class logits ``[B, queries, classes + 1]``, "no object" last, and mask logits ``[B, queries, H / 4, W / 4]``, in
+        float32 also under autocast.
     """
     found = head.model(images, output_hidden_states=True, return_dict=True)
     states = found.transformer_decoder_intermediate_states
@@ -162,12 +162,12 @@ def losses(head: Any, images: Tensor, masks: Sequence[Tensor], labels: Sequence[
 
     Args:
         images: as `query_outputs` takes them.
-        masks: by image, 0 or 1 in any type, ``[N, H, W]`` for its N objects, perhaps none.
-        labels: by image, int64 ``[N]``.
+        masks: per image, 0 or 1 in any dtype, ``[N, H, W]`` for its N >= 0 objects.
+        labels: per image, int64 ``[N]``.
     """
     class_logits, mask_logits = query_outputs(head, images)
     deep = head.config.use_auxiliary_loss
-    with torch.autocast(images.device.type, enabled=False):  # they are matched in NumPy, which has no bfloat16
+    with torch.autocast(images.device.type, enabled=False):  # matching runs in NumPy, which has no bfloat16
         found = head.get_loss_dict(
             masks_queries_logits=mask_logits[-1],
             class_queries_logits=class_logits[-1],

@@ -1,4 +1,4 @@
-"""Backbones and the A3-FPN neck in MMDetection, for its configurations.
+"""Backbones and the A3-FPN neck for MMDetection.
 
     _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", ...]
     from foveal.heads.mmdet import completed  # below _base_: mmengine takes other files that import for a newer format
@@ -6,11 +6,11 @@
     custom_imports = dict(imports=["foveal.heads.mmdet"])
     model = completed(dict(backbone=dict(_delete_=True, type="FovealBackbone", name="dinat_tiny", pretrained=True)))
 
-``configs/mmdet/`` has complete ones. Needs mmdet 3.3 with a compiled mmcv 2.1, or its maintained fork
+``configs/mmdet/`` has complete configs. Requires mmdet 3.3 with a compiled mmcv 2.1, or the maintained fork
 ``onedl-mmdetection`` with ``onedl-mmcv`` (the same import names).
 
-Synchronize BatchNorms by ``sync_bn=True`` of the backbone and the neck. The ``sync_bn`` of mmengine's runner uses
-PyTorch's conversion, which drops the activations that timm's norms hold (HaloNet, MaxViT and others).
+For SyncBatchNorm use ``sync_bn=True`` of the backbone and the neck. The ``sync_bn`` of mmengine's runner uses PyTorch's
+conversion, which drops the activations inside timm's norms (HaloNet, MaxViT and others).
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class FovealBackbone(Backbone):
             ``drop_path_rate``, ``grad_checkpointing``, ``strides`` or ``out_indices``, ...; and of `timm.create_model`.
 
     Raises:
-        ValueError: if ``init_cfg`` is among them (mmengine would skip every name that does not fit, and none does), or
-            what `build_backbone` raises.
+        ValueError: if ``init_cfg`` is given (mmengine would skip all names, as none match), and as `build_backbone`.
     """
 
     def __init__(self, name: str, *, frozen_stages: int = -1, norm_eval: bool = False, **kwargs: Any) -> None:
@@ -71,27 +70,27 @@ def a3fpn(
 
     Args:
         in_channels, strides: of the maps; see `completed`.
-        sync_bn: its BatchNorms share their statistics between processes, if a process group is up.
+        sync_bn: SyncBatchNorm if a process group is initialized.
         kwargs: of `A3FPN`: ``extra_levels="pool"`` for Faster and Mask R-CNN; for RetinaNet ``start_level=1`` and
             ``extra_levels="p6p7"``.
 
     Raises:
-        ValueError: what `A3FPN` raises.
+        ValueError: as `A3FPN`.
     """
     return synchronized(A3FPN(ShapeSpec(tuple(in_channels), tuple(strides)), **kwargs), sync_bn)
 
 
 def completed(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``model`` of a configuration with what its backbone knows filled in.
+    """The ``model`` of a config, completed with values of its backbone.
 
-    That is ``in_channels`` of the neck (and ``strides``, if its type is A3FPN), and ``mean`` and ``std`` of the data
+    These are ``in_channels`` of the neck (and ``strides``, if its type is A3FPN), and ``mean`` and ``std`` of the data
     preprocessor (in mmdet's scale of 0 to 255, RGB) unless they are given here.
 
     Args:
-        model: with a ``backbone`` of type FovealBackbone; what it leaves to a base file may be missing. Not changed.
+        model: with a ``backbone`` of type FovealBackbone; entries of a base file may be missing. Not modified.
 
     Raises:
-        ValueError: what `build_backbone` raises.
+        ValueError: as `build_backbone`.
     """
     arguments = {key: value for key, value in model["backbone"].items() if key not in ("type", "_delete_")}
     with torch.device("meta"):

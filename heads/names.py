@@ -1,4 +1,4 @@
-"""Translating the parameter names of published checkpoints, and checking that they fit."""
+"""Translate the parameter names of published checkpoints, and check that they fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def translate(name: str, table: Iterable[tuple[str, str]]) -> str | None:
     """The name with its first matching prefix replaced; None if no prefix matches.
 
     Args:
-        table: prefixes and what replaces them; ``{}`` is a number, in the order of both.
+        table: prefixes and their replacements; ``{}`` is a number, in the order of both.
     """
     for source, target in table:
         if match := re.match(re.escape(source).replace(r"\{\}", r"(\d+)"), name):
@@ -24,7 +24,7 @@ def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], other_shap
     """Compare names and shapes, before anything is loaded.
 
     Args:
-        other_shape: names that may have another shape.
+        other_shape: names that may differ in shape.
 
     Raises:
         ValueError: if they differ; the message names the first few.

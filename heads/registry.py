@@ -1,7 +1,7 @@
-"""The heads by task and name, and what each of them needs.
+"""Registry of the heads by task and name.
 
-`build_detector` and `build_segmenter` construct heads from this table, the exporters read from it what they can write,
-and the choices of a recipe's ``model.head`` are its names (tests/heads/test_registry.py).
+`build_detector` and `build_segmenter` construct heads from this table, the exporters read ``not_exported``, and the
+choices of a recipe's ``model.head`` are its names (tests/heads/test_registry.py).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class HeadSpec:
         build: of a detector, ``(backbone, num_classes, transform, **head_kwargs)`` to a module with the interface of
             torchvision's detectors, ``transform`` being arguments of its ``GeneralizedRCNNTransform``; of a segmenter,
             ``(backbone, num_classes, image, **head_kwargs)`` to a `SegmentationModel`, ``image`` being arguments of it.
-        masks: it predicts the masks of objects, and is trained on them.
-        first_class: 1 if it numbers classes from 1, with the background as 0.
+        masks: it predicts object masks and needs them in training.
+        first_class: 1 if its classes start at 1, with the background as 0.
         strides: of the body's maps that the neck reads.
         extra_levels: coarser maps that the neck adds, see `FPN`.
-        own_neck: its pixel decoder takes the neck's place; A3-FPN goes into it.
-        not_exported: why it is not exported, by format.
+        own_neck: its pixel decoder replaces the neck; A3-FPN goes into it.
+        not_exported: reasons why it is not exported, by format.
 
     Examples:
         >>> from foveal.heads.registry import HEADS
@@ -84,7 +84,7 @@ def head_spec(task: str, name: str) -> HeadSpec:
     """The entry of a head.
 
     Raises:
-        ValueError: no such task, or no such head for it; the message lists those that there are.
+        ValueError: unknown task or head; the message lists the known ones.
 
     Examples:
         >>> from foveal.heads.registry import head_spec

@@ -1,4 +1,4 @@
-"""Detectors: torchvision's and others of their kind, over any backbone and neck."""
+"""Detectors on any backbone and neck, with torchvision's interface."""
 
 from .detector import Detector
 

@@ -1,7 +1,7 @@
 """The region heads of Cascade R-CNN (Cai & Vasconcelos, CVPR 2018, arXiv 1712.00726), with a mask head for each stage.
 
-Every stage classifies the boxes that the one before it has moved, and asks for a larger overlap with an object.
-What the paper leaves open is done as in mmdetection, whose weights these heads take.
+Each stage classifies and refines the boxes of the previous one, with a higher IoU threshold. Details that the paper
+leaves open follow mmdetection, whose weights these heads load.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import Conv2dNormActivation, box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
-OVERLAPS = (0.5, 0.6, 0.7)  # with an object, from which on a box is one, by stage
-CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # what scales the boxes' deltas
-# mmdetection's are one over these: a percent beyond those of the paper in the last stage
+OVERLAPS = (0.5, 0.6, 0.7)  # IoU threshold of positive boxes, by stage
+CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # scale of the box deltas
+# the inverse of mmdetection's standard deviations: the last stage's is 1 % more than the paper's
 MMDET_DEVIATIONS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 STAGES = len(OVERLAPS)
 BOX_HEADS = ("4conv1fc", "2fc")
 
-Pool = Callable[[list[Tensor]], Tensor]  # regions [N, 4] of each image to what is pooled of them, [sum of N, C, h, w]
-# logits, boxes of each image, masks and classes of its objects, which object each box has: to a loss
+Pool = Callable[[list[Tensor]], Tensor]  # regions [N, 4] of each image -> pooled features [sum of N, C, h, w]
+# (logits, boxes per image, masks and classes of its objects, matched object of each box) -> loss
 MaskLoss = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]], Tensor]
 
 
 def aligned_mask_loss(
     logits: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor], matched: list[Tensor]
 ) -> Tensor:
-    """torchvision's ``maskrcnn_loss`` with what mmdetection and detectron2 have a mask head learn: the object's mask
-    at the bins of a region as they pool it, half a pixel from torchvision's, and rounded to 0 or 1.
+    """torchvision's ``maskrcnn_loss`` with the targets of mmdetection and detectron2: the object's mask pooled by
+    aligned RoIAlign, half a pixel from torchvision's, and rounded to 0 or 1.
 
     Args:
         logits: ``[N, classes, side, side]``, of the boxes of all images.
@@ -51,7 +51,7 @@ def aligned_mask_loss(
         regions = torch.cat([which[:, None].to(own), own], 1)
         wanted.append(roi_align(mask[:, None].to(own), regions, logits.shape[-2:], sampling_ratio=0, aligned=True))
     classes = torch.cat([own[which] for own, which in zip(labels, matched, strict=True)])
-    if not len(classes):  # whose mean would not be a number
+    if not len(classes):  # the mean would be NaN
         return logits.sum() * 0
     target = (torch.cat(wanted)[:, 0] >= 0.5).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(
@@ -60,10 +60,11 @@ def aligned_mask_loss(
 
 
 class BoxHead(nn.Module):
-    """What a stage makes of a pooled region: ``[N, C, side, side]`` to ``[N, width]``.
+    """Box head of a stage: pooled regions ``[N, C, side, side]`` to ``[N, width]``.
 
     Args:
-        kind: ``"4conv1fc"``: four convolutions with BatchNorm before a fully connected layer; ``"2fc"``: two of those.
+        kind: ``"4conv1fc"``: four convolutions with BatchNorm and a fully connected layer; ``"2fc"``: two fully
+            connected layers.
     """
 
     def __init__(self, kind: str, channels: int, side: int, width: int) -> None:
@@ -83,7 +84,7 @@ class BoxHead(nn.Module):
         return x
 
     def reparameterize(self) -> None:
-        """Fold the norms into the convolutions before them, for inference. Calling it again changes nothing."""
+        """Fold the norms into the convolutions before them, for inference. Idempotent."""
         for block in self.convs:
             conv, norm = block[0], block[1]
             if isinstance(norm, nn.Identity):
@@ -95,8 +96,8 @@ class BoxHead(nn.Module):
 
 
 def box_predictor(width: int, num_classes: int, agnostic: bool) -> FastRCNNPredictor:
-    """Logits of all classes (the background is the first of ``num_classes``) and the deltas of a box for each of them,
-    or of one box for all."""
+    """Logits of all classes (the background is the first of ``num_classes``) and box deltas, per class or
+    class-agnostic."""
     predictor = FastRCNNPredictor(width, num_classes)
     if agnostic:
         predictor.bbox_pred = nn.Linear(width, 4)
@@ -126,12 +127,11 @@ class CascadeMaskRCNN(MaskRCNN):
 class CascadeHeads(RoIHeads):
     """Three stages of boxes, classes and masks.
 
-    In training every stage samples among the boxes that the one before has refined (without the ground-truth boxes that
-    were added to them) and the ground-truth boxes. In evaluation logits and mask probabilities are averaged over the
-    stages, and the boxes are those of the last one.
+    In training each stage samples from the refined boxes of the previous one (without the ground-truth boxes added to
+    them) and the ground-truth boxes. In evaluation logits and mask probabilities are averaged over the stages, and the
+    boxes are those of the last one.
 
-    The loss of the boxes: generalized IoU (weight 10) where there are boxes for each class, the smooth L1 loss of the
-    deltas where one is for all.
+    Box loss: generalized IoU (weight 10) for boxes per class, smooth L1 of the deltas for class-agnostic boxes.
 
     Args:
         heads: torchvision's, with a module for each stage.
@@ -144,7 +144,7 @@ class CascadeHeads(RoIHeads):
             heads.box_roi_pool,
             heads.box_head,
             heads.box_predictor,
-            fg_iou_thresh=OVERLAPS[0],  # not read, as the coder
+            fg_iou_thresh=OVERLAPS[0],  # unused, like the coder
             bg_iou_thresh=OVERLAPS[0],
             batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
             positive_fraction=heads.fg_bg_sampler.positive_fraction,
@@ -157,7 +157,7 @@ class CascadeHeads(RoIHeads):
             mask_predictor=heads.mask_predictor,
         )
         self.coders, self.mask_loss = list(coders), mask_loss
-        self.box_coder = self.coders[-1]  # what the detections are decoded by
+        self.box_coder = self.coders[-1]  # decodes the detections
         self.agnostic = self.box_predictor[0].bbox_pred.out_features == 4  # with the background there are two classes
 
     def forward(
@@ -168,7 +168,7 @@ class CascadeHeads(RoIHeads):
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """As torchvision's `RoIHeads`: detections in evaluation, losses (``loss_classifier_0`` ...) in training."""
-        # half precision, which the maps may have, cannot tell pixels apart
+        # half precision, which the maps may have, is too coarse for pixel coordinates
         proposals = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in proposals]
         if self.training:
             self.check_targets(targets)
@@ -197,7 +197,7 @@ class CascadeHeads(RoIHeads):
 
         Returns:
             the mean logits ``[N, classes]``, the deltas ``[N, 4 classes]`` of the last stage, and the regions
-            ``[N, 4]`` of each image that these move.
+            ``[N, 4]`` of each image that the deltas refer to.
         """
         total: Tensor | float = 0.0
         for stage in range(STAGES):
@@ -210,7 +210,7 @@ class CascadeHeads(RoIHeads):
         return total / STAGES, codes, proposals
 
     def mask_probabilities(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Of regions of these classes, ``[N, 1, side, side]``."""
+        """Mask probabilities of regions for these classes, ``[N, 1, side, side]``."""
         total: Tensor | float = 0.0
         for head, predictor in zip(self.mask_head, self.mask_predictor, strict=True):
             logits = predictor(head(pooled))
@@ -219,7 +219,7 @@ class CascadeHeads(RoIHeads):
         return total / STAGES
 
     def _own(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """The deltas ``[N, 4]`` of these classes."""
+        """The deltas ``[N, 4]`` for these classes."""
         if self.agnostic:
             return codes
         return codes.unflatten(1, (-1, 4)).gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
@@ -276,8 +276,8 @@ class CascadeHeads(RoIHeads):
     def _samples(
         self, stage: int, proposals: list[Tensor], objects: list[Tensor], names: list[Tensor]
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each image the regions ``[N, 4]`` to train on, their labels (0: background), the objects that they are
-        compared with, and whether they are an object's own box."""
+        """For each image the sampled regions ``[N, 4]``, their labels (0: background), their matched objects, and
+        whether they are ground-truth boxes."""
         every = []
         for own, boxes, classes in zip(proposals, objects, names, strict=True):
             regions = torch.cat([own, boxes])
@@ -293,7 +293,7 @@ class CascadeHeads(RoIHeads):
         return [tuple(part[which] for part in parts) for parts, which in zip(every, chosen, strict=True)]
 
     def _box_loss(self, stage: int, codes: Tensor, regions: Tensor, wanted: Tensor) -> Tensor:
-        """Of deltas, regions with an object, and the objects' boxes, all ``[N, 4]``: the sum."""
+        """Summed loss of deltas, positive regions, and ground-truth boxes, all ``[N, 4]``."""
         coder = self.coders[stage]
         if self.agnostic:
             return F.smooth_l1_loss(codes, coder.encode_single(wanted, regions), reduction="sum")

@@ -14,7 +14,7 @@ Target = dict[str, torch.Tensor]
 
 
 class Detector(DenseModel):
-    """A detector with torchvision's interface and classes numbered 0 .. ``num_classes`` - 1, whatever it does inside.
+    """A detector with torchvision's interface and classes 0 .. ``num_classes`` - 1.
 
     Args:
         detector: what a constructor of `registry.HEADS` returns.
@@ -22,7 +22,7 @@ class Detector(DenseModel):
         num_classes: without the background.
 
     Attributes:
-        masks: whether it predicts masks, and is trained on them.
+        masks: whether it predicts masks and needs them in training.
     """
 
     task = "detect"
@@ -43,15 +43,15 @@ class Detector(DenseModel):
         """Losses in training, detections in evaluation.
 
         Args:
-            images: float ``[C, H, W]`` each, in [0, 1], of any sizes. In training they are taken as they are; in
-                evaluation they are resized to the detector's ``min_size`` and ``max_size``.
+            images: float ``[C, H, W]`` each, in [0, 1], of any sizes. In evaluation they are resized to the detector's
+                ``min_size`` and ``max_size``; in training they are not.
             targets: in training, for each image ``boxes`` float ``[N, 4]`` (corners, pixels), ``labels`` int64 ``[N]``
                 and for a head with masks ``masks`` uint8 ``[N, H, W]``.
 
         Returns:
-            in training a mapping of losses; in evaluation for each image, the best first, ``boxes`` ``[N, 4]`` in its
-            own pixels, ``scores`` ``[N]``, ``labels`` ``[N]`` and with masks ``masks`` float ``[N, 1, H, W]``, the
-            probability of each pixel.
+            In training a dict of losses. In evaluation for each image, in descending order of ``scores`` ``[N]``:
+            ``boxes`` ``[N, 4]`` in pixels of the image, ``labels`` ``[N]`` and, with masks, ``masks`` float
+            ``[N, 1, H, W]``, the probability of each pixel.
         """
         if targets is not None:
             targets = [target | {"labels": target["labels"] + self.first_class} for target in targets]

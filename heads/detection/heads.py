@@ -1,7 +1,7 @@
-"""torchvision's detectors over any backbone and neck: Faster, Mask and Cascade Mask R-CNN, RetinaNet, FCOS.
+"""torchvision's detectors on any backbone and neck: Faster, Mask and Cascade Mask R-CNN, RetinaNet, FCOS.
 
 Each takes a backbone, the number of classes without the background, arguments of torchvision's
-``GeneralizedRCNNTransform``, and keyword arguments (``head_kwargs`` of a recipe): those below, and torchvision's own.
+``GeneralizedRCNNTransform``, and keyword arguments (``head_kwargs`` of a recipe): those below and torchvision's own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def mask_rcnn(
         box_width, mask_width: channels of the heads.
         convention: ``"torchvision"``; ``"mmdet"`` for weights of mmdetection, whose anchors (`Anchors`), pooling
             (`AlignedPool`), mask targets (`AlignedMasks`) and boxes (`BoundedCoder`) differ slightly; ``"detectron2"``,
-            which differs in all but the last of them.
+            which differs in the first three.
         kwargs: ``anchor_scale`` (side of an anchor in strides), ``anchor_ratios``, and torchvision's own.
     """
     parts = _box_head(backbone, box_width, num_classes) | _mask_head(backbone, mask_width, num_classes)
@@ -123,7 +123,7 @@ def _rcnn(
     reserved: Sequence[str] = (),
     **kwargs: Any,
 ) -> Any:
-    """``parts``: the heads, as arguments of ``detector``; ``reserved``: arguments of it that are not to be given."""
+    """``parts``: the heads, as arguments of ``detector``; ``reserved``: its arguments that users may not set."""
     coder, exact = _coder(convention, ("torchvision", "mmdet", "detectron2")), convention != "torchvision"
     parts = {
         **parts,
@@ -160,7 +160,7 @@ def _coder(convention: str, known: Sequence[str]) -> type[BoxCoder]:
 
 
 def _check_known(kwargs: Collection[str], detector: type, reserved: Collection[str]) -> None:
-    """torchvision's detectors ignore arguments that they do not know."""
+    """Raise for unknown arguments, which torchvision's detectors ignore."""
     classes = (detector, FasterRCNN) if issubclass(detector, FasterRCNN) else (detector,)
     known = {name for each in classes for name in inspect.signature(each.__init__).parameters}
     known -= {*reserved, "self", "backbone", "num_classes", "kwargs"}
@@ -197,10 +197,10 @@ def retinanet(
 
 
 def fcos(backbone: Backbone, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """FCOS (Tian et al., arXiv 1904.01355); the side of its one anchor is the stride, by which it scales distances."""
+    """FCOS (Tian et al., arXiv 1904.01355). Its only anchor has the side of the stride, which scales the distances."""
     anchors = Anchors(backbone.spec.strides, [1.0], [1.0])
     _check_known(kwargs, FCOS, (*transform, "anchor_generator"))
-    kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 is for showing, and cuts average precision
+    kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 lowers the AP
     model = FCOS(backbone, num_classes, anchor_generator=anchors, **transform, **kwargs)
     for part in (model, model.head):
         part.box_coder = FullLinearCoder(normalize_by_size=True)

@@ -1,5 +1,5 @@
-"""Mask2Former (Cheng et al., arXiv 2112.01527) for instances: each query is an object or none, its box that of its
-mask."""
+"""Mask2Former (Cheng et al., arXiv 2112.01527) for instance segmentation: each query is an object or none; its box is
+the bounding box of its mask."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class InstanceMask2Former(nn.Module):
         backbone: with maps at strides 4, 8, 16, 32 and no neck.
         transform: arguments of torchvision's ``GeneralizedRCNNTransform``.
         a3fpn: see `heads.mask2former.decoder`.
-        detections_per_img: how many pairs of a query and a class are answered, those of the most probable classes.
-        score_thresh: lowest score of an answer; one without a pixel has 0.
+        detections_per_img: maximum number of detections, pairs of a query and a class.
+        score_thresh: minimum score; a mask without a pixel has the score 0.
         settings: of transformers' ``Mask2FormerConfig``, whose defaults are the published ones: ``num_queries`` (100),
             ``class_weight`` (2), ``mask_weight`` (5), ``dice_weight`` (5), ``no_object_weight`` (0.1),
             ``train_num_points`` (12,544), ``decoder_layers`` (10: nine, and the queries themselves), ...
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: other strides, settings that transformers or A3-FPN does not know, or fewer than one detection.
+        ValueError: other strides, settings unknown to transformers or A3-FPN, or fewer than one detection.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class InstanceMask2Former(nn.Module):
         self.detections_per_img, self.score_thresh = detections_per_img, score_thresh
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """As `Detector`; objects whose mask is empty, as a crop leaves them, are not learned."""
+        """As `Detector`; objects with an empty mask, for example after a crop, are ignored in training."""
         if self.training and (targets is None or any("masks" not in target for target in targets)):
-            raise ValueError("mask2former learns from targets with masks; in training each image has them")
+            raise ValueError("mask2former needs targets with masks in training")
         sizes = [image.shape[-2:] for image in images]
         batch, targets = self.transform(images, targets if self.training else None)
         if self.training:
@@ -81,25 +81,26 @@ def _objects(target: dict[str, Tensor], size: Size) -> tuple[Tensor, Tensor]:
 def instances(
     classes: Tensor, masks: Tensor, padded: Size, seen: Size, size: Size, limit: int, threshold: float = 0.0
 ) -> dict[str, Tensor]:
-    """The objects that the queries of one image stand for (the paper's section 4.1, post-processing).
+    """The detected objects of one image (post-processing of the paper's section 4.1).
 
-    The pairs of a query and a class with the most probable classes, "none" left out; the score of each is its class's
-    probability times the mean of its mask's over the pixels that are more probable than one half.
+    The top pairs of a query and a class (without "no object"). The score is the class probability times the mean mask
+    probability over the pixels above 0.5.
 
     Args:
-        classes, masks: logits ``[queries, classes + 1]``, the last that of none, and ``[queries, h, w]``.
-        padded, seen, size: rows and columns of the batch, of the image in it, at the top left, and of the original.
-        limit: how many pairs.
-        threshold: below the lowest score.
+        classes, masks: logits ``[queries, classes + 1]``, "no object" last, and ``[queries, h, w]``.
+        padded, seen, size: rows and columns of the padded batch, of the image in its top left corner, and of the
+            original image.
+        limit: maximum number of pairs.
+        threshold: scores must be higher.
 
     Returns:
-        the best first, ``boxes`` ``[N, 4]`` (the corners around the mask's pixels), ``labels`` int64 ``[N]``,
+        In descending order of score, ``boxes`` ``[N, 4]`` (around the mask's pixels), ``labels`` int64 ``[N]``,
         ``scores`` ``[N]`` and ``masks`` ``[N, 1, rows, columns]``, the probability of each pixel.
     """
     shares = classes.softmax(-1)[:, :-1]
     best = shares.flatten().topk(min(limit, shares.numel()))
     query, labels = best.indices // shares.shape[1], best.indices % shares.shape[1]
-    query, own = query.unique(return_inverse=True)  # several classes may be of one
+    query, own = query.unique(return_inverse=True)  # a query may have several classes
     logits = F.interpolate(masks[None, query], tuple(padded), mode="bilinear", align_corners=False)
     logits = logits[..., : seen[0], : seen[1]]
     masks = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[0].sigmoid()
@@ -117,8 +118,8 @@ def instances(
 
 
 def around(masks: Tensor) -> Tensor:
-    """Corners ``[N, 4]`` of the boxes around the pixels of masks, bool ``[N, H, W]``, by their outer edges: a pixel has
-    an area. Of a mask without a pixel, those of the whole image."""
+    """Bounding boxes ``[N, 4]`` of masks, bool ``[N, H, W]``, along the outer edges of the pixels; the whole image for
+    an empty mask."""
     sides = []
     for along in (masks.any(1).byte(), masks.any(2).byte()):  # columns, rows
         first, last = along.argmax(1), along.shape[1] - along.flip(1).argmax(1)

@@ -1,5 +1,5 @@
-"""Parts of torchvision's detectors: strides from the backbone instead of guessed from sizes, boxes decoded in full
-precision, and the conventions of mmdetection and detectron2."""
+"""Replacements for parts of torchvision's detectors: strides from the backbone instead of inferred from sizes, boxes
+decoded in full precision, and the conventions of mmdetection and detectron2."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .cascade import aligned_mask_loss
 
 
 class Anchors(AnchorGenerator):
-    """Anchors at the strides of the neck. torchvision divides the image's side by the map's, which is another number
-    wherever a map was rounded up.
+    """Anchors at the strides of the neck. torchvision divides the image's side by the map's, which differs if the
+    map's side was rounded up.
 
     Args:
-        rounded: corners on whole pixels, as torchvision has them; mmdetection and detectron2 do not round.
+        rounded: round corners to whole pixels, as torchvision does; mmdetection and detectron2 do not.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class Anchors(AnchorGenerator):
                 self.cell_anchors[level] = torch.stack([-x, -y, x, y], 1)
 
     def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Corners ``[N, 4]`` of all levels' anchors, for each image."""
+        """Anchors ``[N, 4]`` of all levels, for each image."""
         x = feature_maps[0]
-        self.set_cell_anchors(torch.float32, x.device)  # not the maps' type: half precision cannot tell pixels apart
+        self.set_cell_anchors(torch.float32, x.device)  # not the maps' dtype: half precision is too coarse for pixels
         steps = [[torch.tensor(stride, device=x.device)] * 2 for stride in self.strides]
         anchors = torch.cat(self.grid_anchors([list(m.shape[-2:]) for m in feature_maps], steps))
         return [anchors for _ in image_list.image_sizes]
 
 
 class AlignedPool(MultiScaleRoIAlign):
-    """RoIAlign as mmdetection and detectron2 have it: a region's corners lie between the centres of pixels (half a
-    pixel to the left of torchvision's), and each of its bins takes as many samples as it has pixels."""
+    """RoIAlign as in mmdetection and detectron2: ``aligned=True`` (shifted by half a pixel from torchvision's default)
+    and an adaptive number of samples per bin."""
 
     def forward(
         self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]
@@ -70,8 +70,8 @@ class AlignedPool(MultiScaleRoIAlign):
 
 
 class FullCoder(BoxCoder):
-    """Decodes in the more exact type of the two. torchvision takes that of the codes, a half in mixed precision, where
-    bfloat16 has nothing between 512 and 516 pixels."""
+    """Decodes in the more precise dtype of codes and boxes. torchvision uses that of the codes, which is half precision
+    under autocast: bfloat16 has no value between 512 and 516 pixels."""
 
     def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Codes ``[N, 4 n]`` of boxes ``[N, 4]`` to corners ``[N, 4 n]``."""
@@ -87,8 +87,7 @@ class FullLinearCoder(BoxLinearCoder):
 
 
 class BoundedCoder(FullCoder):
-    """Boxes as mmdetection has them: a side shrinks by no more than it may grow, 62.5 times, which torchvision limits
-    alone."""
+    """mmdetection's box coder: limits shrinking of a side to a factor of 62.5, too; torchvision limits only growth."""
 
     def decode_single(self, rel_codes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Codes ``[N, 4 n]`` of boxes ``[N, 4]`` to corners ``[N, 4 n]``."""
@@ -98,7 +97,7 @@ class BoundedCoder(FullCoder):
 
 
 class AlignedMasks(RoIHeads):
-    """torchvision's heads, whose masks learn by `aligned_mask_loss`.
+    """torchvision's heads with `aligned_mask_loss`.
 
     Args:
         heads: torchvision's, of a Mask R-CNN.
@@ -129,21 +128,21 @@ class AlignedMasks(RoIHeads):
         return found, losses
 
     def has_mask(self) -> bool:
-        """Whether torchvision's forward shall compute masks: not in training."""
+        """Whether torchvision's forward computes masks: not in training."""
         return not self.training
 
     def select_training_samples(self, *given: Any) -> tuple[Any, ...]:
-        """torchvision's, kept for the masks."""
+        """torchvision's, stored for the mask loss."""
         self.samples = super().select_training_samples(*given)
         return self.samples
 
 
 def region_pool(backbone: Backbone, size: int, aligned: bool) -> MultiScaleRoIAlign:
-    """Pools ``size x size`` from the level that fits a region (FPN, arXiv 1612.03144, equation 1)."""
+    """Pool ``size x size`` from the level that fits a region (FPN, arXiv 1612.03144, equation 1)."""
     spec, coarsest = backbone.spec, backbone.body_spec.strides[-1]
-    strides = tuple(stride for stride in spec.strides if stride <= coarsest)  # not from what the neck adds
+    strides = tuple(stride for stride in spec.strides if stride <= coarsest)  # not from levels that the neck adds
     steps = {fine / coarse for fine, coarse in itertools.pairwise(strides)}
-    if not (steps <= {0.5} or steps <= {1.0}):  # the equation's level would be another map, or none
+    if not (steps <= {0.5} or steps <= {1.0}):  # equation 1 assumes strides that double
         raise ValueError(f"regions are pooled from maps whose strides double from one to the next, got {strides}")
     kind = AlignedPool if aligned else MultiScaleRoIAlign
     pool = kind([str(level) for level in range(len(strides))], output_size=size, sampling_ratio=2)

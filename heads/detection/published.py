@@ -1,5 +1,4 @@
-"""The parameter names of mmdetection's and detectron2's detectors, and what differs in their values: the place of the
-background."""
+"""Parameter names of mmdetection's and detectron2's detectors, and the position of the background class."""
 
 from __future__ import annotations
 
@@ -64,15 +63,15 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Neck (FPN) and heads of mmdetection's Faster, Mask and Cascade Mask R-CNN and RetinaNet, and of detectron2's
     Faster and Mask R-CNN, under the names of `Detector`, without backbone and A3-FPN.
 
-    The background is the last class of both and torchvision's first one. For it torchvision also has boxes and masks,
-    which nothing reads: they are zeros here. With ``convention`` ``"mmdet"`` or ``"detectron2"`` the detections are
-    theirs; masks are put into the image as torchvision does it, which rounds boxes to pixels there.
+    Both have the background as the last class, torchvision as the first. torchvision also has boxes and masks for the
+    background, which are never used: they are set to zero. With ``convention`` ``"mmdet"`` or ``"detectron2"`` the
+    detections equal theirs, except that torchvision rounds boxes to pixels when it pastes masks.
 
     Args:
         state_dict: without the tensors of the backbone and an A3-FPN.
 
     Raises:
-        ValueError: a name that is no part of these detectors.
+        ValueError: a name that does not belong to these detectors.
     """
     result = {}
     # a cascade without convolutions has one box for all classes

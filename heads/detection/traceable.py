@@ -1,9 +1,9 @@
-"""A detector's evaluation on one image of a fixed size, as a graph that exporters can follow.
+"""A detector in evaluation mode on one image of a fixed size, in a form that exporters can trace.
 
-torchvision's own evaluation asks Python how many boxes there are; here only the number of rows depends on the image.
-The outputs are those of `Detector`: the best candidates of every level are taken before the score threshold instead of
-after it, which leaves the same ones, and boxes of different classes (or levels) are kept apart exactly, where
-torchvision moves them apart in float32 as long as they are few.
+torchvision's evaluation branches on the number of boxes; here only the number of rows depends on the image. The outputs
+equal those of `Detector`: the top candidates of every level are taken before the score threshold instead of after it,
+which selects the same ones, and boxes of different classes (or levels) are separated exactly, where torchvision offsets
+them in float32 if they are few.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torc
 def suppress(
     boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, count: int, threshold: float
 ) -> torch.Tensor:
-    """Non-maximum suppression among the boxes of each group, by torchvision's operator.
+    """Non-maximum suppression within each group, by torchvision's operator.
 
     Args:
         boxes: ``[n, 4]``, corners, none negative.
         scores: ``[n]``, none negative.
         groups: ``[n]``, integers from 0 to ``count`` - 1.
-        threshold: a box that overlaps a better one by more (intersection over union) goes.
+        threshold: maximum IoU with a box of a higher score.
 
     Returns:
-        the indices of the boxes that are left, the best first.
+        Indices of the kept boxes, in descending order of score.
     """
-    side = F.pad(boxes.double().flatten(), (0, 1)).max() + 1  # of nothing, too
+    side = F.pad(boxes.double().flatten(), (0, 1)).max() + 1  # also for no boxes
     apart = boxes.double() + (groups * side)[:, None]
     return nms(apart, scores.double(), threshold)
 
@@ -46,7 +46,7 @@ def suppress(
 def suppress_op(
     boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, count: int, threshold: float
 ) -> torch.Tensor:
-    """`suppress` as one node, for exporters that have an operator of their own for it."""
+    """`suppress` as one node, for exporters with their own operator for it."""
     return suppress(boxes, scores, groups, count, threshold)
 
 
@@ -61,7 +61,7 @@ class OneImage(nn.Module):
     Args:
         model: the detector; its modules are shared, not copied.
         size: rows and columns of the image. The resize to the detector's own size is part of the graph.
-        suppress: what does the non-maximum suppression.
+        suppress: function for the non-maximum suppression.
     """
 
     mean: torch.Tensor
@@ -81,8 +81,8 @@ class OneImage(nn.Module):
             regions = hasattr(model.detector, "rpn")
             anchors = model.detector.rpn.anchor_generator if regions else model.detector.anchor_generator
             found = anchors(batch, maps)[0]
-        self.seen: tuple[int, int] = tuple(batch.image_sizes[0])  # what the network sees of the image, ...
-        self.padding = [p - s for p, s in zip(batch.tensors.shape[-2:], self.seen, strict=True)]  # ... and of nothing
+        self.seen: tuple[int, int] = tuple(batch.image_sizes[0])  # size of the resized image
+        self.padding = [p - s for p, s in zip(batch.tensors.shape[-2:], self.seen, strict=True)]  # padding
         per_place = anchors.num_anchors_per_location()
         self.counts = [n * x.shape[-2:].numel() for n, x in zip(per_place, maps, strict=True)]
         self.detect = self._regions if regions else self._dense
@@ -92,7 +92,7 @@ class OneImage(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[1, C, H, W]``, float in [0, 1], to ``boxes`` ``[n, 4]`` in the image's pixels, ``labels`` int64 ``[n]``,
-        ``scores`` ``[n]``, the best first, and for a head with masks ``masks`` ``[n, 1, H, W]``."""
+        ``scores`` ``[n]`` in descending order, and for a head with masks ``masks`` ``[n, 1, H, W]``."""
         x = (image - self.mean) / self.std
         if self.seen != self.size:
             x = F.interpolate(x, self.seen, mode="bilinear", align_corners=False)
@@ -115,15 +115,15 @@ class OneImage(nn.Module):
         threshold: float,
         limit: int,
     ) -> torch.Tensor:
-        """Indices of the best ``limit`` of the boxes to ``keep`` that suppression leaves, the best first."""
+        """Indices of the top ``limit`` boxes among ``keep`` after suppression, in descending order of score."""
         kept = keep.nonzero()[:, 0]
         left = self.suppress(boxes[kept], scores[kept], groups[kept], count, threshold)
         first = (torch.ones_like(left).cumsum(0) <= limit).nonzero()[:, 0]
-        torch._check(first.shape[0] <= limit)  # which a tracer does not see
+        torch._check(first.shape[0] <= limit)  # unknown to the tracer
         return kept[left[first]]
 
     def _dense(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """RetinaNet, FCOS: the candidates of every level, suppressed by class."""
+        """RetinaNet, FCOS: top candidates of every level, then NMS per class."""
         detector = self.model.detector
         outputs = detector.head(maps)
         scores = outputs["cls_logits"][0].sigmoid()
@@ -146,7 +146,7 @@ class OneImage(nn.Module):
         return boxes[keep], labels[keep], scores[keep]
 
     def _regions(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Faster, Mask and Cascade Mask R-CNN: the proposals, classified, suppressed by class."""
+        """Faster, Mask and Cascade Mask R-CNN: classify the proposals, then NMS per class."""
         heads = self.model.detector.roi_heads
         proposals = self._proposals(maps)
         if isinstance(heads, CascadeHeads):
@@ -186,7 +186,7 @@ class OneImage(nn.Module):
         return boxes[self._best(boxes, scores, torch.cat(levels), keep, *limits)]
 
     def _masks(self, maps: list[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of the found boxes, ``[n, side, side]``."""
+        """Masks of the detected boxes, ``[n, side, side]``."""
         heads = self.model.detector.roi_heads
         pooled = pool_regions(heads.mask_roi_pool, maps, boxes)
         if isinstance(heads, CascadeHeads):
@@ -201,7 +201,7 @@ def _larger(boxes: torch.Tensor, side: float) -> torch.Tensor:
 
 
 def pool_regions(pool: Any, maps: list[torch.Tensor], regions: torch.Tensor) -> torch.Tensor:
-    """What a detector's region pool gives for the regions ``[n, 4]`` of one image: ``[n, C, side, side]``."""
+    """Apply a detector's region pool to the regions ``[n, 4]`` of one image: ``[n, C, side, side]``."""
     aligned = isinstance(pool, AlignedPool)
     levels = pool.map_levels([regions])
     regions = F.pad(regions, (1, 0))
@@ -215,9 +215,9 @@ def pool_regions(pool: Any, maps: list[torch.Tensor], regions: torch.Tensor) -> 
 
 
 def paste(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The masks ``[n, side, side]`` of boxes, in an image of ``size`` with zeros around: ``[n, 1, rows, columns]``.
+    """Paste masks ``[n, side, side]`` of boxes into an image of ``size``: ``[n, 1, rows, columns]``.
 
-    torchvision's pasting (a border of zeros, whole pixels, bilinear), each as a product with two matrices.
+    As torchvision does it (a border of zeros, whole pixels, bilinear), as a product with two matrices.
     """
     padded = F.pad(masks, (1, 1, 1, 1))
     side = padded.shape[-1]

@@ -1,19 +1,19 @@
 """A3-FPN (arXiv 2604.10210): columns of growing height, in which every level is fused from all the others.
 
 A column reads neighbouring levels of the pyramid and recomputes each of them from all of them: the others are resized
-to it (`Sample`), aligned by deformable samples around every position, whose offsets and weights come from all of them
-(`Resampler`), and summed with one sigmoid weight map each (`Fusion`); then channels of little weight are folded into
-those of more (`Reassemble`). The first column has two levels, the last all:
+to it (`Sample`), aligned by deformable sampling with offsets and weights predicted from all levels (`Resampler`), and
+summed with one sigmoid weight map each (`Fusion`); then channels with small weights are folded into those with large
+weights (`Reassemble`). The first column has two levels, the last all:
 
     top_down     (2, 3) -> (1, 2, 3) -> (0, 1, 2, 3)      the released detectors
     bottom_up    (0, 1) -> (0, 1, 2) -> (0, 1, 2, 3)      the paper's figure, the released UPerNet
-    columns=1                           (0, 1, 2, 3)      behind the pixel decoder of the released Mask2Former
+    columns=1                           (0, 1, 2, 3)      in the pixel decoder of the released Mask2Former
 
-Where strides do not divide a map (odd sizes), maps are cut off or continued by their last row and column; where they
-do, the outputs are the published implementation's. Its SyncBN is BatchNorm here, which
-`nn.SyncBatchNorm.convert_sync_batchnorm` turns into one.
+If strides do not divide a map (odd sizes), maps are cropped or padded by repeating the last row and column; otherwise
+the outputs match the published implementation. Its SyncBN is BatchNorm here;
+`nn.SyncBatchNorm.convert_sync_batchnorm` converts it.
 
-It compiles, and exports to ONNX too.
+Supports `torch.compile` and ONNX export.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..backbone import Neck, ShapeSpec
 from .resample import DeformableResampling
 
-# The settings of the released models, and of their lighter variant. They are for widths of 256 and 512; both give 16
-# channels to a group, which `A3FPN` keeps for other widths.
+# Settings of the released models and their lighter variant, for widths of 256 and 512. Both have 16 channels per group,
+# which `A3FPN` keeps for other widths.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(squeeze_limit=4, expansion=4.0, resampling=True, offset_scale=2.0),
     "lite": dict(squeeze_limit=None, expansion=2.0, resampling="last", offset_scale=1.0),
 }
-_GROUP = 16  # channels of a group, and how many times the maps that weigh a level are narrower than it
+_GROUP = 16  # channels of a group, and the reduction of the maps that predict a level's weights
 
 
 class ConvNormAct(nn.Module):
@@ -58,10 +58,10 @@ class ConvNormAct(nn.Module):
 
 
 class Sample(nn.Module):
-    """A map of one level, brought to another's channels and size.
+    """Resample a map to the channels and size of another level.
 
-    Upwards by a 1x1 convolution (where the channels differ) and bilinear interpolation; downwards by a convolution as
-    large as its stride, depthwise where the channels agree.
+    Upsampling: a 1x1 convolution (if the channels differ) and bilinear interpolation. Downsampling: a convolution with
+    kernel size = stride, depthwise if the channels are equal.
     """
 
     def __init__(self, inputs: int, outputs: int, up: int, down: int) -> None:
@@ -84,14 +84,14 @@ class Sample(nn.Module):
 
 
 def _fit(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The top left corner of a map, continued by its last row and column where it is too small."""
+    """Crop a map to its top left corner, or pad it by repeating the last row and column."""
     x = x[..., :height, :width]
     missing = height - x.shape[-2], width - x.shape[-1]
     return F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else x
 
 
 class RepVGG(nn.Module):
-    """A 3x3 and a 1x1 convolution side by side (arXiv 2101.03697, without the identity), one 3x3 for inference."""
+    """Parallel 3x3 and 1x1 convolutions (arXiv 2101.03697, without the identity); a single 3x3 for inference."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class RepVGG(nn.Module):
 
 
 class RepCSP(nn.Module):
-    """Two 1x1 convolutions, RepVGG blocks behind the first, added up and brought to ``outputs`` channels."""
+    """Two 1x1 convolutions, RepVGG blocks after the first; summed and projected to ``outputs`` channels."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, expansion: float) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class RepCSP(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Deformable samples of a map where its context says, normalized over the channels."""
+    """Deformable sampling of a map guided by a context, normalized over the channels."""
 
     def __init__(self, channels: int, groups: int, norm: bool = True, **kwargs: Any) -> None:
         super().__init__()
@@ -144,14 +144,14 @@ class Resampler(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Maps of one size in one: all but the last, a level's own, are resampled; then summed, weighted by position.
+    """Fuse maps of one size: all but the last, the level's own, are resampled; then a weighted sum per position.
 
     Args:
         channels: of the maps.
-        inputs: how many there are.
-        compress: channels that each is brought to for the weights.
-        blocks, expansion: of the `RepCSP` that gives the weights.
-        resampling: arguments of `Resampler`, or None for none.
+        inputs: number of maps.
+        compress: channels of each map in the weight network.
+        blocks, expansion: of the `RepCSP` that predicts the weights.
+        resampling: arguments of `Resampler`; None: no resampling.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Fusion(nn.Module):
         self.weights = RepCSP(compress * inputs, inputs, blocks, expansion)
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
-        """n maps ``[B, C, H, W]``, the level's own at the end, to one."""
+        """n maps ``[B, C, H, W]``, the level's own last, to one."""
         if self.resamplers is not None and self.context is not None:
             contexts = self.context(torch.cat(maps, 1)).chunk(len(self.resamplers), 1)
             moved = [r(x, context) for r, x, context in zip(self.resamplers, maps, contexts)]  # noqa: B905 less the own
@@ -176,9 +176,9 @@ class Fusion(nn.Module):
 
 
 class Reassemble(nn.Module):
-    """Values whose group-normalized channel counts for little are added, in part, to the channel's mirror image.
+    """Values of channels with a small gate are added, in part, to the mirrored channel.
 
-    The gate is a hard step at 0.5; only below it does it have a gradient.
+    The gate is a hard step at 0.5 and has a gradient only below it.
     """
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -197,7 +197,7 @@ class Reassemble(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of a column: the others sampled to it, nearest first and coarser before finer; fused; reassembled."""
+    """One level of a column: sample the others to it (coarser ones first, nearest first), fuse, reassemble."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ def sources(level: int, count: int) -> list[int]:
 
 
 def _ratio(stride: int, to: int) -> tuple[int, int]:
-    """How many times a map of ``stride`` grows and shrinks to have the stride ``to``."""
+    """Upsampling and downsampling factor from ``stride`` to the stride ``to``."""
     up, down = max(stride // to, 1), max(to // stride, 1)
     if stride * down != to * up:
         raise ValueError(f"strides must divide one another, got {stride} and {to}")
@@ -241,7 +241,7 @@ def _ratio(stride: int, to: int) -> tuple[int, int]:
 
 
 class A3FPN(Neck):
-    """The pyramid network. What a preset leaves open follows from the maps' channels, unless given.
+    """The pyramid network. Unless given, settings that the preset leaves open follow from the channels of the maps.
 
     Args:
         spec: of the input maps, at least two.
@@ -249,27 +249,27 @@ class A3FPN(Neck):
         preset: ``"full"``, the released models' settings (squeeze 1, 2, 4, 4; expansion 4; resampling in every column,
             the grid stretched by 2), or ``"lite"`` (squeeze 1, 2, 4, 8; expansion 2; resampling in the last column).
         direction: ``"top_down"`` or ``"bottom_up"``, see above.
-        columns: how many, the last ones; None: as many as there are levels but one.
-        extra_levels: ``"pool"``: one coarser map by subsampling the last; a number: so many by strided convolutions;
+        columns: number of columns, the last ones; None: number of levels - 1.
+        extra_levels: ``"pool"``: one coarser map by subsampling the last; a number: that many by strided convolutions;
             ``"p6p7"``: two.
-        start_level: leave out so many of the finest maps (1 for RetinaNet's P3 to P7).
-        squeeze: by level, how many times the maps are narrower than those given.
-        compress: by level, channels of the maps that weigh the inputs.
-        groups: by level, of the reassembly's GroupNorm.
-        resampling: whether the columns resample; one for all or one for each.
-        resampling_groups: by level.
-        expansion: of the network that weighs the inputs.
-        blocks: of the same.
+        start_level: number of the finest maps without an output (1 for RetinaNet's P3 to P7).
+        squeeze: per level, reduction of the channels.
+        compress: per level, channels of the maps in the weight network.
+        groups: per level, of the GroupNorm in `Reassemble`.
+        resampling: whether the columns resample; one value or one per column.
+        resampling_groups: per level.
+        expansion: of the weight network.
+        blocks: of the weight network.
         offset_scale: of `Resampler`.
         updated_first: bottom-up, the finer level of the first column reads the new map of the coarser one, as in the
-            released segmentor.
+            released segmenter.
         **kwargs: of `Resampler`.
 
     Attributes:
         spec: of the output maps.
 
     Raises:
-        ValueError: if the arguments do not fit the maps or one another; the message names them.
+        ValueError: if the arguments do not fit the maps or each other; the message names them.
 
     Examples:
         >>> import torch
@@ -345,7 +345,7 @@ class A3FPN(Neck):
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Maps ``[B, C, h, w]`` of the input spec, of any sizes, to those of `spec`.
 
-        They may also come, and then go, coarsest first, as the released Mask2Former has them.
+        If they are ordered coarsest first, as in the released Mask2Former, so are the outputs.
         """
         if len(maps) != len(self.squeeze):
             raise ValueError(f"A3FPN was made for {len(self.squeeze)} maps, got {len(maps)}")
@@ -370,7 +370,7 @@ class A3FPN(Neck):
     def reparameterize(self) -> A3FPN:
         """Fold the branches of every RepVGG block into one convolution, in place, for inference.
 
-        The outputs are those of evaluation mode up to rounding. Repeating it changes nothing.
+        Outputs equal those in evaluation mode up to rounding. Idempotent.
 
         Returns:
             The neck itself.
@@ -390,7 +390,7 @@ def _one_of(name: str, value: str, known: Collection[str]) -> str:
 def _by_level(
     spec: ShapeSpec, limit: int, given: dict[str, Sequence[int] | None]
 ) -> tuple[list[int], list[int], list[dict[str, int]]]:
-    """How many times the maps are squeezed, their channels then, and the further settings of each level."""
+    """Per level, the reduction of the channels, the reduced channels, and the other settings."""
 
     def checked(name: str, default: list[int]) -> list[int]:
         value = given[name]
@@ -419,6 +419,6 @@ def _by_column(resampling: bool | str | Sequence[bool], columns: int) -> list[bo
 
 
 def _groups(width: int) -> int:
-    """How many groups of at least 16 channels (all of them if there are fewer) divide the width."""
+    """The largest number of groups with at least 16 channels that divides the width."""
     size = next(size for size in range(min(_GROUP, width), width + 1) if width % size == 0)
     return width // size

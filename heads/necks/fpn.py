@@ -1,4 +1,4 @@
-"""The feature pyramid network (arXiv 1612.03144), torchvision's, over the maps of any backbone."""
+"""torchvision's feature pyramid network (arXiv 1612.03144) on the maps of any backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A3-FPN's published weights under the names of `A3FPN` (mason-ching/A3-FPN, commit 95cb097)."""
+"""Translate A3-FPN's published weights to `A3FPN` (mason-ching/A3-FPN, commit 95cb097)."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _RENAMED = (
 
 
 def load_published(neck: A3FPN, state_dict: Mapping[str, Any]) -> None:
-    """Load the authors' weights into a neck of their settings, or nothing where they don't fit it.
+    """Load the authors' weights into a neck with their settings.
 
     Args:
         state_dict: see `published_state`.
 
     Raises:
-        ValueError: names or shapes that are not this neck's.
+        ValueError: names or shapes that do not fit the neck, which is then unchanged.
     """
     state = published_state(neck, state_dict)
     check_fit(neck.state_dict(), state)
@@ -45,9 +45,9 @@ def load_published(neck: A3FPN, state_dict: Mapping[str, Any]) -> None:
 
 
 def published_state(neck: A3FPN, state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The authors' weights under the names of a neck of their settings.
+    """The authors' weights under the names of a neck with their settings.
 
-    Left out is what the authors compute and drop, and convolutions that they keep folded beside their branches.
+    Weights of unused outputs, and folded convolutions stored in addition to their branches, are left out.
 
     Args:
         state_dict: the neck's weights, alone or in the checkpoint of a whole model (``neck.`` in mmdetection,
@@ -66,7 +66,7 @@ def published_state(neck: A3FPN, state_dict: Mapping[str, Any]) -> dict[str, tor
             height, position = body
             level = neck.levels[height - smallest][position]
             if height == len(neck.squeeze) and level < start:
-                continue  # computed and then dropped there
+                continue  # an unused output
             name = f"columns.{height - smallest}.{level}." + _level_name(name.split(".", 2)[2], height, position)
         elif first in unused:
             continue
@@ -86,7 +86,7 @@ def published_state(neck: A3FPN, state_dict: Mapping[str, Any]) -> dict[str, tor
 
 
 def _neck_weights(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The neck's tensors out of a whole model's, without what stands before their names."""
+    """The neck's tensors from a whole model's, without their prefix."""
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
@@ -97,12 +97,12 @@ def _neck_weights(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     (prefix,) = prefixes
     own = re.compile(r"a3fpn_body\.|conv[0-4]+\.|extra_convs\.")
     state = {n[len(prefix) :]: torch.as_tensor(t) for n, t in state_dict.items() if n.startswith(prefix)}
-    # folded convolutions, which the authors keep beside their branches
+    # folded convolutions, which the authors store in addition to their branches
     return {n: t for n, t in state.items() if own.match(n) and not re.search(r"bottlenecks\.\d+\.conv\.", n)}
 
 
 def _body(name: str) -> tuple[int, int] | None:
-    """Height and level of the column that a published name is of."""
+    """Height of the column and level of a published name."""
     match = re.match(r"a3fpn_body\.a3fpn_(\d+)_level(\d+)\.", name)
     return (int(match[1]), int(match[2])) if match else None
 

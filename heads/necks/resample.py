@@ -1,11 +1,11 @@
 """Deformable aggregation with DCNv4's semantics (arXiv 2401.06197), on `torchvision.ops.deform_conv2d`.
 
-Every position of a map takes, by channel group, the sum of 9 bilinear samples of another map (zeros outside), each
-times a weight of any sign: no softmax, no sigmoid. Sample (i, j), i the column and j the row of a 3x3 grid, lies at
-``x + s * (i - 1 + dx), y + s * (j - 1 + dy)``: the scale s stretches the grid as well as the learned offsets.
+At every position, per channel group, the output is the sum of 9 bilinear samples of a map (zeros outside), each times
+an unbounded weight: no softmax, no sigmoid. Sample (i, j), column i and row j of a 3x3 grid, lies at
+``x + s * (i - 1 + dx), y + s * (j - 1 + dy)``: the scale s applies to the grid and the learned offsets.
 
-`deform_conv2d` keeps no samples for the backward pass, but on a CPU it takes nine times as long as `grid_sample`, which
-is also what exporters know: there the samples are taken one by one.
+`deform_conv2d` stores no samples for the backward pass, but on a CPU takes nine times as long as `grid_sample`, which
+is also what exporters support: there the samples are taken one by one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def deformable_aggregate(
     center: bool = True,
     fused: bool | None = None,
 ) -> torch.Tensor:
-    """Nine (or, without the center, eight) weighted samples around every position.
+    """Sum of nine (without the center, eight) weighted samples around every position.
 
     Args:
         value: ``[B, C, H, W]``; half precision is computed in float32.
         points: ``[B, >= groups * 3 * K, H, W]``: for each group the K offsets as x, y pairs, then the K weights, the K
-            samples with the column outermost. Further channels are not read.
+            samples in column-major order. Further channels are ignored.
         groups: of channels.
         offset_scale: s above.
         center: whether sample (1, 1) takes part.
@@ -62,18 +62,18 @@ def _gather_each(
     height, width = x.shape[-2:]
     columns = torch.arange(width, device=x.device, dtype=x.dtype)
     rows = torch.arange(height, device=x.device, dtype=x.dtype)[:, None]
-    if torch.compiler.is_exporting():  # one node instead of nine, which is what tracing and its passes take time for
+    if torch.compiler.is_exporting():  # one node instead of nine, to export faster
         base = x.new_tensor(taps)[:, :, None, None] - 1
         at_x = columns + scale * (offsets[:, :, 0] + base[:, 0])
         at_y = rows + scale * (offsets[:, :, 1] + base[:, 1])
         grid = torch.stack([(2 * at_x + 1) / width - 1, (2 * at_y + 1) / height - 1], -1)
-        samples = F.grid_sample(x, grid.flatten(1, 2), align_corners=False)  # all samples' rows below one another
+        samples = F.grid_sample(x, grid.flatten(1, 2), align_corners=False)  # rows of all samples stacked
         return (samples.unflatten(2, (len(taps), height)) * weights[:, None]).sum(2)
     total = torch.zeros_like(x)
     for k, (i, j) in enumerate(taps):
         at_x = columns + scale * (offsets[:, k, 0] + (i - 1))
         at_y = rows + scale * (offsets[:, k, 1] + (j - 1))
-        # grid_sample counts from the border of the first pixel, -1, to that of the last, 1
+        # grid_sample's coordinates run from -1 at the outer edge of the first pixel to 1 at that of the last
         grid = torch.stack([(2 * at_x + 1) / width - 1, (2 * at_y + 1) / height - 1], -1)
         total = total + F.grid_sample(x, grid, align_corners=False) * weights[:, k, None]
     return total
@@ -82,7 +82,7 @@ def _gather_each(
 def _gather_fused(
     x: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor, taps: list[tuple[int, int]], scale: float
 ) -> torch.Tensor:
-    # torchvision wants rows outermost and (y, x) offsets from an unstretched grid; a missing sample gets weight 0
+    # torchvision takes row-major samples and (y, x) offsets from the unscaled grid; a missing sample gets weight 0
     order = [(i, j) for j in range(3) for i in range(3)]
     stretch = (scale - 1) * offsets.new_tensor([[j - 1, i - 1] for i, j in order])
     nothing = torch.zeros_like(weights[:, 0])
@@ -95,20 +95,20 @@ def _gather_fused(
 
 
 class DeformableResampling(nn.Module):
-    """DCNv4 with its offsets and weights from a second map, as A3-FPN uses it.
+    """DCNv4 with offsets and weights from a second map, as in A3-FPN.
 
     Args:
         channels: of both maps.
         groups: of channels that share offsets and weights.
         offset_scale: stretches the grid and the offsets.
-        context_kernel: of the depthwise convolution on the context before it gives offsets and weights, None without.
+        context_kernel: of the depthwise convolution on the context before the offsets and weights; None: none.
         output_bias: of the output projection.
-        center: whether the position itself is among the nine.
-        center_scale: blend each position's own value in, by a gate for each group.
-        pointwise: project the values before and the result after.
+        center: whether the position itself is one of the samples.
+        center_scale: blend in each position's own value, with a gate per group.
+        pointwise: project the values and the result.
 
     Raises:
-        ValueError: if the channels can't be split into the groups.
+        ValueError: if the groups do not divide the channels.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DeformableResampling(nn.Module):
         self.context = nn.Identity()
         if context_kernel:
             self.context = nn.Conv2d(channels, channels, context_kernel, padding=context_kernel // 2, groups=channels)
-        # a multiple of 8 channels, as in the checkpoints; the last ones have no meaning
+        # a multiple of 8 channels, as in the checkpoints; the last ones are unused
         self.points = nn.Conv2d(channels, math.ceil(groups * (9 if center else 8) * 3 / 8) * 8, 1)
         self.value = nn.Conv2d(channels, channels, 1) if pointwise else nn.Identity()
         self.output = nn.Conv2d(channels, channels, 1, bias=output_bias) if pointwise else nn.Identity()
@@ -137,7 +137,7 @@ class DeformableResampling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """No offsets and no weights, so that the result begins as the output's bias, zero; projections by Xavier."""
+        """Zero offsets and weights, so that the initial result is zero; Xavier for the projections."""
         for module in (self.points, self.center_gate):
             if module is not None:
                 nn.init.zeros_(module.weight)

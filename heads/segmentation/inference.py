@@ -13,13 +13,13 @@ from .layers import resize
 def rescale_size(
     size: Sequence[int], scale: Sequence[int] | None, ratio: float = 1.0, size_divisor: int = 1
 ) -> tuple[int, int]:
-    """The size (rows, columns) of a resized image, as mmcv's ``rescale_size`` gives it.
+    """The size (rows, columns) of a resized image, as in mmcv's ``rescale_size``.
 
     Args:
         size: of the image (rows, columns).
-        scale: limits of the longer and the shorter side, in any order; the aspect is kept. None: the image's own size.
+        scale: limits of the long and the short side, in any order; the aspect ratio is kept. None: the original size.
         ratio: multiplies ``scale``.
-        size_divisor: both sides are then rounded up to multiples of it.
+        size_divisor: both sides are rounded up to multiples of it.
 
     Examples:
         >>> from foveal.heads.segmentation import rescale_size
@@ -32,7 +32,7 @@ def rescale_size(
 
 
 def _windows(size: Sequence[int], crop_size: Sequence[int], stride: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Windows from the top left on; the last of a row and of a column end at the border."""
+    """Sliding windows from the top left; the last of a row and of a column end at the border."""
     starts = []
     for length, side, step in zip(size, crop_size, stride, strict=True):
         steps = -(-max(length - side, 0) // step)
@@ -45,16 +45,16 @@ def _windows(size: Sequence[int], crop_size: Sequence[int], stride: Sequence[int
 def slide_inference(
     model: Callable[[Tensor], Tensor], images: Tensor, crop_size: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    """Logits ``[B, classes, H, W]``: at each pixel the mean over the windows that cover it.
+    """Sliding-window inference: logits ``[B, classes, H, W]``, averaged over the windows that cover a pixel.
 
     Args:
         model: images to logits of the same height and width.
         images: ``[B, C, H, W]``.
-        crop_size: rows and columns; an image smaller than a window is one window.
-        stride: rows and columns from a window to the next.
+        crop_size: rows and columns of a window; a smaller image is one window.
+        stride: rows and columns between windows.
 
     Raises:
-        ValueError: a stride of 0, or one beyond the crop_size, which would leave pixels out.
+        ValueError: a stride of 0 or greater than crop_size, which would skip pixels.
 
     Examples:
         >>> import torch
@@ -65,7 +65,7 @@ def slide_inference(
     """
     for side, step in zip(crop_size, stride, strict=True):
         if not 0 < step <= side:
-            raise ValueError(f"windows of {tuple(crop_size)} with stride {tuple(stride)} leave pixels out")
+            raise ValueError(f"windows of {tuple(crop_size)} with stride {tuple(stride)} skip pixels")
     total: Tensor | None = None
     count = images.new_zeros(1, 1, *images.shape[-2:], dtype=torch.float32)
     for rows, columns in _windows(images.shape[-2:], crop_size, stride):
@@ -92,28 +92,28 @@ def probabilities(
     ratios: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Class probabilities ``[B, classes, H, W]`` of images ``[B, C, H, W]``, float in [0, 1], at their own size.
+    """Class probabilities ``[B, classes, H, W]`` of images ``[B, C, H, W]``, float in [0, 1], at their original size.
 
-    The mean of the softmax over ``ratios`` and, with ``flip``, mirror images; logits are resized to the images' size
-    before.
+    Logits are resized to the size of the images; the softmax is averaged over ``ratios`` and, with ``flip``, horizontal
+    flips.
 
     Args:
         model: in evaluation mode; images to logits of the same height and width.
-        scale: of the input of the model, see `rescale_size`.
+        scale: of the model's input, see `rescale_size`.
         size_divisor: of its height and width, see `rescale_size`.
-        antialias: when images are made smaller.
+        antialias: when downsizing images.
         crop_size: rows and columns of sliding windows, see `slide_inference`; None: whole images.
         stride: of the windows; None: two thirds of their size.
         ratios: factors of ``scale``.
-        flip: mirror images too.
+        flip: average over horizontal flips.
 
     Examples:
         >>> import torch
         >>> from foveal.heads.build import build_segmenter
         >>> from foveal.heads.segmentation import probabilities
         >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=5).eval()
-        >>> answer = probabilities(model, torch.rand(1, 3, 50, 90), crop_size=(64, 64), flip=True)
-        >>> answer.shape, bool((answer.sum(1) - 1).abs().max() < 1e-5)
+        >>> output = probabilities(model, torch.rand(1, 3, 50, 90), crop_size=(64, 64), flip=True)
+        >>> output.shape, bool((output.sum(1) - 1).abs().max() < 1e-5)
         (torch.Size([1, 5, 50, 90]), True)
     """
     size = images.shape[-2:]

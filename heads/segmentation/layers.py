@@ -1,4 +1,4 @@
-"""What the segmentation heads share: a convolution with its norm and activation, resizing, and the auxiliary head."""
+"""Layers of the segmentation heads: convolution with norm and activation, resizing, and the auxiliary head."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, ``align_corners=False``, to ``size`` (rows, columns); `x` itself when it has that size."""
+    """Bilinear resize, ``align_corners=False``, to ``size`` (rows, columns); `x` itself if it has that size."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution without bias, batch norm, ReLU; sides are kept. Initialized as He et al. (arXiv 1502.01852), fan out.
+    """Convolution without bias ("same" padding), batch norm, ReLU. He initialization (arXiv 1502.01852), fan out.
 
     Args:
         norm: makes the norm for a number of channels.
@@ -31,7 +31,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class Classifier(nn.Sequential):
-    """Dropout of whole channels and the 1x1 convolution to logits, with small random weights to begin with."""
+    """Channel dropout and a 1x1 convolution to logits, initialized with small random weights."""
 
     def __init__(self, channels: int, num_classes: int, dropout: float):
         super().__init__()
@@ -46,7 +46,7 @@ class FCN(nn.Module):
 
     Args:
         in_channels: of the level.
-        level: which of the backbone's maps it reads; 2 is stride 16 of a pyramid from stride 4.
+        level: index of the backbone's map that it reads; 2 is stride 16 of a pyramid from stride 4.
     """
 
     def __init__(

@@ -11,22 +11,22 @@ from ..mask2former import decoder, losses, query_outputs
 from .layers import resize
 from .segmenter import SegmentationModel
 
-IGNORE = 255  # of the targets: a pixel without a class
+IGNORE = 255  # target of a pixel without a class
 
 
 class Mask2Former(SegmentationModel):
-    """Each query predicts a class and a mask; in training they are matched to the classes of an image, one mask each.
+    """Each query predicts a class and a mask; in training queries are matched to the classes of an image.
 
     Args:
         backbone: with maps at strides 4, 8, 16, 32, without a neck.
-        num_classes: without "none", which the queries predict too.
-        image: arguments of `SegmentationModel`; no class is predicted in the padding.
+        num_classes: without "no object", which the queries predict too.
+        image: arguments of `SegmentationModel`.
         a3fpn: see `heads.mask2former.decoder`.
         settings: of transformers' ``Mask2FormerConfig``: ``num_queries``, ``feature_size``, ``encoder_layers``, ...
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: other strides, or settings that transformers or A3-FPN does not know.
+        ValueError: other strides, or settings unknown to transformers or A3-FPN.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Mask2Former(SegmentationModel):
         masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
         shares = classes.softmax(-1)[..., :-1]
         kind = images.device.type
-        # half precision cannot tell the shares of near classes apart; a traced graph is not to hold the context
+        # in float32, to separate classes of similar scores; a traced graph must not contain the context
         exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with exact:
             scores = torch.einsum("bqc,bqhw->bchw", shares, masks)

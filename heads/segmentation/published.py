@@ -1,5 +1,4 @@
-"""The parameter names of published segmenters: of UPerNet in mmsegmentation and in transformers' port of it, and of the
-authors' Mask2Former."""
+"""Parameter names of published segmenters: UPerNet of mmsegmentation and transformers, the authors' Mask2Former."""
 
 from collections.abc import Mapping
 
@@ -56,10 +55,10 @@ _MASK2FORMER = (
 def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The heads of a published UPerNet under the names of `Segmenter`, without its backbone and its A3-FPN.
 
-    Understood are mmsegmentation's names and those of transformers' ``UperNetForSemanticSegmentation``.
+    Supports the names of mmsegmentation and of transformers' ``UperNetForSemanticSegmentation``.
 
     Raises:
-        ValueError: a head's tensor that is no part of UPerNet.
+        ValueError: a head's tensor that does not belong to UPerNet.
     """
     result = {}
     for name, tensor in state_dict.items():
@@ -74,15 +73,15 @@ def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_mask2former(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The heads of the authors' Mask2Former under the names that transformers gives them. The projections of queries,
-    keys and values of the self attention, one tensor there, are three here.
+    """The heads of the authors' Mask2Former under transformers' names. The fused query, key and value projection of
+    self-attention is split into three tensors.
 
     Args:
         state_dict: without the tensors of the backbone and an A3-FPN.
-        prefix: before transformers' names: where a model has its ``Mask2FormerForUniversalSegmentation``.
+        prefix: of transformers' names, where a model has its ``Mask2FormerForUniversalSegmentation``.
 
     Raises:
-        ValueError: a tensor that is no part of Mask2Former.
+        ValueError: a tensor that does not belong to Mask2Former.
     """
     result = {}
     for name, tensor in state_dict.items():
@@ -98,15 +97,15 @@ def from_mask2former(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str,
 
 
 def load_heads(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Loads the heads of a published UPerNet into a `Segmenter`; its backbone stays as it is.
+    """Load the heads of a published UPerNet into a `Segmenter`; its backbone is not changed.
 
-    An auxiliary head that the model lacks is left out, and so are classifiers of other classes.
+    An auxiliary head that the model lacks, and classifiers with other classes, are skipped.
 
     Returns:
-        the names of the tensors that keep their values: empty, or those of the classifiers.
+        Names of the model's tensors that are not loaded: none, or those of the classifiers.
 
     Raises:
-        ValueError: names or shapes that are not the model's; it is then untouched.
+        ValueError: names or shapes that do not fit the model, which is then unchanged.
     """
     neck = getattr(model.head, "neck", None)
     neck = neck if isinstance(neck, A3FPN) and any(n.startswith("decode_head.a3fpn.") for n in state_dict) else None

@@ -16,12 +16,12 @@ from .upernet import UPerNet
 
 
 class SegmentationModel(DenseModel):
-    """The base class of both: normalization and padding.
+    """Base class of `Segmenter` and `Mask2Former`: normalization and padding.
 
     Args:
         mean, std: per channel, of values in [0, 1].
         size_divisor: images are padded with the mean, right and bottom, to multiples of it, and the logits cropped.
-            1 leaves them as they are, which a backbone that cuts patches or windows may refuse or crop.
+            1: no padding; a backbone with patches or windows may then reject or crop an image.
     """
 
     task = "segment"
@@ -35,7 +35,7 @@ class SegmentationModel(DenseModel):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def pad(self, x: Tensor) -> Tensor:
-        """Zeros at the right and the bottom of ``[..., H, W]``, to multiples of ``size_divisor``."""
+        """Pad ``[..., H, W]`` with zeros, right and bottom, to multiples of ``size_divisor``."""
         rows, columns = x.shape[-2:]
         return F.pad(x, (0, -columns % self.size_divisor, 0, -rows % self.size_divisor))
 
@@ -45,7 +45,7 @@ class Segmenter(SegmentationModel):
 
     Args:
         backbone: without a neck.
-        head, auxiliary: from the list of maps to logits; the auxiliary one is used in training only.
+        head, auxiliary: list of maps to logits; the auxiliary head is used in training only.
         kwargs: of `SegmentationModel`.
     """
 
@@ -55,7 +55,7 @@ class Segmenter(SegmentationModel):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Float images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes, H, W]``; in training with an auxiliary head
-        to the pair of its and the auxiliary logits, both of that size, the auxiliary ones second."""
+        to a pair of logits, the auxiliary head's second."""
         rows, columns = images.shape[-2:]
         images = self.pad((images - self.mean) / self.std)
         maps = list(self.backbone(images).values())
@@ -80,11 +80,11 @@ def upernet(
     auxiliary_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> Segmenter:
-    """UPerNet, with ``neck="fpn"`` its own top-down path; ``auxiliary``: with an FCN head. ``kwargs`` of `UPerNet`."""
+    """UPerNet; ``neck="fpn"`` is its own top-down path. ``auxiliary``: add an FCN head. ``kwargs``: of `UPerNet`."""
     spec, make = backbone.spec, None
     if neck != "fpn":
         own: dict[str, Any] = {"out_channels": kwargs.get("channels", 512)}
-        if neck == "a3fpn":  # as in the released segmentor; its last map comes narrow from the pooling
+        if neck == "a3fpn":  # as in the released segmenter; its last map has the channels of the pooling
             own |= dict(direction="bottom_up", updated_first=True)
             own["squeeze"] = [*(min(2**i, 4) for i in range(len(spec) - 1)), 1]
         make = lambda pooled: build_neck(neck, pooled, **own | neck_kwargs)  # noqa: E731
@@ -110,7 +110,7 @@ def semantic_fpn(
     auxiliary_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> Segmenter:
-    """Semantic FPN, which has no auxiliary head; ``kwargs`` of `SemanticFPN`."""
+    """Semantic FPN, without an auxiliary head; ``kwargs``: of `SemanticFPN`."""
     return Segmenter(
         backbone, SemanticFPN(build_neck(neck, backbone.spec, **neck_kwargs), num_classes, **kwargs), **image
     )

@@ -13,13 +13,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class SemanticFPN(nn.Module):
-    """The head on a pyramid: each level goes up to the finest by steps of 3x3 convolution, group norm, ReLU and twofold
-    bilinear upsampling (the finest: one step without upsampling); their sum is classified.
+    """Semantic FPN head: each level is upsampled to the finest by steps of 3x3 convolution, group norm, ReLU and 2x
+    bilinear upsampling (the finest: one step without upsampling); the sum is classified.
 
     Args:
-        neck: its output maps have strides that double; ``spec`` is their `ShapeSpec`.
-        channels: width of the steps, a multiple of 32 (the groups of their norms).
-        dropout: of whole channels, before the classifier; the paper has none.
+        neck: with output strides that double; ``spec`` is its `ShapeSpec`.
+        channels: width of the steps, a multiple of 32 (the groups of the norms).
+        dropout: channel dropout before the classifier; the paper has none.
 
     Raises:
         ValueError: strides that do not double from level to level, or a width that 32 does not divide.
@@ -29,7 +29,7 @@ class SemanticFPN(nn.Module):
         super().__init__()
         spec = neck.spec
         if any(b != 2 * a for a, b in zip(spec.strides, spec.strides[1:], strict=False)):
-            raise ValueError(f"semantic FPN: strides must double from level to level, not so: {spec.strides}")
+            raise ValueError(f"semantic FPN: strides must double from level to level, got {spec.strides}")
         if channels % 32:
             raise ValueError(f"semantic FPN: channels is {channels}, must be a multiple of the 32 groups of its norms")
         self.neck = neck
@@ -46,7 +46,7 @@ class SemanticFPN(nn.Module):
         total: Tensor | None = None
         for i, (x, steps) in enumerate(zip(levels, self.steps, strict=True)):
             for j, step in enumerate(steps):
-                # to the next finer level's own size: twice this one's, save where a side is odd
+                # to the next finer level's size: twice this one's, unless a side is odd
                 x = resize(step(x), sizes[max(i - 1 - j, 0)])
             total = x if total is None else total + x
         return self.classifier(total)

@@ -1,7 +1,7 @@
-"""UPerNet (Xiao et al., arXiv 1807.10221), for one task: semantic segmentation.
+"""UPerNet (Xiao et al., arXiv 1807.10221) for semantic segmentation.
 
-The last level goes through a pyramid pooling module (Zhao et al., arXiv 1612.01105); a top-down path, or another neck,
-mixes the levels; all of them, at the finest one's size, are fused to the features that are classified.
+The last level goes through a pyramid pooling module (Zhao et al., arXiv 1612.01105); a top-down path or another neck
+fuses the levels; all of them, resized to the finest one's size, are fused and classified.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from .layers import Classifier, ConvNormAct, resize
 
 
 class PyramidPooling(nn.Module):
-    """Averages over 1x1, 2x2, 3x3, 6x6 bins of the map, each through a 1x1 convolution, beside the map itself.
+    """Average pooling to 1x1, 2x2, 3x3, 6x6 bins, each with a 1x1 convolution, concatenated with the map.
 
     Args:
-        in_channels, channels: of the map; of each bin size's part and of the result.
+        in_channels, channels: of the map; of each bin size and of the output.
         bins: bins along each axis.
     """
 
@@ -36,7 +36,7 @@ class PyramidPooling(nn.Module):
 
 
 class TopDown(Neck):
-    """UPerNet's own pyramid: like FPN, with norm and ReLU after each convolution, and the last level taken as it is."""
+    """UPerNet's pyramid: FPN with norm and ReLU after each convolution; the last level is not changed."""
 
     def __init__(self, spec: ShapeSpec, channels: int):
         super().__init__()
@@ -62,9 +62,9 @@ class UPerNet(nn.Module):
         spec: channels and strides of the backbone's maps, finest first.
         channels: width of pooling, pyramid and fusion.
         bins: of the pyramid pooling.
-        dropout: of whole channels, before the classifier.
-        neck: makes what mixes the levels from their spec, where the last is now the pooled one with ``channels``
-            channels; its maps must have the spec's strides. None: the paper's top-down path.
+        dropout: channel dropout before the classifier.
+        neck: builds the neck from the spec of the levels, where the last is the pooled one with ``channels`` channels;
+            its maps must have the spec's strides. None: the paper's top-down path.
 
     Raises:
         ValueError: the neck changes the strides.
