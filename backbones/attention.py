@@ -25,7 +25,7 @@ from ..kernels import (
     neighborhood_mix,
 )
 from ..kernels.tracing import is_dynamic, without_size_guards
-from .layers import shortfall
+from .layers import is_plain, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -126,12 +126,13 @@ class NeighborhoodAttention2d(nn.Module):
 
         if dynamic_shape:  # enlarged by nothing, where the map turns out to be large enough
             bottom, right = shortfall(H, rows * dilation), shortfall(W, columns * dilation)
-            qkv = self.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)))
         else:
-            qkv = self.qkv(x)
             bottom, right = max(0, rows * dilation - H), max(0, columns * dilation - W)
-            if bottom or right:
-                qkv = self._enlarge(qkv, bottom, right)
+        enlarge = dynamic_shape or bottom or right
+        if enlarge and not dynamic_shape and is_plain(self.qkv):
+            qkv = self._append_bias(self.qkv(x), bottom, right)
+        else:
+            qkv = self.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)) if enlarge else x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
@@ -149,7 +150,7 @@ class NeighborhoodAttention2d(nn.Module):
             x = x[:, :H, :W]
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
 
-    def _enlarge(self, qkv: torch.Tensor, bottom: int, right: int) -> torch.Tensor:
+    def _append_bias(self, qkv: torch.Tensor, bottom: int, right: int) -> torch.Tensor:
         """Append the projection of zeros, which is its bias."""
         B, H, W, C = qkv.shape
         fill = qkv.new_zeros(C) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
@@ -188,12 +189,10 @@ class RelativePositionTable(nn.Module):
         resampled = resample_table(table.detach(), window_size).clone()
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
 
-    def forward(self, window_size: tuple[int, int]) -> RelativePositionBias:
-        """The bias for windows of ``window_size``, differentiable; a resampled table is kept between calls in eval."""
+    def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
+        """The table for windows of ``window_size``, differentiable; a resampled one is kept between calls in eval."""
         table = self.relative_position_bias_table
-        if window_size != self.window_size:
-            table = self.cache.get(resample_table, window_size, source=table)
-        return RelativePositionBias(table, self.cache)
+        return table if window_size == self.window_size else self.cache.get(resample_table, window_size, source=table)
 
 
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -320,7 +319,7 @@ class PartitionAttention2d(nn.Module):
             kernel_size=size,
             stride=size,
             dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
-            bias=None if self.rel_pos is None else self.rel_pos(size),
+            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos(size), self.rel_pos.cache),
             boundary="mask",
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
@@ -373,6 +372,10 @@ class RelativeEmbedding(nn.Module):
         self.width_rel = nn.Parameter(torch.empty(2 * window - 1, depth))
         for table in (self.height_rel, self.width_rel):
             trunc_normal_(table, std=std)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables, of the rows and of the columns."""
+        return self.height_rel, self.width_rel
 
 
 class HaloAttention2d(nn.Module):
@@ -481,7 +484,9 @@ class HaloAttention2d(nn.Module):
                 halo_size=module.halo_size,
                 boundary="zero",
             )
-        new.q, new.kv, new.pos_embed = module.q, module.kv, module.pos_embed
+        new.q, new.kv = module.q, module.kv
+        new.pos_embed.height_rel, new.pos_embed.width_rel = module.pos_embed.height_rel, module.pos_embed.width_rel
+        new.pos_embed.training = module.pos_embed.training
         new.scale = module.scale
         new.scale_bias = module.scale_pos_embed
         new.dense_offsets = module.block_stride > 1
@@ -505,7 +510,7 @@ class HaloAttention2d(nn.Module):
 
         # the operation reads row `key - query + window - 1`, both counted from one origin
         factor = self.scale if self.scale_bias else 1.0
-        tables = (factor * t[self.halo_size :] for t in (self.pos_embed.height_rel, self.pos_embed.width_rel))
+        tables = (factor * t[self.halo_size :] for t in self.pos_embed())
         tables = (F.pad(t, (0, 0, 0, self.halo_size)) for t in tables)
         window = self.block_size + 2 * self.halo_size
         x = neighborhood_attention(
@@ -541,16 +546,16 @@ def context_mixing(
     gives it the weights of a convolution of its own, one kernel for each head and table: with a relative position bias
     and a softmax over the kernel, the window shifted inside the map at the borders.
 
-    The linear map is applied to the pooled keys before the queries meet them, which is the same product in another
-    order: the S affinities of a position are never formed.
+    The weight of a plain ``proj`` is applied to the pooled keys before the queries meet them, which is the same product
+    in another order: the S affinities of a position are never formed. Another ``proj`` is called with them.
 
     Args:
         q: queries ``[B, H, W, heads, D]``.
         k: keys ``[B, S, heads, D]``.
         v: values ``[B, H, W, C]``. Each table's kernel mixes an equal share of the channels, in the order of
             ``tables``; a share is split by heads.
-        proj: the map from affinities to logits, a 1x1 convolution from S channels to the kernels' sizes, one kernel
-            after the other.
+        proj: the map from affinities ``[B * heads, S, H, W]`` to logits, a 1x1 convolution from S channels to the
+            kernels' sizes, one kernel after the other.
         tables: position biases ``[heads, 2 * K - 1, 2 * K - 1]``, one for each kernel of K x K.
         scale: of the affinities.
 
@@ -571,12 +576,18 @@ def context_mixing(
     q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # B heads HW D
     k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
     shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)
-    kernels = proj.weight.flatten(1).split([size * size for size in sizes])  # K*K S
-    assert proj.bias is not None
-    biases = proj.bias.split([size * size for size in sizes])
+    areas = [size * size for size in sizes]
+    biases: Sequence[torch.Tensor | None]
+    if is_plain(proj) and proj.bias is not None:
+        kernels = proj.weight.flatten(1).split(areas)  # K*K S
+        maps = [(q @ (k @ kernel.t())).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4) for kernel in kernels]
+        biases = proj.bias.split(areas)
+    else:
+        affinities = (k.mT @ q.mT).flatten(0, 1).unflatten(2, (H, W))  # B*heads S H W
+        maps = proj(affinities).unflatten(0, (-1, heads)).permute(0, 3, 4, 1, 2).split(areas, -1)
+        biases = [None] * len(sizes)
     mixed = []
-    for size, table, kernel, bias, share in zip(sizes, tables, kernels, biases, shares, strict=True):
-        logits = (q @ (k @ kernel.t())).unflatten(2, (H, W)).permute(0, 2, 3, 1, 4)  # B H W heads K*K
+    for size, table, logits, bias, share in zip(sizes, tables, maps, biases, shares, strict=True):  # B H W heads K*K
         table = RelativePositionBias(table)
         mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=table, kernel_bias=bias))
     return torch.stack(mixed, dim=3).flatten(3)

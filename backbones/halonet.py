@@ -31,7 +31,7 @@ from torch import nn
 
 from .attention import HaloAttention2d
 from .base import Backbone, create, keep_new, registered_cfg, unwrap
-from .layers import Blocks, drop_path_rates
+from .layers import Blocks, drop_path_rates, guard_activations
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -179,6 +179,7 @@ class HaloNet(Backbone):
             self._add_map(dim, module, LayerNorm2d)
         self._init_weights(zero_init_last)
         self._init_head(dims[-1], num_classes, global_pool, drop_rate)
+        guard_activations(self)
 
     def _init_weights(self, zero_init_last: bool) -> None:
         for m in self.modules():
@@ -357,6 +358,7 @@ _create = partial(create, checkpoint_filter_fn, HaloNet)
 def _byobnet(**kwargs: Any) -> ByobNet:
     model = ByobNet(**kwargs)
     replace_attention(model)
+    guard_activations(model)
     return model
 
 

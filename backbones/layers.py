@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Conv2dSame, trunc_normal_
 from timm.models import checkpoint_seq
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchvision.ops import FrozenBatchNorm2d
 
 
 class Blocks(nn.Sequential):
@@ -69,15 +74,115 @@ def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+# ---- children that a parent need not call
+
+_PLAIN = (nn.Linear, nn.Conv2d, Conv2dSame, nn.Identity)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def computes_with_own(module: nn.Module) -> bool:
+    """Whether a module computes with the parameters that it holds: not those of pruning, a weight norm, another
+    parametrization, offloading (each recomputes or fetches them before the forward), quantization or sharding."""
+    recomputed = module._forward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__
+    return not recomputed and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a parent may use a child's parameters in place of calling it: the child is exactly a Linear or a
+    convolution, neither wrapped nor replaced, and no hook waits for its call."""
+    hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in _PLAIN and not hooks and computes_with_own(module)
+
+
+def is_fixed(norm: Any) -> bool:
+    """Whether a parent may use a BatchNorm's statistics in place of calling it: as `is_plain`, and it is in evaluation
+    mode with statistics."""
+    hooks = norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    whole = type(norm) in _BATCH_NORMS and norm.running_var is not None and norm.weight is not None
+    return whole and not norm.training and not hooks and computes_with_own(norm)
+
+
+def check_foldable(conv: nn.Module, norm: nn.Module) -> None:
+    """Raise a ValueError unless both compute with the parameters that they hold, which can be folded into one."""
+    for module in (conv, norm):
+        if not computes_with_own(module) or (module is conv and type(conv) not in _PLAIN):
+            raise ValueError(
+                f"a {type(module).__name__} that is wrapped, parametrized, pruned or offloaded cannot be folded: make "
+                "its weights plain first (merge adapters, remove parametrizations and hooks)"
+            )
+
+
 def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
-    """Fold a BatchNorm, also a synchronized or frozen one, into the convolution before it; False for other modules."""
+    """Fold a BatchNorm, also a synchronized or frozen one, into the convolution before it; False for other modules.
+
+    Raises:
+        ValueError: from `check_foldable`.
+    """
     if getattr(norm, "running_var", None) is None:
         return False
+    check_foldable(conv, norm)
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     conv.bias.requires_grad_(conv.weight.requires_grad)
     return True
+
+
+# ---- activations in place, which on a CPU saves as much time as the activation itself takes
+
+
+class _InPlace:
+    """An activation that overwrites its input in inference, unless a hook may hold it.
+
+    Args:
+        after: (parent, name) of the child that returns the input; None where the caller has just computed it.
+    """
+
+    def __init__(self, after: tuple[nn.Module, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.after = after
+
+    def overwrites(self, x: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
+            return False
+        module: Any = self
+        hooks = module._forward_pre_hooks or module._forward_hooks
+        return not hooks and (self.after is None or is_plain(getattr(*self.after)))
+
+
+class ReLU(_InPlace, nn.ReLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu_(x) if self.overwrites(x) else F.relu(x)
+
+
+class SiLU(_InPlace, nn.SiLU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x, inplace=self.overwrites(x))
+
+
+class TanhGELU(_InPlace, nn.GELU):
+    """The tanh form of GELU."""
+
+    def __init__(self, after: tuple[nn.Module, str] | None = None) -> None:
+        super().__init__(after, approximate="tanh")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_(x, approximate="tanh") if self.overwrites(x) else F.gelu(x, approximate="tanh")
+
+
+def guard_activations(model: nn.Module) -> None:
+    """Let no activation of timm's layers overwrite what a hook may hold, in place: those behind a BatchNorm and behind
+    the sum at the end of a residual block become `ReLU` and `SiLU`, all others no longer work in place."""
+    for parent in list(model.modules()):
+        residual = getattr(parent, "shortcut", None) is not None
+        for name, child in list(parent.named_children()):
+            guarded = {nn.ReLU: ReLU, nn.SiLU: SiLU}.get(type(child))
+            if guarded and isinstance(parent, BatchNormAct2d):
+                setattr(parent, name, guarded((parent, "drop")).train(child.training))
+            elif guarded and residual and name == "act":
+                setattr(parent, name, guarded().train(child.training))
+            elif getattr(child, "inplace", False):
+                child.inplace = False
 
 
 def shortfall(length: int, least: int) -> int:

@@ -32,7 +32,7 @@ from torch import nn
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
 from .base import POOLS, Backbone, check_head, check_names, create, keep_new, registered_cfg, unwrap
-from .layers import Stage, drop_path_rates, fold_batch_norm, positive_pair
+from .layers import Stage, TanhGELU, check_foldable, drop_path_rates, fold_batch_norm, guard_activations, positive_pair
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -41,16 +41,6 @@ _CONV = MaxxVitConvCfg(norm_eps=_CONV_EPS, act_layer="gelu_tanh", padding="same"
 _NORM_EPS = 1e-5
 _PARTITION_RATIO = 32  # image size over partition size, as published: the last map is one window
 _TABLE = "relative_position_bias_table"
-
-
-class GELU(nn.Module):
-    """The tanh form of GELU, in place where no gradient needs its input: MBConv's maps are the largest of all, and on a
-    CPU the memory for one more costs as much as the activation itself. Takes only what the layer before made anew."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return F.gelu(x, approximate="tanh")
-        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class AvgPoolSame(nn.Module):
@@ -77,7 +67,8 @@ class PartitionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELU, drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp.act = TanhGELU((self.mlp, "fc1"))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +94,8 @@ class MaxViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = MbConvBlock(in_chs, dim, stride=stride, cfg=_CONV, drop_path=drop_path)
-        self.conv.norm1.act, self.conv.norm2.act = GELU(), GELU()
+        for norm in (self.conv.norm1, self.conv.norm2):
+            norm.act = TanhGELU((norm, "drop"))
         if stride == 2:
             self.conv.shortcut.pool = AvgPoolSame()
         attentions = (
@@ -219,6 +211,7 @@ class MaxViT(Backbone):
         _init_weights(self)
         self.num_features = self.embed_dim = dims[-1]
         self._set_head(num_classes, global_pool, dims[-1])
+        guard_activations(self)
 
     def set_input_size(
         self,
@@ -251,11 +244,11 @@ class MaxViT(Backbone):
         Returns:
             self.
         """
-        _fold(self.stem.conv1, self.stem, "norm1")
+        _fold(self.stem, "conv1", "norm1")
         for module in list(self.modules()):
             if isinstance(module, MbConvBlock):
-                _fold(module.conv1_1x1, module, "norm1")
-                _fold(module.conv2_kxk, module, "norm2")
+                _fold(module, "conv1_1x1", "norm1")
+                _fold(module, "conv2_kxk", "norm2")
                 _fold_before(module.conv1_1x1, module, "pre_norm")
         return self
 
@@ -322,7 +315,7 @@ def _stem(in_chans: int, width: int) -> Stem:
         norm_layer=_CONV.norm_layer,
         norm_eps=_CONV_EPS,
     )
-    stem.norm1.act = GELU()
+    stem.norm1.act = TanhGELU((stem.norm1, "drop"))
     return stem
 
 
@@ -352,17 +345,18 @@ def _init_weights(model: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def _fold(conv: Any, parent: nn.Module, name: str) -> None:
+def _fold(parent: nn.Module, conv: str, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
     norm = getattr(parent, name)
-    if fold_batch_norm(conv, norm):
-        setattr(parent, name, norm.act)
+    if fold_batch_norm(getattr(parent, conv), norm):
+        setattr(parent, name, TanhGELU((parent, conv)).train(norm.training))
 
 
 def _fold_before(conv: Any, parent: nn.Module, name: str) -> None:
     """Fold the batch norm ``name`` of ``parent``, if it still stands, into the 1x1 convolution after it."""
     norm = getattr(parent, name)
     if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
+        check_foldable(conv, norm)
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
         with torch.no_grad():

@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Blocks, average_pool, drop_path_rates
+from .layers import Blocks, average_pool, check_foldable, drop_path_rates, is_fixed, is_plain
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -53,7 +53,8 @@ class DilatedReparam(nn.Module):
     arXiv:2311.15599).
 
     Without batch statistics all of them are one convolution. In evaluation mode its kernel is put together at every
-    forward, which costs little beside the convolution; `reparameterize` does so once and for all.
+    forward, which costs little beside the convolution, unless a branch is more than a plain convolution and a norm with
+    fixed statistics; `reparameterize` does so once and for all.
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:
@@ -91,6 +92,8 @@ class DilatedReparam(nn.Module):
         """Become the one convolution, in place; frozen if the large one is."""
         if self.reparameterized:
             return
+        for conv, norm in self.branches():
+            check_foldable(conv, norm)
         weight, bias = copy.deepcopy(self).double().folded()
         old = self.lk_origin
         with torch.device("meta"):
@@ -107,9 +110,9 @@ class DilatedReparam(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reparameterized:
             return self.lk_origin(x)
-        # norms that another library froze need not tell their epsilon (transformers' do not): no folding then
-        if self.training or not all(hasattr(bn, "eps") for _, bn in self.branches()):
-            return reduce(operator.add, (bn(conv(x)) for conv, bn in self.branches()))
+        branches = self.branches()
+        if self.training or not all(is_plain(conv) and is_fixed(bn) for conv, bn in branches):
+            return reduce(operator.add, (bn(conv(x)) for conv, bn in branches))
         weight, bias = self.folded()
         return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=self.lk_origin.groups)
 
@@ -501,7 +504,7 @@ class OverLoCK(Backbone):
         check_head(num_classes, global_pool)
         self.num_classes = num_classes
         hidden = self.head[0]
-        width = hidden.out_channels if isinstance(hidden, nn.Conv2d) else self.num_features
+        width = self.num_features if isinstance(hidden, nn.Identity) else hidden.out_channels
         layers: Any = create_classifier(width, num_classes, global_pool, use_conv=True)
         self.head[3], self.head[4] = layers
         self.head_hidden_size = width * self.global_pool.feat_mult()

@@ -1,0 +1,327 @@
+"""Every family in the tools that wrap, replace, recompute or watch the modules of a network.
+
+A tool must find that every module is called and computes with what it holds, and that no tensor that a hook has seen is
+overwritten.
+"""
+
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import foveal.backbones
+
+# The small variant of every family, and timm's hybrids, narrow: one with each activation.
+CASES: dict[str, dict] = {
+    **{name: {} for name in foveal.backbones.list_models() if name.startswith("test_foveal_")},
+    "halo26t": dict(width_factor=0.25),
+    "sehalo33ts": dict(width_factor=0.25),
+}
+families = pytest.mark.parametrize("name", CASES)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+# of the second, DiNAT's last maps are smaller than its windows
+SIZES = images(2, 3, 64, 64), images(2, 3, 40, 72)
+IMAGE = SIZES[1]
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    """A model in evaluation mode in which every parameter and every statistic matters."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **CASES[name], **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.numel() < 2 or p.std() < 0.01 else 0.1 * p.std()))
+        for _ in range(3):
+            model.train()(SIZES[0] + 0.5)
+    return model.eval()
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 2e-5) -> None:
+    error = (got - want).abs().max() / want.abs().max()
+    assert error < tolerance, f"{error:.1e} of the largest logit"
+
+
+def outputs(model: nn.Module) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(x) for x in SIZES]
+
+
+def layers(model: nn.Module, *kinds: type) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds or (nn.Linear, nn.Conv2d))}
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.train()(SIZES[0]).square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+# ---- accelerate
+
+
+@families
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloading(name, where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = create(name)
+    want = outputs(model)
+    if where == "cpu":
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    for a, b in zip(outputs(model), want, strict=True):
+        assert_close(a, b, 5e-6)
+
+
+# ---- peft
+
+
+def adapted(name: str, kind: str) -> nn.Module:
+    """A model with an adapter on every layer that the kind can take."""
+    peft = pytest.importorskip("peft")
+    model = create(name)
+    dense = [n for n, m in layers(model).items() if getattr(m, "groups", 1) == 1]
+    if kind == "ia3":
+        config = peft.IA3Config(target_modules=dense, feedforward_modules=[])
+    else:
+        config = peft.LoraConfig(r=2, target_modules=dense, use_dora=kind == "dora")
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for p in [p for p in model.parameters() if p.requires_grad]:
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+@families
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+def test_an_adapter_acts_as_when_it_is_merged(name, kind):
+    model = adapted(name, kind)
+    got = outputs(model)
+    model(IMAGE).square().mean().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0] == []
+    for a, b in zip(got, outputs(model.merge_and_unload()), strict=True):
+        assert_close(a, b, 1e-4)
+
+
+# ---- weights that are recomputed before every forward
+
+
+def recompute(model: nn.Module, how: str) -> None:
+    for layer in layers(model).values():
+        if how == "prune":
+            prune.l1_unstructured(layer, "weight", 0.3)
+        elif how == "weight_norm by hooks":
+            torch.nn.utils.weight_norm(layer)
+        elif how == "spectral_norm by hooks":
+            torch.nn.utils.spectral_norm(layer)
+        elif how == "orthogonal":
+            parametrizations.orthogonal(layer)
+        else:
+            getattr(parametrizations, how)(layer)
+
+
+def settle(model: nn.Module, how: str) -> None:
+    """Make what is recomputed the weights."""
+    for layer in layers(model).values():
+        if how == "prune":
+            prune.remove(layer, "weight")
+        elif how == "weight_norm by hooks":
+            torch.nn.utils.remove_weight_norm(layer)
+        elif how == "spectral_norm by hooks":
+            torch.nn.utils.remove_spectral_norm(layer)
+        else:
+            parametrize.remove_parametrizations(layer, "weight")
+
+
+RECOMPUTED = ["prune", "weight_norm", "weight_norm by hooks", "spectral_norm", "spectral_norm by hooks"]
+
+
+@families
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_recomputed_weights(name, how):
+    model = create(name)
+    recompute(model, how)
+    train(model)
+    other = create(name)
+    recompute(other, how)
+    other(IMAGE)  # before the new weights: nothing of the old may stay
+    other.load_state_dict(model.state_dict())
+    got = outputs(model)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(other), got, strict=True))
+    settle(model, how)
+    for a, b in zip(got, outputs(model), strict=True):
+        assert_close(a, b)
+
+
+@families
+@pytest.mark.parametrize("how", ["prune", "spectral_norm", "lora"])
+def test_what_is_recomputed_is_folded_rightly_or_not_at_all(name, how):
+    model = create(name) if how != "lora" else adapted(name, "lora").base_model.model
+    if not hasattr(model, "reparameterize"):
+        pytest.skip("the family has nothing to fold")
+    if how != "lora":
+        recompute(model, how)
+    want = outputs(model)
+    if how == "lora" and name == "test_foveal_overlock":  # adapters are on layers that stay
+        for a, b in zip(outputs(model.reparameterize()), want, strict=True):
+            assert_close(a, b)
+    else:
+        with pytest.raises(ValueError):
+            model.reparameterize()
+
+
+# ---- norms
+
+
+@families
+def test_norms_that_take_the_batch(name):
+    """AdaBN and TENT: batch norms in training mode or without statistics, in a model in evaluation mode."""
+    model = create(name)
+    norms = layers(model, nn.BatchNorm2d)
+    for norm in norms.values():
+        norm.train()
+        norm.num_batches_tracked.zero_()
+    with torch.no_grad():
+        want = model(SIZES[0])
+    assert [n for n, norm in norms.items() if norm.num_batches_tracked != 1] == []
+    for norm in norms.values():
+        norm.eval()
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    with torch.no_grad():
+        assert_close(model(SIZES[0]), want)
+    assert model(SIZES[0]).isfinite().all()
+
+
+# ---- quantization
+
+
+@families
+def test_quantize_dynamic(name):
+    model = create(name)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    for a, b in zip(outputs(quantized), outputs(model), strict=True):
+        assert_close(a, b, 0.1)
+
+
+# ---- hooks
+
+
+def tensors(held) -> list[torch.Tensor]:
+    if isinstance(held, torch.Tensor):
+        return [held]
+    return [t for each in held for t in tensors(each)] if isinstance(held, (tuple, list)) else []
+
+
+class Watch:
+    """Forward hooks that keep what passes the modules, and copies of it."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.called: set[nn.Module] = set()
+        self.seen: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+        self.handles = [m.register_forward_pre_hook(self.before) for m in modules]
+        self.handles += [m.register_forward_hook(self.after) for m in modules]
+
+    def keep(self, module: nn.Module, held) -> None:
+        self.called.add(module)
+        self.seen += [(module, t, t.detach().clone()) for t in tensors(held)]
+
+    def before(self, module, args) -> None:
+        self.keep(module, args)
+
+    def after(self, module, args, output) -> None:
+        self.keep(module, (args, output))
+
+    def changed(self) -> list[nn.Module]:
+        for handle in self.handles:
+            handle.remove()
+        return [module for module, t, copied in self.seen if not torch.equal(t, copied)]
+
+
+@families
+def test_every_module_with_parameters_is_called(name):
+    model = create(name)
+    owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    want = outputs(model)
+    for x, output in zip(SIZES, want, strict=True):
+        watch = Watch(*owners)
+        with torch.no_grad():
+            assert_close(model(x), output)
+        assert watch.changed() == []
+        assert set(owners) == watch.called
+
+
+@families
+def test_what_passed_a_hook_stays(name):
+    """Of each module alone: a hook on a neighbor may hide that it is overwritten."""
+    model = create(name)
+    forms = [model]
+    if hasattr(model, "reparameterize"):
+        forms.append(copy.deepcopy(model).reparameterize())
+    with torch.no_grad():
+        for form in forms:
+            for path, module in form.named_modules():
+                watch = Watch(module)
+                form(IMAGE[:1])
+                assert watch.changed() == [], path
+
+
+@families
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_full_backward_hooks(name, training):
+    plain = create(name).train(training)
+    hooked = copy.deepcopy(plain)
+    called = set()
+    for path, module in hooked.named_modules():
+        module.register_full_backward_hook(lambda *_, path=path: called.add(path))
+        module.register_full_backward_pre_hook(lambda *_: None)
+    for model in (plain, hooked):
+        model(SIZES[0]).square().mean().backward()
+    gradients = {n: p.grad for n, p in plain.named_parameters()}
+    for n, p in hooked.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], rtol=1e-3, atol=1e-5)
+    owners = {n for n, m in hooked.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    assert owners <= called
+
+
+# ---- copies
+
+
+@families
+def test_copies(name):
+    model = create(name)
+    want = outputs(model)  # what a forward keeps is not in a copy's way
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False), average):
+        assert all(torch.equal(a, b) for a, b in zip(outputs(other), want, strict=True))
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(0.5)
+        assert not torch.equal(outputs(other)[0], want[0])
+        assert torch.equal(outputs(model)[0], want[0])
+    parameters = {n: p.detach() * 0.5 for n, p in model.named_parameters()}
+    with torch.no_grad():
+        called = [torch.func.functional_call(model, parameters, (x,)) for x in SIZES]
+    other = copy.deepcopy(model)
+    other.load_state_dict(parameters, strict=False)
+    for a, b in zip(called, outputs(other), strict=True):
+        assert_close(a, b, 5e-6)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), want, strict=True))
