@@ -33,8 +33,14 @@ def check_tensor(name: str, t: Tensor, layout: str) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
 
 
-def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], boundary: str) -> None:
-    """Raise unless ``boundary`` is known and, with "shift", the window fits a map of ``size``."""
+HEADS_FIRST = "; expected [B, H, W, heads, D]; heads seem to be first"
+
+
+def check_window(
+    size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int], boundary: str, heads: int = 0
+) -> None:
+    """Raise unless ``boundary`` is known and, with "shift", the window fits a map of ``size``. ``heads``: the dimension
+    behind the map, which has its columns if the caller put the heads first."""
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary {boundary!r} is not one of {', '.join(BOUNDARIES)}")
     if boundary != "shift":
@@ -46,9 +52,11 @@ def check_window(size: tuple[int, int], kernel_size: tuple[int, int], dilation: 
                 lambda: f"the window of kernel_size {keys} x dilation {step} does not fit a map of fewer {axis}",  # noqa: B023
             )
         elif keys * step > length:
+            fits = size[1] >= kernel_size[0] * dilation[0] and heads >= kernel_size[1] * dilation[1]
             raise ValueError(
                 f"the window of kernel_size {keys} x dilation {step} = {keys * step} does not fit the map's {length} "
                 f"{axis} (map {size[0]} x {size[1]}, boundary 'shift'); pad the map or take a smaller dilation"
+                f"{HEADS_FIRST if fits else ''}"
             )
 
 

@@ -27,7 +27,7 @@ ENVIRONMENT = "FOVEAL_BACKEND"
 NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
 
 _log = logging.getLogger(__name__)
-_announced: set[tuple[str, str]] = set()
+_announced: set[tuple[str, str, str]] = set()
 # (name or None, source); the last one applies
 _forced: list[tuple[str | None, str]] = [
     (os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}")
@@ -187,7 +187,16 @@ def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem,
     reason = backends[name].unsupported_reason(problem)
     if reason is not None:
         raise BackendError(f"backend {name!r} (from {source}) cannot run this call: {reason}")
+    _announce(problem, name, f"from {source}")
     return name
+
+
+def _announce(problem: Problem, name: str, why: str) -> None:
+    """Log each choice once."""
+    choice = problem.device, name, why.partition(":")[0]
+    if not problem.tracing and choice not in _announced:
+        _announced.add(choice)
+        _log.info("backend %s on %s%s", name, problem.device, f" ({why})" if why else "")
 
 
 def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str:
@@ -202,7 +211,5 @@ def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Prob
         dense = operation == "neighborhood_attention" and problem.plain_windows  # which an exporter would guard
         reason = "dense windows" if dense else backends["triton"].unsupported_reason(problem)
         name = name if reason else "triton"
-    if not problem.tracing and (problem.device, name) not in _announced:
-        _announced.add((problem.device, name))
-        _log.info("backend %s on %s%s", name, problem.device, f" (not triton: {reason})" if reason else "")
+    _announce(problem, name, f"not triton: {reason}" if reason else "")
     return name

@@ -180,7 +180,7 @@ def _run(
         raise ValueError(f"{name} and {other} must be on one device, got {x.device} and {y.device}")
     if not is_dynamic(*y.shape[1:3]) and min(y.shape[1:]) < 1:
         raise ValueError(f"only the batch may be empty, got {name} {tuple(x.shape)}, {other} {tuple(y.shape)}")
-    check_window((y.shape[1], y.shape[2]), kernel_size, dilation, boundary)
+    check_window((y.shape[1], y.shape[2]), kernel_size, dilation, boundary, y.shape[3])
     cast = autocast_enabled(y)
     if cast:
         x, y = autocast(x, y)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
-from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
+from ..checks import HEADS_FIRST, IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
 from ..dispatch import run
 from ..problem import Problem, of_tensors
 from ..tracing import is_dynamic
@@ -88,7 +88,7 @@ def neighborhood_attention(
         q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    check_window((k.shape[1], k.shape[2]), kernel_size, dilation, boundary)
+    check_window((k.shape[1], k.shape[2]), kernel_size, dilation, boundary, k.shape[3])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_bias(bias, q, kernel_size)
@@ -162,9 +162,10 @@ def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> N
         t = getattr(bias, name)
         if tuple(t.shape) not in allowed:
             wanted = " or ".join(str(list(shape)) for shape in allowed)
+            first = q.shape[1] != q.shape[3] and t.shape[0] == q.shape[1]
             raise ValueError(
                 f"{type(bias).__name__}.{name} has shape {list(t.shape)}, expected {wanted} "
-                f"(heads {q.shape[3]}, kernel_size {kernel_size[0]} x {kernel_size[1]})"
+                f"(heads {q.shape[3]}, kernel_size {kernel_size[0]} x {kernel_size[1]}){HEADS_FIRST if first else ''}"
             )
         if not t.is_floating_point() or t.dtype.itemsize < 2:
             raise TypeError(f"{type(bias).__name__}.{name} must be floating point, got {t.dtype}")

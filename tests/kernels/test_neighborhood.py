@@ -1211,6 +1211,32 @@ def test_backend_blocks_of_threads_may_end_in_any_order():
     neighborhood_attention(q, k, v, kernel_size=3)
 
 
+@pytest.mark.parametrize("force", ["argument", "context"])
+def test_a_forced_choice_is_logged_once(monkeypatch, caplog, force):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    q = torch.randn(1, 6, 6, 1, 4)
+    with caplog.at_level("INFO", logger=dispatch.__name__), backend("reference" if force == "context" else None):
+        for _ in range(2):
+            neighborhood_attention(q, q, q, kernel_size=3, backend="reference" if force == "argument" else None)
+    (record,) = caplog.records
+    assert record.args[:2] == ("reference", "cpu")
+    assert force in record.getMessage()
+
+
+def test_heads_that_come_first_are_pointed_out():
+    """NATTEN 0.17's layout, or that of `scaled_dot_product_attention`."""
+    q = torch.randn(1, 2, 14, 14, 8)
+    with pytest.raises(ValueError, match=r"\[B, H, W, heads, D\]; heads"):
+        neighborhood_attention(q, q, q, kernel_size=7)
+    q = torch.randn(1, 8, 14, 14, 8)
+    with pytest.raises(ValueError, match=r"\[B, H, W, heads, D\]; heads"):
+        neighborhood_attention(q, q, q, kernel_size=7, bias=RelativePositionBias(torch.zeros(8, 13, 13)))
+    small = torch.randn(1, 4, 14, 2, 8)  # a map that is too small
+    with pytest.raises(ValueError, match="does not fit") as error:
+        neighborhood_attention(small, small, small, kernel_size=7)
+    assert "heads" not in str(error.value)
+
+
 def test_the_automatic_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_announced", set())
     leaves, rule = inputs((1, 6, 6, 1, 8), None, (3, 3), "table")
