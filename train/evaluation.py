@@ -13,6 +13,7 @@ from rich.table import Table
 from ..backbones.loading import local_path
 from ..configs.schema import override_value
 from ..files import write_json
+from .data import workers_end
 from .data.guard import printable
 from .distributed import join_processes
 from .scoring import Scorer
@@ -55,7 +56,8 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
     task: Task = kind.load(source, overrides, accelerator)
     if task.config.train.threads:
         torch.set_num_threads(task.config.train.threads)
-    scorer = task.score(task.model.to(accelerator.device))
+    with workers_end(task.data.val):
+        scorer = task.score(task.model.to(accelerator.device))
     for names in gather_object([task.data.bad.names]):
         task.data.bad.merge(names)
     result = {

@@ -22,7 +22,7 @@ from ..configs.schema import SCHEMAS, ConfigError, load_config, recipe_task, sav
 from ..errors import Interrupted
 from ..files import write_json
 from . import checkpoint, report
-from .data import end_workers
+from .data import workers_end
 from .data.auto import kept_split
 from .distributed import join_processes, raised_by_all
 from .logging import accelerate_trackers, flat
@@ -51,6 +51,7 @@ def train(
         ConfigError, DataError: the recipe or its data cannot be used.
         CheckpointError: a checkpoint cannot be read or written, or is of another run.
         NonFiniteLoss: the loss became NaN or infinite.
+        WorkerError: a process that reads data was killed.
         OtherProcessError: what another process raised.
         Interrupted: Ctrl-C or SIGTERM; all is saved, and ``resume=auto`` goes on from there.
 
@@ -88,14 +89,14 @@ def train(
                 job.data.division.write(run)
             write_json(run / "environment.json", environment(accelerator))
     try:
-        trainer.fit()
-        summary = finish(trainer)
+        with workers_end(job.data.train, job.data.val):
+            trainer.fit()
+            summary = finish(trainer)
     except Interrupted as stop:
         command = ["foveal", "train", config.task, str(recipe)]
         command += [pair for pair in overrides if not pair.startswith("resume=")] + ["resume=auto"]
         raise Interrupted(stop.code, f"saved as {run}/last; this goes on from there: {shlex.join(command)}") from None
     finally:
-        end_workers(job.data.train, job.data.val)
         if accelerator.is_main_process and not checkpoint.generations(run / "last"):
             (run / "config.yaml").unlink(missing_ok=True)  # nothing to go on from, so nothing to protect
     accelerator.end_training()

@@ -10,7 +10,7 @@ from .factory import (
 )
 from .guard import BadSamples, DataError
 from .loader import DetectionBatch, Loader, SegmentationBatch
-from .workers import end_workers
+from .workers import WorkerError, workers_end
 
 __all__ = [
     "IGNORE",
@@ -20,9 +20,10 @@ __all__ = [
     "DetectionBatch",
     "Loader",
     "SegmentationBatch",
+    "WorkerError",
     "build_classification_data",
     "build_detection_data",
     "build_segmentation_data",
-    "end_workers",
     "find_classes",
+    "workers_end",
 ]

@@ -3,9 +3,38 @@
 import atexit
 import gc
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Any
 
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from ...errors import RunError
+
+GRACE = 2.0  # seconds in which workers may end by themselves
+
+
+class WorkerError(RunError):
+    """A loader's worker process died; the message names its process id and signal."""
+
+
+@contextmanager
+def workers_end(*loaders: Any) -> Iterator[None]:
+    """At the end of the block, however it comes, the workers of ``loaders`` end.
+
+    Raises:
+        WorkerError: one of them died inside the block.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        hint = "perhaps out of memory or of shared memory (/dev/shm): fewer data.workers or a smaller batch need less"
+        raise WorkerError(f"{error}; {hint}") from error
+    finally:
+        end_workers(*loaders)
 
 
 def end_workers(*loaders: Any) -> None:
@@ -16,7 +45,12 @@ def end_workers(*loaders: Any) -> None:
         if type(each) is not _MultiProcessingDataLoaderIter:
             continue
         if not loaders or any(each._dataset is dataset for dataset in datasets):
+            # PyTorch waits for each worker for 5 seconds, and then sends a SIGTERM that it ignores
+            late = Timer(GRACE, lambda own: [worker.kill() for worker in own], [each._workers])
+            late.daemon = True
+            late.start()
             each._shutdown_workers()
+            late.cancel()
 
 
 @atexit.register  # runs before multiprocessing's own function, which was registered when torch was imported
