@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
-from .conftest import write_rectangles
+from foveal.train.data import WorkerError, workers_end
+from foveal.train.data.loader import leave_signals_to_the_trainer
 
-pytestmark = pytest.mark.slow
 TASKS = ("classify", "detect", "segment")
 LIMIT = 10  # seconds
 BROKEN = """
@@ -23,6 +24,39 @@ def broken(*_, **__):
 from foveal.cli import main
 main()
 """
+
+
+class Stuck(Dataset):
+    """Its second item takes a minute to read."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(60 * (number > 0))
+        return number
+
+
+def test_stuck_workers_are_not_waited_for():
+    loader = DataLoader(Stuck(), num_workers=2, worker_init_fn=leave_signals_to_the_trainer)
+    batches = iter(loader)
+    with workers_end(loader):
+        next(batches)
+        before, workers = time.perf_counter(), batches._workers
+    assert time.perf_counter() - before < LIMIT
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_dead_worker_is_an_error_of_the_run():
+    loader = DataLoader(Stuck(), num_workers=1, worker_init_fn=leave_signals_to_the_trainer)
+    batches = iter(loader)
+    with pytest.raises(WorkerError, match=str(batches._workers[0].pid)), workers_end(loader):
+        next(batches)
+        batches._workers[0].kill()
+        next(batches)
+    with pytest.raises(RuntimeError, match=r"^other$") as raised, workers_end(loader):
+        raise RuntimeError("other")
+    assert not isinstance(raised.value, WorkerError)
 
 
 @pytest.fixture(params=TASKS)
@@ -81,6 +115,7 @@ def ends(process: subprocess.Popen, started: list[int]) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run(command, tmp_path):
     process = start(command)
     started = workers_of(process, tmp_path / "run")
@@ -91,6 +126,7 @@ def test_a_killed_worker_ends_the_run(command, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["_clip_gradients", "_row"])
 def test_an_error_with_a_traceback_ends_the_run(command, method):
     process = start(command, BROKEN.format(module="foveal.train.trainer", name="Trainer", method=method))
@@ -110,6 +146,7 @@ def ends_after_start(process: subprocess.Popen) -> tuple[int, str]:
     return status, "".join(lines) + output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_ends_the_run(command, tmp_path, number):
     process = start(command)
@@ -120,6 +157,7 @@ def test_a_signal_to_all_processes_ends_the_run(command, tmp_path, number):
     assert "resume=auto" in output
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_process_end(command, tmp_path):
     process = start(command)
     started = workers_of(process, tmp_path / "run")

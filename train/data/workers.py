@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from threading import Timer
 from typing import Any
 
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ...errors import RunError
@@ -45,6 +46,9 @@ def end_workers(*loaders: Any) -> None:
         if type(each) is not _MultiProcessingDataLoaderIter:
             continue
         if not loaders or any(each._dataset is dataset for dataset in datasets):
+            if each._worker_pids_set:  # one that is killed here is no error
+                signal_handling._remove_worker_pids(id(each))
+                each._worker_pids_set = False
             # PyTorch waits for each worker for 5 seconds, and then sends a SIGTERM that it ignores
             late = Timer(GRACE, lambda own: [worker.kill() for worker in own], [each._workers])
             late.daemon = True
