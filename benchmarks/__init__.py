@@ -1,1 +1,1 @@
-"""Benchmarks: real layer shapes and whole models beside their peers, in one run (`foveal bench`)."""
+"""Benchmarks of real layer shapes and whole models against their peers (`foveal bench`)."""

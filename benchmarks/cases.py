@@ -1,4 +1,4 @@
-"""The shapes that are measured: layers of the published models, not sizes that suit a kernel."""
+"""The benchmark cases: layer shapes of published models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..kernels.window import Window
 
 @dataclass(frozen=True)
 class Layer:
-    """A call of a neighborhood operation, and how often its model makes it."""
+    """A call of a neighborhood operation, and its count in the model."""
 
     operation: str  # "attention", "aggregate", or "mix": an aggregation with a softmax of logits
     shape: tuple[int, ...]  # B, H, W, N, D of the keys; of the values of an aggregation
@@ -46,7 +46,7 @@ class Layer:
 
     @property
     def pairs(self) -> int:
-        """Queries times keys of their windows, of all images and heads."""
+        """Query-key pairs of all images and heads."""
         batch, _, _, heads, _ = self.shape
         return batch * heads * math.prod(self.queries) * self.rows.kernel_size * self.columns.kernel_size
 
@@ -63,14 +63,14 @@ class Layer:
         return found
 
     def flops(self, backward: bool) -> int:
-        """Of a forward, or of a forward and a backward that computes the probabilities again."""
+        """FLOPs of a forward pass, or of forward and backward with recomputed probabilities."""
         depth, value = self.shape[4], self.value_depth
         if self.operation != "attention":
             return 2 * self.pairs * value * (3 if backward else 1)
         return 2 * self.pairs * (depth + value + (3 * depth + 2 * value if backward else 0))
 
     def bytes(self, backward: bool, item: int = 2) -> int:
-        """The fewest bytes to move: each tensor once forward, and once backward each that is read or written there."""
+        """Minimum memory traffic: each tensor once in forward, and once in backward each that is read or written."""
         batch, height, width, heads, depth = self.shape
         keys = batch * height * width * heads
         if self.operation != "attention":
@@ -87,7 +87,7 @@ def _attention(level: int, dilation: int) -> Layer:
     return Layer("attention", shape, (size, size), 32, window, window, "table", name=f"level {level}")
 
 
-# DiNAT-Tiny at 224 (arXiv 2209.15001), batch 8: the layers of each level, once for each dilation.
+# DiNAT-Tiny at 224 (arXiv 2209.15001), batch 8: one layer per level and dilation.
 DINAT_TINY = tuple(_attention(*each) for each in ((0, 1), (0, 8), (1, 1), (1, 4), (2, 1), (2, 2), (3, 1)))
 
 
@@ -96,8 +96,8 @@ def _aggregate(name: str, rows: int, columns: int, heads: int, depth: int, kerne
     return Layer("aggregate", shape, (rows, columns), depth, window, window, "none", name=name)
 
 
-# OverLoCK-XT (arXiv 2502.20087): both kernels of its stages at 224, one also with heads twice as deep, and stage
-# 3 at the sizes of segmentation and detection.
+# OverLoCK-XT (arXiv 2502.20087): both kernels of its stages at 224, one also with heads of twice the depth, and stage 3
+# at the sizes of segmentation and detection.
 OVERLOCK_XT = (
     _aggregate("stage 3, 224", 14, 14, 8, 16, 13),
     _aggregate("stage 3, 224", 14, 14, 8, 16, 5),
@@ -113,7 +113,7 @@ OVERLOCK_XT = (
 
 @dataclass(frozen=True)
 class LayersCase:
-    """The distinct neighborhood operations, or halo attention modules of timm's, in a model at an image size."""
+    """The distinct neighborhood operations, or halo attention modules of timm, in a model at an image size."""
 
     model: str
     batch: int
@@ -125,7 +125,7 @@ class LayersCase:
         return f"{self.model} {self.batch}x{self.rows}x{self.columns}"
 
 
-# DiNAT-T first, whose maps the aims are about; then the largest, the higher resolution, and the maps of a detector.
+# DiNAT-T first, for which the targets are set; then the largest, the higher resolution, and the maps of a detector.
 GPU_LAYERS = (
     LayersCase("dinat_tiny", 128, 224, 224),
     LayersCase("dinat_large", 128, 224, 224),
@@ -141,33 +141,6 @@ TINY_LAYERS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class ConvCase:
-    """A depthwise convolution: ``[batch, channels, size, size]``, kernel x kernel."""
-
-    channels: int
-    size: int
-    kernel_size: int
-    batch: int = 128
-
-    @property
-    def id(self) -> str:
-        return f"{self.batch}x{self.channels}x{self.size}x{self.size} k{self.kernel_size}"
-
-    def flops(self, backward: bool) -> int:
-        return 2 * self.batch * self.channels * self.size**2 * self.kernel_size**2 * (3 if backward else 1)
-
-    def bytes(self, backward: bool, item: int = 2) -> int:
-        """The fewest bytes to move: input, weight and output; again both, and three gradients."""
-        tensor, weight = self.batch * self.channels * self.size**2, self.channels * self.kernel_size**2
-        return item * (5 * tensor + 3 * weight if backward else 2 * tensor + weight)
-
-
-# OverLoCK-T (arXiv 2502.20087) at 224: the large kernel of each stage.
-GPU_CONVS = (ConvCase(64, 56, 17), ConvCase(128, 28, 15), ConvCase(256, 14, 13), ConvCase(512, 7, 7))
-TINY_CONVS = (ConvCase(8, 9, 7, 1),)
-
-
 HALO = (
     LayersCase("halonet_h1", 2, 256, 256),
     LayersCase("halonet_h1", 2, 512, 512),
@@ -181,12 +154,12 @@ TINY_HALO = (LayersCase("halonet26t", 1, 256, 256),)
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model and the peer that does the same job at the same cost.
+    """A model and a peer of similar cost.
 
     Args:
         peer: empty for a model that is measured alone.
-        same: the peer holds the same parameters under the same names; they are copied and the outputs compared.
-        unfold: the peer is the same model with its neighborhood aggregation done by unfolding.
+        same: the peer has the same parameters under the same names; they are copied and the outputs compared.
+        unfold: the peer is the same model with neighborhood aggregation by unfolding.
     """
 
     model: str
@@ -218,7 +191,7 @@ GPU_MODELS = (
     ModelCase("nat_tiny", "convnext_tiny", 128, 224),
     ModelCase("overlock_t", "convnext_tiny", 128, 224),
     ModelCase("davit_tiny", "", 128, 224),
-    # those that are trained on many GPUs
+    # models that are trained on many GPUs
     ModelCase("dinat_large", "", 64, 224),
     ModelCase("dinat_s_large", "", 64, 224),
     ModelCase("overlock_b", "", 128, 224),
@@ -229,7 +202,7 @@ GPU_MODELS = (
 )
 TINY_MODELS = (ModelCase("test_foveal_dinat", "test_foveal_nat", 1, 64),)
 
-# timm's models of the same sizes, timed beside every one of ours
+# timm's models of the same sizes, timed with all of ours
 ZOO_PEERS = (
     "swin_tiny_patch4_window7_224",
     "swin_small_patch4_window7_224",

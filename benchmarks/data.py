@@ -1,9 +1,9 @@
-"""`foveal bench data`: images per second and core of the training loader beside timm's, on the same files.
+"""`foveal bench data`: images per second and core of the training loader against timm's, on the same files.
 
-The files are JPEGs of photographs that scikit-image and scikit-learn ship, cut and scaled to the sizes of ImageNet's.
-Nothing is timed before both loaders have returned the same evaluation batches, bit for bit, and training batches of the
-same mean. Both decode in the calling process, with one thread. Figures are images per second of its processor time:
-what one core does, whatever else the machine is doing.
+The files are JPEGs of photos from scikit-image and scikit-learn, cropped and scaled to the sizes of ImageNet's. Before
+timing, both loaders must return bitwise equal evaluation batches, and training batches with the same mean. Both decode
+in the calling process, with one thread. Figures are images per second of CPU time, so they do not depend on the load of
+the machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from timm.data.loader import create_loader
 from .measure import Bench, Row
 
 IMAGES, BATCH, SIZE = 128, 32, 224
-MEANS_DIFFER = 0.3  # of normalised values; four deviations of what random crops and brightness make of so few images
-Pass = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]  # a pass over the images: normalised, and labels
+MEANS_DIFFER = 0.3  # of normalized values; four standard deviations under random crops and brightness
+Pass = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]  # one pass: normalized images and labels
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DataCase:
     width: int
     height: int
     training: bool = True
-    auto_augment: str | None = None  # without: colour jitter of 0.4
+    auto_augment: str | None = None  # None: colour jitter of 0.4
 
     @property
     def id(self) -> str:
@@ -54,7 +54,7 @@ TINY = (DataCase(60, 45, training=False),)
 
 
 def write_photographs(root: Path, width: int, height: int, count: int = IMAGES) -> Path:
-    """JPEGs of quality 95 in ``root/{train,val}/{a,b}``, a quarter of them upright; the same in val as in train."""
+    """Write JPEGs of quality 95 to ``root/{train,val}/{a,b}``, a quarter in portrait format; val equals train."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -77,7 +77,7 @@ def write_photographs(root: Path, width: int, height: int, count: int = IMAGES) 
 
 
 def timm_loader(root: Path, case: DataCase) -> Pass:
-    """timm's loader by its defaults, which are its training script's."""
+    """timm's loader with the defaults of its training script."""
     dataset = create_dataset("", str(root / "train"), search_split=False, is_training=case.training)
     loader = create_loader(
         dataset,
@@ -96,7 +96,7 @@ def timm_loader(root: Path, case: DataCase) -> Pass:
 
 
 def our_loader(root: Path, case: DataCase, decode: str) -> Pass:
-    """The training's loader over ``ROOT/{train,val}/CLASS``."""
+    """Our training loader over ``ROOT/{train,val}/CLASS``."""
     from ..configs.schema import load_config
     from ..train.data import build_classification_data, find_classes
 
@@ -109,10 +109,10 @@ def our_loader(root: Path, case: DataCase, decode: str) -> Pass:
 
 
 def data_rows(case: DataCase, bench: Bench) -> Iterator[Row]:
-    """timm's loader, and ours with each way of decoding.
+    """timm's loader, and ours with each decoder.
 
     Raises:
-        RuntimeError: they don't read the same.
+        RuntimeError: their batches differ.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,8 @@
-"""`foveal bench engine`: updates of the training engine beside those of a loop written by hand, with the same model,
-data and optimizer.
+"""`foveal bench engine`: steps of the trainer against a minimal loop with the same model, data and optimizer.
 
-Both train copies of one model, a few updates a round. An update is all that the engine does from one batch to the next:
-loading, schedule, gradient norm, progress bar, checks for NaN and signals. Evaluation, checkpoints and logs come by
-epoch and are left out. The learning rate is constant, so that both train on the same numbers.
+Both train copies of one model, a few steps per round. A step includes everything that the trainer does from one batch
+to the next: loading, schedule, gradient norm, progress bar, checks for NaN and signals. Evaluation, checkpoints and
+logs per epoch are excluded. The learning rate is constant, so that both compute the same.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from .measure import Bench, Row
 
 @dataclass(frozen=True)
 class EngineCase:
-    """A recipe and what is changed of it; ``updates`` a round."""
+    """A recipe and its overrides; ``updates`` per round."""
 
     id: str
     recipe: str
     overrides: tuple[str, ...]
     updates: int
-    default_kwargs: bool = False  # the model as it is, not with the arguments of the recipe
+    default_kwargs: bool = False  # the model's defaults, not the arguments of the recipe
 
 
 PLAIN = ("optim.clip_grad=null", "loss.smoothing=0", "model.drop_path_rate=0")
 PLAIN += ("schedule.name=constant", "schedule.warmup_fraction=0", "schedule.cooldown_fraction=0")
 CASES = (
-    # the demo's own, whose updates are short: where the engine's part is the largest
+    # the demo's, with short steps: the overhead of the trainer is largest
     EngineCase("digits", "classify/digits", PLAIN, 20),
     EngineCase(
         "nat_mini 64px",
@@ -52,7 +51,7 @@ TINY = (EngineCase("tiny", "classify/digits", (*PLAIN, "data.image_size=16", "da
 
 
 def engine_rows(case: EngineCase, bench: Bench) -> Iterator[Row]:
-    """Milliseconds of an update by the engine and by hand, and the engine's speed over that of the other."""
+    """Milliseconds per step of the trainer and of the minimal loop, and their ratio."""
     from ..configs.schema import ClassifyConfig, load_config
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -86,13 +85,13 @@ def _task(config: Any) -> tuple[Any, Any]:
 
 
 def _engine(config: Any, updates: int, folder: Path, stack: ExitStack) -> tuple[Callable[[], None], nn.Module]:
-    """A function that trains for so many updates, and its model. Until ``stack`` ends signals are remembered and the
-    progress bar is shown, as in a run of many epochs."""
+    """A function that trains for a number of steps, and its model. Signals are handled and the progress bar is shown
+    until ``stack`` ends, as in a run of many epochs."""
     from ..train.trainer import Trainer
 
     accelerator, task = _task(config)
     config = deepcopy(config)
-    config.train.steps_per_epoch = updates  # so that a round is an epoch, with all that the loop does around one
+    config.train.steps_per_epoch = updates  # a round is an epoch
     config.output, config.log.trackers = str(folder), []
     output = stack.enter_context((folder / "console").open("w"))
     trainer = Trainer(config, task, accelerator, Console(file=output))
@@ -130,6 +129,6 @@ def _by_hand(config: Any, updates: int) -> tuple[Callable[[], None], nn.Module]:
             optimizer.step()
             optimizer.zero_grad()
             total += loss.detach()
-        total.item()  # as anybody looks at the loss now and then
+        total.item()  # the loss is logged occasionally
 
     return run, model

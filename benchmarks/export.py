@@ -1,6 +1,6 @@
-"""`foveal bench export`: whole models as exported, on a CPU, beside eager and torch.compile, in one process.
+"""`foveal bench export`: exported models on a CPU against eager and torch.compile, in one process.
 
-All run the same weights, re-parameterised where the model can be, every runtime with as many threads as PyTorch.
+All use the same weights, reparameterized if the model supports it, and every runtime as many threads as PyTorch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import nn
 from .measure import Bench, Row
 from .models import TOLERANCE
 
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # by format; each is the name of its package
-SETTLE = 0.2  # seconds until the threads of the runtime before sleep
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # package name by format
+SETTLE = 0.2  # seconds until the threads of the previous runtime sleep
 
 
 @dataclass(frozen=True)
 class ExportCase:
-    """A model, run on batches of these sizes."""
+    """A model and its batch sizes."""
 
     model: str
     batches: tuple[int, ...] = (1,)
@@ -37,13 +37,13 @@ class ExportCase:
         return self.model
 
 
-# One of each family that is exported most, at its own input size.
+# One model of each of the main families, at its default input size.
 CASES = tuple(map(ExportCase, ("dinat_mini", "overlock_xt", "care_s0", "maxvit_tiny_224")))
 TINY = (ExportCase("test_foveal_care", (1, 2)),)
 
 
 def exported(model: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Callable[..., Any]]]:
-    """The model in the form that is exported, and its exports as functions, by the name of the runtime."""
+    """The model as exported, and its exports as functions, by runtime."""
     from ..weights.export import classifier_spec
     from ..weights.formats import FORMATS
 
@@ -58,14 +58,14 @@ def exported(model: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Calla
 
 @torch.no_grad()
 def export_rows(case: ExportCase, bench: Bench) -> Iterator[Row]:
-    """A row for each batch and runtime, with the time as a share of eager's."""
+    """A row for each batch and runtime, with the time relative to eager."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         model, runs = exported(timm.create_model(case.model).eval(), Path(folder))
         size = get_pretrained_cfg(case.model).input_size
         for batch in case.batches:
             x = bench.normal(batch, *size, seed=batch)
-            torch.compiler.reset()  # else a second batch size is compiled with a dynamic shape
+            torch.compiler.reset()  # otherwise the second batch size is compiled with a dynamic shape
             calls = {"eager": partial(model, x), "torch.compile": partial(torch.compile(model), x)}
             calls |= {name: lambda x=x, run=run: run(x)[0] for name, run in runs.items()}
             labels = {"model": case.model, "input": f"{batch}x{'x'.join(map(str, size))}"}

@@ -5,7 +5,7 @@
 # installed or not; needs torch, triton, torchvision, timm, safetensors, rich and matplotlib.
 #
 #   SECONDS_TESTS, SECONDS_MEMCHECK, SECONDS_BENCH   limits, default 120, 60 and 250
-#   PARTS    some of "tests memcheck layers convs halo models", default all
+#   PARTS    some of "tests memcheck layers halo models", default all
 #   PYTHON   the interpreter, default python3
 #   DRY=1    a dry run on a CPU, with very small cases, without tests and memcheck
 set -euo pipefail
@@ -13,7 +13,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=${1:-${OUT:-$root/benchmarks/results}}
 python=$(realpath --no-symlinks "$(command -v "${PYTHON:-python3}")")
-parts=${PARTS:-tests memcheck layers convs halo models}
+parts=${PARTS:-tests memcheck layers halo models}
 mkdir -p "$folder"
 rm -f "$folder/gpu.log"
 folder=$(cd "$folder" && pwd)

@@ -1,8 +1,8 @@
-"""How `foveal bench` measures: interleaved timing, peak memory and comparison of outputs, on a CPU or a CUDA GPU.
+"""Measurements of `foveal bench`: interleaved timing, peak memory and comparison of outputs, on a CPU or a CUDA GPU.
 
-No implementation is timed before its outputs, and on a CPU its gradients, match those of the reference. Times are
-medians of interleaved rounds: by the wall clock on a CPU, between CUDA events with a flushed L2 cache on a GPU. Memory
-is the peak of what PyTorch allocates during a call, beyond what is allocated before it and what it returns.
+An implementation is timed only if its outputs, and on a CPU its gradients, match the reference. Times are medians of
+interleaved rounds: wall clock on a CPU, CUDA events with a flushed L2 cache on a GPU. Memory is the peak of PyTorch's
+allocations during a call, without what is allocated before it and what it returns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .._version import __version__
 from ..files import atomic
-from .cases import ConvCase, Layer
+from .cases import Layer
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -45,8 +45,8 @@ class Bench:
     """Measures calls on one device.
 
     Args:
-        rounds: of timing, at most; a call gets no more once it has taken 5 seconds (on a GPU 40 ms) in all and has had
-            3 (5) rounds.
+        rounds: maximum rounds of timing; a call stops after 5 seconds (on a GPU 40 ms) in total and at least 3 (5)
+            rounds.
         seconds: until `spent`.
     """
 
@@ -77,17 +77,17 @@ class Bench:
         """Median milliseconds of each call.
 
         Args:
-            queued: on a GPU, without the host's time to launch the call.
-            settle: seconds of rest and an untimed call before each timed one, for calls of several runtimes: the
-                threads of one keep spinning for a while and would take the cores from the next.
-            timer: of a CPU.
+            queued: on a GPU, exclude the host's launch time.
+            settle: seconds of sleep and an untimed call before each timed one, for calls of several runtimes: the
+                threads of one keep spinning for a while and would slow down the next.
+            timer: on a CPU.
         """
         for call in calls.values():
             for _ in range(3 if self.cuda else 1):
                 call()
         times: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(self.rounds):
-            for name in sorted(calls, reverse=bool(number % 2)):  # neither always comes second
+            for name in sorted(calls, reverse=bool(number % 2)):  # alternate the order
                 if len(times[name]) >= self._fewest and sum(times[name]) > self._enough:
                     continue
                 if settle:
@@ -103,7 +103,7 @@ class Bench:
             call()
             return timer() - begin
         self._l2.zero_()
-        if queued:  # cycles, some two milliseconds in which the host launches what follows
+        if queued:  # cycles, about 2 ms in which the host launches the call
             torch.cuda._sleep(4_000_000)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -113,7 +113,7 @@ class Bench:
         return begin.elapsed_time(end) / 1e3
 
     def peak_mib(self, call: Call) -> float:
-        """Peak of what PyTorch allocates during the call, less what the call returns, MiB."""
+        """Peak of PyTorch's allocations during the call, without its outputs, in MiB."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -135,10 +135,8 @@ class Bench:
 
     @functools.cached_property
     def ceilings(self) -> tuple[float, float]:
-        """Bytes per second copied (read and written), FLOPs per second of a matrix product, on random numbers.
-
-        Large ones; on a CPU small ones, for dry runs.
-        """
+        """Peak bytes per second of a copy (read and written) and FLOPs per second of a matrix product. On a CPU small
+        ones, for dry runs."""
         count, side = (2**30, 8192) if self.cuda else (2**12, 64)
         source = self.normal(count)
         target = torch.empty_like(source)
@@ -157,18 +155,18 @@ class Bench:
         peer: str | None = None,
         tolerance: float | None = None,
         memory: bool = True,
-        work: Layer | ConvCase | None = None,
+        work: Layer | None = None,
         **timing: Any,
     ) -> Iterator[Row]:
-        """A row for each of ``calls``, its name under ``column``: milliseconds, MiB, ratios to ``peer``.
+        """A row for each of ``calls``, its name in ``column``: milliseconds, MiB, ratios to ``peer``.
 
-        One that fails, or whose outputs differ from those of ``reference``, is not timed; its row has a ``note``. The
+        A call that fails, or whose outputs differ from ``reference``, is not timed; its row has a ``note``. The
         reference itself raises.
 
         Args:
-            tolerance: of outputs and, on a CPU, gradients, relative to the largest value; None: by the dtype.
-            work: whose bytes and FLOPs are counted: also give the least possible time, by `ceilings`, as a share.
-            timing: of `median_ms`.
+            tolerance: of outputs and, on a CPU, gradients, relative to the largest value; None: by dtype.
+            work: for its bytes and FLOPs: add the lower bound of the time, by `ceilings`, as a fraction.
+            timing: arguments of `median_ms`.
         """
         tolerance = TOLERANCE[self.dtype] if tolerance is None else tolerance
         modes: dict[str, dict[str, Call]] = {"forward": {}, "forward_backward": {}}
@@ -194,11 +192,11 @@ class Bench:
         yield from rows.values()
 
     def _drop_wrong(self, modes: dict[str, dict[str, Call]], reference: str | None, tolerance: float) -> dict[str, str]:
-        """Remove what cannot be timed from ``modes``; the reasons, by name."""
+        """Remove failing and wrong calls from ``modes``; returns the reasons, by name."""
         notes: dict[str, str] = {}
         for mode, runs in modes.items():
             want = None
-            # some peers add up gradients in bfloat16: there only outputs are compared
+            # some peers accumulate gradients in bfloat16: compare only outputs on a GPU
             if reference in runs and (mode == "forward" or not self.cuda):
                 want = runs[reference]()
             for name, run in [*runs.items()]:
@@ -214,7 +212,7 @@ class Bench:
                     del runs[name]
         return notes
 
-    def _floor(self, row: Row, work: Layer | ConvCase) -> None:
+    def _floor(self, row: Row, work: Layer) -> None:
         bandwidth, rate = self.ceilings
         for mode in ("forward", "forward_backward"):
             if taken := row[f"{mode}_ms"]:
@@ -229,7 +227,7 @@ def reason(error: Exception) -> str:
 
 
 def beside_peer(rows: Sequence[Row], peer: Row) -> None:
-    """Add each figure of the rows as a ratio to the peer's."""
+    """Add ratios of all figures to the peer's."""
     for row in rows:
         for key in [key for key in row if key.endswith(("_ms", "_mib"))]:
             known = row[key] != "" and peer[key]
@@ -241,7 +239,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def difference(got: Any, want: Any) -> float:
-    """Largest difference of any tensor relative to the largest value of its counterpart; NaN if there is one."""
+    """Largest error of any tensor relative to the largest value of its counterpart; NaN if there is one."""
     pairs = zip(_tensors(got), _tensors(want), strict=True)
     apart = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in pairs]
     return float(torch.stack(apart).max())
@@ -250,7 +248,7 @@ def difference(got: Any, want: Any) -> float:
 def modes(
     call: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor, parameters: Sequence[Tensor] = ()
 ) -> Modes:
-    """``call`` on the tensors: forward alone, and with the gradients of all of them and of the parameters."""
+    """``call`` on the tensors: forward, and forward + backward with gradients of tensors and parameters."""
     leaves = [t.detach().requires_grad_(True) for t in tensors]  # in the memory layout of the tensors
 
     def forward() -> Tensor:
@@ -265,7 +263,7 @@ def modes(
 
 @contextmanager
 def quiet(cuda: bool) -> Iterator[None]:
-    """Without warnings; on a GPU flex_attention that was not compiled is an error: it would be timed in eager mode."""
+    """Silence warnings; on a GPU flex_attention that is not compiled is an error: it would be timed in eager mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if cuda:
@@ -277,7 +275,7 @@ def quiet(cuda: bool) -> Iterator[None]:
 
 
 def installed(package: str) -> str:
-    """Its version, or "not installed"."""
+    """Version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -285,7 +283,7 @@ def installed(package: str) -> str:
 
 
 def environment(bench: Bench) -> dict[str, str]:
-    """What a figure depends on: date, commit, versions, machine."""
+    """Date, commit, versions and machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -316,7 +314,7 @@ def environment(bench: Bench) -> dict[str, str]:
 
 
 def _commit(checkout: Path) -> str:
-    """The commit of a checkout, with "-dirty" if files differ from it; empty for an installed package."""
+    """The commit of a checkout, with "-dirty" if files are modified; empty for an installed package."""
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
@@ -329,7 +327,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: Sequence[Row], extra: Mapping[str, str]) -> None:
-    """The rows, each with the columns of ``extra``."""
+    """Write the rows, each with the columns of ``extra``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns([{**row, **extra} for row in rows]), lineterminator="\n")

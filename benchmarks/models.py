@@ -1,4 +1,4 @@
-"""Whole models beside their peers, and one image through every model of the zoo: `foveal bench models|zoo`."""
+"""Whole models against their peers, and one image through every model of the zoo: `foveal bench models|zoo`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # float32, relative to the largest value
 def _modes(net: Any, x: Tensor, bench: Bench, compiled: bool, context: Callable[[], AbstractContextManager]) -> Modes:
     """Inference, and a training step without the optimizer.
 
-    On a GPU in channels_last, with weights in bfloat16 or, for training, autocast; on a CPU in evaluation mode always,
+    On a GPU in channels_last, with weights in bfloat16 or, for training, autocast; on a CPU always in evaluation mode,
     so that outputs can be compared.
     """
     deployed = net.eval()
@@ -81,13 +81,13 @@ def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterato
 
 
 def zoo_cases() -> tuple[ModelCase, ...]:
-    """Every model of ours at its own input size, and timm's that people know, batch 1."""
+    """All our models at their default input size, and well-known ones of timm, batch 1."""
     names = [name for name in list_models() if not name.startswith("test_")] + list(ZOO_PEERS)
     return tuple(ModelCase(name, "", 1, get_pretrained_cfg(name).input_size[1]) for name in names)
 
 
 def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
-    """One image through a model as it is created, and as it is deployed where that folds branches or norms."""
+    """One image through a model as created, and reparameterized if it supports that."""
     x = bench.normal(case.batch, 3, case.size, case.size)
     nets: dict[str, Any] = {"forward": timm.create_model(case.model).eval()}
     if hasattr(nets["forward"], "reparameterize"):

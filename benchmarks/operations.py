@@ -1,4 +1,4 @@
-"""The operations beside their peers: `foveal bench kernels|aggregate|halo` on a CPU, `layers|convs|halo` on a GPU."""
+"""The operations beside their peers: `foveal bench kernels|aggregate|halo` on a CPU, `layers|halo` on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
@@ -26,13 +25,13 @@ from ..kernels import (
     recording,
 )
 from . import peers
-from .cases import ConvCase, Layer, LayersCase
+from .cases import Layer, LayersCase
 from .measure import TOLERANCE, Bench, Modes, Row, beside_peer, modes, reason
 from .peers import Function
 
 
 def layers_of(case: LayersCase) -> list[Layer]:
-    """The distinct calls of neighborhood operations in a model, in order."""
+    """The distinct neighborhood operations of a model, in order."""
     found: dict[Layer, int] = {}
 
     def count(call: Call) -> Tensor:
@@ -53,7 +52,7 @@ def layers_of(case: LayersCase) -> list[Layer]:
 
 
 def inputs_of(layer: Layer, bench: Bench) -> tuple[list[Tensor], Tensor]:
-    """Random tensors of a call, biases last, and a gradient of its output."""
+    """Random inputs of a call, biases last, and a gradient of its output."""
     batch, height, width, heads, depth = layer.shape
     area = [w.kernel_size for w in (layer.rows, layer.columns)]
     grad = bench.normal(batch, *layer.queries, heads, layer.value_depth, seed=1)
@@ -62,12 +61,12 @@ def inputs_of(layer: Layer, bench: Bench) -> tuple[list[Tensor], Tensor]:
         return [weights, bench.normal(*layer.shape, seed=2)], grad
     table = [bench.normal(heads, *(2 * k - 1 for k in area), seed=3)]
     if layer.operation == "mix":
-        # as a product of each head's queries and keys leaves them
+        # in the memory layout of q @ k^T per head
         logits = bench.normal(batch, heads, height, width, math.prod(area)).permute(0, 2, 3, 1, 4)
         return [logits, bench.normal(*layer.shape, seed=2), *table, bench.normal(math.prod(area), seed=4)], grad
     q = bench.normal(batch, *layer.queries, heads, depth)
     k, v = bench.normal(*layer.shape, seed=2), bench.normal(*layer.shape[:4], layer.value_depth, seed=4)
-    if bench.cuda and q.shape == k.shape == v.shape:  # views of one projection, as the models have them
+    if bench.cuda and q.shape == k.shape == v.shape:  # views of one projection, as in the models
         q, k, v = torch.stack((q, k, v), 3).unbind(3)
     factored = [bench.normal(2 * k - 1, depth, seed=3) * depth**-0.5 for k in area]
     return [q, k, v, *{"none": [], "table": table, "factored": factored}[layer.bias]], grad
@@ -91,7 +90,7 @@ def ours(layer: Layer, backend: str | None = None) -> Function:
 
 
 def kernel_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
-    """Neighborhood attention: ours, the gather that any user could write, and NATTEN where it can."""
+    """Neighborhood attention: ours, a plain gather, and NATTEN if it supports the call."""
     for bias in ("none", "table"):
         layer = dataclasses.replace(layer, bias=bias)
         tensors, grad = inputs_of(layer, bench)
@@ -106,7 +105,7 @@ def kernel_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
 
 
 def aggregate_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
-    """Neighborhood aggregation: ours and the unfolded windows."""
+    """Neighborhood aggregation: ours and by unfolding."""
     tensors, grad = inputs_of(layer, bench)
     unfold = partial(peers.unfold_aggregate, kernel_size=layer.options["kernel_size"])
     calls = {"tiled": modes(ours(layer), tensors, grad), "unfold": modes(unfold, tensors, grad)}
@@ -118,11 +117,11 @@ def aggregate_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
 
 
 def _candidates(layer: Layer, device: str, compiled: bool) -> Iterator[tuple[str, bool, Callable[[], Function | None]]]:
-    """(name, whether it has the bias, how to make it) of all implementations of a layer but ours by default."""
+    """(name, whether it has the bias, constructor) of all implementations of a layer except our default."""
     if compiled:
         yield "flex", True, lambda: peers.flex(layer, device)
         return
-    if device == "cuda" and peers.windowed(layer) is not None:  # which the automatic choice leaves to PyTorch's kernels
+    if device == "cuda" and peers.windowed(layer) is not None:  # the automatic choice uses PyTorch's kernels
         yield "foveal, triton", True, lambda: ours(layer, "triton")
     if layer.operation == "mix":
         yield "separate softmax, tiled", True, lambda: ours(layer, "tiled")
@@ -132,7 +131,7 @@ def _candidates(layer: Layer, device: str, compiled: bool) -> Iterator[tuple[str
 
 
 def layer_rows(case: LayersCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
-    """Every distinct layer of a model: ours, with and without its bias, and all peers; ``compiled``: flex_attention."""
+    """All distinct layers of a model: ours, with and without bias, and all peers; ``compiled``: flex_attention."""
     for layer in layers_of(case):
         if bench.spent:
             return
@@ -167,27 +166,15 @@ def layer_rows(case: LayersCase, bench: Bench, compiled: bool = False) -> Iterat
             reference = "foveal" if with_bias else "foveal, no bias"
             note = {} if with_bias else {"bias": "none"}
             for row in bench.compare({**labels, **note}, "by", group, reference=reference, work=layer):
-                if not (compiled and row["by"] == "foveal"):  # which stands in the table already
+                if not (compiled and row["by"] == "foveal"):  # already in the table
                     yield row
-
-
-def conv_rows(case: ConvCase, bench: Bench) -> Iterator[Row]:
-    """cuDNN's depthwise convolution, in both memory formats."""
-    convolve = partial(F.conv2d, padding=case.kernel_size // 2, groups=case.channels)
-    weight = bench.normal(case.channels, 1, case.kernel_size, case.kernel_size, seed=1)
-    x = bench.normal(case.batch, case.channels, case.size, case.size)
-    calls = {}
-    for layout, name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "contiguous")):
-        placed = x.contiguous(memory_format=layout)
-        calls[f"cudnn, {name}"] = modes(convolve, [placed, weight], torch.randn_like(placed))
-    yield from bench.compare({"case": case.id}, "by", calls, reference=None, work=case)
 
 
 # ---------------------------------------------------------------------------------------------- halo attention
 
 
 def halo_layers(case: LayersCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]:
-    """timm's halo attention modules and the shapes of their inputs, each kind once."""
+    """timm's distinct halo attention modules and the shapes of their inputs."""
     with torch.device("meta"):
         net = timm.create_model(case.model).eval()
     found: dict[str, tuple[HaloAttn, tuple[int, ...]]] = {}
@@ -206,7 +193,7 @@ def halo_layers(case: LayersCase) -> dict[str, tuple[HaloAttn, tuple[int, ...]]]
 
 
 class Given(nn.Module):
-    """In place of a projection: its output is set from outside."""
+    """Replaces a projection: its output is set from outside."""
 
     output: Tensor
 
@@ -215,13 +202,13 @@ class Given(nn.Module):
 
 
 def _halo_calls(module: HaloAttn, x: Tensor, part: str) -> dict[str, Modes]:
-    """Ours and timm's on the same parameters, as the whole module or as the attention of given q, k and v."""
+    """Ours and timm's with the same parameters, as the whole module or as the attention of given q, k and v."""
     nets = {"foveal": HaloAttention2d.from_timm(module), "timm": copy.copy(module)}
     tensors = [x]
     with torch.no_grad():
         grad = torch.randn_like(module(x))
     if part == "attention":
-        with torch.no_grad():  # as a convolution in the channels_last memory format returns them
+        with torch.no_grad():  # in channels_last, as a convolution returns them
             tensors = [conv(x.contiguous(memory_format=torch.channels_last)) for conv in (module.q, module.kv)]
         for net in nets.values():
             net._modules = {**net._modules, "q": Given(), "kv": Given()}
@@ -236,8 +223,8 @@ def _halo_calls(module: HaloAttn, x: Tensor, part: str) -> dict[str, Modes]:
 
 
 def halo_rows(case: LayersCase, bench: Bench) -> Iterator[Row]:
-    """Halo attention, timm's and ours on the same parameters: the attention alone (queries, keys and values given), the
-    module with its projections, and of either all layers together, each kind once."""
+    """Halo attention, timm's and ours with the same parameters: the attention alone (q, k, v given), the module with
+    its projections, and for both the total over the distinct layers."""
     rows: list[Row] = []
     for label, (module, shape) in halo_layers(case).items():
         module = module.to_empty(device=bench.device).to(bench.dtype).train()

@@ -1,6 +1,6 @@
-"""What a user could run instead of our operations, as functions of the same tensors.
+"""Alternatives to our operations, as functions of the same tensors.
 
-Each takes a `Layer` and returns a function of its tensors, or None where it does not apply.
+Each takes a `Layer` and returns a function of its tensors, or None if it does not apply.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .cases import Layer
 from .measure import installed
 
 Function = Callable[..., Tensor]
-DENSE_MASK_POSITIONS = 1024  # of a map that scaled_dot_product_attention gets with a mask of all pairs
+DENSE_MASK_POSITIONS = 1024  # maximum map size for scaled_dot_product_attention with a dense mask
 
 
 def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int, int]) -> Tensor:
-    """Neighborhood aggregation without a kernel for it, boundary "shift", odd kernels, on ``[B, H, W, heads, D]``: all
-    windows inside the map unfolded, and the outer ones repeated for the border."""
+    """Neighborhood aggregation by unfolding, boundary "shift", odd kernels, on ``[B, H, W, heads, D]``: all windows
+    inside the map, and the outer ones repeated for the border."""
     rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     batch, height, width, heads, depth = v.shape
     windows = F.unfold(v.permute(0, 3, 4, 1, 2).flatten(1, 2), (rows, columns))
@@ -42,12 +42,12 @@ def unfold_mix(call: Call) -> Tensor:
 
 
 def _is_plain(layer: Layer) -> bool:
-    """A query at every key, one window rule that NATTEN and masks of all pairs know."""
+    """Whether NATTEN and dense masks support the window rule: boundary "shift", a query at every key."""
     return layer.operation == "attention" and layer.queries == layer.shape[1:3] and layer.bias != "factored"
 
 
 def natten(layer: Layer) -> Function | None:
-    """NATTEN's fused kernels, which have no bias."""
+    """NATTEN's fused kernels, without bias."""
     if not _is_plain(layer) or layer.rows.boundary != "shift" or installed("natten") == "not installed":
         return None
     from natten import na2d
@@ -57,13 +57,13 @@ def natten(layer: Layer) -> Function | None:
 
 
 def _visible(layer: Layer, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each axis, ``[queries, positions]``: whether a position is a key of a query, and the row of the table."""
+    """For each axis, ``[queries, positions]``: whether the query sees the position, and the row of the table."""
     found = []
     for window, length in zip((layer.rows, layer.columns), layer.shape[1:3], strict=True):
         position, inside, row = window.keys(length, device)
         visible = torch.zeros(len(position), length + 1, dtype=torch.bool, device=device)
         rows = torch.zeros(len(position), length + 1, dtype=torch.long, device=device)
-        at = torch.where(inside, position, length)  # those outside share a column that is cut off
+        at = torch.where(inside, position, length)  # keys outside share a column that is cut off
         visible.scatter_(1, at, True)
         rows.scatter_(1, at, row)
         found += [visible[:, :length], rows[:, :length]]
@@ -76,7 +76,7 @@ def flex(layer: Layer, device: str) -> Function | None:
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # after some variants Dynamo compiles no more of them
+    torch.compiler.reset()  # Dynamo stops compiling after some variants
     _, height, width, _, depth = layer.shape
     rows, row_of, columns, column_of = _visible(layer, device)
 
@@ -98,7 +98,7 @@ def flex(layer: Layer, device: str) -> Function | None:
 
 
 def dense(layer: Layer, device: str) -> Function | None:
-    """scaled_dot_product_attention over the whole map with a mask that holds the table and hides the other keys."""
+    """scaled_dot_product_attention over the whole map with a dense mask that includes the table."""
     _, height, width, _, _ = layer.shape
     if not _is_plain(layer) or layer.rows.boundary == "zero" or height * width > DENSE_MASK_POSITIONS:
         return None
@@ -118,7 +118,7 @@ def dense(layer: Layer, device: str) -> Function | None:
 
 
 def windowed(layer: Layer) -> Function | None:
-    """scaled_dot_product_attention on windows that tile the map, cut as one would for it."""
+    """scaled_dot_product_attention on windows that tile the map."""
     both, size = (layer.rows, layer.columns), layer.shape[1:3]
     tiled = all(
         w.kernel_size == w.stride and length % (w.kernel_size * w.dilation) == 0

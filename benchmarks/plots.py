@@ -1,7 +1,6 @@
-"""The tables of `foveal bench` as pictures: `foveal bench plots [FOLDER] [--output FOLDER]`.
+"""Plots of the tables of `foveal bench`: `foveal bench plots [FOLDER] [--output FOLDER]`.
 
-Every row of a table is drawn. Colours are Okabe and Ito's, each with its own marker, so that nothing depends on colour
-alone.
+Every row of a table is drawn. The palette is Okabe and Ito's, each colour with its own marker.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).with_name("results")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = "osD^vP*X<>phd"
-DPI = 160  # 8 inches are 1280 pixels, sharp at the 800 of a page
+DPI = 160  # 8 inches are 1280 pixels
 
 Row = dict[str, str]
 Facts = Callable[[str], Mapping[str, Any]]
@@ -36,7 +35,7 @@ Facts = Callable[[str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure to be saved under a name, the table it shows, and what a reader calls it."""
+    """A figure, its file name, its table, and its title."""
 
     name: str
     title: str
@@ -45,7 +44,7 @@ class Picture:
 
 
 def machine(row: Row) -> str:
-    """What a table was measured on and with, in one line."""
+    """Machine and versions of a table, in one line."""
     found = [row["gpu"]] if row.get("gpu") else []
     if row.get("cpu"):
         found.append(f"{row['cpu']}, {row['threads']} thread{'s' * (row['threads'] != '1')}")
@@ -54,7 +53,7 @@ def machine(row: Row) -> str:
 
 
 def new_figure(width: float, height: float, dpi: int = DPI, h_pad: float | None = None) -> Figure:
-    """An empty figure that needs no display; sizes in inches."""
+    """An empty figure without a display; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -69,14 +68,14 @@ def new_figure(width: float, height: float, dpi: int = DPI, h_pad: float | None 
 
 @dataclass(frozen=True)
 class Panel:
-    """One axis of a picture: a column of the rows that have the values of ``where``."""
+    """One axis of a plot: a column of the rows that match ``where``."""
 
     title: str
     column: str
     where: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, row: Row) -> float | None:
-        """None if the row is not in this panel."""
+        """The value of a row; None if the row is not in this panel."""
         if not row.get(self.column) or any(row[key] != wanted for key, wanted in self.where.items()):
             return None
         return float(row[self.column])
@@ -84,9 +83,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """How a table is drawn: a line for each ``label`` (a format of the row), a dot in it for each value of ``series``.
+    """Layout of a dot plot: a line for each ``label`` (a format of the row), a dot for each value of ``series``.
 
-    Rows whose column ``hollow[0]`` has the value ``hollow[1]`` get a hollow marker of their own, named ``hollow[2]``.
+    Rows whose column ``hollow[0]`` equals ``hollow[1]`` get a hollow marker, named ``hollow[2]``.
     """
 
     title: str
@@ -144,13 +143,12 @@ TABLES = {
         (Panel("images per second", "images_per_core_second"),),
     ),
     "layers": Table("Neighborhood operations of the models on a GPU", "{case}, {map} {rule}", "by", SHARES),
-    "convs": Table("Depthwise convolutions of OverLoCK-T on a GPU", "{case}", "by", SHARES),
     "zoo": Table("One image through every model", "{model}, {input}", "form", (Panel("ms", "ms"),)),
 }
 
 
 def dots(table: Table, rows: Sequence[Row]) -> Figure:
-    """A line for each label, in the order of the rows, with a dot for each series; logarithmic where tenfold."""
+    """Draw a line per label, in the order of the rows, and a dot per series; logarithmic if values span a decade."""
     labels = list(dict.fromkeys(table.label_of(row) for row in rows))
     names = sorted(dict.fromkeys(map(table.series_of, rows)), key=lambda name: not name.startswith("foveal"))
     styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(names)}
@@ -189,7 +187,7 @@ def dots(table: Table, rows: Sequence[Row]) -> Figure:
 
 
 def _logarithmic(axis: Axes, values: Sequence[float], wide: bool = True) -> None:
-    """The ticks are 1, 2, 5, 10 where there is room: over three decades, over one on an axis that is not ``wide``."""
+    """Logarithmic axis with ticks at 1, 2, 5, 10 up to three decades, or one if the axis is not ``wide``."""
     from matplotlib.ticker import LogLocator
 
     room = max(values) < (1000 if wide else 15) * min(values)
@@ -200,7 +198,7 @@ def _logarithmic(axis: Axes, values: Sequence[float], wide: bool = True) -> None
 
 
 def _legend(figure: Figure, series: Mapping[str, tuple[str, str]], hollow: str = "") -> None:
-    """Colour and marker of each name; what a hollow marker means."""
+    """Legend of the colours and markers, and of hollow markers."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker=m, color=colour, ls="", label=name) for name, (colour, m) in series.items()]
@@ -221,7 +219,7 @@ def _titles(figure: Figure, title: str, note: str) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """A model: its family, what stands beside its marker, and where; ``larger``: trained on more than ImageNet-1K."""
+    """A model: its family, label and position; ``larger``: trained on more than ImageNet-1K."""
 
     family: str
     label: str
@@ -229,7 +227,7 @@ class Point:
     y: float
     larger: bool
     ours: bool
-    line: tuple[Any, ...]  # what it is joined with
+    line: tuple[Any, ...]  # points of the same value are joined by a line
 
 
 SIZES = (("parameters", 1e6), ("macs", 1e9))
@@ -237,7 +235,7 @@ _SHORT = {"mini": "M", "tiny": "T", "small": "S", "base": "B", "large": "L", "xl
 
 
 def short(name: str) -> str:
-    """What tells a model from the others of its family: ``dinat_large_384`` is ``L 384``."""
+    """Short name of a model within its family: ``dinat_large_384`` is ``L 384``."""
     name = re.sub(r"^(dinat_s|dinat|nat|maxvit|overlock|care|swin|convnext|davit)_(?!isotropic)", "", name)
     name = re.sub(r"^(\w+)_isotropic", r"\1", name).replace("vitrpb", "vit").replace("halonet", "").replace("halo", "")
     words = [word for word in name.split("_") if word not in ("patch4", "window7", "tf", "224", "256")]
@@ -245,7 +243,7 @@ def short(name: str) -> str:
 
 
 def points(known: Mapping[str, Mapping[str, Any]], x: Mapping[str, float]) -> list[Point]:
-    """The models whose accuracy is published; ``x``: where each lies."""
+    """The models with a published accuracy; ``x``: their coordinates."""
     found = []
     for name, facts in known.items():
         if facts["top1"] is None:
@@ -258,11 +256,11 @@ def points(known: Mapping[str, Mapping[str, Any]], x: Mapping[str, float]) -> li
 
 
 def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> Figure:
-    """Accuracy over what it costs, a marker and colour for each family, hollow after training on more images."""
+    """Accuracy over cost, a marker and colour for each family, hollow for pre-training on larger datasets."""
     figure = new_figure(8, 5.6)
     axis = figure.subplots()
     families = dict.fromkeys(point.family for point in models if point.ours)
-    peers = dict.fromkeys(point.family for point in models if not point.ours)  # grey, so that there are colours enough
+    peers = dict.fromkeys(point.family for point in models if not point.ours)  # grey, to save colours
     styles = {name: (COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]) for n, name in enumerate(families)}
     styles |= {name: ("0.45", MARKERS[::-1][n % len(MARKERS)]) for n, name in enumerate(peers)}
     for line in dict.fromkeys(point.line for point in models):
@@ -287,10 +285,10 @@ def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> 
 
 
 def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str]) -> None:
-    """Each label as near to its marker as it can be without covering a marker or another label.
+    """Place each label as near to its marker as possible without overlap.
 
     Raises:
-        ValueError: where there is no room for one of them.
+        ValueError: there is no room for a label.
     """
     from matplotlib import patheffects
     from matplotlib.font_manager import FontProperties
@@ -299,11 +297,11 @@ def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str
     figure: Any = axis.figure
     font = FontProperties(size=7.5)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what is placed must stay
+    figure.set_layout_engine("none")  # keep the positions
     renderer, frame, pixel = figure.canvas.get_renderer(), axis.get_window_extent(), figure.dpi / 72
     places = axis.transData.transform([(point.x, point.y) for point in models])
     radius = 4 * pixel
-    _, line, _ = renderer.get_text_width_height_descent("lp", font, False)  # as high as any line
+    _, line, _ = renderer.get_text_width_height_descent("lp", font, False)  # ascender and descender
     taken = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in places]
     for point, (x, y) in zip(models, places, strict=True):
         width, _, _ = renderer.get_text_width_height_descent(point.label, font, False)
@@ -341,10 +339,10 @@ def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str
 
 
 def pictures(folder: Path, facts: Facts | None = None) -> Iterator[Picture]:
-    """Of every table in ``folder``; of accuracy if there are facts.
+    """Plots of every table in ``folder``, and of accuracy if ``facts`` are given.
 
     Args:
-        facts: family, ours, same, top1, larger, input, parameters and macs of a model, by its name.
+        facts: family, ours, same, top1, larger, input, parameters and macs of a model, by name.
     """
     for part, table in TABLES.items():
         for path in sorted([*folder.glob(f"{part}-cpu-*.csv"), *folder.glob(f"gpu-{part}.csv")]):
@@ -366,7 +364,7 @@ def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[Picture
     known = {row["model"]: facts(row["model"]) for row in rows}
     speed = {row["model"]: float(row["forward_ms"]) for row in rows}
     size, macs = ({name: each[key] / unit for name, each in known.items()} for key, unit in SIZES)
-    own = {name: each for name, each in known.items() if not each["same"]}  # timm's twins have the same size
+    own = {name: each for name, each in known.items() if not each["same"]}  # timm's versions have the same size
     for what, title, label, x in (
         ("accuracy", "Accuracy and speed, one image", "milliseconds for one image", speed),
         ("parameters", "Accuracy and size", "million parameters", size),
@@ -378,14 +376,14 @@ def _accuracy(path: Path, rows: Sequence[Row], facts: Facts) -> Iterator[Picture
 
 
 def save(figure: Figure, path: Path, source: str, colours: int | None = None) -> None:
-    """Write a PNG; ``source`` becomes its description, ``colours`` limit it."""
+    """Write a PNG with the description ``source``, quantized to ``colours``."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi)
     text = PngImagePlugin.PngInfo()
     text.add_text("Description", source)
     with Image.open(buffer) as image:
         drawn = image.convert("RGB")
-    if colours is not None:  # the method that keeps what is rare, such as a mark
+    if colours is not None:  # a method that keeps rare colours
         drawn = drawn.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as new:
@@ -393,7 +391,7 @@ def save(figure: Figure, path: Path, source: str, colours: int | None = None) ->
 
 
 def save_picture(picture: Picture, folder: Path) -> Path:
-    """Write it with the name and hash of its table as description; its path."""
+    """Write a plot with the name and hash of its table as description; returns its path."""
     path, table = folder / f"{picture.name}.png", picture.table
     save(picture.figure, path, fingerprint(table))
     return path
@@ -404,7 +402,7 @@ def fingerprint(table: Path) -> str:
 
 
 def _facts(name: str) -> Mapping[str, Any]:
-    from ..zoo import facts  # not before a table needs it: it reads the weights' manifest
+    from ..zoo import facts  # slow: reads the manifest
 
     return facts(name)
 

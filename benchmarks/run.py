@@ -1,6 +1,6 @@
-"""`foveal bench SECTION ...`: ours and peers on the same inputs, in one process, as a table and a CSV file.
+"""`foveal bench SECTION ...`: ours and peers on the same inputs in one process, as a table and a CSV file.
 
-`foveal bench gpu` is layers, convs, halo and models on a GPU, each within its share of the seconds. Tables are written
+`foveal bench gpu` is layers, halo and models on a GPU, each within its share of the seconds. Tables are written
 after every row, so that an interrupted run leaves what it has measured. `foveal bench plots` draws the tables.
 """
 
@@ -28,13 +28,13 @@ from .measure import Bench, Row, columns, environment, quiet, read_csv, reason, 
 
 @dataclass(frozen=True)
 class Section:
-    """What `foveal bench NAME` measures.
+    """A benchmark, `foveal bench NAME`.
 
     Args:
-        rows: takes a case and a `Bench` and yields a row for each figure.
+        rows: takes a case and a `Bench` and yields rows.
         cpu, cuda, tiny: the cases on a CPU, on a GPU and for a dry run.
-        compiles: a second pass, with ``compiled=True``, measures what has to be compiled first.
-        share: of the seconds, in proportion to that of other sections of the same run.
+        compiles: measure compiled implementations in a second pass, with ``compiled=True``.
+        share: of the time limit, relative to the other sections of the run.
     """
 
     rows: Callable[..., Iterator[Row]]
@@ -50,36 +50,22 @@ SECTIONS = {
     "aggregate": Section(operations.aggregate_rows, cases.OVERLOCK_XT, tiny=cases.OVERLOCK_XT[4:5]),
     "halo": Section(operations.halo_rows, cases.HALO, cases.GPU_HALO, cases.TINY_HALO),
     "layers": Section(operations.layer_rows, (), cases.GPU_LAYERS, cases.TINY_LAYERS, compiles=True, share=10),
-    "convs": Section(operations.conv_rows, (), cases.GPU_CONVS, cases.TINY_CONVS),
     "models": Section(models.model_rows, cases.MODELS, cases.GPU_MODELS, cases.TINY_MODELS, compiles=True, share=10),
     "zoo": Section(models.zoo_rows, models.zoo_cases(), tiny=cases.TINY_MODELS),
     "data": Section(data.data_rows, data.CASES, tiny=data.TINY),
     "engine": Section(engine.engine_rows, engine.CASES, tiny=engine.TINY),
     "export": Section(export.export_rows, export.CASES, tiny=export.TINY),
 }
-GPU = ("layers", "convs", "halo", "models")
-LABELS = (  # columns that say what a row is, not what was measured
-    *(
-        "case",
-        "operation",
-        "files",
-        "augmentation",
-        "layer",
-        "part",
-        "map",
-        "heads",
-        "depth",
-        "rule",
-        "bias",
-        "boundary",
-    ),
-    *("input", "batch", "model", "run", "backend", "by", "loader", "loop"),
+GPU = ("layers", "halo", "models")
+LABELS = (  # columns that identify a row
+    *("case", "operation", "files", "augmentation", "layer", "part", "map", "heads", "depth", "rule", "bias"),
+    *("boundary", "input", "batch", "model", "run", "backend", "by", "loader", "loop"),
 )
 SLOWER = 1.05  # what `--compare` lists
 
 
 def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[list[Row], int]:
-    """The rows of a section; how many of its cases failed."""
+    """The rows of a section, and the number of failed cases."""
     section = SECTIONS[name]
     seconds = options.seconds * section.share / sum(SECTIONS[each].share for each in options.sections)
     bench = Bench(options.device, options.rounds, seconds)
@@ -92,7 +78,7 @@ def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[l
         passes.append(partial(section.rows, compiled=True))
     for measured, case in itertools.product(passes, _chosen(name, options)):
         if bench.spent:
-            console.print(f"{name}: out of time; what is not in the table was not measured")
+            console.print(f"{name}: time limit reached; the remaining cases were not measured")
             break
         try:
             for row in measured(case, bench):
@@ -100,7 +86,7 @@ def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[l
                 if path:
                     write_csv(path, rows, known)
         except ImportError:
-            raise  # an extra is missing, which holds for every case
+            raise  # a missing extra concerns every case
         except Exception as error:  # noqa: BLE001 - the other cases are still measured
             failed += 1
             print(f"{name}: {case.id} failed: {reason(error)}", file=sys.stderr)
@@ -111,7 +97,7 @@ def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[l
 
 
 def _ours(row: Row) -> bool:
-    """Whether it must not fail; some peers on a GPU may."""
+    """Whether a row is ours and must not fail; some peers on a GPU may."""
     return "rule" not in row or row["by"].startswith("foveal")
 
 
@@ -122,7 +108,7 @@ def _chosen(name: str, options: argparse.Namespace) -> list[Any]:
 
 
 def _target(name: str, options: argparse.Namespace) -> Path | None:
-    """Where the table of a section goes."""
+    """Path of the table of a section."""
     if options.output is None:
         return options.csv
     on_gpu = options.device == "cuda" or (options.tiny and name in GPU)
@@ -142,7 +128,7 @@ def print_table(title: str, rows: Sequence[Row], console: Console) -> None:
 
 
 def against_earlier(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:
-    """Milliseconds over those of the same row of an earlier table: the mean ratio, and what became slower."""
+    """Compare milliseconds with an earlier table: the mean ratio, and the rows that are slower."""
     labels = [key for key in rows[0] if key in LABELS and key in earlier[0]]
     known = {tuple(str(row[key]) for key in labels): row for row in earlier}
     ratios = {}
@@ -152,14 +138,14 @@ def against_earlier(rows: Sequence[Row], earlier: Sequence[Row]) -> list[str]:
             if row[figure] and known.get(key, {}).get(figure):
                 ratios[(*key, figure)] = float(row[figure]) / float(known[key][figure])
     if not ratios:
-        return ["no row of the earlier table is the same as one of these"]
+        return ["no row matches a row of the earlier table"]
     lines = [f"{statistics.geometric_mean(ratios.values()):.3f} times the earlier time, {len(ratios)} figures"]
     slower = sorted(((ratio, key) for key, ratio in ratios.items() if ratio > SLOWER), reverse=True)
     return lines + [f"{ratio:.2f} times: {', '.join(key)}" for ratio, key in slower]
 
 
 def geometric_means(rows: Sequence[Row]) -> list[str]:
-    """Speed and memory of ours relative to each peer, over the layers that both ran."""
+    """Geometric means of our speed and memory relative to each peer, over the layers that both ran."""
 
     def key(row: Row) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in ("case", "map", "heads", "rule"))
@@ -188,14 +174,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=f"gpu: {', '.join(GPU)} on a CUDA GPU. `foveal bench plots --help`: draw the tables.",
     )
     parser.add_argument("sections", nargs="+", choices=(*SECTIONS, "gpu"), metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; of `gpu`: cuda")
-    parser.add_argument("--rounds", type=int, help="of timing, at most; the median counts (default 15, on a GPU 100)")
-    parser.add_argument("--only", default="", help="cases whose name contains this text, such as 56x56")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; for `gpu`: cuda")
+    parser.add_argument("--rounds", type=int, help="maximum rounds of timing (default 15, on a GPU 100)")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text, such as 56x56")
     parser.add_argument("--csv", type=Path, help="also write the table of one section here")
     parser.add_argument("--output", type=Path, help="also write a table for each section into this folder")
-    parser.add_argument("--compare", type=Path, help="list what is slower than in this table (CSV) of an earlier run")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for all sections together")
-    parser.add_argument("--tiny", action="store_true", help="a dry run: very small cases, whose figures mean nothing")
+    parser.add_argument("--compare", type=Path, help="list rows slower than in this table (CSV) of an earlier run")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all sections together")
+    parser.add_argument("--tiny", action="store_true", help="dry run: very small cases with meaningless figures")
     options = parser.parse_args(arguments)
     if "gpu" in options.sections:
         options.sections = [name for name in options.sections if name != "gpu"] or list(GPU)
@@ -225,7 +211,7 @@ def main(arguments: Sequence[str]) -> int:
         1 if one of our implementations or a case failed, else 0.
 
     Raises:
-        SystemExit: with 2, for arguments that cannot be.
+        SystemExit: with 2, for invalid arguments.
         ImportError: an extra is missing.
     """
     if [*arguments[:1]] == ["plots"]:

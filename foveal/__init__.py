@@ -1,7 +1,7 @@
 """foveal: local-attention vision backbones for timm.
 
-Importing this package registers every model with timm: at once if timm is loaded already, else as soon as it is. So
-``import foveal`` costs nothing by itself, and `foveal --help` does not wait for PyTorch.
+Importing this package registers all models with timm: at once if timm is already imported, otherwise when it is. So
+``import foveal`` is fast, and `foveal --help` does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAZY = {"backend": ".kernels", "list_models": ".backbones", "replace_attention"
 
 
 class _RegisterWithTimm(_MetaPathFinder):
-    """Imports the backbones, which registers them, when timm has been imported; finds no module itself."""
+    """An import hook that imports the backbones, and so registers them, after timm has been imported."""
 
     def find_spec(
         self, name: str, path: _Sequence[str] | None = None, target: _ModuleType | None = None
@@ -49,7 +49,7 @@ class _RegisterWithTimm(_MetaPathFinder):
             execute(module)
             _importlib.import_module(".backbones", __name__)
 
-        spec.loader.exec_module = execute_and_register  # of this one loader: timm keeps its own in all other respects
+        spec.loader.exec_module = execute_and_register  # on this loader instance only
         return spec
 
 
@@ -74,16 +74,15 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
     """Build a model in evaluation mode, with its trained weights.
 
     Args:
-        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a folder that
-            ``foveal train`` wrote (its ``best/`` is taken), of a classifier, a detector or a segmenter; a model folder
-            as timm writes it (``config.json`` beside ``model.safetensors``), or as ``foveal convert`` does or ``foveal
-            export --to safetensors``; or one ``.safetensors`` file inside such a folder.
-        kwargs: of a classifier, passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
+        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a run folder of
+            ``foveal train`` (its ``best/`` is loaded); a model folder written by timm (``config.json`` and
+            ``model.safetensors``), ``foveal convert`` or ``foveal export --to safetensors``; or a ``.safetensors`` file
+            in such a folder.
+        kwargs: for classifiers, passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
 
     Raises:
-        ValueError: if `source` is none of these, names an unknown architecture, has no trained weights, or its weights
-            do not fit the architecture.
-        OSError: if published weights cannot be fetched.
+        ValueError: if `source` is none of these, names an unknown architecture, or has no weights that fit it.
+        OSError: if published weights cannot be downloaded.
 
     Examples:
         >>> import foveal, timm, torch
@@ -100,12 +99,12 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
     path = loading.local_path(source)
     file = path if path.suffix == ".safetensors" and path.is_file() else None
     if str(source).strip() and (path.is_dir() or file is not None):
-        from .heads.checkpoint import load_dense, read_dense_config  # detectors take torchvision's with them
+        from .heads.checkpoint import load_dense, read_dense_config  # imports torchvision's detectors
 
         folder = path if file is None else path.parent
         if (dense := read_dense_config(folder)) is not None:
             if kwargs:
-                raise ValueError(f"{source} is loaded as it was trained; given are {', '.join(kwargs)}")
+                raise ValueError(f"{source} takes no arguments, got {', '.join(kwargs)}")
             loading.refuse_exported(dense[0])
             return load_dense(folder, file)
     return loading.load(source, **kwargs)

@@ -1,6 +1,6 @@
 """`foveal demo`: train on real handwritten digits, evaluate, export and predict, in minutes on a CPU.
 
-Classification trains on the digits themselves; detection and segmentation on digits composited on photographs.
+Classification trains on the digits; detection and segmentation on digits pasted into photos.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def demo(task: str, output: Path | None = None) -> None:
         output: new folder, by default under ``runs/``; if it exists, the next free name is used.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: unknown task.
         OSError: the folder cannot be written.
         ExportError: outputs of the exported model differ from the trained model's.
     """
@@ -106,7 +106,7 @@ def _write_digit(path: Path) -> tuple[Path, int]:
 
 @torch.no_grad()
 def _export(run: Path, output: Path, image: Path, console: Console) -> None:
-    """Exports to safetensors and ONNX; timm alone, without foveal's loading, must agree on the former."""
+    """Export to safetensors and ONNX, and compare the former with timm's own loading."""
     for to in ("safetensors", "onnx"):
         exported = export(run, to, output / to, images=[image])
         console.print(f"{exported.folder}: {', '.join(exported.files)}; relative difference {exported.difference:.1e}")

@@ -1,22 +1,22 @@
 """Errors that the `foveal` command reports without a traceback. A leaf: every folder may import it.
 
-What a user gave is refused with a ``ValueError`` (exit status 2); what was attempted and failed for a reason that the
-message gives in full is a `RunError` (exit status 1). Anything else is a bug of ours and keeps its traceback.
+Invalid user input is a ``ValueError`` (exit status 2); a run that failed for a reason that the message explains is a
+`RunError` (exit status 1). Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """Something that was attempted failed; the message is meant for the user."""
+    """A run failed; the message is meant for the user."""
 
 
 class Interrupted(Exception):
-    """A signal asked a run to stop, and it did, with everything saved.
+    """A run was stopped by a signal; its state is saved.
 
     Args:
-        code: exit status: 130 after Ctrl-C; 0 after SIGTERM, by which schedulers take machines away.
-        message: where the state is, and how to go on.
+        code: exit status: 130 after Ctrl-C; 0 after SIGTERM, which schedulers send before preemption.
+        message: where the state is, and how to resume.
     """
 
     def __init__(self, code: int, message: str = ""):

@@ -1,7 +1,7 @@
 """Size, cost and published weights of every model, read from ``figures.csv``, without building any.
 
-``python -m foveal.zoo`` writes the table; a test counts every model again. A leaf: only the
-standard library, so that `foveal list` does not wait for PyTorch.
+``python -m foveal.zoo`` writes the table; a test recomputes it. Uses only the standard
+library, so that `foveal list` does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("figures.csv")
 
 @dataclass(frozen=True)
 class Figures:
-    """A row of the table: a model with its default weights' configuration.
+    """A row of the table: a model with the configuration of its default weights.
 
     Examples:
         >>> from foveal.figures import figures
@@ -31,11 +31,11 @@ class Figures:
     parameters: int
     macs: int  # of one image, counted as in `foveal.backbones.profile`
     input_size: tuple[int, int, int]  # channels, rows, columns
-    any_size: bool  # takes images of any other size, too
+    any_size: bool  # accepts other image sizes
     top1: float | None  # of the default weights on ImageNet-1K, as published, in percent
-    tags: tuple[str, ...]  # of published weights that can be fetched, sorted
+    tags: tuple[str, ...]  # of published weights that can be downloaded, sorted
     code_licence: str  # of the published code
-    weights_licence: str  # of the default weights; empty where none are published
+    weights_licence: str  # of the default weights; empty if none are published
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def figures(file: Path = FILE) -> dict[str, Figures]:
 
 
 def write(rows: list[Figures], file: Path = FILE) -> None:
-    """Write the table anew, sorted by name."""
+    """Write the table, sorted by name."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(each.name for each in fields(Figures))

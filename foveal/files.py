@@ -1,4 +1,4 @@
-"""Files that are complete or absent. A leaf: every folder may import it."""
+"""Atomic writing of files. Imports nothing of ours; every folder may import it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, renamed to it when the block ends, removed when the block raises.
+    """A temporary path in the same folder, renamed to ``path`` at the end of the block, removed if the block raises.
 
-    Readers see the old file or the new one, never a part. The temporary name is unique and hidden and keeps the suffix,
-    by which libraries choose a format.
+    Readers see the old file or the new one, never a partial one. The temporary name is unique and hidden and keeps the
+    suffix, from which libraries infer a format.
 
     Raises:
         OSError: from the rename; ``path`` is then unchanged.
@@ -38,6 +38,6 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes ``content`` as indented JSON with a newline at the end."""
+    """Write ``content`` as indented JSON with a newline at the end."""
     with atomic(path) as new:
         new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

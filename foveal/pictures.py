@@ -1,4 +1,4 @@
-"""The pictures of the README: ``python -m foveal.pictures FOLDER`` (`make pictures`) writes them."""
+"""The figures of the README: ``python -m foveal.pictures FOLDER`` (`make pictures`) writes them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .visualize import draw_keys
 
 TABLES = ("zoo-cpu-2core-accuracy", "kernels-cpu-2core")  # of `foveal bench plots`
 POINT = (0.46, 0.3)  # of the query, as fractions of width and height
-DPI = 150  # photographs make large files
+DPI = 150  # photos make large files
 
 
 def photograph(size: int) -> np.ndarray:
-    """``[size, size, 3]`` in [0, 1]: the upper part of scikit-image's photograph of an astronaut (NASA)."""
+    """``[size, size, 3]`` in [0, 1]: the upper part of scikit-image's photo of an astronaut (NASA)."""
     from skimage import data
 
     image = Image.fromarray(data.astronaut()).crop((32, 0, 416, 384)).resize((size, size), Image.Resampling.LANCZOS)
@@ -30,7 +30,7 @@ def photograph(size: int) -> np.ndarray:
 
 
 def reach(length: int, at: int, windows: Sequence[Window]) -> list[int]:
-    """The positions along an axis that a query sees through stacked layers, given from the last to the first."""
+    """Positions along an axis that a query sees through stacked layers, given from the last to the first."""
     seen = {at}
     for window in windows:
         position, inside, _ = window.keys(length)
@@ -39,7 +39,7 @@ def reach(length: int, at: int, windows: Sequence[Window]) -> list[int]:
 
 
 def windows_picture(kernel_size: int = 7, dilation: int = 8, side: int = 56) -> Any:
-    """Windows of neighborhood attention, dilated, and of both layers in turn, on the first map of a DiNAT at 224."""
+    """Windows of a local, a dilated, and both layers in sequence, on the first map of a DiNAT at 224."""
     shown = photograph(8 * side)
     query = int(POINT[1] * side), int(POINT[0] * side)
     near, far = Window(kernel_size), Window(kernel_size, dilation=dilation)
@@ -61,7 +61,7 @@ def windows_picture(kernel_size: int = 7, dilation: int = 8, side: int = 56) -> 
 
 
 def write(folder: Path, results: Path = plots.RESULTS) -> list[Path]:
-    """The pictures in a folder, from the tables of `foveal bench` in another; their paths."""
+    """Write the figures into a folder, from the tables of `foveal bench` in another; returns their paths."""
     windows = folder / "windows.png"
     plots.save(windows_picture(), windows, "foveal.pictures", colours=160)
     tables = (picture for picture in plots.pictures(results, zoo.facts) if picture.name in TABLES)

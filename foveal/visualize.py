@@ -1,4 +1,4 @@
-"""Pictures of where a model looks: windows, attention with its bias, receptive field and feature maps at one point."""
+"""Plots of what a model attends to at one point: windows, attention, receptive field and feature maps."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .files import atomic
 from .kernels import Call, RelativePositionBias, recording
 from .kernels.window import Window
 
-KEY = "#56b4e9"  # sky blue, and
-MARK = "#d55e00"  # vermillion of Okabe and Ito's palette, told apart from the grey of images by everyone
+KEY = "#56b4e9"  # sky blue and vermillion of Okabe and Ito's colour-blind safe palette
+MARK = "#d55e00"
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What the query at the point sees in one call of a neighborhood operation.
+    """Keys and weights of the query at the point in one call of a neighborhood operation.
 
     Attributes:
-        layer: name of the module that called.
+        layer: name of the calling module.
         size: rows and columns of the map.
-        rule: the options of the call, in words.
-        query: (row, column) of the query, counted in positions of the map.
-        rows: row of each key on the map, ``[Kh]``; may lie outside, where the boundary lets windows leave the map.
-        columns: likewise, ``[Kw]``.
-        weights: what the query gives to each key, ``[heads, Kh, Kw]``, the softmax with its bias; of an aggregation the
-            weights that were given.
+        rule: the options of the call, as text.
+        query: (row, column) of the query on the map.
+        rows: row of each key, ``[Kh]``; may lie outside the map if windows may.
+        columns: column of each key, ``[Kw]``, likewise.
+        weights: weight of each key, ``[heads, Kh, Kw]``: the softmax including the bias, or the given weights of an
+            aggregation.
     """
 
     layer: str
@@ -45,12 +45,12 @@ class Look:
 
 
 def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[Look]:
-    """Run the model once and note what the query at ``point`` saw in every neighborhood operation, in order.
+    """Run the model once and record keys and weights of the query at ``point`` in every neighborhood operation.
 
     Args:
-        model: any model with attention of ours.
-        image: ``[1, C, H, W]``, prepared for the model.
-        point: (x, y) as fractions of the width and the height, in [0, 1).
+        model: any model with neighborhood attention or aggregation.
+        image: ``[1, C, H, W]``, preprocessed for the model.
+        point: (x, y) as fractions of width and height, in [0, 1).
 
     Examples:
         >>> import timm, torch
@@ -69,13 +69,13 @@ def looks(model: nn.Module, image: Tensor, point: tuple[float, float]) -> list[L
     with _module_names(model) as running, recording(note), torch.no_grad():
         model(image)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no neighborhood attention or aggregation to look at")
+        raise ValueError(f"{type(model).__name__} has no neighborhood attention or aggregation")
     return found
 
 
 def receptive_field(model: Any, image: Tensor, point: tuple[float, float]) -> Tensor:
-    """How much each pixel moves the last map at ``point`` (effective receptive field, arXiv:1701.04128, section 2, of
-    one image): the absolute gradient of the sum of its channels, summed over the input's channels, of the largest.
+    """Effective receptive field of the last map at ``point`` for one image (arXiv 1701.04128, section 2): the absolute
+    gradient of the sum of its channels, summed over the input channels, relative to the maximum.
 
     Args:
         image: as for `looks`.
@@ -102,8 +102,8 @@ def receptive_field(model: Any, image: Tensor, point: tuple[float, float]) -> Te
 
 
 def feature_maps(model: Any, image: Tensor) -> list[Tensor]:
-    """The map of each stage as a picture ``[h, w, 3]`` in [0, 1]: its first three principal components over the
-    positions, the first percentile black and the last full.
+    """The map of each stage as an RGB image ``[h, w, 3]`` in [0, 1]: its first three principal components over the
+    positions, scaled from the 1st to the 99th percentile.
 
     Examples:
         >>> import timm, torch
@@ -138,21 +138,21 @@ def visualize(
     layers: int = 12,
 ) -> list[Look]:
     """Draw one PNG: the image with the point, the receptive field, the maps of the stages, and for each attention layer
-    the pattern of its window with the attention of the query at the point, averaged over the heads.
+    its window and the attention of the query at the point, averaged over the heads.
 
     Args:
         model: a model in evaluation mode with `forward_intermediates`.
-        image: ``[1, C, H, W]``, prepared for the model.
-        shown: the same picture for the eye, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
+        image: ``[1, C, H, W]``, preprocessed for the model.
+        shown: the same image without normalization, ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
         output: the file to write.
-        point: (x, y) as fractions of the width and the height.
-        layers: how many layers to draw at most, one of each pattern first.
+        point: (x, y) as fractions of width and height.
+        layers: maximum number of layers to draw, one of each pattern first.
 
     Returns:
-        What was seen in every layer, drawn or not.
+        A `Look` for every layer, drawn or not.
 
     Raises:
-        ValueError: for a point outside the image, fewer than one layer, or a model without any attention of ours.
+        ValueError: for a point outside the image, fewer than one layer, or a model without neighborhood attention.
         OSError: if the file cannot be written.
 
     Examples:
@@ -194,7 +194,7 @@ def visualize(
 
 
 def patterns(seen: list[Look]) -> list[Look]:
-    """The first of each rule on each size of map, in order."""
+    """The first look of each rule and map size, in order."""
     found: dict[tuple[str, tuple[int, int]], Look] = {}
     for look in seen:
         found.setdefault((look.rule, look.size), look)
@@ -202,10 +202,10 @@ def patterns(seen: list[Look]) -> list[Look]:
 
 
 def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, int], keys: Tensor) -> None:
-    """The picture in grey, and on it which positions of a map a query sees, whatever it gives to them.
+    """Draw the image in grey, and the keys that a query sees.
 
     Args:
-        axis: matplotlib's.
+        axis: of matplotlib.
         shown: ``[H, W]`` or ``[H, W, 3]`` in [0, 1].
         size: rows and columns of the map.
         keys: (row, column) of each key ``[keys, 2]``; may lie outside the map.
@@ -218,7 +218,7 @@ def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, in
     grey = shown if shown.ndim == 2 else shown.mean(-1)
     _backdrop(axis, 0.75 * grey, (height, width))
     boxes = [Rectangle((column * w, row * h), w, h) for row, column in keys.tolist()]
-    few = len(boxes) < 500  # of more, the edges would hide the picture
+    few = len(boxes) < 500  # edges of more boxes would hide the image
     edges: dict[str, Any] = {"edgecolor": "black", "linewidth": 0.3} if few else {"linewidth": 0}
     alpha = 0.9 if 8 * len(boxes) < size[0] * size[1] else 0.55
     axis.add_collection(PatchCollection(boxes, facecolor=KEY, alpha=alpha, antialiased=few, **edges))
@@ -230,13 +230,13 @@ def draw_keys(axis: Any, shown: Any, size: tuple[int, int], query: tuple[int, in
 
 
 def check_point(point: tuple[float, float]) -> None:
-    """Raises ValueError unless both coordinates are fractions in [0, 1)."""
+    """Raise ValueError unless both coordinates are fractions in [0, 1)."""
     if not all(0 <= at < 1 for at in point):
-        raise ValueError(f"the point lies at fractions of the image, 0 <= x, y < 1, got {point[0]:g}, {point[1]:g}")
+        raise ValueError(f"the point must be fractions of the image, 0 <= x, y < 1, got {point[0]:g}, {point[1]:g}")
 
 
 def _chosen(seen: list[Look], count: int) -> list[Look]:
-    """At most ``count``, in order: one of each pattern and map first, then others, spread evenly."""
+    """At most ``count`` looks, in order: one of each pattern first, then others at even distances."""
 
     def spread(some: list[Look], n: int) -> list[Look]:
         return some if n >= len(some) else [some[i * len(some) // n] for i in range(n)]
@@ -247,10 +247,10 @@ def _chosen(seen: list[Look], count: int) -> list[Look]:
 
 
 def clicked(shown: Any) -> tuple[float, float]:
-    """Show the picture in a window and wait for a click; its place as fractions.
+    """Show the image in a window and wait for a click; returns the point as fractions.
 
     Raises:
-        ValueError: where there is no display, or the window was closed.
+        ValueError: there is no display, or the window was closed.
     """
     import matplotlib.pyplot as plt
 
@@ -277,7 +277,7 @@ def _draw_input(left: Any, right: Any, shown: Any, size: tuple[int, int], point:
         _backdrop(axis, shown, size)
         axis.plot(point[0] * width, point[1] * height, "+", color=MARK, markersize=14, markeredgewidth=2.5)
     left.set_title(f"input {width}x{height}", fontsize=9)
-    # four decades: beyond them there is only rounding and single outliers
+    # four decades: smaller values are rounding errors
     right.imshow(field.clamp(min=1e-4).log10(), cmap="viridis", vmin=-4, vmax=0, extent=(0, width, height, 0))
     right.set_title("receptive field of the last map\n(log10 of the gradient, -4 to 0)", fontsize=9)
 
@@ -297,7 +297,7 @@ def _draw_look(axis: Any, look: Look, shown: Any, size: tuple[int, int]) -> None
     axis.images[-1].set_alpha(0.35)
     weights = look.weights.mean(0)
     boxes = [Rectangle((c * w, r * h), w, h) for r in look.rows.tolist() for c in look.columns.tolist()]
-    # by the root, so that the small ones of a wide window can still be seen
+    # square root, to make small weights visible
     keys = PatchCollection(boxes, cmap="viridis", edgecolor="white", linewidth=0.3)
     keys.set_array((weights / weights.max().clamp(min=1e-30)).sqrt().flatten().numpy())
     keys.set_clim(0, 1)
@@ -309,7 +309,7 @@ def _draw_look(axis: Any, look: Look, shown: Any, size: tuple[int, int]) -> None
 
 
 def _limit(axis: Any, size: tuple[int, int], pixels: tuple[int, int], rows: Tensor, columns: Tensor) -> None:
-    """Show the image and all keys, which may lie outside."""
+    """Set the limits to show the image and all keys, which may lie outside."""
     h, w = pixels[0] / size[0], pixels[1] / size[1]
     axis.set_xlim(min(0, float(columns.min()) * w), max(pixels[1], (float(columns.max()) + 1) * w))
     axis.set_ylim(max(pixels[0], (float(rows.max()) + 1) * h), min(0, float(rows.min()) * h))
@@ -317,7 +317,7 @@ def _limit(axis: Any, size: tuple[int, int], pixels: tuple[int, int], rows: Tens
 
 @contextmanager
 def _module_names(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules that are running, the innermost last."""
+    """Track the names of the running modules, the innermost last."""
     running: list[str] = []
 
     def leave(*_: Any) -> None:
@@ -335,7 +335,7 @@ def _module_names(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
-    """The query at ``point`` and what it gives to its keys."""
+    """Keys and weights of the query at ``point``."""
     problem = call.problem
     x, y = point
     rows, columns = _AxisWindow(problem.rows, problem.size[0], y), _AxisWindow(problem.columns, problem.size[1], x)
@@ -356,7 +356,7 @@ def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
 
 
 def _attention_logits(call: Call, rows: _AxisWindow, columns: _AxisWindow) -> Tensor:
-    """Of one query to its keys, with their bias: ``[heads, Kh, Kw]``."""
+    """Logits of one query with bias: ``[heads, Kh, Kw]``."""
     q, k, _, bias = call.tensors
     query = q[0, rows.number, columns.number].float()  # heads D
     near = k[0, rows.inside_position][:, columns.inside_position].float()  # Kh Kw heads D
@@ -379,7 +379,7 @@ def _mix_logits(call: Call, rows: _AxisWindow, columns: _AxisWindow) -> Tensor:
 
 
 class _AxisWindow:
-    """One axis of the query at a fraction of the map, and of its keys by the window rule."""
+    """Position of the query and its keys along one axis, by the window rule."""
 
     def __init__(self, window: Window, length: int, fraction: float) -> None:
         self.number = min(int(fraction * length) // window.query_stride, window.queries(length) - 1)
@@ -410,11 +410,11 @@ def visualize_file(
     """`visualize` for an image file and the name of a model, a run folder or a model folder.
 
     Args:
-        point: (x, y) as fractions of width and height after the model's crop; None asks for a click.
-        pretrained: False takes initial weights, seeded.
+        point: (x, y) as fractions of width and height after the model's crop; None: wait for a click.
+        pretrained: False: random weights with a fixed seed.
 
     Returns:
-        The number of attention layers that were drawn, and of all.
+        The number of attention layers drawn, and of all.
     """
     import timm
 

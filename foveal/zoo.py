@@ -1,6 +1,6 @@
-"""Facts about each model: size and cost counted here, accuracy and licence as published.
+"""Tables of the models: size and cost as measured here, accuracy and licence as published.
 
-PyTorch is imported only where it is needed: `foveal list` reads `figures.csv`, which ``python -m foveal.zoo`` writes.
+PyTorch is imported only where needed: `foveal list` reads `figures.csv`, which ``python -m foveal.zoo`` writes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .figures import FILE, Figures, figures, write
 
 FAMILIES = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
 
-# Of timm's models that are measured beside ours: what to call them, and the top-1 of training on ImageNet-1K alone, as
-# the READMEs of microsoft/Swin-Transformer, facebookresearch/ConvNeXt and dingmyu/davit list it.
+# timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of
+# microsoft/Swin-Transformer, facebookresearch/ConvNeXt and dingmyu/davit.
 PEERS = {
     "swin_tiny_patch4_window7_224": ("Swin", 81.2),
     "swin_small_patch4_window7_224": ("Swin", 83.2),
@@ -28,7 +28,7 @@ PEERS = {
     "davit_tiny": ("DaViT", 82.8),
 }
 CORE_ML = ("CARE",)  # the families that coremltools 9 converts
-# timm's own implementation of models of ours, for the same weights
+# timm's implementation of our models, for the same weights
 SAME = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "halonet26t": "halo26t", "halonet50ts": "halo50ts"}
 
 
@@ -36,7 +36,7 @@ def describe(name: str) -> dict[str, Any]:
     """The fields of `Figures` for a model, and what it is exported to (see `exports`).
 
     Args:
-        name: of a model of this package or of timm, with or without a tag. Only timm's are built.
+        name: of a model of this package or of timm, with or without a tag. Only timm's models are built.
     """
     architecture, _, tag = name.partition(".")
     row = figures().get(architecture)
@@ -85,11 +85,10 @@ def select(pattern: str, sort: str, max_params: float | None, any_size: bool) ->
 
 
 def published(name: str) -> dict[str, Any]:
-    """What is published of the weights that ``pretrained=True`` loads.
+    """Published facts of the weights that ``pretrained=True`` loads.
 
     Returns:
-        ``top1`` in percent or None, ``larger``: the data set beyond ImageNet-1K that they were trained on, or "", and
-        ``weights_licence``.
+        ``top1`` in percent or None; ``larger``, the pre-training dataset beyond ImageNet-1K or ""; ``weights_licence``.
     """
     from .backbones.base import registered_cfg
     from .weights.manifest import of_model
@@ -109,7 +108,7 @@ def published(name: str) -> dict[str, Any]:
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Both together, whether it is ours, and which of ours is the ``same``; peers have a family of their own."""
+    """`describe` and `published`, whether the model is ours, and which of ours is the ``same``."""
     found = describe(name) | published(name) | {"ours": name in figures(), "same": SAME.get(name, "")}
     if name in PEERS:
         found["family"] = PEERS[name][0]
@@ -125,7 +124,7 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the table of models as text, under `HEAD`; from `describe` and `published`."""
+    """A row of the table of models as text, with the columns of `HEAD`, from `describe` and `published`."""
     return (
         row["name"],
         str(row["input"][1]),
@@ -146,8 +145,8 @@ HEAD = (
 
 
 def measured(name: str) -> tuple[str, str]:
-    """Milliseconds of one image on the CPU of `foveal bench zoo`; images per second of `foveal bench gpu`, inference in
-    bfloat16, the faster of eager and compiled. Empty where there is no figure."""
+    """Milliseconds per image on the CPU, from `foveal bench zoo`, and images per second on the GPU, from `foveal bench
+    gpu` (inference in bfloat16, the faster of eager and compiled). Empty if not measured."""
     (cpu,) = [row["forward_ms"] for row in _table("zoo-cpu-2core.csv") if row["model"] == name] or [""]
     gpu = [
         float(row["images_per_second"])
@@ -159,13 +158,13 @@ def measured(name: str) -> tuple[str, str]:
 
 @functools.cache
 def _table(name: str) -> list[dict[str, str]]:
-    """A table of results that this package ships, none if there is no such table."""
+    """A shipped table of results; empty if there is no such table."""
     file = files("foveal.benchmarks") / "results" / name
     return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
 
 
 def exports(family: str) -> str:
-    """What `foveal export` writes of a family: ``all``: safetensors, ONNX, pt2, AOTInductor and OpenVINO."""
+    """Export formats of a family; ``all``: safetensors, ONNX, pt2, AOTInductor and OpenVINO."""
     from .weights import ANY_SIZE
 
     free = ("dynamic size",) if family in ANY_SIZE else ()
@@ -173,14 +172,14 @@ def exports(family: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """`HEAD`, and a row for each model, in order; without the columns that are empty in all rows."""
+    """`HEAD` and a row for each model, in order, without columns that are empty in all rows."""
     lines = [cells(row | published(row["name"])) for row in in_order(rows)]
     kept = [any(column) for column in zip(*lines, strict=True)]
     return [tuple(cell for cell, keep in zip(line, kept, strict=True) if keep) for line in (HEAD, *lines)]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The models as a Markdown table, by family and size, with what is published of their default weights."""
+    """The models as a Markdown table, by family and size, with the published facts of their default weights."""
     head, *lines = table(rows)
     text = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for name, *others in lines:
@@ -192,11 +191,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def info(name: str) -> dict[str, Any]:
-    """All that `foveal info NAME --json` prints of a model: the figures of `describe`, paper, origin, preprocessing,
-    weights that timm loads, every published checkpoint on it, dilations by level, and notes.
+    """The output of `foveal info NAME --json`: the figures of `describe`, paper, origin, preprocessing, weights that
+    timm loads, all published checkpoints of the model, dilations by level, and notes.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: unknown model.
     """
     from timm.models import get_arch_pretrained_cfgs
 
@@ -238,7 +237,7 @@ def info(name: str) -> dict[str, Any]:
 
 
 def info_rows(name: str) -> list[tuple[str, str]]:
-    """The lines of `foveal info NAME`: a heading, empty where it is that of the line above, and text."""
+    """The lines of `foveal info NAME`: (heading, text); the heading is empty if it repeats the line above."""
     from .weights.manifest import of_model
 
     facts = info(name)
@@ -289,7 +288,7 @@ def family_card(architecture: str) -> str:
 
 
 def words(value: Any) -> str:
-    """A list as its items with commas, None as nothing."""
+    """A list as text, separated by commas; None as ""."""
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value or "")
 
 
@@ -298,7 +297,7 @@ def _plain(value: Any) -> Any:
 
 
 def _dilations(name: str) -> list[list[int | str]] | None:
-    """The dilation of every attention layer, by level (by model, where there are no levels); None without any."""
+    """The dilation of every attention layer by level (in one list for models without levels); None without any."""
     import timm
     import torch
 

@@ -35,7 +35,7 @@ KEY_FORMATS = {
     "mmdet": "mmdetection or mmsegmentation",
     "detectron2": "detectron2",
 }
-# The heads that `foveal convert` supports: as the tags of published files begin, and as the builders name them.
+# The heads that `foveal convert` supports: prefix of the tags of published files, and name of the builder.
 DENSE_HEADS = {
     "maskrcnn": "mask_rcnn",
     "cascade": "cascade_mask_rcnn",
@@ -44,7 +44,7 @@ DENSE_HEADS = {
     "upernet": "upernet",
     "mask2former": "mask2former",
 }
-_UNKNOWN = "unknown: ask whoever made the file"
+_UNKNOWN = "unknown: ask the author of the file"
 SEMANTIC_ONLY = "the class of each pixel; objects of a class are not separated"
 _MAX_CLASSES = 100  # class names listed in a card
 
@@ -53,7 +53,7 @@ _MAX_CLASSES = 100  # class names listed in a card
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """What is known of a published file: the manifest's entry, and the model's size and cost."""
+    """Facts of a published file: the manifest's entry, and the size and cost of the model."""
     classifier = checkpoint.task == "classify"
     counted = profile(checkpoint.name if classifier else checkpoint.model)
     crop = f"{checkpoint.interpolation}, crop {checkpoint.crop:g} ({checkpoint.crop_mode}), " if classifier else ""
@@ -92,7 +92,7 @@ def head_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _published(checkpoint: Checkpoint) -> dict[str, str]:
-    """Rows for a published file and for what is converted from it."""
+    """Rows for a published file and for models converted from it."""
     timms = "" if checkpoint.model in list_models() else f"{checkpoint.model} is timm's."
     return {
         "paper": _paper(checkpoint.model),
@@ -300,8 +300,8 @@ def _run(to: str, outputs: tuple[str, ...], shape: str) -> str:
 
 
 def preparing(model: Any) -> str | None:
-    """Python that prepares ``photo.jpg`` as a classifier's `preprocessing` does, with Pillow and NumPy alone, to
-    ``image`` ``[1, C, H, W]``; None for channels that no image file has, and for crops other than the centre."""
+    """Python code with Pillow and NumPy that preprocesses ``photo.jpg`` like a classifier's `preprocessing`, to
+    ``image`` ``[1, C, H, W]``; None for other channels than those of image files, and for crops other than center."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     channels, rows, columns = config["input_size"]
     if channels not in MODES or config["crop_mode"] != "center":
@@ -316,8 +316,8 @@ def preparing(model: Any) -> str | None:
 
 
 def dense_example(model: Any, to: str, size: tuple[int, int]) -> str:
-    """Python that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; for safetensors on
-    random pixels."""
+    """Python code that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; for
+    safetensors on random pixels."""
     detects, mean, (rows, columns) = isinstance(model, Detector), image_mean(model), size
     channels = len(mean)
     if to == "safetensors":
@@ -371,6 +371,6 @@ def _text(value: Any) -> str:
 
 
 def listed(names: list[str], most: int = 12) -> str:
-    """How many names, and the first of them."""
+    """The number of names and the first of them, as text."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} ({', '.join(names[:most])}{rest})"

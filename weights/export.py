@@ -32,7 +32,7 @@ from .images import metadata, preprocessing, read_batches, sample_images, top1
 INT8_TOLERANCE = 0.25  # relative RMS error of the logits; above it, the calibration images do not suit the model
 INT8_LARGEST = 1.0  # of the largest logit, on the inputs of the check, random ones included
 HALF_TOLERANCE = 1e-2  # of the largest logit, in float16 with its 11 significant bits
-_TRACED_SIZE = (136, 152)  # for dynamic shape: no feature map has a side that a tracer would take for a constant
+_TRACED_SIZE = (136, 152)  # for dynamic shapes: no side of a feature map is 1, which a tracer treats as a constant
 
 
 @dataclass(frozen=True)

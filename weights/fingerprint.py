@@ -1,4 +1,4 @@
-"""A model's outputs for one fixed image in a few numbers, which identify the model on any machine."""
+"""Fingerprints: a few numbers of a model's outputs for a fixed image, to identify the model on any machine."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
 
 
 class RawOutputs(nn.Module):
-    """The outputs of a dense model before it selects detections, which are continuous in the weights; detections are
-    not."""
+    """The outputs of a dense model before it selects detections: unlike detections they are continuous in the weights."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class RawOutputs(nn.Module):
         return [*levels, *logits, *deltas, *boxes, *masks]
 
     def _queries(self, image: Tensor) -> list[Tensor]:
-        """Without masked attention, whose masks jump at the sign of a logit."""
+        """Outputs without masked attention, whose masks change discontinuously with the sign of a logit."""
         head: Any = (self.model.detector if isinstance(self.model, Detector) else self.model).head
         predictor = head.model.transformer_module.decoder.mask_predictor
         handle = predictor.register_forward_hook(lambda _, __, found: (found[0], torch.zeros_like(found[1])))

@@ -1,6 +1,6 @@
-"""Model folders: ``config.json``, the model's files, and a card, README.md; how they are read and written.
+"""Read and write model folders: ``config.json``, the model's files, and a card, README.md.
 
-`foveal.load` and ``timm.create_model("local-dir:...", pretrained=True)`` read those with safetensors.
+`foveal.load` and ``timm.create_model("local-dir:...", pretrained=True)`` read folders with safetensors.
 """
 
 from __future__ import annotations

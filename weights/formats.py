@@ -34,7 +34,7 @@ from ..heads.detection import Detector
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 INPUT = "image"
-LEAST_SIZE = 32  # the least dynamic height or width: the stride of the last feature map
+LEAST_SIZE = 32  # minimum dynamic height or width: the stride of the last feature map
 _ONNX_SINGLE_FILE = 1_800_000_000  # bytes; protobuf is limited to 2 GiB, larger models store weights in a second file
 
 
@@ -71,7 +71,7 @@ class ExportSpec:
         if self.any_size:
             dynamic |= {2: Dim("height", min=LEAST_SIZE), 3: Dim("width", min=LEAST_SIZE)}
         config: Any = _config  # its `patch` is added at runtime
-        # By default PyTorch specializes on sizes of 1: the graph would refuse images whose last feature map has one row
+        # By default PyTorch specializes on sizes of 1: the graph would reject images whose last feature map has one row
         with torch.no_grad(), config.patch(backed_size_oblivious=self.any_size):
             model = _Half(self.model) if self.half else self.model
             return torch.export.export(model, (self.example,), dynamic_shapes=(dynamic or None,))
@@ -130,7 +130,7 @@ def library(to: str, attempt: str) -> Iterator[None]:
 
 
 def run_of(to: str, folder: Path) -> Run:
-    """A function that runs the files of a format. It, and opening the files, raise `ExportError` if the format's own
+    """A function that runs the files of a format. It, and opening the files, raise `ExportError` if the format's
     library fails."""
     with library(to, "open what was written"):
         run = FORMATS[to].open(folder)
@@ -293,7 +293,7 @@ def _write_coreml(spec: ExportSpec, folder: Path) -> None:
     model.save(str(folder / "model.mlpackage"))
 
 
-# Operators that coremltools 9 lacks, by ones that it has.
+# Operators missing in coremltools 9, replaced by others.
 _FOR_COREML: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.alias.default: lambda x: x,
     torch.ops.aten.addcmul.default: lambda x, a, b, value=1: x + value * a * b,

@@ -127,7 +127,7 @@ def checkpoints(file: Path = FILE) -> dict[str, Checkpoint]:
         >>> checkpoints()["dinat_mini.in1k"].weights_licence
         'mit'
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # where PyYAML was built with libyaml: ten times as fast
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with libyaml
     families = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)["families"]
     found: dict[str, Checkpoint] = {}
     for family, shared in families.items():
@@ -188,7 +188,7 @@ def _from_cfg(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problems(each: Checkpoint) -> dict[str, Any]:
-    """What may be wrong with an entry, and whether it is."""
+    """Checks of an entry: (problem, whether it occurs)."""
     places = [place for place in each.addresses if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place)]
     choices = {"task": TASKS, "keys": KEY_FORMATS, "channel_order": (None, "rgb", "bgr")}
     return {

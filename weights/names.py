@@ -59,7 +59,7 @@ def has_level_norms(names: Iterable[str]) -> bool:
 
 
 def key_format(names: Iterable[str], architecture: str) -> str:
-    """Whose names they are, one of `cards.KEY_FORMATS`."""
+    """The format of the names, one of `cards.KEY_FORMATS`."""
     names = [bare(name) for name in names]
     if any("patch_embeddings.projection" in name for name in names):
         return "transformers"
@@ -125,7 +125,7 @@ def without_getter(model: Any) -> Any:
 
 
 def may_be_unused(name: str) -> bool:
-    """Whether a tensor may be left out: of A3-FPN, parts of which the authors compute and never read, or a buffer of
+    """Whether a tensor may be unused: of A3-FPN, parts of which the authors compute and never read, or a buffer of
     image statistics or anchors."""
     name = bare(name)
     return name in STATISTICS or bool(_NECK.match(name) or ANCHORS.fullmatch(name))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .formats import INPUT
 
-# Operators in 8 bits: products with weights. Attention's products of activations stay in float like softmax, norms and
-# activation functions: in 8 bits they would not make the file smaller. Measured, with several calibration methods, in
+# Operators in 8 bits: those with weights. Products of activations in attention stay in float, like softmax, norms and
+# activation functions: in 8 bits they would not make the file smaller. Calibration methods are compared in
 # benchmarks/results/int8-fashion-mnist.csv.
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 

@@ -1,4 +1,4 @@
-"""Verify a converted model folder against the record of its conversion and what is published of the checkpoint."""
+"""Verify a converted model folder against the record of its conversion and the published checkpoint."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Check:
 
 
 def verify(folder: str | Path, images: str | Path | None = None, write_card: bool = False) -> Iterator[Check]:
-    """Check a folder that `convert` wrote, yielding one result after the other.
+    """Check a folder that `convert` wrote, yielding one `Check` after the other.
 
-    Compared are the file with its hash; its names with the model's; the number of parameters with the record and the
-    published one, if known; the outputs for a fixed image with those of the original tensors (a detector's before it
-    selects detections); preprocessing and licence with the manifest; with ``images`` also the top-1 score.
+    The checks: hash of the file; names of the tensors; number of parameters against the record and the publication, if
+    known; outputs for a fixed image against those of the original tensors (for a detector before it selects
+    detections); preprocessing and licence against the manifest; with ``images`` also the top-1 score.
 
     Args:
         images: an ImageFolder with a folder for each class, sorted like the classes (or named by ``label_names`` in
@@ -91,7 +91,7 @@ def verify(folder: str | Path, images: str | Path | None = None, write_card: boo
 
 
 def _record(found: ModelFolder) -> dict[str, Any]:
-    """The record of the conversion, once it has the entries and types that the checks rely on."""
+    """The record of the conversion, with the entries and types that the checks need."""
     record = found.record
     if record is None:
         raise ValueError(f"{found.path} has no record of a conversion; pass a folder that `foveal convert` wrote")

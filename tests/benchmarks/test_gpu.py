@@ -76,13 +76,6 @@ def test_the_layers_of_other_models():
     assert any(layer.rows.dilation > 1 and peers.windowed(layer) for layer in kinds["test_foveal_maxvit"])  # a grid
 
 
-def test_a_convolution_is_counted():
-    case = cases.ConvCase(64, 56, 17, 2)
-    tensor = 2 * 64 * 56 * 56
-    assert case.flops(False) == 2 * tensor * 289 and case.flops(True) == 3 * case.flops(False)
-    assert case.bytes(False) == 2 * (2 * tensor + 64 * 289)
-
-
 @pytest.mark.parametrize("case", cases.TINY_LAYERS, ids=lambda case: case.model)
 def test_every_implementation_has_the_same_outputs(case, bench):
     rows = list(operations.layer_rows(case, bench))
@@ -127,12 +120,12 @@ def test_a_case_that_fails_is_counted_and_the_rest_measured(tmp_path, bench, mon
         yield {"case": "first", "by": "x", "forward_ms": 1.0}
         raise RuntimeError("no such luck")
 
-    monkeypatch.setitem(run.SECTIONS, "convs", run.Section(rows, tiny=cases.TINY_CONVS))
-    arguments = ["convs", "models", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    monkeypatch.setitem(run.SECTIONS, "halo", run.Section(rows, tiny=cases.TINY_HALO))
+    arguments = ["halo", "models", "--device", "cpu", "--tiny", "--output", str(tmp_path)]
     assert run.main(arguments) == 1
     err = capsys.readouterr().err
-    assert cases.TINY_CONVS[0].id in err and "RuntimeError: no such luck" in err
-    assert len(read_csv(tmp_path / "gpu-convs.csv")) == 1
+    assert cases.TINY_HALO[0].id in err and "RuntimeError: no such luck" in err
+    assert len(read_csv(tmp_path / "gpu-halo.csv")) == 1
     assert len(read_csv(tmp_path / "gpu-models.csv")) == 4
 
 
@@ -140,9 +133,9 @@ def test_a_missing_extra_ends_the_run(bench, monkeypatch):
     def rows(case, bench):
         raise ImportError("no onnx", name="onnx")
 
-    monkeypatch.setitem(run.SECTIONS, "convs", run.Section(rows, tiny=cases.TINY_CONVS))
+    monkeypatch.setitem(run.SECTIONS, "halo", run.Section(rows, tiny=cases.TINY_HALO))
     with pytest.raises(ImportError, match="onnx"):
-        run.main(["convs", "--tiny"])
+        run.main(["halo", "--tiny"])
 
 
 def test_a_model_that_fails_is_an_error(tmp_path, bench, monkeypatch):
@@ -183,11 +176,11 @@ def test_geometric_means():
 
 def test_sections_within_their_seconds(tmp_path, bench, capsys):
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
-    assert run.main([*arguments, "convs"]) == 0
+    assert run.main([*arguments, "halo"]) == 0
     assert run.main([*arguments, "models", "--only", "dinat"]) == 0
     tables = {path.stem: read_csv(path) for path in tmp_path.glob("*.csv")}
-    assert set(tables) == {"gpu-convs", "gpu-models"}
-    assert {row["by"] for row in tables["gpu-convs"]} == {"cudnn, channels_last", "cudnn, contiguous"}
+    assert set(tables) == {"gpu-halo", "gpu-models"}
+    assert {row["by"] for row in tables["gpu-halo"]} == {"foveal", "timm"}
     assert [row["run"] for row in tables["gpu-models"]] == ["eager", "eager", "compiled", "compiled"]
     assert all(float(row["images_per_second"]) == 500 for row in tables["gpu-models"])
     assert tables["gpu-models"][0]["torch"] == torch.__version__ and tables["gpu-models"][0]["date"]
@@ -225,12 +218,12 @@ def test_the_script_is_sound():
 @pytest.mark.slow
 def test_the_script_runs(tmp_path):
     """From another folder, in a dry run: the package is found, tables and pictures are written."""
-    environment = {**os.environ, "DRY": "1", "PYTHON": sys.executable, "PARTS": "tests convs models"}
+    environment = {**os.environ, "DRY": "1", "PYTHON": sys.executable, "PARTS": "tests halo models"}
     environment.pop("OUT", None)
     done = subprocess.run(
         ["bash", str(SCRIPT), str(tmp_path / "out")], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"gpu.log", "gpu-convs.csv", "gpu-models.csv", "gpu-convs.png"} <= names
-    assert (tmp_path / "out" / "gpu-convs.png").read_bytes().startswith(b"\x89PNG")
+    assert {"gpu.log", "gpu-halo.csv", "gpu-models.csv", "gpu-halo.png"} <= names
+    assert (tmp_path / "out" / "gpu-halo.png").read_bytes().startswith(b"\x89PNG")
