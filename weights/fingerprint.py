@@ -64,7 +64,7 @@ def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
 
 
 class RawOutputs(nn.Module):
-    """The outputs of a dense model before it selects detections: unlike detections they are continuous in the weights."""
+    """Outputs of a dense model before the selection of detections, which is not continuous in the weights."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
