@@ -23,7 +23,7 @@ from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, autocast, write_confusion
-from .task import Result, find_recipe, loop_problems, processes, use_kept_split
+from .task import RANDOM_WEIGHTS, Result, find_recipe, loop_problems, processes, use_kept_split
 
 EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
 
@@ -245,7 +245,8 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
         )
         model = create(config.name, num_classes=outputs, in_chans=in_chans, **arguments).train()
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
+        hint = RANDOM_WEIGHTS if config.pretrained and isinstance(error, OSError) else ""
+        raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}{hint}") from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if config.sync_bn and torch.distributed.is_initialized():

@@ -22,6 +22,7 @@ from ..configs.schema import SCHEMAS, ConfigError, load_config, recipe_task, sav
 from ..errors import Interrupted
 from ..files import write_json
 from . import checkpoint, report
+from .choices import choose
 from .data import workers_end
 from .data.auto import kept_split
 from .distributed import join_processes, raised_by_all
@@ -65,11 +66,13 @@ def train(
     config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
     if config.resume == "auto":
         kept_split(config.data, Path(config.output), overrides)
+    chosen = choose(config, str(recipe))
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     run, accelerator = Path(config.output), create_accelerator(config)
     set_seed(config.seed)
     with raised_by_all(accelerator):
         job = find_task(config.task).Task.build(config, accelerator)
+        job.notes += chosen
     set_seed(config.seed, device_specific=True)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     trainer = Trainer(config, job, accelerator, console)

@@ -24,6 +24,7 @@ from .optim import check_optim, check_schedule
 from .scoring import Metrics, Scorer
 
 Row = dict[str, Any]  # of metrics.csv
+RANDOM_WEIGHTS = "; model.checkpoint=FILE starts from other weights, model.pretrained=false from random ones"
 
 
 class Task(ABC):
@@ -261,4 +262,5 @@ def build_dense(builder: Callable[..., Any], config: Any, num_classes: int, **mo
     try:
         return builder(**vars(model), num_classes=num_classes, **images, **more)
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError, ImportError) as error:
-        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}") from error
+        hint = RANDOM_WEIGHTS if model.pretrained and isinstance(error, OSError) else ""
+        raise ConfigError(f"model {model.name!r} with {model.neck} and {model.head}: {error}{hint}") from error
