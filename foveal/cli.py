@@ -346,6 +346,9 @@ def export(
     score: Annotated[
         Path | None, typer.Option(help="Score what was written on these images, too: a folder for each class.")
     ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained/--no-pretrained", help="A model name: fetch its weights, or take random ones.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
 ) -> None:
     """Write a model for use elsewhere, checked against the original."""
@@ -364,6 +367,8 @@ def export(
         size=None if size is None else _rows_and_columns(size),
         score=score,
         force=force,
+        pretrained=pretrained,
+        on_phase=lambda phase: print(f"{phase} ...", file=sys.stderr),
     )
     print(f"{done.folder}: {', '.join(done.files)}")
     if done.difference is None:

@@ -237,7 +237,8 @@ def classifier_card(
         "architecture": f"`{architecture}`, {sum(p.numel() for p in model.parameters()):,} parameters",
         "paper": ", ".join(filter(None, [cfg.get("paper_name"), _text(cfg.get("paper_ids"))])),
         **origin,
-        "input": f"{_size(images['input_size'])}, pixels in [0, 1] minus mean {_text(images['mean'])}, divided by std "
+        "input": f"{_size([images['input_size'][0], 'height', 'width']) + ', trained at ' if spec.any_size else ''}"
+        f"{_size(images['input_size'])}, pixels in [0, 1] minus mean {_text(images['mean'])}, divided by std "
         f"{_text(images['std'])}; resized ({images['interpolation']}), crop {images['crop_pct']} "
         f"({images['crop_mode']})",
         "classes": classes,
@@ -245,7 +246,10 @@ def classifier_card(
         "size": f"any height and width from {LEAST_SIZE} on" if spec.any_size else "",
         "check of this file": checked,
     }
-    code = "\n".join(filter(None, [preparing(model), _run(to, ("logits",), shape)]))
+    prepare, run = preparing(model), _run(to, ("logits",), shape)
+    place = "PATH_OF_THIS_FOLDER/" * (to == "safetensors")
+    best = _example("after_classify", classes=str(model.num_classes), place=place) if prepare else ""
+    code = "\n".join(filter(None, ["import json\n" if best else "", prepare, run + best]))
     return _exported(architecture, rows, code, f"{to}{options}")
 
 

@@ -6,14 +6,16 @@ import copy
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones import family, list_models
@@ -23,6 +25,7 @@ from ..heads.checkpoint import load_dense, read_dense_config, reparameterize
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
 from ..heads.registry import head_spec
+from ..train.classify import class_labels
 from . import ANY_SIZE, cards
 from .compare import Difference, compare, detection_error, relative_error
 from .folder import RECORD, TOLERANCE, check_output, published_config, staged, without_record
@@ -59,6 +62,8 @@ def export(
     size: tuple[int, int] | None = None,
     score: str | Path | None = None,
     force: bool = False,
+    pretrained: bool = True,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
     """Write a model to the folder ``output`` in the format ``to``; the folder appears only once the outputs match.
 
@@ -84,6 +89,8 @@ def export(
         size: rows and columns of the images of a detector or segmenter; None: `default_size`.
         score: an ImageFolder on which the original and the exported classifier are scored.
         force: write into a folder that is not empty, replacing files of the same names and no others.
+        pretrained: False builds a model name with random weights instead of fetching published ones.
+        on_phase: called with each phase in a few words, before it begins.
 
     Raises:
         ValueError: unknown format, unsupported options, a source or output folder that cannot be used, or a detector
@@ -101,15 +108,16 @@ def export(
         >>> export("folder", "safetensors", "exported").files
         ['README.md', 'config.json', 'model.safetensors']
     """
-    options = Options(to.lower(), images, half, int8, calibration, dynamic, size, score)
+    options = Options(to.lower(), images, half, int8, calibration, dynamic, size, score, pretrained)
     if dense := _dense_folder(source):
         folder, prepare = dense[0], functools.partial(_dense, source, *dense, options)
     else:
         found = resolve(source)
         folder, prepare = found.folder, functools.partial(_classifier, source, found, options)
     output = check_output(output, force, [folder, local_path(source)] if folder else [], FORMATS[options.to].file)
+    on_phase(f"loading {source}")
     job = prepare()
-    return _write(job, options, output)
+    return _write(job, options, output, on_phase)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class Options:
     dynamic: bool = False
     size: tuple[int, int] | None = None
     score: str | Path | None = None
+    pretrained: bool = True
 
     def __post_init__(self) -> None:
         if self.to not in FORMATS:
@@ -145,9 +154,10 @@ class Job:
     card: Callable[[str], str]  # with the result of the comparison
 
 
-def _write(job: Job, options: Options, output: Path) -> ExportResult:
+def _write(job: Job, options: Options, output: Path, on_phase: Callable[[str], None]) -> ExportResult:
     """Convert, compare, and put the folder in place."""
     to, spec, inputs, notes = options.to, job.spec, job.inputs, []
+    on_phase(f"running {job.name} on {len(inputs)} inputs")
     expected = {name: outputs_of(job.model, x) for name, x in inputs.items()}
     if isinstance(job.model, Detector):
         notes.append(_detections(job.name, expected))
@@ -155,18 +165,22 @@ def _write(job: Job, options: Options, output: Path) -> ExportResult:
     batches = read_batches(job.model, options.calibration) if options.int8 else []
     with staged(output) as folder:
         write_json(folder / "config.json", job.config)
+        on_phase(f"converting to {to}, which may take minutes")
         with library(to, f"convert {job.name}"):
             FORMATS[to].write(spec, folder)
         unavailable, difference = FORMATS[to].not_here(), None
         if not unavailable:
+            on_phase(f"comparing {FORMATS[to].file} with the original")
             limit = HALF_TOLERANCE if spec.half else TOLERANCE
             difference = compare(expected, run_of(to, folder), inputs, limit, job.difference)
         if options.int8:
+            on_phase("quantizing to 8 bits, and comparing again")
             notes.append(_to_int8(folder, job.model, batches))
             difference = compare(expected, run_of(to, folder), inputs, INT8_LARGEST, job.difference)
         if to == "onnx":
             set_onnx_metadata(folder, job.metadata)
         if before is not None:
+            on_phase(f"scoring on {options.score}")
             run, batch = run_of(to, folder), None if spec.any_batch else 1
             after = top1(job.model, str(options.score), job.config, lambda x: run(x)[0], batch)
             (was, _), (now, count) = before, after
@@ -222,10 +236,14 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
     FORMATS[to].check(to, options.dynamic)
     if texts := [text for text, wrong in problems.items() if wrong]:
         raise ValueError("; ".join(texts))
-    model: Any = load(source)
+    model: Any = _load_classifier(found, source, options)
     _check_logits(source, model, options)
     config = found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
-    if found.folder is None:
+    if not features and "label_names" not in config and (names := class_labels(model, source)):
+        config = config | {"label_names": names}
+    if not options.pretrained:
+        origin = {"weights": "none: random values"}
+    elif found.folder is None:
         cfg = model.pretrained_cfg
         origin = {"weights": f"published as `{found.name}`, {cfg.get('origin_url')}"}
         origin["licence of the published weights"] = cfg.get("license")
@@ -245,6 +263,22 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
         metadata=metadata(model),
         card=lambda checked: cards.classifier_card(model, to, spec, origin, checked, flags),
     )
+
+
+def _load_classifier(found: Source, source: str | Path, options: Options) -> nn.Module:
+    if not options.pretrained:
+        if found.folder is not None:
+            raise ValueError(f"--no-pretrained is for model names; {source} has weights of its own")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file each time
+            return timm.create_model(found.name, pretrained=False).eval()
+    hint = f"{source} --no-pretrained exports it with random weights"
+    try:
+        return load(source)
+    except OSError as error:
+        raise OSError(f"{error}. {hint}" if found.folder is None else str(error)) from error
+    except ValueError as error:
+        raise ValueError(f"{error} {hint}" if found.folder is None else str(error)) from error
 
 
 def _check_logits(source: str | Path, model: Any, options: Options) -> None:
@@ -329,11 +363,18 @@ def _to_int8(folder: Path, model: Any, batches: Sequence[Tensor]) -> str:
 
 
 def set_onnx_metadata(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Store facts in the metadata of ``model.onnx``, each as JSON, for users of the file without its folder."""
+    """Store facts in the metadata of ``model.onnx``, each as JSON, for users of the file without its folder, and name
+    its dynamic axes as `ExportSpec` does (the exporter numbers them)."""
     import onnx
 
     file = folder / "model.onnx"
     model = onnx.load(file, load_external_data=False)
+    own = [axis.dim_param for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    names = {old: new for old, new in zip(own, ("batch", "", "height", "width"), strict=True) if old}
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), axis.dim_param)
     onnx.helper.set_model_props(model, {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()})
     onnx.save(model, file)
 

@@ -100,6 +100,36 @@ def test_the_card_prepares_images(size: tuple[int, ...], crop: float, tmp_path: 
             torch.testing.assert_close(found["logits"], original(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_without_weights(tmp_path: Path) -> None:
+    """Random ones, the same each time, where that is asked for; each phase is told before it begins."""
+    with pytest.raises(ValueError, match="--no-pretrained"):
+        export("test_foveal_nat", "safetensors", tmp_path / "a")
+    phases: list[str] = []
+    for name in "ab":
+        export("test_foveal_nat", "safetensors", tmp_path / name, pretrained=False, on_phase=phases.append)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+    assert len(phases) == 8
+    assert "random" in (tmp_path / "a" / "README.md").read_text()
+    with pytest.raises(ValueError, match="--no-pretrained"):
+        export(tmp_path / "a", "onnx", tmp_path / "c", pretrained=False)
+
+
+def test_a_failed_download_names_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="--no-pretrained"):
+        export("dinat_mini", "safetensors", tmp_path / "a")
+
+
+def test_the_card_ends_with_a_class(run: Path, image: Path, tmp_path: Path, capsys) -> None:
+    done = export(run, "safetensors", tmp_path / "out", images=[image])
+    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(done.folder)).replace("photo.jpg", str(image)), {})
+    assert re.fullmatch(r"[a-e] \d+\.\d%\n", capsys.readouterr().out)
+    assert "[1, 5]" in code
+
+
 def test_cards_of_other_images(tmp_path: Path) -> None:
     """No code for channels that no photograph has, or that would crop otherwise."""
     model = timm.create_model("test_foveal_care", num_classes=3, in_chans=4)

@@ -186,8 +186,16 @@ def any_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     arguments = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (2,)))
     source = _save(place / "dinat", "test_foveal_dinat", **arguments)
     done = export(source, "onnx", place / "onnx", dynamic=True)
-    assert re.search(r"\| size \| any .*\b32\b", (done.folder / "README.md").read_text())
+    card = (done.folder / "README.md").read_text()
+    assert re.search(r"\| size \| any .*\b32\b", card)
+    assert "| input | 3 x height x width, " in card
     return source, done.folder
+
+
+def test_the_axes_of_an_onnx_file_have_names(any_size: tuple[Path, Path]) -> None:
+    session = pytest.importorskip("onnxruntime").InferenceSession(any_size[1] / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_outputs()[0].shape[0] == "batch"
 
 
 @pytest.mark.slow
