@@ -25,7 +25,7 @@ from ..kernels import (
     neighborhood_mix,
 )
 from ..kernels.tracing import is_dynamic, without_size_guards
-from .layers import is_plain, shortfall
+from .layers import fx_leaf, is_plain, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -110,6 +110,7 @@ class NeighborhoodAttention2d(nn.Module):
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, num_heads={self.num_heads}"
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
@@ -303,6 +304,7 @@ class PartitionAttention2d(nn.Module):
         size = f"parts={self.parts}" if fixed is None else f"partition_size={fixed}"
         return f"{self.kind}, {size}, num_heads={self.num_heads}"
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, C]`` to the same shape, for any H and W."""
         B, H, W, C = _sizes(x)
@@ -500,6 +502,7 @@ class HaloAttention2d(nn.Module):
             f"stride={2 if self.avg_pool else self.stride}, boundary={self.boundary}"
         )
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, dim, H, W]`` to ``[B, dim_out, h, w]`` in PyTorch's channels_last memory format."""
         height, width = x.shape[2:]

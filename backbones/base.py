@@ -246,7 +246,10 @@ def create(
 ) -> Model:
     """Build a registered model the way timm does, with ``kwargs`` of the user over the variant's ``defaults``."""
     arguments = {**defaults, **kwargs}
-    feature_cfg = dict(out_indices=arguments.pop("out_indices", cls.out_indices), feature_cls="getter")
+    out_indices = arguments.pop("out_indices", cls.out_indices)
+    if out_indices is None and arguments.get("feature_cls", "getter") != "getter":  # timm's others need a number
+        out_indices = len(arguments.get("depths", range(4)))
+    feature_cfg = dict(out_indices=out_indices, feature_cls="getter")
     return build_model_with_cfg(
         cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
     )

@@ -30,7 +30,7 @@ from torch import nn
 
 from .attention import is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, init_weights, shortfall
+from .layers import Stage, drop_path_rates, fx_leaf, init_weights, scale_channels, shortfall
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -67,6 +67,7 @@ class TokenMixer(nn.Module):
         return memory, torch.cat([a, self.dwconv1(b), self.dwconv2(c)], dim=1)
 
 
+@fx_leaf
 def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Attention without a softmax, linear in the number of positions: with ``q, k = elu(qk) + 1``,
     ``q (k^T v / N) / (q . mean(k) + 1e-6)`` over the N positions of the map.
@@ -157,8 +158,9 @@ class CAREBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 and not expand else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.inter_layer(*self.token_mixer(x))
-        return y if self.gamma is None else x + self.drop_path(self.gamma[:, None, None] * y)
+        memory, features = self.token_mixer(x)
+        y = self.inter_layer(memory, features)
+        return y if self.gamma is None else x + self.drop_path(scale_channels(y, self.gamma))
 
 
 class Downsample(nn.Sequential):
@@ -171,6 +173,7 @@ class Downsample(nn.Sequential):
         return super().forward(_at_least(x, 2))
 
 
+@fx_leaf
 def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
     """Append zeros at the bottom and the right of maps smaller than ``size``, of which nothing would be left."""
     free = is_dynamic(*x.shape[-2:])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +17,41 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchvision.ops import FrozenBatchNorm2d
+
+
+def fx_leaf(function: Callable) -> Callable:
+    """Make a function, or the ``forward`` of a module, one node for ``torch.fx``: it may branch on sizes and dtypes.
+
+    timm's ``register_notrace_module`` and ``register_notrace_function`` do so for timm's tracer alone. Here the call
+    itself records the node, so that it is one for every tracer (torchvision's ``create_feature_extractor``,
+    ``symbolic_trace``, the quantizers). Positional arguments only.
+    """
+
+    @wraps(function)
+    def recorded(*args):
+        proxy = next((x for x in args if isinstance(x, torch.fx.Proxy)), None)
+        if proxy is None:
+            return function(*args)
+        if isinstance(args[0], nn.Module):
+            path = proxy.tracer.path_of_module(args[0])
+            return proxy.tracer.create_proxy("call_module", path, args[1:], {})
+        return proxy.tracer.create_proxy("call_function", recorded, args, {})
+
+    return recorded
+
+
+@fx_leaf
+def scale_channels(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[B, C, H, W]`` times ``gamma`` ``[C]``. A view of a parameter taken outside would be a constant to fx."""
+    return gamma[:, None, None] * x
+
+
+@fx_leaf
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in that memory format; as it is under ``torch.func.vmap``, which does not know it."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Blocks(nn.Sequential):
@@ -74,9 +110,15 @@ def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+class ConvSame(Conv2dSame):
+    """timm's convolution with TensorFlow's padding, which depends on the size, as one node of a graph."""
+
+    forward = fx_leaf(Conv2dSame.forward)
+
+
 # ---- children that a parent need not call
 
-_PLAIN = (nn.Linear, nn.Conv2d, Conv2dSame, nn.Identity)
+_PLAIN = (nn.Linear, nn.Conv2d, ConvSame, nn.Identity)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
@@ -143,7 +185,9 @@ class _InPlace:
         self.after = after
 
     def overwrites(self, x: torch.Tensor) -> bool:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():  # any node of a graph may be taken out of it
+            return False
+        if (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
             return False
         module: Any = self
         hooks = module._forward_pre_hooks or module._forward_hooks
@@ -193,6 +237,7 @@ def shortfall(length: int, least: int) -> int:
     return longer - length
 
 
+@fx_leaf
 def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for dynamic sizes, as a matrix product for each axis."""
     for target in (size[1], size[0]):

@@ -25,14 +25,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
+from timm.layers import Conv2dSame, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
 from torch import nn
 
 from .attention import PartitionAttention2d, RelativePositionTable, resample_table
 from .base import POOLS, Backbone, check_head, check_names, create, keep_new, registered_cfg, unwrap
-from .layers import Stage, TanhGELU, check_foldable, drop_path_rates, fold_batch_norm, guard_activations, positive_pair
+from .layers import (
+    ConvSame,
+    Stage,
+    TanhGELU,
+    channels_last,
+    check_foldable,
+    drop_path_rates,
+    fold_batch_norm,
+    fx_leaf,
+    guard_activations,
+    positive_pair,
+)
 
 __all__ = ["MaxViT", "checkpoint_filter_fn", "family"]
 
@@ -47,6 +58,7 @@ class AvgPoolSame(nn.Module):
     """2x2 average pooling of stride 2. An odd length is padded with a zero that counts, as in timm's `AvgPool2dSame`,
     which copies the others, too."""
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bottom, right = (size % 2 for size in x.shape[-2:])
         return F.avg_pool2d(F.pad(x, (0, right, 0, bottom)) if bottom or right else x, 2)
@@ -208,6 +220,9 @@ class MaxViT(Backbone):
             stages.append(Stage(blocks))
             self._add_map(dim, f"stages.{i}", _layer_norm)
         self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if type(module) is Conv2dSame:
+                module.__class__ = ConvSame
         _init_weights(self)
         self.num_features = self.embed_dim = dims[-1]
         self._set_head(num_classes, global_pool, dims[-1])
@@ -294,12 +309,12 @@ class MaxViT(Backbone):
         self.head.train(self.training)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stem(channels_last(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``: pooled,
         normalized, through the hidden layer and tanh."""
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)  # also a head that the user put there
 
 
 _layer_norm = partial(LayerNorm2d, eps=_NORM_EPS)

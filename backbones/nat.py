@@ -33,7 +33,7 @@ from torch import nn
 
 from .attention import NeighborhoodAttention2d, is_dynamic
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Blocks, drop_path_rates, init_weights, positive_pair
+from .layers import Blocks, drop_path_rates, fx_leaf, init_weights, positive_pair
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -101,7 +101,8 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 3, 1, 2)
-        if is_dynamic(*x.shape[2:]):  # whether channels lie last in memory, an exporter decides by which lengths are 1
+        # whether channels lie last in memory, an exporter decides by which lengths are 1
+        if is_dynamic(x.shape[2], x.shape[3]):
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
 
@@ -115,6 +116,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
         h, w = (H + 1) // 2, (W + 1) // 2
@@ -353,16 +355,22 @@ class Isotropic(Backbone):
         return dict(stem=r"^patch_embed", blocks=[(r"^layers\.(\d+)", None), (r"^norm", (99999,))])
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        if self.img_size is not None and tuple(x.shape[-2:]) != self.img_size:
-            height, width = self.img_size
-            raise ValueError(
-                f"input is {x.shape[-2]}x{x.shape[-1]}, this model takes {height}x{width} only: its position bias "
-                f"tables are for that size; create it with img_size=({x.shape[-2]}, {x.shape[-1]})"
-            )
-        return self.patch_embed(x)
+        return self.patch_embed(x if self.img_size is None else _of_size(x, self.img_size))
 
     def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
         return checkpoint_seq(self.layers[i : i + 1], x) if self.layers.grad_checkpointing else self.layers[i](x)
+
+
+@fx_leaf
+def _of_size(x: torch.Tensor, img_size: tuple[int, int]) -> torch.Tensor:
+    """``x`` as it is; ValueError if it is of another size."""
+    if tuple(x.shape[-2:]) != img_size:
+        height, width = img_size
+        raise ValueError(
+            f"input is {x.shape[-2]}x{x.shape[-1]}, this model takes {height}x{width} only: its position bias "
+            f"tables are for that size; create it with img_size=({x.shape[-2]}, {x.shape[-1]})"
+        )
+    return x
 
 
 def _patch_embed(in_chans: int, dim: int, patch_size: int) -> PatchEmbed:

@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Blocks, average_pool, check_foldable, drop_path_rates, is_fixed, is_plain
+from .layers import Blocks, average_pool, channels_last, check_foldable, drop_path_rates, fx_leaf, is_fixed, is_plain
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -107,6 +107,7 @@ class DilatedReparam(nn.Module):
         self.lk_origin = conv.train(self.training)
         self.reparameterized = True
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reparameterized:
             return self.lk_origin(x)
@@ -130,6 +131,7 @@ class ResDWConv(nn.Conv2d):
 class ChannelNorm(LayerNorm2d):
     """LayerNorm over the channels of ``[B, C, H, W]``."""
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
         # it turns the channels last; whether they lie so in memory, an exporter decides by whether there is but one row
@@ -144,6 +146,7 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), float(init_value)))
         self.bias = nn.Parameter(torch.zeros(dim))
 
+    @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(self.bias.view(-1, 1, 1), x, self.weight.view(-1, 1, 1))
 
@@ -307,6 +310,7 @@ class ContMixBlock(ContMix):
         self.ls2 = LayerScale(both, layer_scale)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+    @fx_leaf
     def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, dim + context_dim, H, W]`` to the same; ``initial``: the context that the focus-net began with,
         ``[B, context_dim, H, W]``."""
@@ -362,8 +366,21 @@ class ContextDownsample(nn.Module):
         return torch.cat([self.x_proj(x), self.h_proj(context)], 1)
 
 
+@fx_leaf
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """On a CPU ``x`` in that memory format; of a dynamic shape not: whether a map lies in memory so, an exporter
+    decides by whether it is of one row."""
+    if x.device.type != "cpu" or is_dynamic(*x.shape[2:]):
+        return x
+    return channels_last(x)
+
+
 def _conv_bn(dim: int, dim_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(dim, dim_out, 3, stride, 1, bias=False), nn.BatchNorm2d(dim_out))
+
+
+class Head(nn.Sequential):
+    """Hidden layer, norm, activation, pooling, classifier."""
 
 
 class OverLoCK(Backbone):
@@ -425,7 +442,7 @@ class OverLoCK(Backbone):
     sub_blocks3: ContMixBlocks
     sub_blocks4: ContMixBlocks
     extra_norm: nn.ModuleList  # with ``out_norm``
-    head: nn.Sequential  # hidden layer, norm, activation, pooling, classifier
+    head: Any  # a Head, or what a user puts in its place, from maps to logits
     aux_head: Any  # a Sequential of norm, pooling and classifier, or None
 
     def __init__(
@@ -479,7 +496,7 @@ class OverLoCK(Backbone):
         self._init_maps(dims, modules, embed_dims[3] if out_overview else None)
 
         hidden = nn.Conv2d(dims[3], head_width, 1, bias=False)
-        self.head = nn.Sequential(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
+        self.head = Head(hidden, nn.BatchNorm2d(head_width), nn.SiLU(), nn.Identity(), nn.Identity())
         self.aux_head = None
         if aux_head:
             self.aux_head = nn.Sequential(nn.BatchNorm2d(embed_dims[3]), nn.AdaptiveAvgPool2d(1), nn.Identity())
@@ -520,8 +537,8 @@ class OverLoCK(Backbone):
         return self.head[3]
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: a 1x1 convolution, or an Identity without classes."""
-        return self.head[4]
+        """The classifier: a 1x1 convolution, or an Identity without classes; a head that the user put there, whole."""
+        return self.head[4] if isinstance(self.head, Head) else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, the auxiliary one too, by a new one for ``num_classes`` (0: none), and the pooling if
@@ -559,10 +576,7 @@ class OverLoCK(Backbone):
 
     def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
-        # for a free size not: whether a map lies in memory so, an exporter decides by whether it is of one row
-        if x.device.type == "cpu" and not is_dynamic(*x.shape[2:]):
-            x = x.contiguous(memory_format=torch.channels_last)
-        maps, overview = [self.blocks1(self.patch_embed1(x))], None
+        maps, overview = [self.blocks1(self.patch_embed1(_channels_last(x)))], None
         if last >= 1:
             maps.append(self.blocks2(self.patch_embed2(maps[0])))
         if last >= 2:
@@ -605,7 +619,7 @@ class OverLoCK(Backbone):
                 self.extra_norm[i] = nn.Identity()
 
     def _remove_head(self) -> None:
-        self.head = nn.Sequential(*(nn.Identity() for _ in self.head))
+        self.head = Head(*(nn.Identity() for _ in self.head))
         self._drop_aux_head()
         self._set_head(0, "")
 
@@ -622,9 +636,14 @@ class OverLoCK(Backbone):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, num_features, h, w]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
-        x = self.head_drop(self.head[:4](x))
+        if not isinstance(self.head, Head):
+            return self.head(x)
+        *layers, classifier = self.head
+        for layer in layers:
+            x = layer(x)
+        x = self.head_drop(x)
         if not pre_logits:
-            x = self.head[4](x)
+            x = classifier(x)
         return x if self.global_pool.is_identity() else x.flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .tracing import tracing
+from .tracing import tracing, transformed
 
 BUDGET = 128 << 20  # bytes of all caches together; a DiNAT needs less than one MiB
 
@@ -93,7 +93,7 @@ def _is_constant(source: Tensor) -> bool:
     """Whether the values of ``source`` can be compared; on another device that would synchronize."""
     wants_gradient = source.requires_grad and torch.is_grad_enabled()
     plain = type(source) in (Tensor, nn.Parameter) and source.device.type == "cpu"
-    return plain and not wants_gradient and not torch._C._are_functorch_transforms_active()
+    return plain and not wants_gradient and not transformed()
 
 
 def _tensors(held: Any) -> list[Tensor]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Problem
-from .tracing import tracing
+from .tracing import tracing, transformed
 from .window import Window
 
 # Approximate query-key pairs of a chunk. On a 2-core CPU with 2 MiB of L2 and 32 MiB of L3 cache, half or twice as many
@@ -150,7 +150,7 @@ def chunkable(problem: Problem, *tensors: Tensor) -> bool:
     which tracers, the transforms of ``torch.func`` and tensor subclasses support."""
     return (
         not problem.tracing
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
         and problem.device == "cpu"
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )

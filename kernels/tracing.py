@@ -7,6 +7,7 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -14,6 +15,16 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 def tracing() -> bool:
     """Whether this call is being traced by a compiler or exporter."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed, which PyTorch's fused attention does not have."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is on: both know standard operators alone."""
+    return forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def is_dynamic(*sizes: int) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..problem import Problem
+from ..tracing import transformed
 
 DEEPEST = 256  # channels of a head
 
@@ -31,8 +32,8 @@ DEEPEST = 256  # channels of a head
 def unsupported_reason(problem: Problem) -> str | None:
     if problem.value_depth > DEEPEST:
         return f"the Triton kernels of aggregation take heads of at most {DEEPEST} channels (got {problem.value_depth})"
-    if not problem.tracing and torch._C._are_functorch_transforms_active():
-        return "the transforms of torch.func need standard operators"
+    if not problem.tracing and transformed():
+        return "the transforms of torch.func and forward mode need standard operators"
     return triton_support.unsupported_reason(problem)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import triton_support
 from ..bias import Bias
 from ..problem import Problem
+from ..tracing import transformed
 from ..window import BOUNDARIES, Window
 
 Choice = tuple[int, ...]
@@ -45,8 +46,8 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"the Triton kernels take depths up to {LARGEST_DEPTH} (got {deepest})"
     if problem.bias is not None and max(problem.kernel_size) > LARGEST_BIASED:
         return f"the Triton kernels take a bias up to a kernel_size of {LARGEST_BIASED} (got {problem.kernel_size})"
-    if not problem.tracing and torch._C._are_functorch_transforms_active():
-        return "the transforms of torch.func need standard operators"
+    if not problem.tracing and transformed():
+        return "the transforms of torch.func and forward mode need standard operators"
     return None
 
 

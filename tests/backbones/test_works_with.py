@@ -1,27 +1,38 @@
-"""Every family in the tools that wrap, replace, recompute or watch the modules of a network.
+"""Every family in the tools that users bring: the cells of docs/works_with.md.
 
-A tool must find that every module is called and computes with what it holds, and that no tensor that a hook has seen is
-overwritten.
+A tool that wraps, replaces, recomputes or watches the modules of a network must find that every module is called and
+computes with what it holds, and that no tensor that a hook has seen is overwritten.
 """
 
 import copy
 import io
+import pickle
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import foveal.backbones
+
+from .test_contract import SMALL
 
 # The small variant of every family, and timm's hybrids, narrow: one with each activation.
 CASES: dict[str, dict] = {
     **{name: {} for name in foveal.backbones.list_models() if name.startswith("test_foveal_")},
+    **{SMALL[case].name: SMALL[case].arguments for case in ("dinat_s", "isotropic")},
     "halo26t": dict(width_factor=0.25),
     "sehalo33ts": dict(width_factor=0.25),
 }
 families = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_family_is_covered():
+    families = {foveal.backbones.family(name) for name in foveal.backbones.list_models()}
+    assert {foveal.backbones.family(name) for name in CASES} == families
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -325,3 +336,115 @@ def test_copies(name):
     for a, b in zip(called, outputs(other), strict=True):
         assert_close(a, b, 5e-6)
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), want, strict=True))
+
+
+# ---- torch.fx
+
+
+@families
+def test_fx(name):
+    """One graph for every size, whose parameters are the model's: none was taken for a constant."""
+    model = create(name)
+    graph = torch.fx.symbolic_trace(model)
+    assert [name for name, value in vars(graph).items() if isinstance(value, torch.Tensor)] == []
+    for x in SIZES:
+        torch.testing.assert_close(graph(x), model(x))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.05)
+    loaded = pickle.loads(pickle.dumps(graph))
+    torch.testing.assert_close(loaded(IMAGE), model(IMAGE))
+
+
+class Keep(torch.fx.Interpreter):
+    """Runs a graph and keeps the output of every node, and a copy of it."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.kept: dict[torch.fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def run_node(self, n: torch.fx.Node):
+        out = super().run_node(n)
+        if isinstance(out, torch.Tensor):
+            self.kept[n] = out, out.clone()
+        return out
+
+
+@families
+def test_fx_overwrites_no_node(name):
+    """Whatever an extractor takes out of the graph stays."""
+    keep = Keep(torch.fx.symbolic_trace(create(name)))
+    with torch.no_grad():
+        keep.run(IMAGE)
+    assert [n for n, (out, copied) in keep.kept.items() if not torch.equal(out, copied)] == []
+
+
+@families
+def test_fx_trains(name):
+    model = create(name, drop_path_rate=0.0).train()
+    graph = torch.fx.symbolic_trace(model)
+    grads = []
+    for each in (model, graph):
+        torch.manual_seed(0)
+        model.zero_grad()
+        out = each(images(2, 3, 64, 64))
+        assert out.shape == (2, 5)
+        out.square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert [name for name, grad in grads[1].items() if grad is None] == []
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4 * max(1, grad.abs().max()))
+
+
+@families
+def test_fx_features(name):
+    """timm's and torchvision's extractors give the maps of `forward_intermediates`."""
+    model = create(name)
+    by_timm = create(name, features_only=True, feature_cls="fx")
+    model.load_state_dict({n.partition(".")[2]: p for n, p in by_timm.state_dict().items()}, strict=False)
+    nodes = [info["module"] for info in model.feature_info]
+    maps = create_feature_extractor(model, nodes)(IMAGE)
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    for node, want in zip(nodes, model.forward_intermediates(IMAGE, intermediates_only=True), strict=True):
+        torch.testing.assert_close(maps[node].permute(0, 3, 1, 2) if channels_last else maps[node], want)
+    taken = len(by_timm.feature_info.channels())
+    torch.testing.assert_close(by_timm(IMAGE), [maps[node] for node in nodes][-taken:])
+    some = create(name, features_only=True, feature_cls="fx", out_indices=(1, 2))
+    assert some.feature_info.out_indices == (1, 2)
+
+
+# ---- torch.func and forward mode
+
+
+@families
+def test_gradients_per_sample(name):
+    model = create(name, drop_path_rate=0.0).double()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    x, labels = images(3, 3, 64, 64).double(), torch.tensor([1, 2, 3])
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, (parameters, buffers), (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, labels)
+    for i in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1]), labels[i : i + 1]).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(got[name][i], p.grad, rtol=1e-9, atol=1e-11)
+
+
+@families
+def test_forward_mode(name):
+    """`jvp` and dual numbers, against the reverse mode."""
+    model = create(name, drop_path_rate=0.0).double()
+    x, direction = images(1, 3, 64, 64).double(), images(1, 3, 64, 64).double().flip(-1)
+    out, tangent = torch.func.jvp(model, (x,), (direction,))
+    x.requires_grad_(True)
+    cotangent = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(model(x), x, cotangent)
+    torch.testing.assert_close((tangent * cotangent).sum(), (grad * direction).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = model(torch.autograd.forward_ad.make_dual(x.detach(), direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
