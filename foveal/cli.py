@@ -474,6 +474,27 @@ def visualize(
 
 
 @app.command()
+def data(
+    root: Annotated[Path, typer.Argument(help="Folder of images with annotations, masks, or a folder for each class.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    task: Annotated[Task | None, typer.Option(help="What to train on it.", show_default="found out")] = None,
+    draw: Annotated[Path | None, typer.Option(help="PNG file to write: images with their boxes or masks.")] = None,
+) -> int:
+    """Show what a folder holds before training: format, splits, classes, sizes, duplicates, and everything odd.
+
+    The exit status is 1 where a training would be wrong."""
+    from .train.data import survey
+
+    found = survey.survey(root, overrides or [], task and task.value)
+    print("\n".join(found.lines))
+    if draw is not None:
+        print(f"{draw}: {survey.draw(found.data, draw)} images")
+    for reason in found.wrong:
+        _print_error("wrong", reason, "red")
+    return 1 if found.wrong else 0
+
+
+@app.command()
 def shards(
     source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, or one of these.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; the same command goes on with what is there.")],

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from foveal.cli import app
 from foveal.configs.schema import SCHEMAS, DetectConfig, load_config
 from foveal.train import evaluate, train
 from foveal.train.data import DataError, build_detection_data
 from foveal.train.data.auto import draw, read_set
 from foveal.train.data.dataset import SegmentationDataset
 from foveal.train.data.files import Files, split_of
+from foveal.train.data.survey import draw as draw_sheet
+from foveal.train.data.survey import survey
 
 CLASSES = ("cat", "dog")
 Truth = dict[str, list[tuple[int, tuple[int, int, int, int]]]]  # stem -> class and corners
@@ -420,3 +425,54 @@ def test_a_run_keeps_its_split(tmp_path):
     again = evaluate(run)
     assert again["n"] == 2
     assert again["box_ap"] == pytest.approx(first["box_ap"], abs=1e-3)
+
+
+# what is said before anyone trains
+
+
+def test_files_of_one_content_stay_together_when_a_split_is_drawn(tmp_path):
+    voc(tmp_path)
+    images = sorted((tmp_path / "images").iterdir())
+    for path in images[1:6]:
+        shutil.copyfile(images[0], path)
+    found = survey(tmp_path)
+    assert not found.wrong
+    assert any(f"{images[1].name} = images/{images[0].name}" in note for note in found.data.division.notes)
+
+
+def test_survey_counts_and_names(tmp_path):
+    yolo(tmp_path)
+    (tmp_path / "clip.mov").write_bytes(b"")
+    found = survey(tmp_path)
+    text = "\n".join(found.lines)
+    assert not found.wrong
+    assert (found.data.task, found.data.found.format) == ("detect", "YOLO")
+    assert re.search(r"cat +3 +2\n +dog +9 +6", text)
+    assert "40x32" in text
+    assert "clip.mov" in text
+    assert draw_sheet(found.data, tmp_path / "sheet.png") == 6
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 240, 2 * 240)
+
+
+def test_survey_finds_what_would_be_wrong(tmp_path):
+    yolo(tmp_path)
+    shutil.copyfile(tmp_path / "images" / "train" / "im 0.jpg", tmp_path / "images" / "val" / "im 6.jpg")
+    for path in (tmp_path / "labels" / "train").iterdir():
+        path.write_text("1 0.5 0.5 0.2 0.2")
+    (tmp_path / "images" / "train" / "im 3.jpg").write_bytes(b"")
+    wrong = " ".join(survey(tmp_path).wrong)
+    assert "im 6.jpg" in wrong
+    assert "cat" in wrong
+    assert "max_bad_fraction" in wrong
+    assert CliRunner().invoke(app, ["data", str(tmp_path)]).exit_code == 1
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_survey_finds_the_task(task, tmp_path):
+    if task == "classify":
+        class_folders(tmp_path)
+    else:
+        write_masks(tmp_path / "a", tmp_path / "b")
+    result = CliRunner().invoke(app, ["data", str(tmp_path), "--draw", str(tmp_path / "sheet.png")])
+    assert (result.exit_code, f"for {task}" in result.output) == (0, True)
+    assert (tmp_path / "sheet.png").is_file()

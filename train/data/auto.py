@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -18,7 +19,7 @@ from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig, Seg
 from ...files import atomic
 from .coco import index_objects
 from .dense_transforms import IGNORE
-from .files import SPLIT_NAMES, Files, image_size
+from .files import SPLIT_NAMES, Files, image_size, same_files
 from .formats import DETECTION, Found, find_boxes, first_names
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, encode_paths
@@ -99,9 +100,22 @@ def divide(
         everything = np.arange(len(names))
         return Division(everything, everything, [], f"all {len(names):,}")
     val = draw(names, classes, data.val_fraction, seed)
+    notes = _together(names, val, data)
     rows = [(name, "val" if out else "train") for name, out in zip(names, val, strict=True)]
-    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn by class (data.val_fraction={data.val_fraction:g}, seed)"
-    return Division(np.flatnonzero(~val), np.flatnonzero(val), rows, text)
+    how = f"data.val_fraction={data.val_fraction:g}, seed={seed}"
+    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn by class ({how})"
+    return Division(np.flatnonzero(~val), np.flatnonzero(val), rows, text, notes)
+
+
+def _together(names: Sequence[str], val: np.ndarray, data: DataConfig | DenseDataConfig) -> list[str]:
+    """Moves files of one content to the side of the first of them."""
+    number = {os.path.join(str(data.root), name): i for i, name in enumerate(names)}
+    same = same_files(number)
+    for path, first in same.items():
+        val[number[path]] = val[number[first]]
+    pairs = [f"{names[number[path]]} = {names[number[first]]}" for path, first in same.items()]
+    note = f"{len(pairs):,} files are the same as another, and stay on its side: {first_names(pairs)}"
+    return [note] if pairs else []
 
 
 def draw(names: Sequence[str], classes: Sequence[Hashable], fraction: float, seed: int) -> np.ndarray:

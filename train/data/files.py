@@ -1,10 +1,12 @@
 """The files of a folder that somebody else made: found by their names, and read within bounds."""
 
+import hashlib
 import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -122,6 +124,25 @@ def image_size(path: str | Path) -> tuple[int, int]:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
     return (width, height) if turned else (height, width)
+
+
+def same_files(paths: Iterable[str]) -> dict[str, str]:
+    """Files of the same content as an earlier one -> the first of them. Only files of one length are read."""
+    by_length: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        with suppress(OSError):
+            by_length[os.stat(path).st_size].append(path)
+    same: dict[str, str] = {}
+    for group in by_length.values():
+        first: dict[bytes, str] = {}
+        for path in group if len(group) > 1 else ():
+            digest = hashlib.blake2b()
+            with suppress(OSError), open(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+                if (known := first.setdefault(digest.digest(), path)) != path:
+                    same[path] = known
+    return same
 
 
 def read_json(file: Path) -> Any:
