@@ -232,7 +232,7 @@ def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None
 
 def unknown_model(name: str) -> ValueError:
     """The error for a model name that is not registered, with the nearest names that are."""
-    return ValueError(f"unknown model {name!r}{_nearest(name)}")
+    return ValueError(f"unknown model {name!r}{_nearest(name)}; one of your own is known after --import MODULE")
 
 
 def _resolve_name(text: str) -> Source:

@@ -185,6 +185,7 @@ class RunConfig:
     auto: list[str] = _list()  # keys that training chooses by the data; one that a later file or override gives is not
     output: PathText  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
     resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
+    imports: list[str] = _list()  # modules that register models of your own, on Python's path or in the current folder
     seed: int = Field(default=0, ge=0, lt=2**32)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

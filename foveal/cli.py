@@ -255,27 +255,44 @@ class Task(str, Enum):
     segment = "segment"
 
 
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Module that registers models of your own; may be repeated."),
+]
+
+
 @app.command()
 def train(
     task: Annotated[Task, typer.Argument(help="What to train.", show_default=False)],
     config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    imports: Imports = None,
 ) -> None:
     """Train a model by a recipe."""
     from .train import train as run
 
-    run(config, overrides or [], task.value)
+    remembered = [f"imports=[{','.join(imports)}]"] if imports else []
+    run(config, remembered + (overrides or []), task.value)
 
 
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    imports: Imports = None,
 ) -> None:
     """Score a model on the evaluation part of its data."""
     from .train import evaluate as run
 
+    _import(imports)
     run(source, overrides or [], _console())
+
+
+def _import(modules: list[str] | None) -> None:
+    if modules:
+        from .train.tasks import import_models
+
+        import_models(modules)
 
 
 @app.command()
@@ -290,10 +307,12 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="Detector, segmenter: folder for the images with what was found drawn.")
     ] = None,
+    imports: Imports = None,
 ) -> int:
     """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
     from .train import predict as run
 
+    _import(imports)
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
@@ -350,11 +369,13 @@ def export(
         bool, typer.Option("--pretrained/--no-pretrained", help="A model name: fetch its weights, or take random ones.")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
+    imports: Imports = None,
 ) -> None:
     """Write a model for use elsewhere, checked against the original."""
     from .weights.export import export as write
     from .weights.formats import FORMATS
 
+    _import(imports)
     done = write(
         source,
         to,
@@ -458,12 +479,14 @@ def visualize(
     ] = False,
 ) -> None:
     """Draw where a model looks around a point: windows, attention, receptive field, feature maps."""
+    from .train.tasks import import_remembered
     from .visualize import visualize_file
 
     try:
         x, y = (float(part) for part in point.split(","))
     except ValueError as error:
         raise ValueError(f"--point takes X,Y, two fractions of the image, got {point!r}") from error
+    import_remembered(model)
     drawn, layers_found = visualize_file(
         image, model, output, None if click else (x, y), layers=layers, pretrained=not untrained
     )

@@ -206,7 +206,10 @@ def check_name(config: ModelConfig) -> None:
     """
     if not is_local(config) and not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
-        raise ConfigError(f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}")
+        raise ConfigError(
+            f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}. "
+            "One of your own is known by --import MODULE, or imports: [MODULE] in the recipe"
+        )
 
 
 def model_cfg(config: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .data.guard import printable
 from .distributed import join_processes
 from .scoring import Scorer
 from .task import Task
-from .tasks import find_task, task_of
+from .tasks import find_task, import_remembered, task_of
 
 
 def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         >>> evaluate("folder", data)["n"]
         360
     """
+    import_remembered(source)
     kind = find_task(task_of(local_path(source))).Task
     files = {key: override_value(overrides, key) for key in kind.files}
     overrides = [pair for pair in overrides if pair.partition("=")[0] not in files]

@@ -8,7 +8,7 @@ import torch
 
 from ..backbones.loading import local_path, refuse_exported
 from .task import Predictor, Result
-from .tasks import find_task, task_of
+from .tasks import find_task, import_remembered, task_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def predict(
         image.png ['class ...', 'class ...']
     """
     folder = local_path(source)
+    import_remembered(source)
     kind = task_of(folder)
     if kind != "classify":
         refuse_exported(folder)

@@ -28,7 +28,7 @@ from .data.auto import kept_split
 from .distributed import join_processes, raised_by_all
 from .logging import accelerate_trackers, flat
 from .resume import resume
-from .tasks import find_task
+from .tasks import find_task, import_models
 from .trainer import Trainer
 
 RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")  # any of them: a run is there
@@ -67,6 +67,7 @@ def train(
     if config.resume == "auto":
         kept_split(config.data, Path(config.output), overrides)
     chosen = choose(config, str(recipe))
+    import_models(config.imports)
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     run, accelerator = Path(config.output), create_accelerator(config)
     set_seed(config.seed)

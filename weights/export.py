@@ -26,6 +26,7 @@ from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
 from ..heads.registry import head_spec
 from ..train.classify import class_labels
+from ..train.tasks import import_remembered
 from . import ANY_SIZE, cards
 from .compare import Difference, compare, detection_error, relative_error
 from .folder import RECORD, TOLERANCE, check_output, published_config, staged, without_record
@@ -109,6 +110,7 @@ def export(
         ['README.md', 'config.json', 'model.safetensors']
     """
     options = Options(to.lower(), images, half, int8, calibration, dynamic, size, score, pretrained)
+    import_remembered(source)
     if dense := _dense_folder(source):
         folder, prepare = dense[0], functools.partial(_dense, source, *dense, options)
     else:

@@ -33,7 +33,7 @@ def blocks(page: str) -> list[str]:
 
 
 def test_the_tutorial_trains(tmp_path, monkeypatch):
-    definition, use, training = blocks("docs/new_backbone.md")
+    _, definition, use, training = blocks("docs/new_backbone.md")
     assert len([line for line in definition.splitlines() if line.strip()]) < 90
     file = tmp_path / "peeknet.py"
     file.write_text(definition)
@@ -43,7 +43,7 @@ def test_the_tutorial_trains(tmp_path, monkeypatch):
 
     names = vars(peeknet)
     exec(compile(use, "use", "exec"), names)
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/new_backbone.md").read_text(encoding="utf-8"), re.DOTALL)
+    _, recipe = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/new_backbone.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "peeknet.yaml").write_text(recipe.replace("epochs: 10", "epochs: 5") + "  # shorter\n")
     exec(compile(training, "train", "exec"), names)
     assert json.loads((tmp_path / "runs/peeknet/summary.json").read_text())["top1"] > 80

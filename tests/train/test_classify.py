@@ -373,6 +373,38 @@ def test_epochs_of_so_many_updates(quick, tmp_path):
     assert losses(run) == losses(tmp_path / "whole")
 
 
+def test_a_model_of_ones_own(tmp_path):
+    """The tutorial's: known by --import, remembered by the run, and not taken from inside a run folder."""
+    page = (Path(__file__).parents[2] / "docs/new_backbone.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    (tmp_path / "gazenet.py").write_text(code)
+    (tmp_path / "gazenet.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    words = ["gazenet.yaml", "schedule.epochs=1", "data.limit=128"]
+
+    def call(*command: str) -> subprocess.CompletedProcess:
+        program = [str(Path(sys.executable).with_name("foveal")), *command]
+        return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+
+    unknown = call("train", "classify", *words)
+    assert unknown.returncode == 2
+    assert "--import" in unknown.stderr
+    trained = call("train", "classify", *words, "--import", "gazenet")
+    assert trained.returncode == 0, trained.stderr
+    assert call("evaluate", "runs/gazenet").returncode == 0
+    (tmp_path / "runs/gazenet/gazenet.py").write_text((tmp_path / "gazenet.py").read_text())
+    (tmp_path / "gazenet.py").unlink()
+    assert call("evaluate", "runs/gazenet").returncode == 2
+    moved = subprocess.run(
+        [sys.executable, "-m", "foveal", "evaluate", "."],
+        cwd=tmp_path / "runs/gazenet",
+        capture_output=True,
+        text=True,
+    )
+    assert moved.returncode == 2
+    assert "imports" in moved.stderr
+
+
 def test_all_that_is_wrong_is_said_at_once(quick, tmp_path):
     """Before a model is built or a teacher is fetched."""
     wrong = ["optim.name=adamv", "train.batch_size=63", "data.limit=20", "augment.mixup=0.8", "distill.teacher=nobody"]
