@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .backbone import Backbone, ShapeSpec
 from .necks import build_neck
@@ -96,12 +96,8 @@ def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) 
 
     class Loss(published.Mask2FormerLoss):
         def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
-            """Masks per process; transformers divides by the number of processes twice."""
-            count = torch.tensor(float(sum(map(len, class_labels))), device=device)
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(count)
-                count /= distributed.get_world_size()
-            return count.clamp(min=1)
+            """Of this batch; the training loop weighs it among those of an update (`normalizers`)."""
+            return torch.tensor(float(sum(map(len, class_labels))), device=device).clamp(min=1)
 
     class Network(published.Mask2FormerForUniversalSegmentation):
         def __init__(self) -> None:
@@ -158,7 +154,8 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def losses(head: Any, images: Tensor, masks: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The weighted losses of classes, masks and their overlap (dice), each summed over the layers of the decoder.
+    """The weighted losses of classes, masks and their overlap (dice), each summed over the layers of the decoder and
+    divided by its part of `normalizers`.
 
     Args:
         images: as `query_outputs` takes them.
@@ -177,3 +174,11 @@ def losses(head: Any, images: Tensor, masks: Sequence[Tensor], labels: Sequence[
         )
     layers = ["", *(f"_{layer}" for layer in range(deep * (len(class_logits) - 1)))]
     return {ours: sum(found[f"loss_{name}{layer}"] for layer in layers) for name, ours in LOSSES.items()}
+
+
+def normalizers(head: Any, labels: Sequence[Tensor]) -> Tensor:
+    """What each of the `losses` of a batch is divided by, ``[3]``: the sum of the queries' weights, in units of which
+    even a batch without objects has one or more, and twice the number of objects."""
+    objects, queries = sum(map(len, labels)), len(labels) * head.config.num_queries
+    classes = objects + head.config.no_object_weight * (queries - objects)
+    return torch.tensor([classes * head.config.num_queries, objects, objects], dtype=torch.float32)

@@ -2,11 +2,10 @@
 predictions."""
 
 import json
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -83,7 +82,16 @@ class Task(task.Task):
         return cls(config, model, data)
 
     def train_step(self, model: nn.Module, batch: DetectionBatch, epoch: int) -> Tensor:
-        return reduce(add, model(batch.images, batch.targets).values())
+        return torch.stack([loss.float() for loss in model(batch.images, batch.targets).values()])
+
+    @property
+    def counts(self) -> bool:
+        return hasattr(self.model.detector, "normalizers")
+
+    def normalizers(self, batch: DetectionBatch) -> Tensor:
+        counts = self.model.normalizers(batch.images, batch.targets)
+        assert counts is not None, "counts"
+        return counts.to(batch.images[0].device)
 
     def scorer(self) -> CocoScorer:
         return CocoScorer(self.data.val.dataset.index, self.model.masks)

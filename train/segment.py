@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
@@ -93,7 +94,7 @@ class Task(task.Task):
 
     def train_step(self, model: nn.Module, batch: SegmentationBatch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
-            return model(batch.images, batch.targets)
+            return torch.stack(list(model(batch.images, batch.targets).values()))
         output = model(batch.images)
         logits, extra = output if isinstance(output, tuple) else (output, None)
         ignored = self.config.loss.ignored_in_mean
@@ -101,6 +102,15 @@ class Task(task.Task):
         if extra is not None:
             loss = loss + self.config.loss.auxiliary * segmentation_loss(extra, batch.targets, ignored)
         return loss
+
+    @property
+    def counts(self) -> bool:
+        return isinstance(self.model, Mask2Former) or not self.config.loss.ignored_in_mean
+
+    def normalizers(self, batch: SegmentationBatch) -> Tensor:
+        if isinstance(self.model, Mask2Former):
+            return self.model.normalizers(batch.targets).to(batch.targets.device)
+        return (batch.targets != IGNORE).sum().float()[None]
 
     def scorer(self) -> SegmentationScorer:
         return SegmentationScorer(len(self.classes))

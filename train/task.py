@@ -60,7 +60,17 @@ class Task(ABC):
 
     @abstractmethod
     def train_step(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
-        """The loss of a batch, a scalar; runs under the chosen precision."""
+        """The loss of a batch, a scalar or its terms ``[K]``; runs under the chosen precision."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether batches differ in what their loss is a mean over (`normalizers`), and not only in their images."""
+        return False
+
+    def normalizers(self, batch: Any) -> Tensor:
+        """What the terms of a batch's loss are divided by, float ``[1]`` or ``[K]``: the number of pixels or objects,
+        and 1 where that is 0. With them the loss of an update is that of one large batch, not a mean of means."""
+        raise NotImplementedError
 
     @abstractmethod
     def save_weights(self, folder: Path, model: Any) -> None:

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -298,13 +298,10 @@ class Trainer:
     def _update(self, batches: TrainingBatches, pending: Pending) -> None:
         """One update of the weights."""
         state, passes = self.state, self.config.train.grad_accum_steps
-        for number in range(passes):
-            start = time.perf_counter()
-            batch = next(batches)
-            state.wait_seconds += time.perf_counter() - start
+        for number, (batch, weights) in enumerate(self._weighted(batches)):
             with gradient_sync(self.accelerator, self.model, sync=number + 1 == passes):
                 with self.accelerator.autocast():
-                    loss = self.task.train_step(self.model, batch, state.epoch)
+                    loss = (self.task.train_step(self.model, batch, state.epoch) * weights).sum()
                 self.accelerator.backward(loss / passes)
             pending.losses.append(loss.detach())
         state.step += 1
@@ -321,6 +318,28 @@ class Trainer:
         self.scheduler.step_update(self.updates)
         if self.ema is not None:
             self.ema.update(self.model_without_ddp, step=self.updates)
+
+    def _weighted(self, batches: TrainingBatches) -> Iterator[tuple[Any, Tensor | float]]:
+        """The batches of an update, with the weights by which the mean of their losses is the loss of one large batch.
+        Where the task counts what a loss is a mean over, all batches are read before the first is used."""
+        passes = self.config.train.grad_accum_steps
+        if not self.task.counts or passes * self.accelerator.num_processes == 1:
+            for _ in range(passes):
+                yield self._next(batches), 1.0
+            return
+        read = [self._next(batches) for _ in range(passes)]
+        counts = torch.stack([self.task.normalizers(batch) for batch in read])
+        total: Any = reduce(counts.sum(0), "sum")
+        # a loss is divided by the count, or by 1 where there is nothing to count
+        weights = counts.clamp(min=1) / total.clamp(min=1) * (passes * self.accelerator.num_processes)
+        for number in range(passes):
+            yield read.pop(0), weights[number]
+
+    def _next(self, batches: TrainingBatches) -> Any:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.state.wait_seconds += time.perf_counter() - start
+        return batch
 
     def _clip_gradients(self) -> Tensor:
         """The norm of the whole gradient, before it is clipped to ``optim.clip_grad``."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -196,12 +198,31 @@ def retinanet(
     return model
 
 
+class CountedFCOS(FCOS):
+    """torchvision's, which divides its losses by the number of points on an object, and counts them beforehand."""
+
+    @torch.no_grad()
+    def normalizers(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+        """Points of a batch that lie on an object, float ``[1]``."""
+        batch, _ = self.transform(images)
+        rows, columns = batch.tensors.shape[-2:]
+        strides = self.backbone.spec.strides
+        maps = [batch.tensors.new_empty(1, 1, -(-rows // step), -(-columns // step)) for step in strides]
+        points = self.anchor_generator(batch, maps)
+        matching = SimpleNamespace(  # the part of the model that `compute_loss` needs, up to the matching
+            center_sampling_radius=self.center_sampling_radius,
+            head=SimpleNamespace(compute_loss=lambda *found: torch.cat(found[-1])),
+        )
+        levels = [each.shape[-2] * each.shape[-1] for each in maps]
+        return (FCOS.compute_loss(matching, targets, {}, points, levels) >= 0).sum().float()[None]
+
+
 def fcos(backbone: Backbone, num_classes: int, transform: dict[str, Any], **kwargs: Any) -> nn.Module:
     """FCOS (Tian et al., arXiv 1904.01355). Its only anchor has the side of the stride, which scales the distances."""
     anchors = Anchors(backbone.spec.strides, [1.0], [1.0])
     _check_known(kwargs, FCOS, (*transform, "anchor_generator"))
     kwargs = {"score_thresh": 0.05, **kwargs}  # torchvision's 0.2 lowers the AP
-    model = FCOS(backbone, num_classes, anchor_generator=anchors, **transform, **kwargs)
+    model = CountedFCOS(backbone, num_classes, anchor_generator=anchors, **transform, **kwargs)
     for part in (model, model.head):
         part.box_coder = FullLinearCoder(normalize_by_size=True)
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..backbone import Backbone
-from ..mask2former import decoder, losses, query_outputs
+from ..mask2former import decoder, losses, normalizers, query_outputs
 
 Size = Sequence[int]  # rows, columns
 
@@ -68,6 +68,10 @@ class InstanceMask2Former(nn.Module):
         limits = self.detections_per_img, self.score_thresh
         each = zip(classes, masks, seen, sizes, strict=True)
         return [instances(logits, own, padded, inner, size, *limits) for logits, own, inner, size in each]
+
+    def normalizers(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+        """What each of the losses of a batch is divided by."""
+        return normalizers(self.head, [each["labels"][each["masks"].bool().flatten(1).any(1)] for each in targets])
 
 
 def _objects(target: dict[str, Tensor], size: Size) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..mask2former import decoder, losses, query_outputs
+from ..mask2former import decoder, losses, normalizers, query_outputs
 from .layers import resize
 from .segmenter import SegmentationModel
 
@@ -41,17 +41,16 @@ class Mask2Former(SegmentationModel):
         super().__init__(backbone, **image)
         self.head = decoder(backbone, num_classes, settings, a3fpn)
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Float images ``[B, C, H, W]`` in [0, 1] to log scores ``[B, classes, H, W]``, whose softmax is each class's
         share (the sum over queries of class probability times mask, as published, divided by that of all classes); with
-        ``targets``, int64 ``[B, H, W]`` and `IGNORE` where there is no class, to the loss, a scalar."""
+        ``targets``, int64 ``[B, H, W]`` and `IGNORE` where there is no class, to a mapping of losses."""
         rows, columns = images.shape[-2:]
         images = self.pad((images - self.mean) / self.std)
         if targets is not None:
-            classes = [image.unique() for image in targets]
-            classes = [found[found != IGNORE] for found in classes]
+            classes = _classes(targets)
             masks = [image == found[:, None, None] for image, found in zip(targets, classes, strict=True)]
-            return sum(losses(self.head, images, [self.pad(mask) for mask in masks], classes).values())
+            return losses(self.head, images, [self.pad(mask) for mask in masks], classes)
         classes, masks = (layers[-1] for layers in query_outputs(self.head, images))
         masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
         shares = classes.softmax(-1)[..., :-1]
@@ -61,3 +60,12 @@ class Mask2Former(SegmentationModel):
         with exact:
             scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
         return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+    def normalizers(self, targets: Tensor) -> Tensor:
+        """What each of the losses of a batch is divided by."""
+        return normalizers(self.head, _classes(targets))
+
+
+def _classes(targets: Tensor) -> list[Tensor]:
+    """The classes that occur, of each image."""
+    return [found[found != IGNORE] for found in (image.unique() for image in targets)]

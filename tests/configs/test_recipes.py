@@ -154,7 +154,9 @@ def segmenter_step(config: SegmentConfig) -> None:
         model = segment.build_model(config, len(classes)).train()
         task = segment.Task(config, model, classes, SimpleNamespace(val=None, notes=[]))
         images = torch.zeros(2, config.data.in_chans, *config.augment.crop_size)
-        loss = task.train_step(model, SegmentationBatch(images, torch.zeros(2, *config.augment.crop_size).long()), 0)
+        loss = task.train_step(
+            model, SegmentationBatch(images, torch.zeros(2, *config.augment.crop_size).long()), 0
+        ).sum()
     update(model, loss, config, config.train.steps_per_epoch or 10)
 
 
@@ -203,7 +205,7 @@ def detector_step(config: DetectConfig) -> None:
     mask[:, 8:40, 16:56] = 1
     target = {"boxes": torch.tensor([[16.0, 8, 56, 40]]), "labels": torch.tensor([3]), "masks": mask}
     images = [torch.rand(config.data.in_chans, 64, 64) for _ in range(2)]
-    loss = task.train_step(model, DetectionBatch(images, [target, dict(target)], [0, 1]), 0)
+    loss = task.train_step(model, DetectionBatch(images, [target, dict(target)], [0, 1]), 0).sum()
     assert loss.isfinite()
     update(model, loss, config, config.train.steps_per_epoch or 10)
 

@@ -144,25 +144,6 @@ def test_losses_of_every_layer(deep):
         torch.testing.assert_close(got[f"loss_{ours}"], weight * sum(layer[f"loss_{theirs}"] for layer in each))
 
 
-def test_masks_are_counted_over_the_processes(monkeypatch):
-    """The losses of masks are divided by their number for each process."""
-    model, (images, targets) = detector(drop_path_rate=0.0), batch()
-    criterion = model.detector.head.criterion
-    labels = [torch.tensor([1]), torch.tensor([], dtype=torch.long)]
-    assert criterion.get_num_masks(labels, torch.device("cpu")) == 1
-    torch.manual_seed(2)
-    alone = model(images, targets)  # two masks
-    others = SimpleNamespace(
-        is_available=lambda: True, is_initialized=lambda: True, all_reduce=lambda x: x.add_(4), get_world_size=lambda: 2
-    )
-    monkeypatch.setattr(mask2former, "distributed", others)
-    assert criterion.get_num_masks(labels, torch.device("cpu")) == 2.5
-    torch.manual_seed(2)
-    together = model(images, targets)
-    for name, share in (("loss_mask", 2 / 3), ("loss_dice", 2 / 3), ("loss_class", 1)):
-        torch.testing.assert_close(together[name], share * alone[name])
-
-
 @pytest.mark.parametrize("neck", ["fpn", "a3fpn"])
 def test_trains_every_part_whatever_the_images_hold(neck):
     model = detector(neck, settings={"decoder_layers": 4})  # one layer for each level

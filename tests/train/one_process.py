@@ -1,8 +1,8 @@
 """One process of a run of several, for the tests: forked by multiprocessing (`JOB` given) or started by torchrun.
 
-A job: recipe, overrides, environment; and where asked for: `stop` or `kill`, this process's rank and the batch before
-which it signals itself (killed only the first time that torchrun starts it); `record`, a folder for the order of the
-training images that this process read; `said`, a file for what it says.
+A job: recipe, overrides, environment; and where asked for: `task`; `stop` or `kill`, this process's rank and the batch
+before which it signals itself (killed only the first time that torchrun starts it); `record`, a folder for the order of
+the training images that this process read; `said`, a file for what it says.
 """
 
 import json
@@ -47,4 +47,4 @@ def recorded(self):
 classify.Task.train_step = counted
 if "record" in job:
     EpochOrder.__iter__ = recorded
-app(["train", "classify", job["recipe"], *job["overrides"]])
+app(["train", job.get("task", "classify"), job["recipe"], *job["overrides"]])
