@@ -224,7 +224,7 @@ def test_a3fpn_mixes_what_the_encoder_gives():
 def test_segmenter_with_a3fpn(tmp_path):
     model = build_segmenter(NAME, "mask2former", "a3fpn", num_classes=4, head_kwargs=SMALL | {"decoder_layers": 4})
     images = torch.rand(2, 3, 50, 70)
-    model(images, torch.randint(0, 4, (2, 50, 70))).backward()
+    sum(model(images, torch.randint(0, 4, (2, 50, 70))).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     save_dense(tmp_path, model.eval(), list("abcd"), {})
     torch.testing.assert_close(load_dense(tmp_path)(images), model(images))
