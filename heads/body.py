@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..backbones import loading
+from ..backbones.layers import check_foldable as check_foldable  # for necks and heads
 from .backbone import feature_info, published_names
 
 Model = TypeVar("Model", bound=nn.Module)

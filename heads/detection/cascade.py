@@ -20,6 +20,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import Conv2dNormActivation, box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
+from ..body import check_foldable
+
 OVERLAPS = (0.5, 0.6, 0.7)  # IoU threshold of positive boxes, by stage
 CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # scale of the box deltas
 # the inverse of mmdetection's standard deviations: the last stage's is 1 % more than the paper's
@@ -89,6 +91,7 @@ class BoxHead(nn.Module):
             conv, norm = block[0], block[1]
             if isinstance(norm, nn.Identity):
                 continue
+            check_foldable(conv, norm)
             statistics = norm.running_mean, norm.running_var, norm.eps
             folded = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
             conv.weight, conv.bias = folded

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..backbone import Neck, ShapeSpec
+from ..body import check_foldable
 from .resample import DeformableResampling
 
 # Settings of the released models and their lighter variant, for widths of 256 and 512. Both have 16 channels per group,
@@ -107,6 +108,8 @@ class RepVGG(nn.Module):
     def reparameterize(self) -> None:
         if self.folded is not None:
             return
+        for branch in (self.conv1, self.conv2):
+            check_foldable(branch.conv, branch.norm)
         three, one = (fuse_conv_bn_eval(x.conv.eval(), x.norm.eval()) for x in (self.conv1, self.conv2))
         assert three.bias is not None and one.bias is not None  # of the norms
         three.weight += F.pad(one.weight, [1, 1, 1, 1])
@@ -175,6 +178,13 @@ class Fusion(nn.Module):
         return reduce(operator.add, (x * weights[:, i : i + 1] for i, x in enumerate(maps)))
 
 
+class ChannelShare(nn.GroupNorm):
+    """Group norm, each channel times the share of its weight in the sum of all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (self.weight / self.weight.sum())[:, None, None]
+
+
 class Reassemble(nn.Module):
     """Values of channels with a small gate are added, in part, to the mirrored channel.
 
@@ -183,13 +193,12 @@ class Reassemble(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.gate = nn.GroupNorm(groups, channels)
+        self.gate = ChannelShare(groups, channels)
         self.norm = LayerNorm2d(channels, eps=1e-6)
         self.act = nn.GELU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        share = self.gate.weight / self.gate.weight.sum()
-        gate = (self.gate(x) * share[:, None, None]).sigmoid()
+        gate = self.gate(x).sigmoid()
         keeps = gate > 0.5
         kept = torch.where(keeps, torch.ones_like(gate), gate) * x
         moved = torch.where(keeps, torch.zeros_like(gate), gate) * x

@@ -26,7 +26,7 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = norm(out_channels)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
 
