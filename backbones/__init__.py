@@ -19,7 +19,7 @@ def list_models() -> list[str]:
 
 
 def family(name: str) -> str:
-    """The family of a model of `list_models`, for people: ``family("dinat_s_tiny")`` is ``"DiNAT_s"``.
+    """The display name of a model's family: ``family("dinat_s_tiny")`` is ``"DiNAT_s"``.
 
     Raises:
         ValueError: if the name is not one of `list_models`.

@@ -1,20 +1,20 @@
 """AsCAN: convolutional blocks first, transformer blocks last. A reconstruction.
 
 Paper: AsCAN: Asymmetric Convolution-Attention Networks for Efficient Recognition and Generation (Kag et al., NeurIPS
-2024, arXiv:2411.04967). **This is a reconstruction: the paper's code and weights are not public; the layout is ours;
-the figures it was made to match (55 M parameters and 7.7 GMACs, 98 M and 16.7, 173 M and 30.7) are remembered, not
-verified against the paper.**
+2024, arXiv:2411.04967). **This is a reconstruction: the paper's code and weights are not public, and the layout is
+ours. It is sized to 55 M parameters and 7.7 GMACs, 98 M and 16.7, 173 M and 30.7; these figures are not verified
+against the paper.**
 
-What the paper's abstract and overview figure state: a convolutional stem, four stages of convolutional (C) and
-transformer (T) blocks, distributed asymmetrically, with more C early and more T late; plain attention in the T blocks;
-pooling and a classifier. What the rest is here:
+From the paper's abstract and overview figure: a convolutional stem, four stages of convolutional (C) and transformer
+(T) blocks, distributed asymmetrically, with more C early and more T late; plain attention in the T blocks; pooling and
+a classifier. The rest is chosen here:
 
-* the grammar: a string of ``C`` and ``T`` for each stage, see `AsCAN`;
+* a string of ``C`` and ``T`` describes each stage, see `AsCAN`;
 * C is FusedMBConv (EfficientNetV2, arXiv:2104.00298): 3x3 convolution to ``expansion`` times the width, squeeze and
   excitation, 1x1 convolution back, and a residual;
 * T is a pre-norm transformer block: attention over the whole map with relative position bias, and an MLP;
-* every stage halves the map: a C at its start has stride 2, in the 3x3 convolution and in a 1x1 convolution for the
-  residual; before a T at its start comes a 3x3 convolution of stride 2 with a norm.
+* every stage halves the map: a leading C has stride 2, in the 3x3 convolution and in a 1x1 convolution of the residual;
+  a leading T follows a 3x3 convolution of stride 2 with a norm.
 
 Feature maps are channels-last between the blocks, ``[B, H, W, C]``.
 """
@@ -43,7 +43,7 @@ POSITIONS = ("bias", "none")
 
 
 class ConvNormAct(nn.Module):
-    """Convolution (an odd length is halved upwards by stride 2), norm, and activation if one is named; NCHW."""
+    """Convolution (stride 2 rounds odd lengths up), norm, and optional activation; NCHW."""
 
     def __init__(
         self, in_chs: int, out_chs: int, kernel_size: int, stride: int, norm_layer: str, act_layer: str | None = None
@@ -74,7 +74,7 @@ class Downsample(ConvNormAct):
 
 
 class ConvBlock(nn.Module):
-    """C: FusedMBConv. ``[B, H, W, in_chs]`` to ``[B, H', W', dim]``; with stride 2 lengths are halved upwards."""
+    """C: FusedMBConv. ``[B, H, W, in_chs]`` to ``[B, H', W', dim]``; stride 2 rounds odd lengths up."""
 
     def __init__(
         self,
@@ -131,16 +131,16 @@ class TransformerBlock(nn.Module):
 
 
 class AsCAN(Backbone):
-    """AsCAN, a reconstruction: see the head of this file. Takes images of any size.
+    """AsCAN, a reconstruction (see the module docstring). Takes images of any size.
 
     Args:
-        img_size: the size trained at, an int or (height, width). Position bias tables are for the maps of this size,
-            and taken as they are there; for other maps they are resampled, see `set_input_size`.
+        img_size: training size, an int or (height, width). The position bias tables are for maps of this size and are
+            resampled for others, see `set_input_size`.
         in_chans: image channels.
         num_classes: classes, 0 for none.
         global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
         output_stride: only 32; the stages cannot keep their resolution.
-        stages: for each of the four stages its blocks, a string of ``C`` and ``T``, such as ``"CCT"``.
+        stages: the blocks of each of the four stages, a string of ``C`` and ``T`` such as ``"CCT"``.
         embed_dims: channels per stage.
         stem_width: channels of the stem's two 3x3 convolutions, the first of stride 2.
         expansion: hidden channels of a C block, relative to ``embed_dims``.
@@ -149,7 +149,7 @@ class AsCAN(Backbone):
         head_dim: channels of an attention head; divides the channels of every stage that has a T.
         norm_layer: norm of stem, C blocks and downsamplers: ``"batchnorm2d"``, ``"groupnorm1"`` or ``"layernorm2d"``.
             T blocks have LayerNorm.
-        act_layer: activation of all: ``"gelu"``, ``"hard_swish"``, ``"relu"`` or ``"silu"``.
+        act_layer: activation: ``"gelu"``, ``"hard_swish"``, ``"relu"`` or ``"silu"``.
         position: ``"bias"``, relative position bias tables, or ``"none"``.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the attention projection and in the MLP.
@@ -233,13 +233,13 @@ class AsCAN(Backbone):
         self._init_head(before, num_classes, global_pool, drop_rate)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resample the position bias tables, for good, to the maps of another size of image.
+        """Resample the position bias tables permanently to another image size, for training at that size.
 
-        Without it, images of another size than ``img_size`` work just as well; their tables are then resampled in
-        passing. It is for training on at another size. The tables become new parameters; make the optimizer afterwards.
+        Otherwise they are resampled on the fly for images of another size than ``img_size``. The tables become new
+        parameters; create the optimizer afterwards.
 
         Raises:
-            ValueError: on a size that is no positive int or pair of them; the model is untouched.
+            ValueError: the size is not a positive int or a pair of them; the model is not changed.
         """
         self.img_size = positive_pair("img_size", img_size)
         for stage, info in zip(self.stages, self.feature_info, strict=True):
@@ -253,9 +253,8 @@ class AsCAN(Backbone):
     def reparameterize(self) -> AsCAN:
         """Fold every BatchNorm into the convolution before it, in place, for inference.
 
-        The outputs are those of evaluation mode up to rounding; in training mode, too, there is no BatchNorm anymore.
-        Repeating it changes nothing. The state dict then has other names, and fits only a model that was
-        reparameterized as well.
+        Outputs equal those in evaluation mode up to rounding. Idempotent. The state dict then has other names and only
+        fits a reparameterized model.
 
         Returns:
             The model itself.
@@ -281,7 +280,7 @@ def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: in
         raise ValueError(f"stages must be four strings, the blocks of each stage, got {stages!r}")
     for i, stage in enumerate(stages):
         if not stage or set(stage) - set("CT"):
-            raise ValueError(f"a stage is a string of C and T with at least one of them; stage {i} is {stage!r}")
+            raise ValueError(f"a stage must be a non-empty string of C and T; stage {i} is {stage!r}")
     if len(embed_dims) != 4:
         raise ValueError(f"embed_dims must have four entries, one for each stage, got {tuple(embed_dims)}")
     for i, (stage, dim) in enumerate(zip(stages, embed_dims, strict=True)):
@@ -295,18 +294,18 @@ def _check_layout(stages: Sequence[str], embed_dims: Sequence[int], head_dim: in
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: AsCAN) -> dict[str, torch.Tensor]:
-    """A checkpoint of these models as a state dict of ``model``. Changes neither argument.
+    """Convert a checkpoint of these models to a state dict of ``model``. Changes neither argument.
 
-    There are no published checkpoints. Understood are state dicts of these models, also as wrapped by ``features_only``
-    or ``DistributedDataParallel``, and position bias tables for another ``img_size``, which are resampled. Norms that
-    the other kind of model does not have, those of ``out_norm`` or the final one, stay as they are.
+    There are no published checkpoints. Supports state dicts of these models, also wrapped by ``features_only`` or
+    ``DistributedDataParallel``; position bias tables for another ``img_size`` are resampled. Norms that the checkpoint
+    lacks (those of ``out_norm``, or the final one) keep their values.
 
     Args:
         state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
-        model: the model that is to load the result.
+        model: the model to load the result into.
 
     Raises:
-        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
+        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
     """
     state_dict = unwrap(state_dict)
     own = model.state_dict()
@@ -331,8 +330,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: AsCAN) -> dict[str, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 _NOTES = (
-    "A reconstruction: the paper's code and weights are not public; the layout is ours; the figures it was made to "
-    "match are remembered, not verified against the paper.",
+    "A reconstruction: the paper's code and weights are not public, and the layout is ours. The figures that it is "
+    "sized to are not verified against the paper.",
 )
 
 

@@ -42,16 +42,16 @@ class NeighborhoodAttention2d(nn.Module):
 
     Each query attends to the ``kernel_size`` window around it, shifted inside the map at the borders. A map smaller
     than ``kernel_size * dilation`` is zero-padded to it at the right and the bottom before the qkv projection, and the
-    output is cropped. The padding is attended to like any other position: the published checkpoints were trained so.
+    output is cropped. Padding is not masked, as in the training of the published checkpoints.
 
     A ``kernel_size`` equal to the map gives plain attention with a relative position bias.
 
     Args:
         dim: channels C.
         num_heads: heads; must divide ``dim``.
-        kernel_size: window, an int or (rows, columns), in positions of the (dilated) map.
-        dilation: distance between neighboring window positions, or ``"auto"``: the largest that fits the map at hand,
-            ``max(1, min(H // rows, W // columns))``, chosen at every forward.
+        kernel_size: window, an int or (rows, columns).
+        dilation: distance between neighboring window positions, or ``"auto"``: the largest that fits the map,
+            ``max(1, min(H // rows, W // columns))``, computed at every forward.
         qkv_bias: learn a bias in the qkv projection.
         rel_pos_bias: learn ``rpb``, the ``[heads, 2 * rows - 1, 2 * columns - 1]`` table that is added to the logits
             by the offset (in dilated steps) from query to key.
@@ -125,7 +125,7 @@ class NeighborhoodAttention2d(nn.Module):
         if isinstance(dilation, str):
             dilation = max(1, min(H // rows, W // columns))
 
-        if dynamic_shape:  # enlarged by nothing, where the map turns out to be large enough
+        if dynamic_shape:  # a pad of zero if the map is large enough
             bottom, right = shortfall(H, rows * dilation), shortfall(W, columns * dilation)
         else:
             bottom, right = max(0, rows * dilation - H), max(0, columns * dilation - W)
@@ -152,7 +152,7 @@ class NeighborhoodAttention2d(nn.Module):
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
 
     def _append_bias(self, qkv: torch.Tensor, bottom: int, right: int) -> torch.Tensor:
-        """Append the projection of zeros, which is its bias."""
+        """Append the projection of zero inputs, which is its bias."""
         B, H, W, C = qkv.shape
         fill = qkv.new_zeros(C) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
         if right:
@@ -163,7 +163,7 @@ class NeighborhoodAttention2d(nn.Module):
 
 
 class RelativePositionTable(nn.Module):
-    """A relative position bias table for windows of one size, that can be read for windows of another.
+    """A relative position bias table for windows of one size, resampled for windows of another.
 
     The parameter has timm's name and orientation (``RelPosBiasTf``): ``[heads, 2 * rows - 1, 2 * columns - 1]``, the
     entry for a key ``t`` and a query ``i`` at ``t - i + size - 1``.
@@ -191,7 +191,7 @@ class RelativePositionTable(nn.Module):
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
 
     def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
-        """The table for windows of ``window_size``, differentiable; a resampled one is kept between calls in eval."""
+        """The table for windows of ``window_size``, differentiable; in eval, a resampled one is cached."""
         table = self.relative_position_bias_table
         return table if window_size == self.window_size else self.cache.get(resample_table, window_size, source=table)
 
@@ -199,9 +199,8 @@ class RelativePositionTable(nn.Module):
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
     """A table ``[heads, 2 * h - 1, 2 * w - 1]`` for windows of another size ``(rows, columns)``.
 
-    Linear per axis between points whose distances grow geometrically from the centre, where the table is known best
-    (BEiT's way, which timm follows for a checkpoint of another window size; ``timm.layers.resize_rel_pos_bias_table``
-    gives the same up to rounding). If one axis changes, both are resampled, as there.
+    Linear interpolation per axis between points whose distances grow geometrically from the centre, as in BEiT and
+    ``timm.layers.resize_rel_pos_bias_table``, up to rounding. If one axis changes, both are resampled, as there.
     """
     size = tuple(2 * length - 1 for length in window_size)
     if tuple(table.shape[1:]) == size:
@@ -218,9 +217,9 @@ def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.T
 
 @torch.compiler.assume_constant_result
 def _interpolation(source: int, target: int) -> tuple[list[int], list[int], list[float]]:
-    """For each of ``target`` positions the two source positions around it and the weight of the upper one."""
+    """For each of ``target`` positions the two neighbouring source positions and the weight of the upper one."""
     steps, reach = source // 2, target // 2
-    low, high = 1.01, 1.5  # the ratio at which the outermost points meet the ends of the target, as far as it may go
+    low, high = 1.01, 1.5  # bounds of the ratio at which the outermost points meet the ends of the target
     while high - low > 1e-6:
         ratio = (low + high) / 2
         if (1 - ratio**steps) / (1 - ratio) > reach:
@@ -240,22 +239,20 @@ def _interpolation(source: int, target: int) -> tuple[list[int], list[int], list
 
 
 class PartitionAttention2d(nn.Module):
-    """Multi-head attention inside the parts of a map, with relative position bias (MaxViT, arXiv:2204.01697, sections
-    3.2 and 3.3).
+    """Multi-head attention inside the partitions of a map, with relative position bias (MaxViT, arXiv:2204.01697,
+    sections 3.2 and 3.3).
 
-    The parts are the windows of ``partition_size`` neighbors (``"block"``), or sets of ``partition_size`` positions
-    that are spread evenly over the map, ``ceil(length / size)`` apart (``"grid"``). Where the size does not divide the
-    map, the parts at the right and the bottom are smaller: the map counts as padded up to a multiple, and what the
-    padding holds is no key of any query.
+    A partition is a window of ``partition_size`` neighbors (``"block"``), or ``partition_size`` positions spread evenly
+    over the map, ``ceil(length / size)`` apart (``"grid"``). If the size does not divide the map, the map counts as
+    padded to a multiple, the padding is masked, and partitions at the right and the bottom are smaller.
 
     Args:
         dim: channels C.
         num_heads: heads; must divide ``dim``.
-        partition_size: (rows, columns) of a part; the size that the bias table is for. None, with ``parts``, for no
-            position bias.
+        partition_size: (rows, columns) of a partition and of the bias table. None, with ``parts``: no position bias.
         kind: ``"block"`` or ``"grid"``.
-        parts: None for parts of ``partition_size`` whatever the map; or into how many windows an axis is cut, so that
-            their size follows the map, ``ceil(length / parts)``, and the table is resampled (`resample_table`).
+        parts: None: partitions of ``partition_size`` for every map. A number: windows per axis; their size follows the
+            map, ``ceil(length / parts)``, and the table is resampled (`resample_table`).
         attn_drop: dropout probability on the attention weights.
         proj_drop: dropout probability on the output.
 
@@ -330,14 +327,14 @@ class PartitionAttention2d(nn.Module):
 
 
 class FullAttention2d(PartitionAttention2d):
-    """Multi-head attention over the whole map, with relative position bias: the map is one part.
+    """Multi-head attention over the whole map, with relative position bias.
 
-    The bias table is for maps of ``map_size``; for maps of another size it is resampled (`RelativePositionTable`).
+    The bias table is for maps of ``map_size`` and resampled for others (`RelativePositionTable`).
 
     Args:
         dim: channels C.
         num_heads: heads; must divide ``dim``.
-        map_size: (rows, columns) that the bias table is for; None for no position bias.
+        map_size: (rows, columns) of the bias table; None: no position bias.
         attn_drop: dropout probability on the attention weights.
         proj_drop: dropout probability on the output.
 
@@ -376,23 +373,23 @@ class RelativeEmbedding(nn.Module):
             trunc_normal_(table, std=std)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables, of the rows and of the columns."""
+        """The row and column embeddings."""
         return self.height_rel, self.width_rel
 
 
 class HaloAttention2d(nn.Module):
-    """Blocked local attention with a halo (HaloNet, arXiv:2103.12731, section 2), on ``[B, C, H, W]`` as a convolution.
+    """Blocked local attention with a halo (HaloNet, arXiv:2103.12731, section 2), on ``[B, C, H, W]``.
 
-    The map is cut into blocks, and all queries of a block attend to the block and a halo around it, with a position
-    bias of row and column embeddings dotted with the query. There is no output projection. Any map size: the blocks
-    begin at the top left, the last ones may be cut, and what a window shows outside the map is as ``boundary`` says.
+    The map is split into blocks; all queries of a block attend to the block and a halo around it, with a position bias
+    of row and column embeddings dotted with the query. There is no output projection. Any map size is supported: blocks
+    start at the top left, the last ones may be cut, and ``boundary`` applies to positions outside the map.
 
-    With ``stride`` 2 the queries are those of every second row and column, beginning with the first, and an odd length
-    is halved upwards; keys and values keep the full resolution.
+    With ``stride`` 2 there is a query at every second row and column, starting with the first (odd lengths are rounded
+    up); keys and values keep the full resolution.
 
-    Parameters carry timm's names and shapes (``q``, ``kv``, ``pos_embed``). The embedding tables are timm's, read by
-    ``key - query + window - 1`` with the key counted from the window's corner and the query from its block's, so that
-    the first ``halo_size`` rows are never read.
+    Parameters have timm's names and shapes (``q``, ``kv``, ``pos_embed``). The embeddings are indexed as in timm, by
+    ``key - query + window - 1`` with the key relative to the window's corner and the query to its block's, so the first
+    ``halo_size`` rows are never used.
 
     Args:
         dim: input channels.
@@ -401,10 +398,10 @@ class HaloAttention2d(nn.Module):
         num_heads: heads; must divide ``dim_out``.
         head_dim: channels of a query or key head; None for ``dim_out // num_heads``.
         block_size: side of a block.
-        halo_size: positions that a window reaches beyond its block, on each side.
+        halo_size: width of the halo on each side.
         qkv_bias: learn biases in the projections.
-        boundary: ``"mask"`` leaves positions outside the map out of the softmax, as the paper; ``"zero"`` lets them
-            take part with keys and values of zero, as timm's published weights were trained.
+        boundary: ``"mask"`` excludes positions outside the map from the softmax, as in the paper; with ``"zero"`` they
+            take part with zero keys and values, as in the training of timm's published weights.
 
     Raises:
         ValueError: on arguments that do not fit together; the message names them.
@@ -450,30 +447,30 @@ class HaloAttention2d(nn.Module):
         self.halo_size = halo_size
         self.boundary = boundary
         self.scale = self.head_dim**-0.5
-        # what timm's module can do besides, see `from_timm`
+        # options of timm's module, see `from_timm`
         self.scale_bias = False
         self.dense_offsets = False
         self.avg_pool = False
 
         keys = num_heads * self.head_dim
         self.q = nn.Conv2d(dim, keys, 1, stride=stride, bias=qkv_bias)
-        self.kv = nn.Conv2d(dim, keys + dim_out, 1, bias=qkv_bias)  # by heads: the key of a head, then its value
+        self.kv = nn.Conv2d(dim, keys + dim_out, 1, bias=qkv_bias)  # per head: key, then value
         self.pos_embed = RelativeEmbedding(block_size + 2 * halo_size, self.head_dim, self.scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of the projections from a cut normal of deviation ``dim ** -0.5``, biases as PyTorch's."""
+        """Weights from a truncated normal with standard deviation ``dim ** -0.5``; PyTorch's default for biases."""
         for conv in (self.q, self.kv):
             trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
 
     @classmethod
     def from_timm(cls, module: HaloAttn) -> HaloAttention2d:
-        """timm's module as one of this class, with the same outputs, that holds the same parameters (not copies).
+        """Convert timm's module: the same outputs, with shared (not copied) parameters.
 
-        Kept from timm, where it differs: keys of zero outside the map; with stride 2 an average pool behind the
-        attention, if asked for or if the block is odd, else position offsets that count strided queries one by one
-        (the third query of a block, at its fifth position, is offset by two). The pool halves an odd length
-        downwards where timm takes the map, that is, where both sides are multiples of the block; upwards elsewhere.
+        Behaviour kept from timm: zero keys outside the map; with stride 2 an average pool after the attention, if
+        requested or if the block is odd, otherwise position offsets that count strided queries (the third query of a
+        block, at its fifth position, has an offset of two). The pool rounds an odd length down if timm supports the
+        map (both sides are multiples of the block), and up otherwise.
         """
         with torch.device("meta"):
             new = cls(
@@ -506,12 +503,12 @@ class HaloAttention2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, dim, H, W]`` to ``[B, dim_out, h, w]`` in PyTorch's channels_last memory format."""
         height, width = x.shape[2:]
-        # views, contiguous where x is in the channels_last memory format; converting it first gained nothing
+        # views, contiguous if x is in channels_last; converting x first is not faster
         q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim))
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim + self.value_dim))
         k, v = kv.split((self.head_dim, self.value_dim), -1)
 
-        # the operation reads row `key - query + window - 1`, both counted from one origin
+        # the operation uses row `key - query + window - 1`, both relative to one origin
         factor = self.scale if self.scale_bias else 1.0
         tables = (factor * t[self.halo_size :] for t in self.pos_embed())
         tables = (F.pad(t, (0, 0, 0, self.halo_size)) for t in tables)
@@ -545,20 +542,20 @@ def context_mixing(
 ) -> torch.Tensor:
     """Context-mixing dynamic convolution (OverLoCK's ContMix, arXiv:2502.20087).
 
-    Each position compares its query with S pooled positions of the context, and a linear map of these S affinities
-    gives it the weights of a convolution of its own, one kernel for each head and table: with a relative position bias
-    and a softmax over the kernel, the window shifted inside the map at the borders.
+    The affinities of a position's query to S pooled positions of the context are projected to the weights of its own
+    convolution kernel, one for each head and table, with a relative position bias and a softmax over the kernel. At the
+    borders the window is shifted inside the map.
 
-    The weight of a plain ``proj`` is applied to the pooled keys before the queries meet them, which is the same product
-    in another order: the S affinities of a position are never formed. Another ``proj`` is called with them.
+    The weight of a plain ``proj`` is multiplied with the pooled keys before the queries, which gives the same product
+    without storing the affinities. Any other ``proj`` is called with the affinities.
 
     Args:
         q: queries ``[B, H, W, heads, D]``.
         k: keys ``[B, S, heads, D]``.
-        v: values ``[B, H, W, C]``. Each table's kernel mixes an equal share of the channels, in the order of
-            ``tables``; a share is split by heads.
-        proj: the map from affinities ``[B * heads, S, H, W]`` to logits, a 1x1 convolution from S channels to the
-            kernels' sizes, one kernel after the other.
+        v: values ``[B, H, W, C]``. The channels are divided equally among the tables' kernels, in the order of
+            ``tables``, and then among the heads.
+        proj: from affinities ``[B * heads, S, H, W]`` to logits, a 1x1 convolution from S channels to the concatenated
+            kernels.
         tables: position biases ``[heads, 2 * K - 1, 2 * K - 1]``, one for each kernel of K x K.
         scale: of the affinities.
 
@@ -575,7 +572,7 @@ def context_mixing(
         torch.Size([1, 14, 14, 32])
     """
     H, W, heads = q.shape[1:4]
-    sizes = [(operator.index(table.shape[-1]) + 1) // 2 for table in tables]  # ints under torch.jit.trace, too
+    sizes = [(operator.index(table.shape[-1]) + 1) // 2 for table in tables]  # ints, also under torch.jit.trace
     q = q.permute(0, 3, 1, 2, 4).flatten(2, 3)  # B heads HW D
     k = (scale * k).permute(0, 2, 3, 1)  # B heads D S
     shares = v.unflatten(-1, (len(tables), heads, -1)).unbind(3)

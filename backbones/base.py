@@ -1,4 +1,4 @@
-"""The base class of the backbones, which has timm's methods, and how a family's models are created and loaded."""
+"""The base class of the backbones, with timm's methods, and helpers to create and load models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ POOLS = ("", "avg", "max", "avgmax", "catavgmax")
 class Backbone(nn.Module):
     """A stem, levels with a feature map each, and a head of pooling, dropout and classifier.
 
-    A family's constructor calls that of this class, builds its stem and its levels, a Sequential named ``levels_name``,
-    calls `_add_map` for each level and, last, `_init_head`. It defines `_stem`, and overrides the other methods with an
-    underscore where it differs. A final norm is ``norm``; the norms of ``out_norm`` are ``norm0``, ``norm1`` ...
+    A subclass calls this constructor, builds its stem and levels (a Sequential named ``levels_name``), calls `_add_map`
+    for each level and finally `_init_head`. It defines `_stem` and overrides other methods with an underscore as
+    needed. The final norm is ``norm``; the norms of ``out_norm`` are ``norm0``, ``norm1`` ...
 
     Args:
         in_chans: image channels.
-        output_stride: what the user asked for; only ``stride`` is possible.
+        output_stride: as requested by the user; only ``stride`` is supported.
         stride: of the last map.
         out_norm: add a norm per map, which `forward_intermediates` applies.
     """
@@ -33,8 +33,8 @@ class Backbone(nn.Module):
     output_fmt = "NHWC"  # of the maps inside and of forward_features
     stem_name = "stem"
     levels_name = "stages"  # part of every parameter's name
-    uniform = False  # all levels have the same shape, so that the final norm and the head fit every map
-    tables: tuple[str, ...] = ("rpb",)  # how the names of relative position biases end
+    uniform = False  # all levels have the same shape, so the final norm and the head fit every map
+    tables: tuple[str, ...] = ("rpb",)  # suffixes of the names of relative position biases
     out_indices: int | Sequence[int] | None = None  # default of features_only: all maps
 
     feature_info: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self.feature_info = []
 
     def _add_map(self, channels: int, module: str, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
-        """The next feature map is of ``channels``, at twice the stride of the one before, from 4 on."""
+        """Add a feature map with ``channels`` at twice the stride of the previous one, starting at 4."""
         i = len(self.feature_info)
         self.feature_info.append(dict(num_chs=channels, reduction=4 * 2**i, module=module))
         if self.out_norm:
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
     # ---- training
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are not decayed besides biases and norms: the relative position biases."""
+        """Parameters without weight decay besides biases and norms: the relative position biases."""
         return {name for name, _ in self.named_parameters() if name.endswith(self.tables)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -104,8 +104,8 @@ class Backbone(nn.Module):
         return dict(stem=rf"^{self.stem_name}", blocks=level if coarse else fine)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations. The statistics of BatchNorms
-        in them then see every batch twice, with the same result up to a larger momentum."""
+        """Recompute the blocks in the backward pass instead of keeping their activations. BatchNorms in them then see
+        every batch twice, which only acts like a larger momentum."""
         for module in self.modules():
             if isinstance(module, Blocks):
                 module.grad_checkpointing = enable
@@ -113,15 +113,15 @@ class Backbone(nn.Module):
     # ---- features
 
     @property
-    def _levels(self) -> Any:  # a Sequential of what the family makes its levels of
+    def _levels(self) -> Any:  # a Sequential
         return getattr(self, self.levels_name)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to what the first level takes."""
+        """Images to the input of the first level."""
         return getattr(self, self.stem_name)(x)
 
     def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The map of level ``i`` from that of the one before, or from the stem's."""
+        """The map of level ``i`` from that of the previous level or the stem."""
         return self._levels[i](x)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
     def _maps(
         self, x: torch.Tensor, take: Sequence[int], stop: int, norm: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The map of level ``stop``, and those of the levels ``take``, normalized as asked for."""
+        """The map of level ``stop``, and the maps of the levels ``take``, optionally normalized."""
         maps = []
         x = self._stem(x)
         for i in range(stop + 1):
@@ -150,20 +150,20 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The feature maps of the levels, before what halves them for the next.
+        """The feature maps of the levels, before downsampling for the next.
 
         Args:
             x: images ``[B, in_chans, H, W]``.
             indices: the last n maps if an int, these maps if a sequence, all if None.
-            norm: apply the final norm, if there is one, to the maps that it fits: the last, or all of an isotropic
-                model. A model with ``out_norm`` applies its norms per map instead, always.
-            stop_early: leave out the levels after the last one asked for.
+            norm: apply the final norm, if any, to the last map, or to all maps of an isotropic model. A model with
+                ``out_norm`` always applies its norms per map instead.
+            stop_early: skip the levels after the last requested one.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
             intermediates_only: return only the maps.
 
         Returns:
-            The maps (of a hierarchical model at strides 4, 8, 16, 32), or (final features as `forward_features` gives
-            them, maps). With ``stop_early`` the final features are those of the last level that ran.
+            The maps (at strides 4, 8, 16, 32 for a hierarchical model), or (final features as from `forward_features`,
+            maps). With ``stop_early`` the final features are those of the last level that ran.
         """
         count = len(self.feature_info)
         take, last = take_indices(count, indices)
@@ -221,7 +221,7 @@ def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS)
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    """timm's ``indices`` of `forward_intermediates` (the last n, these, or all) as a list within ``range(count)``, and
+    """timm's ``indices`` of `forward_intermediates` (the last n, a list, or all) as a list within ``range(count)``, and
     the largest of them."""
     if indices is None:
         indices = count
@@ -230,7 +230,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
     else:
         given = indices
     if not given or not all(-count <= i < count for i in given):
-        raise ValueError(f"indices {indices} select nothing or leave the range of {count} maps")
+        raise ValueError(f"indices {indices} are empty or out of range for {count} maps")
     take = [i % count for i in given]
     return take, max(take)
 
@@ -244,7 +244,7 @@ Filter = Callable[[dict[str, Any], Any], dict[str, torch.Tensor]]
 def create(
     filter_fn: Filter, cls: type[Model], variant: str, pretrained: bool, kwargs: Mapping[str, Any], **defaults: Any
 ) -> Model:
-    """Build a registered model the way timm does, with ``kwargs`` of the user over the variant's ``defaults``."""
+    """Build a registered model with timm's builder; the user's ``kwargs`` override the variant's ``defaults``."""
     arguments = {**defaults, **kwargs}
     out_indices = arguments.pop("out_indices", cls.out_indices)
     if out_indices is None and arguments.get("feature_cls", "getter") != "getter":  # timm's others need a number
@@ -266,8 +266,8 @@ def registered_cfg(name: str) -> PretrainedCfg:
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, as a new dict with the names of a bare model.
 
-    Taken off are a ``state_dict`` or ``model`` around the tensors, and the prefixes of ``DistributedDataParallel`` and
-    ``features_only``. Of a detector or segmentor, the ``backbone.`` is kept.
+    Removes a ``state_dict`` or ``model`` around the tensors, and the prefixes of ``DistributedDataParallel`` and
+    ``features_only``. For a detector or segmenter, keeps only the ``backbone.``.
     """
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
@@ -280,7 +280,7 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], pattern: str = r"norm\d") -> None:
-    """Add the model's own values of the names that match, if the checkpoint has none of them: norms that are new."""
+    """Add the model's values for matching names if the checkpoint has none of them (newly added norms)."""
     names = [name for name in own if re.match(pattern, name)]
     if not any(name in state_dict for name in names):
         state_dict.update({name: own[name] for name in names})
@@ -289,14 +289,14 @@ def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor
 def check_names(
     state_dict: Iterable[str], own: Iterable[str], ignore: str = r"head\.", map_norms: str = r"norm\d"
 ) -> None:
-    """Hold the names of a checkpoint to those of the model.
+    """Check the names of a checkpoint against those of the model.
 
     Args:
-        ignore: the names that may differ: timm handles the classifier.
-        map_norms: the names of norms per feature map, which a model made without them lacks.
+        ignore: pattern of names that may differ: timm handles the classifier.
+        map_norms: pattern of norms per feature map, which a model without ``out_norm`` lacks.
 
     Raises:
-        ValueError: with the first names that are missing or unexpected.
+        ValueError: names are missing or unexpected; the message has the first ones.
     """
     needed, given = ({name for name in names if not re.match(ignore, name)} for names in (own, state_dict))
     missing, unexpected = sorted(needed - given), sorted(given - needed)

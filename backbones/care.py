@@ -1,18 +1,18 @@
 """CARE: convolution and linear attention, decoupled and fused twice.
 
 Paper: CARE Transformer: Mobile-Friendly Linear Visual Transformer via Decoupled Dual Interaction (Zhou et al., CVPR
-2025, arXiv:2411.16170). The authors' repository, https://github.com/zhouyuan888888/CARE-Transformer, carries no
-licence, neither for the code nor for the weights. Written anew here; checkpoints in the authors' format load unchanged
-and give the published outputs.
+2025, arXiv:2411.16170). The authors' repository, https://github.com/zhouyuan888888/CARE-Transformer, has no licence for
+code or weights. This is an independent implementation; checkpoints in the authors' format load unchanged and give the
+published outputs.
 
-A block splits its channels in four equal parts. The first is a memory that passes by; the others go through a global
-operation (a pair of strip convolutions in the first two stages, linear attention in the last two), a 3x3 and a 7x7
-depthwise convolution. One interaction (an inverted residual without a residual around the whole) fuses the three,
+A block splits its channels into four equal parts. The first is the memory, which bypasses the mixing; the others go
+through a global operation (a pair of strip convolutions in the first two stages, linear attention in the last two), a
+3x3 and a 7x7 depthwise convolution. One interaction (an inverted residual without the outer residual) fuses the three,
 another one fuses the result with the memory.
 
-The network ends in two classifiers, one of which the authors trained by distillation. Their mean is the answer.
+The network has two classifiers, one of which the authors trained by distillation. The output is their mean.
 
-Parameters carry the authors' names. Feature maps are ``[B, C, H, W]``.
+Parameters have the authors' names. Feature maps are ``[B, C, H, W]``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.
     """Attention without a softmax, linear in the number of positions: with ``q, k = elu(qk) + 1``,
     ``q (k^T v / N) / (q . mean(k) + 1e-6)`` over the N positions of the map.
 
-    The sums over positions are taken in float32 at least, also under autocast.
+    Sums over positions use at least float32, also under autocast.
 
     Args:
         qk: ``[B, 2 * C, H, W]``, queries first.
@@ -99,7 +99,7 @@ def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.
 def _by_head(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """``[B, C, H, W]`` to ``[B * C / head_dim, head_dim, H * W]``."""
     B, C, H, W = x.shape
-    if is_dynamic(H, W):  # whether a view will do, an exporter decides by whether there is but one position
+    if is_dynamic(H, W):  # exporters guard on a single position to decide whether this is a view
         x = x.clone(memory_format=torch.contiguous_format)
     return x.reshape(B * (C // head_dim), head_dim, H * W)
 
@@ -109,8 +109,8 @@ class Interaction(nn.Module):
 
     Args:
         dim: channels.
-        ratios: hidden channels of the two, relative to theirs (three quarters of ``dim``, and ``dim``).
-        project: bring the output back to ``dim`` channels and add the input; without, there are ``ratios[1] * dim``.
+        ratios: expansion of the two, relative to their inputs (three quarters of ``dim``, and ``dim``).
+        project: project the output to ``dim`` channels and add the input; otherwise it has ``ratios[1] * dim``.
     """
 
     def __init__(self, dim: int, ratios: tuple[int, int], project: bool = True) -> None:
@@ -175,7 +175,7 @@ class Downsample(nn.Sequential):
 
 @fx_leaf
 def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Append zeros at the bottom and the right of maps smaller than ``size``, of which nothing would be left."""
+    """Zero-pad maps smaller than ``size`` at the bottom and the right, which would otherwise become empty."""
     free = is_dynamic(*x.shape[-2:])
     bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
@@ -202,10 +202,10 @@ def _head(dim: int, num_classes: int) -> nn.Module:
 class CARE(Backbone):
     """CARE Transformer. Takes images of any size.
 
-    The stem and the downsamplers do not pad: a length that they do not divide loses its remainder at the bottom and
-    the right, as in the authors' code. Where nothing would be left, the input is padded with just enough zeros.
+    The stem and the downsamplers do not pad: a remainder at the bottom and the right is dropped, as in the authors'
+    code. A map that would become empty is zero-padded.
 
-    The memory format is that of the input; ``torch.channels_last`` is the faster one on a CPU.
+    The memory format follows the input; ``torch.channels_last`` is faster on a CPU.
 
     Args:
         in_chans: image channels.
@@ -214,14 +214,14 @@ class CARE(Backbone):
         output_stride: only 32; the stages cannot keep their resolution.
         embed_dims: channels per stage, divisible by 4.
         depths: blocks per stage.
-        ratios: per stage the expansion of the two interactions. The last block of the last stage has
+        ratios: per stage, the expansion of the two interactions. The last block of the last stage has
             ``ratios[-1][1] * embed_dims[-1]`` output channels.
-        head_dims: per stage the channels of an attention head; None for strip convolutions in place of attention.
+        head_dims: per stage, the channels of an attention head; None: strip convolutions instead of attention.
         drop_rate: dropout before the classifiers.
         drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0. The last block itself has
             no residual, and so none.
         out_norm: add a LayerNorm per stage, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to
-            their maps, for dense prediction. This is ours: the authors published no such models.
+            their maps, for dense prediction. Not in the authors' code.
 
     Attributes:
         distilled_training: see `set_distilled_training`.
@@ -331,9 +331,8 @@ class CARE(Backbone):
     def reparameterize(self) -> CARE:
         """Fold every BatchNorm into the convolution beside it, in place, for inference.
 
-        The outputs are those of evaluation mode up to rounding; in training mode, too, there is no BatchNorm anymore.
-        All of them stand beside a convolution without padding, so that folding is exact up to the border. Repeating it
-        changes nothing. `checkpoint_filter_fn` exchanges state dicts between both forms.
+        Outputs equal those in evaluation mode up to rounding, including the border, as the convolutions have no
+        padding. Idempotent. `checkpoint_filter_fn` converts state dicts between both forms.
 
         Returns:
             The model itself.
@@ -342,7 +341,7 @@ class CARE(Backbone):
             whole = self.state_dict()
             folded = fold_batch_norms(whole)
             for name in whole:
-                if name.endswith(".running_var"):  # BatchNorms, synchronized and frozen ones, too
+                if name.endswith(".running_var"):  # BatchNorms, also synchronized and frozen ones
                     self.set_submodule(name.removesuffix(".running_var"), nn.Identity())
             self.load_state_dict(folded)
             self.reparameterized = True
@@ -359,10 +358,10 @@ _HEADS = r"(dist_)?head\."
 
 
 def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of `CARE` as one of `CARE.reparameterize`; nothing is changed. Computed in float64.
+    """Convert a state dict of `CARE` to the form of `CARE.reparameterize`, in float64. Does not change the argument.
 
     Raises:
-        ValueError: if something that belongs to a BatchNorm of it is missing.
+        ValueError: a tensor of a BatchNorm is missing.
     """
     out = dict(state_dict)
     for name in state_dict:
@@ -397,21 +396,21 @@ def fold_batch_norms(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: CARE) -> dict[str, torch.Tensor]:
-    """A checkpoint as a state dict of ``model``. Changes neither argument.
+    """Convert a checkpoint to a state dict of ``model``. Changes neither argument.
 
-    Understood are the authors' checkpoints, whose names are those of these models, and state dicts of these models,
-    also as wrapped by ``features_only`` or ``DistributedDataParallel``. A model that was reparameterized takes the
-    others' folded. A model that was not takes a reparameterized checkpoint with BatchNorms that do nothing: the answers
-    are the same, but training would go on from neutral statistics.
+    Supports the authors' checkpoints, which have the same names, and state dicts of these models, also wrapped by
+    ``features_only`` or ``DistributedDataParallel``. A reparameterized model loads other checkpoints folded. Any other
+    model loads a reparameterized checkpoint with identity BatchNorms: the outputs are the same, but training would
+    continue from neutral statistics.
 
-    The norms of an ``out_norm`` model stay as they are if the checkpoint has none: they are new there.
+    If the checkpoint has no norms of ``out_norm``, those of the model keep their values.
 
     Args:
         state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
-        model: the model that is to load the result.
+        model: the model to load the result into.
 
     Raises:
-        ValueError: if the parameter names (the classifiers' aside, which timm handles) are not those of the model.
+        ValueError: the parameter names (except the classifiers', which timm handles) do not fit the model.
     """
     state_dict = unwrap(state_dict)
     own = model.state_dict()
@@ -438,9 +437,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: CARE) -> dict[str, t
 # ---------------------------------------------------------------------------------------------------------------------
 
 _NOTES = (
-    "The authors' repository carries no licence, neither for their code nor for their weights.",
-    "Their weights are on Google Drive only and not fetched: download CARETrans_S*.pth.tar from the folder linked in "
-    "their repository and pass pretrained=True, pretrained_cfg_overlay=dict(file=PATH).",
+    "The authors' repository has no licence for code or weights.",
+    "Their weights are only on Google Drive and not downloaded automatically: get CARETrans_S*.pth.tar from the folder "
+    "linked in their repository and pass pretrained=True, pretrained_cfg_overlay=dict(file=PATH).",
 )
 
 

@@ -1,8 +1,9 @@
-"""Files of published weights: from the caches of torch.hub and the Hugging Face hub, else from the network.
+"""Files of published weights, from the caches of torch.hub and the Hugging Face hub or from the network.
 
-Web addresses are read with urllib (proxies from ``https_proxy`` ...) into torch.hub's folder, ``hf://OWNER/REPOSITORY``
-by the hub's client into its cache. A file gets its name only when it is complete and its hash fits. With
-``HF_HUB_OFFLINE`` nothing is downloaded. `timm.create_model` reads the same caches without checking hashes.
+Web addresses are downloaded with urllib (proxies from ``https_proxy`` ...) into torch.hub's folder,
+``hf://OWNER/REPOSITORY`` by the hub's client into its cache. A file gets its final name only when it is complete and
+its hash is correct. With ``HF_HUB_OFFLINE`` nothing is downloaded. `timm.create_model` reads the same caches without
+checking hashes.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ _PAGES = ("text/html", "text/xml", "application/xhtml+xml", "application/xml", "
 
 
 def addresses(cfg: PretrainedCfg) -> list[str]:
-    """Where a pretrained configuration says that its file is, in the order to try; see `fetch`."""
+    """The addresses of a pretrained configuration, in the order to try; see `fetch`."""
     hub = "/".join(filter(None, [cfg.hf_hub_id, cfg.hf_hub_filename]))
     return [*filter(None, [cfg.url]), *([f"{HUB}{hub}"] if hub else [])]
 
 
 def hash_in_name(address: str) -> str | None:
-    """The first digits of the SHA-256 at the end of a file's name, torch.hub's ``NAME-HASH.pth``; None without any."""
+    """The prefix of the SHA-256 in a file name, torch.hub's ``NAME-HASH.pth``; None if there is none."""
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", address)
     return match and match[1]
 
 
 def fetch(name: str, addresses: Sequence[str], sha256: str | None = None) -> Path:
-    """The file of the weights ``name``: the first that a cache holds, else the first that can be downloaded.
+    """The file of the weights ``name``: the first one in a cache, otherwise the first one that can be downloaded.
 
     Args:
-        addresses: where the file is, in the order to try: ``https://...``, or ``hf://OWNER/REPOSITORY`` (with
-            ``@REVISION`` and ``/FILE`` if they are not the default).
-        sha256: of the file at the web addresses, or its first digits. Without it, and without a hash in the file's
+        addresses: in the order to try: ``https://...``, or ``hf://OWNER/REPOSITORY`` (with ``@REVISION`` and ``/FILE``
+            if they are not the default).
+        sha256: of the file at the web addresses, or its first digits. Without it, and without a hash in the file
             name, the hash of the first download is written to ``FILE.sha256`` and checked from then on.
 
     Raises:
-        OSError: if a cached file has another hash than recorded; or if there is none and every address failed: the
-            message has the reason for each, and where to put the file by hand.
+        OSError: a cached file has a wrong hash, or no address works: the message has the reason for each, and where to
+            put a file that is downloaded manually.
     """
     for address in addresses:
         if (file := _cached(address, sha256)) is not None:
@@ -81,7 +82,7 @@ def file_sha256(file: Path) -> str:
 
 
 def recorded_sha256(address: str) -> str | None:
-    """The hash recorded when the file of a web address was first downloaded; None if it never was."""
+    """The hash recorded at the first download of a web address; None if it was never downloaded."""
     record = Path(f"{_place(address)}.sha256")
     return record.read_text(encoding="utf-8").partition(" ")[0] if record.is_file() else None
 
@@ -101,7 +102,7 @@ def _cached(address: str, sha256: str | None) -> Path | None:
     for name in names:
         file = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(file, str):
-            known = Path(file).resolve().name  # of large files: their hash
+            known = Path(file).resolve().name  # for large files, the hash
             if re.fullmatch(r"[0-9a-f]{64}", known) and (digest := file_sha256(Path(file))) != known:
                 raise OSError(f"{file} is damaged: its sha256 is {digest}, not {known}. Delete it to fetch it again")
             return Path(file)
@@ -121,7 +122,7 @@ def _from_hub(address: str) -> Path:
 
 
 def _repository(address: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """Repository, revision and the possible names of the file."""
+    """Repository, revision and candidate names of the file."""
     owner, repository, *file = address.removeprefix(HUB).split("/", 2)
     repository, _, revision = repository.partition("@")
     return f"{owner}/{repository}", revision or None, tuple(file) or _HUB_FILES
@@ -131,7 +132,7 @@ def _from_web(address: str, sha256: str | None) -> Path:
     target = _place(address)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if not target.is_file():  # else another process was faster
+        if not target.is_file():  # otherwise another process was faster
             with atomic(target) as new:
                 _receive(address, new)
                 _verify(new, address, sha256)
@@ -146,7 +147,7 @@ def _receive(address: str, new: Path) -> None:
             raise OSError(f"the server sent {kind}, not the file")
         if coding != "identity":
             raise OSError(f"the server sent the file with Content-Encoding {coding}")
-        if not length.isdecimal() and not response.chunked:  # a broken connection would go unnoticed
+        if not length.isdecimal() and not response.chunked:  # a broken connection would not be noticed
             raise OSError(f"the server did not send the length of the file (Content-Length {length or 'missing'})")
         with new.open("wb") as out:
             shutil.copyfileobj(response, out, 1 << 20)
@@ -155,7 +156,7 @@ def _receive(address: str, new: Path) -> None:
 
 
 def _verify(file: Path, address: str, sha256: str | None) -> None:
-    """Raise OSError if a file from ``address`` is not the one that is known; record its hash if none is."""
+    """Raise OSError if a file from ``address`` has a wrong hash; record the hash if none is known."""
     digest, target = file_sha256(file), _place(address)
     known = sha256 or hash_in_name(target.name)
     if known and not digest.startswith(known):

@@ -3,14 +3,14 @@
 Paper: Scaling Local Self-Attention for Parameter Efficient Visual Backbones (Vaswani et al., CVPR 2021,
 arXiv:2103.12731). Its authors published neither code nor weights.
 
-* **HaloNet** (``halo_h0`` ... ``halo_h7``) is a ResNet with blocked local attention in place of every 3x3 convolution.
-  Written from the paper's table of sizes, as public implementations have it. No trained weights exist.
-* **Hybrids** (``halo26t``, ``halo50ts`` ...) are timm's own networks, `timm.models.byobnet.ByobNet` with timm's
-  configurations (Apache-2.0), in which `replace_attention` has put this package's attention. Their parameters, their
-  answers and their methods are timm's, so timm's published weights load; they take any input size besides, need a
-  fraction of the memory, and are named like timm's without "net".
+* **HaloNet** (``halo_h0`` ... ``halo_h7``) is a ResNet with blocked local attention in place of every 3x3 convolution,
+  implemented from the paper's table of sizes and public implementations. No trained weights exist.
+* **Hybrids** (``halo26t``, ``halo50ts`` ...) are timm's networks, `timm.models.byobnet.ByobNet` with timm's
+  configurations (Apache-2.0), in which `replace_attention` substitutes this package's attention. Parameters, outputs
+  and methods are timm's, so timm's published weights load. In addition they take any input size and need a fraction of
+  the memory. They are named like timm's without "net".
 
-Feature maps are ``[B, C, H, W]``, in PyTorch's channels_last memory format behind the first attention.
+Feature maps are ``[B, C, H, W]``, in the channels_last memory format after the first attention.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class HaloBlock(nn.Module):
 class HaloNet(Backbone):
     """HaloNet. Takes images of any size.
 
-    The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens the values alone and ``out_ratio`` the
-    blocks' outputs alone: widening whole bottlenecks would give the larger models two to three times the parameters.
+    The stages have attention widths 64, 128, 256, 512. ``value_ratio`` widens only the values and ``out_ratio`` only
+    the outputs of blocks: widening whole bottlenecks would give the larger models two to three times the parameters.
 
     Args:
         in_chans: image channels.
@@ -99,12 +99,12 @@ class HaloNet(Backbone):
         halo_size: the paper's h.
         value_ratio: the paper's r_v, channels of the values over those of the queries.
         out_ratio: the paper's r_b, channels of a block's output over those of the queries.
-        num_features: the paper's d_f, channels of a last 1x1 convolution; None for no such convolution.
+        num_features: the paper's d_f, channels of a last 1x1 convolution; None: none.
         stem_dim: channels of the stem, a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2.
-        boundary: what attention sees outside the map: ``"mask"`` nothing, as in the paper; ``"zero"`` keys and values
-            of zero, as in timm.
+        boundary: positions outside the map are excluded (``"mask"``, as in the paper), or have zero keys and values
+            (``"zero"``, as in timm).
         act_layer: activation, by timm's name.
-        zero_init_last: begin with blocks that are their shortcuts (the last batch norm's weights are 0).
+        zero_init_last: initialize the weights of each block's last batch norm with 0.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
         out_norm: add a LayerNorm over the channels per stage, ``norm0`` ..., that `forward_intermediates` and
@@ -220,22 +220,21 @@ class HaloNet(Backbone):
 
 
 def replace_attention(model: nn.Module) -> dict[str, str]:
-    """Put this package's halo attention in place of every `timm.layers.halo_attn.HaloAttn` of a model.
+    """Replace every `timm.layers.halo_attn.HaloAttn` of a model by this package's halo attention, in place.
 
-    Answers and gradients stay what they were, on the same parameters: the new modules hold the old ones' (shared, not
-    copied), so names, state dicts, devices, dtypes, ``requires_grad``, training mode and a running optimizer stay
-    valid. What changes is that no unfolded windows are made, and that any map size works, not multiples of the block
-    alone. Classes derived from timm's are left alone, as are hooks: those on a replaced module itself are lost.
+    Outputs and gradients stay the same. The new modules share the parameters of the old ones, so names, state dicts,
+    devices, dtypes, ``requires_grad``, training mode and a running optimizer stay valid. Windows are no longer
+    unfolded, and any map size works, not only multiples of the block. Subclasses of timm's module are not replaced;
+    hooks on a replaced module are lost.
 
     Args:
         model: any module, changed in place.
 
     Returns:
-        What was replaced: the module's name to a line that describes it; empty if there was nothing.
+        The names of the replaced modules with a description; empty if there are none.
 
     Raises:
-        ValueError: if ``model`` itself is the attention, which has no parent to be replaced in; make the new one with
-            `HaloAttention2d.from_timm`.
+        ValueError: ``model`` itself is the attention; use `HaloAttention2d.from_timm`.
 
     Examples:
         >>> import foveal, torch
@@ -247,8 +246,8 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
         torch.Size([1, 16, 9, 13])
     """
     if type(model) is HaloAttn:
-        raise ValueError("the model is itself a HaloAttn; HaloAttention2d.from_timm(module) makes the new module")
-    new: dict[HaloAttn, HaloAttention2d] = {}  # a module used in two places stays one
+        raise ValueError("the model is itself a HaloAttn; use HaloAttention2d.from_timm(module)")
+    new: dict[HaloAttn, HaloAttention2d] = {}  # a shared module stays shared
     replaced = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is HaloAttn:
@@ -266,11 +265,11 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: HaloNet) -> dict[str, torch.Tensor]:
-    """A checkpoint of a `HaloNet` as a state dict of ``model``. Changes neither argument.
+    """Convert a checkpoint of a `HaloNet` to a state dict of ``model``. Changes neither argument.
 
-    Nobody has published weights of HaloNet, so this only unwraps: checkpoints under ``state_dict`` or ``model``, names
-    that begin with ``module.`` or ``model.``. A checkpoint without level norms leaves those of an ``out_norm`` model.
-    The hybrids' checkpoints are timm's and need nothing.
+    There are no published weights of HaloNet, so this only unwraps a ``state_dict`` or ``model`` and removes the
+    prefixes ``module.`` and ``model.``. If the checkpoint has no norms of ``out_norm``, those of the model keep their
+    values. The hybrids' checkpoints are timm's and need no conversion.
     """
     state_dict = unwrap(state_dict)
     keep_new(state_dict, model.state_dict())
@@ -284,14 +283,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: HaloNet) -> dict[str
 _PAPER = "arXiv:2103.12731"
 _UNPUBLISHED = (
     "no weights are published, by the authors or by timm",
-    "written from the paper's table of sizes, as public implementations have it, its parameter counts not confirmed; "
-    "heads (8 in every stage), activation (ReLU) and the shortcuts (projected in the first block of a stage) are this "
-    "package's choice",
+    "implemented from the paper's table of sizes and public implementations; parameter counts are not confirmed; heads "
+    "(8 in every stage), activation (ReLU) and shortcuts (projected in the first block of a stage) are this package's "
+    "choice",
 )
-_HYBRID = "timm's network, weights and answers, with this package's attention: any input size, less memory"
+_HYBRID = "timm's network, weights and outputs, with this package's attention: any input size, less memory"
 _FIXED = (
-    "timm's network, weights and answers, with this package's halo attention; its other attention layers are timm's "
-    "and take one input size, img_size="
+    "timm's network, weights and outputs, with this package's halo attention; its other attention layers are timm's "
+    "and have a fixed input size, img_size="
 )
 
 
@@ -310,7 +309,7 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
 
 
 def _hybrid_cfg(architecture: str) -> dict[str, Any]:
-    """timm's own, addresses included, of the weights that this model loads."""
+    """timm's configuration, including addresses, of the weights that this model loads."""
     return {
         **registered_cfg(_HYBRIDS[architecture][1]).to_dict(),
         "min_input_size": None,

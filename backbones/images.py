@@ -1,4 +1,4 @@
-"""One way from an image file to what a model reads."""
+"""From an image file to the input of a model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 
 MODES = {1: "L", 3: "RGB"}
-# What Pillow's decoders are known to raise on files that are damaged, made up or too large.
+# Exceptions of Pillow's decoders for damaged, malicious or too large files.
 _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError)
 _UNREADABLE += (struct.error, NotImplementedError, Image.DecompressionBombError)
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Bring an image to 8 bits in 1 (grey) or 3 (RGB) channels.
+    """Convert an image to 8 bits with 1 (grey) or 3 (RGB) channels.
 
-    16-bit grey is divided by 257, so that 0 .. 65,535 becomes 0 .. 255 (``Image.convert`` alone would cut it off at
-    255). Transparency is composited over black.
+    16-bit grey is divided by 257, so that 0 .. 65,535 becomes 0 .. 255 (``Image.convert`` alone would clip at 255).
+    Transparency is composited over black.
 
     Raises:
-        ValueError: another number of channels, or 32-bit integer or float pixels, whose range the file does not tell.
+        ValueError: another number of channels, or 32-bit integer or float pixels, whose range is unknown.
     """
     if channels not in MODES:
         raise ValueError(f"the model takes {channels} channels; image files have 1 or 3")
@@ -31,7 +31,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(f"pixels are {kind} (mode {image.mode}), whose range is not known; save 8 or 16 bits")
     if image.mode in _SIXTEEN:
-        values = image.convert("I")  # the only mode for which every order of bytes has a conversion
+        values = image.convert("I")  # the only mode with a conversion from every byte order
         # point() on mode I takes only value * scale + offset and truncates: half a step rounds to the nearest
         image = values.point(lambda value: value * (1 / 257) + 0.5).convert("L")
     elif image.has_transparency_data:
@@ -41,17 +41,17 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def read_upright(path: str | Path, channels: int) -> Image.Image:
-    """Open a photograph, turned upright by its EXIF tag, as `to_mode` makes it.
+    """Open an image, apply its EXIF orientation and convert it by `to_mode`.
 
     Raises:
-        ValueError: as `to_mode`. What Pillow raises on files that are missing or damaged comes through.
+        ValueError: as `to_mode`. Pillow's errors for missing or damaged files are not caught.
     """
     with Image.open(path) as image:
         return to_mode(ImageOps.exif_transpose(image), channels)
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Open an image, upright, with the channels a model takes: 1 (grey) or 3 (RGB).
+    """Open an image, upright, with 1 (grey) or 3 (RGB) channels.
 
     Raises:
         ValueError: if the model takes another number of channels.
@@ -68,7 +68,7 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
 
 
 def label_names(model: Any) -> list[str] | None:
-    """The names of a classifier's classes that came with its weights, by index; timm also has them by number."""
+    """Class names that come with a classifier's weights, by index; timm also has them by number."""
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, dict):
         names = [name for _, name in sorted((int(index), name) for index, name in names.items())]
@@ -76,5 +76,5 @@ def label_names(model: Any) -> list[str] | None:
 
 
 def preprocessing(model: Any) -> Any:
-    """The evaluation transform of a model, from a PIL image to a ``[C, H, W]`` tensor, by its ``pretrained_cfg``."""
+    """Evaluation transform of a model from its ``pretrained_cfg``: PIL image to ``[C, H, W]`` tensor."""
     return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)

@@ -1,4 +1,4 @@
-"""Layers and helpers that several families share and timm does not have."""
+"""Layers and helpers shared by several families."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 class Blocks(nn.Sequential):
-    """Blocks in a row, recomputed in the backward pass while ``grad_checkpointing`` is set."""
+    """A sequence of blocks, recomputed in the backward pass if ``grad_checkpointing`` is set."""
 
     grad_checkpointing = False
 
@@ -78,7 +78,7 @@ class Stage(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear layers from a normal cut at two deviations of 0.02, biases 0; other layers keep PyTorch's defaults."""
+    """Linear layers from a normal with std 0.02 truncated at two std, biases 0; PyTorch's defaults for the rest."""
     for m in module.modules():
         if isinstance(m, nn.Linear) and not m.weight.is_meta:
             trunc_normal_(m.weight, std=0.02)
@@ -94,7 +94,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 
 def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tensor:
-    """A map of the format ``own`` as ``"NHWC"`` or ``"NCHW"``; one made of the other is a view."""
+    """Convert a map from the format ``own`` to ``"NHWC"`` or ``"NCHW"``, as a view."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f'output_fmt must be "NCHW" or "NHWC", got {output_fmt!r}')
     if output_fmt == own:
@@ -103,7 +103,7 @@ def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tens
 
 
 def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """An int as (rows, columns), a pair as it is; ValueError with ``name`` for others and for lengths below 1."""
+    """An int or a pair as (rows, columns); ValueError with ``name`` for anything else and for lengths below 1."""
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(length, int) and length > 0 for length in pair):
         raise ValueError(f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}")
@@ -123,29 +123,29 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def computes_with_own(module: nn.Module) -> bool:
-    """Whether a module computes with the parameters that it holds: not those of pruning, a weight norm, another
-    parametrization, offloading (each recomputes or fetches them before the forward), quantization or sharding."""
+    """Whether a module computes with its own parameters. Not so with pruning, weight norm and other parametrizations or
+    offloading (which recompute or load them before the forward), quantization or sharding."""
     recomputed = module._forward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__
     return not recomputed and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a parent may use a child's parameters in place of calling it: the child is exactly a Linear or a
-    convolution, neither wrapped nor replaced, and no hook waits for its call."""
+    """Whether a parent may use a child's parameters instead of calling it: the child is a plain Linear or convolution,
+    not wrapped or replaced, and has no hooks."""
     hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) in _PLAIN and not hooks and computes_with_own(module)
 
 
 def is_fixed(norm: Any) -> bool:
-    """Whether a parent may use a BatchNorm's statistics in place of calling it: as `is_plain`, and it is in evaluation
-    mode with statistics."""
+    """Whether a parent may use a BatchNorm's statistics instead of calling it: as `is_plain`, in evaluation mode and
+    with statistics."""
     hooks = norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
     whole = type(norm) in _BATCH_NORMS and norm.running_var is not None and norm.weight is not None
     return whole and not norm.training and not hooks and computes_with_own(norm)
 
 
 def check_foldable(conv: nn.Module, norm: nn.Module) -> None:
-    """Raise a ValueError unless both compute with the parameters that they hold, which can be folded into one."""
+    """Raise a ValueError unless both modules compute with their own parameters, so that they can be folded."""
     for module in (conv, norm):
         if not computes_with_own(module) or (module is conv and type(conv) not in _PLAIN):
             raise ValueError(
@@ -177,7 +177,7 @@ class _InPlace:
     """An activation that overwrites its input in inference, unless a hook may hold it.
 
     Args:
-        after: (parent, name) of the child that returns the input; None where the caller has just computed it.
+        after: (parent, name) of the child that returns the input; None if the caller has just computed it.
     """
 
     def __init__(self, after: tuple[nn.Module, str] | None = None, **kwargs: Any) -> None:
@@ -215,8 +215,8 @@ class TanhGELU(_InPlace, nn.GELU):
 
 
 def guard_activations(model: nn.Module) -> None:
-    """Let no activation of timm's layers overwrite what a hook may hold, in place: those behind a BatchNorm and behind
-    the sum at the end of a residual block become `ReLU` and `SiLU`, all others no longer work in place."""
+    """Keep activations of timm's layers from overwriting tensors that a hook may hold; changes the model in place.
+    Those after a BatchNorm or the sum of a residual block become `ReLU` and `SiLU`; others no longer work in place."""
     for parent in list(model.modules()):
         residual = getattr(parent, "shortcut", None) is not None
         for name, child in list(parent.named_children()):
@@ -230,7 +230,7 @@ def guard_activations(model: nn.Module) -> None:
 
 
 def shortfall(length: int, least: int) -> int:
-    """How much ``length`` is short of ``least``, for a dynamic size, too: 0 where an exporter knows that it is not."""
+    """``max(0, least - length)``, also for dynamic sizes."""
     if statically_known_true(length >= least):
         return 0
     longer: Any = torch.sym_max(length, least)
@@ -249,7 +249,7 @@ def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         position = torch.arange(source, device=x.device)
         inside = (position >= start) & (position < stop)
         matrix = (inside / (stop - start)).to(x.dtype)  # target, source
-        # of two dimensions each, without a broadcast: there an exporter takes down which lengths are 1
+        # two dimensions each, without broadcasting, for which exporters guard on lengths of 1
         lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
         x = (lines @ matrix.t()).unflatten(0, x.shape[:3]).transpose(2, 3)
     return x

@@ -1,4 +1,4 @@
-"""Load a model with its weights from whatever names it: a model name, a training run, a model folder, a file."""
+"""Load a model with its weights from a model name, a training run, a model folder or a file."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from . import download
 from .base import registered_cfg
 
 WEIGHTS = "model.safetensors"
-# What a model folder may hold its weights in, in timm's order of preference.
+# Names of the weights file in a model folder, in timm's order of preference.
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
-# What zipfile's and torch's readers were seen to raise on damaged files of weights.
+# Exceptions of zipfile's and torch's readers for damaged files.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 _UNREADABLE += (ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a user's name turned out to be: a registered model, or a folder (and perhaps one file) of weights."""
+    """A resolved source: a registered model, or a folder (and possibly one file) of weights."""
 
     architecture: str
     tag: str | None = None
@@ -49,12 +49,12 @@ class Source:
 
 
 def local_path(source: str | Path) -> Path:
-    """Where ``local-dir:FOLDER``, ``~/FOLDER`` or a path as it is would lie, if it is one."""
+    """The path of ``local-dir:FOLDER``, ``~/FOLDER`` or a plain path; it need not exist."""
     return Path(str(source).removeprefix("local-dir:")).expanduser()
 
 
 def resolve(source: str | Path) -> Source:
-    """Find out what `source` names; see `load` for what it may be and what is raised."""
+    """Resolve `source`; see `load` for its forms and the errors."""
     text = str(source)
     if not text.strip():
         raise ValueError("the model name is empty; `foveal list` shows the names")
@@ -75,15 +75,14 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
     """Build a model in evaluation mode, with its trained weights.
 
     Args:
-        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a folder that
-            ``foveal train`` wrote (its ``best/`` is taken); a model folder as timm writes and reads it (``config.json``
-            beside ``model.safetensors``); or one ``.safetensors`` file inside such a folder.
+        source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a run folder of
+            ``foveal train`` (its ``best/`` is loaded); a model folder in timm's format (``config.json`` and
+            ``model.safetensors``); or a ``.safetensors`` file in such a folder.
         kwargs: passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
 
     Raises:
-        ValueError: if `source` is none of these, names an unknown architecture, has no trained weights, or its weights
-            do not fit the architecture.
-        OSError: if published weights cannot be fetched.
+        ValueError: if `source` is none of these, names an unknown architecture, or has no weights that fit it.
+        OSError: if published weights cannot be downloaded.
     """
     found = resolve(source)
     if found.folder is not None:
@@ -95,14 +94,14 @@ def load(source: str | Path, **kwargs: Any) -> nn.Module:
             f"{found.architecture} has no weights to fetch. Train it (foveal train classify CONFIG), or build it with "
             f'random ones: timm.create_model("{found.architecture}"). {" ".join((cfg and cfg.notes) or ())}'.rstrip()
         )
-    if overlay.get("state_dict") or cfg.custom_load:  # tensors already, or a format that timm alone knows
+    if overlay.get("state_dict") or cfg.custom_load:  # already tensors, or a format that only timm supports
         return timm.create_model(found.name, pretrained=True, **kwargs).eval()
     file = overlay.get("file") or download.fetch(found.name, download.addresses(cfg))
     return _build(found.name, found.architecture, Path(file), kwargs)
 
 
 def weights_file(found: Source) -> Path:
-    """The file with the weights of a resolved folder, which has one."""
+    """The weights file of a resolved folder."""
     if found.file is not None:
         return found.file
     folder = found.folder
@@ -111,69 +110,69 @@ def weights_file(found: Source) -> Path:
 
 
 def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights of a file. timm gets tensors: older versions read pickles that run code."""
+    """Create a model with the weights of a file. timm gets tensors, since older versions unpickle unsafely."""
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     overlay |= {"source": None, "file": None, "state_dict": read_weights(file)}
     try:
         model: Any = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{file} does not fit {architecture}: {_first_lines(error)}") from error
-    model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not hold the tensors twice
+    model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not keep the tensors twice
     return model.eval()
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-    """The tensors of a file, safetensors or a pickle of nothing else; averaged (EMA) ones, if it holds both.
+    """The tensors of a safetensors file or a pickle of only tensors; the averaged (EMA) ones if it has both.
 
     Raises:
-        ValueError: if it is damaged, holds other things, or no tensors.
+        ValueError: it is damaged, or has other objects or no tensors.
     """
     return clean_state_dict(pick_weights(read_checkpoint(file), file)[0])
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What a file holds: tensors by name, perhaps wrapped and with other things beside them. No code of it is run.
+    """The content of a file: tensors by name, possibly nested, and other entries. Runs no code from the file.
 
     Raises:
-        ValueError: if it is damaged, or a pickle of more than tensors, numbers and texts; the message says which.
+        ValueError: it is damaged, or a pickle with other objects than tensors, numbers and strings.
     """
     with file.open("rb"):
-        pass  # from here on an OSError comes from what is in the file
+        pass  # from here on an OSError comes from the content
     if file.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
     broken = None
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()  # torch.load does not look at the checksums
-        # training scripts put their arguments beside the tensors; a Namespace only holds attributes
+                broken = archive.testzip()  # torch.load does not check checksums
+        # training scripts store their arguments, too; a Namespace is harmless
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the first thing that it does not allow
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the first object that is not allowed
         if refused and broken is None and (read := _without_history(file)) is not None:
             return read
         if refused and broken is None:
             raise ValueError(
-                f"{file} holds more than tensors ({refused[1]}), which could run code, and is not read for safety; "
+                f"{file} contains other objects than tensors ({refused[1]}), which could run code, and is not read; "
                 f"save the weights as {WEIGHTS} instead"
             ) from error
-        # torch's first line advises to load it unsafely
+        # torch's first line suggests unsafe loading
         said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = said[1] if said else _first_lines(error, 1) or type(error).__name__
-        raise ValueError(f"{file} is damaged, cut off, or no file of weights: {reason}") from error
+        raise ValueError(f"{file} is damaged, truncated, or not a weights file: {reason}") from error
     if broken is not None:
-        raise ValueError(f"{file} is damaged: the checksum of {broken} in it is wrong")
+        raise ValueError(f"{file} is damaged: wrong checksum of {broken}")
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} holds no named tensors but one {type(checkpoint).__name__}")
+        raise ValueError(f"{file} contains no named tensors but a {type(checkpoint).__name__}")
     return checkpoint
 
 
 class _Unread:
-    """Stands for what a checkpoint holds beside its weights: takes whatever it is given, and does and keeps nothing."""
+    """Placeholder for other objects in a checkpoint: accepts any arguments and does nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -190,8 +189,8 @@ _OF_HISTORY = {"builtins.getattr", "numpy.ndarray", "numpy.dtype"} | {
 
 
 def _without_history(file: Path) -> dict[str, Any] | None:
-    """A checkpoint of mmengine, which holds the history of its losses beside the weights, without that; None for
-    others. Where the pickle asks for the history's classes and functions, it gets `_Unread`: none of them runs."""
+    """A checkpoint of mmengine without its loss history; None for others. The history's classes and functions are
+    replaced by `_Unread`, so none of them runs."""
     try:
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         if _HISTORY not in wanted or not wanted <= {_HISTORY, *_OF_HISTORY}:
@@ -205,13 +204,13 @@ def _without_history(file: Path) -> dict[str, Any] | None:
 
 
 def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None) -> tuple[dict[str, Any], bool]:
-    """The named tensors in a checkpoint, and whether they are the averaged ones.
+    """The named tensors in a checkpoint, and whether they are the averaged (EMA) ones.
 
     Args:
-        ema: take the averaged weights (True), those that were trained (False), or the averaged if there are any (None).
+        ema: averaged weights (True), raw ones (False), or averaged if there are any (None).
 
     Raises:
-        ValueError: if there are none of that kind.
+        ValueError: there are none of that kind.
     """
     held = {
         kind: checkpoint[key]
@@ -223,10 +222,10 @@ def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None
     averaged = True in held if ema is None else ema
     if averaged not in held:
         asked, other = ("averaged (EMA)", "raw") if averaged else ("raw", "averaged (EMA)")
-        raise ValueError(f"{file} holds no {asked} weights, only {other} ones")
+        raise ValueError(f"{file} has no {asked} weights, only {other} ones")
     state = held[averaged]
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds no named tensors")
+        raise ValueError(f"{file} has no named tensors")
     return state, averaged
 
 
@@ -245,7 +244,7 @@ def _resolve_name(text: str) -> Source:
 
 
 def _resolve_folder(folder: Path, runs: bool = True) -> Source:
-    # a run writes best/ anew and renames it; killed between its two renames, it leaves the last one as best.old/
+    # a run replaces best/ by two renames; if killed between them, it leaves the previous one as best.old/
     for best in ("best", "best.old"):
         if runs and (folder / best / "config.json").is_file():
             folder = folder / best
@@ -274,7 +273,7 @@ def _resolve_folder(folder: Path, runs: bool = True) -> Source:
     return Source(architecture, folder=folder, config=config)
 
 
-# What else this package writes: not the weights of a PyTorch model, but a program that some runtime executes.
+# Exported programs, which cannot be loaded as weights of a PyTorch model.
 EXPORTED = {
     "model.onnx": "ONNX, for onnxruntime",
     "model.pt2": "a compiled or exported program, for torch.export.load or torch._inductor.aoti_load_package",
@@ -284,7 +283,7 @@ EXPORTED = {
 
 
 def refuse_exported(folder: Path) -> None:
-    """Raise ValueError, with what is in it, if a folder holds an export that is no PyTorch model, and no weights."""
+    """Raise ValueError if a folder has an exported program instead of weights."""
     found = [name for name in EXPORTED if (folder / name).exists()]
     if found and not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise ValueError(
@@ -294,14 +293,12 @@ def refuse_exported(folder: Path) -> None:
 
 
 def _other_file(path: Path) -> str:
-    """What a file is that cannot be loaded."""
+    """Description of a file that cannot be loaded."""
     for name, what in EXPORTED.items():
         if path.suffix == Path(name).suffix:
             return f"is {what}, and cannot be loaded as a PyTorch model"
     if path.suffix in (".pth", ".pt", ".bin", ".tar", ".ckpt"):
-        return (
-            "is a file of weights alone: `foveal convert FILE --model NAME --output FOLDER` makes a model folder of it"
-        )
+        return "has only weights: `foveal convert FILE --model NAME --output FOLDER` converts it to a model folder"
     return "is neither a folder nor a .safetensors file"
 
 

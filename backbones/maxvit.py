@@ -1,19 +1,20 @@
 """MaxViT.
 
 Paper: MaxViT: Multi-Axis Vision Transformer (Tu et al., ECCV 2022, arXiv:2204.01697). Code and weights of the authors:
-Apache-2.0, https://github.com/google-research/maxvit; timm holds them converted to PyTorch (``maxvit_*_tf_*``), and
-those load here unchanged and give timm's outputs.
+Apache-2.0, https://github.com/google-research/maxvit. timm has them converted to PyTorch (``maxvit_*_tf_*``); these
+load unchanged and give timm's outputs.
 
 A convolutional stem of stride 2, then four stages of blocks. A block is an MBConv (the first of a stage halves the
 map), attention inside windows (block attention) and attention across a grid over the whole map (grid attention), each
-attention with its own MLP. The stem and MBConv are timm's; the attention is written anew, on this package's operation.
+attention with its own MLP. The stem and MBConv are timm's; the attention uses this package's operation.
 
-timm's models take the size they were made for, or multiples of it. These take any: see ``partition`` of `MaxViT`.
+timm's models take their image size or multiples of it. These take any size: see ``partition`` of `MaxViT`.
 
-Where timm gives five feature maps (``features_only``), with the stem's at stride 2, these give the four of the stages.
+With ``features_only`` timm returns five feature maps, including the stem's at stride 2; these return the four of the
+stages.
 
-Feature maps are ``[B, C, H, W]`` at the borders of a stage, in PyTorch's channels_last memory format, so that the
-attention's ``[B, H, W, C]`` is a view of the same memory.
+Feature maps are ``[B, C, H, W]`` between stages, in the channels_last memory format, so that the attention's
+``[B, H, W, C]`` is a view.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ _TABLE = "relative_position_bias_table"
 
 
 class AvgPoolSame(nn.Module):
-    """2x2 average pooling of stride 2. An odd length is padded with a zero that counts, as in timm's `AvgPool2dSame`,
-    which copies the others, too."""
+    """2x2 average pooling of stride 2. An odd length is padded with a zero that counts, as in timm's `AvgPool2dSame`;
+    unlike there, even lengths are not copied."""
 
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,16 +134,16 @@ class MaxViT(Backbone):
         num_classes: classes, 0 for none.
         global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, or ``""`` for a map of logits.
         output_stride: only 32; the stages cannot keep their resolution.
-        img_size: the image size, an int or (rows, columns), that ``partition_size`` follows from: 1/32 of it, rounded
-            down, at least 1. No other size is refused.
+        img_size: image size, an int or (rows, columns), which sets ``partition_size``: 1/32 of it, rounded down, at
+            least 1. Other image sizes are accepted.
         partition_size: positions per window and points of the grid along an axis, an int or (rows, columns), in all
-            stages; None for what ``img_size`` says. The position bias tables are for this size; those of a checkpoint
-            for another are resampled on load.
-        partition: what happens to images of a size other than ``img_size``. ``"fixed"``: windows and grids keep
-            ``partition_size``; where it does not divide a map, the ones at the right and the bottom are smaller
-            (timm's answer where timm gives one, multiples of the size). ``"scaled"``: a map keeps the number of windows
-            instead, 8, 4, 2 and 1 along an axis from the first stage to the last; their size follows the map, and the
-            tables are resampled to it (timm's answer for a model of that ``img_size`` with these weights).
+            stages; None: from ``img_size``. The position bias tables are for this size; those of a checkpoint for
+            another size are resampled on load.
+        partition: for images of a size other than ``img_size``. ``"fixed"``: windows and grids keep
+            ``partition_size``; if it does not divide a map, those at the right and the bottom are smaller (equal to
+            timm for multiples of the size). ``"scaled"``: keep the number of windows, 8, 4, 2 and 1 along an axis from
+            the first stage to the last; their size follows the map, and the tables are resampled (equal to timm's model
+            of that ``img_size`` with these weights).
         depths: blocks per stage.
         dims: channels per stage.
         stem_width: channels of the stem.
@@ -233,28 +234,28 @@ class MaxViT(Backbone):
         img_size: int | tuple[int, int] | None = None,
         partition_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Make this a model for another image size: set the windows and resample the position bias tables, in place.
+        """Change the image size in place: set the windows and resample the position bias tables.
 
-        The tables become new parameters; make the optimizer afterwards.
+        The tables become new parameters; create the optimizer afterwards.
 
         Args:
-            img_size: int or (rows, columns); None for the one before.
-            partition_size: int or (rows, columns); None for 1/32 of ``img_size``, rounded down.
+            img_size: int or (rows, columns); None: unchanged.
+            partition_size: int or (rows, columns); None: 1/32 of ``img_size``, rounded down.
         """
         img_size = self.img_size if img_size is None else img_size
         self.img_size, self.partition_size = _sizes(img_size, partition_size)
         for module in self.modules():
             if isinstance(module, RelativePositionTable):
                 module.set_window_size(self.partition_size)
-        if hasattr(self, "_model_args"):  # with what timm (from 1.0.30 on) makes this model again from its saved files
+        if hasattr(self, "_model_args"):  # from which timm (>= 1.0.30) rebuilds this model from its saved files
             self._model_args = {**self._model_args, "img_size": self.img_size, "partition_size": self.partition_size}
             self._traits = {**self._traits, "img_size": self.img_size}
 
     def reparameterize(self) -> MaxViT:
-        """Fold the batch norms into the convolutions beside them, for deployment; in place, once and for all.
+        """Fold the batch norms into the adjacent convolutions in place, for deployment.
 
-        The outputs in evaluation mode stay the same up to rounding. The names of the parameters do not: such a model
-        neither loads published checkpoints nor should it be trained. Idempotent.
+        Outputs equal those in evaluation mode up to rounding. Parameter names change: such a model does not load
+        published checkpoints and should not be trained. Idempotent.
 
         Returns:
             self.
@@ -273,7 +274,7 @@ class MaxViT(Backbone):
         return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^norm", (99999,))] if coarse else fine)
 
     def _set_head(self, num_classes: int, global_pool: str, hidden_size: int | None) -> None:
-        pools = [pool for pool in POOLS if pool != "catavgmax"]  # the head's norm is for as many channels as the map's
+        pools = [pool for pool in POOLS if pool != "catavgmax"]  # the head's norm has the channels of the map
         check_head(num_classes, global_pool, pools)
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -298,7 +299,7 @@ class MaxViT(Backbone):
         self._set_head(num_classes, self.global_pool if global_pool is None else global_pool, old.hidden_size)
         head = self.head.to(device=like.device, dtype=like.dtype).train(self.training)
         head.norm = old.norm
-        with torch.no_grad():  # Linear and 1x1 Conv2d, as the pooling asks for, differ in shape alone
+        with torch.no_grad():  # Linear and 1x1 Conv2d differ only in shape
             for new, kept in zip(head.pre_logits.parameters(), old.pre_logits.parameters(), strict=True):
                 new.copy_(kept.view_as(new))
                 new.requires_grad_(kept.requires_grad)
@@ -345,7 +346,7 @@ def _sizes(
 
 
 def _init_weights(model: nn.Module) -> None:
-    """timm's: convolutions by their fan-out (EfficientNet), Linear layers Xavier-uniform (ViT), biases 0 or nearly."""
+    """As timm: convolutions by fan-out (EfficientNet), Linear layers Xavier-uniform (ViT), biases near 0."""
     for name, m in model.named_modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
@@ -361,16 +362,16 @@ def _init_weights(model: nn.Module) -> None:
 
 
 def _fold(parent: nn.Module, conv: str, name: str) -> None:
-    """Fold the batch norm ``name`` of ``parent``, if it still stands, into the convolution before it."""
+    """Fold the batch norm ``name`` of ``parent``, if not yet folded, into the convolution before it."""
     norm = getattr(parent, name)
     if fold_batch_norm(getattr(parent, conv), norm):
         setattr(parent, name, TanhGELU((parent, conv)).train(norm.training))
 
 
 def _fold_before(conv: Any, parent: nn.Module, name: str) -> None:
-    """Fold the batch norm ``name`` of ``parent``, if it still stands, into the 1x1 convolution after it."""
+    """Fold the batch norm ``name`` of ``parent``, if not yet folded, into the 1x1 convolution after it."""
     norm = getattr(parent, name)
-    if getattr(norm, "running_var", None) is not None:  # synchronized and frozen ones, too
+    if getattr(norm, "running_var", None) is not None:  # also synchronized and frozen ones
         check_foldable(conv, norm)
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
@@ -386,19 +387,20 @@ def _fold_before(conv: Any, parent: nn.Module, name: str) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: MaxViT) -> dict[str, torch.Tensor]:
-    """A checkpoint of timm's ``maxvit_*_tf_*`` or of these models as a state dict of ``model``. Changes neither.
+    """A checkpoint of timm's ``maxvit_*_tf_*`` or of these models as a state dict of ``model``; changes neither.
 
-    The names are the same. Position bias tables for another partition size are resampled, as timm does; the layers of
-    the head change between Linear and 1x1 Conv2d as the pooling asks. A checkpoint without stage norms leaves those of
-    an ``out_norm`` model as they are: they are new there.
+    The names are the same. Position bias tables for another partition size are resampled, as in timm; the layers of the
+    head become Linear or 1x1 Conv2d, depending on the pooling. If the checkpoint has no norms of ``out_norm``, those of
+    the model keep their values.
 
     Args:
         state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``; the prefixes of
-            ``DistributedDataParallel``, ``features_only`` and detectors (``module.``, ``model.``, ``backbone.``) go.
-        model: the model that is to load the result.
+            ``DistributedDataParallel``, ``features_only`` and detectors (``module.``, ``model.``, ``backbone.``) are
+            removed.
+        model: the model to load the result into.
 
     Raises:
-        ValueError: if the parameter names (the head's aside, which timm handles) are not those of the model.
+        ValueError: the parameter names (except the head's, which timm handles) do not fit the model.
     """
     state_dict = unwrap(state_dict)
 
@@ -427,7 +429,7 @@ _TAGS = {
 
 
 def _cfg(size: str, tag: str, **facts: Any) -> dict[str, Any]:
-    """timm's own, its copy on the hub included, of the same weights."""
+    """timm's configuration of the same weights, including its copy on the hub."""
     theirs = registered_cfg(f"maxvit_{size.replace('_', '_tf_')}.{tag}")
     return {
         **theirs.to_dict(),

@@ -2,17 +2,17 @@
 
 Papers: Neighborhood Attention Transformer (Hassani et al., CVPR 2023, arXiv:2204.07143); Dilated Neighborhood Attention
 Transformer (Hassani and Shi, 2022, arXiv:2209.15001). Code and weights of the authors: MIT licence,
-https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written anew here; the published checkpoints load
-unchanged and give the published outputs.
+https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. This is an independent implementation; the published
+checkpoints load unchanged and give the published outputs.
 
 * **NAT** is a hierarchical transformer of four levels: an overlapping convolutional tokenizer, neighborhood attention
   blocks, and convolutional downsamplers between the levels. **DiNAT** is NAT with a dilation per block.
-* **DiNAT_s** is Swin with neighborhood attention for window attention: patch embedding and patch merging.
+* **DiNAT_s** is Swin with neighborhood attention instead of window attention: patch embedding and patch merging.
 * **Isotropic** models are ViTs of 12 blocks on patches of 16, with neighborhood attention (`nat_isotropic_*`,
   `dinat_isotropic_*`) or plain attention (`vitrpb_isotropic_*`), and a relative position bias in all of them.
 
-Parameters carry the authors' names, so a state dict of these models *is* one in the published format; see
-`checkpoint_filter_fn` for the other formats that load.
+Parameters have the authors' names, so state dicts of these models are in the published format; see
+`checkpoint_filter_fn` for other formats.
 
 Feature maps are channels-last inside, ``[B, H, W, C]``.
 """
@@ -42,7 +42,7 @@ Dilations = Sequence[Sequence[int]] | str | None
 
 
 class NATBlock(nn.Module):
-    """Pre-norm neighborhood attention and MLP, each with LayerScale (if asked) and one shared stochastic depth."""
+    """Pre-norm neighborhood attention and MLP, each with optional LayerScale and one shared stochastic depth."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ConvDownsampler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 3, 1, 2)
-        # whether channels lie last in memory, an exporter decides by which lengths are 1
+        # exporters guard on lengths of 1 to decide the memory format
         if is_dynamic(x.shape[2], x.shape[3]):
             x = x.clone(memory_format=torch.contiguous_format)
         return self.norm(self.reduction(x).permute(0, 2, 3, 1))
@@ -147,18 +147,18 @@ class NAT(Backbone):
         num_classes: classes, 0 for none.
         global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` for a map of logits.
         output_stride: only 32; the levels cannot keep their resolution.
-        embed_dim: channels of level 0; every further level has twice the channels of the one before.
+        embed_dim: channels of level 0, doubled at every further level.
         depths: blocks per level.
         num_heads: attention heads per level.
         kernel_size: attention window, an int or (rows, columns).
-        dilations: one list per level with a dilation per block; None for 1 everywhere (NAT); or ``"auto"``: at every
-            forward, blocks of a level alternate between 1 and the largest dilation that fits its map,
-            ``max(1, min(H, W) // kernel_size)``. For square inputs that divide evenly this is the rule the published
-            lists follow: at 224 with kernel 7 it gives theirs. Where a fixed list exceeds the map, the map is padded
-            (see `NeighborhoodAttention2d`); ``"auto"`` pads only maps smaller than the kernel.
+        dilations: one list per level with a dilation per block; None for 1 everywhere (NAT); or ``"auto"``: blocks of a
+            level alternate between 1 and the largest dilation that fits the map, ``max(1, min(H, W) // kernel_size)``,
+            computed at every forward. At 224 with kernel 7 these are the published dilations. If a fixed dilation
+            exceeds the map, the map is padded (see `NeighborhoodAttention2d`); ``"auto"`` only pads maps smaller than
+            the kernel.
         mlp_ratio: hidden channels of the MLP, relative to the level's.
         qkv_bias: bias in the qkv projections.
-        layer_scale: initial value of LayerScale (``gamma1``, ``gamma2``), None for no LayerScale.
+        layer_scale: initial value of LayerScale (``gamma1``, ``gamma2``); None: no LayerScale.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the attention projection and in the MLP.
         attn_drop_rate: dropout on attention weights.
@@ -250,7 +250,7 @@ class NAT(Backbone):
 
 
 class DiNATs(NAT):
-    """DiNAT_s: NAT's levels between Swin's patch embedding and patch merging. Arguments as for `NAT`.
+    """DiNAT_s: NAT's levels with Swin's patch embedding and patch merging. Arguments as for `NAT`.
 
     Examples:
         >>> import torch
@@ -274,8 +274,8 @@ class Isotropic(Backbone):
 
     Args:
         img_size: with ``full_attention`` the only input size, an int or (height, width); position bias tables of
-            another size are resampled on load. Must be None otherwise: neighborhood attention takes any size.
-        patch_size: patches are embedded by a convolution of this size and stride; inputs are padded to a multiple.
+            another size are resampled on load. Otherwise None: neighborhood attention takes any size.
+        patch_size: kernel size and stride of the patch embedding; inputs are padded to a multiple.
         depth: blocks.
         full_attention: attend to the whole map (ViT with relative position bias) instead of ``kernel_size``.
         dilations: a dilation per block; None for 1 everywhere; or ``"auto"`` as for `NAT`.
@@ -323,7 +323,7 @@ class Isotropic(Backbone):
     ) -> None:
         super().__init__(in_chans, output_stride, stride=patch_size)
         if full_attention != (img_size is not None):
-            raise ValueError(f"img_size is for full attention, and needed there; got {img_size}")
+            raise ValueError(f"img_size is required for full attention and not allowed otherwise; got {img_size}")
         if full_attention and dilations is not None:
             raise ValueError(f"full attention has no dilations, got {dilations}")
         self.img_size = None if img_size is None else positive_pair("img_size", img_size)
@@ -331,7 +331,7 @@ class Isotropic(Backbone):
             height, width = self.img_size
             kernel_size = math.ceil(height / patch_size), math.ceil(width / patch_size)
         self.kernel_size = to_2tuple(kernel_size)
-        # tables of full attention belong to the input size, so that asking for a size asks for resampling too
+        # tables of full attention depend on the input size, so a requested size implies resampling
         self.interpolate_rpb = interpolate_rpb or full_attention
         options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
@@ -424,33 +424,33 @@ _FROM_TRANSFORMERS = (
 def checkpoint_filter_fn(
     state_dict: dict[str, Any], model: NAT | Isotropic, interpolate_rpb: bool | None = None
 ) -> dict[str, torch.Tensor]:
-    """A checkpoint of any published format as a state dict of ``model``. Changes neither argument.
+    """Convert a checkpoint of any published format to a state dict of ``model``. Changes neither argument.
 
-    Understood are
+    Supported are
 
-    * the authors' classification checkpoints, whose names are those of these models;
-    * their mmdetection, mmsegmentation and detectron2 checkpoints: of these the ``backbone.`` is kept. They have a norm
-      per level (``norm0`` ...) and neither final norm nor classifier, so create the model with
+    * the authors' classification checkpoints, which have the same names;
+    * their mmdetection, mmsegmentation and detectron2 checkpoints, of which only the ``backbone.`` is used. They have a
+      norm per level (``norm0`` ...) and no final norm or classifier, so create the model with
       ``features_only=True, out_norm=True``;
     * Hugging Face transformers' Nat and Dinat models (with or without classifier, and their backbones);
-    * state dicts of these models, also as wrapped by ``features_only`` or ``DistributedDataParallel``.
+    * state dicts of these models, also wrapped by ``features_only`` or ``DistributedDataParallel``.
 
-    A classification checkpoint leaves the level norms of an ``out_norm`` model as they are: they are new there.
+    If the checkpoint has no norms of ``out_norm``, those of the model keep their values.
 
     Args:
         state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``.
-        model: the model that is to load the result.
+        model: the model to load the result into.
         interpolate_rpb: resample relative position bias tables of another kernel size, bicubically, as the authors did
-            from 7x7 to 11x11. None: as the model was told (``interpolate_rpb=`` of its constructor).
+            from 7x7 to 11x11. None: the ``interpolate_rpb`` of the model.
 
     Raises:
-        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model, or
-            if a table has another size and is not to be resampled.
+        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model, or a table
+            has another size and ``interpolate_rpb`` is off.
     """
     state_dict = unwrap(state_dict)
     if any(name.endswith("patch_embeddings.projection.0.weight") for name in state_dict):
         state_dict = _from_transformers(state_dict)
-    # an index computed from the table's size, stored by the authors' ViT with relative position bias
+    # an index that follows from the table's size, stored by the authors' ViT with relative position bias
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith(".relative_position_index")}
 
     own = model.state_dict()
@@ -482,7 +482,7 @@ def _from_transformers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def _fit_rpb(name: str, table: torch.Tensor, own: torch.Tensor, resample: bool) -> torch.Tensor:
-    """``table`` at the size of ``own``; both ``[heads, 2 * rows - 1, 2 * columns - 1]``."""
+    """``table`` resampled to the size of ``own``; both ``[heads, 2 * rows - 1, 2 * columns - 1]``."""
     size, wanted = tuple(table.shape[-2:]), tuple(own.shape[-2:])
     if size == wanted:
         return table
@@ -503,7 +503,7 @@ _384: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
 
 
 def _file(path: str, hub: str | None = None, **facts: Any) -> dict[str, Any]:
-    """The authors' file, and the copy on the hub with the names of transformers."""
+    """Addresses of the authors' file and of its copy on the hub with transformers' names."""
     project, _, file = path.partition("/")
     copy = {"hf_hub_id": f"shi-labs/{hub}"} if hub else {}
     return {"url": f"https://shi-labs.com/projects/{project}/checkpoints/{file}", **copy, **facts}
@@ -548,7 +548,7 @@ _TEST = dict(input_size=(3, 64, 64), license="apache-2.0", origin_url=None)
 
 
 def _cfg(name: str, **facts: Any) -> dict[str, Any]:
-    """What `PretrainedCfg` does not have by default: images of 224, a crop of 0.875, ImageNet's mean and deviation."""
+    """A `PretrainedCfg` with defaults: images of 224, a crop of 0.875, ImageNet's mean and standard deviation."""
     isotropic = "isotropic" in name
     size = facts.get("input_size", (3, 224, 224))[1:]
     return {
@@ -731,13 +731,13 @@ def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
 
 @register_model
 def vitrpb_isotropic_small(pretrained: bool = False, **kwargs: Any) -> Isotropic:
-    """ViT-Small with relative position bias, 22 M parameters; takes one input size, ``img_size=``."""
+    """ViT-Small with relative position bias, 22 M parameters; fixed input size, ``img_size=``."""
     return _create(Isotropic, "vitrpb_isotropic_small", pretrained, kwargs, **_ISO_SMALL, full_attention=True)
 
 
 @register_model
 def vitrpb_isotropic_base(pretrained: bool = False, **kwargs: Any) -> Isotropic:
-    """ViT-Base with relative position bias, 86 M parameters; takes one input size, ``img_size=``."""
+    """ViT-Base with relative position bias, 86 M parameters; fixed input size, ``img_size=``."""
     return _create(Isotropic, "vitrpb_isotropic_base", pretrained, kwargs, **_ISO_BASE, full_attention=True)
 
 

@@ -1,19 +1,19 @@
 """OverLoCK: overview first, look closely next.
 
 Paper: OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels (Lou and Yu, CVPR 2025,
-arXiv:2502.20087). Code and weights of the authors: Apache-2.0, https://github.com/LMMMEng/OverLoCK. Written anew here;
-the published checkpoints load unchanged and give the published outputs.
+arXiv:2502.20087). Code and weights of the authors: Apache-2.0, https://github.com/LMMMEng/OverLoCK. This is an
+independent implementation; the published checkpoints load unchanged and give the published outputs.
 
-Three networks in one. The base-net encodes the image up to stride 16 (``blocks1`` to ``blocks3``); the overview-net
-looks at the whole at stride 32 and gives a context (``blocks4``); the focus-net looks again at strides 16 and 32
-(``sub_blocks3``, ``sub_blocks4``), led by this context, which goes along as further channels of the map. Its blocks mix
-by ContMix: a convolution whose kernel each position derives from its affinities to the pooled context.
+There are three networks. The base-net encodes the image up to stride 16 (``blocks1`` to ``blocks3``); the overview-net
+computes a context at stride 32 (``blocks4``); the focus-net processes strides 16 and 32 again (``sub_blocks3``,
+``sub_blocks4``), guided by this context, which is concatenated to the channels of the map. Its blocks use ContMix, a
+convolution whose kernel at each position follows from the affinities to the pooled context.
 
-The large depthwise convolutions are trained with smaller, dilated ones beside them (`DilatedReparam`), which
-`OverLoCK.reparameterize` folds away.
+The large depthwise convolutions are trained with parallel smaller, dilated ones (`DilatedReparam`), which
+`OverLoCK.reparameterize` folds.
 
-Parameters carry the authors' names. Feature maps are ``[B, C, H, W]``, on a CPU in the channels_last memory format, in
-which depthwise convolutions are several times as fast.
+Parameters have the authors' names. Feature maps are ``[B, C, H, W]``, on a CPU in the channels_last memory format, in
+which depthwise convolutions are several times faster.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from .layers import Blocks, average_pool, channels_last, check_foldable, drop_pa
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
-# (kernel, dilation) of the branches beside a large kernel
+# (kernel, dilation) of the branches parallel to a large kernel
 BRANCHES = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
     15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
-POOLED = 7  # the context is compared with as 7x7 pooled positions
+POOLED = 7  # the context is pooled to 7x7 positions
 
 
 class DilatedReparam(nn.Module):
-    """A large depthwise convolution and smaller, dilated ones beside it, each with a BatchNorm, summed (UniRepLKNet,
+    """A large depthwise convolution and parallel smaller, dilated ones, each with a BatchNorm, summed (UniRepLKNet,
     arXiv:2311.15599).
 
-    Without batch statistics all of them are one convolution. In evaluation mode its kernel is put together at every
-    forward, which costs little beside the convolution, unless a branch is more than a plain convolution and a norm with
-    fixed statistics; `reparameterize` does so once and for all.
+    Without batch statistics they equal one convolution. In evaluation mode its kernel is computed at every forward,
+    which is cheap, if all branches are plain convolutions and norms with fixed statistics; `reparameterize` does it
+    permanently.
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:
@@ -76,8 +76,8 @@ class DilatedReparam(nn.Module):
         return [(self.lk_origin, self.origin_bn), *((getattr(self, a), getattr(self, b)) for a, b in names)]
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight ``[C, 1, K, K]`` and bias ``[C]`` of the one convolution that equals all branches with the norms'
-        running statistics; differentiable."""
+        """Weight ``[C, 1, K, K]`` and bias ``[C]`` of the convolution that equals all branches with the running
+        statistics of the norms; differentiable."""
         convs, norms = zip(*self.branches(), strict=True)
         scales = [bn.weight * (bn.running_var + bn.eps).rsqrt() for bn in norms]
         kernel, *others = (conv.weight * scale.view(-1, 1, 1, 1) for conv, scale in zip(convs, scales, strict=True))
@@ -89,7 +89,7 @@ class DilatedReparam(nn.Module):
         return kernel, reduce(operator.add, biases)
 
     def reparameterize(self) -> None:
-        """Become the one convolution, in place; frozen if the large one is."""
+        """Replace the branches by one convolution in place; frozen if the large one is."""
         if self.reparameterized:
             return
         for conv, norm in self.branches():
@@ -134,7 +134,7 @@ class ChannelNorm(LayerNorm2d):
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
-        # it turns the channels last; whether they lie so in memory, an exporter decides by whether there is but one row
+        # it permutes to channels-last; exporters guard on a single row to decide the memory format
         return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
 
 
@@ -211,18 +211,18 @@ class RepConvBlock(nn.Module):
 
 
 class ContMix(nn.Module):
-    """A convolution whose kernel each position derives from its affinities to the pooled context.
+    """A convolution whose kernel at each position follows from the affinities to the pooled context.
 
-    Its parameters stand among those of the block that inherits from it, as the authors named them.
+    A mixin: its parameters belong to the block that inherits from it, with the authors' names.
     """
 
     def _init_mixer(self, dim: int, context_dim: int, kernel_sizes: tuple[int, int], num_heads: int) -> None:
         if dim % (2 * num_heads):
-            raise ValueError(f"{dim} channels do not split into two halves of {num_heads} heads")
+            raise ValueError(f"{dim} channels are not divisible by 2 x {num_heads} heads")
         self.dims = dim, context_dim
         self.kernel_size = max(kernel_sizes)
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5  # as published: the heads of q and k have half of these channels
+        self.scale = (dim // num_heads) ** -0.5  # as published; heads of q and k have half of these channels
         self.weight_query = nn.Sequential(nn.Conv2d(dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2))
         self.weight_key = nn.Sequential(
             nn.AdaptiveAvgPool2d(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
@@ -245,7 +245,7 @@ class ContMix(nn.Module):
         features, context = both.split(self.dims, 1)
         q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         if free:
-            context = average_pool(context, (POOLED, POOLED))  # of which the pooling that follows is the identity
+            context = average_pool(context, (POOLED, POOLED))  # the pooling that follows is then the identity
         k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
         v = x.permute(0, 2, 3, 1)
         x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
@@ -255,20 +255,20 @@ class ContMix(nn.Module):
 
 
 class ContMixBlock(ContMix):
-    """The block of the focus-net: ContMix, led by the context, and an MLP.
+    """The block of the focus-net: ContMix, guided by the context, and an MLP.
 
-    The map is that of the features and, behind their channels, of the context: ``[B, dim + context_dim, H, W]``.
+    The map has the features and then the context as channels: ``[B, dim + context_dim, H, W]``.
 
     Args:
         dim: channels of the features.
         context_dim: channels of the context.
         kernel_sizes: of the two dynamic convolutions, the smaller first; each mixes half of the features' channels.
-            A map with a side shorter than the larger one is resized for ContMix, and the result averaged back.
+            A map with a side shorter than the larger kernel is upsampled for ContMix, and the result averaged back.
         num_heads: heads of each of the two.
         mlp_ratio: hidden channels of the MLP, relative to ``dim``.
         layer_scale: initial value of the scales on the identity paths.
         drop_path: stochastic depth.
-        first: the context comes as it is. In all other blocks it is renewed by the initial one, both scaled.
+        first: use the context as it is. All other blocks add the initial context, both scaled.
     """
 
     def __init__(
@@ -312,7 +312,7 @@ class ContMixBlock(ContMix):
 
     @fx_leaf
     def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[B, dim + context_dim, H, W]`` to the same; ``initial``: the context that the focus-net began with,
+        """``x`` ``[B, dim + context_dim, H, W]`` to the same shape; ``initial``: the initial context of the focus-net,
         ``[B, context_dim, H, W]``."""
         if self.x_scale is not None and self.h_scale is not None:
             x, context = x.split(self.dims, 1)
@@ -327,7 +327,7 @@ class ContMixBlock(ContMix):
 
 
 class ContMixBlocks(Blocks):
-    """Blocks of the focus-net in a row, all of which take the initial context."""
+    """A sequence of focus-net blocks, which all take the initial context."""
 
     def forward(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         for block in self:
@@ -336,24 +336,24 @@ class ContMixBlocks(Blocks):
 
 
 def _enlarged(height: int, width: int, least: int) -> tuple[int, int]:
-    """The size with a shorter side of ``least`` and the longer one in proportion, rounded down as the authors do."""
+    """The size with a short side of ``least`` and the long side in proportion, rounded down as in the authors' code."""
     if height < width:
         return least, int(least / height * width)
     return max(int(least / width * height), least), least
 
 
 def _enlarged_or_same(height: int, width: int, least: int) -> tuple[Any, Any]:
-    """`_enlarged` of a map with a side shorter than ``least``, the size as it is of others, for free sizes. Where one
-    side is a multiple of nine of the other, the longer may be one more: there the authors' arithmetic in floating point
-    ends below the whole number that it stands for."""
+    """`_enlarged` if a side is shorter than ``least``, otherwise the same size; for dynamic sizes. If one side is a
+    multiple of nine of the other, the long side may be one more: the authors' floating-point result is then below the
+    exact integer."""
     shorter = torch.sym_min(height, width)
     enlarged = torch.sym_max(shorter, least)
-    # neither is below the least, which an exporter does not see by itself
+    # tell the exporter that neither is below the least
     return torch.sym_max(enlarged * height // shorter, least), torch.sym_max(enlarged * width // shorter, least)
 
 
 class ContextDownsample(nn.Module):
-    """3x3 convolutions of stride 2 with BatchNorm, one for the features and one for the context behind them."""
+    """3x3 convolutions of stride 2 with BatchNorm, one for the features and one for the context."""
 
     def __init__(self, dim: int, dim_out: int, context_dim: int) -> None:
         super().__init__()
@@ -394,8 +394,8 @@ class OverLoCK(Backbone):
         embed_dims: channels of the features at strides 4, 8, 16 and 32. The context has a quarter of the last.
         depths: blocks of the base-net at strides 4, 8, 16 and of the overview-net.
         sub_depths: blocks of the focus-net at strides 16 and 32.
-        num_heads: of the focus-net's blocks at strides 16 and 32, for each of the two kernels. (The authors' code
-            takes half of these numbers and doubles them.)
+        num_heads: of the focus-net's blocks at strides 16 and 32, for each of the two kernels (twice the numbers in
+            the authors' code).
         kernel_sizes: large kernels at strides 4, 8, 16 and 32.
         small_kernel_size: of the other dynamic convolution of the focus-net's blocks.
         mlp_ratio: hidden channels of the base-net's and the overview-net's MLPs, relative to the features'.
@@ -404,12 +404,12 @@ class OverLoCK(Backbone):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the focus-net's last block; the rate grows linearly from 0, through the
             base-net, the overview-net and the focus-net.
-        aux_head: add a classifier on the context and train it, see `set_auxiliary_training`. The authors trained with
-            one, at a weight of 0.4.
+        aux_head: add a classifier on the context, see `set_auxiliary_training`. The authors trained with one, with a
+            loss weight of 0.4.
         out_norm: add the norms of the authors' detection and segmentation models, ``extra_norm``.
             `forward_intermediates` and ``features_only`` apply them.
-        out_overview: with ``out_norm``, let the last map take in the overview-net's, by a fifth norm and ``h_proj``.
-            The authors' detection models do, their segmentation models do not.
+        out_overview: with ``out_norm``, fuse the overview-net's map into the last map, by a fifth norm and ``h_proj``,
+            as in the authors' detection models, but not in their segmentation models.
 
     Attributes:
         auxiliary_training: see `set_auxiliary_training`.
@@ -505,7 +505,7 @@ class OverLoCK(Backbone):
         _init_weights(self)
 
     def _init_maps(self, dims: Sequence[int], modules: Sequence[str], overview_dim: int | None) -> None:
-        """The feature maps, and what ``out_norm`` and ``out_overview`` add to them."""
+        """The feature maps, and the layers of ``out_norm`` and ``out_overview``."""
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=module)
             for i, (dim, module) in enumerate(zip(dims, modules, strict=True))
@@ -552,7 +552,7 @@ class OverLoCK(Backbone):
         """Let `forward` return the pair (logits, auxiliary logits) in training mode.
 
         Raises:
-            ValueError: if the model was made without an auxiliary head.
+            ValueError: the model has no auxiliary head.
         """
         if enable and self.aux_head is None:
             raise ValueError("this model has no auxiliary head: create it with aux_head=True")
@@ -592,8 +592,8 @@ class OverLoCK(Backbone):
     def _maps(
         self, x: torch.Tensor, take: Sequence[int], stop: int, norm: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps that the authors' detection and segmentation models are built on: of the base-net's first two
-        stages and of the focus-net's two, these with the context behind the features' channels."""
+        """The maps of the authors' detection and segmentation models: of the base-net's first two stages and of the
+        focus-net's two, the latter with the context after the features."""
         maps, overview = self._stages(x, stop)
         return maps[-1], [self._normalized(i, maps[i], overview) for i in sorted(take)]
 
@@ -655,10 +655,10 @@ class OverLoCK(Backbone):
         return logits
 
     def reparameterize(self) -> OverLoCK:
-        """Fold the branches of every large convolution into it, and drop the auxiliary head, in place, for inference.
+        """Fold the branches of every large convolution and drop the auxiliary head, in place, for inference.
 
-        The outputs are those of evaluation mode up to rounding. This is the form of the authors' ``_reparam``
-        checkpoints, with all other BatchNorms in place. Repeating it changes nothing.
+        Outputs equal those in evaluation mode up to rounding. This is the form of the authors' ``_reparam``
+        checkpoints, in which all other BatchNorms remain. Idempotent.
 
         Returns:
             The model itself.
@@ -685,7 +685,7 @@ def _stem(in_chans: int, dim: int) -> nn.Sequential:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Convolutions from a normal cut at two deviations of 0.02, biases 0, as the authors do."""
+    """As the authors: convolutions from a normal with std 0.02 truncated at two std, biases 0."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d) and not m.weight.is_meta:
             trunc_normal_(m.weight, std=0.02)
@@ -698,39 +698,39 @@ def _init_weights(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_DENSE = r"extra_norm\.|h_proj\."  # what ``out_norm`` adds
+_DENSE = r"extra_norm\.|h_proj\."  # layers of ``out_norm``
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: OverLoCK) -> dict[str, torch.Tensor]:
-    """A checkpoint of any published format as a state dict of ``model``.
+    """Convert a checkpoint of any published format to a state dict of ``model``.
 
-    Understood are
+    Supported are
 
-    * the authors' classification checkpoints, whose names are those of these models;
-    * their re-parameterised ones: **a model that is not yet in that form is brought into it**, in place, by
-      `OverLoCK.reparameterize`. The other way round, a reparameterized model takes the other checkpoints folded;
-    * their mmdetection and mmsegmentation checkpoints: of these the ``backbone.`` is kept. They have ``extra_norm`` and
-      no classifier, so create the model with ``features_only=True, out_norm=True``. Those for segmentation have no
-      ``h_proj``: **the model is brought into that form**, ``out_overview=False``;
-    * state dicts of these models, also as wrapped by ``features_only`` or ``DistributedDataParallel``.
+    * the authors' classification checkpoints, which have the same names;
+    * their reparameterized ones: **the model is reparameterized in place** if it is not yet. Conversely, a
+      reparameterized model loads other checkpoints folded;
+    * their mmdetection and mmsegmentation checkpoints, of which only the ``backbone.`` is used. They have
+      ``extra_norm`` and no classifier, so create the model with ``features_only=True, out_norm=True``. Those for
+      segmentation have no ``h_proj``: **the model is changed in place** to ``out_overview=False``;
+    * state dicts of these models, also wrapped by ``features_only`` or ``DistributedDataParallel``.
 
-    ``aux_head.*``, which the authors' training leaves in their checkpoints, is dropped if the model has no such head,
-    and its classifier is left as it is if its number of classes differs. A classification checkpoint leaves
-    ``extra_norm`` and ``h_proj`` of an ``out_norm`` model as they are: they are new there.
+    ``aux_head.*`` in the authors' checkpoints is dropped if the model has no such head; its classifier is not loaded if
+    the number of classes differs. If the checkpoint has no ``extra_norm`` and ``h_proj``, those of the model keep their
+    values.
 
     Args:
         state_dict: names to tensors, or a checkpoint with them under ``state_dict`` or ``model``. Not changed.
-        model: the model that is to load the result.
+        model: the model to load the result into.
 
     Raises:
-        ValueError: if the parameter names (the classifier's aside, which timm handles) are not those of the model.
+        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
     """
     state_dict = unwrap(state_dict)
 
     folded = any(name.endswith(".lk_origin.bias") for name in state_dict)
     if folded and not model.reparameterized:
         if model.aux_head is not None:
-            raise ValueError("the checkpoint is re-parameterised, it has no auxiliary head: leave out aux_head=True")
+            raise ValueError("the checkpoint is reparameterized and has no auxiliary head: leave out aux_head=True")
         model.reparameterize()
     elif model.reparameterized and not folded:
         state_dict = _fold_branches(state_dict)
@@ -755,7 +755,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: OverLoCK) -> dict[st
 
 
 def _fold_branches(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict as one of a reparameterized model; the argument is not changed."""
+    """Convert a state dict to that of a reparameterized model; the argument is not changed."""
     out = dict(state_dict)
     for name in state_dict:
         if not name.endswith(".lk_origin.weight"):

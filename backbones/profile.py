@@ -1,9 +1,9 @@
-"""Parameters and multiply-accumulates (MACs) of a model, counted on shapes alone.
+"""Parameters and multiply-accumulates (MACs) of a model, counted on the meta device.
 
-What is counted: every matrix product and convolution; for each query of neighborhood attention its ``Kh * Kw`` keys,
-once for the logits and once for the values; for neighborhood aggregation its ``Kh * Kw`` values; whatever the backend
-computes and masks away. What is not: normalization, activations, softmax, additions, pooling, resampling. One MAC is
-what papers of this field print as one FLOP.
+Counted are all matrix products and convolutions; for each query of neighborhood attention its ``Kh * Kw`` keys, once
+for the logits and once for the values; for neighborhood aggregation its ``Kh * Kw`` values, independent of the backend.
+Not counted are normalization, activations, softmax, additions, pooling and resampling. One MAC is what papers usually
+report as one FLOP.
 
 `foveal.zoo` writes the table of all models, ``foveal/figures.csv``.
 """
@@ -43,7 +43,7 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
 
     Args:
         name: a registered model, with or without a pretrained tag.
-        img_size: rows and columns of the input; None takes the model's own default size.
+        img_size: rows and columns of the input; None: the model's default size.
         kwargs: passed to `timm.create_model`.
 
     Examples:
@@ -62,7 +62,7 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
 
     def count_macs(call: Call) -> Tensor:
         macs.append(_macs(call))
-        return call.empty_output()  # a backend may compute more than the windows hold, and counts here like any product
+        return call.empty_output()  # not the backend's own products, which may exceed the windows
 
     image = torch.empty(1, channels, rows, columns, device="meta")
     with torch.no_grad(), recording(count_macs), FlopCounterMode(display=False) as flops:
@@ -75,7 +75,7 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
 
 
 def _macs(call: Call) -> int:
-    """Of a neighborhood operation."""
+    """MACs of a neighborhood operation."""
     problem = call.problem
     batch, _, _, heads, depth = problem.shape
     pairs = batch * heads * math.prod(problem.query_size) * math.prod(problem.kernel_size)

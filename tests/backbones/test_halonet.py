@@ -19,7 +19,7 @@ from foveal.backbones.halonet import _HYBRIDS, HaloNet, replace_attention
 
 from ..kernels.test_neighborhood import peak_bytes
 
-# Largest difference from timm's answer, relative to the largest value. Random networks with norms that fit them
+# Largest difference from timm's output, relative to the largest value. Random networks with norms that fit them
 # amplify rounding some thousand times: these are compared in double precision.
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -70,7 +70,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).detach().abs().max() / want.detach().abs().max())
 
 
-def answers(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def output_of(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """The output and the gradients of the input and of every parameter."""
     x = x.clone().requires_grad_(True)
     out = model(x)
@@ -89,14 +89,14 @@ def test_attention_is_timms(case):
     ours = HaloAttention2d.from_timm(theirs)
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     x = images(2, 32, *size).double()
-    for got, want in zip(answers(ours, x), answers(theirs, x), strict=True):
+    for got, want in zip(output_of(ours, x), output_of(theirs, x), strict=True):
         assert error(got, want) < LIMIT[torch.float64]
 
 
 @pytest.mark.parametrize("case", TIMM_ATTENTION)
 @pytest.mark.parametrize("size", [(1, 1), (3, 9), (17, 2)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_maps_that_are_no_multiple_of_the_block(case, size):
-    """As timm's answer on the map with zeros appended, cropped: zeros have keys and values of zero."""
+    """As timm's output on the map with zeros appended, cropped: zeros have keys and values of zero."""
     theirs = filled(HaloAttn(32, **{"num_heads": 4, **TIMM_ATTENTION[case][0], "qkv_bias": False})).double()
     ours = HaloAttention2d.from_timm(theirs)
     x = images(2, 32, *size).double()
@@ -230,7 +230,7 @@ def pair(name: str, normalized: bool = True, **kwargs) -> tuple[ByobNet, ByobNet
     return theirs, timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
-def assert_equal_answers(theirs: ByobNet, ours: ByobNet, dtype: torch.dtype) -> None:
+def assert_equal_outputs(theirs: ByobNet, ours: ByobNet, dtype: torch.dtype) -> None:
     assert type(ours) is ByobNet
     assert sum(type(m) is HaloAttention2d for m in ours.modules()) > 0
     assert not any(isinstance(m, HaloAttn) for m in ours.modules())
@@ -249,13 +249,13 @@ def assert_equal_answers(theirs: ByobNet, ours: ByobNet, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("name", _HYBRIDS)
 def test_narrow_hybrids_are_timms(name):
-    assert_equal_answers(*pair(name, **NARROW[name]), torch.float64)
+    assert_equal_outputs(*pair(name, **NARROW[name]), torch.float64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _HYBRIDS)
 def test_hybrids_are_timms(name):
-    assert_equal_answers(*pair(name, normalized=False), torch.float32)
+    assert_equal_outputs(*pair(name, normalized=False), torch.float32)
 
 
 @pytest.mark.parametrize("name", _HYBRIDS)
@@ -383,9 +383,9 @@ def test_network_is_timms_byobnet(final):
             module.dense_offsets = module.stride > 1  # timm's way to count strided queries
     x = images(2, 3, 64, 128).double()
     names = ["output", "input", *(name for name, _ in ours.named_parameters())]
-    got = dict(zip(names, answers(ours, x), strict=True))
+    got = dict(zip(names, output_of(ours, x), strict=True))
     names = ["output", "input", *(name.replace("head.fc.", "head.") for name, _ in theirs.named_parameters())]
-    want = dict(zip(names, answers(theirs, x), strict=True))
+    want = dict(zip(names, output_of(theirs, x), strict=True))
     assert got.keys() == want.keys()
     assert max(error(got[name], want[name]) for name in want) < LIMIT[torch.float64]
 
@@ -416,7 +416,7 @@ def test_boundary():
 
 
 def test_map_of_logits():
-    """Without pooling, the classifier answers at every position; its mean is the answer behind an average pool."""
+    """Without pooling there are logits at every position; their mean equals the logits after an average pool."""
     pooled = filled(timm.create_model("test_foveal_halonet", num_classes=10))
     model = timm.create_model("test_foveal_halonet", num_classes=10, global_pool="").eval()
     model.load_state_dict(pooled.state_dict())

@@ -40,7 +40,7 @@ def folder(trained: tuple[torch.nn.Module, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained[1] / "best", tmp_path / "model"))
 
 
-def answer(model: torch.nn.Module) -> torch.Tensor:
+def output_of(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         return model(torch.randn(1, 1, 64, 64, generator=generator))
@@ -58,7 +58,7 @@ def test_sources(what: str, trained: tuple[torch.nn.Module, Path]) -> None:
     }[what]
     loaded = foveal.load(source)
     assert not loaded.training
-    assert torch.equal(answer(loaded), answer(model))
+    assert torch.equal(output_of(loaded), output_of(model))
 
 
 def test_a_file_is_that_file(folder: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_file_is_that_file(folder: Path) -> None:
 
 def test_the_last_best_of_a_killed_run(trained: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     shutil.copytree(trained[1] / "best", tmp_path / "best.old")
-    assert torch.equal(answer(foveal.load(tmp_path)), answer(trained[0]))
+    assert torch.equal(output_of(foveal.load(tmp_path)), output_of(trained[0]))
 
 
 def test_arguments_go_to_timm(trained: tuple[torch.nn.Module, Path]) -> None:
@@ -276,7 +276,7 @@ def test_a_pickle_of_tensors(name: str, trained: tuple[torch.nn.Module, Path], f
     arguments = argparse.Namespace(model="x", lr=1e-3)  # as training scripts leave them there
     torch.save({"state_dict": {f"module.{key}": v for key, v in state.items()}, "args": arguments}, folder / name)
     loaded = foveal.load(folder)
-    assert torch.equal(answer(loaded), answer(trained[0]))
+    assert torch.equal(output_of(loaded), output_of(trained[0]))
     assert safe == [True]
     assert loaded.pretrained_cfg["state_dict"] is None
 

@@ -1,4 +1,4 @@
-"""MaxViT: timm's answers where timm gives one, a plain formulation elsewhere; windows, tables and checkpoints."""
+"""MaxViT against timm where timm supports the size, and a plain formulation elsewhere; windows, tables, checkpoints."""
 
 import copy
 import zlib
@@ -77,18 +77,18 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-4) -> Non
     assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
-def assert_same_answers(got: nn.Module, want: nn.Module, x: torch.Tensor) -> None:
+def assert_same_outputs(got: nn.Module, want: nn.Module, x: torch.Tensor) -> None:
     """Logits, the maps of the stages and the gradient of the input."""
     x = x.clone().requires_grad_(True)
-    answers = []
+    outputs = []
     for model in (got, want):
         features, maps = model.forward_intermediates(x)
         logits = model.forward_head(features)
         (gradient,) = torch.autograd.grad((logits * images(*logits.shape)).sum(), x)
         with torch.no_grad():  # other ways through our code
             again = model(x)
-        answers.append([logits, again, gradient, features, *maps[-4:]])  # timm has the stem's map, too
-    for a, b in zip(*answers, strict=True):
+        outputs.append([logits, again, gradient, features, *maps[-4:]])  # timm has the stem's map, too
+    for a, b in zip(*outputs, strict=True):
         close(a, b)
 
 
@@ -123,7 +123,7 @@ def test_state_dict_is_timms(name):
 
 def test_whole_model_at_224():
     models = [fill(timm.create_model(name, num_classes=10)) for name in ("maxvit_tiny_224", "maxvit_tiny_tf_224")]
-    assert_same_answers(*models, images(1, 3, 224, 224))
+    assert_same_outputs(*models, images(1, 3, 224, 224))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_whole_model_at_224():
     ids=str,
 )
 def test_timms_answer(img_size, input_size):
-    assert_same_answers(ours(img_size=img_size), theirs(img_size=img_size), images(2, 3, *input_size))
+    assert_same_outputs(ours(img_size=img_size), theirs(img_size=img_size), images(2, 3, *input_size))
 
 
 def test_training_is_timms():
@@ -280,7 +280,7 @@ def test_both_partitions_agree_at_the_models_size():
 @pytest.mark.parametrize("size", [(256, 256), (256, 384), (160, 224)], ids=str)
 def test_scaled_windows_are_timms_of_that_size(size):
     model = ours(partition="scaled")
-    assert_same_answers(model, theirs_at(size), images(1, 3, *size))
+    assert_same_outputs(model, theirs_at(size), images(1, 3, *size))
     assert model.partition_size == (7, 7)  # the tables stay
 
 
@@ -359,7 +359,7 @@ def test_set_input_size(size):
     for name, p in model.named_parameters():
         if name.endswith(TABLE):
             assert p.shape[1:] == (2 * (rows // 32) - 1, 2 * (columns // 32) - 1)
-    assert_same_answers(model, theirs_at(size), images(1, 3, rows, columns))
+    assert_same_outputs(model, theirs_at(size), images(1, 3, rows, columns))
 
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The models, filled with the same parameters, answer what the published implementations answer. See README.md."""
+"""With the same parameters, the models' outputs equal those of the published implementations. See README.md."""
 
 import json
 import math

@@ -195,7 +195,7 @@ def test_detections_are_in_the_image_s_own_pixels():
 
 
 @pytest.mark.parametrize("head", ["mask_rcnn", "retinanet", "fcos", pytest.param("faster_rcnn", marks=SLOW)])
-def test_saved_and_loaded_it_answers_the_same(head, tmp_path):
+def test_saved_and_loaded_it_outputs_the_same(head, tmp_path):
     model = small(head=head, frozen_stages=1, drop_path_rate=0.1, strides=(8, 16, 32)).eval()
     save_dense(tmp_path, model, ["a", "b", "c"], {"in_chans": 3}, category_ids=[3, 7, 90])
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}

@@ -42,15 +42,15 @@ def test_equals_transformers(theirs):
 
     images = torch.rand(2, 3, 64, 96)
     normalized = (images - ours.mean) / ours.std
-    answer = theirs(normalized)
+    output = theirs(normalized)
     processor = transformers.Mask2FormerImageProcessor()
-    want = processor.post_process_semantic_segmentation(answer, [(64, 96)] * 2)
+    want = processor.post_process_semantic_segmentation(output, [(64, 96)] * 2)
     got = ours(images)
     assert got.shape == (2, 4, 64, 96)
     # theirs goes through 384x384 on its way to the image's size: nearly all pixels are the same, not all
     agree = (torch.stack(want) == got.argmax(1)).float().mean()
     assert agree > 0.98
-    shares, masks = answer.class_queries_logits.softmax(-1)[..., :-1], answer.masks_queries_logits
+    shares, masks = output.class_queries_logits.softmax(-1)[..., :-1], output.masks_queries_logits
     masks = torch.nn.functional.interpolate(masks, (64, 96), mode="bilinear").sigmoid()
     scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
     torch.testing.assert_close(got.exp(), scores, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Mask2Former as a detector: its network and losses against transformers' own, its answers against transformers' and
+"""Mask2Former as a detector: its network and losses against transformers' own, its outputs against transformers' and
 an independent computation, and what it owes the rest as one of the detectors."""
 
 import copy
@@ -78,12 +78,12 @@ def test_equals_transformers(theirs):
     images = torch.rand(2, 3, 64, 96)
     mean, std = (torch.tensor(ours.arguments[key]).view(-1, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        answer = theirs((images - mean) / std)
+        output = theirs((images - mean) / std)
         found = ours(list(images))
         classes, masks = (each[-1] for each in mask2former.query_outputs(ours.detector.head, (images - mean) / std))
-    torch.testing.assert_close(classes, answer.class_queries_logits)
-    torch.testing.assert_close(masks, answer.masks_queries_logits)
-    best = answer.class_queries_logits.softmax(-1)[..., :-1].flatten(1).max(1)
+    torch.testing.assert_close(classes, output.class_queries_logits)
+    torch.testing.assert_close(masks, output.masks_queries_logits)
+    best = output.class_queries_logits.softmax(-1)[..., :-1].flatten(1).max(1)
     for each, (share, index) in zip(found, zip(*best, strict=True), strict=True):
         assert len(each["scores"]) <= 5 * 3
         assert index % 3 in each["labels"]
@@ -230,7 +230,7 @@ def test_segmenter_with_a3fpn(tmp_path):
     torch.testing.assert_close(load_dense(tmp_path)(images), model(images))
 
 
-# ---- what it answers
+# ---- outputs
 
 
 def test_instances_as_transformers_has_them():
@@ -315,8 +315,8 @@ def test_around():
     assert around(masks)[:2].tolist() == [[3, 2, 4, 3], [1, 0, 7, 5]]
 
 
-def test_answers_in_the_images_own_pixels():
-    """Of different sizes in a batch and alone, the answers are those of the same image."""
+def test_outputs_in_the_images_own_pixels():
+    """An image has the same outputs in a batch of different sizes and alone."""
     model = detector(settings={"detections_per_img": 4}).eval()
     images = [torch.rand(3, 64, 96), torch.rand(3, 140, 100)]
     with torch.no_grad():
@@ -461,8 +461,8 @@ def average_precision(root: Path, split: str, found: list[dict[str, torch.Tensor
     return scorer.compute()
 
 
-def test_evaluation_takes_its_answers(tmp_path):
-    """Queries that answer the truth have all the precision there is, of boxes and of masks."""
+def test_evaluation_takes_its_outputs(tmp_path):
+    """Queries with the ground truth have the maximum precision of boxes and masks."""
     images, targets = write_data(tmp_path, "val", 2)
     found = []
     for image, truth in zip(images, targets, strict=True):

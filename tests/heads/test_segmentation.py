@@ -225,9 +225,9 @@ def test_every_family_trains_a_step_at_an_odd_size(backbone):
     (F.cross_entropy(logits, targets) + F.cross_entropy(extra, targets)).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
-    answer = model.eval()(images[:1])
-    assert answer.shape == (1, 4, 70, 93)
-    assert answer.isfinite().all()
+    output = model.eval()(images[:1])
+    assert output.shape == (1, 4, 70, 93)
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize(("head", "neck"), [("semantic_fpn", "fpn"), ("semantic_fpn", "a3fpn"), ("upernet", "a3fpn")])
@@ -385,8 +385,8 @@ def test_probabilities_average_scales_and_mirror_images():
         scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
         for logits in (model(scaled), model(scaled.flip(-1)).flip(-1)):
             expected += F.interpolate(logits, (24, 30), mode="bilinear").softmax(1) / 4
-    answer = probabilities(model, images, ratios=(0.5, 1.5), flip=True)
-    assert torch.allclose(answer, expected, atol=1e-6)
+    output = probabilities(model, images, ratios=(0.5, 1.5), flip=True)
+    assert torch.allclose(output, expected, atol=1e-6)
     assert torch.allclose(probabilities(model, images), model(images).softmax(1), atol=1e-6)
     model = Pointwise()
     assert torch.allclose(probabilities(model, images, crop_size=(9, 12)), model(images).softmax(1), atol=1e-6)

@@ -32,7 +32,7 @@ def call(*arguments: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model answers by the brightness of a grey image: "dark" or "bright"."""
+    """A run whose model classifies grey images by brightness: "dark" or "bright"."""
     model = timm.create_model("test_foveal_nat", num_classes=2, in_chans=1, global_pool="avg")
     model.pretrained_cfg |= {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
     with torch.no_grad():

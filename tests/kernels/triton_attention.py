@@ -107,7 +107,7 @@ def check(shape, value_depth, bias, options, dtype):
         for _ in range(2 if DEVICE == "cuda" else 1)  # the interpreter runs one program after another in any case
     )
     for twice in again:
-        assert all(torch.equal(a, b) for a, b in zip(result, twice, strict=True)), "another answer the second time"
+        assert all(torch.equal(a, b) for a, b in zip(result, twice, strict=True)), "another output the second time"
     for index, (got, near, best) in enumerate(zip(result, plain, want, strict=True)):
         assert got.dtype == dtype and got.shape == best.shape
         limit = max((3 if index else 2) * relative_error(near, best), floor)

@@ -475,12 +475,12 @@ def test_average_precision_is_cocos(kind, capsys):
     known.createIndex()
     drop = {"box": "segmentation", "mask": "bbox"}[kind]
     found = known.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
-    judge = COCOeval(known, found, {"box": "bbox", "mask": "segm"}[kind])
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
+    evaluator = COCOeval(known, found, {"box": "bbox", "mask": "segm"}[kind])
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
     assert list(ours) == [f"{kind}_{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")]
-    assert list(ours.values()) == pytest.approx([100 * v for v in judge.stats[:6]], abs=1e-6)
+    assert list(ours.values()) == pytest.approx([100 * v for v in evaluator.stats[:6]], abs=1e-6)
     assert 10 < ours[f"{kind}_ap"] < 90
 
 

@@ -112,11 +112,11 @@ def test_evaluate_gives_the_recorded_figures_and_pycocotools_too(finished, tmp_p
             assert result[name] == pytest.approx(summary[name], abs=1e-6 if source == finished else 0.5)
     known = COCO(str(root / "annotations" / "instances_val.json"))
     for kind, name in (("bbox", "box_ap"), ("segm", "mask_ap")):
-        judge = COCOeval(known, known.loadRes(str(tmp_path / "found.json")), kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-        assert 100 * judge.stats[0] == pytest.approx(summary[name], abs=1e-6)
+        evaluator = COCOeval(known, known.loadRes(str(tmp_path / "found.json")), kind)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+        assert 100 * evaluator.stats[0] == pytest.approx(summary[name], abs=1e-6)
 
 
 def test_evaluate_says_what_is_missing(finished, tmp_path):
@@ -140,7 +140,7 @@ def test_other_categories_are_refused(finished, tmp_path):
         evaluate(finished, [f"data.root={root}"])
 
 
-def test_predict_answers_in_the_pixels_of_the_file(finished, tmp_path):
+def test_predict_outputs_in_the_pixels_of_the_file(finished, tmp_path):
     """An image twice as large has the same objects at twice the places."""
     original = finished.parent / "rectangles" / "val" / "001.png"
     with Image.open(original) as image:

@@ -71,17 +71,17 @@ def test_distillation(kind, heads):
     config = recipe(distill=dict(teacher="x", alpha=0.3, kind=kind, temperature=2.0))
     if heads == 2:
         prepare_heads(model, config)
-    answers = torch.randn(6, 4)
-    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    outputs = torch.randn(6, 4)
+    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: outputs).train_step(model, (images, targets), 0)
     x = images.flatten(1)
     taught = model.other(x) if heads == 2 else model.head(x)
     if kind == "hard":
-        part = F.cross_entropy(taught, answers.argmax(1))
+        part = F.cross_entropy(taught, outputs.argmax(1))
     else:
-        p, q = (answers / 2).softmax(1), (taught / 2).softmax(1)
+        p, q = (outputs / 2).softmax(1), (taught / 2).softmax(1)
         part = 4 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(got, 0.7 * F.cross_entropy(model.head(x), targets) + 0.3 * part)
-    torch.testing.assert_close(distillation_loss(taught, answers, kind, 2.0), part)
+    torch.testing.assert_close(distillation_loss(taught, outputs, kind, 2.0), part)
 
 
 def test_the_teacher_leaves_the_auxiliary_head_alone():
@@ -89,11 +89,11 @@ def test_the_teacher_leaves_the_auxiliary_head_alone():
     model, (images, targets) = TwoHeads(), batch()
     config = recipe(loss=dict(auxiliary=0.4), distill=dict(teacher="x", alpha=0.3))
     prepare_heads(model, config)
-    answers = torch.randn(6, 4)
-    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: answers).train_step(model, (images, targets), 0)
+    outputs = torch.randn(6, 4)
+    got = Task(config, model, list("abcd"), DATA, teacher=lambda x: outputs).train_step(model, (images, targets), 0)
     x = images.flatten(1)
     labels = F.cross_entropy(model.head(x), targets) + 0.4 * F.cross_entropy(model.other(x), targets)
-    torch.testing.assert_close(got, 0.7 * labels + 0.3 * F.cross_entropy(model.head(x), answers.argmax(1)))
+    torch.testing.assert_close(got, 0.7 * labels + 0.3 * F.cross_entropy(model.head(x), outputs.argmax(1)))
 
 
 def test_teacher_sees_images_as_it_was_trained_to(tmp_path):

@@ -133,13 +133,13 @@ def truth(blocks: Path) -> list[tuple[torch.Tensor, np.ndarray]]:
 def test_scores_against_scikit_learn(finished, blocks):
     """The loaded model, image by image, counted by scikit-learn, gives what the run has written."""
     model = load_dense(finished)
-    answers, labels = [], []
+    outputs, labels = [], []
     with torch.no_grad():
         for image, mask in truth(blocks):
             predicted = model(image[None]).argmax(1)[0].numpy()
-            answers.append(predicted[mask != 255])
+            outputs.append(predicted[mask != 255])
             labels.append(mask[mask != 255])
-    y, p = np.concatenate(labels), np.concatenate(answers)
+    y, p = np.concatenate(labels), np.concatenate(outputs)
     iou = jaccard_score(y, p, average=None)
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["miou"] == pytest.approx(100 * iou.mean(), abs=1e-9)

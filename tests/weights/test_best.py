@@ -22,8 +22,8 @@ from foveal.weights.export import export
 model = foveal.load("best")
 image = torch.load("image.pt", weights_only=True)
 with torch.no_grad():
-    answer = model([image[0]])[0]["boxes"] if TASK == "detect" else model(image)
-torch.save(answer, "answer.pt")
+    output = model([image[0]])[0]["boxes"] if TASK == "detect" else model(image)
+torch.save(output, "output.pt")
 export("best", "safetensors", "exported")
 if TASK == "classify":  # for the others this takes a minute
     export("best", "onnx", "onnx")
@@ -64,7 +64,7 @@ def test_best_is_enough(task: str, tmp_path: Path) -> None:
     script = LATER.replace("TASK", repr(task))
     done = subprocess.run([sys.executable, "-c", script], cwd=later, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(later / "answer.pt", weights_only=True), expected)
+    assert torch.equal(torch.load(later / "output.pt", weights_only=True), expected)
     assert (later / "onnx" / "model.onnx").is_file() == (task == "classify")
     exported = foveal.load(later / "exported")
     with torch.no_grad():

@@ -115,7 +115,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
         assert torch.equal(got[name], value), name
 
 
-def answer(model: nn.Module) -> torch.Tensor:
+def output_of(model: nn.Module) -> torch.Tensor:
     image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = model(image)
@@ -170,7 +170,7 @@ def test_timm_alone_reads_the_folder(form: str, tmp_path: Path) -> None:
     kwargs = {**arguments, "num_classes": overlay["num_classes"]}
     expected = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
     got = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert torch.equal(answer(got), answer(expected))
+    assert torch.equal(output_of(got), output_of(expected))
 
 
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
@@ -228,13 +228,13 @@ def test_backbones_of_dense_models(form: str, tmp_path: Path) -> None:
     same(restore(done.folder), state)
     assert all(check.passed for check in verify(done.folder))
     model.model.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
-    assert torch.equal(answer(foveal.load(done.folder)), answer(model))
+    assert torch.equal(output_of(foveal.load(done.folder)), output_of(model))
     with pytest.raises(ValueError, match=str(done.folder)):
         export(done.folder, "onnx", tmp_path / "onnx")
 
 
 def test_the_dilations_of_a_dense_checkpoint(tmp_path: Path) -> None:
-    """The manifest tells them; without them the answers would be others."""
+    """They come from the manifest; without them the outputs would differ."""
     checkpoint = checkpoints()["dinat_mini.maskrcnn_coco"]
     small = {"embed_dim": 16, "num_heads": [1, 2, 4, 8]}
     model = timm.create_model("dinat_mini", features_only=True, out_norm=True, **checkpoint.arguments, **small).eval()
@@ -525,9 +525,9 @@ def test_timms_own_ways(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model.eval()
     save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
-    assert torch.equal(answer(loaded), answer(model))
+    assert torch.equal(output_of(loaded), output_of(model))
     done = convert(tmp_path / "saved", tmp_path / "converted")
-    assert torch.equal(answer(foveal.load(done.folder)), answer(model))
+    assert torch.equal(output_of(foveal.load(done.folder)), output_of(model))
 
     class Api:
         def __init__(self, **_: Any) -> None:
@@ -554,7 +554,7 @@ def test_timms_own_ways(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "config.json",
         "model.safetensors",
     }
-    assert torch.equal(answer(foveal.load(tmp_path / "uploaded")), answer(model))
+    assert torch.equal(output_of(foveal.load(tmp_path / "uploaded")), output_of(model))
 
 
 CARD = {"model", "published score", "parameters", "preprocessing", "licence of the weights", "licence of the code"}
@@ -637,7 +637,7 @@ def test_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_the_names_and_shapes_that_authors_publish(case: str, name: str, tmp_path: Path) -> None:
-    """At full size, from the descriptions of the authors' models beside the golden answers."""
+    """At full size, from the descriptions of the authors' models beside the golden outputs."""
     state = filler.published(case)
     done = convert(write(tmp_path / "x", "model.pth", state), tmp_path / "ours", model=name)
     same(restore(done.folder), state)

@@ -1,4 +1,4 @@
-"""Whole detectors and segmenters of mmdetection and mmsegmentation: converted, they answer as they did there."""
+"""Detectors and segmenters of mmdetection and mmsegmentation have the same outputs after conversion."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ UPERNETS = {
 @pytest.mark.parametrize("form", UPERNETS)
 @torch.no_grad()
 def test_upernet(form: str, tmp_path: Path) -> None:
-    """mmsegmentation's names; that its UPerNet answers as the head here is for the tests of that head."""
+    """mmsegmentation's names; the tests of the head compare its outputs with mmsegmentation's UPerNet."""
     name, neck = UPERNETS[form]
     sizes = dict(head_kwargs={"channels": 64 if neck == "a3fpn" else 16}, auxiliary_kwargs={"channels": 8})
     auxiliary = "without" not in form
@@ -477,9 +477,9 @@ def test_published_segmenters_see_the_size_of_their_score() -> None:
     image = torch.rand(1, 3, 30, 40)
     seen = []
 
-    def answer(x: torch.Tensor) -> torch.Tensor:
+    def output_of(x: torch.Tensor) -> torch.Tensor:
         seen.append(tuple(x.shape))
         return x
 
-    probabilities(answer, image, **found["nat_mini", "upernet_ade20k"])
+    probabilities(output_of, image, **found["nat_mini", "upernet_ade20k"])
     assert seen == [(1, 3, 512, 683)]

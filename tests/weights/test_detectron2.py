@@ -1,4 +1,4 @@
-"""Whole models of detectron2: converted, they answer as there, by code that knows only its names and its formulas."""
+"""Models of detectron2 after conversion, against code that only uses detectron2's names and formulas."""
 
 from __future__ import annotations
 

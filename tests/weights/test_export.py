@@ -1,4 +1,4 @@
-"""Export: what is written loads elsewhere and gives the same answers; what fails leaves nothing behind."""
+"""Export: exported models load elsewhere and give the same outputs; a failed export leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_two_exports_to_one_folder(tmp_path: Path) -> None:
     assert (output / "config.json").read_text() == "new"
 
 
-def test_answers_that_are_no_logits(run: Path, image: Path, tmp_path: Path) -> None:
+def test_outputs_that_are_no_logits(run: Path, image: Path, tmp_path: Path) -> None:
     model = timm.create_model("test_foveal_nat", num_classes=3, global_pool="")
     save_for_hf(model, tmp_path / "map", model_args={"global_pool": ""}, safe_serialization=True)
     with pytest.raises(ValueError, match=r"map.*\[2, 2, 3\].* 3 .*pt2"):

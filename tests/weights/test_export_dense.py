@@ -1,4 +1,4 @@
-"""Detectors and segmenters elsewhere: what is written runs there and answers as the original does."""
+"""Exported detectors and segmenters run elsewhere with the outputs of the original."""
 
 from __future__ import annotations
 
@@ -243,23 +243,23 @@ def test_detections_that_differ() -> None:
     """Order does not count, nor what stands at the end; objects, labels, boxes, scores and masks do."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [1, 1, 9, 9]])
     labels, scores = torch.tensor([0, 1, 0]), torch.tensor([0.9, 0.5, 0.300001])
-    answer = boxes, labels, scores
-    differ = lambda other, threshold=0.05, limit=10: detections_differ(answer, other, (100, 100), threshold, limit)  # noqa: E731
-    turned = [each.flip(0) for each in answer]
+    output = boxes, labels, scores
+    differ = lambda other, threshold=0.05, limit=10: detections_differ(output, other, (100, 100), threshold, limit)  # noqa: E731
+    turned = [each.flip(0) for each in output]
     assert differ(turned) == 0
     assert differ([boxes + 0.005, labels, scores]) == pytest.approx(5e-5, rel=0.1)
     assert differ([boxes, labels, scores - 2e-5]) == pytest.approx(2e-5, rel=0.1)
     for other in ([boxes + 1, labels, scores], [boxes, labels + 1, scores], [boxes, labels, scores - 0.01]):
         assert differ(other) == math.inf
-    assert differ([each[:2] for each in answer]) == math.inf
-    assert differ([each[:0] for each in answer]) == math.inf
-    assert detections_differ([each[:0] for each in answer], answer, (100, 100), 0.05, 10) == math.inf
-    assert differ([each[:2] for each in answer], threshold=0.3) == 0  # the last one is hardly above it
-    assert differ([each[:2] for each in answer], limit=3) == 0  # another of the same score may have been the last
+    assert differ([each[:2] for each in output]) == math.inf
+    assert differ([each[:0] for each in output]) == math.inf
+    assert detections_differ([each[:0] for each in output], output, (100, 100), 0.05, 10) == math.inf
+    assert differ([each[:2] for each in output], threshold=0.3) == 0  # the last one is hardly above it
+    assert differ([each[:2] for each in output], limit=3) == 0  # another of the same score may have been the last
     masks = torch.rand(3, 1, 100, 100)
     moved = masks.clone()
     moved[1] += 0.25
-    assert detections_differ((*answer, masks), (*answer, moved), (100, 100), 0.05, 10) == pytest.approx(0.25, rel=1e-3)
+    assert detections_differ((*output, masks), (*output, moved), (100, 100), 0.05, 10) == pytest.approx(0.25, rel=1e-3)
 
 
 def test_sizes(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             export(run, "safetensors", output, force=True)
     with pytest.raises(OSError, match=r"absent\.png"):
         export(run, "safetensors", out, images=[tmp_path / "absent.png"])
-    # an answer that is another one leaves nothing behind
+    # different outputs leave nothing behind
     for apart, text in ((1e-3, r"1\.0e-03"), (math.inf, "inf")):
         monkeypatch.setattr(comparing, "detections_differ", lambda *_, apart=apart: apart)
         with pytest.raises(ExportError, match=rf"{text} on random, batch 1.*0\.0001"):

@@ -1,4 +1,4 @@
-"""Every format answers as the original does, run by its own library; what a format cannot hold is refused."""
+"""Every format, run by its own library, has the outputs of the original; unsupported models are rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def care(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tmp_path_factory.mktemp("models") / "care", "test_foveal_care")
 
 
-def _judge(source: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(source: Path, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     with torch.no_grad():
         return x, load(source)(x)
@@ -117,7 +117,7 @@ def test_any_batch_in_its_own_runtime(to: str, half: bool, folder: Path, tmp_pat
     limit = HALF_TOLERANCE if half else TOLERANCE
     assert (1e-5 if half else 0) <= done.difference <= limit  # float16 shows
     for batch in (1, 2, 5):
-        x, expected = _judge(folder, (batch, 3, SIZE, SIZE))
+        x, expected = _reference(folder, (batch, 3, SIZE, SIZE))
         assert _apart(RUNNERS[to](done.folder, x), expected) < limit
     card = (done.folder / "README.md").read_text()
     assert f"--to {to}{' --half' * half}`" in card
@@ -175,7 +175,7 @@ def test_the_branches_are_folded(care: Path) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (65, 97), (128, 33), (200, 71), (96, 160)])
 def test_one_onnx_file_for_any_size(any_size: tuple[Path, Path], size: tuple[int, int]) -> None:
     source, folder = any_size
-    x, expected = _judge(source, (2, 3, *size))
+    x, expected = _reference(source, (2, 3, *size))
     assert _apart(_onnx(folder, x), expected) < TOLERANCE
 
 
@@ -344,7 +344,7 @@ def test_free_sizes_of_pytorch(to: str, tmp_path: Path) -> None:
     done = export(source, to, tmp_path / "out", dynamic=True)
     assert re.search(r"\| size \| any .*\b32\b", (done.folder / "README.md").read_text())
     for size in ((32, 32), (33, 64), (65, 131)):
-        x, expected = _judge(source, (2, 3, *size))
+        x, expected = _reference(source, (2, 3, *size))
         assert _apart(RUNNERS[to](done.folder, x), expected) < TOLERANCE
 
 
@@ -374,7 +374,7 @@ def test_int8(folder: Path, pictures: Path, tmp_path: Path) -> None:
         dequantize = made_by[node.input[1]]
         assert weights[dequantize.input[0]].data_type == onnx.TensorProto.INT8
         assert weights[dequantize.input[1]].dims  # a scale for each channel
-    x, expected = _judge(folder, (3, 3, SIZE, SIZE))
+    x, expected = _reference(folder, (3, 3, SIZE, SIZE))
     assert 1e-4 < _apart(_onnx(done.folder, x), expected) < 0.2
     assert 1e-4 < done.difference < 0.5  # of the file in 8 bits, noise among the inputs
     card = (done.folder / "README.md").read_text()

@@ -37,8 +37,8 @@ def test_int8_on_fashion_mnist(tmp_path: Path) -> None:
     for start in range(0, len(images), 500):
         batch = ((images[start : start + 500, None].astype(np.float32) / 255) - mean) / std
         with torch.inference_mode():
-            answers = model(torch.from_numpy(batch)), session.run(["logits"], {"image": batch})[0]
-        right += [(np.asarray(each).argmax(1) == labels[start : start + 500]).sum() for each in answers]
+            outputs = model(torch.from_numpy(batch)), session.run(["logits"], {"image": batch})[0]
+        right += [(np.asarray(each).argmax(1) == labels[start : start + 500]).sum() for each in outputs]
     float32, int8 = 100 * right / len(images)
     assert float32 > 80
     assert abs(int8 - float32) <= 1.0, f"top-1 {float32:.2f} % in float32, {int8:.2f} % in 8 bits"

@@ -56,7 +56,7 @@ def test_a_folder_in_the_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_bit(folder: Path) -> None:
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
-    content[-1000] ^= 1  # the last bit of a weight: too little to be seen in the answer
+    content[-1000] ^= 1  # the last bit of a weight: too little to be seen in the output
     file.write_bytes(content)
     assert failed(folder) == {"file"}
 
@@ -73,7 +73,7 @@ def test_other_weights(folder: Path) -> None:
 
 
 def test_another_model_of_the_same_names(folder: Path) -> None:
-    """The weights fit, the answers do not: here, another dilation."""
+    """The weights fit, the outputs do not: here, another dilation."""
     edit(folder, lambda config: config.update(model_args={"dilations": [[2], [1, 1], [1, 1], [1]]}))
     assert failed(folder) == {"outputs for the fixed image"}
 
@@ -93,11 +93,11 @@ def test_preprocessing_and_parameters_against_the_manifest(tmp_path: Path) -> No
 
 
 def test_score_on_images(folder: Path, tmp_path: Path) -> None:
-    """Against the answers one by one; the classes are the folders in their order, or as the labels say."""
+    """Against single predictions; the classes are the folders in order, or the labels."""
     model = foveal.load(folder)
     transform = create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)
     images, random = tmp_path / "images", np.random.default_rng(0)
-    answers = []
+    outputs = []
     for number in range(40):  # more than a batch
         label = "abc"[number % 3]
         pixels = random.integers(0, 256, (1, 1, 3)) * np.ones((70, 80, 1))
@@ -105,11 +105,11 @@ def test_score_on_images(folder: Path, tmp_path: Path) -> None:
         picture = Image.fromarray(pixels.astype(np.uint8))
         picture.save(images / label / f"{number}.png")
         with torch.no_grad():
-            answers.append((label, int(model(transform(picture)[None]).argmax())))
-    assert len({answer for _, answer in answers}) > 1
+            outputs.append((label, int(model(transform(picture)[None]).argmax())))
+    assert len({output for _, output in outputs}) > 1
 
     def score(labels: str) -> str:
-        right = sum(labels.index(label) == answer for label, answer in answers)
+        right = sum(labels.index(label) == output for label, output in outputs)
         return f"top-1 {100 * right / 40:.3f} % on 40 images"
 
     (check,) = (check for check in verify(folder, images) if check.name == "score")
