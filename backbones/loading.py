@@ -127,7 +127,7 @@ def read_weights(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or has other objects or no tensors.
     """
-    return clean_state_dict(pick_weights(read_checkpoint(file), file)[0])
+    return pick_weights(read_checkpoint(file), file)[0]
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -226,7 +226,14 @@ def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None
     state = held[averaged]
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} has no named tensors")
-    return state, averaged
+    return without_wrappers(state), averaged
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """The state by the names of the model's own modules, without the prefixes of DDP (the first) and of torch.compile,
+    which may have wrapped any of them."""
+    plain = {re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", str(name)): value for name, value in state.items()}
+    return clean_state_dict(plain)
 
 
 def unknown_model(name: str) -> ValueError:

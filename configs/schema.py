@@ -374,6 +374,13 @@ class DetectAugmentConfig:
 
 
 @dataclass(config=SCHEMA, kw_only=True)
+class DetectEvalConfig:
+    # of an image, the best ones, found and counted: crowded scenes need more than COCO's 100; null: 100, or what
+    # model.head_kwargs has the detector find
+    max_detections: PositiveInt | None = None
+
+
+@dataclass(config=SCHEMA, kw_only=True)
 class DetectConfig(RunConfig):
     """A whole detection run."""
 
@@ -381,6 +388,7 @@ class DetectConfig(RunConfig):
     model: DetectModelConfig
     data: DetectDataConfig = field(default_factory=DetectDataConfig)
     augment: DetectAugmentConfig = field(default_factory=DetectAugmentConfig)
+    eval: DetectEvalConfig = field(default_factory=DetectEvalConfig)
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
 
 

@@ -158,7 +158,10 @@ def load_dense(folder: str | Path, file: Path | None = None) -> Any:
         raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
     try:
         model = build_dense(config["task"], config["arguments"])
-        tensors = migrate_state_dict(safetensors.torch.load_file(file or folder / WEIGHTS))
+        tensors = safetensors.torch.load_file(file or folder / WEIGHTS)
+        # of a model that was saved inside torch.compile's or DDP's wrapper
+        tensors = {name.replace("_orig_mod.", "").removeprefix("module."): each for name, each in tensors.items()}
+        tensors = migrate_state_dict(tensors)
         for name, module in _foldable(model):
             stored = {key for key in tensors if key.startswith(f"{name}.")}
             if stored != {f"{name}.{key}" for key in module.state_dict()}:

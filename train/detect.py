@@ -18,7 +18,7 @@ from ..heads.registry import HEADS
 from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, metric_labels
-from .scoring import autocast
+from .scoring import autocast, write_table
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 SURE = 0.5  # score from which a detection is drawn
@@ -72,6 +72,8 @@ class Task(task.Task):
         config = load_config(find_recipe(source), overrides, DetectConfig, defaults)
         use_kept_split(config, source, overrides)
         transform.min_size, transform.max_size = (config.data.min_size,), config.data.max_size
+        if config.eval.max_detections is not None:
+            model.max_detections = config.eval.max_detections
         data = build_detection_data(
             config,
             masks=model.masks,
@@ -94,11 +96,29 @@ class Task(task.Task):
         return counts.to(batch.images[0].device)
 
     def scorer(self) -> CocoScorer:
-        return CocoScorer(self.data.val.dataset.index, self.model.masks)
+        return CocoScorer(self.data.val.dataset.index, self.model.masks, self.config.eval.max_detections)
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[Found]:
         with autocast(images[0].device, self.config.train.amp):
             return model(images)
+
+    @property
+    def annotated(self) -> bool:
+        return not self.data.val.dataset.index.crowd.all()
+
+    def by_class(self, scorer: CocoScorer) -> tuple[list[str], list[list[Any]]]:
+        names = ["objects", *(name for name in self.metrics if name.endswith(("_ap", "_ap50", "_ap75")))]
+        return ["class", *names], [
+            [name, *(figures[key] for key in names)]
+            for name, figures in zip(self.classes, scorer.by_class, strict=True)
+        ]
+
+    def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
+        more = super().examine(run, model, title, draw)
+        scorer = self.score(model)
+        if draw:
+            write_table(run / "classes.csv", *self.by_class(scorer))
+        return more | {"n": scorer.n}
 
     def save_weights(self, folder: Path, model: Any) -> None:
         transform = model.detector.transform
@@ -138,6 +158,10 @@ class Predictor(task.Predictor):
 def build_model(config: DetectConfig, num_classes: int) -> Detector:
     """The recipe's detector; raises `ConfigError`."""
     sizes = {"min_size": config.data.min_size, "max_size": config.data.max_size}
+    if config.eval.max_detections is not None:
+        regions = HEADS["detect"][config.model.head].first_class  # torchvision's region heads count a background
+        key = "box_detections_per_img" if regions else "detections_per_img"
+        config.model.head_kwargs = {key: config.eval.max_detections} | config.model.head_kwargs
     return build_dense(build_detector, config, num_classes, **sizes)
 
 

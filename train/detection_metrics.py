@@ -1,5 +1,6 @@
 """COCO's average precision of boxes and masks, every image once whatever the number of processes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +30,17 @@ def metric_labels(masks: bool) -> dict[str, str]:
     }
 
 
-def average_precision(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """COCO's figures in percent; None for a size that no object has.
+def average_precision(
+    truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: str, max_detections: int = 100
+) -> tuple[dict[str, float | None], list[dict[str, float | None]]]:
+    """COCO's figures in percent, over all classes and of each class in the order of their ids; None for a class or a
+    size that no object has.
 
     Args:
         truth: ``images``, ``annotations``, ``categories`` in COCO's format.
         results: ``image_id``, ``category_id``, ``score``, and ``bbox`` or ``segmentation`` (run lengths).
         kind: ``"box"`` or ``"mask"``.
+        max_detections: of an image and class, the best ones.
     """
     if kind == "mask":  # with a box COCO's tools would take the sizes of masks from the boxes
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
@@ -43,9 +48,19 @@ def average_precision(truth: dict[str, Any], results: Sequence[dict[str, Any]], 
         results = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
     known = COCO(truth)
     evaluation = COCOeval_faster(known, known.loadRes(results), KINDS[kind], print_function=lambda *_: None)
-    evaluation.run()
-    values = (float(value) for value in evaluation.stats[: len(FIGURES)])
-    return {f"{kind}_{name}": 100 * v if v >= 0 else None for name, v in zip(FIGURES, values, strict=True)}
+    evaluation.params.maxDets = [max_detections]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    counts = evaluation.eval["counts"]  # thresholds, recalls, classes, sizes, limits
+    precision = np.asarray(evaluation.eval["precision"]).reshape(counts)[..., -1]
+    return _figures(precision, kind), [_figures(precision[:, :, [k]], kind) for k in range(counts[2])]
+
+
+def _figures(precision: np.ndarray, kind: str) -> dict[str, float | None]:
+    """Means over what an object has, as COCO's summary takes them of ``[thresholds, recalls, classes, sizes]``."""
+    parts = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *np.moveaxis(precision[..., 1:], -1, 0))
+    means = (100 * float(part[part > -1].mean()) if (part > -1).any() else None for part in parts)
+    return {f"{kind}_{name}": mean for name, mean in zip(FIGURES, means, strict=True)}
 
 
 class CocoScorer(Scorer):
@@ -54,10 +69,15 @@ class CocoScorer(Scorer):
     Args:
         index: the annotations that they are measured against.
         masks: measure masks too.
+        max_detections: of an image, the best ones.
+
+    Attributes, after `run`:
+        by_class: the figures of each class, in the order of the index's categories, with the number of its objects.
     """
 
-    def __init__(self, index: DetectionIndex, masks: bool):
-        self.index, self.masks = index, masks
+    def __init__(self, index: DetectionIndex, masks: bool, max_detections: int | None = None):
+        self.index, self.masks, self.max_detections = index, masks, max_detections or 100
+        self.by_class: list[dict[str, Any]] = []
         self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 
     def add(self, batch: DetectionBatch, predictions: Sequence[dict[str, torch.Tensor]]) -> int:
@@ -83,13 +103,19 @@ class CocoScorer(Scorer):
     def compute(self) -> Metrics:
         """The figures of the images that were added; the main process computes them for all."""
         self.found = sorted(gather_object(self.found), key=lambda entry: entry[0])
-        metrics: list[Metrics] = [{}]
+        found: list[Any] = [{}, []]
         if PartialState().is_main_process:
             truth, results = self.index.truth([entry[0] for entry in self.found]), self.results()
+            objects = Counter(each["category_id"] for each in truth["annotations"] if not each["iscrowd"])
+            found[1] = [{"objects": objects[key]} for key in self.index.categories]
             for kind in ("box", "mask") if self.masks else ("box",):
-                metrics[0] |= average_precision(truth, results, kind)
-        broadcast_object_list(metrics)
-        return metrics[0]
+                metrics, by_class = average_precision(truth, results, kind, self.max_detections)
+                found[0] |= metrics
+                for figures, more in zip(found[1], by_class, strict=True):
+                    figures |= more
+        broadcast_object_list(found)
+        metrics, self.by_class = found
+        return metrics
 
 
 def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:

@@ -33,7 +33,10 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
 
     Returns:
         ``source``, ``model``, the metrics in percent, ``n`` (images), ``images_per_second``, ``unreadable`` (images
-        that were left out, and why); of a segmenter also ``iou`` by class, None for a class that does not occur.
+        that were left out, and why); of a detector and a segmenter also ``classes``, the figures of each class, of a
+        segmenter ``iou`` by class; None for a class that does not occur. The metrics of a detector are None where the
+        images have no annotations; all detections are then written to RUN/predictions.json, unless ``predictions``
+        names a file.
 
     Raises:
         ValueError: ``source`` or an override that cannot be used, data that are missing (`ConfigError`, `DataError`).
@@ -65,6 +68,7 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         "source": str(source),
         "model": task.config.model.name,
         **task.result(scorer),
+        **_classes(task, scorer),
         "n": scorer.n,
         "images_per_second": scorer.images_per_second,
         "unreadable": task.data.bad.names,
@@ -74,9 +78,25 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
             _print(task, scorer, str(source), console)
         if file := files["output"]:
             write_json(file, result)
-        if file := files.get("predictions"):
+        file = files.get("predictions")
+        if file is None and not task.annotated:
+            file = unannotated_results(source)
+            if console is not None:
+                console.print(f"the images have no annotations: their detections are in {file}", highlight=False)
+        if file:
             write_json(file, scorer.results())
     return result
+
+
+def unannotated_results(source: str | Path) -> Path:
+    """Where results go that nobody named a file for: into the run, or beside the model folder."""
+    folder = local_path(source)
+    return (folder if (folder / "config.yaml").is_file() else folder.resolve().parent) / "predictions.json"
+
+
+def _classes(task: Task, scorer: Scorer) -> dict[str, Any]:
+    head, rows = task.by_class(scorer)
+    return {"classes": {name: dict(zip(head[1:], row, strict=True)) for name, *row in rows}} if rows else {}
 
 
 def _print(task: Task, scorer: Scorer, source: str, console: Console) -> None:
@@ -89,6 +109,12 @@ def _print(task: Task, scorer: Scorer, source: str, console: Console) -> None:
     table.add_row("images", f"{scorer.n:,}")
     table.add_row("images/s", f"{scorer.images_per_second:,.1f}")
     console.print(table)
+    head, rows = task.by_class(scorer)
+    if rows:
+        table = Table(*head, box=None, pad_edge=False)
+        for name, count, *figures in rows:
+            table.add_row(escape(name), f"{count:,}", *("-" if value is None else f"{value:.4g}" for value in figures))
+        console.print(table)
     if bad := sorted(task.data.bad.names):
         named = escape(printable(", ".join(bad[:5])))
         console.print(f"[yellow]{len(bad)} unreadable images left out:[/] {named}", highlight=False, soft_wrap=True)

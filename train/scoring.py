@@ -213,13 +213,7 @@ def write_confusion(run: Path, classes: Sequence[str], confusion: dict[tuple[int
     write_table(run / "classes.csv", ("class", "images", "recall", "precision"), rows)
 
 
-def write_iou(run: Path, classes: Sequence[str], scorer: SegmentationScorer) -> None:
-    """Writes RUN/classes.csv: pixels and IoU of each class; the IoU is empty where there is nothing to measure."""
-    rows = zip(classes, scorer.confusion.sum(1), ("" if np.isnan(v) else v for v in scorer.iou), strict=True)
-    write_table(run / "classes.csv", ("class", "pixels", "iou"), rows)
-
-
 def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file."""
+    """Writes a CSV file, None as an empty field."""
     with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])

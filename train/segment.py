@@ -20,7 +20,7 @@ from ..heads.segmentation import Mask2Former, Segmenter, probabilities
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
-from .scoring import SegmentationScorer, autocast, write_iou
+from .scoring import SegmentationScorer, autocast, write_table
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 
@@ -125,8 +125,12 @@ class Task(task.Task):
         return probabilities(logits, images, **self.settings).argmax(1)
 
     def result(self, scorer: SegmentationScorer) -> dict[str, Any]:
-        pairs = zip(self.classes, scorer.iou.tolist(), strict=True)
-        return scorer.metrics | {"iou": {name: None if np.isnan(value) else value for name, value in pairs}}
+        return dict(scorer.metrics) | {"iou": {name: iou for name, _, iou in self.by_class(scorer)[1]}}
+
+    def by_class(self, scorer: SegmentationScorer) -> tuple[list[str], list[list[Any]]]:
+        iou = [None if np.isnan(value) else value for value in scorer.iou.tolist()]
+        rows = zip(self.classes, scorer.confusion.sum(1).tolist(), iou, strict=True)
+        return ["class", "pixels", "iou"], [list(row) for row in rows]
 
     def save_weights(self, folder: Path, model: Any) -> None:
         mean, std = (getattr(model, name).flatten().tolist() for name in ("mean", "std"))
@@ -145,7 +149,7 @@ class Task(task.Task):
         super().examine(run, model, title, draw)
         scorer = self.score(model)
         if draw:
-            write_iou(run, self.classes, scorer)
+            write_table(run / "classes.csv", *self.by_class(scorer))
         return {"n": scorer.n}
 
 

@@ -100,6 +100,16 @@ class Task(ABC):
         """The figures of an evaluation, as `evaluation.evaluate` returns them."""
         return dict(scorer.metrics)
 
+    @property
+    def annotated(self) -> bool:
+        """Whether the held-out images have something to be scored by."""
+        return True
+
+    def by_class(self, scorer: Any) -> tuple[list[str], list[list[Any]]]:
+        """Head and rows of the table of the classes, of which the first two columns are the name and a count; None
+        where there is nothing to measure. Without a row: there is no such table."""
+        return [], []
+
     # ---- words and figures
 
     @property

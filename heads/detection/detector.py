@@ -36,6 +36,19 @@ class Detector(DenseModel):
         self.first_class: int = head.first_class
 
     @property
+    def max_detections(self) -> int:
+        """Of an image, in evaluation."""
+        return self._limited.detections_per_img
+
+    @max_detections.setter
+    def max_detections(self, count: int) -> None:
+        self._limited.detections_per_img = count
+
+    @property
+    def _limited(self) -> Any:
+        return getattr(self.detector, "roi_heads", self.detector)
+
+    @property
     def backbone(self) -> Backbone:
         return self.detector.backbone
 

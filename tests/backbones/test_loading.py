@@ -301,3 +301,44 @@ def test_pickled_code_is_not_run(folder: Path, wrap: bool) -> None:
     with pytest.raises(ValueError, match=r"pytorch_model\.bin .*getattr"):
         foveal.load("nat_mini", pretrained_cfg_overlay={"file": str(file)})
     assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "NESTED"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_prefixes_of_wrappers(prefix: str, ending: str, tmp_path: Path) -> None:
+    """What torch.compile and DDP put before the names is taken off wherever weights are read."""
+
+    def wrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if prefix == "NESTED":  # modules that were compiled by themselves
+            return {re.sub(r"\.(?=[^.]*$)", "._orig_mod.", name): value for name, value in state.items()}
+        return {prefix + name: value for name, value in state.items()}
+
+    def same(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    from foveal.train import checkpoint
+
+    model = timm.create_model("test_foveal_nat", num_classes=3)
+    file = tmp_path / f"weights.{ending}"
+    if ending == "pt":
+        torch.save({"model": wrapped(model.state_dict())}, file)
+    else:
+        safetensors.torch.save_file(wrapped(model.state_dict()), file)
+    new = timm.create_model("test_foveal_nat", num_classes=3)
+    assert checkpoint.load_initial(new, file) == []
+    assert same(new, model.state_dict())
+    new = timm.create_model("test_foveal_nat", num_classes=3)
+    checkpoint.load_exact(new, file)
+    assert same(new, model.state_dict())
+    body = build_segmenter("test_foveal_nat", "semantic_fpn", num_classes=2, checkpoint=str(file)).backbone.body
+    assert any(
+        value.equal(model.state_dict()["levels.0.blocks.0.norm1.weight"]) for value in body.state_dict().values()
+    )
+    if ending == "safetensors" and prefix != "NESTED":
+        dense = build_segmenter("test_foveal_nat", "semantic_fpn", num_classes=2)
+        save_dense(tmp_path / "dense", dense, ["a", "b"], {"in_chans": 3})
+        safetensors.torch.save_file(wrapped(dense.state_dict()), tmp_path / "dense" / "model.safetensors")
+        assert same(foveal.load(tmp_path / "dense"), dense.state_dict())
+        save_for_hf(model, str(tmp_path / "model"), safe_serialization=True)
+        safetensors.torch.save_file(wrapped(model.state_dict()), tmp_path / "model" / "model.safetensors")
+        assert same(foveal.load(tmp_path / "model"), model.state_dict())

@@ -125,8 +125,8 @@ def test_crowds_are_not_learned_and_are_ignored_by_the_evaluation(tmp_path):
     # a detection on the crowd costs nothing, the same one elsewhere does
     sure = {"image_id": 10, "category_id": 4}
     right = sure | {"bbox": [5, 5, 20, 20], "score": 0.5}
-    assert average_precision(truth, [right, sure | {"bbox": [30, 2, 20, 15], "score": 0.9}], "box")["box_ap"] == 100
-    assert average_precision(truth, [right, sure | {"bbox": [30, 22, 20, 15], "score": 0.9}], "box")["box_ap"] < 60
+    assert average_precision(truth, [right, sure | {"bbox": [30, 2, 20, 15], "score": 0.9}], "box")[0]["box_ap"] == 100
+    assert average_precision(truth, [right, sure | {"bbox": [30, 22, 20, 15], "score": 0.9}], "box")[0]["box_ap"] < 60
 
 
 ENTIRE = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
@@ -469,7 +469,7 @@ def test_average_precision_is_cocos(kind, capsys):
     draw = np.random.default_rng(7)
     truth = random_truth(draw)
     results = random_results(draw, truth)
-    ours = average_precision(json.loads(json.dumps(truth)), results, kind)
+    ours, _ = average_precision(json.loads(json.dumps(truth)), results, kind)
     known = COCO()
     known.dataset = json.loads(json.dumps(truth))
     known.createIndex()
@@ -506,3 +506,43 @@ def test_nothing_found_is_zero_and_an_absent_size_is_none(tmp_path):
     figures = scorer.compute()
     assert figures["box_ap"] == figures["mask_ap"] == figures["box_ap_small"] == 0
     assert figures["box_ap_large"] is None
+
+
+def test_crowded_scenes_count_as_many_as_are_asked_for():
+    """300 of 300 objects found: a third of them count by COCO's limit, all by one of 300."""
+    boxes = [[10 * (i % 20), 10 * (i // 20), 8, 8] for i in range(300)]
+    entries = [{"image_id": 1, "category_id": 3, "bbox": box, "area": 64, "iscrowd": 0} for box in boxes]
+    truth = {
+        "images": [{"id": 1, "height": 200, "width": 200}],
+        "annotations": [entry | {"id": i + 1} for i, entry in enumerate(entries)],
+        "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
+    }
+    found = [entry | {"score": 0.9} for entry in entries]
+    assert average_precision(truth, found, "box")[0]["box_ap"] == pytest.approx(33.66, abs=0.01)
+    total, by_class = average_precision(truth, found, "box", 300)
+    assert total["box_ap"] == 100
+    assert [figures["box_ap50"] for figures in by_class] == [100, None]
+
+
+def test_precision_by_class_is_that_of_each_class_alone():
+    draw = np.random.default_rng(0)
+    entries = [
+        {"id": i + 1, "image_id": i % 4, "category_id": int(draw.integers(1, 4)), "iscrowd": 0, "area": 400.0}
+        | {"bbox": [*draw.integers(0, 60, 2).tolist(), 20, 20]}
+        for i in range(60)
+    ]
+    images = [{"id": i, "height": 100, "width": 100} for i in range(4)]
+    categories = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
+    found = []
+    for entry in entries[:50]:
+        x, y, w, h = entry["bbox"]
+        shift = draw.integers(-4, 5, 2).tolist()
+        kept = {key: entry[key] for key in ("image_id", "category_id")}
+        found.append(kept | {"bbox": [x + shift[0], y + shift[1], w, h], "score": float(draw.random())})
+    truth = {"images": images, "annotations": entries, "categories": categories}
+    total, by_class = average_precision(truth, found, "box")
+    for number, figures in enumerate(by_class, 1):
+        own = [entry for entry in entries if entry["category_id"] == number]
+        alone = {"images": images, "annotations": own, "categories": [categories[number - 1]]}
+        assert average_precision(alone, [e for e in found if e["category_id"] == number], "box")[0] == figures
+    assert total["box_ap"] == pytest.approx(np.mean([figures["box_ap"] for figures in by_class]))

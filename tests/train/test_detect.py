@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from rich.console import Console
 from typer.testing import CliRunner
 
 from foveal.cli import app
@@ -69,7 +72,7 @@ def test_what_a_run_leaves(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {
         *("config.yaml", "metrics.csv", "curves.png", "predictions.png", "pictures", "tensorboard", "environment.json"),
-        *("summary.json", "best", "last", "last.old", "report.html"),
+        *("summary.json", "classes.csv", "best", "last", "last.old", "report.html"),
     }
     assert {p.name for p in (finished / "best").iterdir()} == {"config.json", "model.safetensors"}
     assert {p.name for p in (finished / "pictures").iterdir()} == {"epoch_003.png", "epoch_006.png"}
@@ -355,3 +358,38 @@ def test_two_processes_measure_every_image_once(detect_recipe, tmp_path):
     best = json.loads((run / "summary.json").read_text())
     assert one["n"] == 5
     assert all(one[name] == pytest.approx(best[name], abs=1e-4) for name in ("box_ap", "mask_ap"))
+
+
+def test_figures_of_classes_and_sets_without_annotations(detect_recipe, rectangles, tmp_path):
+    run = tmp_path / "run"
+    train(detect_recipe, [f"output={run}", "schedule.epochs=1", "eval.max_detections=7"], "detect")
+    with (run / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    annotations = json.loads((rectangles / "annotations/instances_val.json").read_text())
+    objects = Counter(each["category_id"] for each in annotations["annotations"])
+    assert {row["class"]: int(row["objects"]) for row in rows} == {"red": objects[3], "green": objects[7]}
+    assert "box_ap50" in rows[0]
+    assert "red" in (run / "report.html").read_text()
+    console = Console(record=True, width=200)
+    result = evaluate(run, [f"predictions={tmp_path / 'found.json'}"], console)
+    assert result["classes"]["red"]["objects"] == objects[3]
+    assert result["box_ap"] == pytest.approx(
+        np.mean([figures["box_ap"] for figures in result["classes"].values() if figures["box_ap"] is not None])
+    )
+    assert "green" in console.export_text()
+    found = Counter(each["image_id"] for each in json.loads((tmp_path / "found.json").read_text()))
+    assert found
+    assert max(found.values()) <= 7
+    more = evaluate(run, [f"predictions={tmp_path / 'found.json'}", "eval.max_detections=60"])
+    assert more["n"] == 6
+    assert max(Counter(each["image_id"] for each in json.loads((tmp_path / "found.json").read_text())).values()) > 7
+
+    for content in (annotations | {"annotations": []}, {k: v for k, v in annotations.items() if k != "annotations"}):
+        (rectangles / "annotations/instances_test.json").write_text(json.dumps(content))
+        result = evaluate(run, ["data.val_annotations=annotations/instances_test.json"])
+        assert result["box_ap"] is None
+        assert len(json.loads((run / "predictions.json").read_text())) == sum(found.values())
+        (run / "predictions.json").unlink()
+    with pytest.raises(DataError, match="instances_test"):
+        options = [f"output={tmp_path / 'other'}", "data.val_annotations=annotations/instances_test.json"]
+        train(detect_recipe, options, "detect")

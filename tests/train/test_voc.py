@@ -73,9 +73,9 @@ def test_what_is_difficult_is_neither_demanded_nor_wrong(devkit):
     dogs = [a for a in truth["annotations"] if not a["iscrowd"]]
     cats = [a for a in truth["annotations"] if a["iscrowd"]]
     found = [{key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in dogs + cats + cats]
-    assert average_precision(truth, found, "box")["box_ap50"] == 100.0
+    assert average_precision(truth, found, "box")[0]["box_ap50"] == 100.0
     wrong = found[0] | {"bbox": [40.0, 1.0, 5.0, 5.0], "score": 0.9}
-    assert average_precision(truth, [*found, wrong], "box")["box_ap50"] < 100.0
+    assert average_precision(truth, [*found, wrong], "box")[0]["box_ap50"] < 100.0
 
 
 def test_it_trains_and_is_measured(devkit, detect_recipe, tmp_path, monkeypatch):

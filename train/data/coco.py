@@ -56,7 +56,7 @@ def index_objects(
     foreign = {key: name for key, name in own.items() if categories.get(key) != name}
     if foreign:
         raise DataError(f"{source} has categories that the model was not made for (id: name): {foreign}")
-    images, entries, report = content["images"], content["annotations"], Report(source)
+    images, entries, report = content["images"], content.get("annotations", []), Report(source)
     names, ids = ([image[key] for image in images] for key in ("file_name", "id"))
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
     objects = Objects.parse(entries, ids, list(categories))

@@ -295,6 +295,8 @@ def build_detection_data(
             index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
         _choose_images(index, builder, data, training)
+        if train and not training and index.crowd.all():
+            raise DataError(f"{index.report.source} has no annotation to evaluate against (crowds are ignored)")
         transform = detection_transform(config.augment) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
         return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
@@ -338,8 +340,6 @@ def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataCon
     if empty := int(there.sum() - keep.sum()):
         builder.notes.append(f"{source}: {empty:,} images without an object left out of training (data.keep_empty)")
     index.select(np.flatnonzero(keep)[: builder.limit(training)])
-    if not training and index.crowd.all():
-        raise DataError(f"{source} has no annotation to evaluate against (crowds are ignored)")
 
 
 def build_segmentation_data(

@@ -9,7 +9,7 @@ import numpy as np
 from faster_coco_eval import mask as run_lengths
 from PIL import Image
 from pydantic import Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+from typing_extensions import NotRequired, TypedDict  # pydantic needs it before Python 3.12
 
 from .guard import DataError, Report
 from .index import DetectionIndex, clip_boxes, encode_segment
@@ -34,7 +34,7 @@ class _Category(TypedDict):
 class _Content(TypedDict):
     images: Annotated[list[_Image], Field(min_length=1)]
     categories: Annotated[list[_Category], Field(min_length=1)]
-    annotations: list[InstanceOf[dict]]  # checked one by one, by `find_faults`
+    annotations: NotRequired[list[InstanceOf[dict]]]  # checked one by one, by `find_faults`
 
 
 _CONTENT = TypeAdapter(_Content)
