@@ -1,10 +1,10 @@
 """The schema of a training recipe, and the strict loader of its YAML files.
 
-A recipe is a short YAML file. It may name other files under ``base:`` (relative to itself), which are read first; its
-own values, and then the ``key=value`` pairs of the command line, override them. Mappings merge, lists replace lists. A
-key that the schema does not know, or a value it does not allow, is a :class:`ConfigError` that names the key, the file,
-the value and the nearest valid key. What depends on another value is written as a fraction of it, never as a second
-number.
+A recipe is a short YAML file. It may name others under ``base:`` (files relative to itself, or shipped recipes by
+name), read first; its own values, and then the ``key=value`` pairs of the command line, override them. Mappings merge,
+lists replace lists. A key that the schema does not know, or a value it does not allow, is a :class:`ConfigError` that
+names the key, the file, the value and the nearest valid key. What depends on another value is written as a fraction of
+it, never as a second number.
 
 A key whose type is text takes its text as it stands: ``output=2024_05_01`` is no number and ``classes: [no, yes]`` are
 two names. In paths a leading ``~`` is the home folder and ``${NAME}`` an environment variable, if there is one. Only
@@ -506,14 +506,16 @@ def find_config(config: str | Path, task: str | None = None) -> Path:
 
 
 def recipe_task(config: str | Path) -> str:
-    """The task of a recipe: its own ``task``, else that of its folder of shipped recipes, else ``classify``.
+    """The task of a recipe: its own ``task``, else that of the folder of shipped recipes that it or its base lies in,
+    else ``classify``.
 
     Raises:
         ConfigError: nothing is found, or the name is of several tasks.
     """
-    file = find_config(config)
-    keys = {key: value for _, layer in _read(file, object) for key, value in layer.items()}
-    return next((task for task in (keys.get("task"), file.parent.name) if task in SCHEMAS), "classify")
+    layers = _read(find_config(config), object)
+    keys = {key: value for _, layer in layers for key, value in layer.items()}
+    folders = (Path(file).parent.name for file, _ in reversed(layers))
+    return next((task for task in (keys.get("task"), *folders) if task in SCHEMAS), "classify")
 
 
 # ---- reading them
@@ -603,8 +605,21 @@ def _read(path: Path, schema: type, including: tuple[Path, ...] = ()) -> list[tu
         raise ConfigError(f"{path}: `base` must be a file name or a list of them, not {bases!r}")
     layers = []
     for base in bases:
-        layers += _read(path.parent / base, schema, (*including, path))
+        layers += _read(_find_base(path, base, schema), schema, (*including, path))
     return [*layers, (str(path), layer)]
+
+
+def _find_base(recipe: Path, base: str, schema: type) -> Path:
+    """A file, relative to the recipe, or a shipped recipe by name: ``care_s0``, ``detect/finetune``."""
+    beside = recipe.parent / base
+    if beside.is_file() or beside.suffix:
+        return beside  # if it is missing, the reader says so
+    return find_config(base, None if "/" in base else _task(schema))
+
+
+def _task(schema: Any) -> str | None:
+    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    return next((f.default for f in fields if f.name == "task"), None)
 
 
 def _override_layer(override: str, schema: type) -> dict:
@@ -728,7 +743,7 @@ def load_config(
         command line: unknown key `schedule.epoch`; did you mean `schedule.epochs`?
     """
     layers = [("defaults", {"model": {}, **(defaults or {})})]
-    task: Any = next((f.default for f in dataclasses.fields(schema) if f.name == "task"), None)
+    task = _task(schema)
     file = None if path is None else find_config(path, task)
     if file is not None:
         layers += _read(file, schema)

@@ -19,6 +19,7 @@ from foveal.configs.schema import (
     load_config,
     override_value,
     recipe_names,
+    recipe_task,
     save_config,
 )
 
@@ -70,6 +71,17 @@ def test_cycle_of_bases(tmp_path):
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     with pytest.raises(ConfigError, match=r"a\.yaml -> b\.yaml -> a\.yaml"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_a_base_by_the_name_of_a_shipped_recipe(tmp_path):
+    file = write(tmp_path / "a.yaml", "base: care_s0\nseed: 3\n")
+    config = load_config(file)
+    assert (config.model.name, config.seed) == ("care_s0", 3)
+    assert recipe_task(write(tmp_path / "b.yaml", "base: detect/finetune\n")) == "detect"
+    write(tmp_path / "care_s0", "model: {name: mine}\n")  # a file comes first
+    assert load_config(file).model.name == "mine"
+    with pytest.raises(ConfigError, match=r"care_s7.*care_s0"):
+        load_config(write(tmp_path / "c.yaml", "base: care_s7\n"))
 
 
 def test_missing_base(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import foveal
 from foveal.backbones import list_models
 from foveal.cli import app
 
@@ -52,6 +53,12 @@ def test_the_table_of_models_is_the_one_that_is_printed() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", result.stdout, re.MULTILINE)
     assert set(rows) == {name for name in list_models() if not name.startswith("test_")}
     assert result.stdout in (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), "run foveal list --markdown"
+
+
+def test_what_is_cited_is_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {foveal.__version__}\n" in citation
+    assert f"version = {{{foveal.__version__}}}" in README
 
 
 def test_it_is_short() -> None:
