@@ -25,7 +25,7 @@ from ..kernels import (
     neighborhood_mix,
 )
 from ..kernels.tracing import is_dynamic, without_size_guards
-from .layers import fx_leaf, is_plain, shortfall
+from .layers import fx_leaf, is_plain, refuse_scripting, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -68,6 +68,8 @@ class NeighborhoodAttention2d(nn.Module):
         >>> attention(torch.randn(1, 16, 20, 64)).shape
         torch.Size([1, 16, 20, 64])
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -267,6 +269,8 @@ class PartitionAttention2d(nn.Module):
         torch.Size([1, 16, 20, 64])
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(
         self,
         dim: int,
@@ -413,6 +417,8 @@ class HaloAttention2d(nn.Module):
         >>> attention(torch.randn(1, 64, 16, 21)).shape
         torch.Size([1, 64, 8, 11])
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

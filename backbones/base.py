@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from timm.layers import create_classifier
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
-from .layers import Blocks, init_weights, to_format
+from .layers import Blocks, init_weights, refuse_scripting, to_format
 
 POOLS = ("", "avg", "max", "avgmax", "catavgmax")
 
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
     uniform = False  # all levels have the same shape, so the final norm and the head fit every map
     tables: tuple[str, ...] = ("rpb",)  # suffixes of the names of relative position biases
     out_indices: int | Sequence[int] | None = None  # default of features_only: all maps
+    __prepare_scriptable__ = refuse_scripting
 
     feature_info: list[dict[str, Any]]
     num_features: int
@@ -250,9 +252,12 @@ def create(
     if out_indices is None and arguments.get("feature_cls", "getter") != "getter":  # timm's others need a number
         out_indices = len(arguments.get("depths", range(4)))
     feature_cfg = dict(out_indices=out_indices, feature_cls="getter")
-    return build_model_with_cfg(
-        cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
-    )
+    device, dtype = arguments.pop("device", None), arguments.pop("dtype", None)
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 def registered_cfg(name: str) -> PretrainedCfg:

@@ -18,7 +18,7 @@ Parameters have the authors' names. Feature maps are ``[B, C, H, W]``.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,7 @@ def linear_attention(qk: torch.Tensor, v: torch.Tensor, head_dim: int) -> torch.
             return linear_attention(qk.to(wide), v.to(wide), head_dim).to(dtype)
     q, k = (F.elu(qk.to(wide)) + 1.0).chunk(2, dim=1)
     q, k, v = (_by_head(x, head_dim) for x in (q, k, v.to(wide)))
-    vk = torch.bmm(v, k.mT) / (H * W)
+    vk = torch.bmm(v, k.transpose(1, 2)) / (H * W)
     z = torch.bmm(k.mean(-1).unsqueeze(-2), q) + 1e-6
     return (torch.bmm(vk, q) / z).reshape(B, C, H, W).to(dtype)
 
@@ -191,6 +191,37 @@ class CAREHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.norm(F.gelu(x)))
+
+
+class Classifiers(nn.ModuleList):
+    """Two classifiers that initialization takes for one: what changes ``weight`` or ``bias`` in place (``mul_``, or
+    ``fill_``, as by ``nn.init.constant_`` and timm's ``--head-init-scale``) changes those of both."""
+
+    @property
+    def weight(self) -> _Both:
+        return _Both(*(layer.weight for layer in self))
+
+    @property
+    def bias(self) -> _Both:
+        return _Both(*(layer.bias for layer in self))
+
+
+class _Both:
+    """Two parameters, with the in-place methods of tensors."""
+
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        self.parameters = parameters
+
+    def __getattr__(self, name: str) -> Callable[..., _Both]:
+        if not name.endswith("_") or name.endswith("__"):
+            raise AttributeError(f"a network with two classifiers has two of {name!r}: iterate over get_classifier()")
+
+        def change(*args: Any, **kwargs: Any) -> _Both:
+            for parameter in self.parameters:
+                getattr(parameter, name)(*args, **kwargs)
+            return self
+
+        return change
 
 
 def _head(dim: int, num_classes: int) -> nn.Module:
@@ -294,9 +325,10 @@ class CARE(Backbone):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head, self.dist_head = (_head(self.head_hidden_size, num_classes) for _ in range(2))
 
-    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+    def get_classifier(self) -> Classifiers:
         """The two classifiers, the distilled one second: Linears, or Identities without classes."""
-        return (self.head.fc, self.dist_head.fc) if self.num_classes else (self.head, self.dist_head)
+        heads = self.head, self.dist_head
+        return Classifiers(head.fc for head in heads) if self.num_classes else Classifiers(heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both classifiers, norms included, by new ones for ``num_classes`` (0: none), and the pooling if one

@@ -40,6 +40,14 @@ def fx_leaf(function: Callable) -> Callable:
     return recorded
 
 
+def refuse_scripting(module: nn.Module) -> nn.Module:
+    """What torch.jit.script calls first, as ``__prepare_scriptable__`` of a module that it cannot compile."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile {type(module).__name__}, which plans by the size of its maps in Python: use "
+        "torch.export, torch.compile or torch.jit.trace"
+    )
+
+
 @fx_leaf
 def scale_channels(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, C, H, W]`` times ``gamma`` ``[C]``. A view of a parameter taken outside would be a constant to fx."""
@@ -251,5 +259,6 @@ def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         matrix = (inside / (stop - start)).to(x.dtype)  # target, source
         # two dimensions each, without broadcasting, for which exporters guard on lengths of 1
         lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
-        x = (lines @ matrix.t()).unflatten(0, x.shape[:3]).transpose(2, 3)
+        batch = -1 if torch.jit.is_tracing() else x.shape[0]  # which torch.jit.trace would record
+        x = (lines @ matrix.t()).unflatten(0, (batch, *x.shape[1:3])).transpose(2, 3)
     return x

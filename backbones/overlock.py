@@ -210,6 +210,20 @@ class RepConvBlock(nn.Module):
         return self.ls(x) + self.proj(x)
 
 
+def _pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """``F.adaptive_avg_pool2d``, which the older ONNX exporter knows only where the sizes divide each other."""
+    if (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()) or is_dynamic(*size, *x.shape[2:]):
+        return average_pool(x, size)
+    return F.adaptive_avg_pool2d(x, size)
+
+
+class ContextPool(nn.AdaptiveAvgPool2d):
+    """The pooling of the context, also for dynamic shapes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _pool(x, (self.output_size, self.output_size))
+
+
 class ContMix(nn.Module):
     """A convolution whose kernel at each position follows from the affinities to the pooled context.
 
@@ -225,7 +239,7 @@ class ContMix(nn.Module):
         self.scale = (dim // num_heads) ** -0.5  # as published; heads of q and k have half of these channels
         self.weight_query = nn.Sequential(nn.Conv2d(dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2))
         self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
+            ContextPool(POOLED), nn.Conv2d(context_dim, dim // 2, 1, bias=False), nn.BatchNorm2d(dim // 2)
         )
         self.weight_proj = nn.Conv2d(POOLED**2, sum(k * k for k in kernel_sizes), 1)
         for i, k in enumerate(kernel_sizes, 1):
@@ -244,13 +258,11 @@ class ContMix(nn.Module):
             x, both = (F.interpolate(t, size=size, mode="bilinear", align_corners=False) for t in (x, both))
         features, context = both.split(self.dims, 1)
         q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
-        if free:
-            context = average_pool(context, (POOLED, POOLED))  # the pooling that follows is then the identity
         k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
         v = x.permute(0, 2, 3, 1)
         x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
         if small:
-            x = average_pool(x, (H, W)) if free else F.adaptive_avg_pool2d(x, (H, W))
+            x = _pool(x, (H, W))
         return self.dyconv_proj(x)
 
 

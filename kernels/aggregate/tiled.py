@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import tiling
@@ -77,12 +78,14 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
             places = places.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, x.device))
         keys = tiling.key_spans(tiling.pad_keys(tiling.select_groups(y, a, b), a, b), a, b).flatten(6, 7)
         tiles = tiling.query_tiles(tiling.select_groups(x, a, b), a, b).flatten(6, 7)
-        places = places.expand(*tiles.shape[:4], -1, -1, -1, -1)
         if name == "apply":
-            matrix = tiles.new_zeros(*tiles.shape[:7], a.span * b.span).scatter(-1, places, tiles)
-            out = matrix @ keys
+            zeros = tiles.new_zeros(*tiles.shape[:7], a.span * b.span)
+            if torch.jit.is_tracing():  # the TorchScript exporter would write the batch size into these zeros
+                zeros = F.pad(tiles[..., :0], (0, a.span * b.span))
+            out = zeros.scatter(-1, places.expand_as(tiles), tiles) @ keys
         else:
-            out = (tiles @ keys.transpose(-1, -2)).gather(-1, places)
+            products = tiles @ keys.transpose(-1, -2)
+            out = products.gather(-1, places.expand(*products.shape[:4], -1, -1, -1, -1))
         outs.append(tiling.from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b))
     return tiling.join(outs, plans, problem).to(dtype)
 

@@ -138,8 +138,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
         if isinstance(bias, DecomposedRelativePositionBias):
             decomposed = _decomposed_bias(tiles.to(working), bias, problem, a, b)
             added = decomposed if added is None else added + decomposed
-        # Exporters get the products: they decompose SDPA into a kernel with other strides, on which later views fail.
-        products = torch.compiler.is_exporting() or forward_mode()
+        # Exporters get the products: they decompose SDPA into a kernel with other strides, on which later views fail,
+        # and torch.jit.trace would record the batch size.
+        products = torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_mode()
         if products or problem.dropout_p > 0 or (added is not None and added.ndim == 8):
             logits = (queries.to(working) * problem.scale) @ keys.to(working).transpose(-1, -2)
             weights = (logits if added is None else logits + added).softmax(-1).to(values.dtype)

@@ -168,7 +168,7 @@ def test_reset_classifier_resets_both():
     model.double().reset_classifier(10)
     assert all(not torch.equal(h.fc.weight, w) for h, w in zip((model.head, model.dist_head), before, strict=True))
     assert model(IMAGE.double()).dtype == torch.double
-    assert model.get_classifier() == (model.head.fc, model.dist_head.fc)
+    assert tuple(model.get_classifier()) == (model.head.fc, model.dist_head.fc)
     model.float().reset_classifier(5, "catavgmax")
     assert (model(IMAGE).shape, model.head_hidden_size) == ((2, 5), 256)
     model.reset_classifier(5, "")

@@ -23,7 +23,7 @@ from .test_contract import SMALL
 # The small variant of every family, and timm's hybrids, narrow: one with each activation.
 CASES: dict[str, dict] = {
     **{name: {} for name in foveal.backbones.list_models() if name.startswith("test_foveal_")},
-    **{SMALL[case].name: SMALL[case].arguments for case in ("dinat_s", "isotropic")},
+    **{SMALL[case].name: dict(SMALL[case].arguments, drop_path_rate=0.0) for case in ("dinat_s", "isotropic")},
     "halo26t": dict(width_factor=0.25),
     "sehalo33ts": dict(width_factor=0.25),
 }
@@ -382,7 +382,7 @@ def test_fx_overwrites_no_node(name):
 
 @families
 def test_fx_trains(name):
-    model = create(name, drop_path_rate=0.0).train()
+    model = create(name).train()
     graph = torch.fx.symbolic_trace(model)
     grads = []
     for each in (model, graph):
@@ -419,7 +419,7 @@ def test_fx_features(name):
 
 @families
 def test_gradients_per_sample(name):
-    model = create(name, drop_path_rate=0.0).double()
+    model = create(name).double()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     x, labels = images(3, 3, 64, 64).double(), torch.tensor([1, 2, 3])
@@ -439,7 +439,7 @@ def test_gradients_per_sample(name):
 @families
 def test_forward_mode(name):
     """`jvp` and dual numbers, against the reverse mode."""
-    model = create(name, drop_path_rate=0.0).double()
+    model = create(name).double()
     x, direction = images(1, 3, 64, 64).double(), images(1, 3, 64, 64).double().flip(-1)
     out, tangent = torch.func.jvp(model, (x,), (direction,))
     x.requires_grad_(True)
@@ -449,3 +449,66 @@ def test_forward_mode(name):
     with torch.autograd.forward_ad.dual_level():
         dual = model(torch.autograd.forward_ad.make_dual(x.detach(), direction))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+# ---- TorchScript
+
+
+@families
+@pytest.mark.filterwarnings("ignore")
+def test_the_older_onnx_exporter(name, capfd):
+    """As timm's onnx_export.py calls it: a free batch runs at any batch."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file, axes = create(name), io.BytesIO(), {"image": {0: "batch"}, "logits": {0: "batch"}}
+    names: dict = dict(input_names=["image"], output_names=["logits"], dynamic_axes=axes)
+    torch.onnx.export(model, (IMAGE,), file, dynamo=False, opset_version=17, **names)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = images(batch, *IMAGE.shape[1:])
+        (got,) = session.run(None, {"image": x.numpy()})
+        assert_close(torch.from_numpy(got), model(x))
+
+
+@families
+def test_scripting_is_refused(name):
+    with pytest.raises(NotImplementedError, match=r"torch\.export"):
+        torch.jit.script(create(name))
+
+
+# ---- timm
+
+
+@families
+def test_creation_on_a_device_in_a_dtype(name):
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16, num_classes=5, **CASES[name])
+    tensors = {n: t for n, t in model.state_dict().items() if t.is_floating_point()}
+    assert [n for n, t in tensors.items() if not t.is_meta or t.dtype != torch.bfloat16] == []
+    model = timm.create_model(name, dtype=torch.bfloat16, num_classes=5, **CASES[name])
+    assert model(IMAGE.bfloat16()).dtype == torch.bfloat16
+
+
+@families
+def test_initialization_of_the_classifier(name):
+    """timm's --head-init-scale and --head-init-bias."""
+    model = create(name)
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(0.0)
+    torch.nn.init.constant_(model.get_classifier().bias, -3.0)
+    assert torch.equal(model(IMAGE), torch.full((2, 5), -3.0))
+    assert len(list(model.get_classifier().parameters())) in (2, 4)
+
+
+@families
+def test_a_head_in_place_of_the_own(name):
+    """Pooled features where the head is the classifier, else the map."""
+    model = create(name)
+    classifier = model.get_classifier()
+    if name == "test_foveal_care":
+        model.head = model.dist_head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.num_features, 7))
+    elif classifier is model.head:
+        model.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.num_features, 7))
+    else:
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        model.head = nn.Sequential(*pool, nn.Linear(model.num_features, 7))
+    assert model(IMAGE).shape == (2, 7)
+    assert model.train()(IMAGE).shape == (2, 7)
