@@ -1,11 +1,10 @@
-"""Checkpoints: folders that timm loads, plus the state of the trainer, written so that a kill never costs the old one.
+"""Checkpoints: folders that timm loads, plus the state of the trainer, written so that a kill never loses the old one.
 
-A checkpoint folder holds ``config.json`` and ``model.safetensors`` as ``timm.create_model("local-dir:FOLDER",
-pretrained=True)`` reads them: the weights that were evaluated, so the averaged ones when averaging is on. ``last/``
-also holds ``trainer.pt`` (read with ``weights_only=True``), with averaging the weights being trained in
-``raw.safetensors``, and the ``checksums.json`` of all of them. A folder is written under a temporary name, synced to
-disk and renamed; those before it stand as ``NAME.old``, ``NAME.old2`` ..., where :func:`generations` finds them: as
-many as are to be kept, and one between the two renames.
+A checkpoint folder has ``config.json`` and ``model.safetensors`` for ``timm.create_model("local-dir:FOLDER",
+pretrained=True)``: the evaluated weights, which are the averaged ones with EMA. ``last/`` also has ``trainer.pt`` (read
+with ``weights_only=True``), with EMA the raw weights in ``raw.safetensors``, and ``checksums.json`` of all files. A
+folder is written under a temporary name, synced to disk and renamed; previous ones are kept as ``NAME.old``,
+``NAME.old2`` ..., see :func:`generations`.
 """
 
 import inspect
@@ -35,11 +34,11 @@ CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be read or written; the message is meant for the user."""
+    """A checkpoint cannot be read or written; the message is meant for the user."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose files are not as they were written."""
+    """Files of a checkpoint do not match their checksums."""
 
 
 def _sync(path: Path) -> None:
@@ -51,17 +50,18 @@ def _sync(path: Path) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], keep: int = 1) -> None:
-    """Replaces ``folder`` by what ``fill`` writes, or leaves it as it was.
+    """Replace ``folder`` by the files that ``fill`` writes, or leave it unchanged on failure.
 
     Args:
-        keep: how many stand afterwards: ``folder`` and the newest of those before it.
+        keep: number of folders to keep: ``folder`` and the newest previous ones.
 
     Raises:
-        CheckpointError: nothing could be written (a full disk, say); the temporary folder is gone, the old ones stand.
+        CheckpointError: writing failed (for example a full disk); the temporary folder is removed, the old ones are
+            intact.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         temporary.mkdir(parents=True)
         fill(temporary)
         for file in temporary.iterdir():
@@ -90,7 +90,7 @@ def _older(folder: Path, age: int) -> Path:
 
 
 def generations(folder: Path) -> list[Path]:
-    """``folder`` and what is kept of those before it, the newest first; only what is there."""
+    """``folder`` and the previous ones that exist, newest first."""
     older = folder.parent.glob(f"{folder.name}.old*") if folder.parent.is_dir() else ()
     ages = {path: path.name.removeprefix(f"{folder.name}.old") or "1" for path in older}
     kept = sorted((path for path, age in ages.items() if age.isdigit()), key=lambda path: int(ages[path]))
@@ -98,7 +98,7 @@ def generations(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """``folder``, or the one before it when a kill came between the two renames, or None."""
+    """``folder``, or the previous one if the run was killed between the two renames, or None."""
     return next(iter(generations(folder)), None)
 
 
@@ -107,15 +107,15 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the SHA-256 of every file of ``folder`` beside them."""
+    """Write ``checksums.json`` with the SHA-256 of every file of ``folder``."""
     (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path) -> None:
-    """Compares the files of ``folder`` with what :func:`seal` wrote.
+    """Compare the files of ``folder`` with their checksums.
 
     Raises:
-        DamagedError: a file is missing or is not as it was written; the message names it.
+        DamagedError: a file is missing or damaged; the message names it.
     """
     try:
         written, found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")), _checksums(folder)
@@ -131,7 +131,7 @@ def verify(folder: Path) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], classes: list[str]) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` of ``model`` into an existing folder, in timm's format."""
+    """Write ``config.json`` and ``model.safetensors`` of ``model`` into an existing folder, in timm's format."""
 
     def contiguous(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
         state.update({name: tensor.contiguous() for name, tensor in state.items()})  # channels-last weights are not
@@ -145,17 +145,17 @@ def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], cl
 
 
 def write_epoch(folder: Path, epoch: int) -> None:
-    """Adds to ``config.json`` of a model's folder of which epoch it is."""
+    """Add the epoch to ``config.json`` of a model folder."""
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(content | {"epoch": epoch}, indent=2), encoding="utf-8")
 
 
 def read_epoch(folder: Path) -> int | None:
-    """What :func:`write_epoch` wrote; None where it wrote nothing.
+    """The epoch from :func:`write_epoch`; None if there is none.
 
     Raises:
-        CheckpointError: ``config.json`` can't be read.
+        CheckpointError: ``config.json`` cannot be read.
     """
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("epoch")
@@ -164,18 +164,18 @@ def read_epoch(folder: Path) -> int | None:
 
 
 def save_raw(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the weights being trained beside the averaged ones."""
+    """Write the raw weights, in addition to the averaged ones."""
     safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / RAW)
 
 
 def save_trainer(folder: Path, state: dict[str, Any]) -> None:
-    """Writes the trainer's state: tensors and plain Python values only."""
+    """Write the trainer's state: only tensors and plain Python values."""
     with (folder / TRAINER).open("wb") as file:
         torch.save(state, file)
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What `save_trainer` wrote, of a folder that `verify` found undamaged."""
+    """The state from `save_trainer`, in a folder that has passed `verify`."""
     state = torch.load(folder / TRAINER, map_location="cpu", weights_only=True)
     if state.get("format") != 1:
         raise CheckpointError(f"{folder / TRAINER} is of another version: format {state.get('format')}, not 1")
@@ -183,10 +183,10 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a PyTorch file (no code of which runs), by name.
+    """The tensors of a safetensors or PyTorch file by name, without running code from it.
 
     Raises:
-        CheckpointError: a missing or damaged file, or one that holds something else.
+        CheckpointError: the file is missing or damaged, or has other content.
     """
     try:
         tensors = read_weights(path)
@@ -198,7 +198,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(source: str | Path) -> Path:
-    """The weights file behind a file, a timm folder, or a run folder (its ``best/``)."""
+    """The weights file of a file, a timm folder, or a run folder (its ``best/``)."""
     path = Path(source)
     if path.is_dir():
         for folder in filter(None, (path, newest(path / "best"))):
@@ -227,7 +227,7 @@ def _differences(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
 
 
 def read_exact(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file whose names and shapes must be the model's own.
+    """The tensors of a file, whose names and shapes must equal the model's.
 
     Raises:
         CheckpointError: unreadable, or not of this model.
@@ -240,18 +240,18 @@ def read_exact(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def load_exact(model: nn.Module, path: Path) -> None:
-    """Loads a file whose names and shapes must be the model's own; nothing is loaded unless all of it fits."""
+    """Load a file, whose names and shapes must equal the model's; nothing is loaded unless everything fits."""
     model.load_state_dict(read_exact(model, path))
 
 
 def load_initial(model: nn.Module, source: str | Path) -> list[str]:
-    """Loads weights to start from, in any key format the model family knows; a head of other classes is left out.
+    """Load initial weights, in any key format of the model family, without a classifier for other classes.
 
     Returns:
-        the names of the tensors that keep their initial values: empty, or those of the classifier.
+        The names of the tensors that are not loaded: none, or those of the classifier.
 
     Raises:
-        CheckpointError: unreadable, or not of this model; the model is untouched.
+        CheckpointError: unreadable, or not of this model, which is then unchanged.
     """
     path = find_weights(source)
     tensors = read_tensors(path)

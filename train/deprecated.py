@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate`` of each task's module, which `foveal.train` has for all; they go with the next release."""
+"""Deprecated ``train`` and ``evaluate`` of the tasks, to be removed in the next release: use `foveal.train`."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 def commands(task: str) -> tuple[Callable[..., int], Callable[..., int]]:
-    """``train`` and ``evaluate`` of the module of a task. They return 0, as before; what goes wrong is raised."""
+    """``train`` and ``evaluate`` of a task's module. They return 0, as before; errors are raised."""
     package = import_module("foveal.train")
 
     def warn(name: str) -> None:

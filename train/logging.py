@@ -1,5 +1,4 @@
-"""Where the figures of a run go: the console with its progress bar, metrics.csv, TensorBoard, and the trackers of
-accelerate (MLflow, wandb, ...)."""
+"""Logs of a run: console with progress bar, metrics.csv, TensorBoard, accelerate's trackers (MLflow, wandb, ...)."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     from .task import Row
 
 BAR_SECONDS = 0.5  # between two updates of the progress bar
-TENSORBOARD = "tensorboard"  # written here, not by accelerate: a resumed run takes back what its checkpoint lacks
+TENSORBOARD = "tensorboard"  # written here, not by accelerate: a resumed run removes epochs after its checkpoint
 PROJECT = "foveal"
 BUILT_IN = frozenset(LOGGER_TYPE_TO_CLASS)
 
 
 def accelerate_trackers(names: Sequence[str]) -> list[Any]:
-    """Those of ``log.trackers`` that accelerate is to start.
+    """The trackers in ``log.trackers`` that accelerate starts.
 
     Raises:
         ConfigError: an unknown name, or one that is not installed.
@@ -48,7 +47,7 @@ def accelerate_trackers(names: Sequence[str]) -> list[Any]:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes all rows anew, so that a resumed run leaves neither gaps nor doubles. None becomes an empty field."""
+    """Write all rows, so that a resumed run leaves no gaps or duplicates. None becomes an empty field."""
     if not rows:
         return
     with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
@@ -60,11 +59,11 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 class Logger:
     """The logs of a run: printed lines, a progress bar, and one `log` for the row of an epoch.
 
-    Within `start` the bar is drawn and the trackers run. Files and trackers are written by the main process alone, and
-    what goes wrong there is raised by all.
+    Inside `start` the bar is drawn and the trackers run. Only the main process writes files and trackers; its errors
+    are raised by all.
 
     Args:
-        config: the whole recipe, which trackers are given.
+        config: the recipe, which is passed to the trackers.
     """
 
     def __init__(self, config: Any, accelerator: Accelerator, console: Console):
@@ -95,11 +94,10 @@ class Logger:
         self.print(f"[yellow]warning:[/] {escape(text)}")
 
     def start(self, history: list[Row], completed: int, total: int) -> ExitStack:
-        """Starts bar and trackers for a run of ``total`` updates; the context that is returned ends them.
+        """Start bar and trackers for a run of ``total`` updates; the returned context ends them.
 
         Args:
-            history: the rows of the epochs before, of a run that goes on: a kill may have come before the newest was
-                logged.
+            history: rows of the previous epochs of a resumed run, of which the last may not have been logged.
         """
         with ExitStack() as stack:
             with raised_by_all(self.accelerator):
@@ -118,19 +116,19 @@ class Logger:
             return stack.pop_all()
 
     def describe(self, description: str | None = None, note: str | None = None) -> None:
-        """Changes the words before and behind the bar."""
+        """Change the text before and after the bar."""
         fields: dict[str, Any] = {"description": description, "note": note}
         self._bar.update(self._bar_task, **{key: text for key, text in fields.items() if text is not None})
 
     def progress(self, updates: int, loss: float, images_per_second: float, now: bool) -> None:
-        """Moves the bar; at most twice a second, but for those of ``now``."""
+        """Advance the bar, at most twice a second unless ``now``."""
         if now or time.perf_counter() - self._drawn >= BAR_SECONDS:
             note = f"loss {loss:.3f}  {images_per_second:,.0f} img/s"
             self._bar.update(self._bar_task, completed=updates, note=note)
             self._drawn = time.perf_counter()
 
     def log(self, history: list[Row]) -> None:
-        """Logs the newest row of ``history``, in metrics.csv with all before it."""
+        """Log the newest row of ``history``; metrics.csv gets all rows."""
         write_csv(self.run / "metrics.csv", history)
         self._record(history[-1])
 
@@ -144,8 +142,8 @@ class Logger:
 
 
 class Trackers:
-    """The trackers that accelerate runs. A resumed run continues the trackers' own run, whose ids stand in
-    RUN/trackers.json beside the last epoch that was logged; each epoch is logged once."""
+    """accelerate's trackers. A resumed run continues the trackers' runs, whose ids are in RUN/trackers.json with the
+    last logged epoch; each epoch is logged once."""
 
     def __init__(self, run: Path, accelerator: Accelerator):
         self.run, self.accelerator = run, accelerator
@@ -153,7 +151,7 @@ class Trackers:
         self._known: dict[str, Any] = {}
 
     def start(self, config: Any) -> None:
-        """Starts them on every process."""
+        """Start them on every process."""
         if not self.accelerator.log_with:
             return
         if self.file.is_file():

@@ -1,4 +1,4 @@
-"""Figures of a run: its curves, and held-out images with the predictions of its model."""
+"""Figures of a run: curves, and held-out images with predictions."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,20 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-matplotlib.use("Agg")  # files only, also where there is no display
+matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 from ..files import atomic
 from .scoring import ClassificationScorer, Example
 
-RIGHT, WRONG = "#1b7837", "#b2182b"  # told apart by colour-blind readers too; the symbol says the same
+RIGHT, WRONG = "#1b7837", "#b2182b"  # colour-blind safe; a symbol marks them, too
 COLOURS = [*matplotlib.color_sequences["tab10"], *matplotlib.color_sequences["Dark2"]]
 PLAIN: dict[str, Any] = {"parse_math": False}  # names may have dollar signs
 Found = dict[str, Tensor]
 
 
 def save(figure: Figure, path: Path, title: str | None = None) -> None:
-    """Writes a figure as PNG and closes it."""
+    """Write a figure as PNG and close it."""
     if title:
         figure.suptitle(title, fontsize=11, **PLAIN)
     figure.tight_layout()
@@ -38,8 +38,8 @@ def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[st
     """Loss, metrics and learning rate by epoch, from the rows of ``metrics.csv``.
 
     Args:
-        shown: names of the metrics to draw, with their labels.
-        monitor: the one whose largest value is marked.
+        shown: metrics to draw, with their labels.
+        monitor: the metric whose maximum is marked.
     """
     epochs = [row["epoch"] for row in history]
     scored = [row for row in history if row[monitor] is not None]
@@ -69,7 +69,7 @@ def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[st
 def predictions(
     score: ClassificationScorer, classes: list[str], path: Path, title: str, columns: int = 10, rows: int = 4
 ) -> None:
-    """Held-out images with the predicted class: mistakes first, framed red with a cross; the rest green with a tick."""
+    """Held-out images with the predicted class: mistakes first, in red with a cross, others in green with a tick."""
     size = columns * rows
     wrong = score.wrong[: size // 2]
     examples = wrong + score.right[: size - len(wrong)]
@@ -106,7 +106,7 @@ def _example(axis: Axes, example: Example, classes: list[str], long_names: bool)
 def detections(
     examples: Sequence[tuple[Tensor, Found, Found]], classes: Sequence[str], path: Path, title: str, columns: int = 2
 ) -> None:
-    """Images in pairs, left what is annotated, right what was found, ``columns`` pairs a row."""
+    """Pairs of images, ground truth on the left and detections on the right, ``columns`` pairs per row."""
     rows = -(-len(examples) // columns)
     height = max(image.shape[-2] / image.shape[-1] for image, *_ in examples)
     size = (3.4 * 2 * columns, (3.4 * min(height, 2) + 0.3) * rows + 0.5)
@@ -127,7 +127,7 @@ def detection(image: Tensor, found: Found, classes: Sequence[str], path: Path, n
 
 
 def _objects(axis: Axes, image: Tensor, found: Found, classes: Sequence[str], title: str) -> None:
-    """An image (float ``[C, H, W]`` in [0, 1]) with boxes, class names and, where there are any, scores and masks."""
+    """An image (float ``[C, H, W]`` in [0, 1]) with boxes, class names and, if any, scores and masks."""
     height, width = image.shape[-2:]
     place = {"interpolation": "nearest", "extent": (0, width, height, 0)}  # edges of pixels are integers, as in boxes
     axis.set_axis_on()
@@ -144,7 +144,7 @@ def _objects(axis: Axes, image: Tensor, found: Found, classes: Sequence[str], ti
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[i], linewidth=1.4))
         text = f"{classes[labels[i]]}" + (f" {100 * float(found['scores'][i]):.0f}" if "scores" in found else "")
         tag = {"facecolor": colours[i], "edgecolor": "none", "pad": 1, "alpha": 0.85}
-        side = "top" if y1 < 0.08 * height else "bottom"  # inside the box where there is no room above it
+        side = "top" if y1 < 0.08 * height else "bottom"  # inside the box if there is no room above it
         axis.text(x1, y1, text, fontsize=7, color="white", va=side, bbox=tag, clip_on=True, **PLAIN)
     axis.set(xlim=(0, width), ylim=(height, 0))
 
@@ -153,7 +153,7 @@ def _objects(axis: Axes, image: Tensor, found: Found, classes: Sequence[str], ti
 
 
 def label_colours(classes: int) -> np.ndarray:
-    """uint8 ``[classes, 3]``: the colours of the Pascal VOC masks, which differ most for labels that are close."""
+    """uint8 ``[classes, 3]``: the colours of Pascal VOC's masks, which differ most for neighbouring labels."""
     labels = np.arange(classes)[:, None]
     colours = np.zeros((classes, 3), int)
     for bit in range(8):  # three bits of the label at a time, the lowest to the highest bit of red, green, blue
@@ -164,7 +164,7 @@ def label_colours(classes: int) -> np.ndarray:
 def segmentations(
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: list[str], path: Path, title: str
 ) -> None:
-    """Held-out images, each beside its true and its predicted classes, with a legend of those that occur.
+    """Held-out images with their true and predicted classes, and a legend of the classes that occur.
 
     Args:
         examples: image uint8 ``[H, W, 1 or 3]``, truth and prediction ``[H, W]``; truth 255 (no class) is white.

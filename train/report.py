@@ -1,7 +1,7 @@
-"""``foveal report``: a run in one HTML file that opens anywhere, offline, without scripts.
+"""``foveal report``: a run in one HTML file, offline and without scripts.
 
-Everything is read from the run folder, so that a report can be made of a run that is still going on, or of an old one.
-The page is the template report.html; here is what fills it.
+Everything is read from the run folder, so reports work for running and for old runs. The page is the template
+report.html; this file fills it.
 """
 
 import base64
@@ -56,23 +56,23 @@ HEADLINES = {
     "seconds": "seconds",
     "images_per_second": "images/s at best",
 }
-LARGEST_MATRIX = 20  # classes; of more, only the most frequent mistakes are shown
+LARGEST_MATRIX = 20  # classes; for more, only the most frequent mistakes are shown
 LISTED = 50  # rows of a long table
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 190, 46, 10, 10, 24  # of a chart and its margins
 
 
 def write(run: str | Path) -> Path:
-    """Writes RUN/report.html of what the run folder holds; its path.
+    """Write RUN/report.html from the content of the run folder; returns its path.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: not a run folder.
 
     Examples:
         >>> from pathlib import Path
         >>> from foveal.train.report import write
         >>> Path("run").mkdir()
         >>> _ = Path("run/config.yaml").write_text("model: {name: nat_mini}")
-        >>> write("run").name  # of what there is so far
+        >>> write("run").name
         'report.html'
     """
     run = Path(run)
@@ -117,7 +117,7 @@ def _table(path: Path) -> list[Row]:
 
 
 def _number(value: Any) -> str:
-    """A figure as a reader wants it: thousands apart, four digits that count."""
+    """Format a number with thousands separators and four significant digits."""
     if value is None or value == "":
         return "-"
     try:
@@ -141,7 +141,7 @@ def _words(value: Any) -> str:
 
 
 def _lines(history: Sequence[Row], columns: dict[str, str]) -> dict[str, Points]:
-    """The finite values of columns by epoch, under their labels; only those that have any."""
+    """The finite values of columns by epoch, by label; without empty ones."""
     lines = {}
     for name, label in columns.items():
         points = [(float(row["epoch"]), float(row[name])) for row in history if row.get(name)]
@@ -150,7 +150,7 @@ def _lines(history: Sequence[Row], columns: dict[str, str]) -> dict[str, Points]
 
 
 def _chart(title: str, lines: dict[str, Points]) -> dict[str, Any]:
-    """Ticks and curves at their places in pixels, each point with a text."""
+    """Ticks and curves in pixel coordinates, each point with a text."""
     x_low, x_high = _range([x for points in lines.values() for x, _ in points])
     y_low, y_high = _range([y for points in lines.values() for _, y in points])
 
@@ -177,7 +177,7 @@ def _chart(title: str, lines: dict[str, Points]) -> dict[str, Any]:
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """The least and the largest, apart from each other."""
+    """Minimum and maximum, which differ."""
     low, high = min(values), max(values)
     if high - low < 1e-12 * max(abs(high), 1e-300):
         margin = 0.5 * (abs(low) or 1)
@@ -186,7 +186,7 @@ def _range(values: list[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Two to six round values from ``low`` to ``high``."""
+    """Two to six round values between ``low`` and ``high``."""
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
     slack = 1e-9 * (high - low)
     return [float(tick) for tick in ticks if low - slack <= tick <= high + slack]
@@ -202,7 +202,7 @@ def _tick(value: float) -> str:
 
 
 def _picture(run: Path) -> dict[str, str] | None:
-    """The predictions of the best epoch, or of the last one so far."""
+    """The predictions of the best epoch, or of the latest one."""
     found = [path for path in (run / "predictions.png",) if path.is_file()] or sorted((run / "pictures").glob("*.png"))
     return {"name": found[-1].name, "code": base64.b64encode(found[-1].read_bytes()).decode()} if found else None
 
@@ -218,7 +218,7 @@ def _precision(summary: dict[str, Any]) -> list[list[Any]]:
 
 
 def _classes(run: Path) -> dict[str, Any]:
-    """The figures of each class; the worst ones alone, where there are more than can be looked at."""
+    """The scores of each class; only the worst ones if there are many."""
     rows = _table(run / "classes.csv")
     head = list(rows[0]) if rows else []
     figure = head[2] if head else ""
@@ -229,7 +229,7 @@ def _classes(run: Path) -> dict[str, Any]:
 
 
 def _confusion(run: Path) -> dict[str, Any]:
-    """The matrix of true and predicted classes where they are few, and the most frequent mistakes."""
+    """The confusion matrix for few classes, and the most frequent mistakes."""
     counts = {(row["class"], row["predicted"]): int(row["count"]) for row in _table(run / "confusion.csv")}
     classes = [row["class"] for row in _table(run / "classes.csv")]
     small = bool(counts) and len(classes) <= LARGEST_MATRIX

@@ -1,7 +1,7 @@
 """Scores on held-out images: every image counts once, whatever the number of processes.
 
-A scorer collects predictions batch by batch; `Scorer.run` feeds it a whole loader. `ClassificationScorer` and
-`SegmentationScorer` are here, that of detection in `detection_metrics`.
+A scorer collects predictions batch by batch; `Scorer.run` runs it on a loader. `ClassificationScorer` and
+`SegmentationScorer` are here, the one for detection in `detection_metrics`.
 """
 
 import csv
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from ..files import atomic
 from .data import IGNORE, DataError
 
-Metrics = dict[str, Any]  # floats, or None where there is nothing to measure
+Metrics = dict[str, Any]  # floats, or None if there is nothing to measure
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
-    """The precision of ``train.amp`` for evaluation; the same in a run and after it."""
+    """The precision of ``train.amp`` for evaluation, the same during and after a run."""
     if amp == "no":
         return nullcontext()
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
@@ -48,13 +48,13 @@ class Scorer(ABC):
 
     @abstractmethod
     def add(self, batch: Any, predictions: Any) -> int:
-        """Takes the predictions for a batch; returns its number of images."""
+        """Add the predictions of a batch; returns its number of images."""
 
     @abstractmethod
     def compute(self) -> Metrics:
         """The metrics over all processes; a collective."""
 
-    @torch.no_grad()  # not inference_mode: the training that follows uses what is cached here (anchors, index plans)
+    @torch.no_grad()  # not inference_mode: tensors that are cached here (anchors, index plans) are used in training
     def run(
         self,
         model: nn.Module,
@@ -62,7 +62,7 @@ class Scorer(ABC):
         predict: Callable[[nn.Module, Any], Any],
         on_batch: Callable[[int], None] | None = None,
     ) -> "Scorer":
-        """Scores ``model`` on ``batches``, this process's share of the images.
+        """Score ``model`` on ``batches``, this process's share of the images.
 
         Args:
             batches: tuples, the images first.
@@ -101,7 +101,7 @@ class ClassificationScorer(Scorer):
         num_classes: width of the logits.
         keep: how many right and how many wrong examples of this process to keep for a figure; with any, ``confusion``
             counts (class, predicted) pairs over all processes.
-        undo: normalised images to uint8 ``[B, C, H, W]`` on the CPU, for the examples.
+        undo: normalized images to uint8 ``[B, C, H, W]`` on the CPU, for the examples.
     """
 
     def __init__(self, num_classes: int, keep: int = 0, undo: Callable[[Tensor], Tensor] = Tensor.byte):
@@ -194,7 +194,7 @@ class SegmentationScorer(Scorer):
 
 
 def write_confusion(run: Path, classes: Sequence[str], confusion: dict[tuple[int, int], int]) -> None:
-    """Writes RUN/confusion.csv, the number of images by class and predicted class, and RUN/classes.csv, the number of
+    """Write RUN/confusion.csv, the number of images by class and predicted class, and RUN/classes.csv, the number of
     images of each class with recall and precision in percent."""
     true, named, hits = Counter(), Counter(), Counter()
     for (target, predicted), count in confusion.items():
@@ -214,6 +214,6 @@ def write_confusion(run: Path, classes: Sequence[str], confusion: dict[tuple[int
 
 
 def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a CSV file, None as an empty field."""
+    """Write a CSV file, None as an empty field."""
     with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *rows])

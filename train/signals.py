@@ -1,4 +1,4 @@
-"""Stopping a run by Ctrl-C or SIGTERM, at an update."""
+"""Stop a run by Ctrl-C or SIGTERM between two updates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import Interrupted
 
 
 class StopSignals:
-    """Remembers Ctrl-C and SIGTERM so that the loop can stop at an update; a second Ctrl-C stops at once."""
+    """Records Ctrl-C and SIGTERM so that the loop can stop after an update; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python only delivers signals there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._remember)
         return self

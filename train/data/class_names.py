@@ -1,4 +1,4 @@
-"""The classes of published data sets, in the order of their labels."""
+"""The classes of published datasets, in the order of their labels."""
 
 from torchvision import datasets
 

@@ -1,17 +1,17 @@
-"""Composites: cut-outs with exact masks on real photographs, written as COCO JSON and as semantic maps.
+"""Composites: cut-outs with exact masks pasted into photos, written as COCO JSON and as semantic maps.
 
-:func:`write_composites` puts real handwritten digits (the 1,797 of scikit-learn, 8x8 pixels in 17 grey levels,
-enlarged) on the photographs that scikit-learn and scikit-image carry in their wheels; :func:`write_tuxpaint` puts the
-stamps of Tux Paint on its template photographs. Either writes::
+:func:`write_composites` pastes handwritten digits (the 1,797 of scikit-learn, 8x8 pixels in 17 grey levels, enlarged)
+into the photos of scikit-learn and scikit-image; :func:`write_tuxpaint` pastes the stamps of Tux Paint into its
+template photos. Both write::
 
     ROOT/annotations/instances_train.json   COCO: boxes, masks (run lengths), areas      and instances_val.json
     ROOT/train/000000.jpg                   the composites                               and val/
     ROOT/semantic/train/000000.png          class of each pixel: 0 background, 1 .. 10   and semantic/val/
-    ROOT/manifest.json                      what was asked for, counts, versions; written last
+    ROOT/manifest.json                      options, counts, versions; written last
 
-Training and held-out composites share neither a cut-out nor a photograph. A later cut-out covers earlier ones, but none
-is put where it would leave too little of another to be seen: what shows in an image is annotated. An image depends on
-the seed, its split and its number alone, not on how many are written.
+Training and held-out composites share no cut-outs or photos. Later cut-outs cover earlier ones, but a minimum of each
+stays visible: everything visible is annotated. An image depends only on the seed, its split and its number, not on how
+many are written.
 """
 
 import itertools
@@ -31,13 +31,13 @@ from .class_names import DIGITS
 from .guard import DataError
 from .memory import load_digits
 
-VERSION = 1  # of what is drawn; a folder of another version is not taken for this one
+VERSION = 1  # of the drawing; a folder of another version is not reused
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
 MIN_VISIBLE = 0.8  # of a cut-out's pixels, after all others are placed
 ATTEMPTS = 20  # places tried for a cut-out before it is left out
 
-# Photographs by split; pictures of writing and of coins, which are close to digits, are left out.
+# Photos by split, without those of writing and of coins, which resemble digits.
 PHOTOGRAPHS = {
     "train": (
         *("china.jpg", "astronaut.png", "brick.png", "camera.png", "coffee.png", "grass.png", "hubble_deep_field.jpg"),
@@ -89,9 +89,9 @@ class Composite:
         return semantic
 
 
-# Draws a cut-out for a composite; it sees the background, float [H, W, 3] in 0..255, to stand out from it.
+# Draws a cut-out for a composite, given the background, float [H, W, 3] in 0..255, to contrast with it.
 Draw = Callable[[np.random.Generator, np.ndarray], CutOut]
-Sources = dict[str, tuple[list[np.ndarray], Draw]]  # by split: photographs, and what is put on them
+Sources = dict[str, tuple[list[np.ndarray], Draw]]  # by split: photos and cut-outs
 
 
 def compose(
@@ -126,8 +126,8 @@ def compose(
 
 
 def _background(photograph: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """A square of the photograph, from half of ``size`` pixels up to its short side, brought to ``size``, mirrored half
-    the time, its colours exchanged and each made up to 40 % stronger or weaker: the photographs are few."""
+    """A random square of the photo, from half of ``size`` pixels up to its short side, resized to ``size``, flipped
+    with probability 0.5, with permuted colour channels scaled by up to 40 %, since there are few photos."""
     short = min(photograph.shape[:2])
     side = random.integers(min(size // 2, short), short + 1)
     top, left = (random.integers(0, length - side + 1) for length in photograph.shape[:2])
@@ -143,7 +143,7 @@ def _luminance(rgb: np.ndarray) -> np.ndarray:
 
 
 def digit_cut_outs(images: np.ndarray, labels: np.ndarray) -> Draw:
-    """Draws enlarged digits, a quarter to 45 % of a composite high, turned by up to 12 degrees.
+    """Draw enlarged digits, 25 to 45 % of a composite high, rotated by up to 12 degrees.
 
     Args:
         images: uint8 ``[N, 8, 8]``, ink on 0.
@@ -162,7 +162,7 @@ def digit_cut_outs(images: np.ndarray, labels: np.ndarray) -> Draw:
         turned = enlarged.rotate(random.uniform(-12, 12), bicubic, expand=True)
         # a sharper edge than that of the enlarged pixels
         alpha = np.clip((np.asarray(turned, np.float64) / 255 - 0.25) / 0.4, 0, 1)
-        # of six colours the one that differs most from the background
+        # the one of six colours that differs most from the background
         colours = random.uniform(0, 255, (6, 3))
         colour = colours[np.argmax(np.abs(_luminance(colours) - _luminance(background).mean()))]
         return CutOut(np.broadcast_to(colour, (*alpha.shape, 3)), alpha, int(labels[index]) + 1)
@@ -171,8 +171,8 @@ def digit_cut_outs(images: np.ndarray, labels: np.ndarray) -> Draw:
 
 
 def stamp_cut_outs(stamps: Sequence[tuple[Path, int]]) -> Draw:
-    """Draws stamps, the long side a quarter to six tenths of a composite, turned by up to 15 degrees, mirrored half the
-    time; every category equally often.
+    """Draw stamps, the long side 25 to 60 % of a composite, rotated by up to 15 degrees, flipped with probability 0.5;
+    every category equally often.
 
     Args:
         stamps: image files with alpha, and their categories.
@@ -187,7 +187,7 @@ def stamp_cut_outs(stamps: Sequence[tuple[Path, int]]) -> Draw:
         path = by_category[category][random.integers(len(by_category[category]))]
         if path not in cache:
             with Image.open(path) as file:
-                stamp = file.convert("RGBA").convert("RGBa")  # colours times alpha: what is clear has none to give
+                stamp = file.convert("RGBA").convert("RGBa")  # premultiplied alpha: transparent pixels have no colour
             stamp = stamp.crop(stamp.getchannel("a").getbbox())
             stamp.thumbnail((512, 512), Image.Resampling.BOX)
             cache[path] = stamp
@@ -213,7 +213,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def annotate(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's account of a mask ``[H, W]`` that is not empty: the box is left, top, width, height in pixels."""
+    """COCO's annotation of a non-empty mask ``[H, W]``: the box is left, top, width, height in pixels."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
     return {
@@ -225,16 +225,16 @@ def annotate(mask: np.ndarray) -> dict[str, Any]:
 
 
 def write_composites(root: Path, train_images: int, val_images: int, size: int, seed: int = 0) -> Path:
-    """Writes composites of handwritten digits to ``root``, which it returns, unless they are there; a fifth of the
-    digits is held out.
+    """Write composites of handwritten digits to ``root``, unless they exist, and return it; a fifth of the digits is
+    held out.
 
     Args:
-        train_images, val_images: how many composites.
-        size: their side in pixels.
-        seed: other seeds give other composites of the same digits and photographs.
+        train_images, val_images: number of composites.
+        size: side in pixels.
+        seed: other seeds give other composites of the same digits and photos.
 
     Raises:
-        DataError: ``root`` holds something else.
+        DataError: ``root`` has other content.
         ImportError: scikit-image is not installed.
     """
 
@@ -248,15 +248,15 @@ def write_composites(root: Path, train_images: int, val_images: int, size: int, 
 def write_tuxpaint(
     source: Path, root: Path, train_images: int = 3000, val_images: int = 300, size: int = 160, seed: int = 0
 ) -> None:
-    """Writes composites of Tux Paint's stamps to ``root``, unless they are there; a quarter of each class is held out.
+    """Write composites of Tux Paint's stamps to ``root``, unless they exist; a quarter of each class is held out.
 
     Args:
-        source: the folder into which Debian's packages ``tuxpaint-stamps-default`` and ``tuxpaint-data`` (GPL-2) were
-            unpacked, the one with ``usr``.
+        source: the folder with ``usr`` into which Debian's packages ``tuxpaint-stamps-default`` and ``tuxpaint-data``
+            (GPL-2) were unpacked.
         root, train_images, val_images, size, seed: as for :func:`write_composites`.
 
     Raises:
-        DataError: ``root`` holds something else, or ``source`` does not hold the packages.
+        DataError: ``root`` has other content, or ``source`` lacks the packages.
     """
     asked = _ask("tuxpaint", train_images, val_images, size, seed)
     _write(root, asked, tuple(TUXPAINT), (1, 4), lambda: _tuxpaint_sources(source))
@@ -272,7 +272,7 @@ def _ask(kind: str, train_images: int, val_images: int, size: int, seed: int) ->
 
 
 def _photographs(split: str) -> list[np.ndarray]:
-    """From the files themselves: the packages' functions would fetch what an installation lacks."""
+    """Read the files directly: the packages' functions would download missing ones."""
     import skimage
     import sklearn.datasets
 
@@ -325,16 +325,16 @@ def _write(
         try:
             folder.rename(root)
         except OSError:
-            if not _complete(root, asked):  # another process has not written the same meanwhile
+            if not _complete(root, asked):  # unless another process has written the same meanwhile
                 raise
     return root
 
 
 def _complete(root: Path, asked: dict[str, Any]) -> bool:
-    """Whether ``root`` holds what is asked for; False when it is not there or empty.
+    """Whether ``root`` has the requested composites; False if it is missing or empty.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it has other content.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -358,7 +358,7 @@ def _composites(
 
 
 def _write_split(folder: Path, split: str, composites: Iterable[Composite], classes: Sequence[str]) -> int:
-    """Writes one split and returns its number of objects."""
+    """Write one split and return its number of objects."""
     images, semantic = folder / split, folder / "semantic" / split
     instances = folder / "annotations" / f"instances_{split}.json"
     for each in (images, semantic, instances.parent):

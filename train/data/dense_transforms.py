@@ -1,7 +1,7 @@
-"""Training-time augmentation of images with boxes or masks: torchvision's v2 transforms, and what they lack.
+"""Augmentation of images with boxes or masks, for detection and segmentation: torchvision's v2 transforms and others.
 
-Detection and segmentation share this file. A transform takes a dictionary with ``image`` and ``boxes``, ``labels``,
-``masks`` or ``mask`` as tv_tensors, and draws from PyTorch's CPU generator alone.
+A transform takes a dictionary with ``image`` and ``boxes``, ``labels``, ``masks`` or ``mask`` as tv_tensors, and only
+uses PyTorch's CPU generator.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ IGNORE = 255  # a pixel without a class
 
 
 class SemanticMask(tv_tensors.Mask):
-    """A mask that is resized as its image is, by the nearest of pixel centres.
+    """A mask that is resized with ``nearest-exact``, aligned with its image.
 
-    torchvision's own, which instances have, is resized by corners and moves by up to half a pixel. Its Mask R-CNN
-    makes up for that: with masks that stay in place, `detect/digits` loses 12 points of mask AP.
+    torchvision's own class, used for instances, resizes with ``nearest`` and shifts by up to half a pixel. Its Mask
+    R-CNN compensates for that: with aligned masks, `detect/digits` loses 12 points of mask AP.
     """
 
 
@@ -36,11 +36,11 @@ def _resize_mask(mask: SemanticMask, size: list[int], max_size: int | None = Non
 
 
 class RandomScale(v2.Transform):
-    """Resizes by a random factor of a base size.
+    """Resize by a random factor of a base size.
 
     Args:
-        base: long and short side to fit in, the aspect is kept; None: the image's own size.
-        ratio: least and largest factor.
+        base: limits of the long and the short side, the aspect ratio is kept; None: the image's size.
+        ratio: minimum and maximum factor.
     """
 
     def __init__(self, base: Sequence[int] | None, ratio: Sequence[float], antialias: bool):
@@ -56,14 +56,14 @@ class RandomScale(v2.Transform):
 
 
 class RandomCrop(v2.Transform):
-    """A crop of ``size`` (rows, columns), or of as much as there is, at a random place."""
+    """A random crop of ``size`` (rows, columns), or less if the image is smaller."""
 
     def __init__(self, size: Sequence[int]):
         super().__init__()
         self.size = size
 
     def draw_size(self, size: Sequence[int]) -> list[int]:
-        """Rows and columns of the crop of an image of ``size``."""
+        """Rows and columns of the crop for an image of ``size``."""
         return [min(most, side) for most, side in zip(self.size, size, strict=True)]
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
@@ -77,8 +77,8 @@ class RandomCrop(v2.Transform):
 
 
 class RandomSizeCrop(RandomCrop):
-    """A crop whose sides are drawn between two lengths, independently, and never beyond the image (DETR, arXiv
-    2005.12872, appendix A.4)."""
+    """A crop with independent random sides between two lengths, limited by the image (DETR, arXiv 2005.12872, appendix
+    A.4)."""
 
     def draw_size(self, size: Sequence[int]) -> list[int]:
         least, most = self.size
@@ -86,7 +86,7 @@ class RandomSizeCrop(RandomCrop):
 
 
 class BalancedCrop(RandomCrop):
-    """A random crop in which no class covers ``max_ratio`` of what is labelled, else the tenth that was tried."""
+    """A random crop in which no class covers ``max_ratio`` of the labelled pixels, or the tenth attempt."""
 
     def __init__(self, size: Sequence[int], max_ratio: float):
         super().__init__(size)
@@ -105,8 +105,7 @@ class BalancedCrop(RandomCrop):
 
 
 class PadTo(v2.Transform):
-    """Adds rows and columns at the bottom and the right, up to a size: of ``fill`` (0..255 by channel) to images, of
-    255 to masks."""
+    """Pad at the bottom and the right to a size: images with ``fill`` (0..255 per channel), masks with 255."""
 
     def __init__(self, size: Sequence[int], fill: Sequence[float]):
         super().__init__()
@@ -122,8 +121,8 @@ class PadTo(v2.Transform):
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's photometric distortion of SSD (arXiv 1512.02325) without swapped channels, and with the range of
-    hues that segmentation recipes have."""
+    """torchvision's photometric distortion of SSD (arXiv 1512.02325) without channel permutation, with the hue range of
+    segmentation recipes."""
 
     def __init__(self):
         super().__init__(hue=(-0.1, 0.1))
@@ -133,13 +132,12 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
 
 
 def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
-    """Flip, then a random size, or with ``crop_prob`` a size, a crop and a size again, or with ``scale_jitter`` a size
-    from far below to far above what fits (large-scale jittering, arXiv 2012.07177); then the last crop and new colours.
-    Images smaller than the crop are padded in their batch. Sizes are interpolated without antialiasing, as the
-    detectors do it in evaluation.
+    """Flip, then resize: to a random size, with ``crop_prob`` resize, crop and resize again, or with ``scale_jitter``
+    large-scale jittering (arXiv 2012.07177); then the final crop and photometric distortion. Images smaller than the
+    crop are padded in their batch. Resizing is not antialiased, as in the detectors' evaluation.
 
     Raises:
-        DataError: sizes that contradict each other.
+        DataError: inconsistent sizes.
     """
     last: list[v2.Transform] = [RandomCrop(config.final_crop_size)] if config.final_crop_size is not None else []
     if config.photometric:
@@ -151,7 +149,7 @@ def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
             _detection_resize(config),
             *last,
             v2.ClampBoundingBoxes(),
-            v2.SanitizeBoundingBoxes(min_size=1.0),  # boxes of which the crop has left nothing
+            v2.SanitizeBoundingBoxes(min_size=1.0),  # boxes that the crop has removed
         ]
     )
 
@@ -187,7 +185,7 @@ def segmentation_transform(config: SegmentAugmentConfig, fill: Sequence[float], 
     """Random resize, crop, flip and photometric distortion, then padding to the size of the crop.
 
     Args:
-        fill: of each channel, 0..255, where the crop lies beyond the image; the mask has 255 there.
+        fill: padding per channel, 0..255; the mask is padded with 255.
     """
     return v2.Compose(
         [

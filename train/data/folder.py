@@ -1,4 +1,4 @@
-"""Image files with a folder for each class."""
+"""Image files in one folder per class."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .index import ClassificationIndex, encode_paths
 
 
 def scan_folder(root: Path, split: str) -> list[str]:
-    """The class names below ``root/split``, sorted; every one must hold an image somewhere.
+    """The class names below ``root/split``, sorted; every class must have an image.
 
     Raises:
         DataError: the folder is missing, has no classes, or a class has no images.
@@ -54,8 +54,6 @@ def read_folder(root: Path, split: str, classes: Sequence[str]) -> Classificatio
     samples = ReaderImageFolder(str(root / split), class_map=numbers).samples
     nested = set(present) - {classes[label] for _, label in samples}
     if nested:
-        raise DataError(
-            f"{root / split}: images must lie directly in their class folder, not so: {sorted(nested)[:10]}"
-        )
+        raise DataError(f"{root / split}: images must lie directly in their class folder, got {sorted(nested)[:10]}")
     paths, labels = zip(*samples, strict=True)
     return ClassificationIndex(paths=encode_paths(paths), label=np.array(labels, np.int64))

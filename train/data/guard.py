@@ -1,4 +1,4 @@
-"""What can be wrong with data: the error that users see, and the lists of what could not be used."""
+"""Errors of data, and reports of unusable samples."""
 
 import csv
 from collections import Counter
@@ -13,17 +13,17 @@ from ...files import atomic
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message is meant for the user."""
+    """Data cannot be used; the message is meant for the user."""
 
 
 def printable(name: str) -> str:
-    """A file name that a terminal can show: bytes that are not UTF-8 are escaped."""
+    """A printable file name: bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
 class Report:
-    """What a reader could not use, or not as it is: rows of (sample, entry, reason).
+    """Entries that a reader skipped or changed: rows of (sample, entry, reason).
 
     Args:
         source: the file that was read.
@@ -46,13 +46,12 @@ class Report:
 
 
 class BadSamples:
-    """Counts the unreadable samples of each epoch, keeps their names and reasons, and raises if there are too many.
+    """Counts the unreadable samples of each epoch, stores names and reasons, and raises if there are too many.
 
-    A sample that cannot be decoded is skipped: in training the next readable one takes its place; the evaluation goes
-    without it (``n`` shows that).
+    In training an unreadable sample is replaced by the next readable one; in evaluation it is skipped (see ``n``).
 
     Args:
-        limit: the share of an epoch's samples that may be unreadable.
+        limit: allowed fraction of unreadable samples per epoch.
     """
 
     def __init__(self, limit: float):
@@ -63,14 +62,14 @@ class BadSamples:
         self._size = 1
 
     def start(self, size: int) -> None:
-        """Begins a pass over ``size`` samples."""
+        """Start a pass over ``size`` samples."""
         self._epoch, self._size = set(), size
 
     def add(self, found: Iterable[tuple[str, str]]) -> None:
-        """Adds (name, reason) pairs.
+        """Add (name, reason) pairs.
 
         Raises:
-            DataError: more than ``limit`` of this pass could not be read; names the first of them.
+            DataError: more than ``limit`` of this pass are unreadable; the message names the first ones.
         """
         for name, reason in found:
             self.names[name] = reason
@@ -83,18 +82,18 @@ class BadSamples:
             )
 
     def merge(self, names: dict[str, str]) -> None:
-        """Adds the names found by another process."""
+        """Add the names from another process."""
         self.names.update(names)
 
     def read(self, path: Path) -> None:
-        """Adds what :meth:`write` wrote to ``path``, if it exists."""
+        """Add the rows of a file of :meth:`write`, if it exists."""
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self.names.update({row["sample"]: row["reason"] for row in csv.DictReader(file)})
 
     def write(self, path: Path) -> None:
-        """Writes the unreadable samples to ``path``, and what annotation files held that could not be used to
-        ``bad_annotations.csv`` beside it; no file for an empty list."""
+        """Write the unreadable samples to ``path``, and the unusable annotations to ``bad_annotations.csv`` in the same
+        folder; no file for an empty list."""
         _write_csv(path, ("sample", "reason"), sorted(self.names.items()))
         rows = [(report.source, *row) for report in self.reports for row in report.rows]
         _write_csv(path.with_name("bad_annotations.csv"), ("file", "image", "annotation", "reason"), rows)
@@ -110,9 +109,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 
 
 class Excluded:
-    """Names of samples to leave out, from a ``bad_samples.csv`` (its first column) or a list with a name on each line.
+    """Names of samples to exclude, from a ``bad_samples.csv`` (its first column) or a list with one name per line.
 
-    A name is a path, or for shards ``SHARD:KEY``, as reports have it or relative to the folder of the data.
+    A name is a path, or ``SHARD:KEY`` for shards, as in reports or relative to the data folder.
     """
 
     def __init__(self, names: Iterable[str] = ()):
@@ -140,7 +139,7 @@ class Excluded:
         return bool(self.names)
 
     def holds(self, *names: str) -> bool:
-        """Whether one of a sample's ``names`` is to be left out; counts those that are."""
+        """Whether one of a sample's ``names`` is excluded; counts excluded samples."""
         found = any(name in self.names for name in names)
         self.count += found
         return found

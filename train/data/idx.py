@@ -1,4 +1,4 @@
-"""The IDX files of MNIST and its kin (http://yann.lecun.com/exdb/mnist), plain or gzipped.
+"""IDX files of MNIST and similar datasets (http://yann.lecun.com/exdb/mnist), plain or gzipped.
 
 A file is a big-endian header (two zero bytes, a type code, the number of dimensions, then each dimension as uint32)
 followed by the values, last dimension fastest. Fashion-MNIST (Xiao et al., arXiv 1708.07747, MIT licence) comes as four
@@ -14,18 +14,18 @@ import numpy as np
 
 from .guard import DataError
 
-UINT8 = 0x08  # the type code of unsigned bytes, the only one these data sets use
+UINT8 = 0x08  # type code of unsigned bytes, the only one in these datasets
 SPLITS = {"train": "train", "val": "t10k"}
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Reads an IDX file of bytes with ``ndim`` dimensions.
+    """Read an IDX file of bytes with ``ndim`` dimensions.
 
     Returns:
         uint8 array of the shape in the header.
 
     Raises:
-        DataError: wrong magic number, or not as many values as the header says.
+        DataError: wrong magic number, or wrong number of values.
     """
     try:
         opener = gzip.open if path.suffix == ".gz" else open
@@ -60,7 +60,7 @@ def read_split(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images ``[N, rows, columns]`` and labels ``[N]``, both uint8, of a split (``train`` or ``val``).
 
     Raises:
-        DataError: a missing or damaged file, or not as many labels as images.
+        DataError: a file is missing or damaged, or the numbers of labels and images differ.
     """
     if split not in SPLITS:
         raise DataError(f"IDX files have the splits {', '.join(SPLITS)}, not {split!r}")

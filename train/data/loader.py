@@ -1,4 +1,4 @@
-"""From datasets to batches on the device: read in worker processes, each sample by its epoch and number."""
+"""From datasets to batches on the device, read in worker processes by epoch and index."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -33,13 +33,13 @@ class SegmentationBatch(NamedTuple):
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a worker that obeyed it would break the run it should only stop."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the trainer stops the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(stack: Callable[[list], Any], items: list[Item]) -> tuple[Any, Found, DataError | None]:
-    """What ``stack`` makes of the readable samples (None if there are none); the unreadable; an error to raise."""
+    """(stacked readable samples or None, unreadable samples, error to raise or None)."""
     found = [pair for _, pairs in items for pair in pairs]
     error = next((sample for sample, _ in items if isinstance(sample, DataError)), None)
     samples = [sample for sample, _ in items if sample is not None]
@@ -47,13 +47,13 @@ def _collate(stack: Callable[[list], Any], items: list[Item]) -> tuple[Any, Foun
 
 
 class Loader(Ordered):
-    """Batches of a dataset; a subclass stacks samples and moves them.
+    """Batches of a dataset; subclasses stack samples and move them to the device.
 
     Args:
-        order: batches of numbers into ``dataset``, which is asked for pairs (epoch, number).
-        device: where batches go.
-        bad: where unreadable samples are listed.
-        workers: processes that read.
+        order: batches of indices; ``dataset`` is indexed with pairs (epoch, index).
+        device: of the batches.
+        bad: list of the unreadable samples.
+        workers: number of reading processes.
     """
 
     def __init__(self, dataset: Dataset, order: EpochOrder, device: torch.device, bad: BadSamples, workers: int):
@@ -63,7 +63,7 @@ class Loader(Ordered):
             collate_fn=partial(_collate, self.stack),
             worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=device.type == "cuda",
-            # its own: from the global one each new iterator would draw, a resumed one too
+            # its own generator: iterators would draw from the global one, also after resuming
             generator=torch.Generator(),
         )
 
@@ -74,7 +74,7 @@ class Loader(Ordered):
         )
 
     def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
-        """What `_collate` made of the batches of an epoch from the ``start``-th on."""
+        """Results of `_collate` for the batches of an epoch from the ``start``-th on."""
         self.order.set(epoch, start)
         yield from self.loader
 
@@ -87,7 +87,7 @@ class Loader(Ordered):
         self.bad.start(-(-self.samples // self.order.world))
         for samples, found, error in self._read(epoch, start):
             if error is not None:
-                # a new one: `error` would keep this frame alive, and with it the workers beyond the end of the program
+                # a new exception: `error` would keep this frame, and so the workers, alive
                 raise DataError(str(error))
             self.bad.add(found)
             if samples is not None:
@@ -97,11 +97,11 @@ class Loader(Ordered):
 
     @staticmethod
     def stack(samples: list[Any]) -> Any:
-        """Puts samples together, in the process that read them."""
+        """Stack samples, in the worker process."""
         raise NotImplementedError
 
     def finish(self, samples: Any) -> Iterator[Any]:
-        """Yields what `stack` made as one or several batches on the device."""
+        """Yield the output of `stack` as one or several batches on the device."""
         raise NotImplementedError
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Loader(Ordered):
 
 
 class ClassificationLoader(Loader):
-    """Batches of classified images, normalised on the device."""
+    """Batches of classified images, normalized on the device."""
 
     def __init__(
         self, dataset: Dataset, num_classes: int, order: EpochOrder, normalize: Normalize, bad: BadSamples, workers: int
@@ -129,7 +129,7 @@ class ClassificationLoader(Loader):
 
 
 class StreamLoader(ClassificationLoader):
-    """The same from shards that are streamed, where the order of batches only counts them."""
+    """The same for streamed shards, where ``order`` only counts the batches."""
 
     dataset: StreamedImages
 
@@ -137,7 +137,7 @@ class StreamLoader(ClassificationLoader):
         return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
 
     def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
-        """In training as many batches as the epoch has left, newly drawn, all of them full.
+        """In training, the remaining number of batches of the epoch, newly drawn and all full.
 
         Raises:
             DataError: a reader found no training image in any of its shards.
@@ -172,8 +172,8 @@ class DetectionLoader(Loader):
 
 
 class SegmentationLoader(Loader):
-    """Batches of images with their masks. Evaluation gives images as they are, those of one size that follow each other
-    together, so a batch of the order may come as several."""
+    """Batches of images with their masks. Evaluation keeps image sizes and only batches consecutive images of one size,
+    so a batch of the order may be split."""
 
     @staticmethod
     def stack(samples: list[Target]) -> list[tuple[Tensor, Tensor]]:

@@ -1,8 +1,7 @@
-"""Images with a class for each pixel: the folder layouts of published sets.
+"""Semantic segmentation data: the folder layouts of published datasets.
 
-A mask is an image of one channel (or a palette) whose values are classes; 255 is a pixel without one, which neither the
-loss nor the score counts. Other values of a data set (ADE20K's 0, the ids of Cityscapes) are mapped to this on reading.
-Images and masks are paired by name.
+A mask is an image of one channel (or a palette) with a class per pixel; 255 is ignored in loss and score. Other values
+(ADE20K's 0, the ids of Cityscapes) are mapped on reading. Images and masks are paired by name.
 """
 
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ from .index import SegmentationIndex, encode_paths
 
 MAX_CLASSES = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-SPLITS = {"ade20k": ("training", "validation")}  # of training and evaluation where the recipe leaves them open
+SPLITS = {"ade20k": ("training", "validation")}  # default splits of training and evaluation
 NAMES = {"ade20k": ADE20K, "cityscapes": CITYSCAPES, "voc": VOC, "digits": ("background", *DIGITS)}
 
-Pair = tuple[Path, Path]  # where an image and its mask are, or should be
+Pair = tuple[Path, Path]  # of an image and its mask, which may not exist
 
 
 def split_name(config: SegmentDataConfig, training: bool) -> str:
-    """The split of training or of evaluation: the recipe's, else the one of the layout."""
+    """The split of training or evaluation: from the recipe, or the layout's default."""
     given = config.train_split if training else config.val_split
     return given or SPLITS.get(config.kind, ("train", "val"))[not training]
 
@@ -34,7 +33,7 @@ def find_classes(config: SegmentDataConfig) -> list[str]:
     """The class names by index.
 
     Raises:
-        DataError: none are given where the layout has none, one is given twice, or there are too many.
+        DataError: none are given and the layout has none, one is given twice, or there are too many.
     """
     if config.classes is not None:
         classes = config.classes
@@ -48,7 +47,7 @@ def find_classes(config: SegmentDataConfig) -> list[str]:
 
 
 def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: int) -> SegmentationIndex:
-    """Every image and every mask of a split, paired, sorted by name; one may be missing.
+    """Images and masks of a split in pairs, sorted by name; one of a pair may be missing.
 
     Layouts below ``root``:
 
@@ -78,10 +77,10 @@ def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: i
 
 
 def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Path]:
-    """Files below ``folder`` by their path in it without ``end`` and suffix; others are passed over.
+    """Files below ``folder`` by their relative path without ``end`` and suffix; others are skipped.
 
     Raises:
-        DataError: no such folder, or two files that differ in their suffix alone.
+        DataError: no such folder, or two files that differ only in their suffix.
     """
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in folder.parent.iterdir())[:10]) if folder.parent.is_dir() else ""
@@ -122,7 +121,7 @@ def _cityscapes(root: Path, split: str) -> list[Pair]:
 
 
 def label_map(config: SegmentDataConfig, num_classes: int, mask: Path) -> np.ndarray:
-    """int16 ``[256]``: the class of each value of a mask file; 255 for none, -1 for a value that is no label."""
+    """int16 ``[256]``: the class of each value of a mask file; 255: ignored, -1: not a label."""
     table = np.full(256, -1, np.int16)
     if config.kind == "cityscapes" and mask.stem.endswith("_labelIds"):
         table[:34] = IGNORE

@@ -1,7 +1,7 @@
-"""Small data sets that are held in memory as bytes and augmented a whole batch at a time.
+"""Small datasets in memory as uint8 tensors, augmented batch by batch.
 
-Decoding and augmenting image by image costs more than a step of a small model on a CPU; here the images stay uint8
-tensors and every augmentation is one batched PyTorch operation.
+Decoding and augmenting single images takes longer than a step of a small model on a CPU; here every augmentation is one
+batched PyTorch operation.
 """
 
 import math
@@ -35,12 +35,12 @@ def load_digits(val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def resize_images(images: np.ndarray, size: int, in_chans: int) -> torch.Tensor:
-    """Brings grey images ``[N, H, W]`` to uint8 ``[N, in_chans, size, size]``."""
+    """Resize grey images ``[N, H, W]`` to uint8 ``[N, in_chans, size, size]``."""
     tensor = torch.from_numpy(np.ascontiguousarray(images))[:, None]  # [N, 1, H, W]
     if tensor.shape[-2:] != (size, size):
         parts = [
             F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
-            for part in tensor.split(4096)  # the float copy of the whole set need not exist at once
+            for part in tensor.split(4096)  # avoid a float copy of the whole dataset
         ]
         tensor = torch.cat(parts)
     return tensor.expand(-1, in_chans, -1, -1)
@@ -83,14 +83,14 @@ class BatchAugment:
 
 
 class MemoryLoader(Ordered):
-    """Batches of a data set in memory.
+    """Batches of a dataset in memory.
 
     Args:
         images: uint8 ``[N, C, H, W]``.
         targets: ``[N]``, class indices.
         num_classes: labels must lie in ``[0, num_classes)``.
-        order: which images make which batch.
-        normalize: from bytes to what the model reads.
+        order: indices of the batches.
+        normalize: uint8 images to the model's input.
         augment: None for evaluation.
     """
 

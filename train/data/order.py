@@ -1,4 +1,4 @@
-"""What all loaders share: which sample comes when, for which process, and the last steps before the model."""
+"""Shared by all loaders: order of the samples, their distribution over processes, and normalization."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from .guard import DataError
 
 
 class Batch(NamedTuple):
-    """images: normalised float ``[B, C, H, W]``; targets: int64 ``[B]``; both on the device."""
+    """images: normalized float ``[B, C, H, W]``; targets: int64 ``[B]``; both on the device."""
 
     images: torch.Tensor
     targets: torch.Tensor
 
 
 class EpochOrder:
-    """Batches of indices: a batch sampler whose order depends on seed and epoch alone, so that it can be resumed.
+    """Batches of indices: a batch sampler whose order depends only on seed and epoch, so that it can be resumed.
 
-    In training all processes get equally many full batches and the rest of the epoch is dropped. In evaluation every
-    sample belongs to exactly one process, once; the last batch may be short.
+    In training all processes get the same number of full batches, and the rest of the epoch is dropped. In evaluation
+    every sample belongs to exactly one process; the last batch may be smaller.
 
     Args:
         samples: size of the data set.
@@ -40,14 +40,14 @@ class EpochOrder:
         self.start, self.number = 0, 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, for this process."""
+        """Batches of an epoch for this process."""
         if self.train:
             return self.samples // (self.batch_size * self.world)
         mine = len(range(self.rank, self.samples, self.world))
         return -(-mine // self.batch_size)
 
     def set(self, epoch: int, start: int = 0) -> None:
-        """The next iteration gives this epoch, from its ``start``-th batch on."""
+        """The next iteration yields this epoch, from its ``start``-th batch on."""
         self.number, self.start = epoch, start
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -62,7 +62,7 @@ class EpochOrder:
 
 
 class Ordered:
-    """The sizes of a loader by its order: images of the data set, batches of this process in an epoch."""
+    """Sizes of a loader: images of the dataset, and batches of this process per epoch."""
 
     order: EpochOrder
 
@@ -76,7 +76,7 @@ class Ordered:
 
 
 class NumberedBatches:
-    """The batches of an order, each index with its epoch, so that processes with a copy of the data know it."""
+    """The batches of an order, each index with its epoch, for worker processes."""
 
     def __init__(self, order: EpochOrder):
         self.order = order
@@ -90,7 +90,7 @@ class NumberedBatches:
 
 
 class Normalize:
-    """(image - mean) / std by channel, and in training random erasing afterwards (Zhong et al., arXiv 1708.04896).
+    """(image - mean) / std per channel, and in training random erasing (Zhong et al., arXiv 1708.04896).
 
     Args:
         mean, std: of values in [0, 1], one per channel.
@@ -114,7 +114,7 @@ class Normalize:
         return self.erase(images) if self.erase is not None else images
 
     def bytes(self, images: torch.Tensor) -> torch.Tensor:
-        """The same of uint8 ``[B, C, H, W]`` on any device, by the operations of timm's loader, in one new tensor."""
+        """The same for uint8 ``[B, C, H, W]`` on any device, by the operations of timm's loader, in one new tensor."""
         images = images.to(self.device, non_blocking=True).float().sub_(self.byte_mean).div_(self.byte_std)
         return self.erase(images) if self.erase is not None else images
 

@@ -1,8 +1,8 @@
-"""``foveal shards``: WebDataset shards of the images of folders.
+"""``foveal shards``: WebDataset shards from folders of images.
 
-A plan, which image goes to which shard in which order, follows from the images' names and sizes and from the options
-alone. Each shard is written under a temporary name and renamed; what a stopped run left is kept, and the same command
-goes on. Image files are copied byte for byte, unless they are to be made smaller.
+The plan (which image goes to which shard, in which order) depends only on names and sizes of the images and on the
+options. Each shard is written under a temporary name and renamed; the same command continues a stopped run. Image files
+are copied byte for byte unless they are resized.
 """
 
 import hashlib
@@ -29,22 +29,22 @@ from .guard import BadSamples, DataError
 from .wds import load_index
 
 SPLITS = ("train", "val")
-KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what readers of shards know; anything else becomes PNG
+KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # supported by readers of shards; anything else becomes PNG
 LOCK = ".lock"
-QUALITY = 90  # of a JPEG that is made smaller
+QUALITY = 90  # of a resized JPEG
 
 
 @dataclass(frozen=True)
 class Options:
-    """How shards are made.
+    """Options of `make_shards`.
 
     Attributes:
-        samples: images of each shard; None: by ``megabytes``.
-        megabytes: a shard is full when its source files come to so many megabytes (10^6 bytes).
+        samples: images per shard; None: by ``megabytes``.
+        megabytes: size of a shard, by its source files, in 10^6 bytes.
         seed: of the order.
-        verify: decode every image; one that can't be is left out and listed.
-        max_size: images with a longer side of more pixels are made smaller and stored as JPEG.
-        quality: store every image as JPEG of this quality; None: only those that are made smaller, of 90.
+        verify: decode every image; unreadable ones are left out and listed.
+        max_size: images with a longer side are resized to it and stored as JPEG.
+        quality: store every image as JPEG of this quality; None: only resized ones, with 90.
     """
 
     samples: int | None = None
@@ -64,10 +64,10 @@ class Options:
 
 @dataclass
 class Done:
-    """What was made: by split the number of shards and samples; and the images left out, with the reason."""
+    """Result: per split the number of shards and samples; and the skipped images, with the reason."""
 
     splits: dict[str, tuple[int, int]]
-    written: int  # shards of this run; the others were there
+    written: int  # shards of this run; the others existed
     bad: dict[str, str]
 
 
@@ -76,7 +76,7 @@ Sample = tuple[str, str, int]  # path, key in the shard, label
 
 @dataclass(frozen=True)
 class Plan:
-    """Which image goes where: by split, the samples of each shard; ``digest`` is of all that the shards depend on."""
+    """The samples of each shard, by split; ``digest`` is a hash of everything that the shards depend on."""
 
     classes: list[str]
     splits: dict[str, list[list[Sample]]]
@@ -123,7 +123,7 @@ class Plan:
 
 
 def _keys(paths: Sequence[str]) -> list[str]:
-    """``CLASS/NAME`` of each path, without dots in the name (a reader cuts there), made different where needed."""
+    """``CLASS/NAME`` of each path, without dots in the name (readers split there), made unique."""
     taken: set[str] = set()
     keys = []
     for path in paths:
@@ -139,10 +139,10 @@ def _keys(paths: Sequence[str]) -> list[str]:
 
 
 def encode(path: str, options: Options) -> tuple[str, bytes]:
-    """An image file as it is stored: ending and bytes.
+    """An image file as stored: suffix and bytes.
 
     Raises:
-        one of `UNREADABLE`: the file can't be read or, where that is asked for or needed, decoded.
+        one of `UNREADABLE`: the file cannot be read or, if needed, decoded.
     """
     content = Path(path).read_bytes()
     with Image.open(io.BytesIO(content)) as image:
@@ -167,7 +167,7 @@ def encode(path: str, options: Options) -> tuple[str, bytes]:
 
 
 def _write_shard(path: Path, samples: Sequence[Sample], options: Options) -> tuple[Path, list[tuple[str, str]]]:
-    """Writes a shard beside ``path`` under a temporary name; what was left out. The bytes depend on nothing else."""
+    """Write a shard under a temporary name and return the skipped images. Its bytes depend only on the arguments."""
     temporary = path.with_name(f".{path.name}.tmp")
     bad = []
     with temporary.open("wb") as file:
@@ -195,15 +195,15 @@ def make_shards(
     jobs: int = 1,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Done:
-    """Writes ``OUTPUT/SPLIT-000000.tar`` ... of ``SOURCE/SPLIT/CLASS/IMAGE``, and ``_info.json`` when all are there.
+    """Write ``OUTPUT/SPLIT-000000.tar`` ... from ``SOURCE/SPLIT/CLASS/IMAGE``, and finally ``_info.json``.
 
     Args:
         jobs: processes.
-        on_shard: called with the number of shards that are there and that there will be.
+        on_shard: called with the number of finished shards and of all shards.
 
     Raises:
-        DataError: nothing to read; or ``output`` holds something else, or shards of other images or options.
-        OSError: ``output`` can't be written.
+        DataError: nothing to read; or ``output`` has other content, or shards of other images or options.
+        OSError: ``output`` cannot be written.
     """
     if jobs < 1:
         raise DataError(f"jobs is {jobs}, must be at least 1")
@@ -223,7 +223,7 @@ def make_shards(
 
 
 def _claim(output: Path, record: dict[str, Any]) -> None:
-    """Marks ``output`` as the folder of these shards; one that is another's is refused."""
+    """Mark ``output`` as the folder of these shards; raises if it has other content."""
     file = output / "_shards.json"
     if file.exists():
         try:
@@ -249,7 +249,7 @@ def _make(plan: Plan, output: Path, options: Options, jobs: int, on_shard: Calla
     try:
         for path, (temporary, found) in _written(todo, options, jobs):
             bad.names.update(found)
-            bad.write(listed)  # before the shard, which says that it was looked at
+            bad.write(listed)  # before the shard, whose existence marks it as done
             temporary.replace(path)
             count += 1
             if on_shard is not None:

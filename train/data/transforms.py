@@ -1,4 +1,4 @@
-"""The training transform of image files: timm's, with the crop cut and resized by a faster way, and drawn by seed."""
+"""timm's training transform for image files, with a faster crop and resize, and seeded draws."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,18 @@ from ...backbones.images import to_mode
 from ...configs.schema import AugmentConfig
 from .guard import DataError
 
-JPEG_STEP = 2  # libjpeg shrinks by 2, 4 or 8 while it decodes
-FAST = ("random", "bilinear", "bicubic")  # what PyTorch resizes bytes by as Pillow does
+JPEG_STEP = 2  # libjpeg can decode at 1/2, 1/4 or 1/8 of the size
+FAST = ("random", "bilinear", "bicubic")  # interpolations for which PyTorch resizes bytes like Pillow
 
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's CPU generators drawn from ``seed`` inside, and as they were before afterwards."""
+    """Seed Python's, NumPy's and PyTorch's CPU generators inside the block, and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     first, second, third = np.random.SeedSequence(seed).generate_state(3).tolist()
     random.seed(first)
     np.random.seed(second)
-    torch.default_generator.manual_seed(third)  # torch.manual_seed would seed the GPUs too
+    torch.default_generator.manual_seed(third)  # torch.manual_seed would also seed GPUs
     try:
         yield
     finally:
@@ -39,11 +39,11 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 class Crop(RandomResizedCropAndInterpolation):
-    """timm's random crop of an image that need not be decoded yet, cut before any conversion and resized by PyTorch.
+    """timm's random crop, cut before conversion (and possibly before decoding) and resized by PyTorch.
 
-    The draws are timm's, and with the same ones so are the pixels, up to rounding: PyTorch's antialiased resize of
-    bytes follows Pillow's. With ``draft`` a JPEG whose crop has at least twice the wanted size in both directions is
-    shrunk while it is decoded (the inverse DCT of a part of the frequencies), which changes its pixels a little.
+    Draws equal timm's, and so do pixels up to rounding: PyTorch's antialiased resize of bytes follows Pillow's. With
+    ``draft`` a JPEG whose crop has at least twice the target size in both directions is decoded at a reduced size (an
+    inverse DCT of some of the frequencies), which changes its pixels slightly.
     """
 
     def __init__(self, *args, channels: int, draft: bool, **kwargs):
@@ -56,7 +56,7 @@ class Crop(RandomResizedCropAndInterpolation):
         box = (left, top, left + width, top + height)
         if self.draft and min(height / self.size[0], width / self.size[1]) >= JPEG_STEP:
             whole = image.size
-            # at least so many pixels that the crop still has the wanted size
+            # large enough for the crop to have the target size
             image.draft(None, (-(-whole[0] * self.size[1] // width), -(-whole[1] * self.size[0] // height)))
             ratio = (image.width / whole[0], image.height / whole[1]) * 2
             box = tuple(round(edge * part) for edge, part in zip(box, ratio, strict=True))
@@ -68,15 +68,15 @@ class Crop(RandomResizedCropAndInterpolation):
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keeps so many bits of each channel. A drawn magnitude may leave none, which is black; timm's own hands 0 to
-    Pillow, and Pillow 13 refuses it."""
+    """Keep this number of bits per channel. A magnitude may leave 0, which gives black; timm passes 0 to Pillow, which
+    rejects it from version 13 on."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _repair(transform: Callable) -> None:
-    """Puts :func:`posterize` in the place of timm's."""
+    """Replace timm's posterize by :func:`posterize`."""
     if isinstance(transform, auto_augment.AugmentOp) and transform.aug_fn is auto_augment.posterize:
         transform.aug_fn = posterize
     nested = getattr(transform, "ops", None) or [op for ops in getattr(transform, "policy", ()) for op in ops]
@@ -85,14 +85,14 @@ def _repair(transform: Callable) -> None:
 
 
 class TrainTransform:
-    """timm's training transform in two halves, of which the first may meet a damaged file: ``read`` a file's random
-    crop, then ``augment`` it (flips, AutoAugment or colour jitter) to uint8 ``[C, H, W]``.
+    """timm's training transform in two steps, of which only the first reads the file: ``read`` the random crop, then
+    ``augment`` it (flips, AutoAugment or colour jitter) to uint8 ``[C, H, W]``.
 
     Args:
         config: of ``augment``.
         decode: ``"timm"``, ``"fast"`` or ``"draft"``, see `Crop`.
         input_size: (C, H, W).
-        mean: what AutoAugment fills with, of values in [0, 1].
+        mean: fill value of AutoAugment, in [0, 1].
     """
 
     def __init__(self, config: AugmentConfig, decode: str, input_size: Sequence[int], mean: Sequence[float]):
@@ -100,7 +100,7 @@ class TrainTransform:
         primary, secondary, final = create_transform(
             tuple(input_size),
             is_training=True,
-            use_prefetcher=True,  # bytes out; normalised on the device
+            use_prefetcher=True,  # returns bytes; normalized on the device
             separate=True,
             scale=tuple(config.scale),
             ratio=tuple(config.ratio),
@@ -126,13 +126,13 @@ class TrainTransform:
         self.crop, self.augment = crop, Compose(steps)
 
     def read(self, file: IO[bytes]) -> Image.Image:
-        """The random crop of an image file, of the input's size."""
+        """The random crop of an image file, resized to the input size."""
         with Image.open(file) as image:
             return self.crop(image if self.lazy else to_mode(image, self.channels))
 
 
 class EvalTransform:
-    """timm's evaluation transform in two halves: ``read`` a file, then ``augment`` the image to uint8 ``[C, H, W]``.
+    """timm's evaluation transform in two steps: ``read`` a file, then ``augment`` the image to uint8 ``[C, H, W]``.
 
     Args:
         preprocessing: timm's names (input_size, interpolation, crop_pct, crop_mode).

@@ -1,4 +1,4 @@
-"""Pascal VOC's boxes: an XML file for each image."""
+"""Boxes of Pascal VOC, an XML file per image."""
 
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,17 @@ def read_voc(root: Path, sets: str, *, train: bool, categories: dict[int, str] |
     """The images and boxes of one or several sets.
 
     Args:
-        root: the folder that holds ``VOC2007`` and the like (``VOCdevkit``).
-        sets: ``YEAR/SPLIT``, such as ``VOC2007/test``; several with ``+`` between them. SPLIT is a list of
-            ``YEAR/ImageSets/Main``.
-        train: learn what VOC marks as difficult like the rest; else it is a crowd, which COCO's evaluation neither
-            demands nor counts as wrong, as VOC's own does. By COCO's rule that holds for a box on a part of it, too,
-            which VOC's counts as wrong.
-        categories: as of `index_objects`; the sets' own are 1 to 20 by name.
+        root: the folder with ``VOC2007`` etc. (``VOCdevkit``).
+        sets: ``YEAR/SPLIT``, such as ``VOC2007/test``, joined by ``+``. SPLIT is a list in ``YEAR/ImageSets/Main``.
+        train: treat VOC's difficult objects like others. Otherwise they are crowds, which COCO's evaluation ignores, as
+            VOC's does; unlike VOC's, COCO's also ignores boxes on a part of them.
+        categories: as in `index_objects`; VOC's own are 1 to 20 by name.
 
     Returns:
-        the index. VOC's pixels count from 1 and its boxes hold the last one; here they begin at 0.
+        The index. VOC's pixels start at 1, with inclusive boxes; here they start at 0.
 
     Raises:
-        DataError: a list or an annotation is missing or damaged, or names another class.
+        DataError: a list or an annotation is missing or damaged, or has another class.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

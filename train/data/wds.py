@@ -1,8 +1,8 @@
-"""WebDataset shards: tar files of images and their labels, read at any place by an index, or streamed from elsewhere.
+"""WebDataset shards: tar files of images and labels, indexed for random access, or streamed.
 
-A sample is what follows each other with the same name up to the first dot of the last part: ``KEY.jpg``, ``KEY.cls``.
-Local shards are indexed, so that any sample can be read alone: the order, the share of each process and the place to go
-on from are then those of a folder. Shards behind an address or a command are streamed.
+Consecutive files with the same name up to the first dot of the last part are a sample: ``KEY.jpg``, ``KEY.cls``. Local
+shards are indexed, so that any sample can be read alone: order, share of each process and resuming are those of a
+folder. Shards behind an address or a command are streamed.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ from .transforms import EvalTransform, TrainTransform, seeded
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 OPEN_SHARDS = 64  # of each process
-NO_LABEL, NO_IMAGE = -1, -2  # stand for a label
+NO_LABEL, NO_IMAGE = -1, -2  # in place of a label
 
 
 @dataclass(kw_only=True)
 class ShardIndex(ClassificationIndex):
-    """Where the N samples of S shards below ``root`` lie. A label may be NO_LABEL or NO_IMAGE."""
+    """Locations of the N samples of S shards below ``root``. A label may be NO_LABEL or NO_IMAGE."""
 
     root: str
     shards: np.ndarray  # bytes [S]: names
@@ -93,16 +93,16 @@ class ShardIndex(ClassificationIndex):
 
 
 def stamps(shards: Sequence[str]) -> np.ndarray:
-    """int64 ``[S, 2]``: size and time of change of each file."""
+    """int64 ``[S, 2]``: size and modification time of each file."""
     found = [os.stat(shard) for shard in shards]
     return np.array([(each.st_size, each.st_mtime_ns) for each in found], np.int64).reshape(-1, 2)
 
 
 def index_shards(root: str, names: Sequence[str]) -> ShardIndex:
-    """Reads the headers of tar files below ``root``, and their labels.
+    """Read the headers and labels of tar files below ``root``.
 
     Raises:
-        DataError: a file is no tar file, or is cut short.
+        DataError: a file is not a tar file, or truncated.
     """
     paths = [os.path.join(root, name) for name in names]
     rows = [(number, *sample) for number, path in enumerate(paths) for sample in scan_shard(path)]
@@ -120,10 +120,10 @@ def index_shards(root: str, names: Sequence[str]) -> ShardIndex:
 
 
 def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
-    """The samples of a tar file in their order: key, offset and size of the image, label.
+    """The samples of a tar file in order: key, offset and size of the image, label.
 
     Raises:
-        DataError: no tar file, or cut short.
+        DataError: not a tar file, or truncated.
     """
     samples: list[tuple[str, int, int, int]] = []
     try:
@@ -138,7 +138,7 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
                         label = int(text) if re.fullmatch(rb"\s*\d+\s*", text) else NO_LABEL
                 offset, size = image or (0, 0)
                 samples.append((key, offset, size, label if image else NO_IMAGE))
-            tar.fileobj.seek(tar.offset)  # tarfile takes what is no header for the end
+            tar.fileobj.seek(tar.offset)  # tarfile treats an invalid header as the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) not in (b"", bytes(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, EOFError) as error:
@@ -149,23 +149,23 @@ def scan_shard(path: str) -> list[tuple[str, int, int, int]]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, suffix and place of each file of a sample."""
+    """Key, suffix and location of each file of a sample."""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # it keeps them all
+        tar.members.clear()  # tarfile keeps all of them
         match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", member.name)
         if member.isfile() and match is not None:
             yield match[1], match[2].lower(), member
 
 
 def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[int] = ()) -> ShardIndex:
-    """The index of a split's local shards: the one beside them while it fits them, else made anew and, where that can
-    be, written there (a warning says where it could not).
+    """The index of a split's local shards: the stored one if it is up to date, otherwise a new one, which is stored
+    next to the shards if possible (with a warning if not).
 
     Args:
-        lengths: samples of each shard as the data say; empty: not told.
+        lengths: samples of each shard according to ``_info.json``; empty: unknown.
 
     Raises:
-        DataError: shards that are missing, damaged, or hold other numbers of samples.
+        DataError: shards are missing, damaged, or have other numbers of samples.
     """
     paths = [os.path.join(root, name) for name in names]
     missing = [path for path in paths if not os.path.isfile(path)]
@@ -189,7 +189,7 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
 
 
 def _read_index(root: str, path: Path, names: Sequence[str]) -> ShardIndex | None:
-    """A stored index, if it is of these shards; None for a damaged one, too, which is then written anew."""
+    """A stored index if it is valid for these shards, else None."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             index = ShardIndex(root=root, **{name: stored[name] for name in ShardIndex.stored})
@@ -199,11 +199,11 @@ def _read_index(root: str, path: Path, names: Sequence[str]) -> ShardIndex | Non
 
 
 class StreamedImages(IterableDataset):
-    """Images in shards behind addresses or commands (``https://``, ``pipe:``), read from their beginnings.
+    """Images in shards behind addresses or commands (``https://``, ``pipe:``), read sequentially.
 
-    Every process and worker reads its own shards: each sample is seen exactly once in evaluation. In training the
-    shards are shuffled by seed, epoch and the batch to go on from, their samples in a buffer, and repeated as often as
-    the epoch's batches need; a reader that finds no image in any of its shards says so and ends.
+    Every process and worker reads its own shards: in evaluation each sample is read exactly once. In training shards
+    are shuffled by seed, epoch and first batch, samples in a buffer, and repeated as often as the epoch needs; a reader
+    that finds no image in its shards reports it and ends.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class StreamedImages(IterableDataset):
         self.place = Array("q", 2)  # epoch, batch; shared, since workers hold copies of this object
 
     def set(self, epoch: int, start: int = 0) -> None:
-        """The next iteration reads for this epoch, from its ``start``-th batch on."""
+        """The next iteration reads this epoch, from its ``start``-th batch on."""
         self.place[:] = epoch, start
 
     def __iter__(self) -> Iterator[Item]:
@@ -272,7 +272,7 @@ class StreamedImages(IterableDataset):
                 yield (pixels, label), found.copy()
                 found.clear()
             if self.train and count > before:
-                continue  # what was found comes with the next image: batches stay full
+                continue  # reports come with the next image: batches stay full
             if self.train:
                 found.append((mine[0], f"first of {len(mine)} shards"))
             if found:
@@ -281,10 +281,10 @@ class StreamedImages(IterableDataset):
 
 
 def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int], int]:
-    """Names of a split's shards, how many samples each holds (empty where that is not told), and how many all do.
+    """Names of a split's shards, the samples of each (empty if unknown), and their total.
 
     Raises:
-        DataError: no such split, no shards, or data that name an address or a command instead of their own files.
+        DataError: no such split, no shards, or an ``_info.json`` with an address or a command instead of local files.
     """
     try:
         reader = ReaderWds(root=root, split=split, is_training=train)
@@ -307,10 +307,10 @@ def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int
 
 
 def read_classes(root: str) -> list[str]:
-    """The class names that ``_info.json`` beside local shards gives.
+    """The class names in ``_info.json`` of local shards.
 
     Raises:
-        DataError: it gives none.
+        DataError: there are none.
     """
     file = Path(root) / "_info.json"
     try:
@@ -323,5 +323,5 @@ def read_classes(root: str) -> list[str]:
 
 
 def is_streamed(name: str) -> bool:
-    """Whether a shard can only be read from its beginning: behind an address or a command, or compressed."""
+    """Whether a shard can only be read sequentially: behind an address or a command, or compressed."""
     return "://" in name or name.startswith("pipe:") or not name.endswith(".tar")
