@@ -16,7 +16,7 @@ from ..configs.schema import ConfigError, SegmentConfig, load_config
 from ..files import atomic
 from ..heads.build import build_segmenter
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
-from ..heads.segmentation import Mask2Former, Segmenter, probabilities
+from ..heads.segmentation import Mask2Former, Segmenter, label_map
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
@@ -117,12 +117,8 @@ class Task(task.Task):
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Classes ``[B, H, W]`` of the pixels."""
-
-        def logits(images: Tensor) -> Tensor:
-            with autocast(images.device, self.config.train.amp):
-                return model(images)
-
-        return probabilities(logits, images, **self.settings).argmax(1)
+        with autocast(images.device, self.config.train.amp):
+            return label_map(model, images, **self.settings)
 
     def result(self, scorer: SegmentationScorer) -> dict[str, Any]:
         return dict(scorer.metrics) | {"iou": {name: iou for name, _, iou in self.by_class(scorer)[1]}}
@@ -163,7 +159,7 @@ class Predictor(task.Predictor):
         self.channels = self.model.arguments.get("in_chans", 3)
 
     def predict(self, image: Tensor) -> tuple[list[Result], np.ndarray]:
-        labels = probabilities(self.model, image[None], **self.settings).argmax(1)[0].numpy().astype(np.uint8)
+        labels = label_map(self.model, image[None], **self.settings)[0].numpy().astype(np.uint8)
         shares = np.bincount(labels.ravel(), minlength=len(self.model.classes)) / labels.size
         order = [int(k) for k in np.argsort(-shares) if shares[k] > 0]
         return [Result(self.model.classes[k], float(shares[k])) for k in order], labels
@@ -213,7 +209,7 @@ def segmentation_data(
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:
-    """The keyword arguments of `probabilities` by which a recipe evaluates.
+    """The keyword arguments of `label_map` by which a recipe evaluates.
 
     Raises:
         ConfigError: sliding windows that would leave pixels out, or windows for whole images.

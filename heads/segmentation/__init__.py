@@ -1,7 +1,7 @@
 """Semantic segmentation heads, the segmenter around them, and inference on images of any size."""
 
 from ..legacy import moved
-from .inference import probabilities, rescale_size, slide_inference
+from .inference import label_map, probabilities, rescale_size, slide_inference
 from .layers import FCN
 from .mask2former import Mask2Former
 from .segmenter import Segmenter
@@ -20,6 +20,7 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "UPerNet",
+    "label_map",
     "probabilities",
     "rescale_size",
     "slide_inference",

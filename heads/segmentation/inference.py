@@ -1,6 +1,7 @@
 """From a segmenter's logits to class probabilities of images: resizing, sliding windows, several scales, flips."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from ..legacy import INFERENCE, old_arguments
 from .layers import resize
+
+BAND_BYTES = 2**26  # of the probabilities that `label_map` holds at a time
 
 
 def rescale_size(
@@ -134,3 +137,126 @@ def probabilities(
             part = resize(logits.float(), size).softmax(1)
             total = part if total is None else total.add_(part)
     return total / (len(ratios) * (1 + flip))
+
+
+@torch.no_grad()
+def label_map(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    scale: Sequence[int] | None = None,
+    size_divisor: int = 1,
+    antialias: bool = True,
+    crop_size: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Tensor:
+    """Classes ``[B, H, W]`` of the pixels: the argmax of `probabilities`, which has the arguments.
+
+    The probabilities are computed in bands of rows, so that those of all classes for a large image are never in memory.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.segmentation import label_map
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=5).eval()
+        >>> label_map(model, torch.rand(1, 3, 50, 90)).shape
+        torch.Size([1, 50, 90])
+    """
+    size = images.shape[-2:]
+    if crop_size is not None and stride is None:
+        stride = tuple(max(1, 2 * side // 3) for side in crop_size)
+    views = []
+    for ratio in ratios:
+        shape = rescale_size(size, scale, ratio, size_divisor)
+        scaled = images
+        if shape != tuple(size):
+            scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False, antialias=antialias)
+        for mirrored in (False, True) if flip else (False,):
+            views.append((mirrored, _View(model, scaled.flip(-1) if mirrored else scaled, crop_size, stride)))
+    classes = views[0][1].classes
+    step = max(1, BAND_BYTES // (4 * len(images) * classes * size[1]))
+    bands = []
+    for start in range(0, size[0], step):
+        stop, total = min(start + step, size[0]), None
+        for mirrored, view in views:
+            logits = view.rows(start, stop, size)
+            part = (logits.flip(-1) if mirrored else logits).softmax(1)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        bands.append(total.argmax(1))
+    return torch.cat(bands, 1)
+
+
+class _View:
+    """The logits of one view of the images, a window or several, at the resolution of the model's head."""
+
+    def __init__(
+        self,
+        model: Any,
+        images: Tensor,
+        crop_size: Sequence[int] | None,
+        stride: Sequence[int] | None,
+    ) -> None:
+        self.size = images.shape[-2:]
+        places = [(slice(0, self.size[0]), slice(0, self.size[1]))]
+        if crop_size is not None and stride is not None:
+            places = list(_windows(self.size, crop_size, stride))
+        self.windows = []
+        for rows, columns in places:
+            window = images[..., rows, columns]
+            # a model without coarse logits has computed them for each pixel
+            logits, padded = model.coarse(window) if hasattr(model, "coarse") else (model(window), window.shape[-2:])
+            self.windows.append((rows, columns, logits.float(), padded))
+        self.classes = self.windows[0][2].shape[1]
+
+    def rows(self, start: int, stop: int, size: Sequence[int]) -> Tensor:
+        """Rows ``start`` to ``stop`` of the logits, resized to ``size``."""
+        if tuple(size) == tuple(self.size):
+            return self._band(start, stop)
+        first, last = (_source(row, size[0], self.size[0]) for row in (start, stop - 1))
+        top, bottom = int(first), min(int(last) + 2, self.size[0])
+        return _resize_rows(self._band(top, bottom), top, self.size[0], start, stop, size)
+
+    def _band(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``: at each pixel the mean over the windows that cover it."""
+        total: Tensor | None = None
+        for rows, columns, logits, padded in self.windows:
+            top, bottom = max(start, rows.start), min(stop, rows.stop, self.size[0])
+            if top >= bottom:
+                continue
+            own = _resize_rows(logits, 0, logits.shape[-2], top - rows.start, bottom - rows.start, padded)
+            own = own[..., : min(columns.stop, self.size[1]) - columns.start]
+            if len(self.windows) == 1:
+                return own
+            if total is None:
+                total = own.new_zeros(*own.shape[:2], stop - start, self.size[1])
+                count = own.new_zeros(stop - start, self.size[1])
+            place = (slice(top - start, bottom - start), slice(columns.start, columns.start + own.shape[-1]))
+            total[(..., *place)] += own
+            count[place] += 1
+        assert total is not None
+        return total / count
+
+
+def _source(row: int, length: int, source: int) -> float:
+    """Where a row of a resized map lies in its source (``align_corners=False``)."""
+    return max((row + 0.5) * source / length - 0.5, 0.0)
+
+
+def _resize_rows(x: Tensor, top: int, length: int, start: int, stop: int, size: Sequence[int]) -> Tensor:
+    """Rows ``start`` to ``stop`` of `resize` to ``size``.
+
+    Args:
+        x: the rows of the map from ``top`` on that they need, of ``length`` in all.
+    """
+    if length != size[0]:
+        places = [_source(row, size[0], length) for row in range(start, stop)]
+        lower = torch.tensor([int(place) for place in places], device=x.device)
+        upper = (lower + 1).clamp(max=length - 1)
+        share = torch.tensor([place - int(place) for place in places], device=x.device)[:, None]
+        x = x[..., lower - top, :].lerp(x[..., upper - top, :], share.to(x.dtype))
+    else:
+        x = x[..., start - top : stop - top, :]
+    return resize(x, (stop - start, size[1]))

@@ -57,12 +57,21 @@ class Segmenter(SegmentationModel):
         """Float images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes, H, W]``; in training with an auxiliary head
         to a pair of logits, the auxiliary head's second."""
         rows, columns = images.shape[-2:]
-        images = self.pad((images - self.mean) / self.std)
-        maps = list(self.backbone(images).values())
+        images, maps = self._maps(images)
         logits = self._crop(self.head(maps), images, rows, columns)
         if self.auxiliary is None or not self.training:
             return logits
         return logits, self._crop(self.auxiliary(maps), images, rows, columns)
+
+    def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The logits ``[B, classes, h, w]`` before they are resized, and the size to resize them to, of the padded
+        images."""
+        images, maps = self._maps(images)
+        return self.head(maps), (images.shape[-2], images.shape[-1])
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        images = self.pad((images - self.mean) / self.std)
+        return images, list(self.backbone(images).values())
 
     @staticmethod
     def _crop(logits: Tensor, images: Tensor, rows: int, columns: int) -> Tensor:

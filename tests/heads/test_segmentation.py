@@ -18,7 +18,17 @@ from foveal.heads.backbone import ShapeSpec
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.necks import A3FPN, FPN
-from foveal.heads.segmentation import FCN, Segmenter, SemanticFPN, UPerNet, probabilities, rescale_size, slide_inference
+from foveal.heads.segmentation import (
+    FCN,
+    Segmenter,
+    SemanticFPN,
+    UPerNet,
+    inference,
+    label_map,
+    probabilities,
+    rescale_size,
+    slide_inference,
+)
 from foveal.heads.segmentation.published import from_mmseg, load_heads
 
 from .published_names import from_published, to_mmseg
@@ -390,3 +400,32 @@ def test_probabilities_average_scales_and_mirror_images():
     assert torch.allclose(probabilities(model, images), model(images).softmax(1), atol=1e-6)
     model = Pointwise()
     assert torch.allclose(probabilities(model, images, crop_size=(9, 12)), model(images).softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": (128, 48)},
+        {"scale": (40, 30), "size_divisor": 4},
+        {"crop_size": (32, 48)},
+        {"crop_size": (96, 64), "stride": (10, 60), "scale": (200, 70)},
+        {"ratios": (0.5, 1.0, 1.3), "flip": True, "scale": (100, 70)},
+    ],
+    ids=lambda settings: "-".join(settings) or "whole",
+)
+def test_label_map_is_the_argmax_of_the_probabilities(head, settings, monkeypatch):
+    """In bands of a few rows, for large images; pixels at which two classes are equal to rounding may differ."""
+    torch.manual_seed(0)
+    small = {"head_kwargs": {"channels": 32}}
+    model = build_segmenter("test_foveal_dinat", head, num_classes=7, size_divisor=16, **small).eval()
+    images = F.interpolate(torch.rand(2, 3, 9, 11), (53, 91), mode="bicubic").clamp(0, 1)
+    expected = probabilities(model, images, **settings)
+    monkeypatch.setattr(inference, "BAND_BYTES", 4 * 2 * 7 * 91 * 5)
+    labels = label_map(model, images, **settings)
+    assert labels.shape == (2, 53, 91)
+    top = expected.topk(2, 1).values
+    clear = top[:, 0] - top[:, 1] > 1e-5
+    assert clear.float().mean() > 0.95
+    assert torch.equal(labels[clear], expected.argmax(1)[clear])
