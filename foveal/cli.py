@@ -1,6 +1,6 @@
 """The `foveal` command: arguments, and errors as one line with an exit status.
 
-Each subcommand imports what it needs when it runs, so that `foveal --help` and `foveal list` do not wait for PyTorch.
+Each subcommand imports what it needs when it runs, so that `foveal --help` and `foveal list` do not import PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "faster_
 
 
 class _Commands(TyperGroup):
-    """Runs a subcommand; an int that it returns is the exit status, an error of the user's one line on stderr."""
+    """Runs a subcommand: an int that it returns is the exit status, errors of the user become one line on stderr."""
 
     def invoke(self, ctx: Any) -> None:
         with _errors_as_text():
@@ -39,9 +39,9 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _errors_as_text() -> Iterator[None]:
-    """Exit status 2 for what a user gave, 1 for what was attempted and failed, 130 after Ctrl-C, 0 after SIGTERM.
+    """Exit status 2 for invalid input, 1 for a run that failed, 130 after Ctrl-C, 0 after SIGTERM.
 
-    Bugs of ours keep their traceback, and with ``FOVEAL_DEBUG=1`` so does everything.
+    Bugs keep their traceback; with ``FOVEAL_DEBUG=1`` so does everything.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def _is_bug(error: Exception) -> bool:
 
 
 def _missing_extra(error: Exception) -> str | None:
-    """Which extra of this package installs a module that is missing."""
+    """The extra of this package that installs a missing module."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
     from importlib.metadata import requires
@@ -120,7 +120,7 @@ def _options(
 
 
 class Sort(str, Enum):
-    """By what models are sorted."""
+    """Sort keys of `foveal list`."""
 
     name = "name"
     parameters = "parameters"
@@ -131,9 +131,9 @@ class Sort(str, Enum):
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'dinat_*'.")] = "*",
-    sort: Annotated[Sort, typer.Option(help="By what; the best top-1 first.")] = Sort.name,
-    max_params: Annotated[str | None, typer.Option(metavar="N", help="At most so many parameters: 30M.")] = None,
-    any_size: Annotated[bool, typer.Option("--any-size", help="Only models that take images of any size.")] = False,
+    sort: Annotated[Sort, typer.Option(help="Sort key; top-1 in descending order.")] = Sort.name,
+    max_params: Annotated[str | None, typer.Option(metavar="N", help="Maximum parameters, such as 30M.")] = None,
+    any_size: Annotated[bool, typer.Option("--any-size", help="Only models that accept any image size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of docs/models.md, without the models for tests.")
@@ -193,14 +193,14 @@ def info(
     card: Annotated[bool, typer.Option("--card", help="Print the model card of its family, or of a folder.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the card of published weights.")] = False,
 ) -> None:
-    """Show one model: size, cost, preprocessing, and its weights; with a tag, such as dinat_mini.in1k, their card."""
+    """Show a model: size, cost, preprocessing and weights; with a tag, such as dinat_mini.in1k, the card of these."""
     from . import zoo
     from .weights import cards
     from .weights.manifest import checkpoints
 
     given = [option for option, on in (("--json", as_json), ("--card", card), ("--markdown", markdown)) if on]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        raise ValueError(f"{' and '.join(given)} are mutually exclusive")
     # detectors and segmenters are in the manifest, but not among timm's tags
     published = checkpoints().get(name)
     if markdown:
@@ -221,14 +221,14 @@ def info(
 
 
 def _folder(name: str) -> Path | None:
-    """The folder that a name is, after ``local-dir:`` and ``~``; None for a model name."""
+    """The folder of a name, with ``local-dir:`` and ``~`` resolved; None for a model name."""
     from .backbones.loading import local_path
 
     return folder if name.strip() and (folder := local_path(name)).is_dir() else None
 
 
 def _folder_card(folder: Path) -> str:
-    """The card in a folder, or in a run's best/."""
+    """The card in a folder or a run's best/."""
     for place in (folder / "README.md", folder / "best" / "README.md"):
         if place.is_file():
             return place.read_text(encoding="utf-8")
@@ -248,7 +248,7 @@ def _print_rows(rows: Sequence[tuple[str, str]], title: str | None = None) -> No
 
 
 class Task(str, Enum):
-    """What a model is trained for."""
+    """Tasks of training."""
 
     classify = "classify"
     detect = "detect"
@@ -257,18 +257,18 @@ class Task(str, Enum):
 
 Imports = Annotated[
     list[str] | None,
-    typer.Option("--import", metavar="MODULE", help="Module that registers models of your own; may be repeated."),
+    typer.Option("--import", metavar="MODULE", help="Module that registers your own models; may be repeated."),
 ]
 
 
 @app.command()
 def train(
-    task: Annotated[Task, typer.Argument(help="What to train.", show_default=False)],
-    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that is shipped.")],
+    task: Annotated[Task, typer.Argument(help="Task.", show_default=False)],
+    config: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     imports: Imports = None,
 ) -> None:
-    """Train a model by a recipe."""
+    """Train a model with a recipe."""
     from .train import train as run
 
     remembered = [f"imports=[{','.join(imports)}]"] if imports else []
@@ -281,7 +281,7 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     imports: Imports = None,
 ) -> None:
-    """Score a model on the evaluation part of its data."""
+    """Score a model on its evaluation data."""
     from .train import evaluate as run
 
     _import(imports)
@@ -302,14 +302,14 @@ def predict(
         str | None,
         typer.Option(help="Model name, run folder or model folder.", show_default="the newest run under runs/"),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classifier: how many classes to show.")] = 5,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Detector: the lowest score to show.")] = 0.5,
+    top: Annotated[int, typer.Option(min=1, help="Classifier: number of classes to show.")] = 5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Detector: minimum score to show.")] = 0.5,
     output: Annotated[
-        Path | None, typer.Option(help="Detector, segmenter: folder for the images with what was found drawn.")
+        Path | None, typer.Option(help="Detector, segmenter: folder for images with the predictions drawn.")
     ] = None,
     imports: Imports = None,
 ) -> int:
-    """Classify images, or find the objects or the classes of the pixels in them, by what the model was trained for."""
+    """Predict images with a classifier, detector or segmenter."""
     from .train import predict as run
 
     _import(imports)
@@ -329,11 +329,11 @@ def predict(
 
 
 def _newest_run() -> str:
-    """The run under ./runs that wrote its best/ last."""
+    """The run under ./runs with the most recent best/."""
     best = sorted(Path("runs").rglob("best/config.json"), key=lambda file: file.stat().st_mtime)
     if not best:
         raise ValueError(
-            "no trained model under runs/: train one (`make demo` or `foveal train classify digits`), or name one "
+            "no trained model under runs/: train one (`make demo` or `foveal train classify digits`), or choose one "
             "with --model"
         )
     return str(best[-1].parent.parent)
@@ -346,7 +346,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Check on this image too; may be repeated.", show_default="two photographs"),
+        typer.Option(help="Also compare on this image; may be repeated.", show_default="two photographs"),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="float16; images and logits stay float32.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="ONNX: convolutions and linear layers in 8 bits.")] = False,
@@ -355,23 +355,19 @@ def export(
     ] = None,
     dynamic: Annotated[
         bool,
-        typer.Option(
-            "--dynamic", help="Leave height and width free, too, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE."
-        ),
+        typer.Option("--dynamic", help="Dynamic height and width, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE."),
     ] = False,
-    size: Annotated[
-        str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: the size of the images.")
-    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: image size.")] = None,
     score: Annotated[
-        Path | None, typer.Option(help="Score what was written on these images, too: a folder for each class.")
+        Path | None, typer.Option(help="Also score the export on these images, one folder per class.")
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained/--no-pretrained", help="A model name: fetch its weights, or take random ones.")
+        bool, typer.Option("--pretrained/--no-pretrained", help="For a model name: published or random weights.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files in a non-empty folder.")] = False,
     imports: Imports = None,
 ) -> None:
-    """Write a model for use elsewhere, checked against the original."""
+    """Export a model and compare it with the original."""
     from .weights.export import export as write
     from .weights.formats import FORMATS
 
@@ -419,18 +415,18 @@ def convert(
     ] = None,
     backbone: Annotated[
         bool,
-        typer.Option("--backbone", help="Of a detector or segmenter, convert the backbone and leave out the rest."),
+        typer.Option("--backbone", help="Only convert the backbone of a detector or segmenter."),
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Argument of the model; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files of a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files in a non-empty folder.")] = False,
 ) -> None:
-    """Write someone's file of weights as a model folder, checked: safetensors, configuration and card.
+    """Convert a checkpoint to a verified model folder: safetensors, config and card.
 
-    The format of the names is found out. Detectors and segmenters of mmdetection, mmsegmentation and detectron2 become
-    this package's where it has their heads; --backbone converts the backbone alone. What a file of detectron2 does not
-    tell is asked for, unless it is a published one."""
+    The format of the parameter names is detected. Detectors and segmenters of mmdetection, mmsegmentation and
+    detectron2 are converted if this package has their heads; --backbone only converts the backbone. For files of
+    detectron2 that are not published ones, some settings are required by --set."""
     import yaml
 
     from .weights.convert import convert as write
@@ -451,10 +447,10 @@ def convert(
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="Folder that `foveal convert` wrote.")],
-    images: Annotated[Path | None, typer.Option(help="Score on these images: a folder for each class.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Score on these images, one folder per class.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the score into the folder's card.")] = False,
 ) -> int:
-    """Check a converted model against the file that it was made from, and against what is published of it."""
+    """Verify a converted model against its source and the published facts."""
     from .weights.verify import verify as check
 
     failed = 0
@@ -470,15 +466,13 @@ def visualize(
     model: Annotated[str, typer.Option(help="Model name, run folder or model folder.")],
     output: Annotated[Path, typer.Option(help="PNG file to write.")],
     point: Annotated[
-        str, typer.Option(metavar="X,Y", help="Where to look: fractions of width and height, after the model's crop.")
+        str, typer.Option(metavar="X,Y", help="Query point: fractions of width and height, after the model's crop.")
     ] = "0.5,0.5",
-    click: Annotated[bool, typer.Option("--click", help="Choose the point with the mouse; needs a display.")] = False,
-    layers: Annotated[int, typer.Option(min=1, help="How many attention layers to draw at most.")] = 12,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="Take initial weights instead of loading published ones.")
-    ] = False,
+    click: Annotated[bool, typer.Option("--click", help="Choose the point with the mouse (needs a display).")] = False,
+    layers: Annotated[int, typer.Option(min=1, help="Maximum number of attention layers to draw.")] = 12,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Random instead of published weights.")] = False,
 ) -> None:
-    """Draw where a model looks around a point: windows, attention, receptive field, feature maps."""
+    """Plot what a model attends to at a point: windows, attention, receptive field, feature maps."""
     from .train.tasks import import_remembered
     from .visualize import visualize_file
 
@@ -498,14 +492,14 @@ def visualize(
 
 @app.command()
 def data(
-    root: Annotated[Path, typer.Argument(help="Folder of images with annotations, masks, or a folder for each class.")],
+    root: Annotated[Path, typer.Argument(help="Images with annotations or masks, or one folder per class.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    task: Annotated[Task | None, typer.Option(help="What to train on it.", show_default="found out")] = None,
-    draw: Annotated[Path | None, typer.Option(help="PNG file to write: images with their boxes or masks.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Task.", show_default="found out")] = None,
+    draw: Annotated[Path | None, typer.Option(help="PNG file for images with their boxes or masks.")] = None,
 ) -> int:
-    """Show what a folder holds before training: format, splits, classes, sizes, duplicates, and everything odd.
+    """Inspect a dataset before training: format, splits, classes, sizes, duplicates and problems.
 
-    The exit status is 1 where a training would be wrong."""
+    The exit status is 1 if training on it would be wrong."""
     from .train.data import survey
 
     found = survey.survey(root, overrides or [], task and task.value)
@@ -520,20 +514,20 @@ def data(
 @app.command()
 def shards(
     source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/IMAGE, val/CLASS/IMAGE, or one of these.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write; the same command goes on with what is there.")],
-    samples: Annotated[int | None, typer.Option(help="Images of each shard; or see --megabytes.")] = None,
-    megabytes: Annotated[float, typer.Option(help="Size of each shard by its source files, in 10^6 bytes.")] = 100.0,
-    seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
+    output: Annotated[Path, typer.Argument(help="Folder to write; repeat the command to continue.")],
+    samples: Annotated[int | None, typer.Option(help="Images per shard; or see --megabytes.")] = None,
+    megabytes: Annotated[float, typer.Option(help="Size per shard, by its source files, in 10^6 bytes.")] = 100.0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
     verify: Annotated[
         bool, typer.Option("--verify", help="Decode every image; list those that can't be in bad_samples.csv.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    max_size: Annotated[int | None, typer.Option(help="Make images with a longer side of more pixels smaller.")] = None,
+    max_size: Annotated[int | None, typer.Option(help="Resize images with a longer side to it.")] = None,
     quality: Annotated[
         int | None, typer.Option(help="Store every image as JPEG of this quality.", show_default="90 if made smaller")
     ] = None,
 ) -> None:
-    """Make WebDataset shards of folders of images, for `data.kind=wds`."""
+    """Write WebDataset shards from folders of images, for `data.kind=wds`."""
     from rich.progress import Progress
 
     from .train.data.shards import Options, make_shards
@@ -553,7 +547,7 @@ def shards(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write RUN/report.html: curves, predictions, figures by class, settings and machine, in one file."""
+    """Write RUN/report.html: curves, predictions, scores by class, settings and machine, in one file."""
     from .train.report import write
 
     print(write(run))
@@ -572,7 +566,7 @@ def bench(context: typer.Context) -> int:
 
 @app.command()
 def demo(
-    task: Annotated[Task, typer.Argument(help="What to train.")] = Task.classify,
+    task: Annotated[Task, typer.Argument(help="Task.")] = Task.classify,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder to write.", show_default="runs/demo, runs/demo-detect or runs/demo-segment"),
