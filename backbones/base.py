@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from timm.layers import create_classifier
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .layers import Blocks, init_weights, refuse_scripting, to_format
@@ -257,7 +259,21 @@ def create(
         model = build_model_with_cfg(
             cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
         )
+    if isinstance(model, FeatureGetterNet):
+        net: Any = model  # whose own names begin with "model."; without this timm's layer decay has no effect
+        net.group_matcher = partial(_inside, net.model)
     return model if dtype is None else model.to(dtype)
+
+
+def _inside(model: Any, coarse: bool = False) -> dict[str, Any]:
+    """The `group_matcher` of a model that is the child ``model`` of another module."""
+
+    def inside(rule: Any) -> Any:
+        if isinstance(rule, str):
+            return re.sub(r"^\^", r"^model\\.", rule)
+        return [(inside(pattern), order) for pattern, order in rule]
+
+    return {name: inside(rule) for name, rule in model.group_matcher(coarse=coarse).items()}
 
 
 def registered_cfg(name: str) -> PretrainedCfg:

@@ -250,6 +250,7 @@ class ModelConfig:
     pretrained: bool = False  # the published weights, by the name's tag
     checkpoint: PathText | None = None  # weights to start from: a file, a timm folder or a run folder
     num_classes: PositiveInt | None = None  # null: as many as the data have
+    frozen_stages: int = Field(default=-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
     drop_rate: Rate | None = None
     drop_path_rate: Rate | None = None  # null: the model's own
     grad_checkpointing: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,34 +104,12 @@ class Backbone(nn.Module):
         self._layers = classifier.group_matcher() if hasattr(classifier, "group_matcher") else None
         self._not_decayed = tuple(classifier.no_weight_decay()) if hasattr(classifier, "no_weight_decay") else ()
 
-        self._frozen = self._names_up_to(frozen_stages, classifier)
+        own = {name: published for name, published in self._published.items() if name not in self._added}
+        self._frozen = names_of_stages(frozen_stages, classifier, own, {name for name, _ in body.named_modules()})
         for name, parameter in body.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(False)
         self.train()
-
-    def _names_up_to(self, count: int, classifier: Any) -> set[str]:
-        """Names of the body's parameters and modules that belong to the stem and its first ``count`` stages."""
-        if count < 0:
-            return set()
-        info = [i for i in feature_info(classifier) if i["reduction"] >= 4]
-        if len({i["reduction"] for i in info}) > 1:
-            info = {i["reduction"]: i for i in info}.values()
-        ends = [f"{i['module']}." for i in info]  # with the dot after a module's name that patterns may end in
-        if count > len(ends):
-            raise ValueError(f"frozen_stages={count}, but {type(classifier).__name__} has {len(ends)} stages")
-
-        own = {name: published for name, published in self._published.items() if name not in self._added}
-        modules = {name for name, _ in self.body.named_modules()}
-        own = {name: f"{published}." if name in modules else published for name, published in own.items()}
-        matcher = classifier.group_matcher(coarse=True) if hasattr(classifier, "group_matcher") else {}
-        groups: Any = group_with_matcher(((name, name) for name in {*own.values(), *ends}), matcher, reverse=True)
-        if sorted({groups[end] for end in ends}) != [groups[end] for end in ends]:
-            raise ValueError(
-                f"frozen_stages={count}: the group_matcher of {type(classifier).__name__} does not separate its stages"
-            )
-        last = groups[ends[count - 1]] if count else groups[ends[0]] - 1
-        return {name for name, published in own.items() if groups[published] <= last}
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
@@ -153,15 +131,17 @@ class Backbone(nn.Module):
         return OrderedDict((str(level), x) for level, x in enumerate(maps))
 
     def parameter_groups(
-        self, weight_decay: float, layer_decay: float | None = None, lr_ratio: float = 1.0
+        self, weight_decay: float, layer_decay: float | None = None, lr_ratio: float = 1.0, *, lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """Optimizer groups of the body's trainable parameters; ``lr_scale`` multiplies the learning rate.
+        """Optimizer groups of the body's trainable parameters.
 
         Args:
             weight_decay: for all but vectors, biases and the model's ``no_weight_decay``.
             layer_decay: layer-wise decay by timm's `group_matcher`: the last layer gets this times the heads' rate, the
                 one before its square, and so on. Norms added by the feature network get the full rate.
             lr_ratio: multiplies all rates.
+            lr: base rate; each group gets its own ``lr``, for any optimizer. None: it gets ``lr_scale``, which timm's
+                schedulers multiply by and PyTorch's optimizers ignore.
 
         Raises:
             ValueError: ``layer_decay`` for a model without `group_matcher`.
@@ -176,7 +156,40 @@ class Backbone(nn.Module):
             for i, names in layers.items():
                 scales.update(dict.fromkeys(names, lr_ratio * layer_decay ** (len(layers) - i)))
         named = [(name, published[name], p, scales[name]) for name, p in self.body.named_parameters()]
-        return grouped([(p, scale, decays(pub, p, self._not_decayed)) for _, pub, p, scale in named], weight_decay)
+        rows = [(p, scale, decays(pub, p, self._not_decayed)) for _, pub, p, scale in named]
+        return grouped(rows, weight_decay, lr)
+
+
+def names_of_stages(count: int, classifier: Any, own: Mapping[str, str], modules: Collection[str]) -> set[str]:
+    """Names of the parameters and modules that belong to the stem and the first ``count`` stages.
+
+    Args:
+        count: -1: none, not even the stem.
+        classifier: the model by whose `group_matcher` and ``feature_info`` the stages are told apart.
+        own: the names to choose from, with the classifier's names for them.
+        modules: those of ``own`` that name modules.
+
+    Raises:
+        ValueError: there are not so many stages, or the `group_matcher` does not separate them.
+    """
+    if count < 0:
+        return set()
+    info = [i for i in feature_info(classifier) if i["reduction"] >= 4]
+    if len({i["reduction"] for i in info}) > 1:
+        info = {i["reduction"]: i for i in info}.values()
+    ends = [f"{i['module']}." for i in info]  # with the dot after a module's name that patterns may end in
+    if count > len(ends):
+        raise ValueError(f"frozen_stages={count}, but {type(classifier).__name__} has {len(ends)} stages")
+
+    own = {name: f"{published}." if name in modules else published for name, published in own.items()}
+    matcher = classifier.group_matcher(coarse=True) if hasattr(classifier, "group_matcher") else {}
+    groups: Any = group_with_matcher(((name, name) for name in {*own.values(), *ends}), matcher, reverse=True)
+    if sorted({groups[end] for end in ends}) != [groups[end] for end in ends]:
+        raise ValueError(
+            f"frozen_stages={count}: the group_matcher of {type(classifier).__name__} does not separate its stages"
+        )
+    last = groups[ends[count - 1]] if count else groups[ends[0]] - 1
+    return {name for name, published in own.items() if groups[published] <= last}
 
 
 def decays(name: str, parameter: nn.Parameter, exempt: Collection[str]) -> bool:
@@ -185,12 +198,15 @@ def decays(name: str, parameter: nn.Parameter, exempt: Collection[str]) -> bool:
     return not vector and not any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
 
 
-def grouped(rows: list[tuple[nn.Parameter, float, bool]], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups from rows (parameter, ``lr_scale``, whether it decays), without frozen parameters."""
+def grouped(
+    rows: list[tuple[nn.Parameter, float, bool]], weight_decay: float, lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups from rows (parameter, scale of its rate, whether it decays), without frozen parameters."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for parameter, scale, decays in rows:
         if parameter.requires_grad:
-            new = dict(params=[], weight_decay=weight_decay if decays else 0.0, lr_scale=scale)
+            rate = {"lr_scale": scale} if lr is None else {"lr": lr * scale}
+            new = dict(params=[], weight_decay=weight_decay if decays else 0.0, **rate)
             groups.setdefault((scale, decays), new)["params"].append(parameter)
     return list(groups.values())
 

@@ -30,7 +30,12 @@ class DenseModel(nn.Module):
         self.arguments: dict[str, Any] = {}
 
     def parameter_groups(
-        self, weight_decay: float, layer_decay: float | None = None, backbone_lr_ratio: float = 1.0
+        self,
+        weight_decay: float,
+        layer_decay: float | None = None,
+        backbone_lr_ratio: float = 1.0,
+        *,
+        lr: float | None = None,
     ) -> list[dict[str, Any]]:
         """Optimizer groups: those of the backbone's body (`Backbone.parameter_groups`); neck and heads at the full
         rate, without decay for vectors, biases and embeddings."""
@@ -38,8 +43,8 @@ class DenseModel(nn.Module):
         rest = [(name, p) for name, p in self.named_parameters() if id(p) not in body]
         kept = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
         kept |= {name for name, _ in rest if name.endswith("level_embed")}
-        groups = self.backbone.parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)
-        return groups + grouped([(p, 1.0, decays(name, p, kept)) for name, p in rest], weight_decay)
+        groups = self.backbone.parameter_groups(weight_decay, layer_decay, backbone_lr_ratio, lr=lr)
+        return groups + grouped([(p, 1.0, decays(name, p, kept)) for name, p in rest], weight_decay, lr)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         migrate_in_place(state_dict, prefix)

@@ -19,6 +19,7 @@ from ..backbones.base import registered_cfg
 from ..backbones.images import label_names, preprocessing, read_image
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
+from ..heads.backbone import names_of_stages
 from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
@@ -250,11 +251,30 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         hint = RANDOM_WEIGHTS if config.pretrained and isinstance(error, OSError) else ""
         raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}{hint}") from error
+    try:
+        freeze(model, config.frozen_stages)
+    except ValueError as error:
+        raise ConfigError(f"model.frozen_stages: {error}") from None
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if config.sync_bn and torch.distributed.is_initialized():
         model = convert_sync_batchnorm(model)  # timm's: PyTorch's drops the activations that timm's norms hold
     return model
+
+
+def freeze(model: nn.Module, stages: int) -> None:
+    """Leaves the stem and the first ``stages`` stages as they are, in evaluation mode; -1: nothing."""
+    names = [name for named in (model.named_parameters(), model.named_modules()) for name, _ in named if name]
+    modules = dict(model.named_modules())
+    for name in names_of_stages(stages, model, dict(zip(names, names, strict=True)), modules):
+        if name in modules:
+            modules[name].register_forward_pre_hook(_evaluate)  # the loop puts the whole model into training mode
+        else:
+            model.get_parameter(name).requires_grad_(False)
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    module.training = False
 
 
 def set_preprocessing(model: Any, preprocessing: dict[str, Any]) -> None:

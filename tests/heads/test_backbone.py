@@ -12,6 +12,7 @@ from timm.layers import BatchNormAct2d
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import distributed, nn
 
+import foveal
 from foveal.heads.backbone import Backbone, ShapeSpec
 from foveal.heads.build import build_backbone
 from foveal.heads.dense import DenseModel
@@ -100,6 +101,30 @@ def test_frozen_extremes():
     apart = pytest.raises(ValueError, match=r"frozen_stages=1.*group_matcher.*MultiScaleVit")
     with torch.device("meta"), apart:
         build_backbone("mvitv2_tiny", frozen_stages=1)
+
+
+@EACH
+def test_groups_with_a_rate_of_their_own(name):
+    """For PyTorch's optimizers, which know no lr_scale."""
+    backbone = build(name)
+    scaled, own = (backbone.parameter_groups(0.05, 0.5, 0.1, lr=lr) for lr in (None, 2e-3))
+    assert all("lr_scale" not in group for group in own)
+    torch.optim.AdamW(own, lr=1.0)
+    assert [group["lr"] for group in own] == [pytest.approx(2e-3 * group["lr_scale"]) for group in scaled]
+
+
+@pytest.mark.parametrize("name", [n for n in foveal.list_models() if n.startswith("test_")])
+def test_timms_layer_decay_of_feature_networks(name):
+    """That of the whole model, where timm by itself gives every layer of a feature network one rate."""
+    features, whole = timm.create_model(name, features_only=True), timm.create_model(name, num_classes=0)
+    rates = []
+    for model in (features, whole):
+        groups = param_groups_layer_decay(model, layer_decay=0.5)
+        scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        rates.append({n.removeprefix("model."): scale[id(p)] for n, p in model.named_parameters()})
+    assert len(set(rates[0].values())) > 2
+    order = [n for n in rates[0] if n in rates[1]]
+    assert sorted(order, key=rates[0].get) == sorted(order, key=rates[1].get)
 
 
 def test_norm_eval():

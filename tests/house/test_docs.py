@@ -56,7 +56,9 @@ def test_the_code_for_newcomers_runs() -> None:
     assert names["new"].shape == (2, 14, 14, 4, 32)
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", "docs/kernels.md", "docs/recipes.md", "docs/weights.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/index.md", "docs/kernels.md", "docs/own_head.md", "docs/recipes.md", "docs/weights.md"]
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = timm.create_model("test_foveal_dinat", num_classes=2)

@@ -415,6 +415,26 @@ def test_all_that_is_wrong_is_said_at_once(quick, tmp_path):
         assert re.search(words, lines[number]), lines
 
 
+@pytest.mark.parametrize("name", ["test_foveal_dinat", "test_foveal_overlock"])
+def test_frozen_stages(name):
+    """Weights and statistics stay, whatever mode the whole model is put into."""
+    config = ModelConfig(name=name, frozen_stages=2, drop_path_rate=0.5)
+    model = classify.build_model(config, 3, 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert not changed & frozen
+    places = {key.rpartition(".")[0] for key in frozen}
+    assert not {key for key in changed if key.rpartition(".")[0] in places}
+    with pytest.raises(ConfigError, match=r"model\.frozen_stages.*9"):
+        classify.build_model(ModelConfig(name=name, frozen_stages=9), 3, 3)
+
+
 def test_the_header_names_rate_weights_and_cooldown(quick, tmp_path, capsys):
     options = ["optim.lr_batch=256", "schedule.cooldown_fraction=0.5", "data.limit=128", "data.val_limit=64"]
     train(quick, [f"output={tmp_path / 'a'}", *options])
