@@ -195,7 +195,9 @@ class RelativePositionTable(nn.Module):
     def forward(self, window_size: tuple[int, int]) -> torch.Tensor:
         """The table for windows of ``window_size``, differentiable; in eval, a resampled one is cached."""
         table = self.relative_position_bias_table
-        return table if window_size == self.window_size else self.cache.get(resample_table, window_size, source=table)
+        if window_size != self.window_size:
+            return self.cache.get(resample_table, window_size, source=table)
+        return table.clone()  # FSDP frees the parameter itself when this returns
 
 
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -376,9 +378,10 @@ class RelativeEmbedding(nn.Module):
         for table in (self.height_rel, self.width_rel):
             trunc_normal_(table, std=std)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row and column embeddings."""
-        return self.height_rel, self.width_rel
+    def forward(self, halo_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row and column embeddings, with `key - query + window - 1` relative to one origin as their index."""
+        rows, columns = (F.pad(t[halo_size:], (0, 0, 0, halo_size)) for t in (self.height_rel, self.width_rel))
+        return rows, columns
 
 
 class HaloAttention2d(nn.Module):
@@ -514,10 +517,8 @@ class HaloAttention2d(nn.Module):
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.head_dim + self.value_dim))
         k, v = kv.split((self.head_dim, self.value_dim), -1)
 
-        # the operation uses row `key - query + window - 1`, both relative to one origin
         factor = self.scale if self.scale_bias else 1.0
-        tables = (factor * t[self.halo_size :] for t in self.pos_embed())
-        tables = (F.pad(t, (0, 0, 0, self.halo_size)) for t in tables)
+        rows, columns = (factor * table for table in self.pos_embed(self.halo_size))
         window = self.block_size + 2 * self.halo_size
         x = neighborhood_attention(
             q,
@@ -526,7 +527,7 @@ class HaloAttention2d(nn.Module):
             kernel_size=(window, window),
             stride=self.block_size,
             query_stride=self.stride,
-            bias=DecomposedRelativePositionBias(*tables, counted=self.dense_offsets),
+            bias=DecomposedRelativePositionBias(rows, columns, counted=self.dense_offsets),
             boundary=self.boundary,
             scale=self.scale,
         )

@@ -97,6 +97,31 @@ def test_offloading(name, where, tmp_path):
         assert_close(a, b, 5e-6)
 
 
+# ---- FSDP
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@families
+def test_every_module_sharded_by_itself(name, process_group):
+    """FSDP2 frees the parameters of a module when its forward returns."""
+    model = create(name)
+    want = outputs(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][::-1]:
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    for got, each in zip(outputs(model), want, strict=True):
+        assert_close(got, each, 5e-6)
+    model.train()(SIZES[0]).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 # ---- peft
 
 
