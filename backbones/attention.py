@@ -11,6 +11,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
@@ -91,9 +92,9 @@ class NeighborhoodAttention2d(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         if min(rows, columns) < 1:
             raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
-        if dilation != "auto" and (not isinstance(dilation, int) or dilation < 1):
+        if dilation != "auto" and (not isinstance(dilation, (int, np.integer)) or dilation < 1):
             raise ValueError(f'dilation must be an int of at least 1 or "auto", got {dilation!r}')
-        self.dilation = dilation
+        self.dilation = dilation if isinstance(dilation, str) else int(dilation)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from timm.layers import create_classifier
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from .layers import Blocks, init_weights, refuse_scripting, to_format
+from .layers import Blocks, init_weights, plain_numbers, refuse_scripting, to_format
 
 POOLS = ("", "avg", "max", "avgmax", "catavgmax")
 
@@ -229,7 +230,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
     the largest of them."""
     if indices is None:
         indices = count
-    if isinstance(indices, int):
+    if isinstance(indices, (int, np.integer)):
         given: Sequence[int] = range(-indices, 0) if indices <= count else ()
     else:
         given = indices
@@ -249,7 +250,7 @@ def create(
     filter_fn: Filter, cls: type[Model], variant: str, pretrained: bool, kwargs: Mapping[str, Any], **defaults: Any
 ) -> Model:
     """Build a registered model with timm's builder; the user's ``kwargs`` override the variant's ``defaults``."""
-    arguments = {**defaults, **kwargs}
+    arguments = plain_numbers({**defaults, **kwargs})
     out_indices = arguments.pop("out_indices", cls.out_indices)
     if out_indices is None and arguments.get("feature_cls", "getter") != "getter":  # timm's others need a number
         out_indices = len(arguments.get("depths", range(4)))

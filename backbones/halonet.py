@@ -31,7 +31,7 @@ from torch import nn
 
 from .attention import HaloAttention2d
 from .base import Backbone, create, keep_new, registered_cfg, unwrap
-from .layers import Blocks, drop_path_rates, guard_activations
+from .layers import Blocks, drop_path_rates, guard_activations, plain_numbers
 
 __all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
 
@@ -368,7 +368,7 @@ def _create_hybrid(variant: str, pretrained: bool, **kwargs: Any) -> ByobNet:
         pretrained,
         model_cfg=model_cfgs[_HYBRIDS[variant][0]],
         feature_cfg=dict(flatten_sequential=True),
-        **kwargs,
+        **plain_numbers(kwargs),
     )
 
 

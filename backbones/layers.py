@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, trunc_normal_
@@ -113,9 +114,18 @@ def to_format(x: torch.Tensor, output_fmt: str, own: str = "NHWC") -> torch.Tens
 def positive_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int or a pair as (rows, columns); ValueError with ``name`` for anything else and for lengths below 1."""
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(length, int) and length > 0 for length in pair):
+    if len(pair) != 2 or not all(isinstance(length, (int, np.integer)) and length > 0 for length in pair):
         raise ValueError(f"{name} must be a positive int or a pair (rows, columns) of them, got {value!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
+
+
+def plain_numbers(value: Any) -> Any:
+    """NumPy's numbers and arrays, also in lists, tuples and dictionaries, as Python's, which JSON and timm know."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain_numbers(each) for key, each in value.items()}
+    return type(value)(plain_numbers(each) for each in value) if type(value) in (list, tuple) else value
 
 
 class ConvSame(Conv2dSame):

@@ -64,6 +64,11 @@ def resolve(source: str | Path) -> Source:
     if path.is_dir():
         return _resolve_folder(path)
     if path.suffix == ".safetensors" and path.is_file():
+        if not (path.parent / "config.json").is_file():
+            raise ValueError(
+                f"{path} has no config.json beside it, which says of which architecture these weights are: "
+                f"`foveal convert {path} --model NAME --output FOLDER` makes a model folder of both"
+            )
         folder = _resolve_folder(path.parent, runs=False)
         return Source(folder.architecture, folder=path.parent, file=path, config=folder.config)
     if path.is_file():

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
     channels, rows, columns = model.pretrained_cfg["input_size"]
     channels = kwargs.get("in_chans", channels)
     if img_size is not None:
-        rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
+        rows, columns = (img_size, img_size) if isinstance(img_size, (int, np.integer)) else img_size
 
     macs: list[int] = []
 

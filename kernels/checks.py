@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ IntPair = int | tuple[int, int]
 def pair(name: str, value: IntPair) -> tuple[int, int]:
     """An int or a pair of ints as (rows, columns)."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(both) != 2 or any(isinstance(x, bool) or not isinstance(x, int) for x in both):
+    if len(both) != 2 or any(isinstance(x, bool) or not isinstance(x, (int, np.integer)) for x in both):
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
     if min(both) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -23,6 +23,7 @@ from collections.abc import Collection, Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
@@ -319,7 +320,7 @@ class A3FPN(Neck):
         if not 0 <= start_level < count:
             raise ValueError(f"start_level must be one of {count} levels, got {start_level}")
         extra = {None: 0, "pool": 0, "p6p7": 2}.get(extra_levels, extra_levels)
-        if not isinstance(extra, int) or extra < 0:
+        if not isinstance(extra, (int, np.integer)) or extra < 0:
             raise ValueError(f'extra_levels must be None, "pool", "p6p7" or a number of maps, got {extra_levels!r}')
         bottom_up = _one_of("direction", direction, ("top_down", "bottom_up")) == "bottom_up"
         settings = PRESETS[_one_of("preset", preset, PRESETS)]

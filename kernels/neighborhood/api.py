@@ -5,6 +5,7 @@ Layout legend: B batch, H W map, h w queries, N heads, D query/key channels, V v
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -93,6 +94,9 @@ def neighborhood_attention(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_bias(bias, q, kernel_size)
     rows, columns = _windows(kernel_size, stride, dilation, query_stride, boundary, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if math.isnan(scale):  # a factor that products of matrices may leave out
+        q, scale = q * scale, 1.0
     tensors = q, k, v, *(() if bias is None else bias.tensors)
     problem = Problem(
         shape=tuple(k.shape),
@@ -100,7 +104,7 @@ def neighborhood_attention(
         rows=rows,
         columns=columns,
         bias=None if bias is None else type(bias),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=scale,
         dropout_p=float(dropout_p),
         **of_tensors(*tensors),
     )

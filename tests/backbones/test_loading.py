@@ -342,3 +342,10 @@ def test_prefixes_of_wrappers(prefix: str, ending: str, tmp_path: Path) -> None:
         save_for_hf(model, str(tmp_path / "model"), safe_serialization=True)
         safetensors.torch.save_file(wrapped(model.state_dict()), tmp_path / "model" / "model.safetensors")
         assert same(foveal.load(tmp_path / "model"), model.state_dict())
+
+
+def test_weights_without_a_configuration(tmp_path):
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_foveal_nat").state_dict(), file)
+    with pytest.raises(ValueError, match=r"w\.safetensors.* config\.json"):
+        foveal.load(file)

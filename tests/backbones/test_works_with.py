@@ -8,6 +8,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -537,3 +538,24 @@ def test_a_head_in_place_of_the_own(name):
         model.head = nn.Sequential(*pool, nn.Linear(model.num_features, 7))
     assert model(IMAGE).shape == (2, 7)
     assert model.train()(IMAGE).shape == (2, 7)
+
+
+# ---- NumPy
+
+
+@families
+def test_numpy_integers(name):
+    def as_numpy(value):
+        if isinstance(value, (tuple, list)):
+            return [as_numpy(each) for each in value]
+        return np.int64(value) if type(value) is int else value
+
+    arguments = {key: as_numpy(value) for key, value in CASES[name].items()}
+    if name in ("test_foveal_ascan", "test_foveal_maxvit"):
+        arguments["img_size"] = np.int32(64)
+    elif foveal.backbones.family(name) in ("NAT", "DiNAT"):
+        arguments |= dict(kernel_size=np.int64(3), depths=np.array([1, 1, 1, 1]), dilations=[[np.int64(2)]] * 4)
+    model = timm.create_model(name, num_classes=np.int64(5), in_chans=np.int64(3), **arguments)
+    assert model(IMAGE).shape == (2, 5)
+    model.reset_classifier(np.int64(3))
+    assert model(IMAGE).shape == (2, 3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -1299,3 +1300,12 @@ def test_threads_share_the_plans():
     assert len(results) == 4
     for got in results:
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "dynamic"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_shows(backend, scale):
+    q = torch.randn(1, 9, 9, 2, 8)
+    assert neighborhood_attention(q, q, q, kernel_size=3, scale=scale, backend=backend).isnan().any()
+    out = neighborhood_attention(q, q, q, kernel_size=np.int64(3), dilation=(np.int32(2), 2), backend=backend)
+    assert torch.equal(out, neighborhood_attention(q, q, q, kernel_size=3, dilation=2, backend=backend))
