@@ -346,7 +346,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Also compare on this image; may be repeated.", show_default="two photographs"),
+        typer.Option(help="Also compare on this image; may be repeated.", show_default="two sample images"),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="float16; images and logits stay float32.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="ONNX: convolutions and linear layers in 8 bits.")] = False,
@@ -494,7 +494,7 @@ def visualize(
 def data(
     root: Annotated[Path, typer.Argument(help="Images with annotations or masks, or one folder per class.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    task: Annotated[Task | None, typer.Option(help="Task.", show_default="found out")] = None,
+    task: Annotated[Task | None, typer.Option(help="Task.", show_default="detected")] = None,
     draw: Annotated[Path | None, typer.Option(help="PNG file for images with their boxes or masks.")] = None,
 ) -> int:
     """Inspect a dataset before training: format, splits, classes, sizes, duplicates and problems.
@@ -524,7 +524,7 @@ def shards(
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     max_size: Annotated[int | None, typer.Option(help="Resize images with a longer side to it.")] = None,
     quality: Annotated[
-        int | None, typer.Option(help="Store every image as JPEG of this quality.", show_default="90 if made smaller")
+        int | None, typer.Option(help="Store every image as JPEG of this quality.", show_default="90 if resized")
     ] = None,
 ) -> None:
     """Write WebDataset shards from folders of images, for `data.kind=wds`."""
