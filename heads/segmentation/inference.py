@@ -152,9 +152,12 @@ def label_map(
     ratios: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Classes ``[B, H, W]`` of the pixels: the argmax of `probabilities`, which has the arguments.
+    """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`.
 
-    The probabilities are computed in bands of rows, so that those of all classes for a large image are never in memory.
+    Computed in bands of rows, so that the probabilities of all classes for a large image are never in memory.
+
+    Args:
+        model, images, scale, size_divisor, antialias, crop_size, stride, ratios, flip: as for `probabilities`.
 
     Examples:
         >>> import torch
