@@ -65,7 +65,7 @@ def train(
     """
     config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
     if config.resume == "auto":
-        kept_split(config.data, Path(config.output), overrides)
+        kept_split(config.data, Path(config.output), [pair for pair in overrides if pair.startswith("data.split=")])
     chosen = choose(config, str(recipe))
     import_models(config.imports)
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")

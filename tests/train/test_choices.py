@@ -38,6 +38,19 @@ def test_the_short_command_trains(task, tmp_path):
     assert result[monitor] == pytest.approx(summary[monitor], abs=1e-3)
 
 
+def test_a_run_that_goes_on_repeats_its_choices_and_its_split(tmp_path):
+    class_folders(tmp_path / "data", counts=(60, 30))
+    given = [f"data.root={tmp_path / 'data'}", f"output={tmp_path / 'run'}", *SMALL[:2], "log.trackers=[]"]
+    train("finetune", [*given, "schedule.epochs=1"], "classify")
+    earlier = load_config(tmp_path / "run" / "config.yaml")
+    split = (tmp_path / "run" / "split.csv").read_text()
+    class_folders(tmp_path / "data", counts=(200, 100))  # of which other batches and another split would be chosen
+    train("finetune", [*given, "schedule.epochs=2", "resume=auto"], "classify")
+    later = load_config(tmp_path / "run" / "config.yaml")
+    assert later.train.batch_size == earlier.train.batch_size
+    assert sorted((tmp_path / "run" / "split.csv").read_text().split("\n")) == sorted(split.split("\n"))
+
+
 @pytest.mark.parametrize("task", SCHEMAS)
 def test_without_a_network_the_error_names_the_key(task, tmp_path, monkeypatch):
     def fetch(*args, **kwargs):

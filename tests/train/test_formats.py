@@ -427,6 +427,50 @@ def test_a_run_keeps_its_split(tmp_path):
     assert again["box_ap"] == pytest.approx(first["box_ap"], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("task", "write"),
+    [
+        ("classify", flat_with_table),
+        ("classify", one_hot),
+        ("segment", labelme),
+        ("segment", lambda root: write_masks(root / "a", root / "b")),
+    ],
+)
+def test_damaged_tables_shapes_and_masks(task, write, tmp_path):
+    """A DataError, fewer images, or an unreadable sample; never another exception."""
+    (tmp_path / "whole").mkdir()
+    write(tmp_path / "whole")
+    draw_bytes = random.Random(0)
+    for trial in range(20):
+        root = tmp_path / str(trial)
+        shutil.copytree(tmp_path / "whole", root)
+        for path in root.rglob("*"):
+            if path.suffix in (".csv", ".json", ".png"):
+                content = bytearray(path.read_bytes())
+                content[draw_bytes.randrange(len(content))] = draw_bytes.randrange(256)
+                path.write_bytes(content if trial % 2 else content[: draw_bytes.randrange(len(content))])
+        try:
+            found = labels_of(root, task=task)
+        except DataError:
+            continue
+        for number in range(len(found.train) if task == "segment" else 0):
+            SegmentationDataset(found.train, 3, None, 0)[0, number]
+
+
+def test_a_list_of_ones_own_divides(tmp_path):
+    voc(tmp_path / "data")
+    rows = [f"images/im {i}.jpg,{'val' if i < 3 else 'train'}" for i in range(9)]
+    (tmp_path / "mine.csv").write_text("\n".join(["image,split", *rows, "images/gone.jpg,val"]))
+    data = read(tmp_path / "data", f"data.split={tmp_path / 'mine.csv'}")
+    held_out = data.val.dataset.index
+    assert sorted(Path(held_out.name(i)).name for i in range(len(held_out))) == ["im 0.jpg", "im 1.jpg", "im 2.jpg"]
+    assert data.train.samples == 6
+    assert any("im 9.jpg" in note for note in data.notes)  # in no part
+    assert any("gone.jpg" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"no\.csv"):
+        read(tmp_path / "data", "data.split=no.csv")
+
+
 # what is said before anyone trains
 
 

@@ -56,7 +56,7 @@ class Division:
 def kept_split(data: DataConfig | DenseDataConfig, run: Path, overrides: Sequence[str] = ()) -> None:
     """Sets ``data.split`` to the list that a run kept, unless other data or another list are asked for."""
     given = {pair.partition("=")[0] for pair in overrides} & {"data.root", "data.split", "data.val_split"}
-    if data.kind == "auto" and not given and data.split is None and (run / SPLIT_FILE).is_file():
+    if getattr(data, "kind", None) == "auto" and not given and (run / SPLIT_FILE).is_file():
         data.split = str(run / SPLIT_FILE)
 
 

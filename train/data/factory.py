@@ -289,6 +289,7 @@ def build_detection_data(
 
     def loader(training: bool) -> DetectionLoader:
         nonlocal categories
+        index: Any
         if found is not None:
             index = found.train if training else found.val
         else:

@@ -49,18 +49,21 @@ class Found:
     notes: list[str] = field(default_factory=list)
     report: Report = field(default_factory=lambda: Report(""))
 
-    def add_image(self, path: str, size: tuple[int, int], split: str) -> int:
+    def add_image(self, path: str, size: tuple[Any, Any], split: str) -> int:
         """The id of a new image."""
         number = len(self.images) + 1
         height, width = size
         self.images.append({"id": number, "file_name": path, "height": height, "width": width, "split": split})
         return number
 
-    def add(self, image: int, category: int, box: list[float], polygons: list[list[float]] = (), **more: Any) -> None:  # type: ignore[assignment]
-        """An object of an image; the box is x, y, width and height in pixels."""
+    def add(
+        self, image: int, category: Any, box: list[float], polygons: Sequence[list[float]] = (), **more: Any
+    ) -> None:
+        """An object of an image; the box is x, y, width and height in pixels. ``category`` may be a name until
+        `_number_names`."""
         entry = {"id": len(self.annotations) + 1, "image_id": image, "category_id": category, "bbox": box, **more}
         if polygons:
-            entry["segmentation"] = polygons
+            entry["segmentation"] = [*polygons]
         self.annotations.append(entry)
 
 
@@ -106,8 +109,8 @@ def _coco_content(files: Files, path: str) -> dict[str, Any] | None:
 
 def _category_ids(contents: list[dict[str, Any]]) -> dict[str, int]:
     """Name -> id: the files' own where they agree, else counted from 1 by first occurrence."""
-    pairs = {
-        (entry.get("name"), entry.get("id"))
+    pairs: set[tuple[str, int]] = {
+        (entry["name"], entry["id"])
         for content in contents
         for entry in content["categories"]
         if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("id"), int)
@@ -175,7 +178,7 @@ def read_voc_files(files: Files) -> Found | None:
         number = found.add_image(image, size or missing[image], lists.get(PurePosixPath(path).stem) or split_of(image))
         for name, (x1, y1, x2, y2), difficult in objects:
             labels[name] += 1
-            found.add(number, name, [x1, y1, x2 - x1, y2 - y1], difficult=difficult)  # type: ignore[arg-type]
+            found.add(number, name, [x1, y1, x2 - x1, y2 - y1], difficult=difficult)
     return _number_names(found, labels)
 
 
@@ -234,8 +237,8 @@ def read_yolo_files(files: Files) -> Found | None:
     for path, size in sizes_of(files, labels, found.report).items():
         split = listed.get(path) or next((s for p, s in prefixes.items() if path.startswith(p)), "")
         number = found.add_image(path, size, split or ("" if prefixes or listed else split_of(path)))
-        if labels[path] is not None:
-            _yolo_lines(found, files, labels[path], number, size)
+        if (label := labels[path]) is not None:
+            _yolo_lines(found, files, label, number, size)
     return found
 
 
@@ -366,12 +369,13 @@ def read_labelme_files(files: Files) -> Found | None:
             content = files.json(path)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 continue
-            size = content.get("imageHeight"), content.get("imageWidth")
-            size = size if all(type(side) is int and side > 0 for side in size) else image_size(files.root / image)
+            height, width = content.get("imageHeight"), content.get("imageWidth")
+            if not all(type(side) is int and side > 0 for side in (height, width)):
+                height, width = image_size(files.root / image)
         except (DataError, OSError, ValueError) as error:
             found.report.rows.append((path, None, f"annotation left out: {error}"))
             continue
-        number = found.add_image(image, size, split_of(image))  # type: ignore[arg-type]
+        number = found.add_image(image, (height, width), split_of(image))
         found.images[-1]["mask"] = path
         for row, shape in enumerate(content["shapes"]):
             polygon = labelme_polygon(shape)
@@ -416,7 +420,7 @@ def draw_shapes(path: str, classes: Sequence[str], size: tuple[int, int]) -> np.
     if not isinstance(shapes, list):
         raise ValueError(f"{path} has no shapes")
     numbers = {name: number for number, name in enumerate(classes)}
-    drawn = Image.new("L", size[::-1], numbers.get("background", 255))
+    drawn = Image.new("L", (size[1], size[0]), numbers.get("background", 255))
     for shape in shapes:
         polygon = labelme_polygon(shape)
         if polygon is not None:

@@ -16,7 +16,7 @@ from .dense_transforms import IGNORE
 from .files import Files, same_files
 from .formats import find_boxes, first_names
 from .guard import Report
-from .index import DetectionIndex, Index, SegmentationIndex, clip_boxes
+from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, clip_boxes
 from .pairs import SAMPLED, find_masks
 
 SHOWN = 16  # images of a contact sheet
@@ -132,7 +132,8 @@ def _classes(result: Survey, parts: dict[str, Index]) -> None:
                 f"objects: {each:.1f} an image, sides {low:.0f} to {high:.0f} pixels (5 to 95 %), median {middle:.0f}"
             )
             result.lines.append(text)
-        if len(data.val.crowd) and data.val.crowd.all():
+        held_out = data.val
+        if isinstance(held_out, DetectionIndex) and len(held_out.crowd) and held_out.crowd.all():
             result.wrong.append("every held-out object is a crowd or difficult: nothing can be scored")
 
 
@@ -204,7 +205,7 @@ def _tile(data: DataSet, index: Index, number: int) -> Image.Image:
             x1, y1, x2, y2 = (box * scale).tolist()
             pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=COLOURS[label % len(COLOURS)], width=2)
             _write(pen, (x1, y1), data.classes[label], COLOURS[label % len(COLOURS)])
-    elif not isinstance(index, SegmentationIndex):
+    elif isinstance(index, ClassificationIndex):
         _write(pen, (0, 0), data.classes[index.label[number]], "#000000")
     tile = Image.new("RGB", (SIDE, SIDE), "white")
     tile.paste(image, (4, 4))
