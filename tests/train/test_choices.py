@@ -74,9 +74,10 @@ def test_what_is_given_is_not_chosen(tmp_path):
     assert (config.data.min_size, config.model.head, config.schedule.epochs) == (77, "fcos", 9)
     assert config.model.head_kwargs == {}  # fcos has no anchors
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump({"base": "finetune", "optim": {"lr": 0.5}}))
-    with pytest.raises(ConfigError, match="finetune"):
-        load_config(recipe, (), SCHEMAS["detect"])
+    recipe.write_text(yaml.safe_dump({"base": "detect/finetune", "optim": {"lr": 0.5}}))
+    config = load_config(recipe, [f"data.root={tmp_path}", "model.pretrained=false"], SCHEMAS["detect"])
+    choose(config, "mine")
+    assert (config.optim.lr, config.model.head) == (0.5, "faster_rcnn")
 
 
 def test_the_head_follows_the_annotations(tmp_path):
