@@ -297,7 +297,7 @@ def _import(modules: list[str] | None) -> None:
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Image files.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of images, videos.")],
     model: Annotated[
         str | None,
         typer.Option(help="Model name, run folder or model folder.", show_default="the newest run under runs/"),
@@ -305,19 +305,33 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classifier: number of classes to show.")] = 5,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Detector: minimum score to show.")] = 0.5,
     output: Annotated[
-        Path | None, typer.Option(help="Detector, segmenter: folder for images with the predictions drawn.")
+        Path | None, typer.Option(help="Detector, segmenter: folder for the predictions, drawn or as --format says.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="drawn, masks, coco or yolo, for --output; may be repeated."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
     ] = None,
     imports: Imports = None,
 ) -> int:
     """Predict images with a classifier, detector or segmenter."""
+    from rich.progress import track
+
     from .train import predict as run
+    from .train.results import find_images
 
     _import(imports)
     if model is None:
         model = _newest_run()
         print(f"model: {model}", file=sys.stderr)
     failed = 0
-    for prediction in run(model, images, top=top, threshold=threshold, output=output):
+    found = run(model, images, top=top, threshold=threshold, output=output, formats=formats or (), device=device)
+    # on the terminal of whoever waits, unless the results are printed there
+    shown = sys.stderr.isatty() and not sys.stdout.isatty()
+    bar = {"console": Console(stderr=True), "disable": not shown, "total": len(find_images(images)) if shown else None}
+    for prediction in track(found, "images", **bar):
         if prediction.error is not None:
             print(f"error: {prediction.error}", file=sys.stderr)
             failed += 1

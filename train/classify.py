@@ -11,12 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from timm.data import ImageNetInfo, Mixup, infer_imagenet_subset
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ..backbones.base import registered_cfg
-from ..backbones.images import label_names, preprocessing, read_image
+from ..backbones.images import label_names, preprocessing
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from ..heads.backbone import names_of_stages
@@ -171,8 +172,6 @@ class Task(task.Task):
 class Predictor(task.Predictor):
     """The most probable classes; a class without a known name is ``class INDEX``."""
 
-    draws = False
-
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         self.model: Any = load(source)
         if self.model.num_classes < 1:
@@ -180,13 +179,13 @@ class Predictor(task.Predictor):
         self.transform, self.labels = preprocessing(self.model), class_labels(self.model, source)
         self.top, self.channels = min(top, self.model.num_classes), self.model.pretrained_cfg["input_size"][0]
 
-    def read(self, path: str | Path) -> Tensor:
-        image = read_image(path, self.channels)
+    def read(self, source: str | Path | Image.Image) -> Tensor:
+        image = self.open(source)
         try:
             return self.transform(image)
         except (ValueError, MemoryError, ArithmeticError) as error:  # a strip of one pixel grows with its long side
             reason = f"cannot be resized from {image.width}x{image.height}: {error or type(error).__name__}"
-            raise OSError(f"{path}: {reason}") from error
+            raise OSError(f"{source}: {reason}") from error
 
     def predict(self, image: Tensor) -> tuple[list[Result], None]:
         logits = self.model(image[None])

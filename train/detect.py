@@ -5,19 +5,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, DetectConfig, load_config
+from ..files import atomic
 from ..heads.build import build_detector
 from ..heads.checkpoint import load_dense, save_dense
 from ..heads.detection import Detector
 from ..heads.registry import HEADS
 from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
-from .detection_metrics import CocoScorer, metric_labels
+from .detection_metrics import CocoScorer, encode_masks, metric_labels
 from .scoring import autocast, write_table
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
@@ -141,6 +145,8 @@ class Task(task.Task):
 class Predictor(task.Predictor):
     """The objects with at least the score ``threshold``."""
 
+    formats = ("drawn", "coco", "yolo", "masks")
+
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         self.model, self.threshold = load_dense(source), threshold
         self.channels, self.classes = len(self.model.detector.transform.image_mean), self.model.classes
@@ -148,11 +154,46 @@ class Predictor(task.Predictor):
 
     def predict(self, image: Tensor) -> tuple[list[Result], Found]:
         found = above(self.model([image])[0], self.threshold)
+        found = {key: value.cpu() for key, value in found.items()}
         rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
         return [Result(self.classes[k], score, tuple(box), self.ids[k]) for k, score, box in rows], found
 
     def draw(self, image: Tensor, found: Found, path: Path, title: str) -> None:
         plots.detection(image, found, self.classes, path, title)
+
+    def masks(self, image: Tensor, found: Found, path: Path) -> None:
+        """The number of the object, from 1 by falling score; 0 for none. The better one hides the worse."""
+        if "masks" not in found:
+            raise ValueError("the detector finds boxes, no masks: the format masks is not for it")
+        numbers = np.zeros(image.shape[-2:], np.uint16)
+        for number in range(len(found["masks"]), 0, -1):
+            numbers[found["masks"][number - 1, 0].numpy() > 0.5] = number
+        with atomic(path) as new:
+            Image.fromarray(numbers).save(new, format="PNG")
+
+    def categories(self) -> dict[int, str]:
+        return dict(zip(self.ids, self.classes, strict=True))
+
+    def coco(self, found: Found) -> list[dict[str, Any]]:
+        codes = encode_masks(found["masks"]) if "masks" in found else None
+        entries = []
+        rows = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+        for number, ((x1, y1, x2, y2), score, label) in enumerate(rows):
+            width, height = x2 - x1, y2 - y1
+            entry = {"category_id": self.ids[label], "score": score, "bbox": [x1, y1, width, height]}
+            if codes is not None:
+                area = float((found["masks"][number] > 0.5).sum())
+                entries.append(entry | {"area": area, "segmentation": codes[number]})
+            else:
+                corners = [x1, y1, x2, y1, x2, y2, x1, y2]
+                entries.append(entry | {"area": width * height, "segmentation": [corners]})
+        return entries
+
+    def yolo(self, image: Tensor, found: Found) -> list[str]:
+        boxes = box_convert(found["boxes"], "xyxy", "cxcywh")
+        boxes = boxes / boxes.new_tensor([image.shape[-1], image.shape[-2]] * 2)
+        rows = zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), strict=True)
+        return [" ".join([str(label), *(f"{value:.6f}" for value in (*box, score))]) for label, box, score in rows]
 
 
 def build_model(config: DetectConfig, num_classes: int) -> Detector:

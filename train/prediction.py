@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..backbones.loading import local_path, refuse_exported
+from .results import Writer, find_images, read_images
 from .task import Predictor, Result
 from .tasks import find_task, import_remembered, task_of
 
@@ -37,6 +38,8 @@ def predict(
     top: int = 5,
     threshold: float = 0.5,
     output: str | Path | None = None,
+    formats: Sequence[str] = (),
+    device: str | torch.device | None = None,
 ) -> Iterator[Prediction]:
     """The classes of image files (classifier), the objects (detector) or the classes of the pixels (segmenter) in them.
 
@@ -44,15 +47,21 @@ def predict(
         source: what `foveal.load` takes: a run, a model folder, of a classifier also a name with published weights.
         top: classifier: how many classes; at most as many as the model has.
         threshold: detector: lowest score.
-        output: detector, segmenter: folder for ``NAME.png``, the image with its objects drawn or the classes as a
-            palette image. None: nothing is drawn.
+        images: files, folders (all images below them) and videos (each frame; OpenCV reads them).
+        output: detector, segmenter: folder to write to. None: nothing is written.
+        formats: what is written. Detector: ``"drawn"`` (the usual one: NAME.png, the image with its objects),
+            ``"coco"`` (predictions.json), ``"yolo"`` (labels/NAME.txt) and, with masks, ``"masks"`` (NAME.png, the
+            number of the object at each pixel). Segmenter: ``"masks"`` (the usual one: a palette image of the classes)
+            and ``"drawn"``. Of both ``"drawn"`` and ``"masks"`` each has a folder of its name.
+        device: None: a GPU if there is one, else the CPU.
 
     Yields:
         a `Prediction` for each image. A file that cannot be read has an ``error`` and does not end the iteration.
 
     Raises:
-        ValueError: ``source`` cannot be loaded, a classifier has nothing to draw, or drawings would replace images or
-            each other.
+        ValueError: ``source`` cannot be loaded, a format that the model does not have, an unknown device, or drawings
+            would replace images or each other.
+        ImportError: a video without OpenCV.
 
     Examples:
         >>> import timm
@@ -72,39 +81,37 @@ def predict(
         refuse_exported(folder)
         source = folder
     predictor_class: type[Predictor] = find_task(kind).Predictor
-    if output is not None and not predictor_class.draws:
+    sources = find_images(images)
+    if output is not None and not predictor_class.formats:
         raise ValueError(f"{source} is a classifier: it has nothing to draw into {output}")
-    places = drawing_paths(images, Path(output)) if output is not None else [None] * len(images)
+    if output is None and formats:
+        raise ValueError(f"formats={list(formats)} are written into a folder: name it by output")
+    writer = None if output is None else Writer(Path(output), formats, sources, predictor_class)
+    place = _device(device)
     predictor = predictor_class(source, top=top, threshold=threshold)
-    for path, place in zip(images, places, strict=True):
+    predictor.model.to(place)
+    for each, given in zip(sources, read_images(sources), strict=True):
         try:
-            image = predictor.read(path)
+            image = predictor.read(given)
         except OSError as error:
-            yield Prediction(str(path), error=error)
+            yield Prediction(each.name, error=error)
             continue
         with torch.no_grad():
-            results, found = predictor.predict(image)
-        if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            predictor.draw(image, found, place, Path(path).name)
-        yield Prediction(str(path), results)
+            results, found = predictor.predict(image.to(place))
+        if writer is not None:
+            writer.add(each, predictor, image, found)
+        yield Prediction(each.name, results)
+    if writer is not None:
+        writer.finish(predictor)
 
 
-def drawing_paths(images: Sequence[str | Path], folder: Path) -> list[Path]:
-    """Where the drawings of image files go: ``folder/NAME.png``.
-
-    Raises:
-        ValueError: two of them would go to the same file, or one to an image's own.
+def _device(device: str | torch.device | None) -> torch.device:
+    """Raises:
+    ValueError: an unknown device, or one that this machine does not have.
     """
-    own = {Path(path).resolve(): path for path in images}
-    taken: dict[Path, str | Path] = {}
-    for path in images:
-        place = folder / f"{Path(path).stem}.png"
-        if place.resolve() in own:
-            raise ValueError(
-                f"the drawing of {path} would replace the image {own[place.resolve()]}; name another folder"
-            )
-        if place in taken:
-            raise ValueError(f"{taken[place]} and {path} would both be drawn to {place}")
-        taken[place] = path
-    return list(taken)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from None
+    return place

@@ -153,22 +153,31 @@ class Predictor(task.Predictor):
     """The classes of the pixels, found as in the model's last evaluation; drawn as a palette image of the classes, in
     the colours of Pascal VOC."""
 
+    formats = ("masks", "drawn")
+
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         self.model = load_dense(source)
         self.settings = self.model.config["preprocessing"].get("inference", {})
         self.channels = self.model.arguments.get("in_chans", 3)
 
     def predict(self, image: Tensor) -> tuple[list[Result], np.ndarray]:
-        labels = label_map(self.model, image[None], **self.settings)[0].numpy().astype(np.uint8)
+        labels = label_map(self.model, image[None], **self.settings)[0].cpu().numpy().astype(np.uint8)
         shares = np.bincount(labels.ravel(), minlength=len(self.model.classes)) / labels.size
         order = [int(k) for k in np.argsort(-shares) if shares[k] > 0]
         return [Result(self.model.classes[k], float(shares[k])) for k in order], labels
 
     def draw(self, image: Tensor, found: np.ndarray, path: Path, title: str) -> None:
+        """Half the image, half the classes' colours."""
+        pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy() * 255
+        mixed = (pixels + plots.label_colours(256)[found]) / 2
+        with atomic(path) as new:
+            Image.fromarray(mixed.round().astype(np.uint8)).save(new, format="PNG")
+
+    def masks(self, image: Tensor, found: np.ndarray, path: Path) -> None:
         drawn = Image.fromarray(found)
         drawn.putpalette(plots.label_colours(256).tobytes())
         with atomic(path) as new:
-            drawn.save(new)
+            drawn.save(new, format="PNG")
 
 
 def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from timm.models import is_model
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..backbones.images import read_image
+from ..backbones.images import read_image, to_mode
 from ..backbones.loading import local_path, unknown_model
 from ..configs.schema import ConfigError, Problems
 from . import plots
@@ -207,27 +208,48 @@ class Predictor(ABC):
         channels: of the images that the model takes, 1 or 3.
     """
 
-    draws: ClassVar[bool] = True  # has something to draw
+    formats: ClassVar[tuple[str, ...]] = ()  # of the files that it can write, the usual one first
+    model: Any
     channels: int
 
     @abstractmethod
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         """Loads the model; see `prediction.predict`."""
 
-    def read(self, path: str | Path) -> Tensor:
-        """The image of a file, float ``[C, H, W]`` in [0, 1].
+    def open(self, source: str | Path | Image.Image) -> Image.Image:
+        """An image, or that of a file, with the model's channels."""
+        return to_mode(source, self.channels) if isinstance(source, Image.Image) else read_image(source, self.channels)
+
+    def read(self, source: str | Path | Image.Image) -> Tensor:
+        """An image, or that of a file, float ``[C, H, W]`` in [0, 1].
 
         Raises:
             OSError: it is missing, or no image; the message names it.
         """
-        return pil_to_tensor(read_image(path, self.channels)).float() / 255
+        return pil_to_tensor(self.open(source)).float() / 255
 
     @abstractmethod
     def predict(self, image: Tensor) -> tuple[list[Result], Any]:
         """What is in an image, the highest score first, and what `draw` draws of it."""
 
     def draw(self, image: Tensor, found: Any, path: Path, title: str) -> None:
-        """Writes a PNG of what was found."""
+        """Writes a PNG of the image with what was found."""
+        raise NotImplementedError
+
+    def masks(self, image: Tensor, found: Any, path: Path) -> None:
+        """Writes a PNG of the classes, or the numbers of the objects, of the pixels."""
+        raise NotImplementedError
+
+    def categories(self) -> dict[int, str]:
+        """Names of the classes by their ids."""
+        raise NotImplementedError
+
+    def coco(self, found: Any) -> list[dict[str, Any]]:
+        """The objects as COCO's files have them, without the image."""
+        raise NotImplementedError
+
+    def yolo(self, image: Tensor, found: Any) -> list[str]:
+        """The objects as lines of YOLO's text files: class from 0, centre and size over the image's, score."""
         raise NotImplementedError
 
 

@@ -393,3 +393,63 @@ def test_figures_of_classes_and_sets_without_annotations(detect_recipe, rectangl
     with pytest.raises(DataError, match="instances_test"):
         options = [f"output={tmp_path / 'other'}", "data.val_annotations=annotations/instances_test.json"]
         train(detect_recipe, options, "detect")
+
+
+def test_predictions_of_a_folder_in_every_format(finished, rectangles, tmp_path):
+    folder, out = rectangles / "val", tmp_path / "out"
+    (folder / "more").mkdir()
+    shutil.copy(folder / "000.png", folder / "more" / "000.png")
+    (folder / "._000.png").write_bytes(b"hidden")
+    found = list(predict(finished, [folder], threshold=0.1, output=out, formats=["drawn", "coco", "yolo", "masks"]))
+    assert [Path(each.path).relative_to(folder).as_posix() for each in found] == [
+        *(f"{i:03}.png" for i in range(6)),
+        "more/000.png",
+    ]
+    assert sum(len(each.results) for each in found) > 0
+    coco = COCO(str(out / "predictions.json"))
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == [each.path for each in found]
+    assert {entry["id"]: entry["name"] for entry in coco.loadCats(coco.getCatIds())} == {3: "red", 7: "green"}
+    for number, each in enumerate(found, 1):
+        entries, place = coco.loadAnns(coco.getAnnIds(number)), Path(each.path).relative_to(folder).with_suffix("")
+        assert [entry["category_id"] for entry in entries] == [result.category_id for result in each.results]
+        lines = (out / "labels" / f"{place}.txt").read_text().split("\n")[:-1]
+        for line, entry in zip(lines, entries, strict=True):
+            label, cx, cy, w, h, score = map(float, line.split())
+            x, y, width, height = entry["bbox"]
+            assert (cx * 80, cy * 64, w * 80, h * 64) == pytest.approx(
+                (x + width / 2, y + height / 2, width, height), abs=1e-3
+            )
+            assert ((3, 7)[int(label)], score) == (entry["category_id"], pytest.approx(entry["score"], abs=1e-5))
+        numbers = np.asarray(Image.open(out / "masks" / f"{place}.png"))
+        assert set(np.unique(numbers)) <= set(range(len(entries) + 1))
+        if entries:
+            assert ((numbers == 1) == coco.annToMask(entries[0]).astype(bool)).all()
+        assert (out / "drawn" / f"{place}.png").exists()
+    assert (out / "classes.txt").read_text() == "red\ngreen\n"
+    with pytest.raises(ValueError, match="'polygons'"):
+        next(predict(finished, [folder], output=out, formats=["polygons"]))
+    with pytest.raises(ValueError, match="nodevice"):
+        next(predict(finished, [folder], device="nodevice"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        next(predict(finished, [tmp_path / "empty"]))
+    result = CliRunner().invoke(
+        app, ["predict", str(folder), "--model", str(finished), "--output", str(tmp_path / "cli"), "--format", "yolo"]
+    )
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "cli" / "labels").rglob("*.txt"))) == 7
+
+
+def test_predictions_of_a_video(finished, tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="reads videos")
+    file = tmp_path / "film.avi"
+    video = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
+    for number in range(3):
+        video.write(np.full((64, 80, 3), (0, 0, 60 * number), np.uint8))  # blue, green, red
+    video.release()
+    found = list(predict(finished, [file], threshold=0, output=tmp_path / "out"))
+    assert [each.path for each in found] == [f"{file}#{number}" for number in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"film_{i:06}.png" for i in range(3)]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"broken\.mp4"):
+        next(predict(finished, [tmp_path / "broken.mp4"]))

@@ -466,3 +466,18 @@ def test_readme_scores_a_published_file(blocks, tmp_path, monkeypatch):
     exec(code.replace("import ['ground', 'red', 'green']", "import ADE20K"), {})
     data = [f"data.root={blocks}", "data.classes=[ground,red,green]", "data.workers=0"]
     assert evaluate("upernet_dinat_tiny", data)["n"] == 5
+
+
+def test_predictions_of_a_folder(finished, blocks, tmp_path):
+    out = tmp_path / "out"
+    found = list(predict(finished, [blocks / "images" / "val"], output=out, formats=["drawn", "masks"], device="cpu"))
+    assert len(found) == 5
+    for each in found:
+        name = Path(each.path).name
+        with Image.open(each.path) as image, Image.open(out / "masks" / name) as mask:
+            assert mask.size == image.size
+            labels, pixels = np.asarray(mask), np.asarray(image).astype(float)
+            mixed = (pixels + plots.label_colours(256)[labels]) / 2
+        assert np.abs(np.asarray(Image.open(out / "drawn" / name)) - mixed).max() <= 1
+    with pytest.raises(ValueError, match="'coco'"):
+        next(predict(finished, [blocks], output=out, formats=["coco"]))

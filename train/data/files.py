@@ -72,13 +72,13 @@ class Files:
         seen: set[str] = set()  # links may lead back
         for folder, folders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
-            folders[:] = sorted(name for name in folders if not _is_hidden(name)) if real not in seen else []
+            folders[:] = sorted(name for name in folders if not is_hidden(name)) if real not in seen else []
             if real in seen:
                 continue
             seen.add(real)
             inside = os.path.relpath(folder, root).replace(os.sep, "/")
             for name in sorted(names):
-                if not _is_hidden(name):
+                if not is_hidden(name):
                     path = name if inside == "." else f"{inside}/{name}"
                     self.by_suffix[os.path.splitext(name)[1].lower()].append(path)
         readable = image_suffixes()
@@ -175,7 +175,7 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
