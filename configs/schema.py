@@ -164,6 +164,7 @@ class TrainConfig:
     ema_decay: Rate = 0.0  # 0: off. When on, the averaged weights are evaluated and kept
     ema_warmup: bool = False  # let the decay grow from 0, for short runs
     eval_interval: PositiveInt = 1  # epochs; the last one is always evaluated
+    patience: PositiveInt | None = None  # stop after this many evaluations without a better score; null: never
     compile: bool = False
     channels_last: bool = False  # memory format of the weights, and with them of the maps
     save_total_limit: PositiveInt = 2  # checkpoints to go on from: the last one and those before it
@@ -270,6 +271,8 @@ class DataConfig(ImagesConfig):
     val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
     classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
     num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
+    # balanced: rare classes more often; an image by 1 / images of its class, or of its rarest class's square root
+    sampling: Literal["uniform", "balanced"] = "uniform"
     image_size: PositiveInt | None = None  # side of the square input; null: the model's own
     interpolation: str | None = None  # of the evaluation; null: the model's own
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
@@ -352,6 +355,8 @@ class DetectDataConfig(DenseDataConfig):
     val_annotations: PathText = "annotations/instances_val2017.json"
     val_images: PathText = "val2017"
     classes: list[str] | None = None  # auto: names by label; objects of others are left out; null: all that occur
+    # balanced: rare classes more often; an image by 1 / images of its class, or of its rarest class's square root
+    sampling: Literal["uniform", "balanced"] = "uniform"
     keep_empty: bool = False  # train on images without objects too
     min_size: PositiveInt = 800  # evaluation: the short side is resized to this, ...
     max_size: PositiveInt = 1333  # ... unless the long side would exceed this
@@ -435,6 +440,8 @@ class SegmentAugmentConfig:
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentLossConfig:
     auxiliary: NonNegativeFloat = 0.4  # weight of the auxiliary head's cross-entropy
+    class_weights: list[NonNegativeFloat] | None = None  # by class, of the loss of its pixels; not of their number
+    focal_gamma: NonNegativeFloat = 0.0  # above 0: focal loss (arXiv 1708.02002), which lowers that of easy pixels
     ignored_in_mean: bool = False  # divide by all pixels, as mmseg does, not by those that have a class
 
 

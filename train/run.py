@@ -79,8 +79,8 @@ def train(
     trainer = Trainer(config, job, accelerator, console)
     resumed = config.resume == "auto" and resume(trainer)
     describe(trainer, resumed)
-    if resumed and trainer.state.epoch >= trainer.epochs and (run / "summary.json").exists():
-        trainer.logger.print(f"{run} is finished: {trainer.epochs} epochs; nothing to do")
+    if resumed and trainer.finished and (run / "summary.json").exists():
+        trainer.logger.print(f"{run} is finished: {trainer.state.epoch} epochs; nothing to do")
         return json.loads((run / "summary.json").read_text(encoding="utf-8"))
     with raised_by_all(accelerator):
         if accelerator.is_main_process:
@@ -210,6 +210,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     }
     if is_main:
         write_json(run / "summary.json", summary)
+        if state.epoch < trainer.epochs:
+            patience = trainer.config.train.patience
+            trainer.logger.print(f"no better score in {patience} evaluations (train.patience): stopped early")
         report.write(run)
         trainer.logger.print(
             f"[bold green]done[/]: held out {task.headline(state.history[-1])} at the last epoch, "

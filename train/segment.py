@@ -23,6 +23,8 @@ from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find
 from .scoring import SegmentationScorer, autocast, write_table
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
+KEYS = ("auxiliary", "ignored_in_mean")
+
 
 class Task(task.Task):
     """A segmenter: images to logits ``[B, classes, H, W]``, in training perhaps with those of an auxiliary head; or
@@ -43,7 +45,8 @@ class Task(task.Task):
             "data.kind": config.data.kind,
             "evaluation": json.dumps(self.settings, sort_keys=True),
             "augmentation": json.dumps(vars(config.augment), sort_keys=True),
-            "loss": json.dumps(vars(config.loss), sort_keys=True),
+            # by the keys that runs of 0.1.0 have, and those that are set
+            "loss": json.dumps({k: v for k, v in vars(config.loss).items() if k in KEYS or v}, sort_keys=True),
         }
 
     @classmethod
@@ -62,6 +65,8 @@ class Task(task.Task):
                 )
         with problems:
             classes = find_classes(config.data)
+        with problems:
+            check_loss(config, len(classes))
         problems.raise_all()
         config.data.classes = classes if config.data.kind == "auto" else config.data.classes
         model = build_model(config, len(classes))
@@ -97,10 +102,12 @@ class Task(task.Task):
             return torch.stack(list(model(batch.images, batch.targets).values()))
         output = model(batch.images)
         logits, extra = output if isinstance(output, tuple) else (output, None)
-        ignored = self.config.loss.ignored_in_mean
-        loss = segmentation_loss(logits, batch.targets, ignored)
+        given = self.config.loss
+        weights = None if given.class_weights is None else logits.new_tensor(given.class_weights, dtype=torch.float32)
+        settings = (given.ignored_in_mean, weights, given.focal_gamma)
+        loss = segmentation_loss(logits, batch.targets, *settings)
         if extra is not None:
-            loss = loss + self.config.loss.auxiliary * segmentation_loss(extra, batch.targets, ignored)
+            loss = loss + given.auxiliary * segmentation_loss(extra, batch.targets, *settings)
         return loss
 
     @property
@@ -242,10 +249,32 @@ def inference(config: SegmentConfig) -> dict[str, Any]:
     }
 
 
-def segmentation_loss(logits: Tensor, targets: Tensor, ignored_in_mean: bool) -> Tensor:
-    """Cross-entropy of logits ``[B, classes, H, W]``; the sum over pixels with a class, divided by their number or,
-    with ``ignored_in_mean``, by that of all pixels."""
-    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+def check_loss(config: SegmentConfig, classes: int) -> None:
+    """Raises:
+    ConfigError: weights for another number of classes, or a loss that Mask2Former does not have.
+    """
+    weights, gamma = config.loss.class_weights, config.loss.focal_gamma
+    if config.model.head == "mask2former" and (weights is not None or gamma):
+        raise ConfigError(
+            f"loss.class_weights={weights}, loss.focal_gamma={gamma}: mask2former has its own loss, not one of pixels"
+        )
+    if weights is not None and len(weights) != classes:
+        raise ConfigError(f"loss.class_weights has {len(weights)} values for {classes} classes")
+
+
+def segmentation_loss(
+    logits: Tensor, targets: Tensor, ignored_in_mean: bool, weights: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """Cross-entropy of logits ``[B, classes, H, W]``, with ``gamma`` the focal loss, each pixel's times the weight of
+    its class; the sum over pixels with a class, divided by their number or, with ``ignored_in_mean``, by that of all
+    pixels."""
+    if weights is None and not gamma:
+        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    else:
+        each = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+        # 1 - p, away from 0, where a power below 1 has no finite slope
+        each = (-torch.expm1(-each)).clamp(min=1e-7) ** gamma * each if gamma else each
+        total = (each if weights is None else each * weights[targets.where(targets != IGNORE, 0)]).sum()
     pixels = targets.numel() if ignored_in_mean else (targets != IGNORE).sum().clamp(min=1)
     return total / pixels
 

@@ -158,6 +158,15 @@ class Trainer:
 
     # ---- the run
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its last epoch, or has not become better for ``train.patience`` evaluations."""
+        state, patience = self.state, self.config.train.patience
+        if state.epoch >= self.epochs or state.best is None or patience is None or state.step:
+            return state.epoch >= self.epochs
+        scored = [row for row in state.history if row[self.task.monitor] is not None]
+        return sum(row["epoch"] > state.best["epoch"] for row in scored) >= patience
+
     def fit(self) -> State:
         """Trains to the end.
 
@@ -168,7 +177,7 @@ class Trainer:
         state = self.state
         with self.watching():
             try:
-                while state.epoch < self.epochs:
+                while not self.finished:
                     self._run_epoch()
             except Interrupted:
                 if state.step:  # else it came at the end of an epoch, which is saved already
@@ -206,7 +215,7 @@ class Trainer:
                 self.logger.print(self._line(row, is_due, is_best))
                 if is_due:
                     self.task.on_epoch(self.run, self.eval_model, state.epoch)
-        if any_process(self.accelerator, bool(self.signals)) and state.epoch < self.epochs:
+        if any_process(self.accelerator, bool(self.signals)) and not self.finished:
             raise self.signals.stop()
 
     def _evaluate(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import os
 import shlex
 import struct
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from timm.data import create_dataset, create_loader, create_transform
 from foveal.configs.schema import AugmentConfig, load_config
 from foveal.train import train
 from foveal.train.data import BadSamples, DataError, build_classification_data, find_classes
+from foveal.train.data.factory import balanced_weights
 from foveal.train.data.idx import read_idx, read_split
 from foveal.train.data.memory import BatchAugment, load_digits, resize_images
 from foveal.train.data.order import EpochOrder, Normalize
@@ -487,3 +489,39 @@ def test_exclude(make_images, tmp_path, write):
     assert str(root / "train/red/003.png") not in map(data.train.dataset.index.name, range(23))
     (note,) = data.notes
     assert "1 samples" in note
+
+
+def test_balanced_sampling():
+    """Each class as often as the others, of images with several classes those with a rare one more often; the same
+    order again after a resume, and the same images for any number of processes."""
+    labels = np.array([0] * 90 + [1] * 10)
+    weights = balanced_weights(labels[:, None])
+    orders = [EpochOrder(100, 10, train=True, seed=3, rank=r, world=2, weights=weights) for r in range(2)]
+    drawn = Counter()
+    for epoch in range(40):
+        batches = []
+        for order in orders:
+            order.set(epoch)
+            batches += list(order)
+        one = EpochOrder(100, 20, train=True, seed=3, weights=weights)
+        one.set(epoch)
+        assert Counter(i for batch in one for i in batch) == Counter(i for batch in batches for i in batch)
+        drawn.update(labels[i] for batch in batches for i in batch)
+        orders[0].set(epoch, 2)
+        assert list(orders[0]) == batches[2:5]
+    assert drawn.total() == 4000
+    assert abs(drawn[0] - 2000) < 5 * 1000**0.5
+    several = balanced_weights([[0, 0], [0, 1], [0], []])
+    assert several == pytest.approx([3**-0.5, 1.0, 3**-0.5, 3**-0.5])
+
+
+def test_balanced_sampling_of_a_recipe(folder_recipe, make_images, tmp_path):
+    root = make_images(train=30)
+    for path in sorted((root / "train" / "red").iterdir())[3:]:
+        path.unlink()
+    seen = {}
+    for sampling in ("uniform", "balanced"):
+        config = load_config(folder_recipe, [f"data.root={root}", f"data.sampling={sampling}", "train.batch_size=32"])
+        data = build_classification_data(config, ["blue", "red"], MODEL_CFG, device=CPU)
+        seen[sampling] = sum(int(b.targets.sum()) for epoch in range(3) for b in data.train.epoch(epoch))
+    assert seen["uniform"] <= 9 < seen["balanced"]

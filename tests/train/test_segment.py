@@ -481,3 +481,38 @@ def test_predictions_of_a_folder(finished, blocks, tmp_path):
         assert np.abs(np.asarray(Image.open(out / "drawn" / name)) - mixed).max() <= 1
     with pytest.raises(ValueError, match="'coco'"):
         next(predict(finished, [blocks], output=out, formats=["coco"]))
+
+
+def test_weights_of_classes_and_focal_loss():
+    """By the definitions, pixel by pixel."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 5, 7), torch.randint(0, 3, (2, 5, 7))
+    targets[0, :2] = 255
+    weights, gamma, total = torch.tensor([0.5, 0.0, 4.0]), 2.0, 0.0
+    for image, labels in zip(logits, targets, strict=True):
+        for (i, j), label in np.ndenumerate(labels.numpy()):
+            if label != 255:
+                p = float(image[:, i, j].softmax(0)[label])
+                total -= float(weights[label]) * (1 - p) ** gamma * np.log(p)
+    count = int((targets != 255).sum())
+    assert segmentation_loss(logits, targets, False, weights, gamma) == pytest.approx(total / count, rel=1e-5)
+    assert segmentation_loss(logits, targets, True, weights, gamma) == pytest.approx(total / targets.numel(), rel=1e-5)
+    plain = segmentation_loss(logits, targets, False)
+    torch.testing.assert_close(segmentation_loss(logits, targets, False, torch.ones(3)), plain)
+    logits.mul_(100).requires_grad_()  # pixels that are certain must not make the gradient NaN
+    segmentation_loss(logits, targets, False, weights, 0.5).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["loss.class_weights=[1, 2]"], r"loss\.class_weights.* 2 .* 3 "),
+        (["model.head=mask2former", "loss.focal_gamma=2"], r"loss\.focal_gamma=2.*mask2former"),
+    ],
+)
+def test_losses_that_do_not_fit(blocks, tmp_path, options, named):
+    if "model.head=mask2former" in options:
+        options = [*options, "model.head_kwargs={}", "model.auxiliary_kwargs={}", "model.auxiliary=false"]
+    with pytest.raises(ConfigError, match=named):
+        train(write_recipe(tmp_path, blocks), [f"output={tmp_path / 'run'}", *options], "segment")

@@ -183,3 +183,16 @@ def test_compiled(quick, tmp_path):
         train(quick, [*TINY, compiled, "model.drop_path_rate=0", f"output={tmp_path / name}"])
     plain, compiled = (metrics(tmp_path / name)[0] for name in ("plain", "compiled"))
     assert float(compiled["val_loss"]) == pytest.approx(float(plain["val_loss"]), rel=1e-3)
+
+
+def test_early_stopping(quick, tmp_path, monkeypatch):
+    """Two evaluations without a better score end the run, which is then finished."""
+    scores = iter([10.0, 30.0, 20.0, 30.0, 50.0])
+    evaluated = {"val_loss": 1.0, "top5": 1.0}
+    monkeypatch.setattr(classify.Task, "evaluate", lambda *_: evaluated | {"top1": next(scores)})
+    options = [*TINY, f"output={tmp_path / 'run'}", "schedule.epochs=9", "train.patience=2"]
+    summary = train(quick, options)
+    assert (summary["epochs"], summary["best_epoch"], summary["last_top1"]) == (4, 2, 30.0)
+    again = train(quick, [*options, "resume=auto"])
+    assert again == summary
+    assert next(scores) == 50.0

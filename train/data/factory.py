@@ -62,13 +62,18 @@ class _Builder:
     def limit(self, training: bool) -> int | None:
         return self.config.data.limit if training else self.config.data.val_limit
 
-    def order(self, samples: int, training: bool) -> EpochOrder:
+    def order(self, samples: int, training: bool, classes: Sequence[Sequence[int]] | None = None) -> EpochOrder:
+        """``classes``: those of each sample, for ``data.sampling=balanced``."""
         if not samples:
             raise DataError(f"no image to {'train on' if training else 'evaluate'} in {self.config.data.root}")
         train = self.config.train
         batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
         kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
-        return EpochOrder(samples, batch_size, **kind)
+        balanced = training and getattr(self.config.data, "sampling", "uniform") == "balanced"
+        if balanced and classes is None:
+            raise DataError("data.sampling=balanced: the classes of streamed shards are not known before they are read")
+        weights = balanced_weights(classes) if balanced and classes is not None else None
+        return EpochOrder(samples, batch_size, weights=weights, **kind)
 
     def build(self, loader: Callable[[bool], Any], train: bool) -> Data:
         """Calls ``loader`` for training, if asked for, and evaluation."""
@@ -76,6 +81,17 @@ class _Builder:
         if self.excluded:
             self.notes.append(self.excluded.note())
         return Data(loaders.get(True), loaders[False], self.bad, self.notes)
+
+
+def balanced_weights(classes: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of samples with these classes, float ``[N]``. With one class each: 1 over the number of samples of it, so that
+    all classes are drawn equally often. With several: the largest of 1 over the square root of it, as LVIS repeats
+    images (arXiv 1908.03195, appendix B); with none the smallest weight."""
+    own = [np.unique(each) for each in classes]
+    counts = np.bincount(np.concatenate(own).astype(np.int64))
+    power = 1.0 if all(len(each) == 1 for each in own) else 0.5
+    weights = np.array([(counts[each] ** -power).max() if len(each) else 0 for each in own])
+    return np.where(weights > 0, weights, weights[weights > 0].min())
 
 
 # ---- classification
@@ -205,7 +221,7 @@ def _memory_loader(
         memory.resize_images(images, size, in_chans),
         targets,
         len(classes),
-        builder.order(len(images), training),
+        builder.order(len(images), training, targets[:, None]),
         _normalize(config, preprocessing, training, device),
         config.augment if training else None,
     )
@@ -243,7 +259,9 @@ def _file_loader(
         index = wds.load_index(root, name, shards, lengths)
     index.exclude(builder.excluded, root)
     dataset = ClassificationDataset(index, transform, **kind)
-    return ClassificationLoader(dataset, len(classes), builder.order(len(index), training), *further)
+    return ClassificationLoader(
+        dataset, len(classes), builder.order(len(index), training, index.label[:, None]), *further
+    )
 
 
 # ---- detection and segmentation
@@ -300,7 +318,9 @@ def build_detection_data(
             raise DataError(f"{index.report.source} has no annotation to evaluate against (crowds are ignored)")
         transform = detection_transform(config.augment) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
-        return DetectionLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+        balanced = training and data.sampling == "balanced"
+        classes = [index.labels[index.rows(number)] for number in range(len(index))] if balanced else None
+        return DetectionLoader(dataset, builder.order(len(index), training, classes), device, builder.bad, data.workers)
 
     built = builder.build(loader, train)
     return replace(built, categories=categories, division=found and found.division)

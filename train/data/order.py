@@ -1,7 +1,7 @@
 """Shared by all loaders: order of the samples, their distribution over processes, and normalization."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -27,9 +27,20 @@ class EpochOrder:
         batch_size: of each process.
         train: shuffled, full batches.
         rank, world: this process and the number of processes.
+        weights: of the samples, in training: each epoch draws as many as there are, with replacement. None: each once.
     """
 
-    def __init__(self, samples: int, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        weights: Any = None,
+    ):
         if train and samples < batch_size * world:
             raise DataError(
                 f"{samples} training images don't fill one batch of {batch_size} x {world} process(es); "
@@ -37,6 +48,7 @@ class EpochOrder:
             )
         self.samples, self.batch_size = samples, batch_size
         self.train, self.seed, self.rank, self.world = train, seed, rank, world
+        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         self.start, self.number = 0, 0
 
     def __len__(self) -> int:
@@ -54,6 +66,8 @@ class EpochOrder:
         if self.train:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.number)
             order = torch.randperm(self.samples, generator=generator)
+            if self.weights is not None:
+                order = torch.multinomial(self.weights, self.samples, replacement=True, generator=generator)
         else:
             order = torch.arange(self.samples)
         mine = order[self.rank :: self.world]
