@@ -76,16 +76,22 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
     if accelerator.is_main_process:
         if console is not None:
             _print(task, scorer, str(source), console)
-        if file := files["output"]:
-            write_json(file, result)
-        file = files.get("predictions")
-        if file is None and not task.annotated:
-            file = unannotated_results(source)
-            if console is not None:
-                console.print(f"the images have no annotations: their detections are in {file}", highlight=False)
-        if file:
-            write_json(file, scorer.results())
+        _write(task, scorer, result, files, console)
     return result
+
+
+def _write(
+    task: Task, scorer: Any, result: dict[str, Any], files: dict[str, str | None], console: Console | None
+) -> None:
+    if file := files["output"]:
+        write_json(file, result)
+    found: str | Path | None = files.get("predictions")
+    if found is None and not task.annotated:
+        found = unannotated_results(result["source"])
+        if console is not None:
+            console.print(f"the images have no annotations: their detections are in {found}", highlight=False)
+    if found:
+        write_json(found, scorer.results())
 
 
 def unannotated_results(source: str | Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..backbones.loading import local_path, refuse_exported
-from .results import Writer, find_images, read_images
+from .results import Source, Writer, find_images, read_images
 from .task import Predictor, Result
 from .tasks import find_task, import_remembered, task_of
 
@@ -87,9 +87,14 @@ def predict(
     if output is None and formats:
         raise ValueError(f"formats={list(formats)} are written into a folder: name it by output")
     writer = None if output is None else Writer(Path(output), formats, sources, predictor_class)
-    place = _device(device)
     predictor = predictor_class(source, top=top, threshold=threshold)
-    predictor.model.to(place)
+    yield from _predict(predictor, sources, writer, _device(device))
+
+
+def _predict(
+    predictor: Predictor, sources: Sequence[Source], writer: Writer | None, device: torch.device
+) -> Iterator[Prediction]:
+    predictor.model.to(device)
     for each, given in zip(sources, read_images(sources), strict=True):
         try:
             image = predictor.read(given)
@@ -97,7 +102,7 @@ def predict(
             yield Prediction(each.name, error=error)
             continue
         with torch.no_grad():
-            results, found = predictor.predict(image.to(place))
+            results, found = predictor.predict(image.to(device))
         if writer is not None:
             writer.add(each, predictor, image, found)
         yield Prediction(each.name, results)

@@ -307,7 +307,7 @@ class Trainer:
     def _update(self, batches: TrainingBatches, pending: Pending) -> None:
         """One update of the weights."""
         state, passes = self.state, self.config.train.grad_accum_steps
-        for number, (batch, weights) in enumerate(self._weighted(batches)):
+        for number, (batch, weights) in enumerate(weighted(batches, self)):
             with gradient_sync(self.accelerator, self.model, sync=number + 1 == passes):
                 with self.accelerator.autocast():
                     loss = (self.task.train_step(self.model, batch, state.epoch) * weights).sum()
@@ -327,28 +327,6 @@ class Trainer:
         self.scheduler.step_update(self.updates)
         if self.ema is not None:
             self.ema.update(self.model_without_ddp, step=self.updates)
-
-    def _weighted(self, batches: TrainingBatches) -> Iterator[tuple[Any, Tensor | float]]:
-        """The batches of an update, with the weights by which the mean of their losses is the loss of one large batch.
-        Where the task counts what a loss is a mean over, all batches are read before the first is used."""
-        passes = self.config.train.grad_accum_steps
-        if not self.task.counts or passes * self.accelerator.num_processes == 1:
-            for _ in range(passes):
-                yield self._next(batches), 1.0
-            return
-        read = [self._next(batches) for _ in range(passes)]
-        counts = torch.stack([self.task.normalizers(batch) for batch in read])
-        total: Any = reduce(counts.sum(0), "sum")
-        # a loss is divided by the count, or by 1 where there is nothing to count
-        weights = counts.clamp(min=1) / total.clamp(min=1) * (passes * self.accelerator.num_processes)
-        for number in range(passes):
-            yield read.pop(0), weights[number]
-
-    def _next(self, batches: TrainingBatches) -> Any:
-        start = time.perf_counter()
-        batch = next(batches)
-        self.state.wait_seconds += time.perf_counter() - start
-        return batch
 
     def _clip_gradients(self) -> Tensor:
         """The norm of the whole gradient, before it is clipped to ``optim.clip_grad``."""
@@ -398,6 +376,30 @@ class Trainer:
             + (f"{kept} ({when}) is intact" if kept else "nothing was saved yet")
             + ". A lower optim.lr, optim.clip_grad, or train.amp=no may help"
         )
+
+
+def weighted(batches: TrainingBatches, trainer: Trainer) -> Iterator[tuple[Any, Tensor | float]]:
+    """The batches of an update, with the weights by which the mean of their losses is the loss of one large batch.
+    Where the task counts what a loss is a mean over, all batches are read before the first is used."""
+    task, passes, processes = trainer.task, trainer.config.train.grad_accum_steps, trainer.accelerator.num_processes
+
+    def read() -> Any:
+        start = time.perf_counter()
+        batch = next(batches)
+        trainer.state.wait_seconds += time.perf_counter() - start
+        return batch
+
+    if not task.counts or passes * processes == 1:
+        for _ in range(passes):
+            yield read(), 1.0
+        return
+    ahead = [read() for _ in range(passes)]
+    counts = torch.stack([task.normalizers(batch) for batch in ahead])
+    total: Any = reduce(counts.sum(0), "sum")
+    # a loss is divided by the count, or by 1 where there is nothing to count
+    weights = counts.clamp(min=1) / total.clamp(min=1) * (passes * processes)
+    for number in range(passes):
+        yield ahead.pop(0), weights[number]
 
 
 def _peak_memory(device: torch.device) -> int:
