@@ -15,7 +15,6 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -143,8 +142,8 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 def computes_with_own(module: nn.Module) -> bool:
     """Whether a module computes with its own parameters. Not so with pruning, weight norm and other parametrizations or
     offloading (which recompute or load them before the forward), quantization or sharding."""
-    recomputed = module._forward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__
-    return not recomputed and not any(is_traceable_wrapper_subclass(p) for p in module.parameters(recurse=False))
+    recomputed = module._forward_pre_hooks or "parametrizations" in module._modules or "forward" in module.__dict__
+    return not recomputed and not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values())
 
 
 def is_plain(module: nn.Module) -> bool:
