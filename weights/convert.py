@@ -21,7 +21,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..backbones import list_models, loading
+from ..backbones import family, list_models, loading
 from ..backbones.base import unwrap
 from ..backbones.download import file_sha256
 from ..backbones.loading import WEIGHTS
@@ -200,7 +200,7 @@ def _locate(source: str | Path, model: str | None) -> _Source:
         raise ValueError(f"{str(source)!r} is no file, folder or name of a published checkpoint; {hint}")
     name = stated if model is None else model
     if name is None:
-        raise ValueError(f"{file} does not name its model: pass --model")
+        name = _only(file, [each.name for each in known.values() if _is_file_of(file, each)])
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         raise loading.unknown_model(architecture)
@@ -239,12 +239,45 @@ def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, l
         dilations = content.get("dilations") or []
         if content["model_type"] == "nat":
             dilations = [[1] * depth for depth in content.get("depths") or []]
-        return file, None, None, [each for level in dilations for each in level] or None
+        return file, _of_transformers(content, config), None, [each for level in dilations for each in level] or None
     found = read_folder(folder)
     if found.dense:
         raise ValueError(f"{folder} is already a detector or segmenter of this package: use foveal.load")
     # a converted folder keeps the name of its checkpoint
     return found.weights, (found.record or {}).get("checkpoint") or found.config["architecture"], found.config, None
+
+
+def _only(file: Path, candidates: list[str]) -> str:
+    if len(candidates) != 1:
+        found = f"; it fits {', '.join(candidates)}" if candidates else ""
+        raise ValueError(f"{file} does not name its model: pass --model{found}")
+    return candidates[0]
+
+
+def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
+    """The model that a config.json of transformers describes; None if it describes none of these.
+
+    Raises:
+        ValueError: it describes several; the message has them.
+    """
+    families = {"nat": "NAT", "dinat": "DiNAT"}
+    found = []
+    for name in list_models():
+        if family(name) == families.get(content["model_type"]) and not name.startswith("test_"):
+            with torch.device("meta"):
+                levels = timm.create_model(name).levels
+            attention = [[block.attn for block in level.blocks] for level in levels]
+            first = attention[0][0]
+            theirs = {
+                "depths": [len(level) for level in attention],
+                "embed_dim": first.num_heads * first.head_dim,
+                "kernel_size": first.kernel_size[0],
+                "dilations": [[each.dilation for each in level] for level in attention],
+            }
+            if content["model_type"] == "nat":
+                del theirs["dilations"]
+            found += [name] * all(content.get(key) == value for key, value in theirs.items())
+    return _only(config, found) if found else None
 
 
 def _is_file_of(file: Path, checkpoint: Checkpoint) -> bool:

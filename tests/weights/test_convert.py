@@ -497,6 +497,20 @@ def test_another_model_of_the_same_shapes(tmp_path: Path) -> None:
     assert not (tmp_path / "y").exists()
 
 
+def test_the_model_of_a_folder_of_transformers(tmp_path: Path) -> None:
+    """By its config.json; and of a file that has the name of a published one."""
+    config = {"depths": [3, 4, 6, 5], "embed_dim": 64, "kernel_size": 7}
+    dilations = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 3, [1] * 5]
+    file = tmp_path / "config.json"
+    assert converting._of_transformers({"model_type": "nat", **config}, file) == "nat_mini"
+    assert converting._of_transformers({"model_type": "dinat", "dilations": dilations, **config}, file) == "dinat_mini"
+    assert converting._of_transformers({"model_type": "nat", **config, "embed_dim": 8}, file) is None
+    with pytest.raises(ValueError, match=r"x\.pth.*--model"):
+        converting._locate(write(tmp_path, "x.pth", {"a": torch.ones(1)}), None)
+    named = write(tmp_path, "dinat_mini_in1k_224.pth", {"a": torch.ones(1)})
+    assert converting._locate(named, None).architecture == "dinat_mini"
+
+
 def test_a_training_run(tmp_path: Path) -> None:
     arguments = {"in_chans": 1, "kernel_size": 5}
     model = timm.create_model(NAME, num_classes=3, **arguments).eval()
