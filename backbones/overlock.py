@@ -570,6 +570,11 @@ class OverLoCK(Backbone):
             raise ValueError("this model has no auxiliary head: create it with aux_head=True")
         self.auxiliary_training = enable
 
+    def no_weight_decay(self) -> set[str]:
+        """The relative position biases. The factors of GRN and LayerScale have four dimensions and decay, as under the
+        rule of timm's training script, which is the authors': vectors and biases are exempt, by their shapes."""
+        return super().no_weight_decay()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates: in the order of computation."""
         dense = (r"^(?:extra_norm|h_proj)", (99999,))

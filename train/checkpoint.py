@@ -142,6 +142,11 @@ def save_model(folder: Path, model: nn.Module, model_args: Mapping[str, Any], cl
         save_for_hf(model, str(folder), config, model_args=dict(model_args), safe_serialization=True)
     finally:
         hook.remove()
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "num_classes" in content.get("model_args", {}):  # also in the configuration; transformers takes no second one
+        del content["model_args"]["num_classes"]
+        path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def write_epoch(folder: Path, epoch: int) -> None:

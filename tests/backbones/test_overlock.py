@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 
 from foveal.backbones import attention
 from foveal.backbones.attention import context_mixing
@@ -355,3 +356,14 @@ def test_unfolding_gives_the_same(monkeypatch):
     monkeypatch.setattr(attention, "neighborhood_mix", unfolded)
     torch.testing.assert_close(step(model, x), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.sub_blocks3[0].weight_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_what_decays():
+    """GRN's and LayerScale's factors are not vectors: timm's rule, by which the authors trained, lets them decay."""
+    model = timm.create_model("test_foveal_overlock")
+    decayed = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())[1]["params"]
+    names = {name for name, p in model.named_parameters() if any(p is each for each in decayed)}
+    modules = dict(model.named_modules())
+    kinds = {type(modules[name.rpartition(".")[0]]).__name__ for name in names}
+    assert {"GRN", "LayerScale", "Conv2d"} <= kinds
+    assert not kinds & {"BatchNorm2d", "ChannelNorm", "ContMixBlock"}

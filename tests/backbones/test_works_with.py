@@ -540,6 +540,72 @@ def test_a_head_in_place_of_the_own(name):
     assert model.train()(IMAGE).shape == (2, 7)
 
 
+@families
+def test_timms_own_checks(name):
+    """What timm's tests of its models ask of every one: shapes without classifier and pooling, names, gradients."""
+    model = create(name)
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    cfg, state = model.default_cfg, model.state_dict()
+    for key in ("classifier", "first_conv"):
+        names = (cfg[key],) if isinstance(cfg[key], str) else cfg[key]
+        assert [each for each in names if f"{each}.weight" not in state] == []
+    features = model.forward_features(SIZES[0])
+    model.train()(SIZES[0]).mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.eval().reset_classifier(0)
+    assert model(SIZES[0]).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    out = model(SIZES[0])
+    size = slice(1, 3) if channels_last else slice(2, 4)
+    assert out.shape[size] == features.shape[size]
+    features_only = create(name, features_only=True)
+    channels = [y.shape[1] for y in features_only(SIZES[0])]
+    assert channels == features_only.feature_info.channels()
+
+
+# ---- Grad-CAM and Lightning
+
+
+@families
+def test_grad_cam(name):
+    grad_cam = pytest.importorskip("pytorch_grad_cam")
+    model = create(name)
+    layer = model.get_submodule(model.feature_info[-1]["module"])
+    turn = (lambda y: y.permute(0, 3, 1, 2)) if getattr(model, "output_fmt", "NCHW") == "NHWC" else None
+    with grad_cam.GradCAM(model, [layer], reshape_transform=turn) as cam:
+        maps = cam(SIZES[0], targets=None)
+    assert maps.shape == (2, 64, 64)
+    assert np.isfinite(maps).all()
+    assert maps.max() > 0
+
+
+@families
+def test_lightning(name, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = create(name)
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    module = Module()
+    before = copy.deepcopy(module.state_dict())
+    data = torch.utils.data.TensorDataset(SIZES[0], torch.tensor([0, 1]))
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    trainer = lightning.Trainer(max_epochs=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert not torch.equal(*(next(iter(state.values())) for state in (before, module.state_dict())))
+    loaded = Module.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    assert torch.equal(loaded.model(IMAGE), module.eval().model(IMAGE))
+
+
 # ---- NumPy
 
 

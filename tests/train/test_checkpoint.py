@@ -498,3 +498,14 @@ def test_resume_finds_the_old_folder(stopped, quick):
     (stopped / "last").rename(stopped / "last.old")
     train(quick, [f"output={stopped}", "resume=auto"])
     assert len((stopped / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_transformers_reads_a_model_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    arguments = {"num_classes": 3, "drop_rate": 0.1}
+    model = timm.create_model("test_foveal_nat", **arguments).eval()
+    checkpoint.save_model(tmp_path, model, arguments, ["a", "b", "c"])
+    wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(wrapped(x).logits, model(x))
+    assert timm.create_model(f"local-dir:{tmp_path}").num_classes == 3
