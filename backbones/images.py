@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 
+ORIENTATION = 0x0112  # EXIF
 MODES = {1: "L", 3: "RGB"}
 # Exceptions of Pillow's decoders for damaged, malicious or too large files.
 _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, LookupError, EOFError, MemoryError)
@@ -40,6 +41,11 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(MODES[channels])
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image rotated by its EXIF orientation; the same object, not decoded yet, where the tag changes nothing."""
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) in range(2, 9) else image
+
+
 def read_upright(path: str | Path, channels: int) -> Image.Image:
     """Open an image, apply its EXIF orientation and convert it by `to_mode`.
 
@@ -47,7 +53,7 @@ def read_upright(path: str | Path, channels: int) -> Image.Image:
         ValueError: as `to_mode`. Pillow's errors for missing or damaged files are not caught.
     """
     with Image.open(path) as image:
-        return to_mode(ImageOps.exif_transpose(image), channels)
+        return to_mode(upright(image), channels)
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:

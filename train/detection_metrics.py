@@ -46,6 +46,8 @@ def average_precision(
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
     else:
         results = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
+    if kind == "mask":
+        truth = truth | {"annotations": [_masked(entry) for entry in truth["annotations"]]}
     known = COCO(truth)
     evaluation = COCOeval_faster(known, known.loadRes(results), KINDS[kind], print_function=lambda *_: None)
     evaluation.params.maxDets = [max_detections]
@@ -54,6 +56,14 @@ def average_precision(
     counts = evaluation.eval["counts"]  # thresholds, recalls, classes, sizes, limits
     precision = np.asarray(evaluation.eval["precision"]).reshape(counts)[..., -1]
     return _figures(precision, kind), [_figures(precision[:, :, [k]], kind) for k in range(counts[2])]
+
+
+def _masked(entry: dict[str, Any]) -> dict[str, Any]:
+    """An object without a mask as a crowd of its box: what is found there is neither right nor wrong."""
+    if entry["segmentation"] is not None:
+        return entry
+    x, y, width, height = entry["bbox"]
+    return entry | {"iscrowd": 1, "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]]}
 
 
 def _figures(precision: np.ndarray, kind: str) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from foveal.train.data.dataset import DetectionDataset
 from foveal.train.data.dense_transforms import detection_transform
 from foveal.train.data.guard import Report
 from foveal.train.data.index import DetectionIndex
-from foveal.train.data.validate import CLIPPED, MEASURED, check_image_files, sum_runs
+from foveal.train.data.validate import CLIPPED, MEASURED, REPAIRED, check_image_files, sum_runs
 from foveal.train.detection_metrics import CocoScorer, average_precision
 
 HEIGHT, WIDTH = 40, 60
@@ -139,8 +139,6 @@ BAD = {
     "no mask": {"segmentation": []},
     "mask of another size than the image": {"segmentation": {"size": [20, 60], "counts": [1200]}},
     "mask's run lengths don't fill the image": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPYo0"}},
-    "mask has a polygon that is not three points or more": {"segmentation": [[1, 2, 3, 4]]},
-    "mask has a polygon far outside the image": {"segmentation": [[1, 2, 3, 1e7, 5, 6]]},
     "mask is neither polygons nor run lengths": {"segmentation": "square"},
     "mask is empty": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}},
     "iscrowd is neither 0 nor 1": {"iscrowd": "0"},
@@ -170,8 +168,9 @@ def test_bad_annotations_are_named_and_counted(tmp_path, reason):
         *({"image_id": i} for i in (None, [10], "10", True)),
         {"category_id": {}},
         *({"segmentation": s} for s in (7, [[]], [["a"] * 6], {}, {"size": [HEIGHT, WIDTH]}, [SQUARE])),
-        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]}},
-        {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 1]}},
+        *({"segmentation": s} for s in ([], None, [[1, 2, 3, 4]], [[1, 2, 3, 1e7, 5, 6]])),
+        *({"segmentation": {"size": [HEIGHT, WIDTH], "counts": c}} for c in ([-1, 2401], [2401])),
+        {"segmentation": {"size": [20, 60], "counts": [0, 1200]}},
     ],
     ids=lambda entry: str(entry)[:40],
 )
@@ -179,7 +178,51 @@ def test_nonsense_is_dropped_with_a_reason(tmp_path, entry):
     index, bad = read(tmp_path, content([{"segmentation": SQUARE}, {"segmentation": SQUARE} | entry]))
     assert len(bad.rows) == 1
     assert len(index.target(0)["labels"]) == 1
-    assert len(index.truth([0])["annotations"]) == 1
+    truth = index.truth([0])
+    assert len(truth["annotations"]) == 1 + ("segmentation" in entry)  # without a mask it keeps its box
+    if "segmentation" in entry:
+        found = {"image_id": 10, "category_id": 4, "score": 0.9, "bbox": [5, 5, 20, 20]}
+        assert (
+            average_precision(truth, [found | {"segmentation": packed(polygon(SQUARE))}], "mask")[0]["mask_ap"] == 100
+        )
+
+
+def polygon(segment: list) -> np.ndarray:
+    return oracle.decode(oracle.merge(oracle.frPyObjects(segment, HEIGHT, WIDTH)))
+
+
+@pytest.mark.parametrize("crumb", [[1, 2, 3, 4], [], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 1e7, 5, 6]], ids=str)
+def test_a_crumb_of_a_polygon_leaves_the_object(tmp_path, crumb):
+    index, bad = read(tmp_path, content([{"segmentation": [*SQUARE, crumb]}, {"segmentation": SQUARE}]))
+    assert bad.counts() == {REPAIRED: 1}
+    assert torch.equal(index.target(0)["masks"][0], torch.from_numpy(polygon(SQUARE)))
+    assert index.target(0)["masks"][0].equal(index.target(0)["masks"][1])
+
+
+def test_objects_with_damaged_masks_count_as_cocos_tools_count_them(tmp_path, capsys):
+    """pycocotools' own figure of the same file."""
+    draw = np.random.default_rng(0)
+    what = content([])
+    for i in range(12):
+        x, y = (float(value) for value in draw.uniform(0, 15, 2))
+        box = [x, y, 20.0, 20.0]
+        corners = [x, y, x + 20, y, x + 20, y + 20, x, y + 20]
+        segment = ([corners, [1, 2, 3, 4]], [], {"size": [20, 60], "counts": [1200]}, [corners])[i % 4]
+        entry = {"id": i + 1, "image_id": 10 + i % 6, "category_id": 4, "bbox": box, "area": 400.0, "iscrowd": 0}
+        what["annotations"].append(entry | {"segmentation": segment})
+    what["images"] = content([], 6)["images"]
+    results = [
+        {"image_id": e["image_id"], "category_id": 4, "score": float(draw.random())}
+        | {"bbox": [e["bbox"][0] + float(draw.uniform(0, 5)), *e["bbox"][1:]]}
+        for e in what["annotations"]
+    ]
+    index, _ = read(tmp_path, what)
+    ours = average_precision(index.truth(range(6)), results, "box")[0]["box_ap"]
+    known = COCO(str(tmp_path / "instances.json"))
+    theirs = COCOeval(known, known.loadRes(results), "bbox")
+    theirs.evaluate(), theirs.accumulate(), theirs.summarize()
+    assert 10 < ours < 100
+    assert ours == pytest.approx(100 * theirs.stats[0])
 
 
 def test_areas_that_are_not_given_or_make_no_sense_are_measured(tmp_path):
@@ -291,7 +334,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(t
     assert sample is None
     assert len(found) == 1
     rows = check_image_files(index).rows
-    assert [sample for sample, *_ in rows] == [str(tmp_path / "1.png")]  # 0.png's header is whole
+    assert [sample for sample, *_ in rows] == [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
 
 
 def test_what_is_left_out_is_said(rectangles):

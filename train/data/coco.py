@@ -69,7 +69,8 @@ def index_objects(
     image, boxes, areas = objects.image[rows], objects.boxes[rows], objects.areas[rows]
     for i in np.flatnonzero(~(areas >= 0)):
         shape = sizes[image[i]].tolist()
-        areas[i] = mask_area(objects.segments[rows[i]], *shape) if masks else boxes[i, 2] * boxes[i, 3]
+        segment = objects.segments[rows[i]] if masks else None
+        areas[i] = mask_area(segment, *shape) if segment else boxes[i, 2] * boxes[i, 3]
     texts = [json.dumps(objects.segments[row]).encode() for row in rows] if masks else []
     return DetectionIndex(
         paths=encode_paths([folder / name for name in names]),

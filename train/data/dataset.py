@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...backbones.images import to_mode
+from ...backbones.images import to_mode, upright
 from .dense_transforms import IGNORE, SemanticMask
 from .formats import draw_shapes
 from .guard import DataError
@@ -100,9 +100,9 @@ class DenseDataset(ImageDataset):
         self.channels, self.transform = channels, transform
 
     def image(self, number: int) -> torch.Tensor:
-        """uint8 ``[C, H, W]``; raises one of `UNREADABLE`."""
+        """uint8 ``[C, H, W]``, upright; raises one of `UNREADABLE`."""
         with self.index.open(number) as file, Image.open(file) as image:
-            return v2.functional.pil_to_tensor(to_mode(image, self.channels))
+            return v2.functional.pil_to_tensor(to_mode(upright(image), self.channels))
 
     def augment(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.transform is not None:
@@ -119,7 +119,7 @@ class DetectionDataset(DenseDataset):
     index: DetectionIndex
 
     def image(self, number: int) -> torch.Tensor:
-        """As above; a file of another size than its annotations is unreadable, too."""
+        """As above; a file whose upright size is not that of its annotations is unreadable, too."""
         image = super().image(number)
         height, width = self.index.sizes[number].tolist()
         if image.shape[-2:] != (height, width):
@@ -163,7 +163,8 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
         BadMask: pixels that are no numbers of classes (colours, floats).
         OSError: unreadable.
     """
-    with Image.open(path) as image:
+    with Image.open(path) as file:
+        image = upright(file)
         if image.mode not in ("L", "P", "1", "I", "I;16"):
             raise BadMask(f"the mask {path} holds {image.mode} pixels; classes are one channel of whole numbers")
         values = np.asarray(image)

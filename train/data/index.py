@@ -124,7 +124,7 @@ class DetectionIndex(Index):
     crowd: np.ndarray  # bool [A]
     areas: np.ndarray  # float64 [A]
     usable: np.ndarray  # bool [A]
-    segments: Texts | None = None  # the masks in JSON, in any of COCO's three forms; None if not asked for
+    segments: Texts | None = None  # the masks in JSON, in any of COCO's three forms or null; None if not asked for
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "image_ids", "sizes")
     per_object: ClassVar[tuple[str, ...]] = ("boxes", "labels", "crowd", "areas", "usable")
 

@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ...backbones.images import to_mode
+from ...backbones.images import to_mode, upright
 from ...files import atomic
 from .dataset import UNREADABLE
 from .folder import read_folder, scan_folder
@@ -150,10 +150,10 @@ def encode(path: str, options: Options) -> tuple[str, bytes]:
         smaller = options.max_size is not None and max(image.size) > options.max_size
         if not smaller and options.quality is None and kind is not None:
             if options.verify:
-                to_mode(image, 3)
+                to_mode(upright(image), 3)
             return kind, content
         grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
-        pixels = to_mode(image, 1 if grey else 3)
+        pixels = to_mode(upright(image), 1 if grey else 3)
     if smaller:
         scale = options.max_size / max(pixels.size)
         size = tuple(max(round(side * scale), 1) for side in pixels.size)

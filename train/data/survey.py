@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from ...backbones.images import to_mode
+from ...backbones.images import to_mode, upright
 from ...configs.schema import SCHEMAS, load_config
 from ...files import atomic
 from .auto import DataSet, image_size, read_set, size_range
@@ -195,7 +195,7 @@ def _tile(data: DataSet, index: Index, number: int) -> Image.Image:
         image = Image.blend(image, Image.fromarray(colours[mask]), 0.5)
     else:
         with index.open(number) as file, Image.open(file) as opened:
-            image = to_mode(ImageOps.exif_transpose(opened), 3)
+            image = to_mode(upright(opened), 3)
     scale = (SIDE - 8) / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size])
     pen = ImageDraw.Draw(image)

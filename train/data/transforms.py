@@ -14,7 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
-from ...backbones.images import to_mode
+from ...backbones.images import to_mode, upright
 from ...configs.schema import AugmentConfig
 from .guard import DataError
 
@@ -127,7 +127,8 @@ class TrainTransform:
 
     def read(self, file: IO[bytes]) -> Image.Image:
         """The random crop of an image file, resized to the input size."""
-        with Image.open(file) as image:
+        with Image.open(file) as stored:
+            image = upright(stored)
             return self.crop(image if self.lazy else to_mode(image, self.channels))
 
 
@@ -145,4 +146,4 @@ class EvalTransform:
 
     def read(self, file: IO[bytes]) -> Image.Image:
         with Image.open(file) as image:
-            return to_mode(image, self.channels)  # decodes
+            return to_mode(upright(image), self.channels)  # decodes

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 import numpy as np
 from faster_coco_eval import mask as run_lengths
-from PIL import Image
 from pydantic import Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic needs it before Python 3.12
 
+from .files import image_size
 from .guard import DataError, Report
 from .index import DetectionIndex, clip_boxes, encode_segment
 
 # reported, and still used
+REPAIRED = "mask has polygons of fewer than three points or far outside the image: left out"
 CLIPPED = "box reaches beyond the image: clipped"
 MEASURED = "area is negative or not a number: measured"
 
@@ -112,7 +113,8 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
 
     Args:
         sizes: height and width of each image.
-        masks: whether masks are learned: then an object without a sound one is dropped.
+        masks: whether masks are learned. Polygons that are none are then left out of ``objects.segments``; an object
+            without a sound mask has None there: it is not learned, and keeps its box in the evaluation.
     """
     sizes = sizes[objects.image]
     reasons: dict[int, str] = {}  # the first one of each object
@@ -124,12 +126,19 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
     report(objects.label < 0, "category is not in the file")
     report(np.any(np.isnan(objects.boxes), axis=1), "box is not four numbers")
     report(objects.crowd < 0, "iscrowd is neither 0 nor 1")
-    if masks:
-        for row, segment in enumerate(objects.segments):
-            if row not in reasons and (fault := mask_fault(segment, *sizes[row].tolist())):
-                reasons[row] = fault
     dropped = np.zeros(len(sizes), bool)
     dropped[list(reasons)] = True
+    repaired = []
+    if masks:
+        for row, segment in enumerate(objects.segments):
+            shape = sizes[row].tolist()
+            if row not in reasons and isinstance(segment, list):
+                segment = [polygon for polygon in segment if is_sound(polygon, *shape)]
+                repaired += [row] if 0 < len(segment) < len(objects.segments[row]) else []
+                objects.segments[row] = segment
+            if row in reasons or (fault := mask_fault(segment, *shape)):
+                objects.segments[row] = None
+                reasons.setdefault(row, fault)
 
     first, last = objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]
     sides = sizes[:, ::-1]
@@ -146,6 +155,7 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
     beyond = np.flatnonzero(~unusable & ((first < -1) | (last > sides + 1)).any(1))
     measured = np.flatnonzero(~dropped & (objects.areas < 0))
     rows = [*reasons.items(), *((row, CLIPPED) for row in beyond), *((row, MEASURED) for row in measured)]
+    rows += [(row, REPAIRED) for row in repaired]
     return Faults(dropped, unusable, sorted(rows, key=lambda pair: pair[0]))
 
 
@@ -167,19 +177,19 @@ def mask_fault(segment: Any, height: int, width: int) -> str | None:
         else:
             sound = isinstance(counts, str) and sum_runs(counts) == height * width
         return None if sound else "mask's run lengths don't fill the image"
-    if not isinstance(segment, list):
-        return "mask is neither polygons nor run lengths"
+    return None if isinstance(segment, list) else "mask is neither polygons nor run lengths"
+
+
+def is_sound(polygon: Any, height: int, width: int) -> bool:
+    """Whether a polygon has three points or more, none of them far outside the image."""
+    try:
+        numbers = np.array(polygon)  # much faster than number by number: there are tens of millions in COCO
+    except (ValueError, OverflowError):  # lists of lists
+        return False
+    if numbers.ndim != 1 or numbers.dtype.kind not in "if" or len(numbers) < 6 or len(numbers) % 2:
+        return False
     side = max(height, width)
-    for polygon in segment:
-        try:
-            numbers = np.array(polygon)  # much faster than number by number: there are tens of millions in COCO
-        except ValueError:  # lists of lists
-            numbers = np.empty(0)
-        if numbers.ndim != 1 or numbers.dtype.kind not in "if" or len(numbers) < 6 or len(numbers) % 2:
-            return "mask has a polygon that is not three points or more"
-        if not (numbers.min() >= -side and numbers.max() <= 2 * side):  # so written that NaN is found too
-            return "mask has a polygon far outside the image"
-    return None
+    return bool(numbers.min() >= -side and numbers.max() <= 2 * side)  # False with NaN, too
 
 
 def sum_runs(text: str) -> int:
@@ -206,11 +216,10 @@ def check_image_files(index: DetectionIndex) -> Report:
     report = index.report or Report("")
     for number, (height, width) in enumerate(index.sizes.tolist()):
         try:
-            with index.open(number) as file, Image.open(file) as image:
-                found = image.size
+            found = image_size(index.name(number))
         except OSError as error:
             report.rows.append((index.name(number), None, f"image cannot be opened: {type(error).__name__}"))
             continue
-        if found != (width, height):
+        if found != (height, width):
             report.rows.append((index.name(number), None, "image of another size than the file says"))
     return report

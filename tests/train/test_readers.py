@@ -1,0 +1,72 @@
+"""Images as tools and cameras write them: turned by a tag, of any kind that Pillow reads, among files that are none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from foveal.backbones.images import read_image
+from foveal.configs.schema import AugmentConfig
+from foveal.train.data.coco import index_objects
+from foveal.train.data.dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
+from foveal.train.data.index import ClassificationIndex, SegmentationIndex, encode_paths
+from foveal.train.data.shards import Options, encode
+from foveal.train.data.transforms import EvalTransform, TrainTransform
+from foveal.train.data.validate import check_image_files
+
+PREPROCESSING = {"input_size": (3, 24, 24), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+TURNED = {3: 180, 6: 90, 8: 270}  # the tag, and by how many degrees to the left the camera had stored it
+
+
+@pytest.fixture(params=TURNED)
+def photographs(request, tmp_path: Path) -> tuple[Path, Path]:
+    """One photograph, stored upright and turned."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[ExifTags.Base.Orientation] = request.param
+    image.save(tmp_path / "upright.png")
+    image.rotate(TURNED[request.param], expand=True).save(tmp_path / "turned.png", exif=exif)
+    return tmp_path / "upright.png", tmp_path / "turned.png"
+
+
+@pytest.mark.parametrize("decode", ["timm", "fast", "draft", None])
+def test_classifiers_are_trained_and_scored_upright(photographs, decode):
+    transform = EvalTransform(PREPROCESSING)
+    if decode is not None:
+        transform = TrainTransform(AugmentConfig(), decode, (3, 24, 24), (0.5, 0.5, 0.5))
+    index = ClassificationIndex(paths=encode_paths(photographs), label=np.zeros(2, np.int64))
+    dataset = ClassificationDataset(index, transform, train=False, seed=0)
+    images = []
+    for number in range(2):
+        torch.manual_seed(0), np.random.seed(0)
+        __import__("random").seed(0)
+        images.append(dataset[0, number][0][0])
+    assert torch.equal(*images)
+
+
+def test_detectors_compare_the_upright_size(photographs):
+    content = {
+        "images": [{"id": i, "file_name": p.name, "height": 40, "width": 60} for i, p in enumerate(photographs)],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    index = index_objects("-", photographs[0].parent, content, masks=False)
+    dataset = DetectionDataset(index, 3, None, 0)
+    first, second = (dataset[0, number][0]["image"] for number in range(2))
+    assert torch.equal(first, second)
+    assert check_image_files(index).rows == []
+
+
+def test_segmenters_and_shards_are_upright(photographs):
+    masks = [photographs[0].with_name("mask.png")] * 2
+    Image.fromarray(np.eye(40, 60, dtype=np.uint8)).save(masks[0])
+    table = np.full(256, -1, np.int16)
+    table[:2] = 0, 1
+    index = SegmentationIndex(paths=encode_paths(photographs), masks=encode_paths(masks), table=table)
+    first, second = (SegmentationDataset(index, 3, None, 0)[0, number][0]["image"] for number in range(2))
+    assert torch.equal(first, second)
+    stored = [encode(str(path), Options(max_size=30))[1] for path in photographs]
+    assert stored[0] == stored[1]
+    assert read_image(photographs[0], 3).tobytes() == read_image(photographs[1], 3).tobytes()
