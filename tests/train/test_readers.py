@@ -11,6 +11,7 @@ from foveal.backbones.images import read_image
 from foveal.configs.schema import AugmentConfig
 from foveal.train.data.coco import index_objects
 from foveal.train.data.dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
+from foveal.train.data.folder import read_folder, scan_folder
 from foveal.train.data.index import ClassificationIndex, SegmentationIndex, encode_paths
 from foveal.train.data.shards import Options, encode
 from foveal.train.data.transforms import EvalTransform, TrainTransform
@@ -70,3 +71,15 @@ def test_segmenters_and_shards_are_upright(photographs):
     stored = [encode(str(path), Options(max_size=30))[1] for path in photographs]
     assert stored[0] == stored[1]
     assert read_image(photographs[0], 3).tobytes() == read_image(photographs[1], 3).tobytes()
+
+
+def test_class_folders_hold_all_that_pillow_reads_and_nothing_hidden(tmp_path):
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for file in ("1.tif", "2.bmp", "3.webp", "4.png", "._4.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / file)
+    (tmp_path / "train" / "a" / "notes.pdf").write_text("x")
+    assert scan_folder(tmp_path, "train") == ["a", "b"]
+    index = read_folder(tmp_path, "train", ["a", "b"])
+    assert len(index) == 8
+    assert [row[0] for row in index.report.rows] == ["a/notes.pdf"]

@@ -250,6 +250,7 @@ def _file_loader(
         index: Any = found.train if training else found.val
     elif data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
+        builder.notes += filter(None, [str(index.report)])
     else:
         shards, lengths, samples = wds.find_shards(root, name, training)
         if any(map(wds.is_streamed, shards)):

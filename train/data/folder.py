@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from .guard import DataError
+from .files import image_suffixes, is_hidden
+from .guard import DataError, Report
 from .index import ClassificationIndex, encode_paths
 
 
@@ -24,8 +24,8 @@ def scan_folder(root: Path, split: str) -> list[str]:
             raise DataError(f"the data folder {root} does not exist (data.root)")
         there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
         raise DataError(f"there is no folder {split!r} in {root} (data.train_split, data.val_split); it has {there}")
-    extensions = tuple(get_img_extensions())
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    extensions = tuple(sorted(image_suffixes()))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
     if not names:
         raise DataError(f"no images: {folder} has no class folders")
     empty = [n for n in names if not _has_image(folder / n, extensions)]
@@ -37,7 +37,8 @@ def scan_folder(root: Path, split: str) -> list[str]:
 
 
 def _has_image(folder: Path, extensions: tuple[str, ...]) -> bool:
-    return any(name.lower().endswith(extensions) for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    walk = os.walk(folder, followlinks=True)
+    return any(name.lower().endswith(extensions) and not is_hidden(name) for _, _, files in walk for name in files)
 
 
 def read_folder(root: Path, split: str, classes: Sequence[str]) -> ClassificationIndex:
@@ -51,9 +52,16 @@ def read_folder(root: Path, split: str, classes: Sequence[str]) -> Classificatio
     if unknown:
         raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
     numbers = {name: i for i, name in enumerate(classes)}
-    samples = ReaderImageFolder(str(root / split), class_map=numbers).samples
+    suffixes = image_suffixes()
+    found, _ = find_images_and_targets(str(root / split), types=suffixes, class_to_idx=numbers)
+    samples = [sample for sample in found if not is_hidden(os.path.basename(sample[0]))]
+    report = Report(str(root / split))
+    for name in present:
+        for entry in sorted(os.scandir(root / split / name), key=lambda entry: entry.name):
+            if entry.is_file() and not is_hidden(entry.name) and Path(entry.name).suffix.lower() not in suffixes:
+                report.rows.append((f"{name}/{entry.name}", None, "no image that is read"))
     nested = set(present) - {classes[label] for _, label in samples}
     if nested:
         raise DataError(f"{root / split}: images must lie directly in their class folder, got {sorted(nested)[:10]}")
     paths, labels = zip(*samples, strict=True)
-    return ClassificationIndex(paths=encode_paths(paths), label=np.array(labels, np.int64))
+    return ClassificationIndex(report=report, paths=encode_paths(paths), label=np.array(labels, np.int64))

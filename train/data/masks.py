@@ -4,7 +4,7 @@ A mask is an image of one channel (or a palette) with a class per pixel; 255 is 
 (ADE20K's 0, the ids of Cityscapes) are mapped on reading. Images and masks are paired by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 from ...configs.schema import SegmentDataConfig
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, DIGITS, VOC
 from .dense_transforms import IGNORE
+from .files import image_suffixes, is_hidden
 from .guard import DataError, check_classes
 from .index import SegmentationIndex, encode_paths
 
 MAX_CLASSES = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 SPLITS = {"ade20k": ("training", "validation")}  # default splits of training and evaluation
 NAMES = {"ade20k": ADE20K, "cityscapes": CITYSCAPES, "voc": VOC, "digits": ("background", *DIGITS)}
 
@@ -76,7 +77,7 @@ def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: i
     return SegmentationIndex(paths=encode_paths(images), masks=encode_paths(masks), table=table)
 
 
-def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Path]:
+def _files(folder: Path, suffixes: Collection[str], end: str = "") -> dict[str, Path]:
     """Files below ``folder`` by their relative path without ``end`` and suffix; others are skipped.
 
     Raises:
@@ -87,7 +88,7 @@ def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Pa
         raise DataError(f"the folder {folder} does not exist; {folder.parent} has {there or 'nothing'}")
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and path.stem.endswith(end):
+        if path.suffix.lower() in suffixes and path.stem.endswith(end) and not is_hidden(path.name):
             name = str(path.relative_to(folder).with_suffix("")).removesuffix(end)
             if name in files:
                 raise DataError(f"{files[name]} and {path} have one name, by which images and masks are paired")
@@ -96,7 +97,7 @@ def _files(folder: Path, suffixes: Sequence[str], end: str = "") -> dict[str, Pa
 
 
 def _join(images: Path, masks: Path, image_end: str = "", mask_end: str = "") -> list[Pair]:
-    left, right = _files(images, IMAGE_SUFFIXES, image_end), _files(masks, (".png",), mask_end)
+    left, right = _files(images, image_suffixes(), image_end), _files(masks, MASK_SUFFIXES, mask_end)
     return [
         (left.get(name, images / f"{name}{image_end}.*"), right.get(name, masks / f"{name}{mask_end}.png"))
         for name in sorted(left | right)
