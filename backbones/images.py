@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 ORIENTATION = 0x0112  # EXIF
 MODES = {1: "L", 3: "RGB"}
@@ -84,3 +84,17 @@ def label_names(model: Any) -> list[str] | None:
 def preprocessing(model: Any) -> Any:
     """Evaluation transform of a model from its ``pretrained_cfg``: PIL image to ``[C, H, W]`` tensor."""
     return create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg), is_training=False)
+
+
+def class_labels(model: Any, source: str | Path) -> list[str] | None:
+    """The names that came with the weights, else timm's of the ImageNet that the classifier has the size of."""
+    names = label_names(model)
+    if names is not None:
+        if len(names) != model.num_classes:
+            raise ValueError(f"{source} has {len(names)} label_names for {model.num_classes} classes")
+        return names
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(model.num_classes)]

@@ -132,7 +132,7 @@ def read_weights(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or has other objects or no tensors.
     """
-    return pick_weights(read_checkpoint(file), file)[0]
+    return without_wrappers(pick_weights(read_checkpoint(file), file)[0])
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None
     state = held[averaged]
     if not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} has no named tensors")
-    return without_wrappers(state), averaged
+    return state, averaged
 
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:

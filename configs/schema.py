@@ -37,6 +37,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from ..errors import ConfigError
 from ..files import atomic
 
 RECIPES = Path(__file__).parent
@@ -62,10 +63,6 @@ OLD_KEYS = {
     "eval.window": "eval.crop_size",
     "eval.multiple_of": "eval.size_divisor",
 }
-
-
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message is meant for the user."""
 
 
 class Problems:
@@ -421,7 +418,8 @@ class SegmentDataConfig(DenseDataConfig):
     masks: PathText = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
     reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
-    ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class
+    values: dict[int, str | None] | None = None  # folder: class by value of a mask; null: no class
+    ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class, unless in `values`
     antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
 
 

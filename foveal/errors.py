@@ -7,6 +7,10 @@ Invalid user input is a ``ValueError`` (exit status 2); a run that failed for a 
 from __future__ import annotations
 
 
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message is meant for the user."""
+
+
 class RunError(RuntimeError):
     """A run failed; the message is meant for the user."""
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from timm.data import ImageNetInfo, Mixup, infer_imagenet_subset
+from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ..backbones.base import registered_cfg
-from ..backbones.images import label_names, preprocessing
+from ..backbones.images import class_labels, preprocessing
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from ..heads.backbone import names_of_stages
@@ -305,20 +305,6 @@ def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[i
             raise ConfigError(f"augment.sizes: the model takes no images of {size}x{size}: {error}") from None
     model.train(training)
     return list(sizes)
-
-
-def class_labels(model: Any, source: str | Path) -> list[str] | None:
-    """The names that came with the weights, else timm's of the ImageNet that the classifier has the size of."""
-    names = label_names(model)
-    if names is not None:
-        if len(names) != model.num_classes:
-            raise ValueError(f"{source} has {len(names)} label_names for {model.num_classes} classes")
-        return names
-    subset = infer_imagenet_subset(model)
-    if not subset:
-        return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
 train, evaluate = deprecated.commands("classify")

@@ -1,6 +1,8 @@
 """Semantic segmentation: the segmenter of a recipe, its loss, its scores and its predictions."""
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,6 +123,17 @@ class Task(task.Task):
 
     def scorer(self) -> SegmentationScorer:
         return SegmentationScorer(len(self.classes))
+
+    def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> SegmentationScorer:
+        scorer = super().score(model, on_batch)
+        absent = [name for name, pixels, _ in self.by_class(scorer)[1] if not pixels]
+        if absent:
+            warnings.warn(
+                f"no pixel of {', '.join(absent)} in the masks of {scorer.n} held-out images: their recall is left out "
+                "of the mean, and their IoU is 0 where they are predicted, else left out",
+                stacklevel=2,
+            )
+        return scorer
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Classes ``[B, H, W]`` of the pixels."""

@@ -11,7 +11,7 @@ from typing import Any
 from yaml import YAMLError, safe_load
 
 from ..backbones.loading import local_path
-from ..configs.schema import ConfigError
+from ..errors import ConfigError
 from ..heads.checkpoint import read_dense_config
 
 TASKS = ("classify", "detect", "segment")

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..backbones import family, list_models
+from ..backbones.images import class_labels
 from ..backbones.loading import Source, load, local_path, refuse_exported, resolve
 from ..files import write_json
 from ..heads.checkpoint import load_dense, read_dense_config, reparameterize
 from ..heads.detection import Detector
 from ..heads.detection.traceable import OneImage, suppress, suppress_op
 from ..heads.registry import head_spec
-from ..train.classify import class_labels
 from ..train.tasks import import_remembered
 from . import ANY_SIZE, cards
 from .compare import Difference, compare, detection_error, relative_error

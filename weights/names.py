@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict, model_entrypoint
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from ..backbones import list_models
 from ..backbones.base import unwrap
+from ..backbones.loading import without_wrappers
 from ..heads.detection import Detector
 from ..heads.detection.published import from_published
 from ..heads.necks import A3FPN
@@ -86,7 +87,7 @@ def of_family(net: Any, architecture: str) -> Translate:
     def translate(state: State) -> dict[str, Tensor]:
         places = backbone_names(map(bare, state))
         named = {places.get(bare(name), name): value for name, value in state.items()}
-        return family_filter(architecture)(clean_state_dict(named), net)
+        return family_filter(architecture)(without_wrappers(named), net)
 
     return translate
 
@@ -102,7 +103,7 @@ def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
     def translate(state: State) -> dict[str, Tensor]:
         state = {bare(name): value for name, value in state.items()}
         own = backbone_names(state)
-        inner = family_filter(architecture)(clean_state_dict({own[name]: state[name] for name in own}), inner_network)
+        inner = family_filter(architecture)(without_wrappers({own[name]: state[name] for name in own}), inner_network)
         result = {prefix + name: tensor for name, tensor in inner.items()}
         if bgr:
             first = f"{prefix}{inner_network.pretrained_cfg['first_conv']}.weight"

@@ -5,7 +5,6 @@ Layout legend: B batch, H W map, h w queries, N heads, D query/key channels, V v
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -95,7 +94,7 @@ def neighborhood_attention(
     _check_bias(bias, q, kernel_size)
     rows, columns = _windows(kernel_size, stride, dilation, query_stride, boundary, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if math.isnan(scale):  # a factor that products of matrices may leave out
+    if scale != scale:  # NaN, in a form that torch.compile takes: a factor that products of matrices may leave out
         q, scale = q * scale, 1.0
     tensors = q, k, v, *(() if bias is None else bias.tensors)
     problem = Problem(

@@ -201,7 +201,7 @@ def text_keys(schema: type, prefix: str = "") -> dict[str, bool]:
     for f in dataclasses.fields(schema):
         if dataclasses.is_dataclass(f.type):
             found |= text_keys(f.type, f"{prefix}{f.name}.")
-        elif not f.name.endswith("kwargs") and re.search(r"\bstr\b", str(f.type)):
+        elif not (f.name.endswith("kwargs") or "dict" in str(f.type)) and re.search(r"\bstr\b", str(f.type)):
             found[prefix + f.name] = "list" in str(f.type)
     return found
 

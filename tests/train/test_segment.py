@@ -372,6 +372,17 @@ def test_held_out_images_without_a_class(recipe, tmp_path):
         train(recipe, options, "segment")
 
 
+def test_a_class_without_a_pixel_is_named(recipe, tmp_path):
+    root = write_blocks(tmp_path / "data", {"train": 4, "val": 2})
+    for path in (root / "masks" / "val").iterdir():
+        labels = np.asarray(Image.open(path)).copy()
+        labels[labels == 2] = 0
+        Image.fromarray(labels).save(path)
+    options = [f"output={tmp_path / 'run'}", f"data.root={root}", "model.head_kwargs.channels=16", "schedule.epochs=1"]
+    with pytest.warns(UserWarning, match=r"\bgreen\b.* 2 "):
+        train(recipe, options, "segment")
+
+
 def test_a_continuation_of_other_updates_is_refused(recipe, tmp_path):
     """An epoch of so many updates does not tell the size of a batch, nor that of the data."""
     options = [f"output={tmp_path / 'run'}", "train.steps_per_epoch=1", "train.eval_interval=9", "data.val_limit=1"]

@@ -145,6 +145,19 @@ def test_labels_from_one_and_another_ignored_value(tmp_path):
     assert values(tmp_path, reduce_zero_label=True, ignore_label=99) == [255, 0, 2, 255]
 
 
+@pytest.mark.parametrize("colour", [False, True], ids=["L", "RGB"])
+def test_masks_of_0_and_255(tmp_path, colour):
+    """255 is a class where data.values says so; grey stored in three channels is grey."""
+    labels = mask([0, 128, 255])
+    save(tmp_path / "images" / "val" / "x.png", picture())
+    save(tmp_path / "masks" / "val" / "x.png", np.dstack([labels] * 3) if colour else labels)
+    assert values(tmp_path, classes=None, values={0: "background", 255: "object", 128: None}) == [0, 255, 1]
+    with pytest.raises(DataError, match=r"thing.*data\.classes.*object"):
+        values(tmp_path, classes=["background", "object"], values={0: "background", 255: "thing"})
+    with pytest.raises(DataError, match="256"):
+        values(tmp_path, classes=None, values={0: "background", 1: "object", 256: "object"})
+
+
 def test_grey_images_and_masks_of_16_bits(tmp_path):
     save(tmp_path / "images" / "val" / "x.png", picture()[..., 0])
     save(tmp_path / "masks" / "val" / "x.png", mask([0, 2]).astype(np.uint16))

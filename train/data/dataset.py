@@ -160,11 +160,15 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
 
     Raises:
         DataError: a value that is no class of the data, which says that the classes are not theirs; names it.
-        BadMask: pixels that are no numbers of classes (colours, floats).
+        BadMask: pixels that are no numbers of classes (colours, floats). Grey stored as RGB is read as one channel.
         OSError: unreadable.
     """
     with Image.open(path) as file:
         image = upright(file)
+        if image.mode in ("LA", "RGB", "RGBA"):
+            bands = np.asarray(image)
+            if (bands[..., :1] == bands[..., : 1 if image.mode == "LA" else 3]).all():
+                image = image.getchannel(0)
         if image.mode not in ("L", "P", "1", "I", "I;16"):
             raise BadMask(f"the mask {path} holds {image.mode} pixels; classes are one channel of whole numbers")
         values = np.asarray(image)

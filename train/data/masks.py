@@ -38,10 +38,12 @@ def find_classes(config: SegmentDataConfig) -> list[str]:
     """
     if config.classes is not None:
         classes = config.classes
+    elif config.values is not None:
+        classes = list(dict.fromkeys(name for name in config.values.values() if name is not None))
     elif config.kind in NAMES:
         classes = NAMES[config.kind]
     else:
-        raise DataError(f"data.classes is needed for data.kind={config.kind}: the names by label")
+        raise DataError(f"data.classes (or data.values) is needed for data.kind={config.kind}: the names by label")
     if len(classes) > MAX_CLASSES:
         raise DataError(f"{len(classes)} classes: masks hold at most {MAX_CLASSES}, {IGNORE} is the pixel without one")
     return check_classes(classes, f"data.kind={config.kind}")
@@ -124,7 +126,16 @@ def _cityscapes(root: Path, split: str) -> list[Pair]:
 def label_map(config: SegmentDataConfig, num_classes: int, mask: Path) -> np.ndarray:
     """int16 ``[256]``: the class of each value of a mask file; 255: ignored, -1: not a label."""
     table = np.full(256, -1, np.int16)
-    if config.kind == "cityscapes" and mask.stem.endswith("_labelIds"):
+    if config.values is not None:
+        table[config.ignore_label] = IGNORE
+        classes = find_classes(config)
+        if unknown := [name for name in config.values.values() if name is not None and name not in classes]:
+            raise DataError(f"data.values names {', '.join(unknown)}, which data.classes lacks: {', '.join(classes)}")
+        if outside := [value for value in config.values if not 0 <= value <= 255]:
+            raise DataError(f"data.values has {outside[0]}; masks hold 0 to 255")
+        for value, name in config.values.items():
+            table[value] = IGNORE if name is None else classes.index(name)
+    elif config.kind == "cityscapes" and mask.stem.endswith("_labelIds"):
         table[:34] = IGNORE
         for index, value in enumerate(CITYSCAPES_IDS.values()):
             table[value] = index
@@ -133,5 +144,6 @@ def label_map(config: SegmentDataConfig, num_classes: int, mask: Path) -> np.nda
         table[1 : num_classes + 1] = np.arange(num_classes)
     else:
         table[:num_classes] = np.arange(num_classes)
-    table[config.ignore_label] = IGNORE
+    if config.values is None:
+        table[config.ignore_label] = IGNORE  # over a class of this value
     return table
