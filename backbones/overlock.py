@@ -571,8 +571,8 @@ class OverLoCK(Backbone):
         self.auxiliary_training = enable
 
     def no_weight_decay(self) -> set[str]:
-        """The relative position biases. The factors of GRN and LayerScale have four dimensions and decay, as under the
-        rule of timm's training script, which is the authors': vectors and biases are exempt, by their shapes."""
+        """The relative position biases. The factors of GRN and LayerScale have four dimensions and decay, as by the
+        rule of timm's training script: vectors and biases are exempt, by their shapes."""
         return super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
