@@ -182,6 +182,8 @@ def test_small_segmenter_steps(name, tmp_path):
         for number in range(2):
             if data.kind == "ade20k":
                 places = f"images/{split}/{number}.jpg", f"annotations/{split}/{number}.png"
+            elif data.kind == "auto":
+                places = f"images/{split}/{number}.jpg", f"masks/{split}/{number}.png"
             else:
                 ends = "leftImg8bit", "gtFine_labelTrainIds"
                 folders = "leftImg8bit", "gtFine"

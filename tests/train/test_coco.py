@@ -83,6 +83,29 @@ def test_categories_with_gaps_are_numbered_by_id(tmp_path):
     assert not bad.rows
 
 
+@pytest.mark.parametrize(("box", "named"), [([0.1, 0.2, 0.5, 0.6], "fractions"), ([20, 10, 50, 35], "corners")])
+def test_boxes_that_are_not_cocos_stop_the_run(tmp_path, box, named):
+    what = content([{"bbox": box}, {"bbox": [5, 5, 20, 20]}])
+    assert len(read(tmp_path, what, masks=False)[0].boxes) == 2  # one of them alone is no convention
+    what["annotations"][1]["bbox"] = box
+    with pytest.raises(DataError, match=rf"{named}.*0\.png.*{re.escape(str(float(box[0])))}"):
+        read(tmp_path, what, masks=False)
+
+
+def test_paths_of_windows_and_large_ids(tmp_path):
+    what = content([{}])
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a" / "x.png")
+    what["images"][0]["file_name"] = ".\\a\\x.png"
+    (tmp_path / "coco.json").write_text(json.dumps(what))
+    index = read_coco(tmp_path / "coco.json", tmp_path, masks=False)
+    assert Path(index.name(0)).resolve() == (tmp_path / "a" / "x.png").resolve()
+    what["images"][0]["id"] = 2**63
+    (tmp_path / "coco.json").write_text(json.dumps(what))
+    with pytest.raises(DataError, match=r"images\.0\.id"):
+        read_coco(tmp_path / "coco.json", tmp_path, masks=False)
+
+
 def test_the_three_forms_of_masks(tmp_path):
     """Polygons, of one and of several parts, and both kinds of run lengths, against pycocotools."""
     blob = np.zeros((HEIGHT, WIDTH), np.uint8)

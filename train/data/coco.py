@@ -12,7 +12,7 @@ import numpy as np
 
 from .guard import DataError, Report
 from .index import DetectionIndex, Texts, encode_paths, offsets
-from .validate import Objects, check_content, find_faults, mask_area
+from .validate import Objects, check_boxes, check_content, find_faults, mask_area
 
 
 def read_coco(file: Path, folder: Path, *, masks: bool, categories: dict[int, str] | None = None) -> DetectionIndex:
@@ -60,6 +60,7 @@ def index_objects(
     names, ids = ([image[key] for image in images] for key in ("file_name", "id"))
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
     objects = Objects.parse(entries, ids, list(categories))
+    check_boxes(source, objects, sizes, names)
     faults = find_faults(objects, sizes, masks=masks)
     for row, reason in faults.rows:
         sample = names[objects.image[row]] if objects.image[row] >= 0 else str(entries[row].get("image_id"))
@@ -73,7 +74,7 @@ def index_objects(
         areas[i] = mask_area(segment, *shape) if segment else boxes[i, 2] * boxes[i, 3]
     texts = [json.dumps(objects.segments[row]).encode() for row in rows] if masks else []
     return DetectionIndex(
-        paths=encode_paths([folder / name for name in names]),
+        paths=encode_paths([_find(folder, name) for name in names]),
         report=report,
         categories=dict(categories),
         image_ids=np.array(ids, np.int64),
@@ -86,3 +87,9 @@ def index_objects(
         usable=~faults.unusable[rows],
         segments=Texts.pack(texts) if masks else None,
     )
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The path of an image, also of a name that was written on Windows."""
+    path = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and not path.exists() else path

@@ -21,7 +21,7 @@ MEASURED = "area is negative or not a number: measured"
 
 
 class _Image(TypedDict):
-    id: StrictInt
+    id: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
     file_name: Annotated[StrictStr, Field(min_length=1)]
     height: Annotated[StrictInt, Field(gt=0)]
     width: Annotated[StrictInt, Field(gt=0)]
@@ -157,6 +157,31 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
     rows = [*reasons.items(), *((row, CLIPPED) for row in beyond), *((row, MEASURED) for row in measured)]
     rows += [(row, REPAIRED) for row in repaired]
     return Faults(dropped, unusable, sorted(rows, key=lambda pair: pair[0]))
+
+
+def check_boxes(source: str, objects: Objects, sizes: np.ndarray, names: Sequence[str]) -> None:
+    """Looks for boxes that are none of COCO's by all objects of a file; clipped one by one, they would be trained on.
+
+    Args:
+        sizes: height and width of each image.
+        names: of the images.
+
+    Raises:
+        DataError: boxes in fractions of the image, or corners in place of sizes.
+    """
+    rows = np.flatnonzero((objects.image >= 0) & ~np.isnan(objects.boxes).any(1))
+    if len(rows) == 0:
+        return
+    boxes, sides = objects.boxes[rows], sizes[objects.image[rows]][:, ::-1]
+    first, last = boxes[:, :2], boxes[:, 2:]
+    wrong = None
+    if boxes.max() <= 1 and sides.min() > 2:
+        wrong = "boxes are fractions of the image, not pixels"
+    elif (last > first).all() and (last <= sides).all() and 2 * (first + last > sides + 1).any(1).sum() > len(rows):
+        wrong = "boxes are corners (x1, y1, x2, y2), not (x, y, width, height)"
+    if wrong:
+        examples = "; ".join(f"{names[objects.image[row]]}: {objects.boxes[row].tolist()}" for row in rows[:3])
+        raise DataError(f"{source}: {wrong}: {examples}")
 
 
 def mask_area(segment: Any, height: int, width: int) -> int:
