@@ -199,11 +199,13 @@ class Classifiers(nn.ModuleList):
 
     @property
     def weight(self) -> _Both:
-        return _Both(*(layer.weight for layer in self))
+        layers: Any = self
+        return _Both(*(layer.weight for layer in layers))
 
     @property
     def bias(self) -> _Both:
-        return _Both(*(layer.bias for layer in self))
+        layers: Any = self
+        return _Both(*(layer.bias for layer in layers))
 
 
 class _Both:

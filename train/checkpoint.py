@@ -7,6 +7,7 @@ folder is written under a temporary name, synced to disk and renamed; previous o
 ``NAME.old2`` ..., see :func:`generations`.
 """
 
+import errno
 import inspect
 import json
 import os
@@ -30,6 +31,7 @@ from ..heads.legacy import migrate_state_dict
 WEIGHTS = "model.safetensors"
 RAW = "raw.safetensors"
 TRAINER = "trainer.pt"
+FULL = 2**16  # bytes left on a disk that took no more
 CHECKSUMS = "checksums.json"
 
 
@@ -74,11 +76,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None], keep: int = 1) -> N
                 path.rename(place)
         temporary.rename(folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error)
+        if isinstance(error, RuntimeError) and shutil.disk_usage(temporary.parent).free < FULL:  # torch.save's words
+            reason = os.strerror(errno.ENOSPC)
         shutil.rmtree(temporary, ignore_errors=True)
         kept = newest(folder)
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error}; "
+            f"the checkpoint {folder} could not be written: {reason}; "
             + (f"{kept} from before is intact" if kept else "there was none before")
         ) from error
     for old in generations(folder)[keep:]:

@@ -157,7 +157,15 @@ def label_map(
     Computed in bands of rows, so that the probabilities of all classes for a large image are never in memory.
 
     Args:
-        model, images, scale, size_divisor, antialias, crop_size, stride, ratios, flip: as for `probabilities`.
+        model: as for `probabilities`, like all others.
+        images: ``[B, C, H, W]``.
+        scale: see there.
+        size_divisor: see there.
+        antialias: see there.
+        crop_size: see there.
+        stride: see there.
+        ratios: see there.
+        flip: see there.
 
     Examples:
         >>> import torch

@@ -93,9 +93,9 @@ def neighborhood_attention(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_bias(bias, q, kernel_size)
     rows, columns = _windows(kernel_size, stride, dilation, query_stride, boundary, bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale != scale:  # NaN, in a form that torch.compile takes: a factor that products of matrices may leave out
-        q, scale = q * scale, 1.0
+    factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if factor != factor:  # NaN, in a form that torch.compile takes: a factor that products of matrices may leave out
+        q, factor = q * factor, 1.0
     tensors = q, k, v, *(() if bias is None else bias.tensors)
     problem = Problem(
         shape=tuple(k.shape),
@@ -103,7 +103,7 @@ def neighborhood_attention(
         rows=rows,
         columns=columns,
         bias=None if bias is None else type(bias),
-        scale=scale,
+        scale=factor,
         dropout_p=float(dropout_p),
         **of_tensors(*tensors),
     )
