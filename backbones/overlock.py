@@ -220,6 +220,8 @@ def _pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 class ContextPool(nn.AdaptiveAvgPool2d):
     """The pooling of the context, also for dynamic shapes."""
 
+    output_size: Any  # an int
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _pool(x, (self.output_size, self.output_size))
 

@@ -558,9 +558,9 @@ def _field_type(schema: Any, key: str) -> Any:
     return schema
 
 
-def _check_comment(node: yaml.Node) -> None:
+def _check_comment(node: Any) -> None:
     """Refuses unquoted text that goes on with `` #2``, which YAML takes for a comment."""
-    end = node.end_mark
+    end: Any = node.end_mark
     plain = node.style is None and end is not None and end.buffer is not None
     rest = re.match(r" #[^\s#].*", end.buffer[end.pointer :]) if plain else None
     if rest is not None:
@@ -624,7 +624,7 @@ def _find_base(recipe: Path, base: str, schema: type) -> Path:
 
 
 def _task(schema: Any) -> str | None:
-    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    fields: Any = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
     return next((f.default for f in fields if f.name == "task"), None)
 
 

@@ -244,6 +244,7 @@ def _build_head(
 
 def _finished(model: Model, sync_bn: bool, arguments: dict[str, Any]) -> Model:
     model = synchronized(model, sync_bn)
+    module: Any
     for module in set(model.modules()) - set(model.backbone.body.modules()):
         if getattr(module, "inplace", False):  # torchvision's activations, which overwrite what a hook may hold
             module.inplace = False

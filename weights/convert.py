@@ -265,7 +265,7 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
     for name in list_models():
         if family(name) == families.get(content["model_type"]) and not name.startswith("test_"):
             with torch.device("meta"):
-                levels = timm.create_model(name).levels
+                levels: Any = timm.create_model(name).levels
             attention = [[block.attn for block in level.blocks] for level in levels]
             first = attention[0][0]
             theirs = {

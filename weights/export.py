@@ -240,7 +240,9 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
         raise ValueError("; ".join(texts))
     model: Any = _load_classifier(found, source, options)
     _check_logits(source, model, options)
-    config = found.config or published_config(model.pretrained_cfg, model.num_classes, model.num_features)
+    config: dict[str, Any] = found.config or published_config(
+        model.pretrained_cfg, model.num_classes, model.num_features
+    )
     if not features and "label_names" not in config and (names := class_labels(model, source)):
         config = config | {"label_names": names}
     if not options.pretrained:
