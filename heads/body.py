@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..backbones import loading
 from ..backbones.layers import check_foldable as check_foldable  # for necks and heads
+from ..backbones.loading import without_wrappers as without_wrappers
 from .backbone import feature_info, published_names
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..files import atomic
+from .body import without_wrappers
 from .build import build_dense
 from .dense import DenseModel
 from .legacy import migrate_config, migrate_state_dict
@@ -160,8 +161,7 @@ def load_dense(folder: str | Path, file: Path | None = None) -> Any:
         model = build_dense(config["task"], config["arguments"])
         tensors = safetensors.torch.load_file(file or folder / WEIGHTS)
         # of a model that was saved inside torch.compile's or DDP's wrapper
-        tensors = {name.replace("_orig_mod.", "").removeprefix("module."): each for name, each in tensors.items()}
-        tensors = migrate_state_dict(tensors)
+        tensors = migrate_state_dict(without_wrappers(tensors))
         for name, module in _foldable(model):
             stored = {key for key in tensors if key.startswith(f"{name}.")}
             if stored != {f"{name}.{key}" for key in module.state_dict()}:

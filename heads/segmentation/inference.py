@@ -119,23 +119,13 @@ def probabilities(
         >>> output.shape, bool((output.sum(1) - 1).abs().max() < 1e-5)
         (torch.Size([1, 5, 50, 90]), True)
     """
-    size = images.shape[-2:]
-    if crop_size is not None and stride is None:
-        stride = tuple(max(1, 2 * side // 3) for side in crop_size)
+    size, stride = images.shape[-2:], _stride(crop_size, stride)
     total: Tensor | None = None
-    for ratio in ratios:
-        shape = rescale_size(size, scale, ratio, size_divisor)
-        scaled = images
-        if shape != tuple(size):
-            scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False, antialias=antialias)
-        for mirrored in (False, True) if flip else (False,):
-            view = scaled.flip(-1) if mirrored else scaled
-            logits = (
-                model(view) if crop_size is None or stride is None else slide_inference(model, view, crop_size, stride)
-            )
-            logits = logits.flip(-1) if mirrored else logits
-            part = resize(logits.float(), size).softmax(1)
-            total = part if total is None else total.add_(part)
+    for mirrored, view in _scaled(images, scale, size_divisor, antialias, ratios, flip):
+        logits = model(view) if crop_size is None or stride is None else slide_inference(model, view, crop_size, stride)
+        logits = logits.flip(-1) if mirrored else logits
+        part = resize(logits.float(), size).softmax(1)
+        total = part if total is None else total.add_(part)
     return total / (len(ratios) * (1 + flip))
 
 
@@ -175,17 +165,11 @@ def label_map(
         >>> label_map(model, torch.rand(1, 3, 50, 90)).shape
         torch.Size([1, 50, 90])
     """
-    size = images.shape[-2:]
-    if crop_size is not None and stride is None:
-        stride = tuple(max(1, 2 * side // 3) for side in crop_size)
-    views = []
-    for ratio in ratios:
-        shape = rescale_size(size, scale, ratio, size_divisor)
-        scaled = images
-        if shape != tuple(size):
-            scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False, antialias=antialias)
-        for mirrored in (False, True) if flip else (False,):
-            views.append((mirrored, _View(model, scaled.flip(-1) if mirrored else scaled, crop_size, stride)))
+    size, stride = images.shape[-2:], _stride(crop_size, stride)
+    views = [
+        (mirrored, _View(model, view, crop_size, stride))
+        for mirrored, view in _scaled(images, scale, size_divisor, antialias, ratios, flip)
+    ]
     classes = views[0][1].classes
     step = max(1, BAND_BYTES // (4 * len(images) * classes * size[1]))
     bands = []
@@ -198,6 +182,33 @@ def label_map(
         assert total is not None
         bands.append(total.argmax(1))
     return torch.cat(bands, 1)
+
+
+def _stride(crop_size: Sequence[int] | None, stride: Sequence[int] | None) -> Sequence[int] | None:
+    """Of sliding windows: two thirds of their size, unless given."""
+    if crop_size is None or stride is not None:
+        return stride
+    return tuple(max(1, 2 * side // 3) for side in crop_size)
+
+
+def _scaled(
+    images: Tensor,
+    scale: Sequence[int] | None,
+    size_divisor: int,
+    antialias: bool,
+    ratios: Sequence[float],
+    flip: bool,
+) -> Iterator[tuple[bool, Tensor]]:
+    """The images at each ratio and, with ``flip``, mirrored, and whether they are."""
+    size = images.shape[-2:]
+    for ratio in ratios:
+        shape = rescale_size(size, scale, ratio, size_divisor)
+        scaled = images
+        if shape != tuple(size):
+            scaled = F.interpolate(images, shape, mode="bilinear", align_corners=False, antialias=antialias)
+        yield False, scaled
+        if flip:
+            yield True, scaled.flip(-1)
 
 
 class _View:
