@@ -560,9 +560,10 @@ def _field_type(schema: Any, key: str) -> Any:
 
 def _check_comment(node: Any) -> None:
     """Refuses unquoted text that goes on with `` #2``, which YAML takes for a comment."""
-    end: Any = node.end_mark
-    plain = node.style is None and end is not None and end.buffer is not None
-    rest = re.match(r" #[^\s#].*", end.buffer[end.pointer :]) if plain else None
+    if node.style is not None or node.end_mark is None or node.end_mark.buffer is None:
+        return
+    end = node.end_mark
+    rest = re.match(r" #[^\s#].*", end.buffer[end.pointer :])
     if rest is not None:
         problem = f"the text {node.value!r} goes on with {rest[0]!r}: quote all of it, or begin a comment with '# '"
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=end)

@@ -126,6 +126,7 @@ def probabilities(
         logits = logits.flip(-1) if mirrored else logits
         part = resize(logits.float(), size).softmax(1)
         total = part if total is None else total.add_(part)
+    assert total is not None
     return total / (len(ratios) * (1 + flip))
 
 
