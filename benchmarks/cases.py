@@ -112,6 +112,42 @@ OVERLOCK_XT = (
 
 
 @dataclass(frozen=True)
+class CompiledLayer:
+    """A layer whose kernels are compiled for a GPU that need not be there."""
+
+    layer: Layer
+    dtype: str = "bfloat16"
+
+    @property
+    def id(self) -> str:
+        layer = self.layer
+        return f"{layer.operation} {layer.map} {layer.rule} {layer.bias} depth {layer.shape[4]} {self.dtype}"
+
+
+def _compiled(
+    size: int, heads: int, window: Window, bias: str = "table", depth: int = 32, dtype: str = "bfloat16"
+) -> CompiledLayer:
+    operation = "mix" if bias == "mix" else "attention"
+    shape, queries = (128, size, size, heads, depth), (window.queries(size),) * 2
+    return CompiledLayer(Layer(operation, shape, queries, depth, window, window, bias.replace("mix", "table")), dtype)
+
+
+# DiNAT-T at 224 first; then without a bias, deeper heads, another dtype; HaloNet, MaxViT and OverLoCK.
+COMPILED = (
+    _compiled(56, 2, Window(7)),
+    _compiled(56, 2, Window(7, dilation=8)),
+    _compiled(28, 4, Window(7)),
+    _compiled(14, 8, Window(7, dilation=2)),
+    _compiled(56, 2, Window(7), "none"),
+    _compiled(56, 2, Window(7), depth=64),
+    _compiled(56, 2, Window(7), dtype="float16"),
+    _compiled(32, 4, Window(14, 8, boundary="zero"), "factored"),
+    _compiled(56, 2, Window(7, 7, boundary="mask")),
+    *(_compiled(size, 8, Window(k), "mix", 16) for size, k in ((14, 5), (7, 7), (14, 13), (28, 17))),
+)
+
+
+@dataclass(frozen=True)
 class LayersCase:
     """The distinct neighborhood operations, or halo attention modules of timm, in a model at an image size."""
 

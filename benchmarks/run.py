@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import cases, data, engine, export, models, operations, plots
+from . import cases, data, engine, export, instructions, models, operations, plots
 from .measure import Bench, Row, columns, environment, quiet, read_csv, reason, write_csv
 
 
@@ -54,6 +54,7 @@ SECTIONS = {
     "zoo": Section(models.zoo_rows, models.zoo_cases(), tiny=cases.TINY_MODELS),
     "data": Section(data.data_rows, data.CASES, tiny=data.TINY),
     "engine": Section(engine.engine_rows, engine.CASES, tiny=engine.TINY),
+    "instructions": Section(instructions.instruction_rows, cases.COMPILED, tiny=cases.COMPILED[3:4]),
     "export": Section(export.export_rows, export.CASES, tiny=export.TINY),
 }
 GPU = ("layers", "halo", "models")
@@ -111,6 +112,8 @@ def _target(name: str, options: argparse.Namespace) -> Path | None:
     """Path of the table of a section."""
     if options.output is None:
         return options.csv
+    if name == "instructions":
+        return options.output / "instructions-sm90.csv"
     on_gpu = options.device == "cuda" or (options.tiny and name in GPU)
     return options.output / (f"gpu-{name}.csv" if on_gpu else f"{name}-cpu-{os.cpu_count()}core.csv")
 

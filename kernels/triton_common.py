@@ -105,6 +105,11 @@ def wide(*tensors: torch.Tensor) -> bool:
     )
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in the interpreter, which runs programs sequentially."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def autotuning() -> bool:
     """Whether ``FOVEAL_AUTOTUNE=1`` is set. Without it every call uses the default tiles."""
     value = os.environ.get(ENVIRONMENT, "0")

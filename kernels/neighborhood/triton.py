@@ -288,9 +288,9 @@ def launch_forward(q, k, v, first, second, out, lse, call: LaunchShape, scale: f
 
 def _programs(call: LaunchShape, count: int, share: int, device: torch.device) -> int:
     """Programs per head that share the tiles when each writes a partial sum of the bias gradient."""
-    # eight programs per multiprocessor; the interpreter runs them sequentially
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = -(-8 * processors // call.heads)
+    from .. import triton_common
+
+    wanted = -(-8 * triton_common.processors(device) // call.heads)
     return max(1, min(count, wanted, WORKSPACE_BYTES // (4 * share * call.heads)))
 
 

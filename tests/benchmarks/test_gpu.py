@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveal.benchmarks import cases, measure, models, operations, peers, plots, run
+from foveal.benchmarks import cases, instructions, measure, models, operations, peers, plots, run
 from foveal.benchmarks.cases import Layer
 from foveal.benchmarks.measure import Bench, read_csv
+from foveal.kernels import triton_support
 from foveal.kernels.window import Window
 
 SCRIPT = Path(run.__file__).with_name("gpu.sh")
@@ -209,6 +210,46 @@ def test_pictures_of_a_table(tmp_path):
     assert [axis.get_title() for axis in picture.figure.axes] == [panel.title for panel in plots.SHARES]
     assert plots.save_picture(picture, tmp_path).name == "gpu-layers.png"
     assert (tmp_path / "gpu-layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------------ instructions
+
+
+@pytest.mark.skipif(triton_support.interpreting(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case == cases.COMPILED[1] else pytest.mark.slow, id=case.id)
+        for case in cases.COMPILED
+    ],
+)
+def test_kernels_have_no_more_instructions_than_before(case):
+    """Within 1.1 of the committed figures, and not one more byte spilled."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    keys = ("kernel", "map", "rule", "bias", "depth", "dtype")
+    committed = read_csv(run.plots.RESULTS / "instructions-sm90.csv")
+    if committed[0]["triton"] != triton.__version__:
+        pytest.skip(f"committed for Triton {committed[0]['triton']}; this is {triton.__version__}")
+    known = {tuple(row[key] for key in keys): row for row in committed}
+    for row in instructions.instruction_rows(case, Bench()):
+        before = known[tuple(str(row[key]) for key in keys)]
+        assert row["issue_us"] <= 1.1 * float(before["issue_us"]), row
+        assert row["spilled"] <= int(before["spilled"]), row
+
+
+def test_instructions_are_counted_by_loop():
+    """Two loops, one in the other; padding and the branch to itself behind the end do not count."""
+    code = ["MOV R1, R2", "MOV R2, R3", "MOV R3, R4", "@P0 BRA `(.L_x_1)", "@P0 BRA `(.L_x_0)", "EXIT"]
+    lines = [
+        f"        /*{at:04x}*/                   {text} ;" for at, text in enumerate([*code, "BRA `(.L_x_2)", "NOP"])
+    ]
+    lines[6:6] = [".L_x_2:"]
+    lines[2:2] = [".L_x_1:"]
+    lines[1:1] = [".L_x_0:"]
+    assert instructions.Compiled("\n".join(lines), 0, 0, 0).instructions == [3, 2, 2]
+
+
+# -------------------------------------------------------------------------------------------------- the script
 
 
 def test_the_script_is_sound():
