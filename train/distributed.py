@@ -1,7 +1,7 @@
-"""Several processes: errors that all of them raise, readers that may fail on one of them, and FSDP.
+"""Distributed runs: joining the process group, errors that all processes raise together, and FSDP.
 
-Processes meet at fixed places only. What goes wrong on one of them is kept until the next such place and raised there
-by all, so that none waits for another that is gone.
+Processes synchronize at fixed points only. If one process fails, all raise the error at the next sync point, so that
+none waits for a process that is gone.
 """
 
 import os
@@ -21,30 +21,35 @@ from ..configs.schema import ConfigError, TrainConfig
 from ..errors import RunError
 from .data import DataError
 
-WORLD_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")  # by launcher, as accelerate's
-READ_ERRORS = (DataError, OSError, RuntimeError)  # what a loader was seen to raise; the last from a worker that died
+WORLD_SIZES = (
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "WORLD_SIZE",
+)  # by launcher
+READ_ERRORS = (DataError, OSError, RuntimeError)  # of loaders; RuntimeError: a worker that died
 LISTS = (nn.ModuleList, nn.Sequential)
 FULL = StateDictOptions(full_state_dict=True)
 
 
 class OtherProcessError(RunError):
-    """What another process raised; the message names the process, the type and the text."""
+    """Another process failed; the message gives its rank and its error."""
 
 
 def join_processes(**options: Any) -> Accelerator:
-    """The accelerator of this process, in one group with all that the launcher started: on CPUs where there is no GPU.
+    """Creates this process's accelerator in a group of all processes that the launcher started; without a GPU, on CPUs.
 
     Args:
         options: of `Accelerator`.
 
     Raises:
-        ConfigError: the group is not of as many processes as the launcher was asked for.
+        ConfigError: fewer processes joined the group than the launcher was asked for.
     """
     world, environ = get_int_from_env(WORLD_SIZES, 1), os.environ
     hint = "start N with `torchrun --nproc_per_node N -m foveal ...`"
-    # accelerate launch names the meeting point of several processes, and with --cpu starts one
+    # accelerate launch --cpu sets the address of a group and starts a single process
     if world == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environ.keys() and "WORLD_SIZE" not in environ:
-        raise ConfigError(f"accelerate launch with --num_processes above 1 started one process on the CPU; {hint}")
+        raise ConfigError(f"accelerate launch started one process on the CPU, not --num_processes; {hint}")
     accelerator = Accelerator(cpu=world > 1 and not torch.accelerator.is_available(), **options)
     if accelerator.num_processes != world:
         raise ConfigError(
@@ -55,7 +60,7 @@ def join_processes(**options: Any) -> Accelerator:
 
 
 def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
-    """Raises ``error``, or an `OtherProcessError` where only another process has one. Every process must call this."""
+    """Raises ``error``, or `OtherProcessError` if only other processes have one. Every process must call this."""
     mine = [] if error is None else [f"process {accelerator.process_index}: {type(error).__name__}: {error}"]
     found = gather_object(mine)
     if error is not None:
@@ -66,7 +71,7 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
 
 @contextmanager
 def raised_by_all(accelerator: Accelerator) -> Iterator[None]:
-    """An error inside the block, on the main process alone for example, is raised by every process at its end."""
+    """An error inside the block on any process is raised by all of them at the end of the block."""
     try:
         yield
     except Exception as error:
@@ -82,7 +87,7 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class EvaluationLoader:
-    """A loader whose errors wait until every process has read its share, and are then raised by all."""
+    """A loader that raises its errors on all processes together, after every process has read its share."""
 
     def __init__(self, loader: Any, accelerator: Accelerator):
         self._loader, self._accelerator = loader, accelerator
@@ -100,8 +105,8 @@ class EvaluationLoader:
 
 
 class TrainingBatches:
-    """Iterates over an epoch's batches. An error on one of several processes is kept in ``failure`` until they compare
-    notes, and the last batch repeated; only the first batch is waited for by all."""
+    """Iterates over an epoch's batches. After an error on one of several processes, it keeps the error in ``failure``
+    until the next sync point and repeats the last batch; the first batch is a sync point."""
 
     def __init__(self, batches: Iterator[Any], accelerator: Accelerator):
         self._batches, self._accelerator = batches, accelerator
@@ -131,7 +136,7 @@ class TrainingBatches:
 
 def check_sharding(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: FSDP with an option that it does not support.
+    ConfigError: an option that FSDP does not support.
     """
     if config.amp == "fp16":
         raise ConfigError("train.parallel=fsdp with train.amp=fp16: the gradient scaler needs full gradients; use bf16")
@@ -140,8 +145,8 @@ def check_sharding(config: TrainConfig) -> None:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether ``module`` has parts and is only ever called as a whole: no list, and no stage, which holds a list of
-    blocks and of which dense tasks call the blocks and the downsampler one by one."""
+    """Whether ``module`` has children and is only ever called as a whole. Lists are not; nor are stages, which hold a
+    list of blocks that dense tasks call one by one."""
     parts = list(module.children())
     lists = [part for part in parts if isinstance(part, LISTS)]
     stage = any(True for each in lists for element in each for _ in element.children())
@@ -149,9 +154,8 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def shard(model: nn.Module, min_num_params: int) -> None:
-    """Shards the parameters of ``model``, in place, over the processes (PyTorch's FSDP2): each element of a list or
-    sequence that is a block of ``min_num_params`` or more is a unit, gathered where it is used, the innermost first;
-    what remains is one unit."""
+    """Shards the parameters of ``model`` in place over the processes (PyTorch's FSDP2). Each block of
+    ``min_num_params`` or more in a list is a unit, innermost first; the remaining parameters are one unit."""
     taken: set[nn.Parameter] = set()
     for module in reversed(list(model.modules())):  # children before their parents
         if isinstance(module, LISTS):
@@ -164,7 +168,7 @@ def shard(model: nn.Module, min_num_params: int) -> None:
 
 
 def gradient_sync(accelerator: Accelerator, model: Any, sync: bool) -> Any:
-    """A context in which the backward pass sums the gradients over the processes only if ``sync``."""
+    """A context in which the backward pass reduces gradients over the processes only if ``sync``."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP, compiled or not
         model.set_requires_gradient_sync(sync)
         return nullcontext()
@@ -172,19 +176,19 @@ def gradient_sync(accelerator: Accelerator, model: Any, sync: bool) -> Any:
 
 
 def full(tensor: Any) -> Any:
-    """A sharded tensor put together, on every process; anything else as it is."""
+    """Gathers a sharded tensor on every process; returns anything else unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor, own: Tensor) -> Tensor:
-    """This process's shard of a full tensor, sharded as ``own`` is; all of it where ``own`` is not sharded."""
+    """This process's shard of a full tensor, sharded as ``own``; the full tensor if ``own`` is not sharded."""
     if not isinstance(own, DTensor):
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state of a model, sharded or not, with full tensors; every process must call this."""
+    """A model's state dict with full tensors, sharded or not; every process must call this."""
     return get_model_state_dict(model, options=FULL)
 
 
@@ -194,7 +198,7 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """The state of an optimizer with full tensors on the CPU, where ``keep``; every process must call this."""
+    """An optimizer's state dict with full tensors on the CPU (empty unless ``keep``); every process must call this."""
     saved, state = optimizer.state_dict(), {}
     for number, values in saved["state"].items():
         tensors = {name: full(value) for name, value in values.items()}
@@ -204,7 +208,7 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[s
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads what `full_optimizer_state` kept, whether the parameters are sharded now or not."""
+    """Loads the result of `full_optimizer_state`, whether the parameters are sharded now or not."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in saved["state"].items():
         own = parameters[number]

@@ -1,8 +1,8 @@
-"""The state of a run, and the checkpoints that it goes on from: RUN/last with those before it, RUN/best.
+"""The state of a run, and its checkpoints: RUN/last, earlier generations of it, and RUN/best.
 
-A run goes on at the update where it was saved as if nothing had happened, bit for bit where the loader's images do not
-depend on worker processes. With another number of processes it goes on at the same images, if an update is of as many:
-each update is a run of the epoch's order, whichever way it is divided. Random numbers are then drawn anew.
+A run resumes at the update where it was saved, bit for bit unless the loader's images depend on worker processes. With
+another number of processes it resumes at the same image if the images per update are the same: an update is a slice of
+the epoch's order, however it is split. Random generators are then reseeded.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ if TYPE_CHECKING:
 
 Trainer = Any  # `trainer.Trainer`, whose module imports this one
 
-
 SHAPE_KEYS = "train.batch_size, train.grad_accum_steps, train.steps_per_epoch, data.limit, data.exclude, processes"
 
 
 @dataclass
 class State:
-    """Where a run stands. ``step`` counts the updates done in epoch ``epoch`` (both from 0)."""
+    """Progress of a run. ``step`` counts the updates done in epoch ``epoch`` (both from 0)."""
 
     epoch: int = 0
     step: int = 0
-    seconds: float = 0.0  # of training and evaluation, without the time between interruptions
+    seconds: float = 0.0  # of training and evaluation, over all sessions
     loss_sum: float = 0.0  # of this process, in the epoch so far
     loss_count: int = 0
-    norm_sum: float = 0.0  # of the gradient's norm, where it was measured, in the epoch so far
+    norm_sum: float = 0.0  # of the measured gradient norms, in the epoch so far
     norm_count: int = 0
     epoch_seconds: float = 0.0  # of training, in the epoch so far
     wait_seconds: float = 0.0  # of these, waiting for the main process's loader
@@ -63,7 +62,7 @@ class State:
 
 
 def random_state() -> dict[str, Any]:
-    """Every generator that training draws from, as tensors and plain values."""
+    """The states of all random generators, as tensors and plain values."""
     numpy_state: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = numpy_state
     return {
@@ -85,14 +84,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """What must not change between a run and its continuation."""
+    """Settings that a resumed run must share with the checkpoint."""
     config = trainer.config
     run = {"seed": config.seed, "optim.name": config.optim.name, "averaging": config.train.ema_decay > 0}
     return trainer.task.identity | run
 
 
 def _shape(trainer: Trainer) -> dict[str, int]:
-    """What makes an update and a pass over the data, which must not change either."""
+    """Sizes of an update and of a pass over the data, which a resumed run must share, too."""
     per_forward = trainer.config.train.batch_size * trainer.accelerator.num_processes
     return {
         "updates per epoch": trainer.steps,
@@ -105,7 +104,7 @@ def _shape(trainer: Trainer) -> dict[str, int]:
 
 
 def save(trainer: Trainer, best: bool = False) -> None:
-    """Writes RUN/last, and RUN/best after it where the epoch was the ``best``. Every process must call this."""
+    """Writes RUN/last and, after the ``best`` epoch, RUN/best. Every process must call this."""
     state, bad, scaler = trainer.state, trainer.task.data.bad, trainer.accelerator.scaler
     randoms = gather_object([random_state()])
     losses = gather_object([(state.loss_sum, state.loss_count)])
@@ -126,7 +125,7 @@ def save(trainer: Trainer, best: bool = False) -> None:
             "identity": _identity(trainer),
             "shape": _shape(trainer),
             "optimizer": optimizer,
-            "scheduler": {"updates": trainer.updates},  # the rate is a function of it
+            "scheduler": {"updates": trainer.updates},  # the learning rate is a function of it
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": randoms,
         }
@@ -155,11 +154,10 @@ def _save_best(trainer: Trainer) -> None:
 
 
 def resume(trainer: Trainer) -> bool:
-    """Goes on from the newest undamaged checkpoint, RUN/last or one before it; False when there is none. Nothing is
-    changed unless all of it can be read and fits. Every process must call this.
+    """Restores the newest undamaged checkpoint; returns False if there is none. Every process must call this.
 
     Raises:
-        CheckpointError: unreadable, all damaged, or of another model or set-up.
+        CheckpointError: unreadable, all damaged, or of another model or set-up; nothing is changed.
     """
     accelerator = trainer.accelerator
     folder = _newest_undamaged(trainer)
@@ -183,7 +181,7 @@ def resume(trainer: Trainer) -> bool:
     trainer.sync_eval_model()
     with raised_by_all(accelerator):
         if accelerator.is_main_process:
-            write_csv(trainer.run / "metrics.csv", trainer.state.history)  # a kill may have come before it
+            write_csv(trainer.run / "metrics.csv", trainer.state.history)  # it may be missing after a kill
             trainer.task.data.bad.read(trainer.run / "bad_samples.csv")
             _check_best(trainer)
     trainer.state.best = broadcast_object_list([trainer.state.best])[0]
@@ -191,7 +189,7 @@ def resume(trainer: Trainer) -> bool:
 
 
 def _set_rate(trainer: Trainer) -> None:
-    """Sets the rate of the recipe as it is now, which may not be what it was when the checkpoint was written."""
+    """Sets the learning rate by the present recipe, which may have changed since the checkpoint was written."""
 
     def rate() -> float:
         return max(group["lr"] for group in trainer.optimizer.param_groups)
@@ -199,7 +197,7 @@ def _set_rate(trainer: Trainer) -> None:
     before = rate()
     trainer.scheduler.step_update(trainer.updates)
     if rate() != before:
-        trainer.logger.warn(f"the learning rate goes on at {rate():.3g}, where it was {before:.3g}")
+        trainer.logger.warn(f"the learning rate changes from {before:.3g} to {rate():.3g}")
 
 
 def _restore_random_state(trainer: Trainer, saved: dict[str, Any]) -> None:
@@ -214,7 +212,7 @@ def _restore_random_state(trainer: Trainer, saved: dict[str, Any]) -> None:
 
 
 def _newest_undamaged(trainer: Trainer) -> Path | None:
-    """The newest checkpoint whose files are as they were written; newer ones are put aside with a warning."""
+    """The newest checkpoint whose hashes match; damaged newer ones are moved aside with a warning."""
     found: list[Path | None] = [None]
     with raised_by_all(trainer.accelerator):
         damaged: dict[Path, DamagedError] = {}
@@ -232,15 +230,15 @@ def _newest_undamaged(trainer: Trainer) -> Path | None:
             aside = folder.with_name(f"{folder.name}.damaged")
             try:
                 shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)  # so that it does not count among those that are kept
+                folder.rename(aside)  # so that it does not count for train.save_total_limit
             except OSError as refused:
-                raise CheckpointError(f"{error}; it cannot be put aside: {refused}") from refused
-            trainer.logger.warn(f"{error}; going on from {found[0]}, put it aside as {aside}")
+                raise CheckpointError(f"{error}; it cannot be moved aside: {refused}") from refused
+            trainer.logger.warn(f"{error}; resuming from {found[0]}, moved the damaged one to {aside}")
     return broadcast_object_list(found)[0]
 
 
 def _renamed(key: str, earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A part of an earlier run's identity with today's names of arguments and recipe keys."""
+    """A part of an earlier run's identity with the present names of arguments and recipe keys."""
     if key == "augmentation":
         names = {name: OLD_KEYS.get(f"augment.{name}", name).removeprefix("augment.") for name in earlier}
         return {name if name in now else names[name]: value for name, value in earlier.items()}
@@ -260,7 +258,7 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
             raise CheckpointError(f"{folder} belongs to another run: {key} was {earlier!r}, is now {value!r}")
     was = saved["shape"]
     for key, value in _shape(trainer).items():
-        # where an epoch is one pass, the images that fill no update at its end may be others
+        # if an epoch is one pass, the number of left-over images at its end may differ
         if was[key] == value or (key == "images per pass" and trainer.config.train.steps_per_epoch is None):
             continue
         then, now = len(saved["random"]), trainer.accelerator.num_processes
@@ -274,8 +272,8 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
 
 
 def _check_best(trainer: Trainer) -> None:
-    """Makes RUN/best and the state agree: a kill may have come before RUN/best was written; or it is of a later epoch
-    than the checkpoint, and its weights are no longer this run's."""
+    """Makes RUN/best and the state agree: the run may have been killed before RUN/best was written, or RUN/best is of a
+    later epoch than the checkpoint."""
     state, folder = trainer.state, checkpoint.newest(trainer.run / "best")
     if state.best is None:
         return
@@ -283,13 +281,12 @@ def _check_best(trainer: Trainer) -> None:
         _save_best(trainer)
         return
     held = checkpoint.read_epoch(folder) if folder is not None else None
-    if folder is not None and held in (None, state.best["epoch"]):  # None: an earlier version wrote it
+    if folder is not None and held in (None, state.best["epoch"]):  # None: written by an earlier version
         return
     now = state.step == 0 and state.history[-1][trainer.task.monitor] is not None
     trainer.logger.warn(
-        f"{trainer.run / 'best'} {f'holds epoch {held}' if folder is not None else 'is gone'}, where the best up to "
-        f"here is epoch {state.best['epoch']}; {f'epoch {state.epoch}' if now else 'the next one that is evaluated'} "
-        "takes its place"
+        f"{trainer.run / 'best'} {f'holds epoch {held}' if folder is not None else 'is missing'}, but the best so far "
+        f"is epoch {state.best['epoch']}; {f'epoch {state.epoch}' if now else 'the next evaluated epoch'} replaces it"
     )
     state.best = state.history[-1] if now else None
     if now:

@@ -1,4 +1,4 @@
-"""`train`: a recipe in, a run folder out."""
+"""`train`: trains a recipe and writes a run folder."""
 
 import json
 import os
@@ -31,30 +31,30 @@ from .resume import resume
 from .tasks import find_task, import_models
 from .trainer import Trainer
 
-RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")  # any of them: a run is there
+RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")  # a folder with any of these holds a run
 
 
 def train(
     recipe: str | Path, overrides: Sequence[str] = (), task: str | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Trains a recipe to its end.
+    """Trains a recipe.
 
     Args:
         recipe: a YAML file, or the name of a shipped recipe.
         overrides: ``key=value`` pairs.
         task: ``classify``, ``detect`` or ``segment``; None: the recipe's own.
-        console: where progress is printed; None: the standard output of the main process.
+        console: prints the progress; None: standard output of the main process.
 
     Returns:
         the content of summary.json.
 
     Raises:
-        ConfigError, DataError: the recipe or its data cannot be used.
-        CheckpointError: a checkpoint cannot be read or written, or is of another run.
+        ConfigError, DataError: invalid recipe or data.
+        CheckpointError: a checkpoint cannot be read or written, or belongs to another run.
         NonFiniteLoss: the loss became NaN or infinite.
-        WorkerError: a process that reads data was killed.
-        OtherProcessError: what another process raised.
-        Interrupted: Ctrl-C or SIGTERM; all is saved, and ``resume=auto`` goes on from there.
+        WorkerError: a data worker was killed.
+        OtherProcessError: another process failed.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved, and ``resume=auto`` continues from it.
 
     Examples:
         >>> from rich.console import Console
@@ -69,54 +69,46 @@ def train(
     chosen = choose(config, str(recipe))
     import_models(config.imports)
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
-    run, accelerator = Path(config.output), create_accelerator(config)
+    accelerator = create_accelerator(config)
     set_seed(config.seed)
     with raised_by_all(accelerator):
         job = find_task(config.task).Task.build(config, accelerator)
         job.notes += chosen
     set_seed(config.seed, device_specific=True)
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
+    accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
     trainer = Trainer(config, job, accelerator, console)
     resumed = config.resume == "auto" and resume(trainer)
     describe(trainer, resumed)
-    if resumed and trainer.finished and (run / "summary.json").exists():
-        trainer.logger.print(f"{run} is finished: {trainer.state.epoch} epochs; nothing to do")
-        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = trainer.run / "summary.json"
+    if resumed and trainer.finished and summary.exists():
+        trainer.logger.print(f"{trainer.run} is finished: {trainer.state.epoch} epochs; nothing to do")
+        return json.loads(summary.read_text(encoding="utf-8"))
     with raised_by_all(accelerator):
         if accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            if resumed:
-                keep_former(trainer)
-            (run / "summary.json").unlink(missing_ok=True)  # by which a run is finished: this one now goes on
-            save_config(config, run / "config.yaml")
-            if job.data.division is not None:
-                job.data.division.write(run)
-            write_json(run / "environment.json", environment(accelerator))
+            write_recipe(trainer, resumed)
     try:
         with workers_end(job.data.train, job.data.val):
             trainer.fit()
-            summary = finish(trainer)
+            return finish(trainer)
     except Interrupted as stop:
         command = ["foveal", "train", config.task, str(recipe)]
         command += [pair for pair in overrides if not pair.startswith("resume=")] + ["resume=auto"]
-        raise Interrupted(stop.code, f"saved as {run}/last; this goes on from there: {shlex.join(command)}") from None
+        raise Interrupted(stop.code, f"saved to {trainer.run}/last; to resume: {shlex.join(command)}") from None
     finally:
-        if accelerator.is_main_process and not checkpoint.generations(run / "last"):
-            (run / "config.yaml").unlink(missing_ok=True)  # nothing to go on from, so nothing to protect
-    accelerator.end_training()
-    return summary
+        if accelerator.is_main_process and not checkpoint.generations(trainer.run / "last"):
+            (trainer.run / "config.yaml").unlink(missing_ok=True)  # without a checkpoint there is no run to protect
 
 
 def create_accelerator(config: Any) -> Accelerator:
-    """This process's device, its group, and the precision and trackers of the recipe.
+    """The recipe's device, process group, precision and trackers.
 
     Raises:
-        ConfigError: what the device does not support, or a folder that holds a run already.
+        ConfigError: an option that the device does not support, or an output folder that already holds a run.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     trackers = accelerate_trackers(config.log.trackers)
-    AcceleratorState._reset_state()  # the precision of an earlier run in this process must not bind this one
+    AcceleratorState._reset_state()  # else the precision of an earlier run in this process stays
     try:
         accelerator = join_processes(
             mixed_precision=config.train.amp, log_with=trackers or None, project_dir=config.output
@@ -129,14 +121,14 @@ def create_accelerator(config: Any) -> Accelerator:
         raise ConfigError("model.sync_bn: PyTorch synchronizes batch norms on GPUs only")
     if config.resume == "never" and any((Path(config.output) / name).exists() for name in RUN_FILES):
         raise ConfigError(
-            f"{config.output} already holds a run: resume=auto goes on with it (without a checkpoint, from the start), "
-            "output=FOLDER names another"
+            f"{config.output} already holds a run: resume=auto continues it (from the start if it has no checkpoint), "
+            "output=FOLDER writes elsewhere"
         )
     return accelerator
 
 
 def describe(trainer: Trainer, resumed: bool) -> None:
-    """Prints what is going to be trained, on what."""
+    """Prints model, data, device and schedule."""
     task, accelerator, state = trainer.task, trainer.accelerator, trainer.state
     trainer.logger.print(
         f"{task.describe()}, {parameter_count(task.model) / 1e6:.2f} M parameters; "
@@ -146,38 +138,51 @@ def describe(trainer: Trainer, resumed: bool) -> None:
     for note in filter(None, [*task.notes, shared_store(os.environ, accelerator.num_processes)]):
         trainer.logger.print(note)
     if not resumed:
-        trainer.logger.print(f"starts from {initial_weights(trainer.config.model)}")
+        trainer.logger.print(f"initial weights: {initial_weights(trainer.config.model)}")
     elif state.epoch < trainer.epochs:
         trainer.logger.print(f"resumed at epoch {state.epoch + 1}, update {state.step + 1}")
     trainer.logger.print(plan(trainer))
 
 
 def initial_weights(model: Any) -> str:
-    """What a new run starts from, in a few words."""
+    """The source of a new run's weights, for the log."""
     if source := getattr(model, "segmenter", None) or model.checkpoint:
-        return f"the weights of {source}"
+        return str(source)
     if not model.pretrained:
-        return "random weights" + (" in the backbone" if hasattr(model, "head") else "")
+        return "random" + (", also in the backbone" if hasattr(model, "head") else "")
     tag = "" if ":" in model.name or "." in model.name else registered_cfg(model.name).tag
-    return f"the published weights {model.name}{f'.{tag}' if tag else ''}"
+    return f"published, {model.name}{f'.{tag}' if tag else ''}"
 
 
 def plan(trainer: Trainer) -> str:
-    """Optimizer, peak learning rate and length of a run, in a line."""
+    """Optimizer, peak learning rate and length of a run, in one line."""
     optim, schedule, images = trainer.config.optim, trainer.config.schedule, trainer.images_per_step
     groups = zip(trainer.scheduler.base_values, trainer.optimizer.param_groups, strict=True)
     peak = max(rate * group.get("lr_scale", 1.0) for rate, group in groups)
     scaled = f" (optim.lr={optim.lr:g} x {images} / optim.lr_batch={optim.lr_batch})" if optim.lr_batch else ""
     cooldown = trainer.epochs - schedule.epochs
-    more = f" + {cooldown} of cooldown at the lowest rate (schedule.cooldown_fraction)" if cooldown else ""
+    more = f" + {cooldown} of cooldown at the minimum rate (schedule.cooldown_fraction)" if cooldown else ""
     return (
         f"{optim.name}, peak learning rate {peak:.3g}{scaled}; {schedule.epochs} epochs{more} of {trainer.steps:,} "
         f"updates of {images:,} images"
     )
 
 
+def write_recipe(trainer: Trainer, resumed: bool) -> None:
+    """Writes config.yaml, split.csv and environment.json into the run folder, which is no longer finished."""
+    run, division = trainer.run, trainer.task.data.division
+    run.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        keep_former(trainer)
+    (run / "summary.json").unlink(missing_ok=True)
+    save_config(trainer.config, run / "config.yaml")
+    if division is not None:
+        division.write(run)
+    write_json(run / "environment.json", environment(trainer.accelerator))
+
+
 def keep_former(trainer: Trainer) -> None:
-    """Says what a resumed run changes of its recipe, and renames the former config.yaml."""
+    """Warns about recipe keys that a resumed run changes, and renames the former config.yaml."""
     file, config = trainer.run / "config.yaml", trainer.config
     if not file.is_file():
         return
@@ -192,7 +197,7 @@ def keep_former(trainer: Trainer) -> None:
     if changed or not earlier:
         kept = next(name for n in count(1) if not (name := file.with_name(f"config.{n}.yaml")).exists())
         file.rename(kept)
-        trainer.logger.warn(f"the recipe has changed ({kept.name} keeps the former one): {', '.join(changed)}")
+        trainer.logger.warn(f"the recipe has changed (the former one is kept as {kept.name}): {', '.join(changed)}")
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
@@ -212,12 +217,13 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         write_json(run / "summary.json", summary)
         if state.epoch < trainer.epochs:
             patience = trainer.config.train.patience
-            trainer.logger.print(f"no better score in {patience} evaluations (train.patience): stopped early")
+            trainer.logger.print(f"stopped early: no better score in {patience} evaluations (train.patience)")
         report.write(run)
         trainer.logger.print(
             f"[bold green]done[/]: held out {task.headline(state.history[-1])} at the last epoch, "
             f"{task.headline(state.best)} at the best ({state.best['epoch']}), after {state.seconds:,.0f} s; {run}"
         )
+    trainer.accelerator.end_training()
     return summary
 
 
@@ -226,19 +232,19 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 
 def shared_store(environ: Mapping[str, str], processes: int) -> str | None:
-    """A note where torchrun restarts processes and keeps one store over all attempts: a process may then read the
-    address of one that is gone there, and cannot connect to it."""
+    """A note for torchrun with restarts and one store for all attempts: a process may then read the address of a dead
+    one from the store and fail to connect."""
     restarts = int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if processes == 1 or not restarts or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return (
-        f"torchrun --max-restarts={restarts}: a restart may find old addresses and fail; with "
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment, on every node, each attempt has its own"
+        f"torchrun --max-restarts={restarts}: a restart may read stale addresses and fail; set "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, so that each attempt has its own store"
     )
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
+    """Versions, machine and command line."""
     names = ("foveal", "torch", "torchvision", "timm", "accelerate", "numpy")
     gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
     return {

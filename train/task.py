@@ -1,4 +1,4 @@
-"""What a task (classification, detection, segmentation) brings to training, evaluation and prediction."""
+"""Base classes of the tasks: what training, evaluation and prediction call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +29,19 @@ RANDOM_WEIGHTS = "; model.checkpoint=FILE starts from other weights, model.pretr
 
 
 class Task(ABC):
-    """A model, its data and what the training loop cannot know of them.
+    """A model, its data, and the loss, metrics and drawings that depend on the task.
 
     Attributes:
         model: on the CPU when a run begins.
-        notes: printed once, at the beginning.
-        identity: what must not change between a run and its continuation.
-        input: the size of the images in a few words.
+        notes: lines printed when a run begins.
+        identity: settings that a resumed run must share with the checkpoint.
+        input: size of the images, for the log.
     """
 
-    metrics: Mapping[str, str]  # in the order of metrics.csv, with their labels
-    shown: tuple[str, ...]  # the metrics of headlines and curves; the largest value of the first marks the best epoch
+    metrics: Mapping[str, str]  # column of metrics.csv -> label
+    shown: tuple[str, ...]  # metrics of headlines and curves; the first one, maximized, selects the best epoch
     files: ClassVar[tuple[str, ...]] = ("output",)  # overrides of an evaluation that name a file to write
-    pictures: ClassVar[int] = 0  # held-out images that are drawn after each evaluation
+    pictures: ClassVar[int] = 0  # held-out images drawn after each evaluation
 
     def __init__(self, config: Any, model: nn.Module, classes: list[str], data: Any):
         self.config, self.model, self.classes, self.data = config, model, classes, data
@@ -52,44 +52,44 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: Any, accelerator: Accelerator) -> "Task":
-        """The model with its initial weights and the data of a recipe, to be trained."""
+        """Builds a recipe's model, with its initial weights, and data for training."""
 
     @classmethod
     @abstractmethod
     def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
-        """A trained model and the data to evaluate it on; see `evaluation.evaluate`."""
+        """Loads a trained model and its evaluation data; see `evaluation.evaluate`."""
 
     @abstractmethod
     def train_step(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
-        """The loss of a batch, a scalar or its terms ``[K]``; runs under the chosen precision."""
+        """The loss of a batch, a scalar or its terms ``[K]``; called under autocast."""
 
     @property
     def counts(self) -> bool:
-        """Whether batches differ in what their loss is a mean over (`normalizers`), and not only in their images."""
+        """Whether the loss is a mean over pixels or objects (`normalizers`), whose number differs between batches."""
         return False
 
     def normalizers(self, batch: Any) -> Tensor:
-        """What the terms of a batch's loss are divided by, float ``[1]`` or ``[K]``: the number of pixels or objects,
-        and 1 where that is 0. With them the loss of an update is that of one large batch, not a mean of means."""
+        """The divisors of a batch's loss terms, float ``[1]`` or ``[K]``: numbers of pixels or objects. With them, an
+        update of several batches has the loss of one large batch, not a mean of means."""
         raise NotImplementedError
 
     @abstractmethod
     def save_weights(self, folder: Path, model: Any) -> None:
-        """Writes the model folder that users load."""
+        """Writes a model folder, as `foveal.load` reads it."""
 
     @abstractmethod
     def scorer(self) -> Scorer:
-        """For the held-out images."""
+        """A new scorer for the held-out images."""
 
     @abstractmethod
     def predict(self, model: nn.Module, images: Any) -> Any:
-        """The predictions for the images of a batch that the scorer takes."""
+        """Predictions for a batch of images, in the scorer's format."""
 
     def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Any:
-        """The scorer after all held-out images; every process must call this.
+        """Scores all held-out images and returns the scorer; every process must call this.
 
         Args:
-            on_batch: called with the number of images after each batch.
+            on_batch: called after each batch with its number of images.
         """
         return self.scorer().run(model, self.data.val.epoch(0), self.predict, on_batch)
 
@@ -98,20 +98,20 @@ class Task(ABC):
         return self.score(model, on_batch).metrics
 
     def result(self, scorer: Scorer) -> dict[str, Any]:
-        """The figures of an evaluation, as `evaluation.evaluate` returns them."""
+        """The task's part of the result of `evaluation.evaluate`."""
         return dict(scorer.metrics)
 
     @property
     def annotated(self) -> bool:
-        """Whether the held-out images have something to be scored by."""
+        """Whether the held-out images have annotations."""
         return True
 
     def by_class(self, scorer: Any) -> tuple[list[str], list[list[Any]]]:
-        """Head and rows of the table of the classes, of which the first two columns are the name and a count; None
-        where there is nothing to measure. Without a row: there is no such table."""
+        """Head and rows of the table of classes: name, count, metrics (None where undefined). Without rows, there is
+        no table."""
         return [], []
 
-    # ---- words and figures
+    # ---- logs and drawings
 
     @property
     def monitor(self) -> str:
@@ -119,24 +119,24 @@ class Task(ABC):
 
     @property
     def parts(self) -> dict[str, str]:
-        """Names of the model and, where it has them, of head and neck."""
+        """Names of the model and of its head and neck, if it has them."""
         return {key: name for key in ("name", "head", "neck") if (name := getattr(self.config.model, key, None))}
 
     def describe(self) -> str:
-        """Model, input and classes in a few words."""
+        """Model, input and number of classes, for the log."""
         return f"{', '.join(self.parts.values())}, {self.input}, {len(self.classes)} classes"
 
     def headline(self, row: Row) -> str:
-        """The metrics of a row in a few words."""
+        """The `shown` metrics of a row, for the log."""
         return "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown)
 
     def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
-        """After an evaluation, on the main process. ``epoch`` counts from 1."""
+        """Called after each evaluation on the main process; ``epoch`` counts from 1."""
         if self.pictures:
             self.draw(model, run / "pictures" / f"epoch_{epoch:03}.png", f"{self.parts['name']}, epoch {epoch}")
 
     def finish(self, run: Path, state: Any, model: nn.Module, draw: bool) -> dict[str, Any]:
-        """Figures and tables of the best weights (``model``), written where ``draw``; on every process.
+        """Examines the best weights (``model``); every process must call this. Files are written only if ``draw``.
 
         Returns:
             the first entries of summary.json.
@@ -151,7 +151,7 @@ class Task(ABC):
         return {"model": parts.pop("name"), **parts, "best_epoch": best["epoch"], **figures, **more}
 
     def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
-        """Draws predictions of the best weights, and writes tables by class where there are any.
+        """Draws predictions of the best weights and writes the table of classes, if there is one.
 
         Returns:
             further entries of summary.json.
@@ -162,18 +162,18 @@ class Task(ABC):
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path, title: str) -> None:
-        """Draws `pictures` held-out images with what ``model`` predicts, the same ones each time."""
+        """Draws predictions for `pictures` held-out images, the same ones each time."""
         model.eval()
         examples, images = [], len(self.data.val.dataset)
         count = min(self.pictures, images)
         for number in (i * images // count for i in range(count)):
-            with suppress(*UNREADABLE):  # the evaluation has counted it
+            with suppress(*UNREADABLE):  # counted by the evaluation
                 examples.append(self.example(model, number))
         if examples:
             self.plot(examples, path, title)
 
     def example(self, model: nn.Module, number: int) -> Any:
-        """A held-out image, what it holds and what ``model`` predicts, for `plot`."""
+        """A held-out image with its annotations and predictions, for `plot`."""
         raise NotImplementedError
 
     def plot(self, examples: list[Any], path: Path, title: str) -> None:
@@ -182,7 +182,7 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Result:
-    """A class, or an object, that a model finds in an image.
+    """A predicted class or object of an image.
 
     Attributes:
         score: in [0, 1]: the probability of the class (classifier), the confidence (detector) or the share of the
@@ -205,10 +205,10 @@ class Predictor(ABC):
     """A trained model for image files.
 
     Attributes:
-        channels: of the images that the model takes, 1 or 3.
+        channels: of the model's images, 1 or 3.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ()  # of the files that it can write, the usual one first
+    formats: ClassVar[tuple[str, ...]] = ()  # of output files, the default first
     model: Any
     channels: int
 
@@ -217,44 +217,44 @@ class Predictor(ABC):
         """Loads the model; see `prediction.predict`."""
 
     def open(self, source: str | Path | Image.Image) -> Image.Image:
-        """An image, or that of a file, with the model's channels."""
+        """Opens an image or file with the model's number of channels."""
         return to_mode(source, self.channels) if isinstance(source, Image.Image) else read_image(source, self.channels)
 
     def read(self, source: str | Path | Image.Image) -> Tensor:
-        """An image, or that of a file, float ``[C, H, W]`` in [0, 1].
+        """Reads an image or file as float ``[C, H, W]`` in [0, 1].
 
         Raises:
-            OSError: it is missing, or no image; the message names it.
+            OSError: a missing file, or not an image.
         """
         return pil_to_tensor(self.open(source)).float() / 255
 
     @abstractmethod
     def predict(self, image: Tensor) -> tuple[list[Result], Any]:
-        """What is in an image, the highest score first, and what `draw` draws of it."""
+        """Results for an image, the highest score first, and the raw predictions for `draw` and the other writers."""
 
     def draw(self, image: Tensor, found: Any, path: Path, title: str) -> None:
-        """Writes a PNG of the image with what was found."""
+        """Writes a PNG of the image with its predictions."""
         raise NotImplementedError
 
     def masks(self, image: Tensor, found: Any, path: Path) -> None:
-        """Writes a PNG of the classes, or the numbers of the objects, of the pixels."""
+        """Writes a PNG with the class, or the number of the object, of each pixel."""
         raise NotImplementedError
 
     def categories(self) -> dict[int, str]:
-        """Names of the classes by their ids."""
+        """Category id -> name."""
         raise NotImplementedError
 
     def coco(self, found: Any) -> list[dict[str, Any]]:
-        """The objects as COCO's files have them, without the image."""
+        """The objects as COCO annotations, without ids."""
         raise NotImplementedError
 
     def yolo(self, image: Tensor, found: Any) -> list[str]:
-        """The objects as lines of YOLO's text files: class from 0, centre and size over the image's, score."""
+        """The objects as lines of a YOLO text file: class from 0, centre and size relative to the image, score."""
         raise NotImplementedError
 
 
 def loop_problems(config: Any) -> Problems:
-    """What is wrong with the keys of the training loop."""
+    """Checks the recipe keys of the training loop."""
     problems = Problems()
     with problems:
         check_optim(config.optim)
@@ -267,21 +267,21 @@ def loop_problems(config: Any) -> Problems:
 
 
 def find_recipe(source: str | Path) -> Path | None:
-    """The config.yaml of the run that ``source`` is, or lies in as a checkpoint; None for anything else."""
+    """The config.yaml of a run or of the run that a checkpoint folder lies in; None for anything else."""
     folder = local_path(source)
     places = (folder, folder.resolve().parent) if folder.is_dir() else ()
     return next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
 
 
 def use_kept_split(config: Any, source: str | Path, overrides: Sequence[str]) -> None:
-    """An evaluation holds out the images that the run ``source`` held out, unless the overrides name other data."""
+    """Makes an evaluation use the held-out images of the run ``source``, unless the overrides name other data."""
     recipe = find_recipe(source)
     if recipe is not None:
         kept_split(config.data, recipe.parent, overrides)
 
 
 def processes(accelerator: Accelerator) -> dict[str, Any]:
-    """The arguments by which a builder of loaders takes this process's share of the images, on its device."""
+    """Device, rank and world size, as keyword arguments of the functions that build loaders."""
     return dict(device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes)
 
 
@@ -294,10 +294,10 @@ def check_backbone(config: Any) -> None:
 
 
 def build_dense(builder: Callable[..., Any], config: Any, num_classes: int, **more: Any) -> Any:
-    """The detector or segmenter of a recipe, on the CPU, by `build_detector` or `build_segmenter`.
+    """A recipe's detector or segmenter, on the CPU; ``builder`` is `build_detector` or `build_segmenter`.
 
     Raises:
-        ConfigError: a name, an argument or weights that do not fit.
+        ConfigError: an invalid name or argument, or weights that do not fit.
     """
     model, data = config.model, config.data
     images = dict(in_chans=data.in_chans, mean=data.mean, std=data.std)

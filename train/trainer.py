@@ -1,7 +1,7 @@
 """The training loop, for any task.
 
-One update is ``train.grad_accum_steps`` forward passes of every process; the learning rate is set per update. A run can
-be stopped at any update and goes on from there (`resume`).
+An update is ``train.grad_accum_steps`` forward passes of every process; the learning rate is set per update. A run can
+be stopped and resumed at any update (`resume`).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from .signals import StopSignals
 if TYPE_CHECKING:
     from .task import Row, Task
 
-NORM_INTERVAL = 20  # updates between two looks at the norm of a gradient that is not clipped
-# Looking at the loss waits for the device, so an accelerator is left alone for 20 updates or two seconds, whichever is
-# shorter: a run that is asked to stop does in time.
+NORM_INTERVAL = 20  # updates between two measurements of the norm of a gradient that is not clipped
+# Reading the loss waits for the device, so it is read every 20 updates or two seconds, whichever is shorter: a run must
+# still react to signals in time.
 LOOK_INTERVAL = {"cpu": 1}
 LOOK_SECONDS = 2.0
 
@@ -61,7 +61,7 @@ class NonFiniteLoss(RunError):
 
 
 class Stopwatch:
-    """Seconds since it was asked last."""
+    """`lap` returns the seconds since its last call."""
 
     def __init__(self) -> None:
         self._mark = time.perf_counter()
@@ -73,7 +73,7 @@ class Stopwatch:
 
 @dataclass
 class Pending:
-    """What updates left on the device since the last look at it, from the update ``start`` on."""
+    """Losses and gradient norms still on the device, from update ``start`` on."""
 
     start: int
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -82,18 +82,18 @@ class Pending:
 
 
 class Trainer:
-    """Trains a task's model by its recipe and keeps RUN/last, RUN/best and the logs.
+    """Trains a task's model and writes RUN/last, RUN/best and the logs.
 
     Args:
-        task: with its model on the CPU.
+        task: its model is on the CPU.
 
     Attributes:
-        model: what a training batch goes through: wrapped by DDP, compiled, as the recipe asks.
-        model_without_ddp: the task's own module, with the parameters that are trained; sharded under FSDP.
-        eval_model: the full module that is evaluated and saved: the averaged one when averaging is on. Under FSDP a
-            copy, which `sync_eval_model` brings up to date.
-        steps: updates in an epoch.
-        epochs: of the run, with the cooldown.
+        model: the training model, wrapped by DDP and compiled as the recipe asks.
+        model_without_ddp: the task's module, with the trained parameters; sharded under FSDP.
+        eval_model: the unsharded module that is evaluated and saved, with averaged weights if averaging is on. Under
+            FSDP it is a copy, updated by `sync_eval_model`.
+        steps: updates per epoch.
+        epochs: of the run, including the cooldown.
     """
 
     def __init__(self, config: Any, task: Task, accelerator: Accelerator, console: Console):
@@ -142,16 +142,16 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """Images of an update, of all processes."""
+        """Images per update, over all processes."""
         return self.config.train.batch_size * self.config.train.grad_accum_steps * self.accelerator.num_processes
 
     @property
     def updates(self) -> int:
-        """Done since the run began."""
+        """Number of updates since the run began."""
         return self.state.epoch * self.steps + self.state.step
 
     def sync_eval_model(self) -> None:
-        """Brings `eval_model` up to date; every process must call this."""
+        """Copies sharded weights into `eval_model`; every process must call this."""
         if self.sharded:
             source = self.ema.module if self.ema is not None else self.model_without_ddp
             load_full_state_dict(self.eval_model, full_state_dict(source))
@@ -160,7 +160,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is at its last epoch, or has not become better for ``train.patience`` evaluations."""
+        """Whether the last epoch is done, or ``train.patience`` evaluations brought no better score."""
         state, patience = self.state, self.config.train.patience
         if state.epoch >= self.epochs or state.best is None or patience is None or state.step:
             return state.epoch >= self.epochs
@@ -168,11 +168,11 @@ class Trainer:
         return sum(row["epoch"] > state.best["epoch"] for row in scored) >= patience
 
     def fit(self) -> State:
-        """Trains to the end.
+        """Trains to the last epoch.
 
         Raises:
-            Interrupted: after a signal; everything is saved.
-            NonFiniteLoss: RUN/last and RUN/best are as they were before the epoch.
+            Interrupted: after a signal; the state is saved.
+            NonFiniteLoss: RUN/last and RUN/best stay as they were before the epoch.
         """
         state = self.state
         with self.watching():
@@ -180,13 +180,13 @@ class Trainer:
                 while not self.finished:
                     self._run_epoch()
             except Interrupted:
-                if state.step:  # else it came at the end of an epoch, which is saved already
+                if state.step:  # else an epoch has just ended and is saved already
                     save(self)
                 raise
         return state
 
     def watching(self) -> ExitStack:
-        """A context in which signals are remembered, and the logs open."""
+        """A context that records signals and keeps the logs open."""
         with ExitStack() as stack:
             stack.enter_context(self.logger.start(self.state.history, self.updates, self.epochs * self.steps))
             stack.enter_context(self.signals)
@@ -226,12 +226,12 @@ class Trainer:
         self.logger.describe(note="evaluating")
         self.sync_eval_model()
         if self.accelerator.num_processes > 1:
-            for buffer in self.eval_model.buffers():  # what every process evaluates is what the first one saves
+            for buffer in self.eval_model.buffers():  # all processes evaluate what the first one saves
                 buffer.copy_(broadcast(buffer.data))
         return self.task.evaluate(self.eval_model, on_batch)
 
     def _row(self, metrics: dict[str, float]) -> Row:
-        """The figures of the epoch that ends."""
+        """The row of metrics.csv for the epoch that ends."""
         state, device = self.state, self.accelerator.device
         sums: Any = reduce(torch.tensor([state.loss_sum, state.loss_count], device=device), "sum")
         total, count = sums.tolist()
@@ -256,7 +256,7 @@ class Trainer:
     # ---- an epoch
 
     def train_epoch(self) -> None:
-        """The updates that are left of the epoch.
+        """Runs the remaining updates of the epoch.
 
         Raises:
             Interrupted: after a signal to any process.
@@ -265,7 +265,7 @@ class Trainer:
         """
         state, interval = self.state, self.config.train.save_interval
         self.watch.lap()
-        if state.step == self.steps:  # it was stopped in the evaluation
+        if state.step == self.steps:  # the run was stopped during the evaluation
             return
         self.model.train()
         stream = self._stream()
@@ -293,8 +293,8 @@ class Trainer:
         stream.close()
 
     def _stream(self) -> Generator[Any]:
-        """Training batches from where the run stands: the epoch's own pass over the data, or, with ``steps_per_epoch``,
-        one pass after the other whatever the epoch."""
+        """The training batches that follow: the rest of the epoch's pass over the data or, with ``steps_per_epoch``,
+        pass after pass independently of epochs."""
         passes, loader = self.config.train.grad_accum_steps, self.task.data.train
         if self.config.train.steps_per_epoch is None:
             yield from loader.epoch(self.state.epoch, self.state.step * passes)
@@ -329,7 +329,7 @@ class Trainer:
             self.ema.update(self.model_without_ddp, step=self.updates)
 
     def _clip_gradients(self) -> Tensor:
-        """The norm of the whole gradient, before it is clipped to ``optim.clip_grad``."""
+        """Clips the gradient to ``optim.clip_grad``, if set, and returns its norm before that."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -339,13 +339,13 @@ class Trainer:
         return norm
 
     def _look(self, pending: Pending, failure: Exception | None) -> tuple[float, bool, int]:
-        """Waits for the device and compares notes with the other processes.
+        """Waits for the device and synchronizes losses, signals and failures over the processes.
 
         Args:
-            failure: what kept this process from reading its data.
+            failure: an error of this process in reading its data.
 
         Returns:
-            the newest loss, whether to stop, and in how many updates to look again.
+            the newest loss, whether to stop, and the number of updates until the next look.
         """
         state, passes = self.state, self.config.train.grad_accum_steps
         losses, norms = (
@@ -362,25 +362,25 @@ class Trainer:
             raise_together(self.accelerator, failure)
         if first_bad < self.steps:
             raise self._non_finite(first_bad, losses[-1])
-        for value in losses:  # one by one, so that the sum of a run that was stopped is the same to the last bit
+        for value in losses:  # one by one: the sum of a resumed run must be bit-identical
             state.loss_sum += value
-        for norm in filter(math.isfinite, norms):  # with fp16 that of an update that is skipped is not
+        for norm in filter(math.isfinite, norms):  # not finite in updates that fp16 skips
             state.norm_sum, state.norm_count = state.norm_sum + norm, state.norm_count + 1
         return losses[-1], bool(stop), wait
 
     def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:
         kept = checkpoint.newest(self.run / "last")
-        when = f"end of epoch {self.state.epoch}" if self.config.train.save_interval is None else "from before"
+        when = f"end of epoch {self.state.epoch}" if self.config.train.save_interval is None else "earlier"
         return NonFiniteLoss(
             f"the loss became {loss} at epoch {self.state.epoch + 1}, step {step + 1} of {self.steps}; "
-            + (f"{kept} ({when}) is intact" if kept else "nothing was saved yet")
-            + ". A lower optim.lr, optim.clip_grad, or train.amp=no may help"
+            + (f"{kept} ({when}) is intact" if kept else "no checkpoint was saved yet")
+            + ". Try a lower optim.lr, optim.clip_grad, or train.amp=no"
         )
 
 
 def weighted(batches: TrainingBatches, trainer: Trainer) -> Iterator[tuple[Any, Tensor | float]]:
-    """The batches of an update, with the weights by which the mean of their losses is the loss of one large batch.
-    Where the task counts what a loss is a mean over, all batches are read before the first is used."""
+    """The batches of an update, with weights that make the mean of their losses the loss of one large batch. If the
+    loss is a mean over pixels or objects (`Task.counts`), all batches are read before the first is used."""
     task, passes, processes = trainer.task, trainer.config.train.grad_accum_steps, trainer.accelerator.num_processes
 
     def read() -> Any:
@@ -396,14 +396,14 @@ def weighted(batches: TrainingBatches, trainer: Trainer) -> Iterator[tuple[Any, 
     ahead = [read() for _ in range(passes)]
     counts = torch.stack([task.normalizers(batch) for batch in ahead])
     total: Any = reduce(counts.sum(0), "sum")
-    # a loss is divided by the count, or by 1 where there is nothing to count
+    # the loss functions divide by at least 1, too
     weights = counts.clamp(min=1) / total.clamp(min=1) * (passes * processes)
     for number in range(passes):
         yield ahead.pop(0), weights[number]
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes at the highest: of the GPU where there is one, else of the process."""
+    """Peak memory in bytes: of the GPU if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -439,10 +439,10 @@ def test_the_header_names_rate_weights_and_cooldown(quick, tmp_path, capsys):
     options = ["optim.lr_batch=256", "schedule.cooldown_fraction=0.5", "data.limit=128", "data.val_limit=64"]
     train(quick, [f"output={tmp_path / 'a'}", *options])
     said = " ".join(capsys.readouterr().out.split())
-    assert "random weights" in said
+    assert "weights: random" in said
     assert "learning rate 0.00075 (optim.lr=0.003 x 64 / optim.lr_batch=256); 2 epochs + 1 of cooldown" in said
     train(quick, [f"output={tmp_path / 'b'}", "schedule.epochs=1", f"model.checkpoint={tmp_path / 'a'}"])
-    assert f"the weights of {tmp_path / 'a'}" in " ".join(capsys.readouterr().out.split())
+    assert f"weights: {tmp_path / 'a'}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_resume_refuses_other_preprocessing_and_leaves_a_finished_run_alone(tmp_path, capsys):
