@@ -19,7 +19,7 @@ from ..backbones.loading import local_path, unknown_model
 from ..configs.schema import ConfigError, Problems
 from . import plots
 from .data.auto import kept_split
-from .data.dataset import UNREADABLE
+from .data.files import UNREADABLE
 from .distributed import check_sharding
 from .optim import check_optim, check_schedule
 from .scoring import Metrics, Scorer

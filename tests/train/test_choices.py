@@ -32,7 +32,7 @@ def test_the_short_command_trains(task, tmp_path):
     printed = re.search(r"chosen by the data.*", text).group()
     missing = [key for key in names if f"{key}=" not in printed]
     assert not missing
-    assert "drawn by class" in text
+    assert "seed=" in text
     result = evaluate(run)
     monitor = {"classify": "top1", "detect": "box_ap", "segment": "miou"}[task]
     assert result[monitor] == pytest.approx(summary[monitor], abs=1e-3)

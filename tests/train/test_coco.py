@@ -160,7 +160,7 @@ BAD = {
     "box has no area": {"bbox": [5, 5, 0, 20]},
     "box lies outside the image": {"bbox": [61, 5, 10, 10]},
     "no mask": {"segmentation": []},
-    "mask of another size than the image": {"segmentation": {"size": [20, 60], "counts": [1200]}},
+    "mask size differs from the image": {"segmentation": {"size": [20, 60], "counts": [1200]}},
     "mask's run lengths don't fill the image": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PPYo0"}},
     "mask is neither polygons nor run lengths": {"segmentation": "square"},
     "mask is empty": {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}},

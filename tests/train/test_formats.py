@@ -5,7 +5,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -193,27 +194,32 @@ def test_polygons_are_masks(write, tmp_path):
     assert target["masks"][0].sum() == (x2 - x1) * (y2 - y1)
 
 
-@pytest.mark.parametrize("write", FORMATS, ids=lambda each: each.__name__)
-def test_damaged_files_are_errors_or_reported(write, tmp_path):
-    """Cut short, or with bytes changed: a DataError or fewer images, never another exception."""
-    write(tmp_path / "whole")
-    draw_bytes = random.Random(0)
-    for trial in range(25):
-        root = tmp_path / str(trial)
-        shutil.copytree(tmp_path / "whole", root)
+def damaged_copies(write: Callable[[Path], None], folder: Path, count: int) -> Iterator[Path]:
+    """Copies of a data set in which all files but images are truncated, or have up to three bytes changed."""
+    (folder / "whole").mkdir()
+    write(folder / "whole")
+    random_bytes = random.Random(0)
+    for trial in range(count):
+        root = folder / str(trial)
+        shutil.copytree(folder / "whole", root)
         for path in root.rglob("*"):
             if path.is_file() and path.suffix != ".jpg":
                 content = bytearray(path.read_bytes())
                 if trial % 2:
-                    content = content[: draw_bytes.randrange(len(content))]
+                    content = content[: random_bytes.randrange(len(content))]
                 else:
                     for _ in range(3):
-                        content[draw_bytes.randrange(len(content))] = draw_bytes.randrange(256)
+                        content[random_bytes.randrange(len(content))] = random_bytes.randrange(256)
                 path.write_bytes(content)
-        try:
+        yield root
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda each: each.__name__)
+def test_damaged_files_are_errors_or_reported(write, tmp_path):
+    """A DataError or fewer images, never another exception."""
+    for root in damaged_copies(write, tmp_path, 25):
+        with suppress(DataError):
             read(root)
-        except DataError:
-            continue
 
 
 @pytest.mark.parametrize("declared", ["<!DOCTYPE a [<!ENTITY x 'y'>]>", "<!DOCTYPE a SYSTEM 'file:///etc/passwd'>"])
@@ -221,7 +227,7 @@ def test_damaged_files_are_errors_or_reported(write, tmp_path):
 def test_document_types_are_refused(declared, encoding, tmp_path):
     text = f"<?xml version='1.0' encoding='{encoding}'?>{declared}<annotation/>"
     (tmp_path / "a.xml").write_bytes(text.encode(encoding))
-    with pytest.raises(DataError, match="document type"):
+    with pytest.raises(DataError, match="DOCTYPE"):
         Files(tmp_path).xml("a.xml")
 
 
@@ -232,12 +238,12 @@ def test_what_cannot_be_used_is_reported_by_name(tmp_path):
     (tmp_path / "images" / "train" / "im 1.jpg").write_bytes(b"no image")
     (tmp_path / "labels" / "train" / "im 2.txt").unlink()
     data = read(tmp_path)
-    assert data.bad.reports[0].counts() == {
-        "line is no class with a box or a polygon": 2,
-        "line has values that are no fractions of the image": 1,
-        "class 7 has no name": 1,
-        "image cannot be opened: UnidentifiedImageError": 1,
-    }
+    counts = data.bad.reports[0].counts()
+    assert sorted(counts.values()) == [1, 1, 1, 2]
+    for value in ("class 7", "UnidentifiedImageError"):
+        assert any(value in reason for reason in counts)
+    rows = {(sample, row) for sample, row, _ in data.bad.reports[0].rows}
+    assert rows == {*(("labels/train/im 0.txt", row) for row in (2, 3, 4, 5)), ("images/train/im 1.jpg", None)}
     assert any("im 2.jpg" in note for note in data.notes)
 
 
@@ -438,17 +444,7 @@ def test_a_run_keeps_its_split(tmp_path):
 )
 def test_damaged_tables_shapes_and_masks(task, write, tmp_path):
     """A DataError, fewer images, or an unreadable sample; never another exception."""
-    (tmp_path / "whole").mkdir()
-    write(tmp_path / "whole")
-    draw_bytes = random.Random(0)
-    for trial in range(20):
-        root = tmp_path / str(trial)
-        shutil.copytree(tmp_path / "whole", root)
-        for path in root.rglob("*"):
-            if path.suffix in (".csv", ".json", ".png"):
-                content = bytearray(path.read_bytes())
-                content[draw_bytes.randrange(len(content))] = draw_bytes.randrange(256)
-                path.write_bytes(content if trial % 2 else content[: draw_bytes.randrange(len(content))])
+    for root in damaged_copies(write, tmp_path, 20):
         try:
             found = labels_of(root, task=task)
         except DataError:

@@ -1,4 +1,4 @@
-"""``data.kind=auto``: finds out what a folder holds, which part is held out, and which classes are learned."""
+"""``data.kind=auto``: detects the format of a folder, its split and its classes."""
 
 import csv
 import difflib
@@ -13,31 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig, SegmentDataConfig
 from ...files import atomic
 from .coco import index_objects
 from .dense_transforms import IGNORE
-from .files import SPLIT_NAMES, Files, image_size, same_files
+from .files import SPLIT_NAMES, UNREADABLE, Files, image_size, same_files
 from .formats import DETECTION, Found, find_boxes, first_names
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, encode_paths
 from .pairs import find_labels, find_masks
 
 SPLIT_FILE = "split.csv"  # of a run
-UNNAMED = re.compile(r"(class )?\d+|background|object")  # what readers call a class without a name
+UNNAMED = re.compile(r"(class )?\d+|background|object")  # names that readers give to unnamed classes
 
 
 @dataclass
 class Division:
-    """Which images are learned and which are held out.
+    """A split into training and held-out images.
 
     Attributes:
-        train, val: numbers of images.
-        rows: the list to keep, (image, train or val); empty where the data have their own.
-        text: in a few words.
-        notes: what is left out.
+        train, val: indices of images.
+        rows: pairs (image, train or val) to save; empty if the data come with a split.
+        text: a summary for the log.
+        notes: images that are not used, for the log.
     """
 
     train: np.ndarray
@@ -47,14 +46,14 @@ class Division:
     notes: list[str] = field(default_factory=list)
 
     def write(self, run: Path) -> None:
-        """Writes the list into a run folder, from which an evaluation and ``resume=auto`` take it."""
+        """Writes split.csv into a run folder, for its evaluations and ``resume=auto``."""
         if self.rows:
             with atomic(run / SPLIT_FILE) as new, new.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("image", "split"), *self.rows])
 
 
 def kept_split(data: DataConfig | DenseDataConfig, run: Path, overrides: Sequence[str] = ()) -> None:
-    """Sets ``data.split`` to the list that a run kept, unless other data or another list are asked for."""
+    """Sets ``data.split`` to a run's split.csv, unless the overrides name other data or another split."""
     given = {pair.partition("=")[0] for pair in overrides} & {"data.root", "data.split", "data.val_split"}
     if getattr(data, "kind", None) == "auto" and not given and (run / SPLIT_FILE).is_file():
         data.split = str(run / SPLIT_FILE)
@@ -68,16 +67,16 @@ def divide(
     seed: int,
     train: bool = True,
 ) -> Division:
-    """Training and held-out images.
+    """Divides images into training and held-out ones: by ``data.split``, by the data's split, else at random.
 
     Args:
-        names: of the images, as a kept list has them.
+        names: of the images, as in split.csv.
         splits: of each image: train, val, test, or empty.
-        classes: of each image, by which a part is drawn where the data have no split.
-        train: False for an evaluation alone, which takes all of what has no split.
+        classes: of each image; a random split is stratified by them.
+        train: False for an evaluation alone, which uses all images if the data have no split.
 
     Raises:
-        DataError: a split that is asked for is not there, or a list can't be read.
+        DataError: a requested split does not exist, or ``data.split`` can't be read.
     """
     if data.split is not None:
         return _listed(names, Path(data.split))
@@ -90,11 +89,11 @@ def divide(
         held_out = "test"
     for key, name, usual, part in zip(("train", "val"), wanted, default, (learned, held_out), strict=True):
         if name != usual and part not in count and (train or key == "val"):
-            raise DataError(f"data.{key}_split={name}: there is {', '.join(filter(None, count)) or 'no split'}")
+            raise DataError(f"data.{key}_split={name}: the data have {', '.join(filter(None, count)) or 'no split'}")
     if count[held_out] and (count[learned] or not train):
         rest = {name or "no split": n for name, n in count.items() if name not in (learned, held_out)}
         notes = [f"images of {name} are not used: {n:,}" for name, n in rest.items()]
-        text = f"train {count[learned]:,}, {held_out} {count[held_out]:,} as the folder has them"
+        text = f"train {count[learned]:,}, {held_out} {count[held_out]:,} by the folder"
         return Division(np.flatnonzero(given == learned), np.flatnonzero(given == held_out), [], text, notes)
     if not train:
         everything = np.arange(len(names))
@@ -103,23 +102,24 @@ def divide(
     notes = _together(names, val, data)
     rows = [(name, "val" if out else "train") for name, out in zip(names, val, strict=True)]
     how = f"data.val_fraction={data.val_fraction:g}, seed={seed}"
-    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn by class ({how})"
+    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn at random by class ({how})"
     return Division(np.flatnonzero(~val), np.flatnonzero(val), rows, text, notes)
 
 
 def _together(names: Sequence[str], val: np.ndarray, data: DataConfig | DenseDataConfig) -> list[str]:
-    """Moves files of one content to the side of the first of them."""
+    """Puts duplicate files on the same side of the split, in place; returns a note about them."""
     number = {os.path.join(str(data.root), name): i for i, name in enumerate(names)}
     same = same_files(number)
     for path, first in same.items():
         val[number[path]] = val[number[first]]
     pairs = [f"{names[number[path]]} = {names[number[first]]}" for path, first in same.items()]
-    note = f"{len(pairs):,} files are the same as another, and stay on its side: {first_names(pairs)}"
+    note = f"{len(pairs):,} duplicate files, kept in the same split: {first_names(pairs)}"
     return [note] if pairs else []
 
 
 def draw(names: Sequence[str], classes: Sequence[Hashable], fraction: float, seed: int) -> np.ndarray:
-    """bool ``[N]``: whether an image is held out; of each class, by name and seed, at most all but one.
+    """Draws the held-out images, stratified by class: bool ``[N]``. Depends on the names and the seed, not on their
+    order; each class keeps at least one training image.
 
     Raises:
         DataError: fewer than two images.
@@ -150,7 +150,7 @@ def _listed(names: Sequence[str], file: Path) -> Division:
     notes = []
     for what, missing in (
         ("images are not in", [name for name in names if name not in listed]),
-        ("images are gone of", sorted(set(listed) - set(names) - {"image"})),
+        ("images are missing, of those in", sorted(set(listed) - set(names) - {"image"})),
     ):
         if missing:
             notes.append(f"{len(missing):,} {what} {file}: {', '.join(missing[:3])}")
@@ -164,11 +164,11 @@ def _listed(names: Sequence[str], file: Path) -> Division:
 
 @dataclass
 class DataSet:
-    """What a folder holds for a task, divided.
+    """The data of a folder for a task, with its split.
 
     Attributes:
-        classes: by label.
-        train, val: what is learned, and what is held out; ``train`` is empty for an evaluation alone.
+        classes: names by label.
+        train, val: training and held-out images; ``train`` is empty for an evaluation alone.
     """
 
     task: str
@@ -179,7 +179,7 @@ class DataSet:
     val: Index
 
     def lines(self) -> list[str]:
-        """Format and split; classes and sizes; what is odd."""
+        """Three lines for the log: format and split; classes and sizes; irregularities."""
         found, report = self.found, str(self.train.report)
         odd = [*found.notes, *self.division.notes, *filter(None, [report])]
         return [
@@ -189,7 +189,7 @@ class DataSet:
         ]
 
     def by_class(self, index: Index) -> np.ndarray:
-        """int64 ``[C]``: objects, or images, of each class in a part."""
+        """Number of objects, or images, of each class in a part of the data, int64 ``[C]``."""
         rows = index.labels if isinstance(index, DetectionIndex) else getattr(index, "label", np.empty(0, np.int64))
         return np.bincount(rows, minlength=len(self.classes))
 
@@ -204,9 +204,9 @@ class DataSet:
 
 
 def find_classes(data: DataConfig | SegmentDataConfig) -> list[str]:
-    """The classes of a folder of classified images or of masks, by label; `data.classes` if it is given."""
+    """The class names of a folder of classified images or masks, by label; `data.classes` if it is given."""
     if data.classes is not None:
-        return list(data.classes)  # compared with the data by `read_set`
+        return list(data.classes)  # `read_set` compares them with the data
     files = Files(_root(data))
     return list((find_masks(files) if isinstance(data, SegmentDataConfig) else find_labels(files)).names.values())
 
@@ -223,12 +223,12 @@ def read_set(
     """Reads ``data.root`` of a recipe with ``data.kind=auto``.
 
     Args:
-        masks: detection: whether the masks of objects are learned.
+        masks: detection: whether to read the masks of objects.
         categories: detection: id -> name of a trained model's classes.
         train: False for an evaluation alone.
 
     Raises:
-        DataError: no format is recognised, a class or a split is not there.
+        DataError: an unknown format, or a class or split that does not exist.
     """
     data = config.data
     files = Files(_root(data))
@@ -242,7 +242,7 @@ def read_set(
         found = _choose_values(find_masks(files), data.classes, train)
         keys = [0] * len(found.images)
     if not found.images:
-        raise DataError(f"{files.root}: no image can be used; {found.report}")
+        raise DataError(f"{files.root}: no usable image; {found.report}")
     names = [entry["file_name"] for entry in found.images]
     division = divide(names, [entry["split"] for entry in found.images], keys, data, config.seed, train)
     index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[config.task]
@@ -255,23 +255,24 @@ def read_set(
 def _nothing(files: Files) -> Found:
     there = ", ".join(f"{len(paths)} {end or 'without suffix'}" for end, paths in sorted(files.by_suffix.items()))
     raise DataError(
-        f"{files.root} holds no annotations of {', '.join(DETECTION)} (data.kind=auto); it has {there or 'no files'}"
+        f"{files.root} has no annotations in the formats {', '.join(DETECTION)} (data.kind=auto); it contains "
+        f"{there or 'no files'}"
     )
 
 
 def sizes(index: Index, most: int = 500) -> np.ndarray:
-    """int64 ``[N, 2]``: height and width of the images; of the classified, and of images with masks, of so many."""
+    """Height and width of the images, int64 ``[N, 2]``; without detection annotations, of about ``most`` images."""
     if isinstance(index, DetectionIndex):
         return index.sizes
     found = []
     for number in range(0, len(index), -(-len(index) // most) or 1):
-        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with suppress(*UNREADABLE):
             found.append(image_size(index.name(number)))
     return np.array(found, np.int64).reshape(-1, 2)
 
 
 def size_range(sizes: np.ndarray) -> str:
-    """Least, median and largest sides in words."""
+    """Smallest, median and largest size, for the log."""
     if not len(sizes):
         return "of unknown size"
     ends = [f"{w:.0f}x{h:.0f}" for h, w in (sizes.min(0), np.median(sizes, axis=0), sizes.max(0))]
@@ -279,10 +280,11 @@ def size_range(sizes: np.ndarray) -> str:
 
 
 def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = True) -> dict[int, str]:
-    """The classes of `data.classes` in its order, by their keys in ``names``; new names where the data have none.
+    """Selects and orders the classes ``wanted`` (`data.classes`): key in ``names`` -> name. Renames all classes if the
+    data have as many unnamed ones.
 
     Raises:
-        DataError: one is not in the data; names the nearest. Unless ``strict``, it has a negative key instead.
+        DataError: a class is not in the data; if not ``strict``, it gets a negative key instead.
     """
     known = {name: key for key, name in names.items()}
     if len(wanted) == len(names) and all(UNNAMED.fullmatch(name) for name in known) and not set(wanted) <= set(known):
@@ -290,7 +292,7 @@ def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = Tr
     for name in wanted:
         if name not in known and strict:
             near = difflib.get_close_matches(name, list(known), n=3) or list(known)[:10]
-            raise DataError(f"data.classes: the data have no {name!r}, but {', '.join(near)}")
+            raise DataError(f"data.classes: no {name!r} in the data; nearest: {', '.join(near)}")
     return {known.get(name, -1 - label): name for label, name in enumerate(wanted)}
 
 
@@ -298,7 +300,7 @@ def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = Tr
 
 
 def _choose_categories(found: Found, data: DetectDataConfig, categories: dict[int, str] | None) -> Found:
-    """Leaves the objects of a trained model's classes, of `data.classes`, or of all classes that have an object."""
+    """Keeps the objects of a trained model's classes, of `data.classes`, or of all classes that have objects."""
     count = Counter(entry["category_id"] for entry in found.annotations)
     by_name = {name: number for number, name in found.names.items()}
     if categories is not None:
@@ -309,11 +311,11 @@ def _choose_categories(found: Found, data: DetectDataConfig, categories: dict[in
         if data.classes is not None:
             wanted = choose_names(data.classes, found.names if set(data.classes) <= set(by_name) else wanted)
         elif empty := [name for number, name in found.names.items() if not count[number]]:
-            found.notes.append(f"classes without an object are left out: {first_names(empty)}")
+            found.notes.append(f"classes without objects, left out: {first_names(empty)}")
         numbers = {number: number for number in wanted}
     if left := {found.names[key]: n for key, n in count.items() if key in found.names and key not in numbers}:
         text = first_names([f"{name} {n:,}" for name, n in sorted(left.items())], 5)
-        found.notes.append(f"{sum(left.values()):,} objects of classes that are left out: {text}")
+        found.notes.append(f"{sum(left.values()):,} objects of other classes, left out: {text}")
     kept = [e for e in found.annotations if e["category_id"] in numbers or e["category_id"] not in found.names]
     found.annotations = [e | {"category_id": numbers.get(e["category_id"], e["category_id"])} for e in kept]
     found.names = dict(wanted)
@@ -321,7 +323,7 @@ def _choose_categories(found: Found, data: DetectDataConfig, categories: dict[in
 
 
 def rarest_classes(found: Found) -> list[Any]:
-    """Of each image the class that the fewest images have, by which a part is drawn."""
+    """The rarest class of each image, -1 without objects; for a stratified split."""
     held = defaultdict(set)
     for entry in found.annotations:
         held[repr(entry.get("image_id"))].add(entry["category_id"])
@@ -333,7 +335,7 @@ def rarest_classes(found: Found) -> list[Any]:
 
 
 def index_boxes(found: Found, numbers: np.ndarray, *, masks: bool, train: bool) -> DetectionIndex:
-    """The images numbered ``numbers``; what VOC calls difficult is a crowd in evaluation."""
+    """An index of the images ``numbers``; VOC's difficult objects are crowds in evaluation."""
     images = [found.images[number] for number in numbers]
     ids = {repr(entry.get("id")) for entry in images}
     known = {repr(entry.get("id")) for entry in found.images}
@@ -360,13 +362,13 @@ def _choose_labels(found: Found, classes: Sequence[str] | None, strict: bool) ->
         left = Counter(entry["label"] for entry in found.images if entry["label"] not in found.names.values())
         if left:
             text = first_names([f"{name} {n:,}" for name, n in sorted(left.items())], 5)
-            found.notes.append(f"{left.total():,} images of classes that are left out: {text}")
+            found.notes.append(f"{left.total():,} images of other classes, left out: {text}")
         found.images = [entry for entry in found.images if entry["label"] not in left]
     return found
 
 
 def index_labels(found: Found, numbers: np.ndarray, *, train: bool) -> ClassificationIndex:
-    """The images numbered ``numbers``."""
+    """An index of the images ``numbers``."""
     labels = {name: label for label, name in found.names.items()}
     images = [found.images[number] for number in numbers]
     paths = encode_paths([found.root / entry["file_name"] for entry in images])
@@ -374,13 +376,13 @@ def index_labels(found: Found, numbers: np.ndarray, *, train: bool) -> Classific
 
 
 def _choose_values(found: Found, classes: Sequence[str] | None, strict: bool) -> Found:
-    """Pixels of a class that is left out are ignored."""
+    """Selects the classes `data.classes`; pixels of the others are ignored."""
     if classes is not None:
         names = found.values or found.names
         chosen = choose_names(classes, names, strict)
         left = {key: name for key, name in names.items() if key not in chosen}
         if left:
-            found.notes.append(f"pixels of classes that are left out are ignored: {first_names([*left.values()], 5)}")
+            found.notes.append(f"pixels of other classes, ignored: {first_names([*left.values()], 5)}")
         found.ignored += left if found.values else ()
         found.values = chosen if found.values else {}
         found.names = dict(enumerate(chosen.values()))
@@ -388,7 +390,7 @@ def _choose_values(found: Found, classes: Sequence[str] | None, strict: bool) ->
 
 
 def index_masks(found: Found, numbers: np.ndarray, *, train: bool) -> SegmentationIndex:
-    """The images numbered ``numbers``."""
+    """An index of the images ``numbers``."""
     table = np.full(256, -1, np.int16)
     table[found.ignored] = IGNORE
     for label, value in enumerate(found.values):

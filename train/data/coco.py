@@ -1,7 +1,6 @@
-"""Objects in COCO's format: an annotation file to flat arrays.
+"""Reads COCO annotations into flat arrays.
 
-Boxes are corners ``(x1, y1, x2, y2)`` in pixels inside the program and ``(x, y, width, height)`` in files. Classes are
-numbered 0 .. N-1 in the order of the category ids, which may have gaps.
+Labels are 0 .. N-1 in the order of the category ids, which may have gaps.
 """
 
 import json
@@ -10,24 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from .files import read_json
 from .guard import DataError, Report
 from .index import DetectionIndex, Texts, encode_paths, offsets
 from .validate import Objects, check_boxes, check_content, find_faults, mask_area
 
 
 def read_coco(file: Path, folder: Path, *, masks: bool, categories: dict[int, str] | None = None) -> DetectionIndex:
-    """Reads an annotation file; `index_objects` has the arguments.
+    """Reads an annotation file; see `index_objects` for the arguments.
 
     Raises:
         DataError: the file is missing, damaged or not in COCO's format, or has other categories.
     """
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"the annotation file {file} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # the former also of bytes that are no text
-        raise DataError(f"{file} is not JSON, or was cut short: {error}") from None
-    return index_objects(str(file), folder, content, masks=masks, categories=categories)
+    return index_objects(str(file), folder, read_json(file), masks=masks, categories=categories)
 
 
 def index_objects(
@@ -38,24 +32,24 @@ def index_objects(
     masks: bool,
     categories: dict[int, str] | None = None,
 ) -> DetectionIndex:
-    """The flat arrays of images, annotations and categories; every reader of boxes ends here.
+    """Converts images, annotations and categories to flat arrays; every detection reader ends here.
 
     Args:
-        source: what messages and reports call the file.
-        folder: where the images' ``file_name`` are.
+        source: name of the data in messages and reports.
+        folder: base of the images' ``file_name``.
         content: lists as in COCO's annotation files.
-        masks: whether masks are learned. An area that the file does not give is then that of the mask, else of the box.
-        categories: id -> name of the classes to number by; None for the file's own, all of them.
+        masks: whether masks are needed. A missing area is then that of the mask, else of the box.
+        categories: id -> name of the classes; None: those of ``content``.
 
     Raises:
-        DataError: not in COCO's format, or with categories that are not among ``categories``.
+        DataError: not in COCO's format, or with categories that are not in ``categories``.
     """
     check_content(source, content)
     own = {entry["id"]: entry["name"] for entry in content["categories"]}
     categories = dict(sorted(own.items())) if categories is None else categories
     foreign = {key: name for key, name in own.items() if categories.get(key) != name}
     if foreign:
-        raise DataError(f"{source} has categories that the model was not made for (id: name): {foreign}")
+        raise DataError(f"{source} has categories that the model does not have (id: name): {foreign}")
     images, entries, report = content["images"], content.get("annotations", []), Report(source)
     names, ids = ([image[key] for image in images] for key in ("file_name", "id"))
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
@@ -90,6 +84,6 @@ def index_objects(
 
 
 def _find(folder: Path, name: str) -> Path:
-    """The path of an image, also of a name that was written on Windows."""
+    """The path of an image, also from a file name with backslashes."""
     path = folder / name
     return folder / name.replace("\\", "/") if "\\" in name and not path.exists() else path

@@ -1,10 +1,9 @@
-"""From an index to samples: decoded and, in training, augmented.
+"""Datasets: decode the samples of an index and, in training, augment them.
 
-A dataset is asked for (epoch, number). What is drawn for a sample depends on the seed, the epoch and its number alone,
-so it is the same whichever process reads it, and again after a resume.
+A dataset is indexed by (epoch, number). The random augmentation of a sample depends on seed, epoch and number only, so
+it is independent of worker processes and of resuming.
 """
 
-import struct
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,24 +16,22 @@ from torchvision.transforms import v2
 
 from ...backbones.images import to_mode, upright
 from .dense_transforms import IGNORE, SemanticMask
+from .files import UNREADABLE
 from .formats import draw_shapes
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex
 from .transforms import EvalTransform, TrainTransform, seeded
 
-# what Pillow raises for files that are damaged, cut short, or no images at all
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-ATTEMPTS = 10  # readable neighbours to look for in place of an unreadable sample
+ATTEMPTS = 10  # samples to try in place of an unreadable one
 
 Found = list[tuple[str, str]]  # (name, reason) of unreadable samples
-Item = tuple[Any, Found]  # a sample, None, or a DataError; and the unreadable samples met on the way
+Item = tuple[Any, Found]  # a sample, None or a DataError; unreadable samples met on the way
 
 
 class ImageDataset(Dataset):
-    """Samples of an index; the unreadable are reported, never returned: in training the next readable one takes the
-    place.
+    """Samples of an index. Unreadable ones are reported; in training, the next readable sample replaces them.
 
-    A DataError is returned, too: raised in a worker process, its message would be wrapped in a traceback.
+    A `DataError` is returned, not raised: from a worker process, its message would be wrapped in a traceback.
     """
 
     def __init__(self, index: Index, *, train: bool, seed: int):
@@ -44,11 +41,11 @@ class ImageDataset(Dataset):
         return len(self.index)
 
     def read(self, number: int) -> Any:
-        """A sample as it is in its files; raises one of `UNREADABLE`, or a DataError that stops the run."""
+        """Reads a sample; raises one of `UNREADABLE`, or a `DataError` that stops the run."""
         raise NotImplementedError
 
     def augment(self, sample: Any) -> Any:
-        """What is done to a sample in training; in evaluation it only becomes tensors."""
+        """Augments a sample in training and converts it to tensors."""
         raise NotImplementedError
 
     def __getitem__(self, item: tuple[int, int]) -> Item:
@@ -69,7 +66,7 @@ class ImageDataset(Dataset):
 
 
 class ClassificationDataset(ImageDataset):
-    """(uint8 ``[C, H, W]``, class) of classified images."""
+    """Pairs of an image, uint8 ``[C, H, W]``, and its class."""
 
     index: ClassificationIndex
 
@@ -89,7 +86,7 @@ class ClassificationDataset(ImageDataset):
 
 
 class DenseDataset(ImageDataset):
-    """Images with a target, augmented together.
+    """Images and targets, augmented together.
 
     Args:
         transform: of `dense_transforms`; None in evaluation.
@@ -119,11 +116,11 @@ class DetectionDataset(DenseDataset):
     index: DetectionIndex
 
     def image(self, number: int) -> torch.Tensor:
-        """As above; a file whose upright size is not that of its annotations is unreadable, too."""
+        """uint8 ``[C, H, W]``; also raises ValueError if the upright size is not that of the annotations."""
         image = super().image(number)
         height, width = self.index.sizes[number].tolist()
         if image.shape[-2:] != (height, width):
-            raise ValueError(f"is {image.shape[-1]}x{image.shape[-2]} pixels, its annotations are for {width}x{height}")
+            raise ValueError(f"{image.shape[-1]}x{image.shape[-2]} pixels, annotations for {width}x{height}")
         return image
 
     def read(self, number: int) -> dict[str, Any]:
@@ -132,11 +129,11 @@ class DetectionDataset(DenseDataset):
 
 
 class BadMask(ValueError):
-    """A mask file that does not belong to its image, or holds no classes."""
+    """A mask of another size than its image, or whose pixels are not class numbers."""
 
 
 class SegmentationDataset(DenseDataset):
-    """Images (uint8 ``[C, H, W]``) with their ``mask`` (uint8 ``[H, W]``: classes, 255 for none)."""
+    """Images (uint8 ``[C, H, W]``) with their ``mask`` (uint8 ``[H, W]``: classes, 255 ignored)."""
 
     index: SegmentationIndex
 
@@ -153,15 +150,15 @@ class SegmentationDataset(DenseDataset):
 
 
 def read_mask(path: str, table: np.ndarray) -> np.ndarray:
-    """uint8 ``[H, W]``, classes and 255.
+    """Reads a mask as uint8 ``[H, W]``: classes, 255 ignored.
 
     Args:
         table: see `SegmentationIndex`.
 
     Raises:
-        DataError: a value that is no class of the data, which says that the classes are not theirs; names it.
-        BadMask: pixels that are no numbers of classes (colours, floats). Grey stored as RGB is read as one channel.
-        OSError: unreadable.
+        DataError: a value without a class: `data.classes` does not match the data.
+        BadMask: colours or floats. Grey stored as RGB is read as one channel.
+        OSError: an unreadable file.
     """
     with Image.open(path) as file:
         image = upright(file)
@@ -170,7 +167,7 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
             if (bands[..., :1] == bands[..., : 1 if image.mode == "LA" else 3]).all():
                 image = image.getchannel(0)
         if image.mode not in ("L", "P", "1", "I", "I;16"):
-            raise BadMask(f"the mask {path} holds {image.mode} pixels; classes are one channel of whole numbers")
+            raise BadMask(f"the mask {path} has {image.mode} pixels; classes need one channel of integers")
         values = np.asarray(image)
     inside = values.clip(0, 255)
     labels = table[inside]
@@ -179,7 +176,7 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
         wrong = np.unique(values[labels < 0]).tolist()
         text = ", ".join(map(str, wrong[:5])) + (" ..." if len(wrong) > 5 else "")
         raise DataError(
-            f"the mask {path} holds the label{'s' * (len(wrong) > 1)} {text}, but data.classes has "
+            f"the mask {path} contains the label{'s' * (len(wrong) > 1)} {text}, but data.classes has "
             f"{table[table < IGNORE].max() + 1} (data.kind, data.classes)"
         )
     return labels.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""From the ``data`` and ``augment`` sections of a recipe to the loaders of training and evaluation."""
+"""Builds the training and evaluation loaders from the ``data`` and ``augment`` sections of a recipe."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -37,19 +37,19 @@ CHANNELS = (1, 3)
 
 @dataclass
 class Data:
-    """What a run reads. ``train`` is None when only an evaluation was asked for."""
+    """The data of a run; ``train`` is None for an evaluation alone."""
 
     train: Loader | memory.MemoryLoader | None
     val: Loader | memory.MemoryLoader
     bad: BadSamples
-    notes: list[str]  # for the user: what was left out
+    notes: list[str]  # for the log: what was left out
     preprocessing: dict[str, Any] = field(default_factory=dict)  # timm's names: input_size, mean, std, crop_pct, ...
     categories: dict[int, str] = field(default_factory=dict)  # detect: id -> name; labels count them from 0
     division: auto.Division | None = None  # data.kind=auto: which images are held out
 
 
 class _Builder:
-    """What the tasks share: which samples a loader has, and what is noted on the way."""
+    """The parts that all tasks share: limits, order, exclusions and notes."""
 
     def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig, rank: int, world: int):
         self.config, self.rank, self.world = config, rank, world
@@ -63,20 +63,20 @@ class _Builder:
         return self.config.data.limit if training else self.config.data.val_limit
 
     def order(self, samples: int, training: bool, classes: Sequence[Sequence[int]] | None = None) -> EpochOrder:
-        """``classes``: those of each sample, for ``data.sampling=balanced``."""
+        """The order of the samples; ``classes`` of each sample are for ``data.sampling=balanced``."""
         if not samples:
-            raise DataError(f"no image to {'train on' if training else 'evaluate'} in {self.config.data.root}")
+            raise DataError(f"no image to {'train' if training else 'evaluate'} on in {self.config.data.root}")
         train = self.config.train
         batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
         kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
         balanced = training and getattr(self.config.data, "sampling", "uniform") == "balanced"
         if balanced and classes is None:
-            raise DataError("data.sampling=balanced: the classes of streamed shards are not known before they are read")
+            raise DataError("data.sampling=balanced: the classes of streamed shards are not known in advance")
         weights = balanced_weights(classes) if balanced and classes is not None else None
         return EpochOrder(samples, batch_size, weights=weights, **kind)
 
     def build(self, loader: Callable[[bool], Any], train: bool) -> Data:
-        """Calls ``loader`` for training, if asked for, and evaluation."""
+        """Calls ``loader(training)`` for evaluation and, if ``train``, for training."""
         loaders = {training: loader(training) for training in ((True, False) if train else (False,))}
         if self.excluded:
             self.notes.append(self.excluded.note())
@@ -84,9 +84,9 @@ class _Builder:
 
 
 def balanced_weights(classes: Sequence[Sequence[int]]) -> np.ndarray:
-    """Of samples with these classes, float ``[N]``. With one class each: 1 over the number of samples of it, so that
-    all classes are drawn equally often. With several: the largest of 1 over the square root of it, as LVIS repeats
-    images (arXiv 1908.03195, appendix B); with none the smallest weight."""
+    """Sampling weights, float ``[N]``, from the classes of each sample. With one class per sample, 1 / its number of
+    samples, so that all classes are drawn equally often. With several, the largest 1 / square root of it, as in LVIS's
+    repeat factor sampling (arXiv 1908.03195, appendix B); without classes, the smallest weight."""
     own = [np.unique(each) for each in classes]
     counts = np.bincount(np.concatenate(own).astype(np.int64))
     power = 1.0 if all(len(each) == 1 for each in own) else 0.5
@@ -103,7 +103,7 @@ def idx_root(config: DataConfig) -> Path:
 
 
 def _root(config: DataConfig) -> str:
-    """The root of folders or shards; that of shards may be an address."""
+    """The root of folders or shards; shards may be at a URL."""
     if not config.root:
         raise DataError(f"data.root is needed for data.kind={config.kind}: the folder with {config.train_split!r}")
     return config.root if "://" in config.root else str(Path(config.root))
@@ -113,7 +113,7 @@ def find_classes(config: DataConfig | SegmentDataConfig) -> list[str]:
     """The class names of a data set by index, without reading its images.
 
     Raises:
-        DataError: no names and no number are given where the data don't have them, or the folders can't be used.
+        DataError: neither the recipe nor the data name the classes, or the folders can't be used.
     """
     if config.kind == "auto":
         return check_classes(auto.find_classes(config), f"data.kind=auto, {config.root}")
@@ -137,9 +137,9 @@ def find_classes(config: DataConfig | SegmentDataConfig) -> list[str]:
 
 
 def _preprocessing(config: DataConfig, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The evaluation's preprocessing: the recipe's values over the model's ``pretrained_cfg``."""
+    """The evaluation's preprocessing: the recipe's values, else those of the model's ``pretrained_cfg``."""
     size = config.image_size or cfg["input_size"][-1]
-    small = config.kind in ("idx", "digits")  # these are brought to the full input, without a crop
+    small = config.kind in ("idx", "digits")  # resized to the full input, not cropped
     result = {
         "input_size": (config.in_chans, size, size),
         "mean": list(config.mean or cfg["mean"]),
@@ -171,13 +171,13 @@ def build_classification_data(
     Args:
         config: the whole recipe.
         classes: names by index, from :func:`find_classes`.
-        model_cfg: the model's ``pretrained_cfg``, for what the recipe leaves open.
-        device: where batches go.
+        model_cfg: the model's ``pretrained_cfg``, for preprocessing that the recipe does not set.
+        device: of the batches.
         train: False builds the evaluation loader alone.
         rank, world: this process and the number of processes.
 
     Raises:
-        DataError: data that are missing, damaged or out of range.
+        DataError: missing, damaged or invalid data.
     """
     builder, data = _Builder(config, rank, world), config.data
     in_memory = data.kind in ("idx", "digits")
@@ -186,7 +186,7 @@ def build_classification_data(
         found = auto.read_set(replace(config, data=replace(data, classes=classes)), train=train)
         builder.notes += found.lines()
     if in_memory and data.exclude is not None:
-        raise DataError(f"data.exclude={data.exclude}: data.kind={data.kind} has no names to leave out")
+        raise DataError(f"data.exclude={data.exclude}: the images of data.kind={data.kind} have no names")
     preprocessing = _preprocessing(data, model_cfg)
     loader = partial(_memory_loader if in_memory else _file_loader, builder, config, classes, preprocessing, device)
     if found is not None:
@@ -269,12 +269,12 @@ def _file_loader(
 
 
 def _dense_root(config: DetectDataConfig | SegmentDataConfig) -> Path:
-    """``data.root``, to which composites of digits are written, if they are asked for and not there."""
+    """``data.root``; for ``data.kind=digits``, composites are written there if missing."""
     if not config.root:
         raise DataError(f"data.root is needed for data.kind={config.kind}")
     root = Path(config.root)
     if config.kind == "digits":
-        with PartialState().main_process_first():  # the others find them written
+        with PartialState().main_process_first():  # the others find them on disk
             write_composites(root, config.digits_train, config.digits_val, config.digits_size, seed=0)
     if not root.is_dir():
         raise DataError(f"the data folder {root} does not exist (data.root)")
@@ -299,9 +299,9 @@ def build_detection_data(
     """
     builder, data = _Builder(config, rank, world), config.data
     if data.kind == "voc" and masks:
-        raise DataError("data.kind=voc has boxes, and this detector learns masks")
+        raise DataError("data.kind=voc has boxes only, but this detector needs masks")
     if data.classes is not None and data.kind != "auto":
-        raise DataError(f"data.classes={data.classes} is for data.kind=auto, not {data.kind}")
+        raise DataError(f"data.classes={data.classes} needs data.kind=auto, not {data.kind}")
     root = _dense_root(data)
     found = auto.read_set(config, masks=masks, categories=categories, train=train) if data.kind == "auto" else None
     builder.notes += found.lines() if found is not None else []
@@ -338,8 +338,7 @@ def _read_boxes(
 
 
 def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataConfig, training: bool) -> None:
-    """Leaves in ``index`` the images that exist and are not excluded, in training those with something to learn, the
-    first so many.
+    """Keeps the images of ``index`` that exist, are not excluded and, in training, have objects; at most the limit.
 
     Raises:
         DataError: no image remains, or more files are missing than the recipe allows.
@@ -350,7 +349,7 @@ def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataCon
     index.exclude(builder.excluded, data.root or "")
     there = np.array([os.path.isfile(path) for path in index.paths])
     if not there.any():
-        raise DataError(f"none of the {len(there)} images of {source} exists, such as {index.name(0)}")
+        raise DataError(f"none of the {len(there)} images of {source} exists; the first is {index.name(0)}")
     gone = [index.name(number) for number in np.flatnonzero(~there).tolist()]
     builder.bad.start(len(there))
     builder.bad.add((name, "the file does not exist") for name in gone)
@@ -358,9 +357,9 @@ def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataCon
         builder.notes.append(f"{source}: {len(gone):,} images don't exist, first {gone[0]}")
     keep = there if data.keep_empty or not training else there & (index.objects() > 0)
     if not keep.any():
-        raise DataError(f"{source} has no image with an object to learn from (data.keep_empty keeps those without)")
+        raise DataError(f"{source} has no image with an object to learn (data.keep_empty keeps images without)")
     if empty := int(there.sum() - keep.sum()):
-        builder.notes.append(f"{source}: {empty:,} images without an object left out of training (data.keep_empty)")
+        builder.notes.append(f"{source}: {empty:,} images without objects left out of training (data.keep_empty)")
     index.select(np.flatnonzero(keep)[: builder.limit(training)])
 
 
@@ -377,7 +376,7 @@ def build_segmentation_data(
     """As :func:`build_classification_data`, for segmenters.
 
     Args:
-        mean: by channel, of values in [0, 1]: the colour of what a crop lacks.
+        mean: per channel, in [0, 1]: fills crops beyond the image.
     """
     builder, data = _Builder(config, rank, world), config.data
     root = _dense_root(data)

@@ -1,9 +1,10 @@
-"""The files of a folder that somebody else made: found by their names, and read within bounds."""
+"""Files of a data folder of unknown layout: found by name, read with size limits."""
 
 import hashlib
 import json
 import os
 import re
+import struct
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,12 +19,14 @@ from .guard import DataError, Report
 
 LIMITS = {".xml": 2**24, ".txt": 2**26, ".yaml": 2**20, ".json": 2**32, ".csv": 2**30}  # bytes
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# raised by Pillow for files that are damaged, truncated, or not images
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
 
 
 def split_of(path: str) -> str:
-    """``train``, ``val`` or ``test`` by the last part of a path that says so, such as ``valid`` or ``train2017``; else
-    an empty text."""
+    """``train``, ``val`` or ``test`` by the last part of a path that names a split (``valid``, ``train2017``); else an
+    empty string."""
     for part in reversed(PurePosixPath(path).parts):
         if found := _SPLIT.findall(part.lower()):
             return SPLIT_NAMES[found[-1]]
@@ -31,7 +34,7 @@ def split_of(path: str) -> str:
 
 
 class Paths:
-    """Paths by what annotations call them: whole, a part of the end, a name, or a name without its suffix."""
+    """Finds paths by the names that annotations use: a full path, the end of one, a file name, or a stem."""
 
     def __init__(self, paths: Iterable[str]):
         self.all = list(paths)
@@ -42,9 +45,12 @@ class Paths:
             self.names[name.stem].append(path)
 
     def find(self, name: str, near: str = "", split: str = "") -> str | None:
-        """The path that ``name`` means in a file at ``near``, whose images are of ``split``; None for none or several.
+        """The path that matches ``name`` best; None if there is none, or no single best.
 
-        The name may have backslashes, a leading ``./``, folders of another machine, or no suffix.
+        Args:
+            name: it may have backslashes, a leading ``./``, folders of another machine, or no suffix.
+            near: the annotation file that contains the name; paths close to it are preferred.
+            split: then paths of this split are preferred.
         """
         parts = PurePosixPath(name.replace("\\", "/")).parts
         found = self.names.get(parts[-1], []) if parts else []
@@ -62,14 +68,14 @@ def _likeness(path: str, parts: tuple[str, ...], near: str, split: str) -> tuple
 
 
 class Files:
-    """All files below a folder by suffix, as sorted paths relative to it; hidden files and folders are left out."""
+    """All files below a folder by suffix, as sorted paths relative to it, without hidden files and folders."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
             raise DataError(f"the data folder {root} does not exist (data.root)")
         self.root = root
         self.by_suffix: dict[str, list[str]] = defaultdict(list)
-        seen: set[str] = set()  # links may lead back
+        seen: set[str] = set()  # links may form a cycle
         for folder, folders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
             folders[:] = sorted(name for name in folders if not is_hidden(name)) if real not in seen else []
@@ -87,17 +93,17 @@ class Files:
     def __getitem__(self, suffix: str) -> list[str]:
         return self.by_suffix.get(suffix, [])
 
-    def passed_over(self, used: Iterable[str] = ()) -> dict[str, list[str]]:
-        """What is no image, by suffix, but for ``used`` suffixes."""
+    def ignored(self, used: Iterable[str] = ()) -> dict[str, list[str]]:
+        """Paths that are neither images nor of the ``used`` suffixes, by suffix."""
         known = image_suffixes() | {*used}
         return {suffix: paths for suffix, paths in self.by_suffix.items() if suffix not in known}
 
     def text(self, path: str) -> str:
-        """The text of a small file; raises DataError where it is large, unreadable or no text."""
+        """The text of a file; raises `DataError` if it is too large, unreadable or not UTF-8."""
         try:
             return _read_bytes(self.root / path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.root / path} is no text in UTF-8: {error}") from None
+            raise DataError(f"{self.root / path} is not UTF-8 text: {error}") from None
 
     def json(self, path: str) -> Any:
         return read_json(self.root / path)
@@ -109,8 +115,7 @@ class Files:
             raise DataError(f"{path} is not YAML: {error}") from None
 
     def xml(self, path: str) -> ElementTree.Element:
-        """The root of an XML file. One that declares a document type is refused: entities could grow without end or
-        name other files."""
+        """The root of an XML file. A DOCTYPE is refused, as its entities could expand without limit or read files."""
         content = _read_bytes(self.root / path)
         try:
             return ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDocumentType()))
@@ -119,15 +124,15 @@ class Files:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image, upright; raises OSError or ValueError where it has none."""
+    """Height and width of an image, upright; raises one of `UNREADABLE`."""
     with Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # the camera was held upright
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations with rows and columns swapped
     return (width, height) if turned else (height, width)
 
 
 def same_files(paths: Iterable[str]) -> dict[str, str]:
-    """Files of the same content as an earlier one -> the first of them. Only files of one length are read."""
+    """Duplicate file -> first file with the same content. Only files of equal size are read."""
     by_length: dict[int, list[str]] = defaultdict(list)
     for path in paths:
         with suppress(OSError):
@@ -146,19 +151,19 @@ def same_files(paths: Iterable[str]) -> dict[str, str]:
 
 
 def read_json(file: Path) -> Any:
-    """Raises DataError where the file is large, unreadable or no JSON."""
+    """The content of a JSON file; raises `DataError` if it is too large, unreadable or not JSON."""
     content = _read_bytes(file)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON, or was cut short: {error}") from None
+        raise DataError(f"{file} is not valid JSON, or truncated: {error}") from None
 
 
 def _read_bytes(file: Path) -> bytes:
     limit = LIMITS.get(file.suffix.lower(), 2**20)
     try:
         if (size := file.stat().st_size) > limit:
-            raise DataError(f"{file} has {size:,} bytes, more than the {limit:,} that are read of such a file")
+            raise DataError(f"{file} has {size:,} bytes; the limit is {limit:,}")
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from None
@@ -166,11 +171,11 @@ def _read_bytes(file: Path) -> bytes:
 
 class _NoDocumentType(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise DataError(f"declares a document type ({name}), which annotations don't need")
+        raise DataError(f"<!DOCTYPE {name}> is not allowed in annotations")
 
 
 def image_suffixes() -> set[str]:
-    """The suffixes of the images that Pillow reads."""
+    """Suffixes of the image formats that Pillow reads."""
     known = Image.registered_extensions()
     return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
 
@@ -180,11 +185,11 @@ def is_hidden(name: str) -> bool:
 
 
 def sizes_of(files: Files, paths: Iterable[str], report: Report) -> dict[str, tuple[int, int]]:
-    """Height and width of the images that can be opened; the others are reported."""
+    """Path -> height and width; images that cannot be opened are added to the report."""
     sizes = {}
     for path in paths:
         try:
             sizes[path] = image_size(files.root / path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             report.rows.append((path, None, f"image cannot be opened: {type(error).__name__}"))
     return sizes

@@ -1,8 +1,7 @@
-"""Annotations of objects as tools write them, found out from a folder and read into COCO's lists: COCO's JSON, Pascal
-VOC's XML, YOLO's text files, labelme's JSON.
+"""Detects and reads annotation formats of objects: COCO JSON, Pascal VOC XML, YOLO text files, labelme JSON.
 
-Each reader takes the files of a folder and returns a `Found`, or None where the folder is of another format. A damaged
-file costs its image and is reported.
+Each reader takes the files of a folder and returns a `Found`, or None if the folder has another format. Damaged files
+are reported and their images left out.
 """
 
 import math
@@ -20,23 +19,23 @@ from .files import SPLIT_NAMES, Files, Paths, image_size, read_json, sizes_of, s
 from .guard import DataError, Report
 
 MAX_POINTS = 100_000  # of a polygon
+UNNAMED = "no file names the classes: numbers are used"
 MASK_FOLDERS = re.compile(r"segmentation(class|object)|masks?$|labels?$", re.IGNORECASE)
 
 
 @dataclass
 class Found:
-    """What a folder holds, in COCO's form.
+    """The content of a data folder, as lists in COCO's format.
 
     Attributes:
-        format: in words.
-        images: with ``split`` (train, val, test, or empty) besides COCO's keys; ``file_name`` is relative to the root.
-            Of a classification they have a ``label``, of a segmentation a ``mask``: the path of an image or of a JSON
-            file of shapes.
-        annotations: VOC's difficult ones have ``difficult``.
+        format: its name, for the log.
+        images: COCO's keys and ``split`` (train, val, test, or empty); ``file_name`` is relative to the root. With a
+            ``label`` for classification; with a ``mask`` for segmentation, the path of an image or of labelme's JSON.
+        annotations: COCO's keys; VOC's also have ``difficult``.
         names: category id or label -> name.
-        values: value of a mask's pixels -> name; ``ignored`` are those of no class.
-        notes: what a reader decided, for the user.
-        report: what could not be used.
+        values: value of a mask's pixels -> name; ``ignored``: values without a class.
+        notes: decisions of the reader, for the log.
+        report: files and objects that could not be used.
     """
 
     format: str
@@ -50,7 +49,7 @@ class Found:
     report: Report = field(default_factory=lambda: Report(""))
 
     def add_image(self, path: str, size: tuple[Any, Any], split: str) -> int:
-        """The id of a new image."""
+        """Adds an image of ``size`` (height, width); returns its id."""
         number = len(self.images) + 1
         height, width = size
         self.images.append({"id": number, "file_name": path, "height": height, "width": width, "split": split})
@@ -59,7 +58,7 @@ class Found:
     def add(
         self, image: int, category: Any, box: list[float], polygons: Sequence[list[float]] = (), **more: Any
     ) -> None:
-        """An object of an image; the box is x, y, width and height in pixels. ``category`` may be a name until
+        """Adds an object with a box (x, y, width, height in pixels). ``category`` may be a name until
         `_number_names`."""
         entry = {"id": len(self.annotations) + 1, "image_id": image, "category_id": category, "bbox": box, **more}
         if polygons:
@@ -68,7 +67,7 @@ class Found:
 
 
 def find_boxes(files: Files) -> Found | None:
-    """The first format of `DETECTION` that the folder has."""
+    """Reads a folder in the first matching format of `DETECTION`; None if no format matches."""
     for read in DETECTION.values():
         if found := read(files):
             found.report.source = str(files.root)
@@ -80,8 +79,8 @@ def find_boxes(files: Files) -> Found | None:
 
 
 def read_coco_files(files: Files) -> Found | None:
-    """COCO's JSON under any name, one file or several; their classes are joined by name where ids differ."""
-    loose = [path for path in files[".json"] if PurePosixPath(path).stem not in files.images.names]  # no labelme
+    """Reads one or several COCO JSON files of any name; where ids differ, classes are merged by name."""
+    loose = [path for path in files[".json"] if PurePosixPath(path).stem not in files.images.names]  # else labelme's
     instances = [path for path in loose if PurePosixPath(path).name.startswith("instances")]
     found, numbered, parts = Found("COCO JSON", files.root), set(), []
     for path in instances or loose:
@@ -91,7 +90,7 @@ def read_coco_files(files: Files) -> Found | None:
     if not parts:
         return None
     if instances and (others := sorted(set(loose) - set(instances))):
-        found.notes.append(f"read are {', '.join(instances)}; not read: {first_names(others)}")
+        found.notes.append(f"read {', '.join(instances)}; ignored {first_names(others)}")
     ids = _category_ids([content for _, content in parts])
     found.names = {number: name for name, number in sorted(ids.items(), key=lambda pair: pair[1])}
     for path, content in parts:
@@ -108,7 +107,7 @@ def _coco_content(files: Files, path: str) -> dict[str, Any] | None:
 
 
 def _category_ids(contents: list[dict[str, Any]]) -> dict[str, int]:
-    """Name -> id: the files' own where they agree, else counted from 1 by first occurrence."""
+    """Name -> id: those of the files if they agree, else new ones from 1."""
     pairs: set[tuple[str, int]] = {
         (entry["name"], entry["id"])
         for content in contents
@@ -124,7 +123,7 @@ def _category_ids(contents: list[dict[str, Any]]) -> dict[str, int]:
 def _join(
     found: Found, files: Files, path: str, content: dict[str, Any], ids: dict[str, int], numbered: set[Any]
 ) -> None:
-    """Adds a file's lists, with new numbers for images where those of an earlier file occur again."""
+    """Adds the lists of a file; its images get new ids if an earlier file has the same ones."""
     split = split_of(path)
     own = {entry.get("id"): entry.get("name") for entry in content["categories"] if isinstance(entry, dict)}
     images = [dict(entry) for entry in content["images"] if isinstance(entry, dict)]
@@ -150,7 +149,7 @@ def _join(
 
 
 def read_voc_files(files: Files) -> Found | None:
-    """An XML file for each image, with any classes, wherever they lie. Corners are taken as they stand."""
+    """Reads an XML file per image, with any classes, in any folders. Corners are used as they are."""
     found, labels = Found("Pascal VOC XML", files.root), Counter[str]()
     lists = _voc_lists(files)
     pictures = Paths(p for p in files.images.all if not MASK_FOLDERS.search(str(PurePosixPath(p).parent)))
@@ -165,7 +164,7 @@ def read_voc_files(files: Files) -> Found | None:
             image = pictures.find(name, path) if PurePosixPath(name).stem == stem else None
             image = image or pictures.find(stem, path) or (pictures.find(name, path) if name else None)
             if image is None:
-                raise DataError("no image, or several, of this name")
+                raise DataError("no single image of this name")
             entries.append((path, image, *_voc_objects(tree)))
         except (DataError, ValueError) as error:
             found.report.rows.append((path, None, f"annotation left out: {error}"))
@@ -183,7 +182,7 @@ def read_voc_files(files: Files) -> Found | None:
 
 
 def _voc_lists(files: Files) -> dict[str, str]:
-    """Image name -> split by ImageSets/*/{train,val,test}.txt."""
+    """Image name -> split, from ImageSets/*/{train,val,test}.txt."""
     lists: dict[str, str] = {}
     for path in files[".txt"]:
         place = PurePosixPath(path)
@@ -194,20 +193,20 @@ def _voc_lists(files: Files) -> dict[str, str]:
 
 
 def _voc_objects(tree: Any) -> tuple[tuple[int, int] | None, list[tuple[str, list[float], int]]]:
-    """The size, None where the file has none; name, corners and whether it is difficult of each object."""
+    """The size (height, width), None if missing; and name, corners and difficult (0, 1) of each object."""
     height, width = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
     objects = []
     for entry in tree.iter("object"):
         corners = [float(entry.findtext(f"bndbox/{end}") or "nan") for end in ("xmin", "ymin", "xmax", "ymax")]
         name = (entry.findtext("name") or "").strip()
         if not name or not all(map(math.isfinite, corners)):
-            raise DataError("an object without a name or a box")
+            raise DataError("an object has no name or no box")
         objects.append((name, corners, int((entry.findtext("difficult") or "0").strip() == "1")))
     return (height, width) if height > 0 and width > 0 else None, objects
 
 
 def _number_names(found: Found, labels: Iterable[str]) -> Found:
-    """Categories from 1 by name, of annotations that still have names."""
+    """Replaces the category names of annotations by ids from 1."""
     found.names = dict(enumerate(sorted(labels), 1))
     numbers = {name: number for number, name in found.names.items()}
     for entry in found.annotations:
@@ -219,8 +218,8 @@ def _number_names(found: Found, labels: Iterable[str]) -> Found:
 
 
 def read_yolo_files(files: Files) -> Found | None:
-    """A text file for each image, with a line for each object: a class and a box (centre, size) or a polygon, as
-    fractions of the image. Names and splits are those of a YAML file, or of CVAT's ``obj.names`` and ``train.txt``."""
+    """Reads a text file per image with a line per object: class and box (centre, size) or polygon, as fractions of the
+    image. Names and splits come from a YAML file, or from CVAT's ``obj.names`` and ``train.txt``."""
     found = Found("YOLO", files.root)
     settings = next((c for p in (*files[".yaml"], *files[".yml"]) if isinstance(c := _yolo_yaml(files, p), dict)), None)
     stems = Paths(path for path in files[".txt"] if PurePosixPath(path).stem in files.images.names)
@@ -233,7 +232,7 @@ def read_yolo_files(files: Files) -> Found | None:
         labels = {p: label for p, label in labels.items() if p in listed or any(map(f"{p}".startswith, prefixes))}
     without = [path for path, label in labels.items() if label is None]
     if without:
-        found.notes.append(f"{len(without):,} images have no label file, so no objects: {first_names(without)}")
+        found.notes.append(f"{len(without):,} images without a label file, so without objects: {first_names(without)}")
     for path, size in sizes_of(files, labels, found.report).items():
         split = listed.get(path) or next((s for p, s in prefixes.items() if path.startswith(p)), "")
         number = found.add_image(path, size, split or ("" if prefixes or listed else split_of(path)))
@@ -258,20 +257,19 @@ def _looks_like_yolo(files: Files, path: str) -> bool:
 def _yolo_names(files: Files, settings: dict[str, Any] | None, found: Found) -> dict[int, str]:
     if settings is not None:
         names = settings["names"]
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        pairs = list(names.items() if isinstance(names, dict) else enumerate(names))
         if not all(isinstance(name, str | int | float) and str(key).isdecimal() for key, name in pairs):
-            raise DataError(f"{files.root}: the names of the YAML file are no list of names: {str(names)[:100]}")
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+            raise DataError(f"{files.root}: invalid `names` in the YAML file: {str(names)[:100]}")
         return {int(key): str(name) for key, name in pairs}
     lists = [p for p in files[".txt"] if PurePosixPath(p).name in ("classes.txt", "labels.txt")]
     for path in (*files[".names"], *lists):
         return dict(enumerate(line.strip() for line in files.text(path).splitlines() if line.strip()))
-    found.notes.append("no file names the classes: they are called by their numbers")
+    found.notes.append(UNNAMED)
     return {}
 
 
 def _yolo_splits(files: Files, settings: dict[str, Any], found: Found) -> tuple[dict[str, str], dict[str, str]]:
-    """Split by the beginning of an image's path, and by its whole path, of what a YAML file or CVAT's lists name."""
+    """Path prefix -> split and image path -> split, from a YAML file or CVAT's lists."""
     prefixes: dict[str, str] = {}
     listed: dict[str, str] = {}
     folders = {f"{parent}/" for path in files.images.all for parent in PurePosixPath(path).parents}
@@ -281,16 +279,13 @@ def _yolo_splits(files: Files, settings: dict[str, Any], found: Found) -> tuple[
         named = {SPLIT_NAMES[PurePosixPath(path).stem.lower()]: path for path in lists}
     for split, values in named.items():
         for value in values if isinstance(values, list) else [values]:
-            parts = [
-                part for part in PurePosixPath(str(value).replace("\\", "/")).parts if part not in ("..", ".", "/")
-            ]
+            path = PurePosixPath(str(value).replace("\\", "/"))
+            parts = [part for part in path.parts if part not in ("..", ".", "/")]
             places = ["/".join(parts[i:]) for i in range(len(parts))]
             folder = next((f"{place}/" for place in places if f"{place}/" in folders), None)
             text = next((place for place in places if place in files[".txt"]), None)
             if folder is not None and prefixes.get(folder, split) != split:
-                found.notes.append(
-                    f"{prefixes[folder]} and {split} are the same folder {folder}: taken as without split"
-                )
+                found.notes.append(f"{prefixes[folder]} and {split} are the same folder {folder}: not a split")
                 prefixes[folder] = ""
             elif folder is not None:
                 prefixes[folder] = split
@@ -309,7 +304,8 @@ def _is_list(files: Files, path: str) -> bool:
 
 
 def _label_file(labels: Paths, image: str) -> str | None:
-    """``labels/`` for the last ``images/`` of the path, else beside the image, else the only one of its name."""
+    """The label file of an image: with ``labels/`` for the last ``images/`` of its path, else beside it, else by
+    name."""
     path = PurePosixPath(image)
     mirrored = re.sub(r"(^|/)images/(?!.*(^|/)images/)", r"\1labels/", image)
     for place in (PurePosixPath(mirrored).with_suffix(".txt"), path.with_suffix(".txt")):
@@ -319,7 +315,7 @@ def _label_file(labels: Paths, image: str) -> str | None:
 
 
 def _yolo_lines(found: Found, files: Files, path: str, number: int, size: tuple[int, int]) -> None:
-    """Adds the objects of a label file, and reports its wrong lines."""
+    """Adds the objects of a label file; reports its invalid lines."""
     height, width = size
     try:
         lines = [line.split() for line in files.text(path).splitlines() if line.strip()]
@@ -332,10 +328,10 @@ def _yolo_lines(found: Found, files: Files, path: str, number: int, size: tuple[
         except ValueError:
             label, values = -1, []
         if label < 0 or (len(values) != 4 and (len(values) < 6 or len(values) % 2)) or len(values) > 2 * MAX_POINTS:
-            reason = "line is no class with a box or a polygon"
+            reason = "line is not a class with a box or a polygon"
         elif not all(-0.5 <= value <= 1.5 for value in values):
-            reason = "line has values that are no fractions of the image"
-        elif label not in found.names and "called by their numbers" not in " ".join(found.notes):
+            reason = "line has values that are not fractions of the image"
+        elif label not in found.names and UNNAMED not in found.notes:
             reason = f"class {label} has no name"
         else:
             found.names.setdefault(label, str(label))
@@ -359,7 +355,7 @@ def extent(polygon: list[float]) -> list[float]:
 
 
 def read_labelme_files(files: Files) -> Found | None:
-    """A JSON file of shapes beside each image: polygons, rectangles and circles."""
+    """Reads a JSON file per image with polygons, rectangles and circles."""
     found, labels = Found("labelme JSON", files.root), Counter[str]()
     for path in files[".json"]:
         image = files.images.find(PurePosixPath(path).stem, path)
@@ -380,7 +376,7 @@ def read_labelme_files(files: Files) -> Found | None:
         for row, shape in enumerate(content["shapes"]):
             polygon = labelme_polygon(shape)
             if polygon is None:
-                found.report.rows.append((path, row, "shape is no polygon, rectangle or circle with a label"))
+                found.report.rows.append((path, row, "shape is not a polygon, rectangle or circle with a label"))
                 continue
             labels[shape["label"]] += 1
             found.add(number, shape["label"], extent(polygon), [polygon])
@@ -388,7 +384,7 @@ def read_labelme_files(files: Files) -> Found | None:
 
 
 def labelme_polygon(shape: Any) -> list[float] | None:
-    """x and y in turn; None where the shape has no area or no label."""
+    """The polygon of a shape, x and y alternating; None if the shape has no area or no label."""
     points = shape.get("points") if isinstance(shape, dict) and isinstance(shape.get("label"), str) else None
     if not isinstance(points, list) or not 2 <= len(points) <= MAX_POINTS:
         return None
@@ -410,10 +406,10 @@ def labelme_polygon(shape: Any) -> list[float] | None:
 
 
 def draw_shapes(path: str, classes: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """uint8 ``[H, W]`` of labelme's shapes, one over the other: classes, 255 for another label.
+    """Draws labelme's shapes in order as uint8 ``[H, W]``: classes, 255 for other labels.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a damaged file.
     """
     content = read_json(Path(path))
     shapes = content.get("shapes") if isinstance(content, dict) else None

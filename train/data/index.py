@@ -1,7 +1,6 @@
-"""What readers return: the samples of a split as typed, flat arrays.
+"""Indexes of the samples of a split, as flat arrays; all readers return one.
 
-The arrays are shared by all worker processes. A list with a Python object for each of a million samples would be copied
-into every one of them, as reference counts are written to.
+Worker processes share arrays. They would copy a list of Python objects, because reference counts are written to.
 """
 
 import json
@@ -26,13 +25,13 @@ def encode_paths(paths: Iterable[str | os.PathLike]) -> np.ndarray:
 
 
 def offsets(lengths: Iterable[int]) -> np.ndarray:
-    """Where each of several parts begins, and the last one ends."""
+    """Start offsets of parts with these lengths, and the end of the last one."""
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 @dataclass
 class Texts:
-    """Texts one after the other in one array, that of row a at ``starts[a]:starts[a + 1]``."""
+    """Byte strings concatenated in one array; item a is ``content[starts[a]:starts[a + 1]]``."""
 
     content: np.ndarray  # uint8
     starts: np.ndarray  # int64 [A + 1]
@@ -47,12 +46,12 @@ class Texts:
 
 @dataclass(kw_only=True)
 class Index:
-    """N images and what was left out of the split.
+    """N images of a split, and a report of those left out.
 
-    A subclass adds arrays; those with one row per sample are listed in ``per_sample``.
+    Subclasses add arrays; ``per_sample`` lists those with one row per sample.
     """
 
-    paths: np.ndarray = field(default_factory=lambda: np.empty(0, bytes))  # [N]; empty if they lie in other files
+    paths: np.ndarray = field(default_factory=lambda: np.empty(0, bytes))  # [N]; empty if the images are in archives
     report: Report = field(default_factory=lambda: Report(""))  # what could not be used
     per_sample: ClassVar[tuple[str, ...]] = ("paths",)
 
@@ -60,11 +59,11 @@ class Index:
         return len(getattr(self, self.per_sample[0]))
 
     def name(self, number: int) -> str:
-        """What reports call a sample."""
+        """The name of a sample in reports."""
         return os.fsdecode(self.paths[number])
 
     def open(self, number: int) -> IO[bytes]:
-        """The image file of a sample; raises OSError if there is none."""
+        """Opens the image file of a sample; raises OSError."""
         return open(self.paths[number], "rb")
 
     def select(self, keep: np.ndarray) -> None:
@@ -73,10 +72,10 @@ class Index:
             setattr(self, array, getattr(self, array)[keep])
 
     def exclude(self, excluded: Excluded, root: str | os.PathLike) -> None:
-        """Leaves out the samples that ``excluded`` names, whole or relative to ``root``.
+        """Removes the samples that ``excluded`` lists, as full paths or relative to ``root``.
 
         Raises:
-            DataError: none remains.
+            DataError: no sample remains.
         """
         if not excluded:
             return
@@ -101,7 +100,7 @@ class SegmentationIndex(Index):
 
     masks: np.ndarray  # bytes [N]: paths
     table: np.ndarray  # int16 [256]: the class of each value of a mask file; 255 for none, -1 for no label
-    classes: tuple[str, ...] = ()  # of masks that are labelme's files of shapes
+    classes: tuple[str, ...] = ()  # for masks drawn from labelme's shapes
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "masks")
 
     def mask_name(self, number: int) -> str:
@@ -110,9 +109,9 @@ class SegmentationIndex(Index):
 
 @dataclass(kw_only=True)
 class DetectionIndex(Index):
-    """Images with A objects in all, those of image i at ``starts[i]:starts[i + 1]``.
+    """Images with A objects in total; those of image i are ``starts[i]:starts[i + 1]``.
 
-    ``usable`` marks the objects that can be trained on; the evaluation takes all A, crowds included.
+    ``usable`` marks objects that can be trained on; the evaluation uses all A, including crowds.
     """
 
     categories: dict[int, str]  # id -> name, by id; labels count them from 0
@@ -124,12 +123,12 @@ class DetectionIndex(Index):
     crowd: np.ndarray  # bool [A]
     areas: np.ndarray  # float64 [A]
     usable: np.ndarray  # bool [A]
-    segments: Texts | None = None  # the masks in JSON, in any of COCO's three forms or null; None if not asked for
+    segments: Texts | None = None  # masks as JSON, in any of COCO's three forms or null
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "image_ids", "sizes")
     per_object: ClassVar[tuple[str, ...]] = ("boxes", "labels", "crowd", "areas", "usable")
 
     def rows(self, number: int) -> np.ndarray:
-        """The objects of an image."""
+        """Rows of an image's objects."""
         return np.arange(self.starts[number], self.starts[number + 1])
 
     def select(self, keep: np.ndarray) -> None:
@@ -143,13 +142,13 @@ class DetectionIndex(Index):
             self.segments = Texts.pack([self.segments[row] for row in rows])
 
     def objects(self) -> np.ndarray:
-        """int64 ``[N]``: how many objects of each image can be learned."""
+        """Number of objects to learn in each image, int64 ``[N]``."""
         learned = np.concatenate([[0], np.cumsum(self.usable & ~self.crowd)])
         return learned[self.starts[1:]] - learned[self.starts[:-1]]
 
     def target(self, number: int) -> Target:
-        """What a detector learns from an image: boxes float32 ``[N, 4]`` (corners, clipped to the image), labels int64
-        ``[N]``, and where there are masks uint8 ``[N, H, W]``. Crowds and what is not usable are left out."""
+        """The training target of an image: boxes, float32 ``[N, 4]`` (corners, clipped to the image), labels, int64
+        ``[N]``, and, if there are any, masks, uint8 ``[N, H, W]``. Without crowds and unusable objects."""
         height, width = self.sizes[number].tolist()
         rows = self.rows(number)
         rows = rows[self.usable[rows] & ~self.crowd[rows]]
@@ -165,12 +164,12 @@ class DetectionIndex(Index):
         return target
 
     def truth(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """These images as COCO's evaluation takes them, crowds included."""
+        """Ground truth of the images in COCO's format, including crowds."""
         ids, annotations = list(self.categories), []
         for number in numbers:
             for row in self.rows(number):
                 entry = {
-                    "id": len(annotations) + 1,  # from 1: to COCO's matching an id of 0 is no match
+                    "id": len(annotations) + 1,  # COCO's matching takes an id of 0 for no match
                     "image_id": int(self.image_ids[number]),
                     "category_id": ids[self.labels[row]],
                     "bbox": self.boxes[row].tolist(),
@@ -191,14 +190,14 @@ class DetectionIndex(Index):
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes ``[A, 4]`` (x, y, width, height) to corners within images of ``sizes`` ``[A, 2]`` or ``[2]`` (height,
-    width)."""
+    """Converts boxes ``[A, 4]`` (x, y, width, height) to corners, clipped to images of ``sizes`` ``[A, 2]`` or ``[2]``
+    (height, width)."""
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     return corners.clip(0, np.concatenate([sizes[..., ::-1], sizes[..., ::-1]], axis=-1))
 
 
 def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any]:
-    """Any of COCO's three forms of a mask as compressed run lengths."""
+    """Converts any of COCO's three forms of a mask to compressed run lengths (RLE)."""
     if isinstance(segment, list):
         return run_lengths.merge(run_lengths.frPyObjects(segment, height, width))
     if isinstance(segment["counts"], list):

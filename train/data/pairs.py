@@ -1,5 +1,5 @@
-"""Classified images and images with masks, found out from a folder: folders or a table of classes; masks beside their
-images or in a folder of any name, or labelme's shapes."""
+"""Detects the layout of a folder of classified images (a folder per class, or a table) or of images with masks (beside
+the images or in another folder, or labelme's shapes)."""
 
 import csv
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import SPLIT_NAMES, Files, Paths, split_of
+from .files import SPLIT_NAMES, UNREADABLE, Files, Paths, split_of
 from .formats import Found, read_labelme_files
 from .guard import DataError
 
@@ -21,10 +21,10 @@ SPLIT_COLUMNS = ("split", "set", "subset", "fold")
 
 
 def find_labels(files: Files) -> Found:
-    """A table of names and labels where there is one, else a folder for each class, perhaps below one for each split.
+    """Reads a table of names and labels if there is one, else a folder per class, perhaps below a folder per split.
 
     Raises:
-        DataError: neither.
+        DataError: there is neither.
     """
     found = next((each for path in (*files[".csv"], *files[".tsv"]) if (each := _read_table(files, path))), None)
     found = found or _read_folders(files)
@@ -47,13 +47,13 @@ def _read_table(files: Files, path: str) -> Found | None:
     split = next((i for i, name in enumerate(header) if name in SPLIT_COLUMNS), None)
     label = _label_of(header, body, [i for i in range(len(header)) if i not in (image, split)])
     if label is None:
-        return None  # such as a list of images to predict
+        return None  # a list of images without labels
     found = Found(f"table {path}", files.root)
     for number, row in enumerate(body, 2):
         place = files.images.find(row[image].strip(), path) if len(row) == len(header) else None
         name = label(row) if place is not None else None
         if place is None or not name:
-            why = "the line has no label" if place else "no image, or several, of this name"
+            why = "row has no label" if place else "no image, or several, of this name"
             found.report.rows.append((row[image] if len(row) > image else path, number, why))
             continue
         part = SPLIT_NAMES.get(row[split].strip().lower(), "") if split is not None else split_of(place)
@@ -69,8 +69,8 @@ def _delimiter(lines: list[str]) -> str:
 
 
 def _label_of(header: list[str], body: list[list[str]], columns: list[int]) -> Any:
-    """The function from a row to its label: of the column that is called so, of the only other one, or of a column of
-    ones and zeros for each class; None if there is none of these."""
+    """A function from a row to its label, from a column with a usual name, the only other column, or one-hot columns;
+    None if there are none of these."""
     named = [i for i in columns if header[i] in LABEL_COLUMNS]
     whole = [row for row in body if len(row) == len(header)]
     if named or len(columns) == 1:
@@ -83,9 +83,9 @@ def _label_of(header: list[str], body: list[list[str]], columns: list[int]) -> A
 
 
 def _read_folders(files: Files) -> Found:
-    found = Found("a folder for each class", files.root)
+    found = Found("a folder per class", files.root)
     parts = {path: PurePosixPath(path).parts for path in files.images.all}
-    # an archive's own folder, and others that hold all folders, are passed
+    # skip outer folders that contain everything, such as that of an archive
     shortest = min(map(len, parts.values()), default=0)
     start = next((i for i in range(shortest - 2) if len({names[i] for names in parts.values()}) > 1), shortest - 2)
     start = max(start, 0)
@@ -94,13 +94,13 @@ def _read_folders(files: Files) -> Found:
     for path, names in parts.items():
         place = start + by_split
         if len(names) <= place + 1:
-            found.report.rows.append((path, None, "image is in no class folder"))
+            found.report.rows.append((path, None, "image is not in a class folder"))
             continue
         split = split_of(names[start]) if by_split else ""
         found.images.append({"id": len(found.images) + 1, "file_name": path, "split": split, "label": names[place]})
     if not found.images:
         more = f"; {found.report}" if found.report.rows else ""
-        raise DataError(f"{files.root} has no folder for each class, and no table of names and labels{more}")
+        raise DataError(f"{files.root} has neither a folder per class nor a table of names and labels{more}")
     return _named(found)
 
 
@@ -113,20 +113,19 @@ def _named(found: Found) -> Found:
 
 ENDINGS = re.compile(r"[_-](masks?|l|labels?|labelids|labeltrainids|seg|segmentation|gt|annotations?)$", re.IGNORECASE)
 INSTANCES = re.compile(r"SegmentationObject|instance", re.IGNORECASE)
-COLOURS = 64  # a mask has no more values than this in any of the sampled files
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-SAMPLED = 200  # masks whose values are looked at
+COLOURS = 64  # most distinct values of a mask
+SAMPLED = 200  # masks whose values are read
 
 
 def find_masks(files: Files) -> Found:
-    """Images with masks, by content: a group of files that hold few values are masks. Else labelme's shapes.
+    """Finds images and masks by content (files with few distinct values are masks), else labelme's shapes.
 
     Raises:
-        DataError: neither, or two groups of masks for the same images.
+        DataError: there is neither, or an image has two masks.
     """
     found = _read_pairs(files) or read_labelme_files(files)
     if found is None:
-        raise DataError(f"{files.root} has no masks for its images, and no JSON files of labelme (data.kind=auto)")
+        raise DataError(f"{files.root} has neither masks for its images nor labelme's JSON files (data.kind=auto)")
     found.report.source = str(files.root)
     if found.annotations:
         labels = sorted(set(found.names.values()) - {"background", "_background_"})
@@ -151,9 +150,9 @@ def _read_pairs(files: Files) -> Found | None:
             stem = PurePosixPath(path).stem
             image = pictures.find(stem.removesuffix(ending), path, split_of(path))
             if image is None:
-                found.report.rows.append((path, None, "mask without an image, or with several"))
+                found.report.rows.append((path, None, "mask without a single matching image"))
             elif image in taken:
-                raise DataError(f"{image} has two masks, {taken[image]} and {path}: data.kind=folder with data.masks")
+                raise DataError(f"{image} has two masks, {taken[image]} and {path}; set data.kind=folder, data.masks")
             else:
                 taken[image] = path
     if without := [path for path in pictures.all if path not in taken]:
@@ -167,7 +166,7 @@ def _read_pairs(files: Files) -> Found | None:
 
 
 def _are_masks(files: Files, paths: list[str]) -> bool:
-    """Whether files are masks, by three of them. JPEG changes values, so it holds none."""
+    """Whether files are masks, judged by three of them. Lossy formats cannot store masks."""
     if paths[0].lower().endswith((".jpg", ".jpeg", ".jp2", ".webp")):
         return False
     counts = []
@@ -176,17 +175,17 @@ def _are_masks(files: Files, paths: list[str]) -> bool:
             with Image.open(files.root / path) as image:
                 image = image.resize([min(side, 256) for side in image.size], Image.Resampling.NEAREST)
                 values = np.asarray(image).reshape(image.height * image.width, -1)
-        except _UNREADABLE:
+        except UNREADABLE:
             continue
         counts.append(len(np.unique(values, axis=0)))
     return bool(counts) and max(counts) <= COLOURS
 
 
 def mask_values(files: Files, paths: list[str]) -> Counter[int]:
-    """How many of some masks hold each value.
+    """Value -> number of masks that contain it, over at most `SAMPLED` masks.
 
     Raises:
-        DataError: colours.
+        DataError: a mask of colours.
     """
     count: Counter[int] = Counter()
     step = -(-len(paths) // SAMPLED)
@@ -194,35 +193,35 @@ def mask_values(files: Files, paths: list[str]) -> Counter[int]:
         try:
             with Image.open(files.root / path) as image:
                 values = np.asarray(image)
-        except _UNREADABLE:
+        except UNREADABLE:
             continue
         if values.ndim == 3:
             if (values[..., :1] != values[..., :3]).any():
-                raise DataError(f"the mask {path} holds colours; masks hold the numbers of classes (data.kind=auto)")
+                raise DataError(f"the mask {path} contains colours, not class numbers (data.kind=auto)")
             values = values[..., 0]
         count.update(np.unique(values).tolist())
     return count
 
 
 def _name_values(found: Found, files: Files) -> None:
-    """Names by value: of a table or list beside the masks, else by number; 0 is the background."""
+    """Names the mask values by a table or list in the folder, else by number; 0 is the background."""
     values = mask_values(files, [entry["mask"] for entry in found.images])
     wrong = [value for value in values if not 0 <= value <= 255]
     if wrong:
-        raise DataError(f"masks hold {wrong[:5]}; classes are 0 to 254, and 255 is a pixel without one")
+        raise DataError(f"masks contain {wrong[:5]}; classes are 0 to 254, and 255 is ignored")
     names = _written_names(files)
     if set(values) <= {0, 255} and 255 in values:
-        found.notes.append("masks hold 0 and 255: background and object")
+        found.notes.append("masks contain 0 and 255: taken as background and object")
         found.values = {0: "background", 255: names.get(255) or names.get(1, "object")}
     else:
         found.values = {v: names.get(v, f"class {v}" if v else "background") for v in sorted(values) if v != 255}
     if unnamed := [value for value in found.values if value not in names]:
-        found.notes.append(f"masks hold the values {', '.join(map(str, unnamed[:8]))}, which no file names")
+        found.notes.append(f"mask values without a name in any file: {', '.join(map(str, unnamed[:8]))}")
     found.names = dict(enumerate(found.values.values()))
 
 
 def _written_names(files: Files) -> dict[int, str]:
-    """value -> name by Roboflow's _classes.csv, or a classes.txt or labels.txt."""
+    """Value -> name, from Roboflow's _classes.csv, classes.txt or labels.txt."""
     for path in files[".csv"]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(files.text(path).splitlines())]
         if rows and [cell.lower() for cell in rows[0]] == ["pixel value", "class"]:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ...backbones.images import to_mode, upright
 from ...files import atomic
-from .dataset import UNREADABLE
+from .files import UNREADABLE
 from .folder import read_folder, scan_folder
 from .guard import BadSamples, DataError
 from .wds import load_index

@@ -1,4 +1,4 @@
-"""``foveal data``: what a folder holds, what is odd, and what would make a training wrong, before anyone trains."""
+"""``foveal data``: shows the content of a data folder and its irregularities, and finds errors before a training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,23 +10,23 @@ from PIL import Image, ImageDraw
 from ...backbones.images import to_mode, upright
 from ...configs.schema import SCHEMAS, load_config
 from ...files import atomic
-from .auto import DataSet, image_size, read_set, size_range
-from .dataset import UNREADABLE, SegmentationDataset
+from .auto import DataSet, read_set, size_range
+from .dataset import SegmentationDataset
 from .dense_transforms import IGNORE
-from .files import Files, same_files
+from .files import UNREADABLE, Files, image_size, same_files
 from .formats import find_boxes, first_names
 from .guard import Report
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, clip_boxes
 from .pairs import SAMPLED, find_masks
 
 SHOWN = 16  # images of a contact sheet
-SIDE = 240  # pixels of one of them
+SIDE = 240  # of each, in pixels
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#f032e6")
 
 
 @dataclass
 class Survey:
-    """Lines for the user, and what would make a training wrong."""
+    """Lines for the user, and errors that would spoil a training."""
 
     data: DataSet
     lines: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Survey:
 
 
 def find_task(root: Path) -> str:
-    """detect where there are boxes, segment where there are masks, else classify."""
+    """``detect`` if the folder has boxes, ``segment`` if it has masks, else ``classify``."""
     files = Files(root)
     found = find_boxes(files)
     if found is not None and found.images:
@@ -52,10 +52,10 @@ def survey(root: str | Path, overrides: Sequence[str] = (), task: str | None = N
     Args:
         root: the folder.
         overrides: ``key=value`` pairs of a recipe's ``data`` (and ``seed``).
-        task: None: found out.
+        task: None: detected.
 
     Raises:
-        DataError, ConfigError: nothing can be read, or an override is wrong.
+        DataError, ConfigError: an unknown format, or an invalid override.
 
     Examples:
         >>> from foveal.train.data.composites import write_composites
@@ -81,7 +81,7 @@ def survey(root: str | Path, overrides: Sequence[str] = (), task: str | None = N
 
 
 def _images(result: Survey, parts: dict[str, Index]) -> Report:
-    """Sizes, duplicates across parts, and the report of images that cannot be opened."""
+    """Adds image sizes and duplicates across the split; reports images that cannot be opened."""
     bad, sizes = Report("images"), []
     for index in parts.values():
         for number in range(len(index)):
@@ -93,17 +93,17 @@ def _images(result: Survey, parts: dict[str, Index]) -> Report:
                 continue
             sizes.append(size)
             if isinstance(index, DetectionIndex) and size != tuple(index.sizes[number].tolist()):
-                bad.rows.append((name, None, "image of another size than its annotations say"))
+                bad.rows.append((name, None, "image size differs from the annotations"))
     result.lines.append(f"images: {len(sizes):,}, {size_range(np.array(sizes).reshape(-1, 2))}")
     side = {index.name(number): part for part, index in parts.items() for number in range(len(index))}
     pairs = [f"{name} = {first}" for name, first in same_files(side).items() if side[name] != side[first]]
     if pairs:
-        result.wrong.append(f"{len(pairs):,} images are both learned and held out: {first_names(pairs)}")
+        result.wrong.append(f"{len(pairs):,} images are in both training and held-out parts: {first_names(pairs)}")
     return bad
 
 
 def _classes(result: Survey, parts: dict[str, Index]) -> None:
-    """Objects, images or masks of each class in each part."""
+    """Adds a table of objects, images or masks by class."""
     data = result.data
     kind = {"detect": "objects", "classify": "images", "segment": "masks with it"}[data.task]
     counts = {
@@ -120,25 +120,24 @@ def _classes(result: Survey, parts: dict[str, Index]) -> None:
     for part, count in counts.items():
         missing = [name for name, number in zip(data.classes, count, strict=True) if not number]
         if missing and part == "train":
-            result.wrong.append(f"nothing to learn of {first_names(missing, 5)}")
+            result.wrong.append(f"classes without training data: {first_names(missing, 5)}")
         elif missing:
-            result.lines.append(f"without a score, as nothing of it is held out: {first_names(missing, 5)}")
+            result.lines.append(f"classes without held-out data, so without a score: {first_names(missing, 5)}")
     if isinstance(data.train, DetectionIndex):
         sides = np.sqrt(data.train.boxes[:, 2] * data.train.boxes[:, 3])
         if len(sides):
             low, middle, high = np.quantile(sides, [0.05, 0.5, 0.95])
             each = len(sides) / max(len(data.train), 1)
-            text = (
-                f"objects: {each:.1f} an image, sides {low:.0f} to {high:.0f} pixels (5 to 95 %), median {middle:.0f}"
+            result.lines.append(
+                f"objects: {each:.1f} per image, sides {low:.0f} to {high:.0f} pixels (5 to 95 %), median {middle:.0f}"
             )
-            result.lines.append(text)
         held_out = data.val
         if isinstance(held_out, DetectionIndex) and len(held_out.crowd) and held_out.crowd.all():
-            result.wrong.append("every held-out object is a crowd or difficult: nothing can be scored")
+            result.wrong.append("all held-out objects are crowds or difficult: nothing can be scored")
 
 
 def _mask_classes(result: Survey, index: SegmentationIndex, classes: int) -> np.ndarray:
-    """In how many of some masks each class occurs."""
+    """Number of masks that contain each class, over at most `SAMPLED` masks."""
     count = np.zeros(classes, np.int64)
     dataset = SegmentationDataset(index, 3, None, 0)
     for number in range(0, len(index), -(-len(index) // SAMPLED) or 1):
@@ -160,8 +159,8 @@ def _odd(result: Survey, parts: dict[str, Index], bad: Report, files: Files) -> 
             names = [str(sample) for sample, _, why in report.rows if why == reason]
             notes.append(f"{count:,} x {reason}: {first_names(names)}")
     known = {".xml", ".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".data", ".md", ".html"}
-    for suffix, paths in files.passed_over(known).items():
-        notes.append(f"{len(paths):,} files {suffix or 'without suffix'} are passed over: {first_names(paths)}")
+    for suffix, paths in files.ignored(known).items():
+        notes.append(f"{len(paths):,} files {suffix or 'without suffix'} are ignored: {first_names(paths)}")
     unused = len(files.images.all) - len(found.images) * (2 if found.values else 1)
     if unused > 0:
         notes.append(f"{unused:,} image files are not used")
@@ -213,7 +212,7 @@ def _tile(data: DataSet, index: Index, number: int) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colour: str) -> None:
-    text = text.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+    text = text.encode("latin-1", "replace").decode("latin-1")  # the characters of Pillow's font
     pen.rectangle(pen.textbbox(place, text), fill=colour)
     pen.text(place, text, fill="white")
 

@@ -1,4 +1,4 @@
-"""What can be wrong with annotations in COCO's form: checks of whole files, of every object, and of the image files."""
+"""Checks COCO annotations: whole files, every object, and the image files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -59,18 +59,18 @@ def check_content(source: str, content: Any) -> None:
 
 @dataclass
 class Objects:
-    """A annotations as columns; a value that is missing or of the wrong type is replaced as noted."""
+    """A annotations as columns; the comments give the replacement of missing and invalid values."""
 
-    image: np.ndarray  # int64 [A]: number of the image, -1 for one that the file does not have
-    label: np.ndarray  # int64 [A]: number of the category, -1 likewise
+    image: np.ndarray  # int64 [A]: index of the image; -1
+    label: np.ndarray  # int64 [A]: index of the category; -1
     boxes: np.ndarray  # float64 [A, 4]: x, y, width, height; NaN
     crowd: np.ndarray  # int64 [A]: 0, 1; -1
-    areas: np.ndarray  # float64 [A]; NaN if missing, -1 if wrong
+    areas: np.ndarray  # float64 [A]; NaN if missing, -1 if invalid
     segments: list[Any]  # [A]
 
     @classmethod
     def parse(cls, entries: Sequence[dict], images: Sequence[int], categories: Sequence[int]) -> "Objects":
-        """From COCO's objects, and the ids of images and categories in the order of their numbers."""
+        """From COCO's annotations, and the ids of images and categories by index."""
 
         def numbers(key: str, ids: Sequence[int]) -> np.ndarray:
             table = {value: number for number, value in enumerate(ids)}
@@ -91,7 +91,7 @@ class Objects:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # so no NaN either
+    return type(value) in (int, float) and abs(value) < 1e9  # False for NaN
 
 
 def _is_box(value: Any) -> bool:
@@ -100,12 +100,11 @@ def _is_box(value: Any) -> bool:
 
 @dataclass
 class Faults:
-    """dropped: bool ``[A]``, of no use to training or evaluation; unusable: bool ``[A]``, cannot be learned; rows: what
-    is to be reported, as (object, reason) in the order of the file."""
+    """Result of `find_faults`."""
 
-    dropped: np.ndarray
-    unusable: np.ndarray
-    rows: list[tuple[int, str]]
+    dropped: np.ndarray  # bool [A]: of no use to training or evaluation
+    unusable: np.ndarray  # bool [A]: cannot be trained on
+    rows: list[tuple[int, str]]  # (object, reason), in the order of the file
 
 
 def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
@@ -113,8 +112,8 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
 
     Args:
         sizes: height and width of each image.
-        masks: whether masks are learned. Polygons that are none are then left out of ``objects.segments``; an object
-            without a sound mask has None there: it is not learned, and keeps its box in the evaluation.
+        masks: whether masks are needed. Invalid polygons are then removed from ``objects.segments``. An object without
+            a valid mask gets None there: it is not learned, and keeps its box in the evaluation.
     """
     sizes = sizes[objects.image]
     reasons: dict[int, str] = {}  # the first one of each object
@@ -142,7 +141,7 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
 
     first, last = objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]
     sides = sizes[:, ::-1]
-    corners = clip_boxes(objects.boxes, sizes).astype(np.float32)  # whose steps may leave no area
+    corners = clip_boxes(objects.boxes, sizes).astype(np.float32)  # rounding may leave no area
     report(np.any(objects.boxes[:, 2:] <= 0, axis=1), "box has no area")
     report(np.any((first >= sides) | (last <= 0), axis=1), "box lies outside the image")
     report(np.any(corners[:, :2] >= corners[:, 2:], axis=1), "box has no area")
@@ -160,14 +159,14 @@ def find_faults(objects: Objects, sizes: np.ndarray, *, masks: bool) -> Faults:
 
 
 def check_boxes(source: str, objects: Objects, sizes: np.ndarray, names: Sequence[str]) -> None:
-    """Looks for boxes that are none of COCO's by all objects of a file; clipped one by one, they would be trained on.
+    """Detects other box formats from all objects of a file; one by one, such boxes would be clipped and trained on.
 
     Args:
         sizes: height and width of each image.
         names: of the images.
 
     Raises:
-        DataError: boxes in fractions of the image, or corners in place of sizes.
+        DataError: boxes are fractions of the image, or corners instead of sizes.
     """
     rows = np.flatnonzero((objects.image >= 0) & ~np.isnan(objects.boxes).any(1))
     if len(rows) == 0:
@@ -185,18 +184,18 @@ def check_boxes(source: str, objects: Objects, sizes: np.ndarray, names: Sequenc
 
 
 def mask_area(segment: Any, height: int, width: int) -> int:
-    """Pixels of a mask."""
+    """Area of a mask in pixels."""
     return int(run_lengths.area(encode_segment(segment, height, width)))
 
 
 def mask_fault(segment: Any, height: int, width: int) -> str | None:
-    """Why a segmentation cannot be used, None if it can."""
+    """Why a segmentation cannot be used; None if it can."""
     if not segment:
         return "no mask"
     if isinstance(segment, dict):
         size, counts = segment.get("size"), segment.get("counts")
         if size != [height, width]:
-            return "mask of another size than the image"
+            return "mask size differs from the image"
         if isinstance(counts, list):
             sound = all(type(c) is int and c >= 0 for c in counts) and sum(counts) == height * width
         else:
@@ -206,9 +205,9 @@ def mask_fault(segment: Any, height: int, width: int) -> str | None:
 
 
 def is_sound(polygon: Any, height: int, width: int) -> bool:
-    """Whether a polygon has three points or more, none of them far outside the image."""
+    """Whether a polygon has at least three points, none of them far outside the image."""
     try:
-        numbers = np.array(polygon)  # much faster than number by number: there are tens of millions in COCO
+        numbers = np.array(polygon)  # faster than a loop: COCO has tens of millions of numbers
     except (ValueError, OverflowError):  # lists of lists
         return False
     if numbers.ndim != 1 or numbers.dtype.kind not in "if" or len(numbers) < 6 or len(numbers) % 2:
@@ -218,8 +217,8 @@ def is_sound(polygon: Any, height: int, width: int) -> bool:
 
 
 def sum_runs(text: str) -> int:
-    """The sum of compressed run lengths (as COCO packs them: 5 bits a character, differences to the run before last
-    from the fourth on); -1 where the text is none. The library reads beyond its memory on such a text."""
+    """The sum of COCO's compressed run lengths (5 bits per character; from the fourth run on, differences to the run
+    before last); -1 if invalid. The library reads out of bounds on invalid strings."""
     codes = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
     if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return -1
@@ -236,8 +235,7 @@ def sum_runs(text: str) -> int:
 
 
 def check_image_files(index: DetectionIndex) -> Report:
-    """Opens every image of an annotation file: the report of its reader with the images that are missing, unreadable or
-    of another size than the file says."""
+    """Opens every image of an annotation file; adds missing, unreadable and wrongly sized images to its report."""
     report = index.report or Report("")
     for number, (height, width) in enumerate(index.sizes.tolist()):
         try:
@@ -246,5 +244,5 @@ def check_image_files(index: DetectionIndex) -> Report:
             report.rows.append((index.name(number), None, f"image cannot be opened: {type(error).__name__}"))
             continue
         if found != (height, width):
-            report.rows.append((index.name(number), None, "image of another size than the file says"))
+            report.rows.append((index.name(number), None, "image size differs from the annotations"))
     return report

@@ -31,7 +31,8 @@ from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...files import atomic
-from .dataset import UNREADABLE, Found, Item
+from .dataset import Found, Item
+from .files import UNREADABLE
 from .guard import DataError, Excluded
 from .index import ClassificationIndex, encode_paths
 from .transforms import EvalTransform, TrainTransform, seeded

@@ -1,4 +1,4 @@
-"""The end of loaders' worker processes, which ignore the signals that a run is stopped with."""
+"""Ends the worker processes of loaders, which ignore the signals that stop a run."""
 
 import atexit
 import gc
@@ -13,43 +13,43 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ...errors import RunError
 
-GRACE = 2.0  # seconds in which workers may end by themselves
+GRACE = 2.0  # seconds for workers to exit by themselves
 
 
 class WorkerError(RunError):
-    """A loader's worker process died; the message names its process id and signal."""
+    """A data worker died; the message gives its process id and signal."""
 
 
 @contextmanager
 def workers_end(*loaders: Any) -> Iterator[None]:
-    """At the end of the block, however it comes, the workers of ``loaders`` end.
+    """Ends the workers of ``loaders`` at the end of the block, also after an error.
 
     Raises:
-        WorkerError: one of them died inside the block.
+        WorkerError: a worker died inside the block.
     """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        hint = "perhaps out of memory or of shared memory (/dev/shm): fewer data.workers or a smaller batch need less"
+        hint = "perhaps out of memory or shared memory (/dev/shm); try fewer data.workers or a smaller batch"
         raise WorkerError(f"{error}; {hint}") from error
     finally:
         end_workers(*loaders)
 
 
 def end_workers(*loaders: Any) -> None:
-    """Ends the workers of ``loaders``, and with none given of all that are still open. The frames of an error keep
-    loaders alive, and garbage collection may end their queues before their workers."""
+    """Ends the workers of ``loaders``, without arguments those of all open loaders. Tracebacks keep loaders alive, and
+    garbage collection may close their queues before their workers end."""
     datasets = [getattr(loader, "dataset", None) for loader in loaders]
     for each in gc.get_objects() if multiprocessing.active_children() else ():
         if type(each) is not _MultiProcessingDataLoaderIter:
             continue
         if not loaders or any(each._dataset is dataset for dataset in datasets):
-            if each._worker_pids_set:  # one that is killed here is no error
+            if each._worker_pids_set:  # killing a worker here is not an error
                 signal_handling._remove_worker_pids(id(each))
                 each._worker_pids_set = False
-            # PyTorch waits for each worker for 5 seconds, and then sends a SIGTERM that it ignores
+            # PyTorch waits 5 seconds for each worker, then sends SIGTERM, which it ignores
             late = Timer(GRACE, lambda own: [worker.kill() for worker in own], [each._workers])
             late.daemon = True
             late.start()
@@ -57,9 +57,9 @@ def end_workers(*loaders: Any) -> None:
             late.cancel()
 
 
-@atexit.register  # runs before multiprocessing's own function, which was registered when torch was imported
+@atexit.register  # runs before multiprocessing's handler, registered when torch was imported
 def _at_exit() -> None:
-    """multiprocessing would send the workers SIGTERM, which they ignore, and wait for them for ever."""
+    """multiprocessing would send the workers SIGTERM, which they ignore, and wait forever."""
     end_workers()
     for process in multiprocessing.active_children():
         if process.daemon:
