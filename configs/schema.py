@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -409,16 +410,32 @@ class SegmentModelConfig(DenseModelConfig):
     auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # level, channels ... of heads.segmentation.FCN
 
 
+def _mask_value(key: Any) -> int | str:
+    """A value of a mask's pixels: 0 to 255, a colour as ``#rrggbb``, or ``other``."""
+    text = str(key).strip().lower()
+    numbers = [int(part) if part.strip().isdecimal() else -1 for part in text.strip("[]()").split(",")]
+    if len(numbers) in (1, 3) and all(0 <= number <= 255 for number in numbers):
+        return numbers[0] if len(numbers) == 1 else "#" + bytes(numbers).hex()
+    if text != "other" and not re.fullmatch("#[0-9a-f]{6}", text):
+        raise ValueError("must be 0 to 255, a colour such as '#8000ff' or [128, 0, 255], or other")
+    return text
+
+
+MaskValue = Annotated[int | str, BeforeValidator(_mask_value)]
+
+
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentDataConfig(DenseDataConfig):
     """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
 
     kind: Literal["folder", "auto", "ade20k", "cityscapes", "voc", "digits"] = "folder"
     images: PathText = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
-    masks: PathText = "masks/{split}"  # folder: PNG files of the same names, a class for each pixel
+    # folder: files of the same names, perhaps with an ending such as _mask or _L; a class for each pixel
+    masks: PathText = "masks/{split}"
     classes: list[str] | None = None  # names by label; needed by folder, known of the others
     reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
-    values: dict[int, str | None] | None = None  # folder: class by value of a mask; null: no class
+    # class by value or colour ('#8000ff' or [128, 0, 255]) of a mask; null: no class; `other`: all that are not named
+    values: dict[MaskValue, str | None] | None = None
     ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class, unless in `values`
     antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
 
@@ -569,16 +586,22 @@ def _check_comment(node: Any) -> None:
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=end)
 
 
+def _key(node: Any) -> str:
+    """The text of a key; of a list, such as the colour ``[128, 0, 255]``, with commas."""
+    return ",".join(map(_key, node.value)) if isinstance(node, yaml.SequenceNode) else str(node.value)
+
+
 def _construct(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
     """The value of a YAML node. Where ``kind`` is text, the node's own text."""
     alternatives = _alternatives(kind)
     if isinstance(node, yaml.MappingNode):
-        names = [str(key.value) for key, _ in node.value]
+        names = [_key(key) for key, _ in node.value]
         for name in {name for name in names if names.count(name) > 1}:
             raise yaml.constructor.ConstructorError(problem=f"duplicate key {name!r}", problem_mark=node.start_mark)
         loader.flatten_mapping(node)
-        pairs = [(str(key.value), value) for key, value in node.value]
-        return {name: _construct(loader, value, _field_type(kind, name)) for name, value in pairs}
+        pairs = [(_key(key), value) for key, value in node.value]
+        item = next((typing.get_args(each)[1] for each in alternatives if typing.get_origin(each) is dict), None)
+        return {name: _construct(loader, value, item or _field_type(kind, name)) for name, value in pairs}
     if isinstance(node, yaml.SequenceNode):
         item = next((typing.get_args(each)[0] for each in alternatives if typing.get_origin(each) is list), Any)
         return [_construct(loader, value, item) for value in node.value]

@@ -364,6 +364,112 @@ def test_masks_of_0_and_255_are_background_and_object(tmp_path):
     assert found.train.table[[0, 255, 1]].tolist() == [0, 1, -1]
 
 
+PAINT = {"#000000": "Void", "#804000": "Pole", "#c0c080": "Sky"}
+
+
+def write_colours(images: Path, masks: Path, ending: str = "", void: str = "#000000") -> None:
+    write_masks(images, masks, ending)
+    colours = np.array([bytes.fromhex(colour[1:]) for colour in (void, *list(PAINT)[1:])]).view(np.uint8).reshape(3, 3)
+    for path in masks.glob(f"*{ending}.png"):
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+
+
+def camvid(root: Path) -> None:
+    """As published, and as it is on Kaggle."""
+    write_colours(root / "701_StillsRaw_full", root / "LabeledApproved_full", "_L")
+    lines = [" ".join(map(str, bytes.fromhex(colour[1:]))) + f"\t\t{name}" for colour, name in PAINT.items()]
+    (root / "label_colors.txt").write_text("\n".join([*lines, "1 2 3\tBus"]))
+
+
+def camvid_table(root: Path) -> None:
+    write_colours(root / "images", root / "masks")
+    lines = [",".join([name, *map(str, bytes.fromhex(colour[1:]))]) for colour, name in PAINT.items()]
+    (root / "class_dict.csv").write_text("\n".join(["name,r,g,b", *lines]))
+
+
+def cvat_masks(root: Path) -> None:
+    write_colours(root / "JPEGImages", root / "SegmentationClass")
+    (root / "SegmentationObject").mkdir()
+    for path in (root / "SegmentationClass").iterdir():
+        shutil.copyfile(path, root / "SegmentationObject" / path.name)
+    lines = [f"{name}:{','.join(map(str, bytes.fromhex(colour[1:])))}::" for colour, name in PAINT.items()]
+    (root / "labelmap.txt").write_text("\n".join(["# label:color_rgb:parts:actions", *lines]))
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "default.txt").write_text("\n".join(f"im {i}" for i in range(10)))
+
+
+@pytest.mark.parametrize("write", [camvid, camvid_table, cvat_masks])
+def test_colours_are_named_by_the_files_of_tools(write, tmp_path):
+    write(tmp_path)
+    found = labels_of(tmp_path, task="segment")
+    assert found.classes == list(PAINT.values())
+    assert found.found.values == PAINT
+    mask = torch.as_tensor(SegmentationDataset(found.train, 3, None, 0).read(0)["mask"])
+    assert (mask[0, 0], mask[5, 6] in (1, 2)) == (0, True)
+    rest = labels_of(tmp_path, "data.classes=[Sky,Pole]", task="segment")
+    labels = rest.val.table[[0x000000, 0x804000, 0xC0C080, 0x010101]]
+    assert (rest.classes, labels.tolist()) == (["Sky", "Pole"], [255, 1, 0, -1])
+    assert any("Void" in note for note in rest.found.notes)
+
+
+def test_colours_without_names_are_proposed(tmp_path):
+    write_colours(tmp_path / "a", tmp_path / "b", void="#e0e0c0")
+    found = survey(tmp_path, task="segment")
+    proposed = next(line for line in found.lines if "data.values=" in line).partition("data.values=")[2]
+    assert (found.data.classes, found.wrong) == (["#804000", "#c0c080"], [])
+    assert any("#804000, #c0c080" in note for note in found.data.found.notes)
+    again = labels_of(tmp_path, f"data.values={proposed}", task="segment")
+    assert (
+        again.found.values == found.data.found.values == {"#804000": "#804000", "#c0c080": "#c0c080", "#e0e0c0": None}
+    )
+    named = labels_of(tmp_path, "data.classes=[pole,sky]", task="segment")
+    assert named.train.table[[0x804000, 0xC0C080, 0xE0E0C0]].tolist() == [0, 1, 255]
+
+
+def test_given_values_are_read_and_others_stop_the_run(tmp_path):
+    write_colours(tmp_path / "a", tmp_path / "b")
+    given = "data.values={'#804000': pole, '#c0c080': sky, '#000000': null}"
+    assert labels_of(tmp_path, given, task="segment").train.table[[0x804000, 0xC0C080, 0]].tolist() == [0, 1, 255]
+    with pytest.raises(DataError, match=r"#c0c080, which data\.values.*b/im 1\.png"):
+        labels_of(tmp_path, "data.values={'#804000': pole, '#000000': ground}", task="segment")
+    write_masks(tmp_path / "c" / "a", tmp_path / "c" / "b", values=(0, 255, 1, 7))
+    given = labels_of(tmp_path / "c", "data.values={0: no, 255: yes, other: null}", task="segment")
+    assert (given.classes, given.train.table[[0, 255, 1]].tolist()) == (["no", "yes"], [0, 1, 255])
+    with pytest.raises(DataError, match=r"1, 7, which data\.values"):
+        labels_of(tmp_path / "c", "data.values={0: no, 255: yes}", task="segment")
+    first = labels_of(tmp_path / "c", "data.reduce_zero_label=true", "data.ignore_label=7", task="segment")
+    assert first.train.table[[0, 1, 7, 255]].tolist() == [255, 0, 255, 1]
+
+
+def test_masks_divided_by_lists(tmp_path):
+    cvat_masks(tmp_path)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    for split, numbers in (("Train", range(6)), ("Validation", range(6, 9))):  # CVAT's names of parts
+        (lists / f"{split}.txt").write_text("\n".join(f"im_{i}" for i in numbers))
+    for path in tmp_path.rglob("im *.*"):
+        path.rename(path.with_name(path.name.replace(" ", "_")))
+    found = labels_of(tmp_path, task="segment")
+    assert (len(found.train), len(found.val), found.division.rows) == (6, 3, [])
+
+
+def test_a_segmenter_of_colours_is_evaluated_as_it_was_trained(tmp_path):
+    camvid(tmp_path / "data")
+    run = tmp_path / "run"
+    options = [
+        *("data.kind=auto", f"data.root={tmp_path / 'data'}", f"output={run}", "schedule.epochs=1", "data.workers=0"),
+        *("model.name=test_foveal_dinat", "train.batch_size=4", "train.threads=1", "augment.crop_size=[32,32]"),
+        *("data.classes=[Sky,Pole]", "log.trackers=[]", "model.head=semantic_fpn", "model.head_kwargs.channels=32"),
+        *("model.neck_kwargs.out_channels=16", "model.auxiliary=false"),
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: segment\n")
+    first = train(recipe, options, "segment")
+    again = evaluate(run)
+    assert again["n"] == 2
+    assert list(again["classes"]) == ["Sky", "Pole"]
+    assert again["miou"] == pytest.approx(first["miou"], abs=1e-3)
+
+
 def test_values_named_by_roboflow(tmp_path):
     write_masks(tmp_path / "train", tmp_path / "train", "_mask", values=(0, 2))
     (tmp_path / "train" / "_classes.csv").write_text("Pixel Value, Class\n0, ground\n1, tree\n2, car\n")

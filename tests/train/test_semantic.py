@@ -11,7 +11,14 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from foveal.configs.schema import SegmentAugmentConfig, SegmentConfig, SegmentDataConfig, SegmentModelConfig
+from foveal.configs.schema import (
+    SegmentAugmentConfig,
+    SegmentConfig,
+    SegmentDataConfig,
+    SegmentModelConfig,
+    load_config,
+    save_config,
+)
 from foveal.train import plots
 from foveal.train.data import DataError, build_segmentation_data, find_classes
 from foveal.train.data.class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
@@ -152,10 +159,108 @@ def test_masks_of_0_and_255(tmp_path, colour):
     save(tmp_path / "images" / "val" / "x.png", picture())
     save(tmp_path / "masks" / "val" / "x.png", np.dstack([labels] * 3) if colour else labels)
     assert values(tmp_path, classes=None, values={0: "background", 255: "object", 128: None}) == [0, 255, 1]
-    with pytest.raises(DataError, match=r"thing.*data\.classes.*object"):
+    with pytest.raises(DataError, match=r"object.*data\.classes.*thing"):
         values(tmp_path, classes=["background", "object"], values={0: "background", 255: "thing"})
-    with pytest.raises(DataError, match="256"):
+    with pytest.raises(ValueError, match="256"):
         values(tmp_path, classes=None, values={0: "background", 1: "object", 256: "object"})
+
+
+COLOURS = np.array([(0, 0, 0), (128, 64, 0), (192, 192, 128)], np.uint8)
+
+
+def save_colours(root: Path, split: str = "val", count: int = 4, mode: str = "RGB", folder: str = "masks") -> None:
+    for i in range(count):
+        save(root / "images" / split / f"{i}.png", picture(i))
+        path = root / folder / split / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stripes = Image.fromarray(COLOURS[mask([0, 1, 2])])
+        (stripes.quantize(3) if mode == "P" else stripes.convert(mode)).save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("given", ["'#804000'", "[128, 64, 0]", "'128, 64,0'"])
+def test_masks_of_colours(tmp_path, mode, given):
+    save_colours(tmp_path, mode=mode)
+    pairs = f"data.values={{'#000000': ground, {given}: no, '#C0C080': null}}"
+    config = load_config(None, ["output=-", "model.name=-", pairs], SegmentConfig)
+    assert config.data.values == {"#000000": "ground", "#804000": "no", "#c0c080": None}
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", [], SegmentConfig).data.values == config.data.values
+    assert find_classes(config.data) == ["ground", "no"]
+    assert values(tmp_path, classes=None, values=config.data.values) == [0, 1, 255]
+    assert values(tmp_path, classes=["no", "ground"], values=config.data.values) == [1, 0, 255]
+
+
+def test_colours_that_no_class_has_are_counted_and_named(tmp_path):
+    save_colours(tmp_path)
+    known = {"#000000": "ground", "#804000": "pole"}
+    with pytest.raises(DataError, match=r"4 of 4 masks.* 1 colours.*#c0c080 \(720 pixels\).*0\.png.*1\.png"):
+        build(tmp_path, classes=None, values=known)
+    assert values(tmp_path, classes=None, values=known | {"other": None}) == [0, 1, 255]
+    assert values(tmp_path, classes=None, values=known | {"other": "pole"}) == [0, 1]
+    data = build(tmp_path, classes=None, values=known | {"#c0c080": None})
+    save(tmp_path / "masks" / "val" / "3.png", COLOURS[mask([0, 1, 2])] + 1)
+    with pytest.raises(DataError, match=r"3\.png.*#010101.*data\.values"):
+        list(data.val.epoch(0))
+    with pytest.raises(DataError, match=r"#000000, 1"):
+        build(tmp_path, classes=None, values={"#000000": "ground", 1: "pole"})
+    with pytest.raises(ValueError, match="#80400"):
+        build(tmp_path, classes=None, values={"#80400": "pole"})
+
+
+def test_classes_are_left_out_and_ordered_by_name(tmp_path):
+    save(tmp_path / "images" / "val" / "x.png", picture())
+    save(tmp_path / "masks" / "val" / "x.png", mask([0, 1, 2]))
+    named = {0: "ground", 1: "tree", 2: "car"}
+    assert values(tmp_path, classes=["car", "ground"], values=named) == [1, 255, 0]
+    data = build(tmp_path, classes=["car", "ground"], values=named)
+    assert any("tree" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"cars.*car"):
+        build(tmp_path, classes=["cars", "ground"], values=named)
+    save(tmp_path / "leftImg8bit/val/b/b_leftImg8bit.png", picture())
+    save(tmp_path / "gtFine/val/b/b_gtFine_labelIds.png", mask([7, 26, 0, 33]))
+    assert values(tmp_path, kind="cityscapes", classes=["car", "road"]) == [1, 0, 255]
+    save(tmp_path / "annotations/validation/x.png", mask([0, 1, 150]))
+    save(tmp_path / "images/validation/x.png", picture())
+    assert values(tmp_path, kind="ade20k", classes=["flag", "sky"]) == [255, 0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+@pytest.mark.parametrize("ending", ["", "_L", "_mask"])
+@pytest.mark.parametrize("masks", ["masks/{split}", "images/{split}"])
+def test_names_of_masks(tmp_path, suffix, ending, masks):
+    for name in ("x", "y_L"):
+        save(tmp_path / "images" / "val" / f"{name}.jpg", picture())
+        if ending or masks.startswith("masks"):
+            save(tmp_path / masks.format(split="val") / f"{name}{ending}{suffix}", mask([2, 0, 1]))
+    if not ending and masks.startswith("images"):
+        return
+    data = build(tmp_path, masks=masks, max_bad_fraction=0.5)
+    read = [batch.targets[0].unique().tolist() for batch in data.val.epoch(0)]
+    assert read == [[0, 1, 2]]
+
+
+def test_what_mask_folders_pass_over_is_counted(folder, tmp_path):
+    images, masks = folder / "images" / "val", folder / "masks" / "val"
+    save(masks / "00.jpg", mask([0]))
+    save(masks / ".ipynb_checkpoints" / "01-checkpoint.png", mask([0]))
+    (images / "._00.png").write_bytes(b"")
+    (images / "Thumbs.db").write_bytes(b"")
+    (images / "notes.pdf").write_bytes(b"")
+    save(masks / "more.png", mask([0]))
+    (masks / "02.png").unlink()
+    data = build(folder, max_bad_fraction=0.5)
+    (report,) = data.bad.reports
+    assert report.counts() == {
+        "hidden file": 3,
+        "not read as .pdf": 1,
+        "not read as .jpg": 1,
+        "image without a mask": 1,
+        "mask without an image": 1,
+    }
+    assert any(all(name in note for name in ("02.png", "more.png", "notes.pdf", "00.jpg")) for note in data.notes)
+    data.bad.write(tmp_path / "bad_samples.csv")
+    assert "more.png" in (tmp_path / "bad_annotations.csv").read_text()
 
 
 def test_grey_images_and_masks_of_16_bits(tmp_path):

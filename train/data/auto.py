@@ -17,15 +17,15 @@ import numpy as np
 from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig, SegmentDataConfig
 from ...files import atomic
 from .coco import index_objects
-from .dense_transforms import IGNORE
 from .files import SPLIT_NAMES, UNREADABLE, Files, image_size, same_files
 from .formats import DETECTION, Found, find_boxes, first_names
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, encode_paths
+from .masks import value_table
 from .pairs import find_labels, find_masks
 
 SPLIT_FILE = "split.csv"  # of a run
-UNNAMED = re.compile(r"(class )?\d+|background|object")  # names that readers give to unnamed classes
+UNNAMED = re.compile(r"(class )?\d+|#[0-9a-f]{6}|background|object")  # names that readers give to unnamed classes
 
 
 @dataclass
@@ -208,7 +208,8 @@ def find_classes(data: DataConfig | SegmentDataConfig) -> list[str]:
     if data.classes is not None:
         return list(data.classes)  # `read_set` compares them with the data
     files = Files(_root(data))
-    return list((find_masks(files) if isinstance(data, SegmentDataConfig) else find_labels(files)).names.values())
+    found = find_masks(files, data) if isinstance(data, SegmentDataConfig) else find_labels(files)
+    return list(found.names.values())
 
 
 def _root(data: DataConfig | DenseDataConfig) -> Path:
@@ -239,7 +240,7 @@ def read_set(
         found = _choose_labels(find_labels(files), data.classes, train)
         keys = [entry["label"] for entry in found.images]
     else:
-        found = _choose_values(find_masks(files), data.classes, train)
+        found = _choose_values(find_masks(files, data), data.classes, train)
         keys = [0] * len(found.images)
     if not found.images:
         raise DataError(f"{files.root}: no usable image; {found.report}")
@@ -378,25 +379,19 @@ def index_labels(found: Found, numbers: np.ndarray, *, train: bool) -> Classific
 def _choose_values(found: Found, classes: Sequence[str] | None, strict: bool) -> Found:
     """Selects the classes `data.classes`; pixels of the others are ignored."""
     if classes is not None:
-        names = found.values or found.names
-        chosen = choose_names(classes, names, strict)
-        left = {key: name for key, name in names.items() if key not in chosen}
-        if left:
-            found.notes.append(f"pixels of other classes, ignored: {first_names([*left.values()], 5)}")
-        found.ignored += left if found.values else ()
-        found.values = chosen if found.values else {}
-        found.names = dict(enumerate(chosen.values()))
+        names = choose_names(classes, found.names, strict)
+        if left := [name for label, name in found.names.items() if label not in names]:
+            found.notes.append(f"pixels of other classes, ignored: {first_names(left, 5)}")
+        new = {name: names.get(label) for label, name in found.names.items()}
+        found.values = {value: new.get(name) for value, name in found.values.items()}
+        found.names = dict(enumerate(names.values()))
     return found
 
 
 def index_masks(found: Found, numbers: np.ndarray, *, train: bool) -> SegmentationIndex:
     """An index of the images ``numbers``."""
-    table = np.full(256, -1, np.int16)
-    table[found.ignored] = IGNORE
-    for label, value in enumerate(found.values):
-        if value >= 0:
-            table[value] = label
+    classes = tuple(found.names.values())
     paths, masks = (
         encode_paths([found.root / found.images[number][key] for number in numbers]) for key in ("file_name", "mask")
     )
-    return SegmentationIndex(paths=paths, masks=masks, table=table, classes=tuple(found.names.values()))
+    return SegmentationIndex(paths=paths, masks=masks, table=value_table(found.values, classes), classes=classes)

@@ -20,6 +20,7 @@ from .files import UNREADABLE
 from .formats import draw_shapes
 from .guard import DataError
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex
+from .masks import BadMask, read_values
 from .transforms import EvalTransform, TrainTransform, seeded
 
 ATTEMPTS = 10  # samples to try in place of an unreadable one
@@ -128,10 +129,6 @@ class DetectionDataset(DenseDataset):
         return sample | self.index.target(number) if self.train else sample
 
 
-class BadMask(ValueError):
-    """A mask of another size than its image, or whose pixels are not class numbers."""
-
-
 class SegmentationDataset(DenseDataset):
     """Images (uint8 ``[C, H, W]``) with their ``mask`` (uint8 ``[H, W]``: classes, 255 ignored)."""
 
@@ -156,27 +153,22 @@ def read_mask(path: str, table: np.ndarray) -> np.ndarray:
         table: see `SegmentationIndex`.
 
     Raises:
-        DataError: a value without a class: `data.classes` does not match the data.
-        BadMask: colours or floats. Grey stored as RGB is read as one channel.
-        OSError: an unreadable file.
+        DataError: a value without a class: `data.classes` or `data.values` does not match the data.
+        BadMask, OSError: as `read_values`.
     """
-    with Image.open(path) as file:
-        image = upright(file)
-        if image.mode in ("LA", "RGB", "RGBA"):
-            bands = np.asarray(image)
-            if (bands[..., :1] == bands[..., : 1 if image.mode == "LA" else 3]).all():
-                image = image.getchannel(0)
-        if image.mode not in ("L", "P", "1", "I", "I;16"):
-            raise BadMask(f"the mask {path} has {image.mode} pixels; classes need one channel of integers")
-        values = np.asarray(image)
-    inside = values.clip(0, 255)
+    colours = len(table) > 256
+    values = read_values(path, colours)
+    inside = values.clip(0, len(table) - 1)
     labels = table[inside]
     labels[values != inside] = -1
     if (labels < 0).any():
         wrong = np.unique(values[labels < 0]).tolist()
-        text = ", ".join(map(str, wrong[:5])) + (" ..." if len(wrong) > 5 else "")
+        named = [f"#{value:06x}" if colours else str(value) for value in wrong[:5]]
+        text, several = ", ".join(named) + (" ..." if len(wrong) > 5 else ""), "s" * (len(wrong) > 1)
+        if colours:
+            raise DataError(f"the mask {path} contains the colour{several} {text}, which data.values lacks")
         raise DataError(
-            f"the mask {path} contains the label{'s' * (len(wrong) > 1)} {text}, but data.classes has "
-            f"{table[table < IGNORE].max() + 1} (data.kind, data.classes)"
+            f"the mask {path} contains the label{several} {text}, but data.classes has "
+            f"{table[table < IGNORE].max() + 1} (data.kind, data.classes, data.values)"
         )
     return labels.astype(np.uint8)

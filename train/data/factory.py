@@ -393,6 +393,8 @@ def build_segmentation_data(
             index: Any = found.train if training else found.val
         else:
             index = masks.read_masks(root, data, masks.split_name(data, training), len(classes))
+            builder.notes += filter(None, [str(index.report)])
+        builder.bad.reports.append(index.report)
         index.exclude(builder.excluded, root)
         index.select(np.arange(len(index))[: builder.limit(training)])
         transform = segmentation_transform(config.augment, fill, data.antialias) if training else None

@@ -21,6 +21,8 @@ LIMITS = {".xml": 2**24, ".txt": 2**26, ".yaml": 2**20, ".json": 2**32, ".csv": 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # raised by Pillow for files that are damaged, truncated, or not images
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# of a mask's name after that of its image
+ENDINGS = re.compile(r"[_-](masks?|l|labels?|labelids|labeltrainids|seg|segmentation|gt|annotations?)$", re.IGNORECASE)
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])")
 
 

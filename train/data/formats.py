@@ -33,7 +33,7 @@ class Found:
             ``label`` for classification; with a ``mask`` for segmentation, the path of an image or of labelme's JSON.
         annotations: COCO's keys; VOC's also have ``difficult``.
         names: category id or label -> name.
-        values: value of a mask's pixels -> name; ``ignored``: values without a class.
+        values: value of a mask's pixels -> name, None for no class, as `data.values`.
         notes: decisions of the reader, for the log.
         report: files and objects that could not be used.
     """
@@ -43,8 +43,7 @@ class Found:
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
-    values: dict[int, str] = field(default_factory=dict)
-    ignored: list[int] = field(default_factory=lambda: [255])
+    values: dict[Any, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     report: Report = field(default_factory=lambda: Report(""))
 
@@ -151,7 +150,7 @@ def _join(
 def read_voc_files(files: Files) -> Found | None:
     """Reads an XML file per image, with any classes, in any folders. Corners are used as they are."""
     found, labels = Found("Pascal VOC XML", files.root), Counter[str]()
-    lists = _voc_lists(files)
+    lists = list_splits(files, "Main")
     pictures = Paths(p for p in files.images.all if not MASK_FOLDERS.search(str(PurePosixPath(p).parent)))
     entries, seen = [], False
     for path in files[".xml"]:
@@ -181,14 +180,15 @@ def read_voc_files(files: Files) -> Found | None:
     return _number_names(found, labels)
 
 
-def _voc_lists(files: Files) -> dict[str, str]:
-    """Image name -> split, from ImageSets/*/{train,val,test}.txt."""
+def list_splits(files: Files, task: str) -> dict[str, str]:
+    """Image name -> split by VOC's ``ImageSets/TASK/{train,val,test}.txt``; by other lists of ``ImageSets`` where there
+    are none of the task."""
+    places = [PurePosixPath(path) for path in files[".txt"]]
+    places = [place for place in places if "ImageSets" in place.parts and place.stem.lower() in SPLIT_NAMES]
     lists: dict[str, str] = {}
-    for path in files[".txt"]:
-        place = PurePosixPath(path)
-        if "ImageSets" in place.parts and place.stem.lower() in SPLIT_NAMES:
-            names = [line.split()[0] for line in files.text(path).splitlines() if line.strip()]
-            lists |= dict.fromkeys(names, SPLIT_NAMES[place.stem.lower()])
+    for place in [place for place in places if place.parent.name == task] or places:
+        names = [line.split()[0] for line in files.text(str(place)).splitlines() if line.strip()]
+        lists |= dict.fromkeys(names, SPLIT_NAMES[place.stem.lower()])
     return lists
 
 

@@ -64,7 +64,7 @@ class Index:
 
     def open(self, number: int) -> IO[bytes]:
         """Opens the image file of a sample; raises OSError."""
-        return open(self.paths[number], "rb")
+        return open(self.name(number), "rb")
 
     def select(self, keep: np.ndarray) -> None:
         """Keeps the samples numbered ``keep``, in this order."""
@@ -99,7 +99,9 @@ class SegmentationIndex(Index):
     """Images with a class for each pixel."""
 
     masks: np.ndarray  # bytes [N]: paths
-    table: np.ndarray  # int16 [256]: the class of each value of a mask file; 255 for none, -1 for no label
+    # int16 [256]: the class of each value of a mask file; [2**24]: of each colour, as 0xRRGGBB; 255 for none, -1 for
+    # a value that is no label
+    table: np.ndarray
     classes: tuple[str, ...] = ()  # for masks drawn from labelme's shapes
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "masks")
 

@@ -3,16 +3,18 @@ the images or in another folder, or labelme's shapes)."""
 
 import csv
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .files import SPLIT_NAMES, UNREADABLE, Files, Paths, split_of
-from .formats import Found, read_labelme_files
+from ...configs.schema import SegmentDataConfig
+from .files import ENDINGS, SPLIT_NAMES, UNREADABLE, Files, Paths, split_of
+from .formats import Found, first_names, list_splits, read_labelme_files
 from .guard import DataError
+from .masks import SAMPLED, BadMask, read_values
 
 # ---- classification
 
@@ -111,21 +113,26 @@ def _named(found: Found) -> Found:
 
 # ---- segmentation
 
-ENDINGS = re.compile(r"[_-](masks?|l|labels?|labelids|labeltrainids|seg|segmentation|gt|annotations?)$", re.IGNORECASE)
 INSTANCES = re.compile(r"SegmentationObject|instance", re.IGNORECASE)
 COLOURS = 64  # most distinct values of a mask
-SAMPLED = 200  # masks whose values are read
+VOC_BORDER = "#e0e0c0"  # around the objects of Pascal VOC's masks in colour
 
 
-def find_masks(files: Files) -> Found:
+def find_masks(files: Files, data: SegmentDataConfig | None = None) -> Found:
     """Finds images and masks by content (files with few distinct values are masks), else labelme's shapes.
 
+    Args:
+        data: with ``values`` and ``ignore_label``, if they are given; None: both are found in the masks.
+
     Raises:
-        DataError: there is neither, or an image has two masks.
+        DataError: there is neither, an image has two masks, or ``data.values`` lacks a value.
     """
-    found = _read_pairs(files) or read_labelme_files(files)
+    found = _read_pairs(files, data or SegmentDataConfig(kind="auto")) or read_labelme_files(files)
     if found is None:
-        raise DataError(f"{files.root} has neither masks for its images nor labelme's JSON files (data.kind=auto)")
+        raise DataError(
+            f"{files.root} has neither masks for its images nor labelme's JSON files (data.kind=auto); masks with more "
+            f"than {COLOURS} colours need data.kind=folder and data.values"
+        )
     found.report.source = str(files.root)
     if found.annotations:
         labels = sorted(set(found.names.values()) - {"background", "_background_"})
@@ -133,7 +140,7 @@ def find_masks(files: Files) -> Found:
     return found
 
 
-def _read_pairs(files: Files) -> Found | None:
+def _read_pairs(files: Files, data: SegmentDataConfig) -> Found | None:
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for path in files.images.all:
         place = PurePosixPath(path)
@@ -157,11 +164,13 @@ def _read_pairs(files: Files) -> Found | None:
                 taken[image] = path
     if without := [path for path in pictures.all if path not in taken]:
         found.report.rows += [(path, None, "image without a mask") for path in without]
+    lists = list_splits(files, "Segmentation")
     for image, mask in sorted(taken.items()):
-        found.images.append({"id": len(found.images), "file_name": image, "split": split_of(image), "mask": mask})
+        split = lists.get(PurePosixPath(image).stem) or split_of(image)
+        found.images.append({"id": len(found.images), "file_name": image, "split": split, "mask": mask})
     if not found.images:
         return None
-    _name_values(found, files)
+    _name_values(found, files, data)
     return found
 
 
@@ -181,52 +190,96 @@ def _are_masks(files: Files, paths: list[str]) -> bool:
     return bool(counts) and max(counts) <= COLOURS
 
 
-def mask_values(files: Files, paths: list[str]) -> Counter[int]:
-    """Value -> number of masks that contain it, over at most `SAMPLED` masks.
+def mask_values(files: Files, paths: list[str], colours: bool) -> dict[int | str, list[str]] | None:
+    """Value (a key of `data.values`) -> the masks that contain it, of at most `SAMPLED` masks; None for colours, unless
+    they are asked for.
 
     Raises:
-        DataError: a mask of colours.
+        DataError: pixels that are neither.
     """
-    count: Counter[int] = Counter()
-    step = -(-len(paths) // SAMPLED)
-    for path in paths[::step]:
+    held: dict[int | str, list[str]] = defaultdict(list)
+    for path in paths[:: -(-len(paths) // SAMPLED)]:
         try:
-            with Image.open(files.root / path) as image:
-                values = np.asarray(image)
+            values = np.unique(read_values(files.root / path, colours)).tolist()
+        except BadMask as error:
+            if not colours:
+                return None
+            raise DataError(str(error)) from None
         except UNREADABLE:
             continue
-        if values.ndim == 3:
-            if (values[..., :1] != values[..., :3]).any():
-                raise DataError(f"the mask {path} contains colours, not class numbers (data.kind=auto)")
-            values = values[..., 0]
-        count.update(np.unique(values).tolist())
-    return count
+        for value in values:
+            held[f"#{value:06x}" if colours else value].append(path)
+    return dict(sorted(held.items()))
 
 
-def _name_values(found: Found, files: Files) -> None:
-    """Names the mask values by a table or list in the folder, else by number; 0 is the background."""
-    values = mask_values(files, [entry["mask"] for entry in found.images])
-    wrong = [value for value in values if not 0 <= value <= 255]
+def _name_values(found: Found, files: Files, data: SegmentDataConfig) -> None:
+    """Names the mask values by `data.values`, else by a table or list in the folder, else by number; 0 and black are
+    the background."""
+    paths, names = [entry["mask"] for entry in found.images], _written_colours(files)
+    held = mask_values(files, paths, colours=True) if names else None
+    if held is None or not set(held) <= set(names):
+        held = mask_values(files, paths, colours=False) or mask_values(files, paths, colours=True) or {}
+    grey = not any(isinstance(value, str) for value in held)
+    ignored = {data.ignore_label: None} if grey else {}
+    if data.values is not None:
+        if not grey or any(isinstance(value, str) and value != "other" for value in data.values):
+            held, ignored = mask_values(files, paths, colours=True) or {}, {}
+        found.values = data.values | {value: None for value in ignored if value not in data.values}
+        if "other" not in data.values and (wrong := [value for value in held if value not in found.values]):
+            first = first_names(list(dict.fromkeys(path for value in wrong for path in held[value])))
+            raise DataError(f"masks contain {first_names([*map(str, wrong)], 5)}, which data.values lacks: {first}")
+    else:
+        found.values = _own_names(found, files, held, names if not grey else _written_names(files), data)
+    found.names = dict(enumerate(dict.fromkeys(name for name in found.values.values() if name is not None)))
+
+
+def _own_names(
+    found: Found, files: Files, held: dict[Any, list[str]], names: dict[Any, str], data: SegmentDataConfig
+) -> dict[Any, str | None]:
+    wrong = [value for value in held if isinstance(value, int) and not 0 <= value <= 255]
     if wrong:
         raise DataError(f"masks contain {wrong[:5]}; classes are 0 to 254, and 255 is ignored")
-    names = _written_names(files)
-    if set(values) <= {0, 255} and 255 in values:
+    if {0, 255} >= set(held) >= {255} and data.ignore_label == 255:
         found.notes.append("masks contain 0 and 255: taken as background and object")
-        found.values = {0: "background", 255: names.get(255) or names.get(1, "object")}
-    else:
-        found.values = {v: names.get(v, f"class {v}" if v else "background") for v in sorted(values) if v != 255}
-    if unnamed := [value for value in found.values if value not in names]:
-        found.notes.append(f"mask values without a name in any file: {', '.join(map(str, unnamed[:8]))}")
-    found.names = dict(enumerate(found.values.values()))
+        return {0: "background", 255: names.get(255) or names.get(1, "object")}
+    values: dict[Any, str | None] = {}
+    for value in held:
+        usual = "background" if value in (0, "#000000") else value if isinstance(value, str) else f"class {value}"
+        values[value] = names.get(value, usual)
+    if isinstance(next(iter(held), 0), int):
+        values[data.ignore_label] = None
+        values |= {0: None} if data.reduce_zero_label else {}
+    elif VOC_BORDER in values and VOC_BORDER not in names:
+        values[VOC_BORDER] = None
+        found.notes.append(f"{VOC_BORDER}, the colour of Pascal VOC's borders, is no class")
+    if unnamed := [str(value) for value, name in values.items() if value not in names and name is not None]:
+        found.notes.append(f"mask values without a name in any file: {first_names(unnamed, 8)} (data.values)")
+    return values
 
 
 def _written_names(files: Files) -> dict[int, str]:
-    """Value -> name, from Roboflow's _classes.csv, classes.txt or labels.txt."""
+    """Value -> name, from Roboflow's _classes.csv, classes.txt, class_names.txt or labels.txt."""
     for path in files[".csv"]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(files.text(path).splitlines())]
         if rows and [cell.lower() for cell in rows[0]] == ["pixel value", "class"]:
             return {int(row[0]): row[1] for row in rows[1:] if len(row) == 2 and row[0].isdecimal()}
     for path in files[".txt"]:
-        if Path(path).name in ("classes.txt", "labels.txt"):
+        if Path(path).name in ("classes.txt", "class_names.txt", "labels.txt"):
             return dict(enumerate(line.strip() for line in files.text(path).splitlines() if line.strip()))
+    return {}
+
+
+_NUMBERS = r"(\d{1,3})[,;\s]+(\d{1,3})[,;\s]+(\d{1,3})"
+_COLOUR = re.compile(rf"([^:,;\t]+)[:,;\t]\s*{_NUMBERS}(?!\d)|{_NUMBERS}[:,;\s]+([^:,;\t]+)")
+
+
+def _written_colours(files: Files) -> dict[str, str]:
+    """Colour -> name, from CVAT's labelmap.txt, CamVid's class_dict.csv or label_colors.txt and the like."""
+    for path in (*files[".txt"], *files[".csv"]):
+        if re.search(r"label_?map|colou?r|class_?dict", PurePosixPath(path).stem, re.IGNORECASE):
+            found = filter(None, map(_COLOUR.match, files.text(path).splitlines()))
+            rows = [tuple(filter(None, match.groups())) for match in found]
+            pairs = [(row[1:], row[0]) if row[-1].isdecimal() else (row[:3], row[3]) for row in rows]
+            colours = [(tuple(map(int, colour)), name.strip()) for colour, name in pairs]
+            return {"#" + bytes(colour).hex(): name for colour, name in colours if max(colour) < 256}
     return {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 
 from ...backbones.images import to_mode, upright
@@ -75,6 +76,9 @@ def survey(root: str | Path, overrides: Sequence[str] = (), task: str | None = N
     count = len(bad.rows) + sum("cannot be opened" in reason for *_, reason in data.found.report.rows)
     if count > config.data.max_bad_fraction * len(data.found.images):
         result.wrong.append(f"{count:,} images can't be read, more than data.max_bad_fraction allows")
+    if values := data.found.values:
+        text = yaml.safe_dump(values, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+        result.lines.append(f"masks: data.values={text.strip()}")
     _classes(result, parts)
     _odd(result, parts, bad, Files(Path(root)))
     return result
