@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ascan, care, halonet, maxvit, nat, overlock
+from . import ascan, care, halonet, maxvit, nat, overlock, van
 
-_MODULES = (nat, halonet, care, maxvit, overlock, ascan)
+_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van)
 
 
 def list_models() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
@@ -26,7 +26,7 @@ from ..kernels import (
     neighborhood_mix,
 )
 from ..kernels.tracing import is_dynamic, without_size_guards
-from .layers import fx_leaf, is_plain, refuse_scripting, shortfall
+from .layers import channels_last, fx_leaf, is_plain, refuse_scripting, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -35,6 +35,25 @@ def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
     if is_dynamic(H, W):
         return B, H, W, C
     return B, operator.index(H), operator.index(W), C
+
+
+@fx_leaf
+def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
+    """On a CPU ``x`` ``[B, C, H, W]`` in that memory format; of a dynamic shape not: whether a map lies in memory so,
+    an exporter decides by whether it is of one row."""
+    if x.device.type != "cpu" or is_dynamic(*x.shape[2:]):
+        return x
+    return channels_last(x)
+
+
+class ChannelNorm(LayerNorm2d):
+    """LayerNorm over the channels of ``[B, C, H, W]``."""
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        # it permutes to channels-last; exporters guard on a single row to decide the memory format
+        return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
 
 
 class NeighborhoodAttention2d(nn.Module):

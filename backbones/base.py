@@ -289,7 +289,8 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, as a new dict with the names of a bare model.
 
     Removes a ``state_dict`` or ``model`` around the tensors, and the prefixes of ``DistributedDataParallel`` and
-    ``features_only``. For a detector or segmenter, keeps only the ``backbone.``.
+    ``features_only``. For a detector or segmenter, keeps only the ``backbone.``; of an MMPretrain classifier also its
+    ``head.fc``, as ``head``.
     """
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
@@ -298,6 +299,8 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
         if checkpoint and all(name.startswith(prefix) for name in checkpoint):
             checkpoint = {name[len(prefix) :]: value for name, value in checkpoint.items()}
     backbone = {name[9:]: value for name, value in checkpoint.items() if name.startswith("backbone.")}
+    if backbone:
+        backbone |= {f"head.{name[8:]}": value for name, value in checkpoint.items() if name.startswith("head.fc.")}
     return backbone or dict(checkpoint)
 
 

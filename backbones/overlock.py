@@ -32,9 +32,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .attention import context_mixing, is_dynamic
+from .attention import ChannelNorm, channels_last_on_cpu, context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Blocks, average_pool, channels_last, check_foldable, drop_path_rates, fx_leaf, is_fixed, is_plain
+from .layers import Blocks, average_pool, check_foldable, drop_path_rates, fx_leaf, is_fixed, is_plain
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -126,16 +126,6 @@ class ResDWConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + super().forward(x)
-
-
-class ChannelNorm(LayerNorm2d):
-    """LayerNorm over the channels of ``[B, C, H, W]``."""
-
-    @fx_leaf
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x)
-        # it permutes to channels-last; exporters guard on a single row to decide the memory format
-        return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
 
 
 class LayerScale(nn.Module):
@@ -380,15 +370,6 @@ class ContextDownsample(nn.Module):
         return torch.cat([self.x_proj(x), self.h_proj(context)], 1)
 
 
-@fx_leaf
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    """On a CPU ``x`` in that memory format; of a dynamic shape not: whether a map lies in memory so, an exporter
-    decides by whether it is of one row."""
-    if x.device.type != "cpu" or is_dynamic(*x.shape[2:]):
-        return x
-    return channels_last(x)
-
-
 def _conv_bn(dim: int, dim_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(dim, dim_out, 3, stride, 1, bias=False), nn.BatchNorm2d(dim_out))
 
@@ -595,7 +576,7 @@ class OverLoCK(Backbone):
 
     def _stages(self, x: torch.Tensor, last: int = 3) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """The maps of the stages up to ``last``, and the overview-net's ``[B, embed_dims[3], h, w]`` if it ran."""
-        maps, overview = [self.blocks1(self.patch_embed1(_channels_last(x)))], None
+        maps, overview = [self.blocks1(self.patch_embed1(channels_last_on_cpu(x)))], None
         if last >= 1:
             maps.append(self.blocks2(self.patch_embed2(maps[0])))
         if last >= 2:

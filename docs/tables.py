@@ -21,6 +21,7 @@ FAMILIES = {
     "overlock": "OverLoCK",
     "ascan": "AsCAN",
     "care": "CARE",
+    "van": "VAN",
     "a3fpn": "A3-FPN",
 }
 

@@ -369,7 +369,7 @@ def export(
     ] = None,
     dynamic: Annotated[
         bool,
-        typer.Option("--dynamic", help="Dynamic height and width, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE."),
+        typer.Option("--dynamic", help="Dynamic height and width, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE, VAN."),
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: image size.")] = None,
     score: Annotated[

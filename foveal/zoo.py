@@ -14,7 +14,19 @@ from typing import Any
 
 from .figures import FILE, Figures, figures, write
 
-FAMILIES = ("NAT", "DiNAT", "DiNAT_s", "isotropic", "HaloNet", "HaloNet hybrid", "MaxViT", "OverLoCK", "CARE", "AsCAN")
+FAMILIES = (
+    "NAT",
+    "DiNAT",
+    "DiNAT_s",
+    "isotropic",
+    "HaloNet",
+    "HaloNet hybrid",
+    "MaxViT",
+    "OverLoCK",
+    "CARE",
+    "AsCAN",
+    "VAN",
+)
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of
 # microsoft/Swin-Transformer, facebookresearch/ConvNeXt and dingmyu/davit.

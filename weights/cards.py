@@ -32,7 +32,7 @@ KEY_FORMATS = {
     "timm": "timm's models",
     "foveal": "this package's models",
     "transformers": "transformers",
-    "mmdet": "mmdetection or mmsegmentation",
+    "mmdet": "mmdetection, mmsegmentation or mmpretrain",
     "detectron2": "detectron2",
 }
 # The heads that `foveal convert` supports: prefix of the tags of published files, and name of the builder.

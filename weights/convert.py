@@ -260,24 +260,32 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
     Raises:
         ValueError: it describes several; the message has them.
     """
-    families = {"nat": "NAT", "dinat": "DiNAT"}
+    families = {"nat": "NAT", "dinat": "DiNAT", "van": "VAN"}
     found = []
     for name in list_models():
         if family(name) == families.get(content["model_type"]) and not name.startswith("test_"):
             with torch.device("meta"):
-                levels: Any = timm.create_model(name).levels
-            attention = [[block.attn for block in level.blocks] for level in levels]
-            first = attention[0][0]
-            theirs = {
-                "depths": [len(level) for level in attention],
-                "embed_dim": first.num_heads * first.head_dim,
-                "kernel_size": first.kernel_size[0],
-                "dilations": [[each.dilation for each in level] for level in attention],
-            }
-            if content["model_type"] == "nat":
-                del theirs["dilations"]
+                model: Any = timm.create_model(name)
+            theirs = _for_transformers(model, content["model_type"])
             found += [name] * all(content.get(key) == value for key, value in theirs.items())
     return _only(config, found) if found else None
+
+
+def _for_transformers(model: Any, model_type: str) -> dict[str, Any]:
+    """What tells a model from others of its family in a config.json of transformers."""
+    if model_type == "van":
+        widths = [info["num_chs"] for info in model.feature_info]
+        return {"depths": [len(stage.blocks) for stage in model.stages], "hidden_sizes": widths}
+    attention = [[block.attn for block in level.blocks] for level in model.levels]
+    first = attention[0][0]
+    theirs = {
+        "depths": [len(level) for level in attention],
+        "embed_dim": first.num_heads * first.head_dim,
+        "kernel_size": first.kernel_size[0],
+    }
+    if model_type == "dinat":
+        theirs["dilations"] = [[each.dilation for each in level] for level in attention]
+    return theirs
 
 
 def _is_file_of(file: Path, checkpoint: Checkpoint) -> bool:
@@ -312,7 +320,7 @@ def _converted(
     inside = names.backbone_names(plain)
     body = {name: value for name, value in state.items() if bare(name) in inside}
     heads = Counter(bare(name).removeprefix(names.BACKBONE).partition(".")[0] for name in state if name not in body)
-    is_dense = bool(body) or names.has_level_norms(state)
+    is_dense = names.has_level_norms(state) or (bool(body) and not names.of_mmpretrain(plain))
     if backbone and not is_dense:
         raise ValueError("not a detector or segmenter: leave out --backbone")
     classifier = not (is_dense or arguments.get("features_only"))
@@ -353,7 +361,8 @@ def _single(
             f"config.json has the dilations {source.dilations}, {source.architecture} has {own}: choose another model, "
             "or --set dilations=..."
         )
-    result, _ = names.fitted(state, inner, names.of_family(inner, source.architecture), lambda name: False)
+    translate = names.of_family(inner, source.architecture)
+    result, dropped = names.fitted(state, inner, translate, names.unused_by_classifiers)
     _load(inner, result)
     config = _config(net, source, arguments)
     if statistics:
@@ -364,7 +373,8 @@ def _single(
         write_json(folder / "config.json", config)
 
     description = f"{source.architecture}, a {'backbone' if features else 'classifier'}"
-    return ConvertedModel(inner, net, arguments, state, description, write, heads or {})
+    used = {name: value for name, value in state.items() if name not in dropped}
+    return ConvertedModel(inner, net, arguments, used, description, write, heads or {}, dropped)
 
 
 def _dense(

@@ -53,16 +53,24 @@ def backbone_names(names: Iterable[str]) -> dict[str, str]:
     return {name: BACKBONE + name[len(prefix) :] for name in names if name.startswith(prefix)}
 
 
+def of_mmpretrain(names: Iterable[str]) -> bool:
+    """Whether these are of a classifier of MMPretrain: a backbone and one Linear."""
+    rest = [name for name in names if not name.startswith(BACKBONE)]
+    return bool(rest) and all(name.startswith("head.fc.") for name in rest)
+
+
 def has_level_norms(names: Iterable[str]) -> bool:
     """Whether there is a norm for each level, which only the backbones of dense models have."""
     starts = ("extra_norm.", "hidden_states_norms.", *(f"norm{i}." for i in range(4)))
-    return any(bare(name).startswith(starts) for name in names)
+    names = [bare(name) for name in names]
+    closes_stages = any(name.startswith("norm4.") for name in names)  # those of VAN begin with norm1
+    return not closes_stages and any(name.startswith(starts) for name in names)
 
 
 def key_format(names: Iterable[str], architecture: str) -> str:
     """The format of the names, one of `cards.KEY_FORMATS`."""
     names = [bare(name) for name in names]
-    if any("patch_embeddings.projection" in name for name in names):
+    if any("patch_embeddings.projection" in name or name.startswith("van.encoder.") for name in names):
         return "transformers"
     if any(name.startswith(("backbone.bottom_up.", "sem_seg_head.", "roi_heads.", "criterion.")) for name in names):
         return "detectron2"
@@ -123,6 +131,12 @@ def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
 def without_getter(model: Any) -> Any:
     """The backbone inside timm's wrapper for models that return feature maps."""
     return model.model if type(model).__name__ == "FeatureGetterNet" else model
+
+
+def unused_by_classifiers(name: str) -> bool:
+    """Whether a tensor of a classifier is used nowhere, and so need not be used here: transformers' VAN has one norm
+    too many."""
+    return bare(name).startswith("van.layernorm.")
 
 
 def may_be_unused(name: str) -> bool:

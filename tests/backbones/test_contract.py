@@ -54,6 +54,7 @@ SMALL = {
         attention_dropout=False,
         tables=("rpb1", "rpb2"),
     ),
+    "van": Case("test_foveal_van", {}, level_norms=False, attention_dropout=False, tables=None),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels

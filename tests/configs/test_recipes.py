@@ -46,7 +46,7 @@ def test_recipe_builds(name):
 
 
 # the smallest model of a kind, by what its names hold
-TINY = {name: f"test_foveal_{name}" for name in ("overlock", "maxvit", "ascan", "care", "dinat")}
+TINY = {name: f"test_foveal_{name}" for name in ("overlock", "maxvit", "ascan", "care", "dinat", "van")}
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
 SMALL = {
@@ -64,7 +64,17 @@ def tiny(config) -> str:
 
 FURTHER = (pytest.mark.slow, pytest.mark.long)
 ONE_OF_EACH = (
-    *("care_s0", "halo_h0", "maxvit_tiny_224", "overlock_xt", "ascan_tiny", "dinat_mini", "dinat_large_384", "digits"),
+    *(
+        "care_s0",
+        "halo_h0",
+        "maxvit_tiny_224",
+        "overlock_xt",
+        "ascan_tiny",
+        "dinat_mini",
+        "dinat_large_384",
+        "van_b0",
+        "digits",
+    ),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
 )
 
@@ -412,7 +422,7 @@ def test_every_model_has_its_imagenet_recipe(model):
 
 
 # What the authors of each model published hyper-parameters of. Not here: panoptic segmentation with DiNAT-L, for which
-# there is no task; MaxViT's and CARE's detectors, CARE's and AsCAN's segmenters, of which scores alone are known.
+# there is no task; detectors of MaxViT, CARE and VAN, segmenters of CARE and AsCAN, of which scores alone are known.
 SIZES = ("mini", "tiny", "small", "base", "large")
 PUBLISHED = [
     *(f"detect/{kind}_{size}_mask_rcnn_3x" for kind in ("nat", "dinat") for size in SIZES[:3]),
@@ -429,6 +439,8 @@ PUBLISHED = [
     *(f"segment/dinat_{size}_upernet_ade20k" for size in SIZES),
     *(f"segment/dinat_s_{size}_upernet_ade20k" for size in SIZES[1:]),
     *(f"segment/overlock_{size}_upernet_ade20k" for size in "tsb"),
+    *(f"segment/van_b{size}_upernet_ade20k" for size in range(7)),
+    *(f"segment/van_b{size}_semantic_fpn_ade20k" for size in range(4)),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),
     *(f"segment/resnet50_a3fpn_{head}_cityscapes" for head in ("upernet", "mask2former")),
 ]

@@ -19,9 +19,10 @@ from ..heads.published_names import from_published
 HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS))
-# every case with both backends of the operations; CARE uses neither operation
-RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith("care") else ["reference", "tiled"])]
-LIMIT = 1e-4  # largest difference, relative to the largest golden value
+# every case with both backends of the operations, except where the family uses neither operation
+NEITHER = ("care", "van")
+RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
+LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
 
 
 def normal(name: str, shape: list[int]) -> torch.Tensor:
@@ -90,7 +91,7 @@ def test_published_outputs(case, backend):
         channels = meta.get("channels", {}).get(f"feature{i}", range(16))
         errors[f"feature{i}"] = error(kept(f"feature{i}", x[:, list(channels)]), want[f"feature{i}"])
     assert set(errors) == set(want)
-    assert max(errors.values()) < LIMIT, errors
+    assert max(errors.values()) < meta.get("limit", LIMIT), errors
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "nat_" in name], indirect=True)

@@ -88,6 +88,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     ),
     "ascan": ("test_foveal_ascan", {}, tiny("test_foveal_ascan")),
     "care": ("test_foveal_care", {}, tiny("test_foveal_care")),
+    "van": ("test_foveal_van", {}, tiny("test_foveal_van")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
@@ -171,6 +172,38 @@ def test_timm_alone_reads_the_folder(form: str, tmp_path: Path) -> None:
     expected = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
     got = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(output_of(got), output_of(expected))
+
+
+def mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """VAN of the authors under the names of MMPretrain, by its classes."""
+    names = {".proj.": ".projection.", "block": "blocks", ".conv0.": ".DW_conv.", ".conv_spatial.": ".DW_D_conv."}
+    result = {}
+    for name, value in state.items():
+        for theirs, renamed in (names | {".dwconv.dwconv.": ".dwconv."}).items():
+            name = name.replace(theirs, renamed)
+        result[f"head.fc.{name[5:]}" if name.startswith("head.") else f"backbone.{name}"] = value
+    return result
+
+
+RENAMED = {
+    "van": ("van_b0", "authors", lambda: filler.published("van_b0")),
+    "van of transformers": ("van_b0", "transformers", lambda: filler.published("van_b0_hf_96x128")),
+    "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
+}
+
+
+@pytest.mark.parametrize("form", RENAMED)
+def test_formats_with_other_names(form: str, tmp_path: Path) -> None:
+    name, keys, make = RENAMED[form]
+    state = make()
+    file = write(tmp_path / "theirs", "checkpoint.pth", state)
+    done = convert(file, tmp_path / "ours", model=name)
+    assert done.record["keys"] == keys
+    unused = {key: value for key, value in state.items() if key.startswith("van.layernorm.")}
+    assert done.record["dropped"] == [*unused]
+    same(restore(done.folder), {key: value for key, value in state.items() if key not in unused})
+    assert foveal.load(done.folder).num_classes == 1000
+    assert all(check.passed for check in verify(done.folder))
 
 
 @pytest.mark.parametrize("layer_scale", [0.0, 1e-5])
@@ -504,6 +537,8 @@ def test_the_model_of_a_folder_of_transformers(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     assert converting._of_transformers({"model_type": "nat", **config}, file) == "nat_mini"
     assert converting._of_transformers({"model_type": "dinat", "dilations": dilations, **config}, file) == "dinat_mini"
+    van = {"model_type": "van", "hidden_sizes": [64, 128, 320, 512], "depths": [3, 3, 12, 3]}
+    assert converting._of_transformers(van, file) == "van_b2"
     assert converting._of_transformers({"model_type": "nat", **config, "embed_dim": 8}, file) is None
     with pytest.raises(ValueError, match=r"x\.pth.*--model"):
         converting._locate(write(tmp_path, "x.pth", {"a": torch.ones(1)}), None)

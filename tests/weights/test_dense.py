@@ -21,6 +21,7 @@ from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
+from ..backbones.test_van import authors as van_authors
 from ..heads.published_names import to_mmseg
 from . import filler
 
@@ -294,6 +295,7 @@ UPERNETS = {
     "nat": ("test_foveal_nat", "fpn"),
     "overlock, without the auxiliary head": ("test_foveal_overlock", "fpn"),
     "nat, a3fpn": ("test_foveal_nat", "a3fpn"),
+    "van, the authors' names": ("test_foveal_van", "fpn"),
 }
 
 
@@ -307,7 +309,8 @@ def test_upernet(form: str, tmp_path: Path) -> None:
     model = build_segmenter(name, "upernet", neck, num_classes=5, auxiliary=auxiliary, **sizes).eval()
     model.load_state_dict(filler.of(model))
     state = to_mmseg({key: x for key, x in model.state_dict().items() if not key.startswith("head.neck.columns")})
-    state |= {f"backbone.{key}": x for key, x in model.backbone.body.model.state_dict().items()}
+    named = van_authors if name == "test_foveal_van" else str
+    state |= {f"backbone.{named(key)}": x for key, x in model.backbone.body.model.state_dict().items()}
     if neck == "a3fpn":
         channels = (*model.backbone.spec.channels[:3], 64)
         own = a3fpn_of_segmenter(channels, 64)

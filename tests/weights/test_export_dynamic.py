@@ -26,6 +26,7 @@ SMALL = {
         dict(embed_dim=8, depths=(1, 0, 0, 1), num_heads=(1, 1, 1, 2), kernel_size=3, dilations=[[2], [], [], [1]]),
     ),
     "care": ("test_foveal_care", {}),
+    "van": ("test_foveal_van", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

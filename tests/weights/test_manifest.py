@@ -34,6 +34,8 @@ def test_what_is_there() -> None:
         ("overlock", "detect"): 6,
         ("overlock", "segment"): 3,
         ("care", "classify"): 3,
+        ("van", "classify"): 8,
+        ("van", "segment"): 6,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -51,7 +53,7 @@ def test_classifiers_are_as_their_cfgs_say(name: str) -> None:
         assert cfg.pool_size == tuple(size // (16 if "isotropic" in name else 32) for size in cfg.input_size[1:])
     places = {cfg.url or "", f"hf://{cfg.hf_hub_id}" if cfg.hf_hub_id else ""} - {""}
     assert places == set(checkpoint.addresses)
-    assert bool(cfg.has_weights) == bool(checkpoint.addresses) == (checkpoint.family != "care")
+    assert bool(cfg.has_weights) == bool(checkpoint.addresses) == (checkpoint.page is None)
 
 
 def test_the_hub_comes_after_the_authors() -> None:
@@ -105,11 +107,18 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights/",
         "https://github.com/LMMMEng/OverLoCK/releases/download/v1/",
         "https://huggingface.co/Q-M-E/A3-FPN/resolve/main/",
+        "https://huggingface.co/Visual-Attention-Network/VAN-",
+        "https://cloud.tsinghua.edu.cn/f/",
         "hf://timm/",
         "hf://shi-labs/",
+        "hf://Visual-Attention-Network/van-",
+    )
+    by_hand = (
+        "https://drive.google.com/drive/folders/1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf",
+        "https://cloud.tsinghua.edu.cn/d/0100f0cea37d41ba8d08/",
     )
     for each in ALL.values():
-        assert each.addresses or each.page == "https://drive.google.com/drive/folders/1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf"
+        assert each.addresses or each.page in by_hand
         for address in each.addresses:
             assert address.startswith(starts)
     assert ALL["maxvit_xlarge_512.in21k_ft_in1k"].original.endswith("/maxvitxlarge/i21k_i1k/512")
