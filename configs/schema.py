@@ -1,14 +1,13 @@
 """The schema of a training recipe, and the strict loader of its YAML files.
 
-A recipe is a short YAML file. It may name others under ``base:`` (files relative to itself, or shipped recipes by
-name), read first; its own values, and then the ``key=value`` pairs of the command line, override them. Mappings merge,
-lists replace lists. A key that the schema does not know, or a value it does not allow, is a :class:`ConfigError` that
-names the key, the file, the value and the nearest valid key. What depends on another value is written as a fraction of
-it, never as a second number.
+A recipe is a short YAML file. Its ``base:`` lists recipes to read first (files relative to it, or shipped recipes by
+name); its own values override theirs, and ``key=value`` pairs of the command line override both. Mappings are merged,
+lists are replaced. An unknown key or invalid value raises a `ConfigError` with the key, the file, the value and the
+nearest valid key. Values that depend on others are fractions of them.
 
-A key whose type is text takes its text as it stands: ``output=2024_05_01`` is no number and ``classes: [no, yes]`` are
-two names. In paths a leading ``~`` is the home folder and ``${NAME}`` an environment variable, if there is one. Only
-the values of the free mappings (``model.kwargs``) are typed by YAML's rules.
+Text values are taken literally: ``output=2024_05_01`` is not a number, and ``classes: [no, yes]`` are two names. In
+paths, a leading ``~`` is the home folder and ``${NAME}`` an environment variable, if it is set. YAML's types apply only
+to values of free mappings (``model.kwargs``).
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ from ..files import atomic
 RECIPES = Path(__file__).parent
 COMMAND_LINE = "command line"
 
-# Keys of earlier recipes. Each is read as the new one where a schema has the new one and not the old.
+# Former keys -> present ones, for schemas that have the present key and not the former.
 OLD_KEYS = {
     "train.accumulate": "train.grad_accum_steps",
     "train.eval_every": "train.eval_interval",
@@ -67,8 +66,7 @@ OLD_KEYS = {
 
 
 class Problems:
-    """Collects what is wrong with a recipe: a ValueError inside ``with problems:`` is kept, and the program goes on
-    behind it."""
+    """Collects the errors of a recipe: ``with problems:`` stores a ValueError and continues after the block."""
 
     def __init__(self) -> None:
         self.found: list[ValueError] = []
@@ -82,7 +80,7 @@ class Problems:
         return isinstance(error, ValueError)
 
     def raise_all(self) -> None:
-        """Raises the error that was kept; of several, a `ConfigError` with a line each."""
+        """Raises the stored error; for several, a `ConfigError` with a line each."""
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
@@ -93,14 +91,14 @@ class Problems:
 
 SCHEMA = ConfigDict(extra="forbid", allow_inf_nan=False)
 Probability = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropping something, or of an average
+Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropout or averaging
 IntPair = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 FloatPair = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 RatePair = Annotated[list[Rate], Field(min_length=2, max_length=2)]
 
 
 def expand_path(path: str) -> str:
-    """The path with a leading ``~`` and each ``${NAME}`` of a variable that is set replaced; the rest is text."""
+    """Expands a leading ``~``, and each ``${NAME}`` of a variable that is set."""
     return os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), path))
 
 
@@ -108,83 +106,83 @@ PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 def _list(*values: Any) -> Any:
-    """A field whose default is a list of ``values``."""
+    """A field with the list of ``values`` as default."""
     return field(default_factory=lambda: list(values))
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class OptimConfig:
-    """Any optimizer of timm by name. Biases, norms and the model's ``no_weight_decay`` names are not decayed."""
+    """An optimizer of timm. Biases, norms and the model's ``no_weight_decay`` names are not decayed."""
 
     name: str = "adamw"
     lr: PositiveFloat = 1e-3
-    lr_batch: PositiveInt | None = None  # `lr` is for this global batch and scales linearly; null: as written
+    lr_batch: PositiveInt | None = None  # global batch size of `lr`, which is scaled linearly; null: no scaling
     weight_decay: NonNegativeFloat = 0.05
     betas: RatePair | None = None
     eps: PositiveFloat | None = None
     momentum: float = 0.9
     layer_decay: float | None = None
-    clip_grad: PositiveFloat | None = None  # largest norm of the whole gradient
+    clip_grad: PositiveFloat | None = None  # maximum norm of the gradient
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DenseOptimConfig(OptimConfig):
-    """The same for a detector or a segmenter."""
+    """An optimizer for detectors and segmenters."""
 
-    backbone_lr_ratio: NonNegativeFloat = 1.0  # the backbone's rate over that of the rest
+    backbone_lr_ratio: NonNegativeFloat = 1.0  # learning rate of the backbone relative to the rest
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class ScheduleConfig:
-    """Learning rate per update. All lengths are fractions of `epochs`, all rates ratios to the peak."""
+    """Learning-rate schedule, per update. Lengths are fractions of `epochs`, rates are relative to the peak."""
 
     name: Literal["cosine", "poly", "step", "multistep", "constant"] = "cosine"
     epochs: PositiveInt = 300
     warmup_fraction: Probability = 0.0
     warmup_lr_ratio: Probability = 1e-3
-    cooldown_fraction: NonNegativeFloat = 0.0  # further epochs at the lowest rate, after `epochs`
+    cooldown_fraction: NonNegativeFloat = 0.0  # more epochs at the minimum rate, after `epochs`
     min_lr_ratio: Probability = 0.0
-    power: float = 1.0  # poly: 1 is a linear decay
-    decay_fraction: float = Field(default=0.3, gt=0, le=1)  # step: a step after each such part of the run
+    power: float = 1.0  # poly; 1: linear decay
+    decay_fraction: float = Field(default=0.3, gt=0, le=1)  # step: fraction of the run between steps
     decay_rate: float = 0.1  # step, multistep
-    milestones: list[float] = _list()  # multistep: a step after each such part of `epochs`
+    milestones: list[float] = _list()  # multistep: fractions of `epochs`
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class TrainConfig:
-    batch_size: PositiveInt = 128  # images for each process and forward pass
+    batch_size: PositiveInt = 128  # images per process and forward pass
     val_batch_size: PositiveInt | None = None  # null: batch_size
-    grad_accum_steps: PositiveInt = 1  # forward passes for each update
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: a model each, or a part of it each
-    fsdp_min_num_params: PositiveInt = 1_000_000  # fsdp: blocks with as many parameters or more are units
-    steps_per_epoch: PositiveInt | None = None  # updates that count as an epoch; null: one pass over the data
+    grad_accum_steps: PositiveInt = 1  # forward passes per update
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded model
+    fsdp_min_num_params: PositiveInt = 1_000_000  # fsdp: smaller blocks are not sharded separately
+    steps_per_epoch: PositiveInt | None = None  # updates per epoch; null: one pass over the data
     amp: Literal["no", "bf16", "fp16"] = "no"
-    ema_decay: Rate = 0.0  # 0: off. When on, the averaged weights are evaluated and kept
-    ema_warmup: bool = False  # let the decay grow from 0, for short runs
+    ema_decay: Rate = 0.0  # 0: off; else the averaged weights are evaluated and saved
+    ema_warmup: bool = False  # increase the decay from 0, for short runs
     eval_interval: PositiveInt = 1  # epochs; the last one is always evaluated
-    patience: PositiveInt | None = None  # stop after this many evaluations without a better score; null: never
+    patience: PositiveInt | None = None  # stop after so many evaluations without a better score; null: never
     compile: bool = False
-    channels_last: bool = False  # memory format of the weights, and with them of the maps
-    save_total_limit: PositiveInt = 2  # checkpoints to go on from: the last one and those before it
-    save_interval: PositiveInt | None = None  # updates; null: at the end of each epoch only
-    threads: PositiveInt | None = None  # CPU threads of PyTorch; null: as the environment has it
+    channels_last: bool = False  # memory format of weights and feature maps
+    save_total_limit: PositiveInt = 2  # checkpoints to keep for resuming
+    save_interval: PositiveInt | None = None  # in updates; null: at the end of each epoch
+    threads: PositiveInt | None = None  # CPU threads of PyTorch; null: its default
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class LogConfig:
-    """Where figures go beside metrics.csv: tensorboard, mlflow, wandb or any other tracker of accelerate's."""
+    """Trackers besides metrics.csv: tensorboard, mlflow, wandb or any other of accelerate's."""
 
     trackers: list[str] = _list("tensorboard")
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class RunConfig:
-    """What the recipes of all tasks have."""
+    """Keys of the recipes of all tasks."""
 
-    auto: list[str] = _list()  # keys that training chooses by the data; one that a later file or override gives is not
-    output: PathText  # run folder; when a recipe does not name it: runs/NAME, runs/detect/NAME or runs/segment/NAME
-    resume: Literal["never", "auto"] = "never"  # auto: go on from OUTPUT/last, or start anew
-    imports: list[str] = _list()  # modules that register models of your own, on Python's path or in the current folder
+    auto: list[str] = _list()  # keys to choose from the data, unless a later file or override sets them
+    output: PathText  # run folder; default for recipes: runs/NAME, runs/detect/NAME or runs/segment/NAME
+    resume: Literal["never", "auto"] = "never"  # auto: resume from OUTPUT/last if it exists
+    imports: list[str] = _list()  # modules that register your own models, on Python's path or in the current folder
     seed: int = Field(default=0, ge=0, lt=2**32)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -193,47 +191,47 @@ class RunConfig:
 
 @dataclass(config=SCHEMA, kw_only=True)
 class ImagesConfig:
-    """What the ``data`` of all tasks have."""
+    """``data`` keys of all tasks."""
 
-    root: PathText | None = None  # the folder of the data; other paths are below it
-    limit: PositiveInt | None = None  # the first so many training images only; classify: of idx and digits
-    val_limit: PositiveInt | None = None  # likewise for the evaluation
-    split: PathText | None = None  # auto: a CSV of images and train or val; null: as the data have it, else drawn
-    val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: share that is held out, of each class
+    root: PathText | None = None  # data folder; other paths are relative to it
+    limit: PositiveInt | None = None  # use the first so many training images; classify: idx and digits only
+    val_limit: PositiveInt | None = None  # the same for evaluation
+    split: PathText | None = None  # auto: a CSV file (image, train or val); null: the data's own split, else random
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: held-out fraction of each class
     in_chans: PositiveInt = 3
-    mean: list[float] | None = None  # per channel, of values in [0, 1]; null: the model's own
+    mean: list[float] | None = None  # per channel, for values in [0, 1]; null: the model's
     std: list[PositiveFloat] | None = None
-    workers: NonNegativeInt = 4  # decoding processes for each training process
-    exclude: PathText | None = None  # a bad_samples.csv or a list of names; these samples are left out
-    max_bad_fraction: Probability = 0.01  # unreadable images beyond this share of an epoch stop the run
+    workers: NonNegativeInt = 4  # worker processes per training process
+    exclude: PathText | None = None  # a bad_samples.csv or list of names to leave out
+    max_bad_fraction: Probability = 0.01  # stop the run at a larger fraction of unreadable images per epoch
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DenseDataConfig(ImagesConfig):
-    """What the ``data`` of detection and segmentation have; ``digits`` are composites, written when missing."""
+    """``data`` keys of detection and segmentation. ``digits`` are generated composites."""
 
     train_split: str | None = None  # null: train (segment, ade20k: training)
     val_split: str | None = None  # null: val (segment, ade20k: validation); auto: test where there is no other
 
-    digits_train: PositiveInt = 400  # digits: how many composites to write, ...
+    digits_train: PositiveInt = 400  # digits: number of composites
     digits_val: PositiveInt = 100
-    digits_size: int = Field(default=128, ge=32)  # ... of which side
+    digits_size: int = Field(default=128, ge=32)  # digits: side of the composites in pixels
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DenseModelConfig:
-    """What ``heads.build`` is given of a detector or a segmenter."""
+    """Arguments of ``heads.build`` for detectors and segmenters."""
 
-    name: str  # the backbone: any name that timm creates with features_only
-    neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet with fpn: its own top-down path
-    pretrained: bool = False  # the backbone's published weights, by the name's tag
-    checkpoint: PathText | None = None  # the backbone's weights: a file, a timm folder or a run folder of a classifier
-    frozen_stages: int = Field(default=-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
-    norm_eval: bool = False  # the backbone's batch norms keep their statistics
-    sync_bn: bool = False  # batch norms of the whole model over all processes
-    drop_path_rate: Rate | None = None  # null: the backbone's own
+    name: str  # backbone: any timm model with features_only
+    neck: Literal["fpn", "a3fpn"] = "fpn"  # upernet: fpn is its own
+    pretrained: bool = False  # published weights of the backbone, by the name's tag
+    checkpoint: PathText | None = None  # weights of the backbone: a file, a timm folder or a classifier's run folder
+    frozen_stages: int = Field(default=-1, ge=-1)  # freeze the stem and so many stages; -1: nothing
+    norm_eval: bool = False  # freeze the statistics of the backbone's batch norms
+    sync_bn: bool = False  # synchronize batch norms over all processes
+    drop_path_rate: Rate | None = None  # null: the backbone's default
     grad_checkpointing: bool = False
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
+    kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the backbone
     neck_kwargs: dict[str, Any] = field(default_factory=dict)
     head_kwargs: dict[str, Any] = field(default_factory=dict)  # of torchvision's detector, or heads.segmentation
 
@@ -243,87 +241,86 @@ class DenseModelConfig:
 
 @dataclass(config=SCHEMA, kw_only=True)
 class ModelConfig:
-    """What ``timm.create_model`` is given."""
+    """Arguments of ``timm.create_model``."""
 
     name: str
-    pretrained: bool = False  # the published weights, by the name's tag
-    checkpoint: PathText | None = None  # weights to start from: a file, a timm folder or a run folder
-    num_classes: PositiveInt | None = None  # null: as many as the data have
-    frozen_stages: int = Field(default=-1, ge=-1)  # this many stages and the stem stay as they are; -1: all learn
+    pretrained: bool = False  # published weights, by the name's tag
+    checkpoint: PathText | None = None  # initial weights: a file, a timm folder or a run folder
+    num_classes: PositiveInt | None = None  # null: those of the data
+    frozen_stages: int = Field(default=-1, ge=-1)  # freeze the stem and so many stages; -1: nothing
     drop_rate: Rate | None = None
-    drop_path_rate: Rate | None = None  # null: the model's own
+    drop_path_rate: Rate | None = None  # null: the model's default
     grad_checkpointing: bool = False
-    sync_bn: bool = False  # batch norms over all processes
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the entry function
+    sync_bn: bool = False  # synchronize batch norms over all processes
+    kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the entry function
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DataConfig(ImagesConfig):
-    """Where the images are and how they reach the model.
+    """Images and their preprocessing.
 
-    ``root`` is for folder: ROOT/SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files.
+    Content of ``root``: folder: SPLIT/CLASS/IMAGE; wds: shards and _info.json; idx: the four IDX files.
     """
 
     kind: Literal["folder", "auto", "wds", "idx", "digits"] = "folder"
     train_split: str = "train"
-    val_split: str = "val"  # for wds also a brace pattern with its count: 'val-{0000..0063}.tar|50000'
-    classes: list[str] | None = None  # names by index; null: folder names, or what the data set is known to hold
-    num_classes: PositiveInt | None = None  # needed by wds when `classes` is null
-    # balanced: rare classes more often; an image by 1 / images of its class, or of its rarest class's square root
-    sampling: Literal["uniform", "balanced"] = "uniform"
-    image_size: PositiveInt | None = None  # side of the square input; null: the model's own
-    interpolation: str | None = None  # of the evaluation; null: the model's own
+    val_split: str = "val"  # wds: also a brace pattern with a count, 'val-{0000..0063}.tar|50000'
+    classes: list[str] | None = None  # names by index; null: those of the data
+    num_classes: PositiveInt | None = None  # wds: required if `classes` is null
+    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: all classes equally often
+    image_size: PositiveInt | None = None  # side of the square input; null: the model's
+    interpolation: str | None = None  # in evaluation; null: the model's
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
     workers: NonNegativeInt = 8  # folder, wds
-    decode: Literal["timm", "fast", "draft"] = "fast"  # folder, wds: in training; see train/README.md
+    decode: Literal["timm", "fast", "draft"] = "fast"  # folder, wds: for training; see train/README.md
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class AugmentConfig:
-    """Training-time augmentation. Mixing is by batch, as ``timm.data.Mixup`` does it."""
+    """Augmentation in training. Images are mixed per batch, with ``timm.data.Mixup``."""
 
     hflip: Probability = 0.5
     vflip: Probability = 0.0
     scale: list[float] = _list(0.08, 1.0)  # folder, wds: area of the random crop
-    ratio: list[float] = _list(0.75, 4 / 3)  # folder, wds: its aspect
+    ratio: list[float] = _list(0.75, 4 / 3)  # folder, wds: aspect ratio of the crop
     color_jitter: NonNegativeFloat = 0.4  # folder, wds
     auto_augment: str | None = None  # folder, wds: for example rand-m9-mstd0.5-inc1
     interpolation: str = "random"  # folder, wds: random, bilinear or bicubic
-    shift: NonNegativeFloat = 0.0  # idx, digits: largest translation as a fraction of the side
-    rotate: NonNegativeFloat = 0.0  # idx, digits: largest rotation in degrees
-    zoom: NonNegativeFloat = 0.0  # idx, digits: largest change of size, 0.1 for 0.9 to 1.1
+    shift: NonNegativeFloat = 0.0  # idx, digits: maximum translation as a fraction of the side
+    rotate: NonNegativeFloat = 0.0  # idx, digits: maximum rotation in degrees
+    zoom: NonNegativeFloat = 0.0  # idx, digits: maximum scaling; 0.1: 0.9 to 1.1
     erase: Probability = 0.0  # probability of random erasing
     erase_mode: Literal["const", "rand", "pixel"] = "pixel"
     mixup: NonNegativeFloat = 0.0  # alpha; 0: off
     cutmix: NonNegativeFloat = 0.0  # alpha; 0: off
     mix_prob: Probability = 1.0
     mix_switch_prob: Probability = 0.5
-    mix_off_fraction: Probability = 0.0  # mixing is off in this last fraction of the epochs
-    sizes: list[PositiveInt] = _list()  # growing sides of the input, each for an equal part of the run
+    mix_off_fraction: Probability = 0.0  # disable mixing in this last fraction of the epochs
+    sizes: list[PositiveInt] = _list()  # increasing input sizes, each for an equal part of the run
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class LossConfig:
     name: Literal["cross_entropy", "bce"] = "cross_entropy"
     smoothing: Rate = 0.0
-    auxiliary: NonNegativeFloat = 0.0  # weight of the loss of the model's auxiliary head; 0: it is not trained
+    auxiliary: NonNegativeFloat = 0.0  # weight of the auxiliary head's loss; 0: no auxiliary head
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DistillConfig:
-    """Learning from a teacher's outputs on the same images, beside the labels (DeiT, arXiv 2012.12877, section 4)."""
+    """Distillation from a teacher, in addition to the labels (DeiT, arXiv 2012.12877, section 4)."""
 
-    teacher: PathText | None = None  # as for `foveal.load`: name with published weights, run, folder; null: none
-    alpha: Probability = 0.5  # weight of the teacher's part; the labels' is 1 - alpha
-    kind: Literal["hard", "soft"] = "hard"  # learn its decision, or its distribution
-    temperature: PositiveFloat = 1.0  # soft: divides both sides' logits
+    teacher: PathText | None = None  # a source for `foveal.load`: name, run, folder; null: no distillation
+    alpha: Probability = 0.5  # weight of the distillation loss; that of the labels is 1 - alpha
+    kind: Literal["hard", "soft"] = "hard"  # targets: the teacher's argmax or its distribution
+    temperature: PositiveFloat = 1.0  # soft: of both distributions
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class ClassifyConfig(RunConfig):
-    """A whole classification run."""
+    """A classification recipe."""
 
-    task: Literal["classify"] = "classify"  # so that a run's config.yaml names its task
+    task: Literal["classify"] = "classify"  # recorded in a run's config.yaml
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -337,56 +334,54 @@ class ClassifyConfig(RunConfig):
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DetectModelConfig(DenseModelConfig):
-    """What ``heads.build.build_detector`` is given."""
+    """Arguments of ``heads.build.build_detector``."""
 
     head: Literal["mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former"] = "mask_rcnn"
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DetectDataConfig(DenseDataConfig):
-    """Annotations in COCO's format, and the folders of their images."""
+    """Annotations and the folders of their images."""
 
     kind: Literal["coco", "auto", "voc", "digits"] = "coco"
-    # voc: sets instead, such as VOC2007/trainval+VOC2012/trainval, which name their images
+    # voc: image sets instead, such as VOC2007/trainval+VOC2012/trainval; images are not used
     train_annotations: PathText = "annotations/instances_train2017.json"
     train_images: PathText = "train2017"
     val_annotations: PathText = "annotations/instances_val2017.json"
     val_images: PathText = "val2017"
-    classes: list[str] | None = None  # auto: names by label; objects of others are left out; null: all that occur
-    # balanced: rare classes more often; an image by 1 / images of its class, or of its rarest class's square root
-    sampling: Literal["uniform", "balanced"] = "uniform"
-    keep_empty: bool = False  # train on images without objects too
-    min_size: PositiveInt = 800  # evaluation: the short side is resized to this, ...
+    classes: list[str] | None = None  # auto: names by label; other objects are left out; null: all that occur
+    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: images with rare classes more often
+    keep_empty: bool = False  # also train on images without objects
+    min_size: PositiveInt = 800  # evaluation: size of the short side, ...
     max_size: PositiveInt = 1333  # ... unless the long side would exceed this
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DetectAugmentConfig:
-    """Training-time augmentation."""
+    """Augmentation in training."""
 
     hflip: Probability = 0.5
     vflip: Probability = 0.0
-    min_size: list[PositiveInt] = _list(800)  # the short side is resized to one of these
-    sampling: Literal["choice", "range"] = "choice"  # range: any length between the two of min_size
+    min_size: list[PositiveInt] = _list(800)  # sizes of the short side
+    sampling: Literal["choice", "range"] = "choice"  # choose one of min_size, or from a range of two
     max_size: PositiveInt = 1333  # limit of the long side
-    crop_prob: Probability = 0.0  # share of images that are resized, cropped and resized again (as DETR does)
-    crop_min_size: list[PositiveInt] = _list(400, 500, 600)  # the first size
-    crop_size: IntPair = _list(384, 600)  # least and largest side of the crop
-    final_crop_size: IntPair | None = None  # rows, columns, at a random place; null: none
-    scale_jitter: FloatPair | None = None  # range of a factor of what fits final_crop_size; replaces min_size
+    crop_prob: Probability = 0.0  # probability of resizing, cropping and resizing again (as in DETR)
+    crop_min_size: list[PositiveInt] = _list(400, 500, 600)  # sizes of the short side before the crop
+    crop_size: IntPair = _list(384, 600)  # minimum and maximum side of the crop
+    final_crop_size: IntPair | None = None  # height, width, at a random position; null: no crop
+    scale_jitter: FloatPair | None = None  # range of scales relative to final_crop_size; replaces min_size
     photometric: bool = False  # brightness, contrast, saturation, hue
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DetectEvalConfig:
-    # of an image, the best ones, found and counted: crowded scenes need more than COCO's 100; null: 100, or what
-    # model.head_kwargs has the detector find
+    # detections per image, of the model and in the metrics; null: COCO's 100, or the limit in model.head_kwargs
     max_detections: PositiveInt | None = None
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class DetectConfig(RunConfig):
-    """A whole detection run."""
+    """A detection recipe."""
 
     task: Literal["detect"] = "detect"
     model: DetectModelConfig
@@ -401,13 +396,13 @@ class DetectConfig(RunConfig):
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentModelConfig(DenseModelConfig):
-    """What ``heads.build.build_segmenter`` is given."""
+    """Arguments of ``heads.build.build_segmenter``."""
 
     head: Literal["upernet", "semantic_fpn", "mask2former"] = "upernet"
-    segmenter: PathText | None = None  # the whole model's weights: a run or model folder, or a file with mmseg's names
-    auxiliary: bool = True  # upernet: an FCN head on the third map, which helps to train and is not used afterwards
-    size_divisor: PositiveInt = 32  # images are padded to multiples of it; 1: the backbone takes any size
-    auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # level, channels ... of heads.segmentation.FCN
+    segmenter: PathText | None = None  # weights of the whole model: a run or model folder, or a file with mmseg's names
+    auxiliary: bool = True  # upernet: an FCN head on the third feature map, in training only
+    size_divisor: PositiveInt = 32  # pad images to multiples of this
+    auxiliary_kwargs: dict[str, Any] = field(default_factory=dict)  # of heads.segmentation.FCN
 
 
 def _mask_value(key: Any) -> int | str:
@@ -426,28 +421,27 @@ MaskValue = Annotated[int | str, BeforeValidator(_mask_value)]
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentDataConfig(DenseDataConfig):
-    """Where the images and their masks are; the layouts stand in ``train/data/masks.py``."""
+    """Images and masks; for the layouts, see ``train/data/masks.py``."""
 
     kind: Literal["folder", "auto", "ade20k", "cityscapes", "voc", "digits"] = "folder"
-    images: PathText = "images/{split}"  # folder: images below ROOT, {split} stands for the split's name
-    # folder: files of the same names, perhaps with an ending such as _mask or _L; a class for each pixel
-    masks: PathText = "masks/{split}"
-    classes: list[str] | None = None  # names by label; needed by folder, known of the others
-    reduce_zero_label: bool = False  # folder: 0 is no class, 1 is the first (ade20k: always)
-    # class by value or colour ('#8000ff' or [128, 0, 255]) of a mask; null: no class; `other`: all that are not named
+    images: PathText = "images/{split}"  # folder: folder of images; {split} is the split's name
+    masks: PathText = "masks/{split}"  # folder: files of the same names, perhaps with an ending such as _mask or _L
+    classes: list[str] | None = None  # names by label; required by folder
+    reduce_zero_label: bool = False  # folder: 0 is ignored, 1 is the first class (ade20k: always)
+    # mask value or colour ('#8000ff' or [128, 0, 255]) -> class; null: ignored; `other`: all that are not named
     values: dict[MaskValue, str | None] | None = None
-    ignore_label: int = Field(default=255, ge=0, le=255)  # the value of a pixel without a class, unless in `values`
-    antialias: bool = True  # where images are made smaller; false: as OpenCV, with which the published recipes ran
+    ignore_label: int = Field(default=255, ge=0, le=255)  # mask value to ignore, unless in `values`
+    antialias: bool = True  # when downsizing; false: as OpenCV, which the published recipes used
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentAugmentConfig:
-    """Training-time augmentation: random resize, crop, flip, colour."""
+    """Augmentation in training: random resize, crop, flip, colour."""
 
-    scale: IntPair | None = None  # long and short side to fit in; null: the image's own
-    ratio_range: FloatPair = _list(0.5, 2.0)  # random factor of that
-    crop_size: IntPair = _list(512, 512)  # rows, columns
-    cat_max_ratio: float = Field(default=0.75, gt=0, le=1)  # largest share of one class in a crop; 1: any crop
+    scale: IntPair | None = None  # long and short side to fit into; null: the image's own
+    ratio_range: FloatPair = _list(0.5, 2.0)  # random factor of the size
+    crop_size: IntPair = _list(512, 512)  # height, width
+    cat_max_ratio: float = Field(default=0.75, gt=0, le=1)  # maximum fraction of one class in a crop
     hflip: Probability = 0.5
     photometric: bool = True  # brightness, contrast, saturation, hue
 
@@ -455,27 +449,27 @@ class SegmentAugmentConfig:
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentLossConfig:
     auxiliary: NonNegativeFloat = 0.4  # weight of the auxiliary head's cross-entropy
-    class_weights: list[NonNegativeFloat] | None = None  # by class, of the loss of its pixels; not of their number
-    focal_gamma: NonNegativeFloat = 0.0  # above 0: focal loss (arXiv 1708.02002), which lowers that of easy pixels
-    ignored_in_mean: bool = False  # divide by all pixels, as mmseg does, not by those that have a class
+    class_weights: list[NonNegativeFloat] | None = None  # by class; the mean is still over the number of pixels
+    focal_gamma: NonNegativeFloat = 0.0  # above 0: focal loss (arXiv 1708.02002)
+    ignored_in_mean: bool = False  # mean over all pixels, as in mmseg, not only over those with a class
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentEvalConfig:
-    """What the model sees in evaluation; its output is resized to the image's size."""
+    """Model input in evaluation; outputs are resized to the size of the image."""
 
     mode: Literal["whole", "slide"] = "whole"
-    crop_size: IntPair | None = None  # slide: rows, columns; null: the training crop
+    crop_size: IntPair | None = None  # slide: height, width; null: the training crop
     stride: IntPair | None = None  # slide; null: two thirds of crop_size
-    scale: IntPair | None = None  # long and short side to fit in; null: the image's own
-    size_divisor: PositiveInt = 1  # the resized sides are rounded up to multiples of it
-    ratios: list[PositiveFloat] = _list(1.0)  # the mean over these factors, ...
-    flip: bool = False  # ... and over the mirror images
+    scale: IntPair | None = None  # long and short side to fit into; null: the image's own
+    size_divisor: PositiveInt = 1  # round resized sides up to multiples of this
+    ratios: list[PositiveFloat] = _list(1.0)  # average over these scales, ...
+    flip: bool = False  # ... and over mirrored images
 
 
 @dataclass(config=SCHEMA, kw_only=True)
 class SegmentConfig(RunConfig):
-    """A whole segmentation run."""
+    """A segmentation recipe."""
 
     task: Literal["segment"] = "segment"
     model: SegmentModelConfig
@@ -504,16 +498,16 @@ def recipe_names() -> list[str]:
 
 
 def find_config(config: str | Path, task: str | None = None) -> Path:
-    """The file behind a path or a shipped recipe's name: ``classify/digits``, or ``digits`` where ``task`` is given.
+    """The file of a recipe, given by path or shipped name: ``classify/digits``, or ``digits`` with ``task``.
 
     Raises:
-        ConfigError: nothing is found; the message names the nearest recipes.
+        ConfigError: not found or ambiguous; the message gives the nearest recipes.
     """
     path = Path(config)
     if path.is_file():
         return path
     name = str(config).removesuffix(".yaml")
-    by_name: dict[str, list[str]] = {}  # with the folder and without
+    by_name: dict[str, list[str]] = {}  # with and without the folder
     for shipped in recipe_names():
         if task is None or shipped.startswith(f"{task}/"):
             by_name[shipped] = [shipped]
@@ -524,16 +518,16 @@ def find_config(config: str | Path, task: str | None = None) -> Path:
     if found:
         raise ConfigError(f"the recipe name {name!r} is ambiguous: {', '.join(found)}")
     near = sorted({each for match in difflib.get_close_matches(name, by_name, n=4) for each in by_name[match]})
-    hint = f"did you mean {', '.join(near)}?" if near else f"shipped are {', '.join(n for n in by_name if '/' in n)}"
-    raise ConfigError(f"there is no configuration file and no shipped recipe {str(config)!r}; {hint}")
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped: {', '.join(n for n in by_name if '/' in n)}"
+    raise ConfigError(f"no file and no shipped recipe {str(config)!r}; {hint}")
 
 
 def recipe_task(config: str | Path) -> str:
-    """The task of a recipe: its own ``task``, else that of the folder of shipped recipes that it or its base lies in,
-    else ``classify``.
+    """The task of a recipe: its ``task`` key, else the folder of it or its base in the shipped recipes, else
+    ``classify``.
 
     Raises:
-        ConfigError: nothing is found, or the name is of several tasks.
+        ConfigError: not found, or ambiguous.
     """
     layers = _read(find_config(config), object)
     keys = {key: value for _, layer in layers for key, value in layer.items()}
@@ -541,7 +535,7 @@ def recipe_task(config: str | Path) -> str:
     return next((task for task in (keys.get("task"), *folders) if task in SCHEMAS), "classify")
 
 
-# ---- reading them
+# ---- reading recipes
 
 
 class _Loader(yaml.SafeLoader):
@@ -549,7 +543,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as text."""
+    """Quotes text that `_Loader` would read as another type."""
 
 
 FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -568,7 +562,7 @@ def _alternatives(kind: Any) -> tuple:
 
 
 def _field_type(schema: Any, key: str) -> Any:
-    """The type of a dotted key; Any for one that the schema does not know."""
+    """The type of a dotted key; Any for unknown keys."""
     for part in key.split("."):
         known = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
         schema = known.get(part, Any)
@@ -576,13 +570,13 @@ def _field_type(schema: Any, key: str) -> Any:
 
 
 def _check_comment(node: Any) -> None:
-    """Refuses unquoted text that goes on with `` #2``, which YAML takes for a comment."""
+    """Refuses unquoted text followed by `` #2``, which YAML takes for a comment."""
     if node.style is not None or node.end_mark is None or node.end_mark.buffer is None:
         return
     end = node.end_mark
     rest = re.match(r" #[^\s#].*", end.buffer[end.pointer :])
     if rest is not None:
-        problem = f"the text {node.value!r} goes on with {rest[0]!r}: quote all of it, or begin a comment with '# '"
+        problem = f"{node.value!r} is followed by {rest[0]!r}: quote the text, or begin a comment with '# '"
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=end)
 
 
@@ -592,7 +586,7 @@ def _key(node: Any) -> str:
 
 
 def _construct(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
-    """The value of a YAML node. Where ``kind`` is text, the node's own text."""
+    """The value of a YAML node; its literal text if ``kind`` is text."""
     alternatives = _alternatives(kind)
     if isinstance(node, yaml.MappingNode):
         names = [_key(key) for key, _ in node.value]
@@ -614,11 +608,11 @@ def _construct(loader: _Loader, node: yaml.Node, kind: Any) -> Any:
 
 
 def _read(path: Path, schema: type, including: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
-    """The layers of a file, its bases first, each with the name to blame."""
+    """The layers of a file, bases first, each with its file name for errors."""
     path = path.resolve()
     if path in including:
         chain = " -> ".join(p.name for p in (*including, path))
-        raise ConfigError(f"base files include each other in a circle: {chain}")
+        raise ConfigError(f"circular `base`: {chain}")
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -628,11 +622,11 @@ def _read(path: Path, schema: type, including: tuple[Path, ...] = ()) -> list[tu
     except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {error}") from None
     if not isinstance(layer, dict):
-        raise ConfigError(f"{path} holds a {type(layer).__name__}, not a mapping of keys to values")
+        raise ConfigError(f"{path} contains a {type(layer).__name__}, not a mapping")
     bases = layer.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: `base` must be a file name or a list of them, not {bases!r}")
+        raise ConfigError(f"{path}: `base` must be a file name or a list of file names, not {bases!r}")
     layers = []
     for base in bases:
         layers += _read(_find_base(path, base, schema), schema, (*including, path))
@@ -640,10 +634,10 @@ def _read(path: Path, schema: type, including: tuple[Path, ...] = ()) -> list[tu
 
 
 def _find_base(recipe: Path, base: str, schema: type) -> Path:
-    """A file, relative to the recipe, or a shipped recipe by name: ``care_s0``, ``detect/finetune``."""
+    """A base: a file relative to the recipe, or a shipped recipe (``care_s0``, ``detect/finetune``)."""
     beside = recipe.parent / base
     if beside.is_file() or beside.suffix:
-        return beside  # if it is missing, the reader says so
+        return beside  # if missing, the reader raises
     return find_config(base, None if "/" in base else _task(schema))
 
 
@@ -655,11 +649,11 @@ def _task(schema: Any) -> str | None:
 def _override_layer(override: str, schema: type) -> dict:
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value")
     kind = _field_type(schema, key)
     try:
         loader = _Loader(text)
-        if any(each is str for each in _alternatives(kind)):  # text as it is given; quotes around all of it are YAML's
+        if any(each is str for each in _alternatives(kind)):  # literal text; enclosing quotes are removed
             quoted = re.fullmatch(r"'[^']*'|\"[^\"]*\"", text)
             tag = loader.resolve(yaml.ScalarNode, text, (not quoted, bool(quoted)))
             node = yaml.ScalarNode(tag, text[1:-1] if quoted else text)
@@ -674,13 +668,13 @@ def _override_layer(override: str, schema: type) -> dict:
 
 
 def override_value(overrides: Iterable[str], key: str) -> str | None:
-    """The path given for ``key`` on the command line, the last one if there are several; None if there is none."""
+    """The path given last for ``key`` on the command line, or None."""
     values = [o.partition("=")[2] for o in overrides if o.partition("=")[0] == key]
     return expand_path(values[-1]) if values else None
 
 
 def _rename_old_keys(layer: Mapping, schema: type, source: str) -> dict:
-    """The layer with the keys of `OLD_KEYS` replaced; the layer itself stays."""
+    """A copy of the layer with the former keys of `OLD_KEYS` renamed."""
     valid, layer = set(_keys(schema)), dict(layer)
     for old, new in OLD_KEYS.items():
         section, key, new_key = old.split(".")[0], old.split(".")[1], new.split(".")[1]
@@ -688,14 +682,14 @@ def _rename_old_keys(layer: Mapping, schema: type, source: str) -> dict:
         if old in valid or new not in valid or not isinstance(values, Mapping) or key not in values:
             continue
         if new_key in values:
-            raise ConfigError(f"{source}: `{old}` is the earlier name of `{new}`, which is given, too")
+            raise ConfigError(f"{source}: `{old}` is the former name of `{new}`, but both are given")
         layer[section] = {new_key if name == key else name: value for name, value in values.items()}
         warnings.warn(f"{source}: `{old}` is now `{new}`", DeprecationWarning, stacklevel=4)
     return layer
 
 
 def _merge(below: dict, above: Mapping, source: str, blame: dict[str, str], prefix: str = "") -> None:
-    """Writes ``above`` over ``below``, and into ``blame`` the source of each key."""
+    """Merges ``above`` into ``below``, and records the source of each key in ``blame``."""
     for key, value in above.items():
         blame[f"{prefix}{key}"] = source
         if isinstance(value, Mapping):
@@ -725,7 +719,7 @@ def _nearest_key(name: str, schema: type) -> str:
 
 
 def _explain(error: Any, blame: Mapping[str, str], schema: type) -> str:
-    """One line for one of pydantic's errors."""
+    """A line for one of pydantic's errors."""
     keys = [part for part in error["loc"] if isinstance(part, str)]
     name = ".".join(keys)
     prefixes = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
@@ -751,15 +745,14 @@ def load_config(
     """Reads a recipe, its bases and the overrides into a new instance of ``schema``.
 
     Args:
-        path: file or shipped recipe name; None for the schema's defaults alone.
-        overrides: ``key=value`` pairs; the value is text where the key's type is (``data.root=/a #2``), and else YAML
-            (``augment.scale=[0.5,1]``, ``model.checkpoint=null``).
-        schema: the dataclass to fill.
-        defaults: values below those of the file.
+        path: a file, or the name of a shipped recipe; None: the schema's defaults.
+        overrides: ``key=value`` pairs; values are YAML (``augment.scale=[0.5,1]``, ``model.checkpoint=null``), or
+            literal for keys of type text (``data.root=/a #2``).
+        schema: the dataclass.
+        defaults: values with lower priority than the file's.
 
     Raises:
-        ConfigError: everything that is wrong, a line each, with the key, the file (or "command line"), the value and
-            the nearest valid key.
+        ConfigError: a line per error, with the key, the file (or "command line"), the value and the nearest valid key.
 
     Examples:
         >>> from foveal.configs.schema import ConfigError, load_config
@@ -796,7 +789,7 @@ def load_config(
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes a resolved configuration, every key spelled out; `load_config` reads it back to the same values.
+    """Writes a configuration with all keys; `load_config` reads it back to the same values.
 
     Examples:
         >>> from foveal.configs.schema import load_config, save_config

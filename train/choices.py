@@ -1,6 +1,6 @@
-"""What a recipe leaves to the data: input size, anchors, epochs, batch, and what else its ``auto`` names.
+"""Chooses the recipe keys listed in ``auto`` from the data: input size, anchors, epochs, batch size and others.
 
-Rules of thumb, not measurements; every choice is printed, and one that is given is not made.
+These are rules of thumb, not measurements. Choices are printed; keys that are given are not chosen.
 """
 
 import os
@@ -14,31 +14,31 @@ from ..configs.schema import SCHEMAS, ConfigError, load_config
 from .data.auto import DataSet, read_set, sizes
 from .data.index import DetectionIndex
 
-# Images that a run reads in all, from published weights and from random ones.
+# Total images of a run, from published and from random weights.
 SEEN = {"classify": (30_000, 100_000), "detect": (16_000, 48_000), "segment": (16_000, 48_000)}
 EPOCHS = {"classify": (5, 200), "detect": (12, 300), "segment": (12, 300)}
 RATE = {"classify": (1e-4, 1e-3), "detect": (2e-4, 1.5e-3), "segment": (2e-4, 1.5e-3)}
-BYTES = {"classify": 3_000, "detect": 3_500, "segment": 4_500}  # by pixel of an image, of activations in float32
+BYTES = {"classify": 3_000, "detect": 3_500, "segment": 4_500}  # of float32 activations, per pixel of an image
 LARGEST_BATCH = {"classify": 64, "detect": 16, "segment": 16}
 ANCHORED = ("mask_rcnn", "cascade_mask_rcnn", "faster_rcnn")
-OBJECT = 48  # pixels: the lower quartile of the objects is to be no smaller
+OBJECT = 48  # smallest side, in pixels, for the lower quartile of the objects
 Values = dict[str, Any]
 
 
 def choose(config: Any, recipe: str) -> list[str]:
-    """Sets the keys of ``config.auto`` by the data, or to those of the run that ``resume=auto`` goes on with.
+    """Sets the keys of ``config.auto``, in place, from the data, or from the run that ``resume=auto`` continues.
 
     Returns:
-        a line that gives them, for the user; empty if there is nothing to choose.
+        a line for the log with the chosen values; empty if ``auto`` is.
 
     Raises:
-        ConfigError: a key that nothing chooses, or another ``data.kind``.
-        DataError: the data cannot be used.
+        ConfigError: a key that cannot be chosen, or another ``data.kind``.
+        DataError: invalid data.
     """
     if not config.auto:
         return []
     if config.data.kind != "auto":
-        raise ConfigError(f"{recipe}: auto={config.auto} needs data.kind=auto, not {config.data.kind}; auto=[] is none")
+        raise ConfigError(f"{recipe}: auto={config.auto} needs data.kind=auto, not {config.data.kind}, or auto=[]")
     saved = Path(config.output) / "config.yaml"
     if config.resume == "auto" and saved.is_file():
         earlier = load_config(saved, (), SCHEMAS[config.task])
@@ -47,13 +47,13 @@ def choose(config: Any, recipe: str) -> list[str]:
         values = _choices(config, read_set(config))
     unknown = [key for key in config.auto if key not in values]
     if unknown:
-        raise ConfigError(f"{recipe}: auto names {', '.join(unknown)}; known are {', '.join(sorted(values))}")
+        raise ConfigError(f"{recipe}: unknown in auto: {', '.join(unknown)}; known: {', '.join(sorted(values))}")
     values = {key: value for key, value in values.items() if key in config.auto and value is not ...}
     for key, value in values.items():
         _set(config, key, value)
     config.auto = []
     text = " ".join(f"{key}={'null' if value is None else value}".replace(", ", ",") for key, value in values.items())
-    return [f"chosen by the data, each can be given: {text}"]
+    return [f"chosen by the data, unless given: {text}"]
 
 
 def _get(config: Any, key: str) -> Any:
@@ -73,7 +73,7 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def _choices(config: Any, data: DataSet) -> Values:
-    """The values of all keys that can be chosen for a task; ``...`` for one that this model does not have."""
+    """Key -> value for all keys that can be chosen for a task; ``...`` for those that the model does not have."""
     task, model = config.task, config.model
     first = int(not (model.pretrained or model.checkpoint or getattr(model, "segmenter", None)))
     count, pixels = len(data.train), sizes(data.train)
@@ -94,7 +94,7 @@ def _choices(config: Any, data: DataSet) -> Values:
 
 
 def memory() -> int:
-    """Bytes of this process's device, or of half the machine."""
+    """Bytes of this process's GPU, else half of the machine's."""
     if torch.cuda.is_available():
         device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return torch.cuda.get_device_properties(device).total_memory
@@ -102,7 +102,7 @@ def memory() -> int:
 
 
 def batch_size(task: str, pixels: int, count: int, memory: int) -> int:
-    """The largest power of two that fits in half of ``memory``, and of which an epoch has eight."""
+    """The largest power of two that fits into half of ``memory`` and gives at least eight batches per epoch."""
     fits = memory // (2 * BYTES[task] * max(pixels, 1))
     most = min(fits, count // 8, LARGEST_BATCH[task])
     return 2 ** max(int(np.log2(max(most, 1))), 1 if task == "segment" else 0)
@@ -144,7 +144,7 @@ def _detector(config: Any, data: DataSet, pixels: np.ndarray) -> Values:
 
 
 def anchor_ratios(ratios: np.ndarray) -> list[float]:
-    """Heights over widths, none within a factor of 1.25 of another."""
+    """Median, 10 % and 90 % quantiles of height / width, without values within a factor of 1.25 of another."""
     chosen: list[float] = []
     for value in np.quantile(np.clip(ratios, 0.1, 10), [0.5, 0.1, 0.9]):
         if all(max(value / other, other / value) > 1.25 for other in chosen):
@@ -155,7 +155,7 @@ def anchor_ratios(ratios: np.ndarray) -> list[float]:
 def _segmenter(config: Any, data: DataSet, pixels: np.ndarray) -> Values:
     short = float(np.median(pixels.min(1))) if len(pixels) else 512
     crop = _round(np.clip(short, 128, 512))
-    scale = [2048, 640] if short > 1000 else None  # a crop of a large photograph would show a detail of it
+    scale = [2048, 640] if short > 1000 else None  # else a crop of a large image shows only a detail
     return {"input": (crop, crop), "augment.crop_size": [crop, crop], "augment.scale": scale, "eval.scale": scale}
 
 
@@ -166,5 +166,5 @@ def _classifier(config: Any, data: DataSet, pixels: np.ndarray) -> Values:
 
 
 def _round(value: float, up: bool = False) -> int:
-    """The nearest multiple of 32, or the next one."""
+    """The nearest multiple of 32, or the next one if ``up``."""
     return int(-(-value // 32) * 32) if up else max(32, round(float(value) / 32) * 32)

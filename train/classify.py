@@ -1,4 +1,4 @@
-"""Image classification: the model of a recipe, its losses, its scores and its predictions."""
+"""Image classification: training, evaluation and prediction."""
 
 import difflib
 import json
@@ -27,12 +27,12 @@ from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, 
 from .scoring import ClassificationScorer, autocast, write_confusion
 from .task import RANDOM_WEIGHTS, Result, find_recipe, loop_problems, processes, use_kept_split
 
-EXAMPLES = 40  # right and wrong ones each, for the figure of predictions
+EXAMPLES = 40  # right and as many wrong ones, for the figure of predictions
 
 
 class Task(task.Task):
-    """A classifier with logits ``[B, num_classes]``; in training perhaps a pair, the second of an auxiliary head or of
-    one that learns from a teacher."""
+    """A classifier: images to logits ``[B, num_classes]``; in training perhaps also those of an auxiliary or
+    distillation head."""
 
     metrics: ClassVar = {"val_loss": "loss", "top1": "top-1", "top5": "top-5"}
     shown = ("top1",)
@@ -55,7 +55,7 @@ class Task(task.Task):
             "distillation": json.dumps(vars(config.distill), sort_keys=True),
         }
         self.loss, self.soft_loss = build_losses(config.loss.name, config.loss.smoothing)
-        # what `build` sets by the recipe's augmentation
+        # mix and sizes are set by `build`
         self.mix: Mixup | None = None
         self.sizes = [data.preprocessing["input_size"][-1]]
         self.epochs = config.schedule.epochs + round(config.schedule.cooldown_fraction * config.schedule.epochs)
@@ -63,7 +63,6 @@ class Task(task.Task):
 
     @classmethod
     def build(cls, config: ClassifyConfig, accelerator: Accelerator) -> "Task":
-        """The recipe's model with its initial weights, and its data."""
         problems, classes, cfg = loop_problems(config), [], {}
         with problems:
             check_mix(config)
@@ -86,7 +85,7 @@ class Task(task.Task):
             source = config.distill.teacher
             teacher = Teacher(source, model.num_classes, data.preprocessing, accelerator.device, classes)
         new = checkpoint.load_initial(model, config.model.checkpoint) if config.model.checkpoint else []
-        config.data.classes = classes  # so that an evaluation needs no training folder
+        config.data.classes = classes  # an evaluation then needs no training folder
         self = cls(config, model, classes, data, teacher)
         self.mix = build_mix(config, model.num_classes)
         self.sizes = growing_sizes(config.augment.sizes, model, data.preprocessing["input_size"])
@@ -96,12 +95,10 @@ class Task(task.Task):
 
     @classmethod
     def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
-        """A run or a checkpoint in it (the data are its recipe's), a model folder or a model name (the overrides say
-        what the data are)."""
         folder, recipe = local_path(source), find_recipe(source)
         defaults = {}
         if recipe is None:
-            resolve(source)  # neither a folder of ours nor a model name: refused before the data are looked for
+            resolve(source)  # raises for an unknown source before the data are read
             name = f"local-dir:{folder}" if folder.is_dir() else str(source)
             defaults = {"output": "-", "model": {"name": name}}
         config = load_config(recipe, overrides, ClassifyConfig, defaults)
@@ -118,7 +115,7 @@ class Task(task.Task):
             if new := checkpoint.load_initial(model, config.model.checkpoint):
                 raise checkpoint.CheckpointError(f"{config.model.checkpoint} has another number of classes ({new[0]})")
         else:
-            # with the classifier it was trained with: a new one, for other classes, would predict at random
+            # with its own classifier: a new one for other classes would predict at random
             model: Any = load(source, in_chans=config.data.in_chans)
             if model.num_classes != len(classes):
                 raise ConfigError(f"{source} has {model.num_classes} classes, the data have {len(classes)}")
@@ -142,8 +139,8 @@ class Task(task.Task):
             total = total + auxiliary * loss(extra.float(), targets)
         if self.teacher is not None:
             student = logits if auxiliary > 0 else extra  # an auxiliary head does not learn from the teacher
-            taught = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)
-            total = (1 - distill.alpha) * total + distill.alpha * taught
+            distilled = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)
+            total = (1 - distill.alpha) * total + distill.alpha * distilled
         return total
 
     def scorer(self) -> ClassificationScorer:
@@ -170,7 +167,7 @@ class Task(task.Task):
 
 
 class Predictor(task.Predictor):
-    """The most probable classes; a class without a known name is ``class INDEX``."""
+    """Returns the most probable classes; classes without a name are ``class INDEX``."""
 
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         self.model: Any = load(source)
@@ -183,14 +180,14 @@ class Predictor(task.Predictor):
         image = self.open(source)
         try:
             return self.transform(image)
-        except (ValueError, MemoryError, ArithmeticError) as error:  # a strip of one pixel grows with its long side
+        except (ValueError, MemoryError, ArithmeticError) as error:  # too elongated
             reason = f"cannot be resized from {image.width}x{image.height}: {error or type(error).__name__}"
             raise OSError(f"{source}: {reason}") from error
 
     def predict(self, image: Tensor) -> tuple[list[Result], None]:
         logits = self.model(image[None])
         if logits.shape != (1, self.model.num_classes):
-            raise ValueError(f"the model gives {list(logits.shape)} of an image, not {self.model.num_classes} logits")
+            raise ValueError(f"the output is {list(logits.shape)} for an image, not {self.model.num_classes} logits")
         best = logits.softmax(-1)[0].topk(self.top)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Result(self.labels[i] if self.labels else f"class {i}", score) for i, score in pairs], None
@@ -202,21 +199,21 @@ def is_local(config: ModelConfig) -> bool:
 
 def check_name(config: ModelConfig) -> None:
     """Raises:
-    ConfigError: an unknown name; the message has the nearest ones.
+    ConfigError: an unknown name; the message gives the nearest ones.
     """
     if not is_local(config) and not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=4)
         raise ConfigError(
-            f"model.name: there is no model {config.name!r}; nearest: {', '.join(near) or 'none'}. "
-            "One of your own is known by --import MODULE, or imports: [MODULE] in the recipe"
+            f"model.name: unknown model {config.name!r}; nearest: {', '.join(near) or 'none'}. "
+            "For your own models, use --import MODULE, or imports: [MODULE] in the recipe"
         )
 
 
 def model_cfg(config: ModelConfig) -> dict[str, Any]:
-    """The ``pretrained_cfg`` that the recipe's model will have, before it is built.
+    """The ``pretrained_cfg`` of the recipe's model, without building it.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: an unknown model or invalid arguments.
     """
     check_name(config)
     if not is_local(config):
@@ -232,7 +229,7 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     """Creates the recipe's model with timm, in training mode.
 
     Raises:
-        ConfigError: unknown name, arguments it does not take, or fewer outputs than classes.
+        ConfigError: an unknown name, invalid arguments, or fewer outputs than classes.
     """
     outputs = config.num_classes or classes
     if outputs < classes:
@@ -242,7 +239,7 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     check_name(config)
     local = is_local(config)
     try:
-        # not by timm's pretrained=True, which compares no hash and tries no mirror
+        # timm's pretrained=True would neither check hashes nor try mirrors
         create: Any = (
             load if config.pretrained and not local else partial(timm.create_model, pretrained=config.pretrained)
         )
@@ -257,17 +254,17 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if config.sync_bn and torch.distributed.is_initialized():
-        model = convert_sync_batchnorm(model)  # timm's: PyTorch's drops the activations that timm's norms hold
+        model = convert_sync_batchnorm(model)  # PyTorch's drops the activations in timm's norm layers
     return model
 
 
 def freeze(model: nn.Module, stages: int) -> None:
-    """Leaves the stem and the first ``stages`` stages as they are, in evaluation mode; -1: nothing."""
+    """Freezes the stem and the first ``stages`` stages, in evaluation mode; -1: nothing."""
     names = [name for named in (model.named_parameters(), model.named_modules()) for name, _ in named if name]
     modules = dict(model.named_modules())
     for name in names_of_stages(stages, model, dict(zip(names, names, strict=True)), modules):
         if name in modules:
-            modules[name].register_forward_pre_hook(_evaluate)  # the loop puts the whole model into training mode
+            modules[name].register_forward_pre_hook(_evaluate)  # after the loop's model.train()
         else:
             model.get_parameter(name).requires_grad_(False)
 
@@ -277,7 +274,7 @@ def _evaluate(module: nn.Module, _: Any) -> None:
 
 
 def set_preprocessing(model: Any, preprocessing: dict[str, Any]) -> None:
-    """Makes ``pretrained_cfg`` describe the run's own images and weights, not the published ones of the same name."""
+    """Sets ``pretrained_cfg`` to the run's preprocessing and classes, without the published weights of that name."""
     cfg = model.pretrained_cfg
     kept = ("architecture", "classifier", "first_conv", "fixed_input_size", "min_input_size")
     model.pretrained_cfg = {key: cfg[key] for key in kept if cfg.get(key) is not None}
@@ -285,16 +282,16 @@ def set_preprocessing(model: Any, preprocessing: dict[str, Any]) -> None:
 
 
 def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[int]) -> list[int]:
-    """The sides of the input by part of the run (progressive learning: EfficientNetV2, arXiv 2104.00298, section 4).
+    """The input sizes of progressive learning (EfficientNetV2, arXiv 2104.00298, section 4), by part of the run.
 
     Raises:
-        ConfigError: they do not grow to the input's own side, or the model takes no image of one of them.
+        ConfigError: they do not increase up to the model's input size, or the model does not support one of them.
     """
     channels, side, _ = input_size
     if not sizes:
         return [side]
     if list(sizes) != sorted(set(sizes)) or sizes[-1] != side:
-        raise ConfigError(f"augment.sizes={list(sizes)} must grow, and end at the input's side of {side}")
+        raise ConfigError(f"augment.sizes={list(sizes)} must increase and end at the input size {side}")
     training = model.training
     model.eval()
     for size in sizes[:-1]:
@@ -302,7 +299,7 @@ def growing_sizes(sizes: Sequence[int], model: nn.Module, input_size: Sequence[i
             with torch.no_grad():
                 model(torch.zeros(1, channels, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"augment.sizes: the model takes no images of {size}x{size}: {error}") from None
+            raise ConfigError(f"augment.sizes: the model does not support {size}x{size}: {error}") from None
     model.train(training)
     return list(sizes)
 

@@ -1,5 +1,4 @@
-"""Object detection and instance segmentation on COCO annotations: the detector of a recipe, its scores and its
-predictions."""
+"""Object detection and instance segmentation: training, evaluation and prediction."""
 
 import json
 from pathlib import Path
@@ -22,10 +21,10 @@ from ..heads.registry import HEADS
 from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, encode_masks, metric_labels
-from .scoring import autocast, write_table
+from .scoring import autocast
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
-SURE = 0.5  # score from which a detection is drawn
+SURE = 0.5  # minimum score of detections in drawings
 Found = dict[str, Tensor]  # boxes [N, 4], labels [N], scores [N], perhaps masks [N, 1, H, W]
 
 
@@ -49,7 +48,6 @@ class Task(task.Task):
 
     @classmethod
     def build(cls, config: DetectConfig, accelerator: Accelerator) -> "Task":
-        """The recipe's detector with its initial weights, and its data."""
         masks = HEADS["detect"][config.model.head].masks
         problems = loop_problems(config)
         with problems:
@@ -61,12 +59,10 @@ class Task(task.Task):
 
     @classmethod
     def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
-        """A run or a checkpoint in it (the data are its recipe's), or a model folder (the overrides say what the data
-        are)."""
         model = load_dense(local_path(source))
         ids = model.config.get("category_ids") or ()
         if len(ids) != len(model.classes):
-            raise ConfigError(f"{source}: its config.json has no `category_ids`, the id of each class in annotations")
+            raise ConfigError(f"{source}: config.json has no valid `category_ids`, the category id of each class")
         transform, channels = model.detector.transform, len(model.detector.transform.image_mean)
         defaults = {
             "output": "-",
@@ -117,13 +113,6 @@ class Task(task.Task):
             for name, figures in zip(self.classes, scorer.by_class, strict=True)
         ]
 
-    def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
-        more = super().examine(run, model, title, draw)
-        scorer = self.score(model)
-        if draw:
-            write_table(run / "classes.csv", *self.by_class(scorer))
-        return more | {"n": scorer.n}
-
     def save_weights(self, folder: Path, model: Any) -> None:
         transform = model.detector.transform
         mean, std = list(transform.image_mean), list(transform.image_std)
@@ -138,12 +127,12 @@ class Task(task.Task):
         return image, dataset.index.target(number), above(found, SURE)
 
     def plot(self, examples: list[tuple[Tensor, Found, Found]], path: Path, title: str) -> None:
-        title = f"{title}: annotated beside found with a score of {SURE:.0%} or more"
+        title = f"{title}: annotations (left), detections with a score of {SURE:.0%} or more (right)"
         plots.detections(examples, self.classes, path, title)
 
 
 class Predictor(task.Predictor):
-    """The objects with at least the score ``threshold``."""
+    """Returns the objects with a score of at least ``threshold``."""
 
     formats = ("drawn", "coco", "yolo", "masks")
 
@@ -162,9 +151,9 @@ class Predictor(task.Predictor):
         plots.detection(image, found, self.classes, path, title)
 
     def masks(self, image: Tensor, found: Found, path: Path) -> None:
-        """The number of the object, from 1 by falling score; 0 for none. The better one hides the worse."""
+        """Pixels have the number of the object, from 1 by decreasing score, 0 without one; the higher score wins."""
         if "masks" not in found:
-            raise ValueError("the detector finds boxes, no masks: the format masks is not for it")
+            raise ValueError("the detector has no masks (format=masks)")
         numbers = np.zeros(image.shape[-2:], np.uint16)
         for number in range(len(found["masks"]), 0, -1):
             numbers[found["masks"][number - 1, 0].numpy() > 0.5] = number
@@ -200,7 +189,7 @@ def build_model(config: DetectConfig, num_classes: int) -> Detector:
     """The recipe's detector; raises `ConfigError`."""
     sizes = {"min_size": config.data.min_size, "max_size": config.data.max_size}
     if config.eval.max_detections is not None:
-        regions = HEADS["detect"][config.model.head].first_class  # torchvision's region heads count a background
+        regions = HEADS["detect"][config.model.head].first_class  # torchvision's R-CNN heads have a background class
         key = "box_detections_per_img" if regions else "detections_per_img"
         config.model.head_kwargs = {key: config.eval.max_detections} | config.model.head_kwargs
     return build_dense(build_detector, config, num_classes, **sizes)

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks, every image once whatever the number of processes."""
+"""COCO's average precision of boxes and masks; each image counts once, with any number of processes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from .data import DetectionBatch
 from .data.index import DetectionIndex
 from .scoring import Metrics, Scorer
 
-# The first six of COCO's summary, by our names; its sizes are areas below 32 x 32, up to 96 x 96, and above.
+# The first six metrics of COCO's summary; small, medium and large are areas below 32 x 32, up to 96 x 96, and above.
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-# image number, boxes [N, 4], scores [N], labels [N], run lengths or None
+# index of the image, boxes [N, 4], scores [N], labels [N], run lengths or None
 Found = tuple[int, np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]] | None]
 KINDS: dict[str, Any] = {"box": "bbox", "mask": "segm"}
 
 
 def metric_labels(masks: bool) -> dict[str, str]:
-    """``box_ap``, ``box_ap50``, ... and with ``masks`` the same of masks, with their labels."""
+    """Metric -> label: ``box_ap``, ``box_ap50``, ... and, with ``masks``, ``mask_ap``, ..."""
     kinds = ("box", "mask") if masks else ("box",)
     return {
         f"{kind}_{name}": f"{kind} {name.replace('ap', 'AP').replace('_', ', ')}" for kind in kinds for name in FIGURES
@@ -33,19 +33,17 @@ def metric_labels(masks: bool) -> dict[str, str]:
 def average_precision(
     truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: str, max_detections: int = 100
 ) -> tuple[dict[str, float | None], list[dict[str, float | None]]]:
-    """COCO's figures in percent, over all classes and of each class in the order of their ids; None for a class or a
-    size that no object has.
+    """COCO's metrics in percent, over all classes, and for each class in the order of the ids; None for a class or a
+    size without objects.
 
     Args:
         truth: ``images``, ``annotations``, ``categories`` in COCO's format.
         results: ``image_id``, ``category_id``, ``score``, and ``bbox`` or ``segmentation`` (run lengths).
         kind: ``"box"`` or ``"mask"``.
-        max_detections: of an image and class, the best ones.
+        max_detections: per image and class, those with the highest scores.
     """
-    if kind == "mask":  # with a box COCO's tools would take the sizes of masks from the boxes
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    else:
-        results = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
+    other = {"mask": "bbox", "box": "segmentation"}[kind]  # if present, COCO's tools take sizes of masks from boxes
+    results = [{key: value for key, value in result.items() if key != other} for result in results]
     if kind == "mask":
         truth = truth | {"annotations": [_masked(entry) for entry in truth["annotations"]]}
     known = COCO(truth)
@@ -59,7 +57,7 @@ def average_precision(
 
 
 def _masked(entry: dict[str, Any]) -> dict[str, Any]:
-    """An object without a mask as a crowd of its box: what is found there is neither right nor wrong."""
+    """Turns an object without a mask into a crowd of its box, where detections count neither as right nor wrong."""
     if entry["segmentation"] is not None:
         return entry
     x, y, width, height = entry["bbox"]
@@ -67,22 +65,22 @@ def _masked(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(precision: np.ndarray, kind: str) -> dict[str, float | None]:
-    """Means over what an object has, as COCO's summary takes them of ``[thresholds, recalls, classes, sizes]``."""
+    """COCO's summary of precisions ``[thresholds, recalls, classes, sizes]``: means over those that are defined."""
     parts = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *np.moveaxis(precision[..., 1:], -1, 0))
     means = (100 * float(part[part > -1].mean()) if (part > -1).any() else None for part in parts)
     return {f"{kind}_{name}": mean for name, mean in zip(FIGURES, means, strict=True)}
 
 
 class CocoScorer(Scorer):
-    """Collects detections image by image, as boxes and run lengths.
+    """Collects detections as boxes and run lengths.
 
     Args:
-        index: the annotations that they are measured against.
-        masks: measure masks too.
-        max_detections: of an image, the best ones.
+        index: the ground truth.
+        masks: score masks, too.
+        max_detections: per image, those with the highest scores; None: 100.
 
     Attributes, after `run`:
-        by_class: the figures of each class, in the order of the index's categories, with the number of its objects.
+        by_class: number of objects and metrics of each class, in the order of the index's categories.
     """
 
     def __init__(self, index: DetectionIndex, masks: bool, max_detections: int | None = None):
@@ -91,7 +89,7 @@ class CocoScorer(Scorer):
         self.found: list[Found] = []  # after `run` of all processes, in the order of the images
 
     def add(self, batch: DetectionBatch, predictions: Sequence[dict[str, torch.Tensor]]) -> int:
-        """predictions: of a detector, one dictionary for each image of the batch."""
+        """predictions: a detector's output, a dictionary per image of the batch."""
         for number, each in zip(batch.numbers, predictions, strict=True):
             codes = encode_masks(each["masks"]) if self.masks else None
             boxes, scores = (each[key].float().cpu().numpy() for key in ("boxes", "scores"))
@@ -99,7 +97,7 @@ class CocoScorer(Scorer):
         return len(batch.numbers)
 
     def results(self) -> list[dict[str, Any]]:
-        """Detections as COCO's result files have them, with the ids of its categories."""
+        """The detections in COCO's result format."""
         ids = list(self.index.categories)
         results = []
         for number, boxes, scores, labels, codes in self.found:
@@ -111,7 +109,7 @@ class CocoScorer(Scorer):
         return results
 
     def compute(self) -> Metrics:
-        """The figures of the images that were added; the main process computes them for all."""
+        """The metrics over all processes; the main process computes them."""
         self.found = sorted(gather_object(self.found), key=lambda entry: entry[0])
         found: list[Any] = [{}, []]
         if PartialState().is_main_process:
@@ -129,7 +127,7 @@ class CocoScorer(Scorer):
 
 
 def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """Probabilities ``[N, 1, H, W]`` to COCO's compressed run lengths of what is above one half, as JSON takes them."""
+    """Masks of probabilities ``[N, 1, H, W]`` above 0.5 as COCO's compressed run lengths, for JSON."""
     if len(masks) == 0:
         return []
     bits = (masks[:, 0] > 0.5).byte().cpu().numpy()

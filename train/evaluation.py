@@ -1,4 +1,4 @@
-"""``foveal evaluate``: the scores of a trained model on the held-out part of its data."""
+"""``foveal evaluate``: scores a trained model on held-out data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,26 +22,24 @@ from .tasks import find_task, import_remembered, task_of
 
 
 def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> dict[str, Any]:
-    """Scores a trained run (its ``best/``), a checkpoint folder inside it, a model folder or, of a classifier, a model
-    name.
+    """Evaluates a run (its ``best/``), a checkpoint folder of a run, a model folder or the name of a classifier.
 
     Args:
-        overrides: ``key=value`` pairs over the recipe saved with a run; for the others they say what the data are.
-            ``output=FILE`` writes the result as JSON; of a detector, ``predictions=FILE`` writes all detections in
+        overrides: ``key=value`` pairs over the recipe of a run; for other sources, they define the data.
+            ``output=FILE`` writes the result as JSON; for detectors, ``predictions=FILE`` writes all detections in
             COCO's result format.
-        console: where a table of the result is printed; None: nowhere.
+        console: prints a table of the result; None: no output.
 
     Returns:
-        ``source``, ``model``, the metrics in percent, ``n`` (images), ``images_per_second``, ``unreadable`` (images
-        that were left out, and why); of a detector and a segmenter also ``classes``, the figures of each class, of a
-        segmenter ``iou`` by class; None for a class that does not occur. The metrics of a detector are None where the
-        images have no annotations; all detections are then written to RUN/predictions.json, unless ``predictions``
-        names a file.
+        ``source``, ``model``, the metrics in percent, ``n`` (images), ``images_per_second``, ``unreadable`` (image ->
+        reason). For detectors and segmenters also ``classes``, metrics by class, and for segmenters ``iou`` by class;
+        None for classes that do not occur. The metrics of a detector are None if the images have no annotations; all
+        detections are then written to RUN/predictions.json, unless ``predictions`` names a file.
 
     Raises:
-        ValueError: ``source`` or an override that cannot be used, data that are missing (`ConfigError`, `DataError`).
+        ValueError: an invalid ``source`` or override, or missing data (`ConfigError`, `DataError`).
         CheckpointError: weights that do not fit the recipe.
-        OSError: a file that cannot be read or written.
+        OSError: a file cannot be read or written.
 
     Examples:
         >>> import timm
@@ -89,13 +87,13 @@ def _write(
     if found is None and not task.annotated:
         found = unannotated_results(result["source"])
         if console is not None:
-            console.print(f"the images have no annotations: their detections are in {found}", highlight=False)
+            console.print(f"the images have no annotations; detections written to {found}", highlight=False)
     if found:
         write_json(found, scorer.results())
 
 
 def unannotated_results(source: str | Path) -> Path:
-    """Where results go that nobody named a file for: into the run, or beside the model folder."""
+    """The default file for detections without annotations: in the run, or beside the model folder."""
     folder = local_path(source)
     return (folder if (folder / "config.yaml").is_file() else folder.resolve().parent) / "predictions.json"
 

@@ -1,4 +1,4 @@
-"""What a classifier is trained with: losses, mixed images, a second head, a teacher."""
+"""Losses, Mixup and CutMix, auxiliary heads and distillation for classifiers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from ..configs.schema import ClassifyConfig, ConfigError
 
 
 def build_losses(name: str, smoothing: float) -> tuple[nn.Module, nn.Module]:
-    """The loss for class indices, and that for mixed targets, which are smoothed already."""
+    """The losses for class indices and for the soft targets of mixed images, which are smoothed already."""
     if name == "bce":
         return BinaryCrossEntropy(smoothing=smoothing), BinaryCrossEntropy(smoothing=0.0)
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss(), SoftTargetCrossEntropy()
@@ -22,18 +22,18 @@ def build_losses(name: str, smoothing: float) -> tuple[nn.Module, nn.Module]:
 
 def check_mix(config: ClassifyConfig) -> None:
     """Raises:
-    ConfigError: an odd batch, where images are mixed.
+    ConfigError: an odd batch size with mixed images.
     """
     given, size = config.augment, config.train.batch_size
     if size % 2 and (given.mixup > 0 or given.cutmix > 0):
         raise ConfigError(
-            f"train.batch_size={size} is odd, and augment.mixup={given.mixup:g}, augment.cutmix={given.cutmix:g} pair "
-            "images; 0 turns them off"
+            f"train.batch_size={size} is odd, but augment.mixup={given.mixup:g}, augment.cutmix={given.cutmix:g} need "
+            "pairs of images; 0 disables them"
         )
 
 
 def build_mix(config: ClassifyConfig, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix, where the recipe has them."""
+    """The recipe's Mixup and CutMix; None without them."""
     augment = config.augment
     if not (augment.mixup > 0 or augment.cutmix > 0):
         return None
@@ -49,10 +49,10 @@ def build_mix(config: ClassifyConfig, num_classes: int) -> Mixup | None:
 
 
 def prepare_heads(model: Any, config: ClassifyConfig) -> None:
-    """Turns on a model's second head in training when the recipe has a loss for it.
+    """Enables a model's auxiliary or distillation head in training if the recipe has a loss for it.
 
     Raises:
-        ConfigError: the recipe weighs an auxiliary head that the model does not have.
+        ConfigError: a loss without the auxiliary head, or the head without a loss.
     """
     if config.loss.auxiliary > 0:
         if not hasattr(model, "set_auxiliary_training"):
@@ -63,11 +63,11 @@ def prepare_heads(model: Any, config: ClassifyConfig) -> None:
             raise ConfigError(f"loss.auxiliary={config.loss.auxiliary:g}: {error}") from None
     elif getattr(model, "auxiliary_training", False):
         raise ConfigError(
-            f"{config.model.name} has an auxiliary head, which loss.auxiliary=0 would not train: give it a weight, or "
-            "leave the head out of model.kwargs"
+            f"{config.model.name} has an auxiliary head, but loss.auxiliary=0: set a weight, or remove the head from "
+            "model.kwargs"
         )
     if config.distill.teacher is not None and hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)  # its second head learns from the teacher; another model's only head does
+        model.set_distilled_training(True)  # models without this head distil into their classifier
 
 
 def check_teacher(source: str) -> None:
@@ -77,19 +77,18 @@ def check_teacher(source: str) -> None:
     try:
         resolve(source)
     except ValueError as error:
-        raise ConfigError(f"distill.teacher: {error}; distill.teacher=null trains without one") from None
+        raise ConfigError(f"distill.teacher: {error}; distill.teacher=null disables distillation") from None
 
 
 class Teacher:
-    """A frozen classifier that takes the student's batches, normalised for the student, and sees them as it was trained
-    to.
+    """A frozen classifier that is called with the student's batches and converts them to its own normalization.
 
     Args:
-        source: as `foveal.load` takes it.
+        source: a source for `foveal.load`.
         num_classes: outputs of the student.
         preprocessing: of the student's images (mean, std, input_size), from `build_classification_data`.
-        classes: names of the student's classes. A teacher that has one of them at another index is refused; one with
-            other names, or none, is trusted.
+        classes: names of the student's classes. A teacher with the same name at another index is refused; unknown or
+            missing names are accepted.
 
     Raises:
         ConfigError: the teacher cannot be loaded, or has other classes.
@@ -107,7 +106,7 @@ class Teacher:
         try:
             self.model: Any = load(source, in_chans=channels).to(device).requires_grad_(False)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"distill.teacher: {error}; distill.teacher=null trains without one") from None
+            raise ConfigError(f"distill.teacher: {error}; distill.teacher=null disables distillation") from None
         if self.model.num_classes != num_classes:
             raise ConfigError(
                 f"distill.teacher: {source} has {self.model.num_classes} classes, the model has {num_classes}"
@@ -116,10 +115,10 @@ class Teacher:
         places: dict[str, int] = {name: i for i, name in enumerate(cfg.get("label_names") or ())}
         for i, name in enumerate(classes):
             if places.get(name, i) != i:
-                raise ConfigError(f"distill.teacher: class {name!r} is number {places[name]} of {source}, here {i}")
+                raise ConfigError(f"distill.teacher: class {name!r} has index {places[name]} in {source}, {i} here")
 
         def by_channel(values: Sequence[float]) -> Tensor:
-            # an RGB teacher of grey images: the mean of its channels, as timm sums its first filters
+            # grey images for an RGB teacher: the mean of its values, as timm sums its first filters
             values = values if len(values) == channels else [sum(values) / len(values)] * channels
             return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
@@ -130,7 +129,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The student's batch ``[B, C, H, W]`` to logits ``[B, num_classes]``, float32."""
+        """Logits ``[B, num_classes]``, float32, for the student's batch ``[B, C, H, W]``."""
         images = images * self.scale + self.shift
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
@@ -138,8 +137,8 @@ class Teacher:
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
-    """Cross entropy with the teacher's decision (``"hard"``), or the Kullback-Leibler divergence from its distribution
-    times the squared temperature (``"soft"``: Hinton et al., arXiv 1503.02531); both a mean over the batch."""
+    """Cross entropy with the teacher's argmax (``"hard"``), or the Kullback-Leibler divergence from its distribution
+    times the squared temperature (``"soft"``: Hinton et al., arXiv 1503.02531); the mean over the batch."""
     if kind == "hard":
         return F.cross_entropy(logits, teacher.argmax(1))
     student, teacher = ((x / temperature).log_softmax(1) for x in (logits, teacher))

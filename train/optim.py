@@ -1,4 +1,4 @@
-"""A recipe's optimizer and learning-rate schedule, both timm's."""
+"""timm's optimizers and learning-rate schedules, from a recipe."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from ..configs.schema import ConfigError, OptimConfig, ScheduleConfig
 
 
 def create_optimizer(model: Any, config: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
-    """timm's optimizer ``config.name``, its rate scaled linearly from ``lr_batch`` to the global batch.
+    """timm's optimizer ``config.name``; the learning rate scales linearly from ``lr_batch`` to the global batch.
 
-    A model with ``parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)`` groups its parameters itself; for
-    any other, biases, norms and its ``no_weight_decay`` names are not decayed.
+    A model may group its parameters with ``parameter_groups(weight_decay, layer_decay, backbone_lr_ratio)``; else
+    biases, norms and its ``no_weight_decay`` names are not decayed.
 
     Raises:
-        ConfigError: an unknown name, or arguments that the optimizer does not take.
+        ConfigError: an unknown name, or invalid arguments.
     """
     extra: dict[str, Any] = {"betas": tuple(config.betas)} if config.betas is not None else {}
     if config.eps is not None:
@@ -39,7 +39,7 @@ def create_optimizer(model: Any, config: OptimConfig, global_batch: int) -> torc
 
 def check_optim(config: OptimConfig) -> None:
     """Raises:
-    ConfigError: timm knows no such optimizer.
+    ConfigError: timm does not have the optimizer.
     """
     try:
         get_optimizer_info(config.name.lower().removeprefix("lookahead_"))
@@ -49,11 +49,11 @@ def check_optim(config: OptimConfig) -> None:
 
 def check_schedule(config: ScheduleConfig) -> None:
     """Raises:
-    ConfigError: milestones outside (0, 1), missing from ``multistep`` or given to another schedule.
+    ConfigError: milestones outside (0, 1), missing for ``multistep``, or given for another schedule.
     """
     if (config.name == "multistep") != bool(config.milestones):
         raise ConfigError(
-            f"schedule.name={config.name}, schedule.milestones={config.milestones}: only multistep has them"
+            f"schedule.name={config.name}, schedule.milestones={config.milestones}: only multistep takes them"
         )
     if any(not 0 < part < 1 for part in config.milestones):
         raise ConfigError(f"schedule.milestones={config.milestones} must be fractions of the run, between 0 and 1")
@@ -62,10 +62,10 @@ def check_schedule(config: ScheduleConfig) -> None:
 def create_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int
 ) -> tuple[Scheduler, int]:
-    """The learning rate by update, and the number of epochs including the cooldown."""
+    """The schedule of the learning rate, in updates, and the number of epochs including the cooldown."""
     total = config.epochs * updates_per_epoch
     check_schedule(config)
-    lr = max(group["lr"] for group in optimizer.param_groups)  # each group's own, times its lr_scale, from here on
+    lr = max(group["lr"] for group in optimizer.param_groups)  # timm multiplies by each group's lr_scale
     scheduler: Any
     scheduler, _ = create_scheduler_v2(
         optimizer,

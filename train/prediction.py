@@ -1,4 +1,4 @@
-"""``foveal predict``: what a trained model finds in image files."""
+"""``foveal predict``: runs a trained model on image files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from .tasks import find_task, import_remembered, task_of
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in an image file, the highest score first; ``error`` where the file cannot be read.
+    """The results for an image file, the highest score first, or the ``error`` if it cannot be read.
 
-    Each of the ``results`` has a ``label`` and a ``score``: the probability of the class (classifier), the confidence
-    (detector) or the share of the pixels (segmenter); that of a detector also the ``box`` (x1, y1, x2, y2 in pixels)
-    and the ``category_id`` of its annotations.
+    A result has a ``label`` and a ``score``: the probability of the class (classifier), the confidence (detector) or
+    the share of pixels (segmenter). Those of a detector also have the ``box`` (x1, y1, x2, y2 in pixels) and the
+    ``category_id`` of its training annotations.
 
     Examples:
         >>> from foveal.train import Prediction, Result
@@ -41,26 +41,26 @@ def predict(
     formats: Sequence[str] = (),
     device: str | torch.device | None = None,
 ) -> Iterator[Prediction]:
-    """The classes of image files (classifier), the objects (detector) or the classes of the pixels (segmenter) in them.
+    """Predicts the class of images (classifier), the objects in them (detector) or the class of each pixel (segmenter).
 
     Args:
-        source: what `foveal.load` takes: a run, a model folder, of a classifier also a name with published weights.
-        top: classifier: how many classes; at most as many as the model has.
-        threshold: detector: lowest score.
-        images: files, folders (all images below them) and videos (each frame; OpenCV reads them).
-        output: detector, segmenter: folder to write to. None: nothing is written.
-        formats: what is written. Detector: ``"drawn"`` (the usual one: NAME.png, the image with its objects),
-            ``"coco"`` (predictions.json), ``"yolo"`` (labels/NAME.txt) and, with masks, ``"masks"`` (NAME.png, the
-            number of the object at each pixel). Segmenter: ``"masks"`` (the usual one: a palette image of the classes)
-            and ``"drawn"``. Of both ``"drawn"`` and ``"masks"`` each has a folder of its name.
+        source: as for `foveal.load`: a run, a model folder, or the name of a classifier with published weights.
+        images: files, folders (all images below them) and videos (each frame; needs OpenCV).
+        top: classifier: number of classes to return.
+        threshold: detector: minimum score.
+        output: detector, segmenter: folder to write to; None: nothing is written.
+        formats: files to write. Detector: ``"drawn"`` (default: NAME.png, the image with its objects), ``"coco"``
+            (predictions.json), ``"yolo"`` (labels/NAME.txt) and, with masks, ``"masks"`` (NAME.png, the number of the
+            object at each pixel). Segmenter: ``"masks"`` (default: a palette image of the classes) and ``"drawn"``.
+            With both ``"drawn"`` and ``"masks"``, each has its own folder.
         device: None: a GPU if there is one, else the CPU.
 
     Yields:
-        a `Prediction` for each image. A file that cannot be read has an ``error`` and does not end the iteration.
+        a `Prediction` per image; an unreadable file has an ``error`` and does not end the iteration.
 
     Raises:
-        ValueError: ``source`` cannot be loaded, a format that the model does not have, an unknown device, or drawings
-            would replace images or each other.
+        ValueError: ``source`` cannot be loaded, the model does not have a format, the device is unknown, or an output
+            file would overwrite an image or another output.
         ImportError: a video without OpenCV.
 
     Examples:
@@ -83,9 +83,9 @@ def predict(
     predictor_class: type[Predictor] = find_task(kind).Predictor
     sources = find_images(images)
     if output is not None and not predictor_class.formats:
-        raise ValueError(f"{source} is a classifier: it has nothing to draw into {output}")
+        raise ValueError(f"{source} is a classifier and writes no files (output={output})")
     if output is None and formats:
-        raise ValueError(f"formats={list(formats)} are written into a folder: name it by output")
+        raise ValueError(f"formats={list(formats)} need an output folder (output)")
     writer = None if output is None else Writer(Path(output), formats, sources, predictor_class)
     predictor = predictor_class(source, top=top, threshold=threshold)
     yield from _predict(predictor, sources, writer, _device(device))
@@ -112,7 +112,7 @@ def _predict(
 
 def _device(device: str | torch.device | None) -> torch.device:
     """Raises:
-    ValueError: an unknown device, or one that this machine does not have.
+    ValueError: an unknown or unavailable device.
     """
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

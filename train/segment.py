@@ -1,4 +1,4 @@
-"""Semantic segmentation: the segmenter of a recipe, its loss, its scores and its predictions."""
+"""Semantic segmentation: training, evaluation and prediction."""
 
 import json
 import warnings
@@ -22,14 +22,14 @@ from ..heads.segmentation import Mask2Former, Segmenter, label_map
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
-from .scoring import SegmentationScorer, autocast, write_table
+from .scoring import SegmentationScorer, autocast
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 KEYS = ("auxiliary", "ignored_in_mean")
 
 
 class Task(task.Task):
-    """A segmenter: images to logits ``[B, classes, H, W]``, in training perhaps with those of an auxiliary head; or
+    """A segmenter: images to logits ``[B, classes, H, W]``, in training perhaps also those of an auxiliary head; or
     Mask2Former, which computes its own loss."""
 
     metrics: ClassVar = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
@@ -47,13 +47,12 @@ class Task(task.Task):
             "data.kind": config.data.kind,
             "evaluation": json.dumps(self.settings, sort_keys=True),
             "augmentation": json.dumps(vars(config.augment), sort_keys=True),
-            # by the keys that runs of 0.1.0 have, and those that are set
+            # the keys of runs of 0.1.0, and others if set
             "loss": json.dumps({k: v for k, v in vars(config.loss).items() if k in KEYS or v}, sort_keys=True),
         }
 
     @classmethod
     def build(cls, config: SegmentConfig, accelerator: Accelerator) -> "Task":
-        """The recipe's segmenter with its initial weights, and its data."""
         together = accelerator.num_processes if config.model.sync_bn else 1
         problems, classes = loop_problems(config), []
         with problems:
@@ -63,7 +62,7 @@ class Task(task.Task):
         with problems:
             if config.model.head == "upernet" and config.train.batch_size * together == 1:
                 raise ConfigError(
-                    "train.batch_size=1: UPerNet normalises maps of one pixel, which needs two images or more"
+                    "train.batch_size=1: UPerNet has batch norms on maps of one pixel, which need two images or more"
                 )
         with problems:
             classes = find_classes(config.data)
@@ -81,11 +80,9 @@ class Task(task.Task):
 
     @classmethod
     def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
-        """A run or a checkpoint in it (the data are its recipe's), or a model folder (the overrides say what the data
-        are)."""
         model, recipe = load_dense(local_path(source)), find_recipe(source)
         defaults = {"output": "-", "model": {"name": model.arguments["name"]}}
-        if recipe is None:  # as it was evaluated where it was trained, unless the overrides say otherwise
+        if recipe is None:  # evaluate with the settings of the training, unless overridden
             given = dict(model.config["preprocessing"].get("inference", {}))
             seen = {"antialias": given.pop("antialias", True), "in_chans": model.arguments.get("in_chans", 3)}
             defaults |= {"eval": given | {"mode": "slide" if given.get("crop_size") else "whole"}, "data": seen}
@@ -96,7 +93,7 @@ class Task(task.Task):
             raise ConfigError(f"{source} has {model.arguments['num_classes']} classes, the data have {len(classes)}")
         if classes != model.classes and sorted(classes) == sorted(model.classes):
             theirs, ours = next(pair for pair in zip(classes, model.classes, strict=True) if pair[0] != pair[1])
-            raise ConfigError(f"{source} has the classes in another order: {ours} where the data have {theirs}")
+            raise ConfigError(f"{source} has another order of classes: {ours} where the data have {theirs}")
         return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
 
     def train_step(self, model: nn.Module, batch: SegmentationBatch, epoch: int) -> Tensor:
@@ -136,7 +133,7 @@ class Task(task.Task):
         return scorer
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Classes ``[B, H, W]`` of the pixels."""
+        """The class of each pixel, ``[B, H, W]``."""
         with autocast(images.device, self.config.train.amp):
             return label_map(model, images, **self.settings)
 
@@ -161,17 +158,10 @@ class Task(task.Task):
     def plot(self, examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, title: str) -> None:
         plots.segmentations(examples, self.classes, path, title)
 
-    def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
-        super().examine(run, model, title, draw)
-        scorer = self.score(model)
-        if draw:
-            write_table(run / "classes.csv", *self.by_class(scorer))
-        return {"n": scorer.n}
-
 
 class Predictor(task.Predictor):
-    """The classes of the pixels, found as in the model's last evaluation; drawn as a palette image of the classes, in
-    the colours of Pascal VOC."""
+    """Returns the class of each pixel, with the settings of the model's last evaluation; written as a palette image in
+    Pascal VOC's colours."""
 
     formats = ("masks", "drawn")
 
@@ -187,7 +177,7 @@ class Predictor(task.Predictor):
         return [Result(self.model.classes[k], float(shares[k])) for k in order], labels
 
     def draw(self, image: Tensor, found: np.ndarray, path: Path, title: str) -> None:
-        """Half the image, half the classes' colours."""
+        """Blends the image with the colours of the classes."""
         pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy() * 255
         mixed = (pixels + plots.label_colours(256)[found]) / 2
         with atomic(path) as new:
@@ -201,16 +191,16 @@ class Predictor(task.Predictor):
 
 
 def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:
-    """The recipe's segmenter; raises `ConfigError`."""
+    """The recipe's segmenter; see `build_dense`."""
     return build_dense(build_segmenter, config, num_classes)
 
 
 def load_initial(model: Segmenter, source: str) -> list[str]:
-    """Loads a whole segmenter's weights to start from: a run, a model folder, or the heads of a file with mmseg's
-    names (`build_segmenter` loads its backbone). Classifiers of other classes are left out.
+    """Loads the initial weights of a whole segmenter from a run, a model folder, or the heads of a file with mmseg's
+    names (`build_segmenter` loads its backbone), except classifiers for another number of classes.
 
     Returns:
-        the names of the tensors that keep their initial values: empty, or those of the classifiers.
+        names of the tensors that were not loaded.
     """
     path = Path(source)
     try:
@@ -231,26 +221,26 @@ def load_initial(model: Segmenter, source: str) -> list[str]:
 def segmentation_data(
     config: SegmentConfig, classes: list[str], model: Any, accelerator: Accelerator, train: bool = True
 ) -> Data:
-    """The recipe's data; what a crop lacks has the mean colour of the model."""
+    """The recipe's data; crops beyond the image are filled with the model's mean colour."""
     return build_segmentation_data(
         config, classes, model.mean.flatten().tolist(), train=train, **processes(accelerator)
     )
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:
-    """The keyword arguments of `label_map` by which a recipe evaluates.
+    """The keyword arguments of `label_map` for a recipe's evaluation.
 
     Raises:
-        ConfigError: sliding windows that would leave pixels out, or windows for whole images.
+        ConfigError: sliding windows that would skip pixels, or windows with ``eval.mode=whole``.
     """
     given = config.eval
     if given.mode == "whole" and (given.crop_size or given.stride):
         raise ConfigError(
-            f"eval.mode=whole with eval.crop_size={given.crop_size}, eval.stride={given.stride}: mode=slide has them"
+            f"eval.mode=whole with eval.crop_size={given.crop_size}, eval.stride={given.stride}: they need mode=slide"
         )
     window = None if given.mode == "whole" else list(given.crop_size or config.augment.crop_size)
     if window and given.stride and any(step > side for step, side in zip(given.stride, window, strict=True)):
-        raise ConfigError(f"eval.stride={given.stride} is beyond the windows of {window}, which would leave pixels out")
+        raise ConfigError(f"eval.stride={given.stride} exceeds the windows {window} and would skip pixels")
     return {
         "scale": given.scale,
         "size_divisor": given.size_divisor,
@@ -264,13 +254,11 @@ def inference(config: SegmentConfig) -> dict[str, Any]:
 
 def check_loss(config: SegmentConfig, classes: int) -> None:
     """Raises:
-    ConfigError: weights for another number of classes, or a loss that Mask2Former does not have.
+    ConfigError: class weights for another number of classes, or options that Mask2Former's loss does not have.
     """
     weights, gamma = config.loss.class_weights, config.loss.focal_gamma
     if config.model.head == "mask2former" and (weights is not None or gamma):
-        raise ConfigError(
-            f"loss.class_weights={weights}, loss.focal_gamma={gamma}: mask2former has its own loss, not one of pixels"
-        )
+        raise ConfigError(f"loss.class_weights={weights}, loss.focal_gamma={gamma}: mask2former has its own loss")
     if weights is not None and len(weights) != classes:
         raise ConfigError(f"loss.class_weights has {len(weights)} values for {classes} classes")
 
@@ -278,14 +266,13 @@ def check_loss(config: SegmentConfig, classes: int) -> None:
 def segmentation_loss(
     logits: Tensor, targets: Tensor, ignored_in_mean: bool, weights: Tensor | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of logits ``[B, classes, H, W]``, with ``gamma`` the focal loss, each pixel's times the weight of
-    its class; the sum over pixels with a class, divided by their number or, with ``ignored_in_mean``, by that of all
-    pixels."""
+    """Cross-entropy of logits ``[B, classes, H, W]``, or focal loss if ``gamma``, weighted by class:
+    the mean over pixels with a class or, with ``ignored_in_mean``, their sum divided by the number of all pixels."""
     if weights is None and not gamma:
         total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     else:
         each = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
-        # 1 - p, away from 0, where a power below 1 has no finite slope
+        # 1 - p, clamped: powers below 1 have an infinite slope at 0
         each = (-torch.expm1(-each)).clamp(min=1e-7) ** gamma * each if gamma else each
         total = (each if weights is None else each * weights[targets.where(targets != IGNORE, 0)]).sum()
     pixels = targets.numel() if ignored_in_mean else (targets != IGNORE).sum().clamp(min=1)

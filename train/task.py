@@ -22,7 +22,7 @@ from .data.auto import kept_split
 from .data.files import UNREADABLE
 from .distributed import check_sharding
 from .optim import check_optim, check_schedule
-from .scoring import Metrics, Scorer
+from .scoring import Metrics, Scorer, write_table
 
 Row = dict[str, Any]  # of metrics.csv
 RANDOM_WEIGHTS = "; model.checkpoint=FILE starts from other weights, model.pretrained=false from random ones"
@@ -156,9 +156,11 @@ class Task(ABC):
         Returns:
             further entries of summary.json.
         """
+        scorer = self.score(model)
         if draw:
             self.draw(model, run / "predictions.png", title)
-        return {}
+            write_table(run / "classes.csv", *self.by_class(scorer))
+        return {"n": scorer.n}
 
     @torch.no_grad()
     def draw(self, model: nn.Module, path: Path, title: str) -> None:
