@@ -2,15 +2,14 @@
 
 Counted are all matrix products and convolutions; for each query of neighborhood attention its ``Kh * Kw`` keys, once
 for the logits and once for the values; for neighborhood aggregation its ``Kh * Kw`` values, independent of the backend.
-Not counted are normalization, activations, softmax, additions, pooling and resampling. One MAC is what papers usually
-report as one FLOP.
+Not counted are normalization, activations, softmax, position biases, additions, pooling and resampling. One MAC is what
+papers usually report as one FLOP; PyTorch's ``FlopCounterMode`` counts it as two, and otherwise the same.
 
 `foveal.zoo` writes the table of all models, ``foveal/figures.csv``.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,26 +57,22 @@ def profile(name: str, img_size: int | tuple[int, int] | None = None, **kwargs: 
     channels = kwargs.get("in_chans", channels)
     if img_size is not None:
         rows, columns = (img_size, img_size) if isinstance(img_size, (int, np.integer)) else img_size
+    return of_model(model, (channels, rows, columns))
 
+
+def of_model(model: torch.nn.Module, input_size: tuple[int, int, int]) -> Profile:
+    """Count the parameters, and the MACs of one image ``(channels, rows, columns)``, of a model on the meta device."""
     macs: list[int] = []
 
     def count_macs(call: Call) -> Tensor:
-        macs.append(_macs(call))
+        macs.append(call.flops // 2)
         return call.empty_output()  # not the backend's own products, which may exceed the windows
 
-    image = torch.empty(1, channels, rows, columns, device="meta")
+    image = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), recording(count_macs), FlopCounterMode(display=False) as flops:
         model(image)
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
         macs=flops.get_total_flops() // 2 + sum(macs),
-        input_size=(channels, rows, columns),
+        input_size=input_size,
     )
-
-
-def _macs(call: Call) -> int:
-    """MACs of a neighborhood operation."""
-    problem = call.problem
-    batch, _, _, heads, depth = problem.shape
-    pairs = batch * heads * math.prod(problem.query_size) * math.prod(problem.kernel_size)
-    return pairs * (depth + problem.value_depth if call.operation == "neighborhood_attention" else depth)

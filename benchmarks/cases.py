@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..kernels import flops
 from ..kernels.window import Window
 
 
@@ -64,10 +65,10 @@ class Layer:
 
     def flops(self, backward: bool) -> int:
         """FLOPs of a forward pass, or of forward and backward with recomputed probabilities."""
-        depth, value = self.shape[4], self.value_depth
+        directions = (False, True) if backward else (False,)
         if self.operation != "attention":
-            return 2 * self.pairs * value * (3 if backward else 1)
-        return 2 * self.pairs * (depth + value + (3 * depth + 2 * value if backward else 0))
+            return sum(flops.aggregation(self.pairs, self.value_depth, each) for each in directions)
+        return sum(flops.attention(self.pairs, self.shape[4], self.value_depth, each) for each in directions)
 
     def bytes(self, backward: bool, item: int = 2) -> int:
         """Minimum memory traffic: each tensor once in forward, and once in backward each that is read or written."""

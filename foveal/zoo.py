@@ -261,7 +261,7 @@ def info_rows(name: str) -> list[tuple[str, str]]:
         ("parameters", f"{facts['parameters']:,}"),
         ("GMACs", f"{facts['macs'] / 1e9:.3f} for one image of {size}"),
         ("", "matrix products, convolutions, and kernel x kernel keys for each query;"),
-        ("", "normalization, activations, softmax and additions are not counted"),
+        ("", "normalization, activations, softmax, position biases, additions are not counted"),
         ("dilations", "  ".join(words(level) for level in facts["dilations"] or ())),
         (
             "preprocessing",

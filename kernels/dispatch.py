@@ -7,7 +7,6 @@ A backend is a module with ``unsupported_reason(problem) -> str | None`` and, fo
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +19,12 @@ from torch import Tensor
 
 from foveal.errors import RunError  # absolute: in a checkout, transformers imports this folder as "kernels"
 
-from . import triton_support
+from . import flops, triton_support
 from .problem import Problem
 
 ENVIRONMENT = "FOVEAL_BACKEND"
 NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
+OPERATORS = ("triton", "natten")  # registered with torch.library; the others are plain PyTorch operations
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str, str]] = set()
@@ -114,10 +114,12 @@ class Call:
 
     def empty_output(self) -> Tensor:
         """An uninitialised tensor with the shape and dtype of the output."""
-        *lead, depth = self.tensors[2 if self.operation == "neighborhood_attention" else 1].shape
-        if self.operation == "neighborhood_logits":
-            depth = math.prod(self.problem.kernel_size)
-        return self.tensors[1].new_empty(lead[0], *self.problem.query_size, lead[3], depth)
+        return self.tensors[1].new_empty(self.problem.output_shape(self.operation))
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the operation by its definition (``kernels/flops.py``), two for each multiply-accumulate."""
+        return flops.of_problem(self.operation, self.problem)
 
     @property
     def backend(self) -> str:
@@ -168,8 +170,11 @@ def run(
             out = on_call(Call(operation, problem, tensors, backends, requested))
             if out is not None:
                 return out
-    chosen = backends[choose(operation, backends, problem, requested)]
-    return getattr(chosen, function)(*tensors, problem)
+    name = choose(operation, backends, problem, requested)
+    chosen = getattr(backends[name], function)
+    if flops.counting(problem) and name not in OPERATORS:
+        return flops.counted(operation, chosen, tensors, problem)
+    return chosen(*tensors, problem)
 
 
 def choose(operation: str, backends: Mapping[str, ModuleType], problem: Problem, requested: str | None) -> str:

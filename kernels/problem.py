@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,16 @@ class Problem:
         """H and W of the queries."""
         height, width = self.size
         return self.rows.queries(height), self.columns.queries(width)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key in its window, of all images and heads."""
+        return self.shape[0] * self.shape[3] * math.prod(self.query_size) * math.prod(self.kernel_size)
+
+    def output_shape(self, operation: str) -> tuple[int, ...]:
+        """Shape of the output of ``operation``, a `Call.operation`."""
+        depth = math.prod(self.kernel_size) if operation == "neighborhood_logits" else self.value_depth
+        return self.shape[0], *self.query_size, self.shape[3], depth
 
     @property
     def windows(self) -> tuple[Window, Window]:

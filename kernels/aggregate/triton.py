@@ -17,12 +17,14 @@ B batch, H W map, N heads, D channels, K = Kh * Kw keys of a window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import triton_support
+from .. import flops, triton_support
 from ..problem import Problem
 from ..tracing import transformed
 
@@ -161,6 +163,29 @@ def _mix_gradient(ctx, grad: Tensor, _):
 
 
 _mix.register_autograd(_mix_gradient, setup_context=_mix_setup_context)
+
+
+# the pairs of a query and a key are the elements of the weights, logits or dots
+
+
+@register_flop_formula([torch.ops.foveal.aggregate_apply, torch.ops.foveal.aggregate_spread])
+def _(weights, y, *_, **__) -> int:
+    return flops.aggregation(math.prod(weights), y[4])
+
+
+@register_flop_formula(torch.ops.foveal.aggregate_dots)
+def _(q, k, *_, out_shape, **__) -> int:
+    return flops.aggregation(math.prod(out_shape), k[4])
+
+
+@register_flop_formula(torch.ops.foveal.aggregate_mix)
+def _(logits, v, *_, **__) -> int:
+    return flops.aggregation(math.prod(logits), v[4])
+
+
+@register_flop_formula(torch.ops.foveal.aggregate_mix_backward)
+def _(grad, logits, v, *_, **__) -> int:
+    return flops.aggregation(math.prod(logits), v[4], backward=True)
 
 
 # ----------------------------------------------------------------------------------------------- the backend

@@ -6,15 +6,19 @@ NATTEN's forward, because its backward operators are not public.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from .. import flops
 from ..bias import Bias
 from ..problem import Problem
+from ..tracing import below_autograd
 
 
 @lru_cache(maxsize=1)
@@ -79,13 +83,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tenso
 def natten_na2d_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Custom operators run with the autograd dispatch keys excluded, which enable_grad does not undo.
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-        torch.enable_grad(),
-    ):
+    with below_autograd():
         inputs = [t.detach().contiguous().requires_grad_(True) for t in (q, k, v)]
         out = _call(*inputs, window, scale)
     return torch.autograd.grad(out, inputs, grad.contiguous())
@@ -106,6 +104,16 @@ def _backward(ctx, grad: Tensor):
 
 
 natten_na2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.foveal.natten_na2d)
+def _(q, k, v, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[0] * window[1], q[4], v[4])
+
+
+@register_flop_formula(torch.ops.foveal.natten_na2d_backward)
+def _(grad, q, k, v, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[0] * window[1], q[4], v[4], backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:

@@ -19,8 +19,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import triton_support
+from .. import flops, triton_support
 from ..bias import Bias
 from ..problem import Problem
 from ..tracing import transformed
@@ -463,6 +464,16 @@ def _backward(ctx, grad: Tensor | None, _):
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.foveal.neighborhood_attention)
+def _(q, k, v, first, second, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[1] * window[6], q[4], v[4])
+
+
+@register_flop_formula(torch.ops.foveal.neighborhood_attention_backward)
+def _(grad, q, k, v, first, second, out, lse, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[1] * window[6], q[4], v[4], backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:

@@ -1,11 +1,13 @@
-"""`recording`: every call is reported, in its own thread, and costs nothing where it is traced."""
+"""`recording`: every call is reported, in its own thread, and costs nothing where it is traced. FLOP counters."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.kernels import (
     BackendError,
@@ -25,22 +27,22 @@ TABLE = torch.randn(2, 5, 5)
 EMBEDDINGS = torch.randn(2, 9, 4)
 
 
-def operations():
-    yield lambda: neighborhood_attention(Q, Q, Q[..., :3], kernel_size=3)
-    yield lambda: neighborhood_attention(Q, Q, Q, kernel_size=3, bias=RelativePositionBias(TABLE))
+def operations(q=Q, logits=LOGITS, table=TABLE, embeddings=EMBEDDINGS):
+    yield lambda: neighborhood_attention(q, q, q[..., :3], kernel_size=3)
+    yield lambda: neighborhood_attention(q, q, q, kernel_size=3, bias=RelativePositionBias(table))
     yield lambda: neighborhood_attention(
-        Q[:, ::2, ::2],
-        Q,
-        Q,
+        q[:, ::2, ::2],
+        q,
+        q,
         kernel_size=5,
         stride=2,
         query_stride=2,
         boundary="mask",
-        bias=DecomposedRelativePositionBias(*EMBEDDINGS),
+        bias=DecomposedRelativePositionBias(*embeddings),
     )
-    yield lambda: neighborhood_aggregate(LOGITS, Q, kernel_size=(3, 5), boundary="zero")
-    yield lambda: neighborhood_mix(LOGITS, Q, kernel_size=(3, 5))
-    yield lambda: neighborhood_logits(Q, Q[:], kernel_size=3, dilation=2)
+    yield lambda: neighborhood_aggregate(logits, q, kernel_size=(3, 5), boundary="zero")
+    yield lambda: neighborhood_mix(logits, q, kernel_size=(3, 5))
+    yield lambda: neighborhood_logits(q, q[:], kernel_size=3, dilation=2)
 
 
 def test_what_is_reported():
@@ -121,3 +123,77 @@ def test_under_the_transforms_of_torch_func():
         out = torch.vmap(lambda q: neighborhood_attention(q, q, q, kernel_size=3))(Q[:, None])
     assert [call.problem.shape for call in calls] == [(1, 9, 8, 2, 4)]
     torch.testing.assert_close(out[:, 0], neighborhood_attention(Q, Q, Q, kernel_size=3))
+
+
+# ---- torch.utils.flop_counter
+
+QUERIES = 2 * 9 * 8 * 2  # over images and heads
+# multiply-accumulates of the forward and of the backward pass
+MACS = (
+    (QUERIES * 9 * (4 + 3), QUERIES * 9 * (3 * 4 + 2 * 3)),
+    (QUERIES * 9 * 8, QUERIES * 9 * 20),
+    (2 * 5 * 4 * 2 * 25 * 8, 2 * 5 * 4 * 2 * 25 * 20),
+    (QUERIES * 15 * 4, QUERIES * 15 * 8),
+    (QUERIES * 15 * 4, QUERIES * 15 * 8),
+    (QUERIES * 9 * 4, QUERIES * 9 * 8),
+)
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled", "dynamic"])
+def test_a_flop_counter_counts_the_definition(name):
+    leaves = [t.clone().requires_grad_(True) for t in (Q, LOGITS, TABLE, EMBEDDINGS)]
+    with backend(name):
+        for operation, macs in zip(operations(*leaves), MACS, strict=True):
+            want = operation()
+            used = [t for t in leaves if t in _leaves(want)]
+            gradients = torch.autograd.grad(want.square().sum(), used)
+            with FlopCounterMode(display=False) as forward:
+                out = operation()
+            loss = out.square().sum()
+            with FlopCounterMode(display=False) as backward:
+                got = torch.autograd.grad(loss, used)
+            assert (forward.get_total_flops() // 2, backward.get_total_flops() // 2) == macs
+            torch.testing.assert_close(out, want)
+            torch.testing.assert_close(got, gradients)
+
+
+def _leaves(out: torch.Tensor) -> set:
+    """Leaf tensors that a gradient reaches."""
+    nodes, found = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        found |= {node.variable} if hasattr(node, "variable") else set()
+        nodes += [each for each, _ in node.next_functions if each is not None]
+    return found
+
+
+def test_the_operators_of_the_gpu_have_the_same_formulas():
+    """With their shapes alone: the fakes of the operators that `triton` and `natten` call."""
+    q, logits, table = (t.to("meta") for t in (Q, LOGITS, TABLE))
+    lse, window, ops = q[..., 0], [0, 3, 1, 1, 1, 0, 3, 1, 1, 1, 0], torch.ops.foveal
+    attention, mix = (q, q, q, table, None), (logits, q, None, None)
+    calls = [
+        (ops.neighborhood_attention, (*attention, window, 1.0), MACS[1][0]),
+        (ops.neighborhood_attention_backward, (q, *attention, q, lse, window, 1.0, True), MACS[1][1]),
+        (ops.natten_na2d, (q, q, q, [3] * 2 + [1] * 4, 1.0), MACS[1][0]),
+        (ops.natten_na2d_backward, (q, q, q, q, [3] * 2 + [1] * 4, 1.0), MACS[1][1]),
+        (ops.aggregate_apply, (logits, q, [3, 5, 1, 1], "zero"), MACS[3][0]),
+        (ops.aggregate_spread, (logits, q, [3, 5, 1, 1], "zero"), MACS[3][0]),
+        (ops.aggregate_dots, (q, q, [3, 3, 2, 2], "shift"), MACS[5][0]),
+        (ops.aggregate_mix, (*mix, [3, 5, 1, 1], "shift"), MACS[4][0]),
+        (ops.aggregate_mix_backward, (q, *mix, q, lse, [3, 5, 1, 1], "shift"), MACS[4][1]),
+    ]
+    for operator, arguments, macs in calls:
+        with FlopCounterMode(display=False) as counter:
+            operator(*arguments)
+        assert counter.get_total_flops() // 2 == macs, operator
+
+
+def test_a_flop_counter_with_dropout():
+    """The random numbers are those of a call without a counter, which counts the backend's own products."""
+    outs = []
+    for counter in (FlopCounterMode(display=False), nullcontext()):
+        torch.manual_seed(0)
+        with counter:
+            outs.append(neighborhood_attention(Q, Q, Q, kernel_size=3, dropout_p=0.5))
+    assert torch.equal(*outs)
