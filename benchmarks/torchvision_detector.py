@@ -82,8 +82,8 @@ def train_one_epoch(model, optimizer, batches, warmup) -> float:
     return total / count
 
 
-def detect(model, images):
-    return [dict(found, labels=found["labels"] - 1) for found in model(list(images))]
+def detect(model, batch):
+    return [dict(found, labels=found["labels"] - 1) for found in model(list(batch.images))], None
 
 
 if __name__ == "__main__":

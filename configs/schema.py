@@ -160,7 +160,8 @@ class TrainConfig:
     ema_decay: Rate = 0.0  # 0: off; else the averaged weights are evaluated and saved
     ema_warmup: bool = False  # increase the decay from 0, for short runs
     eval_interval: PositiveInt = 1  # epochs; the last one is always evaluated
-    patience: PositiveInt | None = None  # stop after so many evaluations without a better score; null: never
+    monitor: Literal["score", "loss"] = "score"  # what marks the best epoch: the task's score, or the held-out loss
+    patience: PositiveInt | None = None  # stop after so many evaluations without a better epoch; null: never
     compile: bool = False
     channels_last: bool = False  # memory format of weights and feature maps
     save_total_limit: PositiveInt = 2  # checkpoints to keep for resuming

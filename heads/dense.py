@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from .backbone import Backbone, decays, grouped
 from .legacy import migrate_in_place
+
+
+@contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """A context in which PyTorch's random numbers are the same each time; those that follow it are as without it."""
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(0)
+        yield
 
 
 class DenseModel(nn.Module):

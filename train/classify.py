@@ -24,7 +24,7 @@ from ..heads.backbone import names_of_stages
 from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
-from .scoring import ClassificationScorer, autocast, write_confusion
+from .scoring import ClassificationScorer, Losses, autocast, write_confusion
 from .task import RANDOM_WEIGHTS, Result, find_recipe, loop_problems, processes, use_kept_split
 
 EXAMPLES = 40  # right and as many wrong ones, for the figure of predictions
@@ -146,12 +146,13 @@ class Task(task.Task):
     def scorer(self) -> ClassificationScorer:
         return ClassificationScorer(self.num_classes)
 
-    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Losses]:
+        """Logits ``[B, num_classes]``; the loss is the cross-entropy with the labels."""
+        images, targets = batch
         with autocast(images.device, self.config.train.amp):
-            return model(images).float()
-
-    def result(self, scorer: ClassificationScorer) -> dict[str, Any]:
-        return {"top1": scorer.metrics["top1"], "top5": scorer.metrics["top5"], "loss": scorer.metrics["val_loss"]}
+            logits = model(images).float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return logits, torch.stack([loss, loss.new_tensor(len(targets))])[:, None]
 
     def save_weights(self, folder: Path, model: Any) -> None:
         arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}

@@ -21,7 +21,7 @@ from ..heads.registry import HEADS
 from . import deprecated, plots, task
 from .data import Data, DetectionBatch, build_detection_data
 from .detection_metrics import CocoScorer, encode_masks, metric_labels
-from .scoring import autocast
+from .scoring import Losses, autocast
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 SURE = 0.5  # minimum score of detections in drawings
@@ -37,7 +37,7 @@ class Task(task.Task):
 
     def __init__(self, config: DetectConfig, model: Detector, data: Data):
         super().__init__(config, model, list(data.categories.values()), data)
-        self.metrics = metric_labels(model.masks)
+        self.metrics = {"val_loss": "loss"} | metric_labels(model.masks)
         self.shown = tuple(name for name in self.metrics if name.endswith(("_ap", "_ap50")))
         self.input = f"{config.data.min_size}/{config.data.max_size}"
         self.identity = {
@@ -98,9 +98,19 @@ class Task(task.Task):
     def scorer(self) -> CocoScorer:
         return CocoScorer(self.data.val.dataset.index, self.model.masks, self.config.eval.max_detections)
 
-    def predict(self, model: nn.Module, images: list[Tensor]) -> list[Found]:
-        with autocast(images[0].device, self.config.train.amp):
-            return model(images)
+    def predict(self, model: Any, batch: DetectionBatch) -> tuple[list[Found], Losses | None]:
+        """The loss is that of each image with an object, or where ``data.keep_empty`` of every image, by itself."""
+        index, losses = self.data.val.dataset.index, []
+        with autocast(self.data.val.device, self.config.train.amp):
+            found = model(batch.images)
+            for image, number in zip(batch.images, batch.numbers, strict=True):
+                target = {k: v.as_subclass(Tensor).to(image.device) for k, v in index.target(number).items()}
+                if len(target["boxes"]) or self.config.data.keep_empty:
+                    terms = torch.stack([each.float() for each in model.held_out_losses([image], [target]).values()])
+                    counts = model.normalizers([image], [target])
+                    counts = torch.ones_like(terms) * (1 if counts is None else counts.to(terms))
+                    losses.append(torch.stack([terms * counts, counts]))
+        return found, torch.stack(losses).sum(0) if losses else None
 
     @property
     def annotated(self) -> bool:
@@ -123,7 +133,8 @@ class Task(task.Task):
     def example(self, model: nn.Module, number: int) -> tuple[Tensor, Found, Found]:
         dataset = self.data.val.dataset
         image = dataset.image(number).to(self.data.val.device).float().div_(255)
-        (found,) = self.predict(model, [image])
+        with autocast(image.device, self.config.train.amp):
+            (found,) = model([image])
         return image, dataset.index.target(number), above(found, SURE)
 
     def plot(self, examples: list[tuple[Tensor, Found, Found]], path: Path, title: str) -> None:

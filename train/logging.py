@@ -51,7 +51,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     if not rows:
         return
     with atomic(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -45,8 +45,7 @@ def curves(history: list[dict[str, Any]], path: Path, title: str, shown: dict[st
     scored = [row for row in history if row[monitor] is not None]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     left.plot(epochs, [row["train_loss"] for row in history], label="training (with its augmentation)")
-    if "val_loss" in history[0]:
-        left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
+    left.plot([row["epoch"] for row in scored], [row["val_loss"] for row in scored], label="held out")
     left.set(xlabel="epoch", ylabel="loss")
     left.legend()
     for (name, label), colour in zip(shown.items(), (RIGHT, "#2166ac", WRONG, "0.3"), strict=False):

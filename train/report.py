@@ -43,6 +43,7 @@ AP_COLUMNS = {
     "ap_large": "large",
 }
 HEADLINES = {
+    "val_loss": "held-out loss",
     "top1": "top-1, %",
     "top5": "top-5, %",
     "box_ap": "box AP",

@@ -174,7 +174,9 @@ def resume(trainer: Trainer) -> bool:
     load_full_optimizer_state(trainer.optimizer, saved["optimizer"])
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    trainer.state = State(**saved["state"])
+    trainer.state = state = State(**saved["state"])
+    for row in [*state.history, *([state.best] if state.best else [])]:
+        row.update({name: row.get(name) for name in trainer.task.metrics})  # those of 0.1.0 have no held-out loss
     if trainer.updates:
         _set_rate(trainer)
     _restore_random_state(trainer, saved)

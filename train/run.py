@@ -217,7 +217,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         write_json(run / "summary.json", summary)
         if state.epoch < trainer.epochs:
             patience = trainer.config.train.patience
-            trainer.logger.print(f"stopped early: no better score in {patience} evaluations (train.patience)")
+            trainer.logger.print(f"stopped early: no better epoch in {patience} evaluations (train.patience)")
         report.write(run)
         trainer.logger.print(
             f"[bold green]done[/]: held out {task.headline(state.history[-1])} at the last epoch, "

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
@@ -24,6 +23,8 @@ from ..files import atomic
 from .data import IGNORE, DataError
 
 Metrics = dict[str, Any]  # floats, or None if there is nothing to measure
+# of a batch, float [2, K]: the K terms of the loss, each times the count that it is a mean over, and these counts
+Losses = Tensor
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
@@ -34,10 +35,10 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
 
 class Scorer(ABC):
-    """Collects predictions; all processes get the same figures.
+    """Collects predictions and losses; all processes get the same figures.
 
     Attributes, after `run`:
-        metrics: by the names of metrics.csv.
+        metrics: by the names of metrics.csv, ``val_loss`` first: the mean over all images as if they were one batch.
         n: images, of all processes.
         images_per_second: of all processes together, without the time of `compute`.
     """
@@ -52,27 +53,29 @@ class Scorer(ABC):
 
     @abstractmethod
     def compute(self) -> Metrics:
-        """The metrics over all processes; a collective."""
+        """The metrics of the predictions over all processes; a collective."""
 
     @torch.no_grad()  # not inference_mode: tensors that are cached here (anchors, index plans) are used in training
     def run(
         self,
         model: nn.Module,
         batches: Iterable[Any],
-        predict: Callable[[nn.Module, Any], Any],
+        predict: Callable[[nn.Module, Any], tuple[Any, Losses | None]],
         on_batch: Callable[[int], None] | None = None,
     ) -> "Scorer":
         """Score ``model`` on ``batches``, this process's share of the images.
 
         Args:
-            batches: tuples, the images first.
-            predict: ``(model, images) -> predictions`` as `add` takes them.
+            predict: ``(model, batch)`` to predictions as `add` takes them, and the losses of the batch.
             on_batch: called with the number of images after each batch.
         """
         model.eval()
         count, start = 0, time.perf_counter()
+        losses: list[Losses] = []
         for batch in batches:
-            images = self.add(batch, predict(model, batch[0]))
+            predictions, terms = predict(model, batch)
+            images = self.add(batch, predictions)
+            losses += [] if terms is None else [terms]
             count += images
             if on_batch is not None:
                 on_batch(images)
@@ -80,8 +83,16 @@ class Scorer(ABC):
             torch.accelerator.synchronize()
         self.n = sum(gather_object([count]))
         self.images_per_second = self.n / (time.perf_counter() - start)
-        self.metrics = self.compute()
+        self.metrics = {"val_loss": _mean_loss(losses)} | self.compute()
         return self
+
+
+def _mean_loss(losses: Sequence[Losses]) -> float | None:
+    """The loss over the batches of all processes; None where none has anything to learn."""
+    own = [torch.stack(list(losses)).cpu().double().sum(0)] if losses else []
+    found: list[Tensor] = gather_object(own)
+    sums, counts = sum(found) if found else torch.zeros(2, 1)
+    return (sums / counts.clamp(min=1)).sum().item() if counts.any() else None
 
 
 @dataclass
@@ -95,7 +106,7 @@ class Example:
 
 
 class ClassificationScorer(Scorer):
-    """Top-1 and top-5 accuracy in percent and the mean cross-entropy.
+    """Top-1 and top-5 accuracy in percent.
 
     Args:
         num_classes: width of the logits.
@@ -110,7 +121,6 @@ class ClassificationScorer(Scorer):
         self.wrong: list[Example] = []
         self.confusion: dict[tuple[int, int], int] = Counter()
         self._hits = torch.zeros(2, dtype=torch.int64)
-        self._loss = torch.zeros(())
 
     def add(self, batch: tuple[Tensor, Tensor], predictions: Tensor) -> int:
         """batch: images and targets ``[B]``; predictions: logits ``[B, num_classes]``, float32."""
@@ -119,7 +129,6 @@ class ClassificationScorer(Scorer):
         in_top = (predictions.topk(self.top).indices == targets[:, None]).any(1)
         # on the device, without waiting for it
         self._hits = self._hits.to(targets.device) + torch.stack([(predicted == targets).sum(), in_top.sum()])
-        self._loss = self._loss.to(targets.device) + F.cross_entropy(predictions, targets, reduction="none").sum()
         if self.keep:
             self.confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
             self._keep(images, targets, predictions)
@@ -142,9 +151,8 @@ class ClassificationScorer(Scorer):
         if self.keep:
             self.confusion = dict(sorted(sum(gather_object([self.confusion]), Counter()).items()))
         hits: Any = reduce(self._hits, "sum")
-        loss: Any = reduce(self._loss, "sum")
         top1, top5 = hits.tolist()
-        return {"val_loss": (loss / self.n).item(), "top1": 100 * top1 / self.n, "top5": 100 * top5 / self.n}
+        return {"top1": 100 * top1 / self.n, "top5": 100 * top5 / self.n}
 
 
 class SegmentationScorer(Scorer):

@@ -18,11 +18,13 @@ from ..configs.schema import ConfigError, SegmentConfig, load_config
 from ..files import atomic
 from ..heads.build import build_segmenter
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
+from ..heads.dense import same_draws
 from ..heads.segmentation import Mask2Former, Segmenter, label_map
+from ..heads.segmentation.inference import probability_bands, views_to_learn
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
-from .scoring import SegmentationScorer, autocast
+from .scoring import Losses, SegmentationScorer, autocast
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
 KEYS = ("auxiliary", "ignored_in_mean")
@@ -32,7 +34,12 @@ class Task(task.Task):
     """A segmenter: images to logits ``[B, classes, H, W]``, in training perhaps also those of an auxiliary head; or
     Mask2Former, which computes its own loss."""
 
-    metrics: ClassVar = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
+    metrics: ClassVar = {
+        "val_loss": "loss",
+        "miou": "mIoU",
+        "mean_accuracy": "mean accuracy",
+        "pixel_accuracy": "pixel accuracy",
+    }
     shown = ("miou", "pixel_accuracy")
     pictures = 4
     model: Segmenter
@@ -101,13 +108,17 @@ class Task(task.Task):
             return torch.stack(list(model(batch.images, batch.targets).values()))
         output = model(batch.images)
         logits, extra = output if isinstance(output, tuple) else (output, None)
-        given = self.config.loss
-        weights = None if given.class_weights is None else logits.new_tensor(given.class_weights, dtype=torch.float32)
-        settings = (given.ignored_in_mean, weights, given.focal_gamma)
+        given, settings = self.config.loss, self.loss_settings(logits.device)
         loss = segmentation_loss(logits, batch.targets, *settings)
         if extra is not None:
             loss = loss + given.auxiliary * segmentation_loss(extra, batch.targets, *settings)
         return loss
+
+    def loss_settings(self, device: torch.device) -> tuple[bool, Tensor | None, float]:
+        """The last arguments of `segmentation_loss`."""
+        given = self.config.loss
+        weights = None if given.class_weights is None else torch.tensor(given.class_weights, device=device)
+        return given.ignored_in_mean, weights, given.focal_gamma
 
     @property
     def counts(self) -> bool:
@@ -132,13 +143,33 @@ class Task(task.Task):
             )
         return scorer
 
-    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The class of each pixel, ``[B, H, W]``."""
+    def predict(self, model: nn.Module, batch: SegmentationBatch) -> tuple[Tensor, Losses]:
+        """Classes ``[B, H, W]`` of the pixels. The loss is that of the probabilities from which these are taken, of
+        Mask2Former that of its queries, window by window."""
+        images, targets = batch
+        labels, losses = [], []
         with autocast(images.device, self.config.train.amp):
-            return label_map(model, images, **self.settings)
+            for rows, band in probability_bands(model, images, **self.settings):
+                labels.append(band.argmax(1))
+                losses += [] if isinstance(model, Mask2Former) else [self._band_losses(band, targets[:, rows])]
+            if isinstance(model, Mask2Former):
+                for view, own in views_to_learn(images, targets, **self.settings):
+                    with same_draws(view.device):
+                        terms, counts = torch.stack(list(model(view, own).values())), model.normalizers(own)
+                    losses.append(torch.stack([terms * counts.to(terms), counts.to(terms)]))
+        return torch.cat(labels, 1), torch.stack(losses).sum(0)
+
+    def _band_losses(self, probabilities: Tensor, targets: Tensor) -> Losses:
+        """Of rows, from the probabilities ``[B, classes, rows, W]`` of their pixels."""
+        ignored_in_mean, *settings = self.loss_settings(targets.device)
+        known = targets != IGNORE
+        sure = probabilities.gather(1, targets.where(known, 0)[:, None])[:, 0]
+        each = pixel_losses(-sure.clamp(min=torch.finfo(sure.dtype).tiny).log(), targets, *settings)
+        count = targets.numel() if ignored_in_mean else known.sum().item()
+        return torch.stack([each[known].sum(), each.new_tensor(count)])[:, None]
 
     def result(self, scorer: SegmentationScorer) -> dict[str, Any]:
-        return dict(scorer.metrics) | {"iou": {name: iou for name, _, iou in self.by_class(scorer)[1]}}
+        return super().result(scorer) | {"iou": {name: iou for name, _, iou in self.by_class(scorer)[1]}}
 
     def by_class(self, scorer: SegmentationScorer) -> tuple[list[str], list[list[Any]]]:
         iou = [None if np.isnan(value) else value for value in scorer.iou.tolist()]
@@ -152,7 +183,9 @@ class Task(task.Task):
 
     def example(self, model: nn.Module, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         image, labels = self.data.val.dataset.read(number).values()
-        predicted = self.predict(model, image[None].to(self.data.val.device).float().div_(255))[0]
+        pixels = image[None].to(self.data.val.device).float().div_(255)
+        with autocast(pixels.device, self.config.train.amp):
+            predicted = label_map(model, pixels, **self.settings)[0]
         return image.permute(1, 2, 0).numpy(), labels.numpy(), predicted.cpu().numpy()
 
     def plot(self, examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]], path: Path, title: str) -> None:
@@ -272,11 +305,16 @@ def segmentation_loss(
         total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     else:
         each = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
-        # 1 - p, clamped: powers below 1 have an infinite slope at 0
-        each = (-torch.expm1(-each)).clamp(min=1e-7) ** gamma * each if gamma else each
-        total = (each if weights is None else each * weights[targets.where(targets != IGNORE, 0)]).sum()
+        total = pixel_losses(each, targets, weights, gamma).sum()
     pixels = targets.numel() if ignored_in_mean else (targets != IGNORE).sum().clamp(min=1)
     return total / pixels
+
+
+def pixel_losses(each: Tensor, targets: Tensor, weights: Tensor | None, gamma: float) -> Tensor:
+    """Cross-entropies of pixels, times the factor of the focal loss and the weight of their class."""
+    # 1 - p, clamped: powers below 1 have an infinite slope at 0
+    each = (-torch.expm1(-each)).clamp(min=1e-7) ** gamma * each if gamma else each
+    return each if weights is None else each * weights[targets.where(targets != IGNORE, 0)]
 
 
 train, evaluate = deprecated.commands("segment")

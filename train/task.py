@@ -22,7 +22,7 @@ from .data.auto import kept_split
 from .data.files import UNREADABLE
 from .distributed import check_sharding
 from .optim import check_optim, check_schedule
-from .scoring import Metrics, Scorer, write_table
+from .scoring import Losses, Metrics, Scorer, write_table
 
 Row = dict[str, Any]  # of metrics.csv
 RANDOM_WEIGHTS = "; model.checkpoint=FILE starts from other weights, model.pretrained=false from random ones"
@@ -39,7 +39,7 @@ class Task(ABC):
     """
 
     metrics: Mapping[str, str]  # column of metrics.csv -> label
-    shown: tuple[str, ...]  # metrics of headlines and curves; the first one, maximized, selects the best epoch
+    shown: tuple[str, ...]  # metrics of headlines and curves; the first is the task's score
     files: ClassVar[tuple[str, ...]] = ("output",)  # overrides of an evaluation that name a file to write
     pictures: ClassVar[int] = 0  # held-out images drawn after each evaluation
 
@@ -82,8 +82,10 @@ class Task(ABC):
         """A new scorer for the held-out images."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, images: Any) -> Any:
-        """Predictions for a batch of images, in the scorer's format."""
+    def predict(self, model: nn.Module, batch: Any) -> tuple[Any, Losses | None]:
+        """Predictions for a held-out batch, in the scorer's format, and its losses: those of training, on the images as
+        they are evaluated, without augmentation, dropout and auxiliary heads. Buffers and random state do not change.
+        """
 
     def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> Any:
         """Scores all held-out images and returns the scorer; every process must call this.
@@ -99,7 +101,7 @@ class Task(ABC):
 
     def result(self, scorer: Scorer) -> dict[str, Any]:
         """The task's part of the result of `evaluation.evaluate`."""
-        return dict(scorer.metrics)
+        return {"loss" if name == "val_loss" else name: value for name, value in scorer.metrics.items()}
 
     @property
     def annotated(self) -> bool:
@@ -115,7 +117,15 @@ class Task(ABC):
 
     @property
     def monitor(self) -> str:
-        return self.shown[0]
+        """The metric that marks the best epoch."""
+        return "val_loss" if self.config.train.monitor == "loss" else self.shown[0]
+
+    def is_better(self, row: Row, best: Row) -> bool:
+        """Whether the epoch of ``row`` is better than that of ``best``."""
+        new, old = row[self.monitor], best[self.monitor]
+        if new is None or old is None:
+            return old is None and new is not None
+        return new < old if self.monitor == "val_loss" else new > old
 
     @property
     def parts(self) -> dict[str, str]:
@@ -127,8 +137,9 @@ class Task(ABC):
         return f"{', '.join(self.parts.values())}, {self.input}, {len(self.classes)} classes"
 
     def headline(self, row: Row) -> str:
-        """The `shown` metrics of a row, for the log."""
-        return "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown)
+        """The held-out loss and the `shown` metrics of a row, for the log."""
+        loss = "" if row["val_loss"] is None else f"loss {row['val_loss']:.4f}  "
+        return loss + "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown)
 
     def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
         """Called after each evaluation on the main process; ``epoch`` counts from 1."""

@@ -203,8 +203,7 @@ class Trainer:
             state.seconds += self.watch.lap()
         row = self._row(metrics)
         state.history.append(row)
-        monitor = self.task.monitor
-        is_best = is_due and (state.best is None or row[monitor] > state.best[monitor])
+        is_best = is_due and (state.best is None or self.task.is_better(row, state.best))
         if is_best:
             state.best = row
         state.start_epoch(state.epoch + 1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backbone import Backbone
-from ..dense import DenseModel
+from ..dense import DenseModel, same_draws
 
 Target = dict[str, torch.Tensor]
 
@@ -73,9 +73,26 @@ class Detector(DenseModel):
             ``boxes`` ``[N, 4]`` in pixels of the image, ``labels`` ``[N]`` and, with masks, ``masks`` float
             ``[N, 1, H, W]``, the probability of each pixel.
         """
-        if targets is not None:
-            targets = [target | {"labels": target["labels"] + self.first_class} for target in targets]
-        found = self.detector(images, targets)
+        found = self.detector(images, targets and self._numbered(targets))
         if self.training:
             return found
         return [each | {"labels": each["labels"] - self.first_class} for each in found]
+
+    def _numbered(self, targets: list[Target]) -> list[Target]:
+        return [target | {"labels": target["labels"] + self.first_class} for target in targets]
+
+    @torch.no_grad()
+    def held_out_losses(self, images: list[torch.Tensor], targets: list[Target]) -> dict[str, torch.Tensor]:
+        """The losses of training for images as they are evaluated: resized, without dropout, with the statistics of the
+        norms, which stay as they are. Regions and points are drawn alike each time. In evaluation mode only."""
+        assert not self.training
+        # what computes losses in place of detections; the modules inside stay in evaluation mode
+        parts = [self.detector, *(m for name, m in self.detector.named_children() if name in ("rpn", "roi_heads"))]
+        with same_draws(images[0].device):
+            try:
+                for part in parts:
+                    part.training = True
+                return self.detector(images, self._numbered(targets))
+            finally:
+                for part in parts:
+                    part.training = False

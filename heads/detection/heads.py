@@ -204,7 +204,7 @@ class CountedFCOS(FCOS):
     @torch.no_grad()
     def normalizers(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
         """Points of a batch that lie on an object, float ``[1]``."""
-        batch, _ = self.transform(images)
+        batch, targets = self.transform(images, targets)
         rows, columns = batch.tensors.shape[-2:]
         strides = self.backbone.spec.strides
         maps = [batch.tensors.new_empty(1, 1, -(-rows // step), -(-columns // step)) for step in strides]

@@ -143,9 +143,7 @@ def label_map(
     ratios: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`.
-
-    Computed in bands of rows, so that the probabilities of all classes for a large image are never in memory.
+    """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`, computed by `probability_bands`.
 
     Args:
         model: as for `probabilities`, like all others.
@@ -166,6 +164,26 @@ def label_map(
         >>> label_map(model, torch.rand(1, 3, 50, 90)).shape
         torch.Size([1, 50, 90])
     """
+    settings = dict(scale=scale, size_divisor=size_divisor, antialias=antialias, crop_size=crop_size, stride=stride)
+    bands = probability_bands(model, images, **settings, ratios=ratios, flip=flip)
+    return torch.cat([band.argmax(1) for _, band in bands], 1)
+
+
+@torch.no_grad()
+def probability_bands(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    scale: Sequence[int] | None = None,
+    size_divisor: int = 1,
+    antialias: bool = True,
+    crop_size: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The `probabilities` of images in bands of rows from the top, so that those of all classes for a large image are
+    never in memory: the rows, and their probabilities ``[B, classes, rows, W]``. The arguments are the same."""
     size, stride = images.shape[-2:], _stride(crop_size, stride)
     views = [
         (mirrored, _View(model, view, crop_size, stride))
@@ -173,7 +191,6 @@ def label_map(
     ]
     classes = views[0][1].classes
     step = max(1, BAND_BYTES // (4 * len(images) * classes * size[1]))
-    bands = []
     for start in range(0, size[0], step):
         stop, total = min(start + step, size[0]), None
         for mirrored, view in views:
@@ -181,8 +198,31 @@ def label_map(
             part = (logits.flip(-1) if mirrored else logits).softmax(1)
             total = part if total is None else total.add_(part)
         assert total is not None
-        bands.append(total.argmax(1))
-    return torch.cat(bands, 1)
+        yield slice(start, stop), total / len(views)
+
+
+def views_to_learn(
+    images: Tensor,
+    targets: Tensor,
+    *,
+    scale: Sequence[int] | None = None,
+    size_divisor: int = 1,
+    antialias: bool = True,
+    crop_size: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
+    **_: Any,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the model sees of the images in `probabilities`, without other ``ratios`` and flips: whole images or one
+    window after the other, each with its part of the targets ``[B, H, W]``."""
+    _, images = next(_scaled(images, scale, size_divisor, antialias, (1.0,), False))
+    if images.shape[-2:] != targets.shape[-2:]:
+        targets = F.interpolate(targets[:, None].float(), images.shape[-2:]).long()[:, 0]
+    stride = _stride(crop_size, stride)
+    if crop_size is None or stride is None:
+        yield images, targets
+        return
+    for rows, columns in _windows(images.shape[-2:], crop_size, stride):
+        yield images[..., rows, columns], targets[..., rows, columns]
 
 
 def _stride(crop_size: Sequence[int] | None, stride: Sequence[int] | None) -> Sequence[int] | None:

@@ -320,3 +320,53 @@ def test_half_precision(head, neck, dtype):
         found = model.eval()(images)
     assert loss.isfinite()
     assert all(each["boxes"].isfinite().all() for each in found)
+
+
+TINY_QUERIES = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
+TINY_QUERIES |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=5)
+
+
+@pytest.mark.parametrize("head", HEADS["detect"])
+def test_held_out_losses_are_those_of_training_and_change_nothing(head):
+    """Training's, with the same draws, of images that are resized before; without dropout and batch statistics."""
+    if HEADS["detect"][head].own_neck:
+        pytest.importorskip("transformers", reason="needs transformers")
+        torch.manual_seed(0)
+        kwargs = dict(min_size=64, max_size=96, drop_path_rate=0.5, head_kwargs=TINY_QUERIES | {"train_num_points": 64})
+        model = build_detector("test_foveal_dinat", head, num_classes=3, **kwargs)
+    else:
+        model = small(head=head, drop_path_rate=0.5)
+    model.detector.transform.size_divisible, model.detector.transform.min_size = 1, (48,)
+    images, targets = batch()
+    for key, value in (("boxes", [[7.0, 7, 8, 8]]), ("labels", [1]), ("masks", torch.zeros(1, 64, 96).tolist())):
+        targets[0][key] = torch.cat([targets[0][key], torch.tensor(value).to(targets[0][key])])
+    targets[0]["masks"][2, 7, 7] = 1  # a pixel that is gone at three quarters of the size
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found, randoms = model(images), torch.get_rng_state()
+    held_out = model.held_out_losses(images, targets)
+    for before, after in zip(found, model(images), strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(torch.get_rng_state(), randoms)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    again = model.held_out_losses(images, targets)
+    assert all(torch.equal(held_out[name], value) for name, value in again.items())
+    assert not any(value.requires_grad for value in held_out.values())
+
+    counts, transform = model.normalizers(images, targets), model.detector.transform
+    resized, targets = transform(images, targets)
+    images = [image[:, :h, :w] for image, (h, w) in zip(resized.tensors, resized.image_sizes, strict=True)]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (transform.image_mean, transform.image_std))
+    images = [image * std + mean for image in images]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ in ("DropPath", "Dropout"):
+            module.eval()
+    torch.manual_seed(0)
+    trained = model(images, targets)
+    assert trained.keys() == held_out.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(held_out[name], value.detach(), rtol=1e-3, atol=1e-4, msg=name)
+    if counts is not None:
+        assert torch.equal(counts, model.normalizers(images, targets))

@@ -44,7 +44,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def losses(run: Path) -> list[tuple[str, ...]]:
-    return [(r["epoch"], r["lr"], r["train_loss"], r["box_ap"]) for r in rows(run)]
+    return [(r["epoch"], r["lr"], r["train_loss"], r["val_loss"], r["box_ap"]) for r in rows(run)]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,8 @@ def test_it_learns(finished):
     assert summary["box_ap50"] > 8
     assert summary["mask_ap50"] > 8
     assert float(rows(finished)[-1]["train_loss"]) < 0.8 * float(rows(finished)[0]["train_loss"])
+    assert [row["val_loss"] == "" for row in rows(finished)] == [True, True, False] * 2
+    assert "held-out loss" in (finished / "report.html").read_text()
 
 
 def test_evaluate_gives_the_recorded_figures_and_pycocotools_too(finished, tmp_path):
@@ -113,6 +115,7 @@ def test_evaluate_gives_the_recorded_figures_and_pycocotools_too(finished, tmp_p
         assert result["n"] == 6
         for name in ("box_ap", "mask_ap", "box_ap_small"):
             assert result[name] == pytest.approx(summary[name], abs=1e-6 if source == finished else 0.5)
+        assert result["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)  # of each image by itself
     known = COCO(str(root / "annotations" / "instances_val.json"))
     for kind, name in (("bbox", "box_ap"), ("segm", "mask_ap")):
         evaluator = COCOeval(known, known.loadRes(str(tmp_path / "found.json")), kind)
@@ -357,6 +360,7 @@ def test_two_processes_measure_every_image_once(detect_recipe, tmp_path):
     assert [two[name] for name in ("n", "box_ap", "mask_ap")] == [one[name] for name in ("n", "box_ap", "mask_ap")]
     best = json.loads((run / "summary.json").read_text())
     assert one["n"] == 5
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) == pytest.approx(best["val_loss"], rel=1e-5)
     assert all(one[name] == pytest.approx(best[name], abs=1e-4) for name in ("box_ap", "mask_ap"))
 
 

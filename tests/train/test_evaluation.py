@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -121,7 +122,12 @@ def test_the_classification_scorer_against_loops():
     images = torch.zeros(7, 30, 1)  # the index of a batch, by which its logits are found
     images += torch.arange(7).view(-1, 1, 1)
     scorer = ClassificationScorer(8, keep=3, undo=lambda images: images)
-    scorer.run(torch.nn.Identity(), zip(images, targets, strict=True), lambda _, batch: logits[int(batch[0, 0])])
+
+    def predict(_, batch):
+        own = logits[int(batch[0][0, 0])]
+        return own, torch.stack([F.cross_entropy(own, batch[1], reduction="sum"), torch.tensor(30.0)])[:, None]
+
+    scorer.run(torch.nn.Identity(), zip(images, targets, strict=True), predict)
     pairs = zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True)
     ranks = [sorted(row, reverse=True).index(row[target]) for row, target in pairs]
     assert scorer.n == 210
@@ -139,4 +145,4 @@ def test_the_classification_scorer_against_loops():
 
 def test_no_image_is_an_error():
     with pytest.raises(DataError):
-        ClassificationScorer(3).run(torch.nn.Identity(), [], lambda model, images: images)
+        ClassificationScorer(3).run(torch.nn.Identity(), [], lambda model, batch: (batch, None))

@@ -45,6 +45,13 @@ train: {batch_size: 4, threads: 1}
 """
 
 
+# of a Mask2Former small enough for every test
+QUERIES = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
+QUERIES |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=5, train_num_points=64)
+# columns of metrics.csv by the names of an evaluation's result
+RESULT = {"val_loss": "loss"} | {key: key for key in segment.Task.metrics if key != "val_loss"}
+
+
 def write_blocks(root: Path, counts: dict[str, int]) -> Path:
     """ROOT/images and ROOT/masks: a red and a green block on noise, with a border of pixels without a class."""
     draw = np.random.default_rng(0)
@@ -101,7 +108,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def losses(run: Path) -> list[tuple[str, ...]]:
-    return [(r["epoch"], r["lr"], r["train_loss"], r["miou"], r["pixel_accuracy"]) for r in rows(run)]
+    return [(r["epoch"], r["lr"], r["train_loss"], r["val_loss"], r["miou"], r["pixel_accuracy"]) for r in rows(run)]
 
 
 def test_what_a_run_leaves(finished):
@@ -133,16 +140,20 @@ def truth(blocks: Path) -> list[tuple[torch.Tensor, np.ndarray]]:
 def test_scores_against_scikit_learn(finished, blocks):
     """The loaded model, image by image, counted by scikit-learn, gives what the run has written."""
     model = load_dense(finished)
-    outputs, labels = [], []
+    outputs, labels, surprises = [], [], []
     with torch.no_grad():
         for image, mask in truth(blocks):
-            predicted = model(image[None]).argmax(1)[0].numpy()
+            logits = model(image[None])
+            predicted = logits.argmax(1)[0].numpy()
             outputs.append(predicted[mask != 255])
             labels.append(mask[mask != 255])
+            logarithms = logits[0].log_softmax(0).permute(1, 2, 0).numpy()[mask != 255]
+            surprises.append(-logarithms[np.arange(len(labels[-1])), labels[-1]])
     y, p = np.concatenate(labels), np.concatenate(outputs)
     iou = jaccard_score(y, p, average=None)
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["miou"] == pytest.approx(100 * iou.mean(), abs=1e-9)
+    assert summary["val_loss"] == pytest.approx(np.concatenate(surprises).mean(), rel=1e-5)
     assert summary["pixel_accuracy"] == pytest.approx(100 * (y == p).mean(), abs=1e-9)
     counts = confusion_matrix(y, p)
     recall = np.diag(counts) / counts.sum(1)
@@ -157,12 +168,12 @@ def test_classes_that_do_not_occur_are_not_averaged():
     targets = torch.tensor([0] * 8 + [1] * 4 + [255] * 3).view(1, 3, 5)
     predicted = torch.tensor([0] * 6 + [1] * 2 + [0] + [1] * 3 + [2] * 3).view(1, 3, 5)
     score = SegmentationScorer(3)
-    score.run(torch.nn.Identity(), [(targets, targets)], lambda model, batch: predicted)
+    score.run(torch.nn.Identity(), [(targets, targets)], lambda model, batch: (predicted, None))
     assert score.confusion.tolist() == [[6, 2, 0], [1, 3, 0], [0, 0, 0]]
     assert score.iou[:2].tolist() == pytest.approx([100 * 6 / 9, 100 * 3 / 6])
     assert np.isnan(score.iou[2])
     assert score.metrics == pytest.approx(
-        {"miou": (100 * 6 / 9 + 50) / 2, "mean_accuracy": (75 + 75) / 2, "pixel_accuracy": 75}
+        {"val_loss": None, "miou": (100 * 6 / 9 + 50) / 2, "mean_accuracy": (75 + 75) / 2, "pixel_accuracy": 75}
     )
     assert score.n == 1
 
@@ -193,7 +204,7 @@ def test_evaluate_gives_the_recorded_scores(finished, blocks, tmp_path):
     for source, options in ((finished, []), (finished / "best", []), (tmp_path / "copy", data)):
         result = evaluate(source, [f"output={tmp_path / 'result.json'}", *options])
         assert json.loads((tmp_path / "result.json").read_text()) == result
-        assert {key: result[key] for key in segment.Task.metrics} == {key: best[key] for key in segment.Task.metrics}
+        assert {key: result[name] for key, name in RESULT.items()} == {key: best[key] for key in RESULT}
         assert result["n"] == 5
         assert set(result["iou"]) == {"ground", "red", "green"}
 
@@ -212,6 +223,8 @@ def test_other_ways_to_evaluate(finished, tmp_path, options):
     best = json.loads((finished / "summary.json").read_text())
     assert result["miou"] != best["miou"]
     assert abs(result["miou"] - best["miou"]) < 20
+    assert result["loss"] != best["val_loss"]
+    assert abs(result["loss"] - best["val_loss"]) < 0.5
 
 
 def test_predict_writes_the_classes(finished, blocks, tmp_path):
@@ -454,7 +467,7 @@ def test_two_processes_count_every_image_once(recipe, tmp_path):
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     one = evaluate(run)
     assert one["n"] == 5
-    assert all(one[key] == float(rows(run)[0][key]) for key in segment.Task.metrics)
+    assert all(one[name] == pytest.approx(float(rows(run)[0][key]), rel=1e-9) for key, name in RESULT.items())
 
 
 README = Path(segment.__file__).parents[1] / "heads" / "README.md"
@@ -527,3 +540,42 @@ def test_losses_that_do_not_fit(blocks, tmp_path, options, named):
         options = [*options, "model.head_kwargs={}", "model.auxiliary_kwargs={}", "model.auxiliary=false"]
     with pytest.raises(ConfigError, match=named):
         train(write_recipe(tmp_path, blocks), [f"output={tmp_path / 'run'}", *options], "segment")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["loss.class_weights=[0.2,1.0,3.0]", "loss.focal_gamma=2", "loss.ignored_in_mean=true"],
+        ["model.head=mask2former", "eval.mode=slide", "eval.crop_size=[48,64]", "eval.stride=[48,8]"],
+    ],
+    ids=["pixels", "mask2former"],
+)
+def test_held_out_loss_is_that_of_training(recipe, blocks, tmp_path, options):
+    """Of each image and window by itself, in evaluation mode, weighed by what it is a mean over."""
+    if "model.head=mask2former" in options:
+        pytest.importorskip("transformers", reason="needs transformers")
+        pytest.importorskip("scipy", reason="needs scipy")
+        options = [*options, f"model.head_kwargs={json.dumps(QUERIES)}", "model.auxiliary_kwargs={}"]
+        recipe.write_text(re.sub("  (head|auxiliary)_kwargs.*\n", "", recipe.read_text()))
+    run = tmp_path / "run"
+    train(recipe, [f"output={run}", "schedule.epochs=1", *options], "segment")
+    config = load_config(run / "config.yaml", [], SegmentConfig)
+    model, sums, counts = load_dense(run), 0.0, 0.0
+    with torch.no_grad():
+        for image, mask in truth(blocks):
+            targets = torch.tensor(mask).long()[None]
+            if config.model.head == "mask2former":
+                for left in range(0, image.shape[-1] - 63, 8):
+                    window, own = image[None, :, :, left : left + 64], targets[:, :, left : left + 64]
+                    torch.manual_seed(0)
+                    terms, weights = torch.stack(list(model(window, own).values())), model.normalizers(own)
+                    sums, counts = sums + terms * weights, counts + weights
+            else:
+                weights = torch.tensor(config.loss.class_weights)
+                pixels = targets.numel()
+                sums = sums + segmentation_loss(model(image[None]), targets, True, weights, 2.0) * pixels
+                counts += pixels
+    want = float(torch.as_tensor(sums / counts).sum())
+    (row,) = rows(run)
+    assert float(row["val_loss"]) == pytest.approx(want, rel=1e-4)
+    assert evaluate(run)["loss"] == pytest.approx(want, rel=1e-4)

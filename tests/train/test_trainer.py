@@ -196,3 +196,14 @@ def test_early_stopping(quick, tmp_path, monkeypatch):
     again = train(quick, [*options, "resume=auto"])
     assert again == summary
     assert next(scores) == 50.0
+
+
+def test_the_best_epoch_by_the_held_out_loss(quick, tmp_path, monkeypatch):
+    """The smallest one, where the score would choose another and would not stop."""
+    losses, scores = iter([3.0, 1.0, 2.0, 1.5, 0.5]), iter([10.0, 20.0, 30.0, 40.0, 50.0])
+    monkeypatch.setattr(
+        classify.Task, "evaluate", lambda *_: {"val_loss": next(losses), "top5": 1.0, "top1": next(scores)}
+    )
+    options = [*TINY, f"output={tmp_path / 'run'}", "schedule.epochs=9", "train.patience=2", "train.monitor=loss"]
+    summary = train(quick, options)
+    assert (summary["epochs"], summary["best_epoch"], summary["val_loss"]) == (4, 2, 1.0)
