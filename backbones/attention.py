@@ -46,6 +46,14 @@ def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
+@fx_leaf
+def at_least(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Zero-pad maps smaller than ``size`` at the bottom and the right, which would otherwise become empty."""
+    free = is_dynamic(*x.shape[-2:])
+    bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
+    return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
+
+
 class ChannelNorm(LayerNorm2d):
     """LayerNorm over the channels of ``[B, C, H, W]``."""
 

@@ -28,9 +28,9 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import is_dynamic
+from .attention import at_least, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, fx_leaf, init_weights, scale_channels, shortfall
+from .layers import Stage, drop_path_rates, fx_leaf, init_weights, scale_channels
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -170,15 +170,7 @@ class Downsample(nn.Sequential):
         super().__init__(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim_out, 2, stride=2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(_at_least(x, 2))
-
-
-@fx_leaf
-def _at_least(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Zero-pad maps smaller than ``size`` at the bottom and the right, which would otherwise become empty."""
-    free = is_dynamic(*x.shape[-2:])
-    bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
-    return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
+        return super().forward(at_least(x, 2))
 
 
 class CAREHead(nn.Module):
@@ -344,7 +336,7 @@ class CARE(Backbone):
         self.distilled_training = enable
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(_at_least(x, 4))
+        return self.stem(at_least(x, 4))
 
     def forward_head(
         self, x: torch.Tensor, pre_logits: bool = False

@@ -22,6 +22,7 @@ FAMILIES = {
     "ascan": "AsCAN",
     "care": "CARE",
     "van": "VAN",
+    "shiftvit": "ShiftViT",
     "a3fpn": "A3-FPN",
 }
 

@@ -369,7 +369,9 @@ def export(
     ] = None,
     dynamic: Annotated[
         bool,
-        typer.Option("--dynamic", help="Dynamic height and width, from 32 pixels on: NAT, DiNAT, OverLoCK, CARE, VAN."),
+        typer.Option(
+            "--dynamic", help="Dynamic height and width, from 32 pixels on; `foveal list` says of which models."
+        ),
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: image size.")] = None,
     score: Annotated[

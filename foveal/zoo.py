@@ -26,6 +26,7 @@ FAMILIES = (
     "CARE",
     "AsCAN",
     "VAN",
+    "ShiftViT",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

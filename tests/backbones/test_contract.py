@@ -55,6 +55,7 @@ SMALL = {
         tables=("rpb1", "rpb2"),
     ),
     "van": Case("test_foveal_van", {}, level_norms=False, attention_dropout=False, tables=None),
+    "shiftvit": Case("test_foveal_shiftvit", {}, rounds_up=False, attention_dropout=False, tables=None),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels

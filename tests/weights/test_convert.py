@@ -89,6 +89,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "ascan": ("test_foveal_ascan", {}, tiny("test_foveal_ascan")),
     "care": ("test_foveal_care", {}, tiny("test_foveal_care")),
     "van": ("test_foveal_van", {}, tiny("test_foveal_van")),
+    "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
@@ -188,6 +189,7 @@ def mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 RENAMED = {
     "van": ("van_b0", "authors", lambda: filler.published("van_b0")),
     "van of transformers": ("van_b0", "transformers", lambda: filler.published("van_b0_hf_96x128")),
+    "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }
 

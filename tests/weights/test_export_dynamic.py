@@ -27,6 +27,7 @@ SMALL = {
     ),
     "care": ("test_foveal_care", {}),
     "van": ("test_foveal_van", {}),
+    "shiftvit": ("test_foveal_shiftvit", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

@@ -138,6 +138,7 @@ SMALLEST = {
     "CARE": "test_foveal_care",
     "AsCAN": "test_foveal_ascan",
     "VAN": "test_foveal_van",
+    "ShiftViT": "test_foveal_shiftvit",
 }
 
 
@@ -247,7 +248,7 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(ValueError, match=rf"{to}.*--dynamic"):
             export(folder, to, output, dynamic=True)
     fixed = _save(tmp_path / "maxvit", "test_foveal_maxvit")
-    with pytest.raises(ValueError, match=r"test_foveal_maxvit.*--dynamic.*NAT, DiNAT, DiNAT_s, OverLoCK, CARE, VAN"):
+    with pytest.raises(ValueError, match=r"test_foveal_maxvit.*--dynamic.*NAT, DiNAT, DiNAT_s, OverLoCK, CARE"):
         export(fixed, "pt2", output, dynamic=True)
     with pytest.raises(ValueError, match=r"test_foveal_dinat.*--dynamic.*AOTInductor"):
         export(folder, "aoti", output, dynamic=True)

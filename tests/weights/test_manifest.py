@@ -36,6 +36,7 @@ def test_what_is_there() -> None:
         ("care", "classify"): 3,
         ("van", "classify"): 8,
         ("van", "segment"): 6,
+        ("shiftvit", "classify"): 4,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -109,6 +110,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://huggingface.co/Q-M-E/A3-FPN/resolve/main/",
         "https://huggingface.co/Visual-Attention-Network/VAN-",
         "https://cloud.tsinghua.edu.cn/f/",
+        "https://github.com/microsoft/SPACH/releases/download/v1.0/",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
