@@ -63,11 +63,7 @@ def train(
         >>> train("classify/digits", options, console=Console(quiet=True))["epochs"]
         1
     """
-    config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
-    if config.resume == "auto":
-        kept_split(config.data, Path(config.output), [pair for pair in overrides if pair.startswith("data.split=")])
-    chosen = choose(config, str(recipe))
-    import_models(config.imports)
+    config, chosen = read_recipe(recipe, overrides, task)
     console = console or Console(quiet=os.environ.get("RANK", "0") != "0")
     accelerator = create_accelerator(config)
     set_seed(config.seed)
@@ -97,6 +93,16 @@ def train(
     finally:
         if accelerator.is_main_process and not checkpoint.generations(trainer.run / "last"):
             (trainer.run / "config.yaml").unlink(missing_ok=True)  # without a checkpoint there is no run to protect
+
+
+def read_recipe(recipe: str | Path, overrides: Sequence[str], task: str | None) -> tuple[Any, list[str]]:
+    """The configuration of a run, and a note about the values chosen from the data; imports the recipe's modules."""
+    config = load_config(recipe, overrides, SCHEMAS[task or recipe_task(recipe)])
+    if config.resume == "auto":
+        kept_split(config.data, Path(config.output), [pair for pair in overrides if pair.startswith("data.split=")])
+    chosen = choose(config, str(recipe))
+    import_models(config.imports)
+    return config, chosen
 
 
 def create_accelerator(config: Any) -> Accelerator:

@@ -135,26 +135,15 @@ def label_map(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
     *,
-    scale: Sequence[int] | None = None,
-    size_divisor: int = 1,
-    antialias: bool = True,
     crop_size: Sequence[int] | None = None,
     stride: Sequence[int] | None = None,
-    ratios: Sequence[float] = (1.0,),
-    flip: bool = False,
+    **scaling: Any,
 ) -> Tensor:
     """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`, computed by `probability_bands`.
 
     Args:
-        model: as for `probabilities`, like all others.
-        images: ``[B, C, H, W]``.
-        scale: see there.
-        size_divisor: see there.
-        antialias: see there.
-        crop_size: see there.
-        stride: see there.
-        ratios: see there.
-        flip: see there.
+        model, images, crop_size, stride: as for `probabilities`.
+        scaling: ``scale``, ``size_divisor``, ``antialias``, ``ratios`` and ``flip`` of `probabilities`.
 
     Examples:
         >>> import torch
@@ -185,10 +174,7 @@ def probability_bands(
     """The `probabilities` of images in bands of rows from the top, so that those of all classes for a large image are
     never in memory: the rows, and their probabilities ``[B, classes, rows, W]``. The arguments are the same."""
     size, stride = images.shape[-2:], _stride(crop_size, stride)
-    views = [
-        (mirrored, _View(model, view, crop_size, stride))
-        for mirrored, view in _scaled(images, scale, size_divisor, antialias, ratios, flip)
-    ]
+    views = [(mirrored, _View(model, view, crop_size, stride)) for mirrored, view in _scaled(images, **scaling)]
     classes = views[0][1].classes
     step = max(1, BAND_BYTES // (4 * len(images) * classes * size[1]))
     for start in range(0, size[0], step):
@@ -234,11 +220,11 @@ def _stride(crop_size: Sequence[int] | None, stride: Sequence[int] | None) -> Se
 
 def _scaled(
     images: Tensor,
-    scale: Sequence[int] | None,
-    size_divisor: int,
-    antialias: bool,
-    ratios: Sequence[float],
-    flip: bool,
+    scale: Sequence[int] | None = None,
+    size_divisor: int = 1,
+    antialias: bool = True,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
 ) -> Iterator[tuple[bool, Tensor]]:
     """The images at each ratio and, with ``flip``, mirrored, and whether they are."""
     size = images.shape[-2:]

@@ -11,11 +11,11 @@ from foveal.backbones.images import read_image
 from foveal.configs.schema import AugmentConfig
 from foveal.train.data.coco import index_objects
 from foveal.train.data.dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
+from foveal.train.data.files import image_size
 from foveal.train.data.folder import read_folder, scan_folder
 from foveal.train.data.index import ClassificationIndex, SegmentationIndex, encode_paths
 from foveal.train.data.shards import Options, encode
 from foveal.train.data.transforms import EvalTransform, TrainTransform
-from foveal.train.data.validate import check_image_files
 
 PREPROCESSING = {"input_size": (3, 24, 24), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 TURNED = {3: 180, 6: 90, 8: 270}  # the tag, and by how many degrees to the left the camera had stored it
@@ -57,7 +57,7 @@ def test_detectors_compare_the_upright_size(photographs):
     dataset = DetectionDataset(index, 3, None, 0)
     first, second = (dataset[0, number][0]["image"] for number in range(2))
     assert torch.equal(first, second)
-    assert check_image_files(index).rows == []
+    assert {image_size(photograph) for photograph in photographs} == {(40, 60)}
 
 
 def test_segmenters_and_shards_are_upright(photographs):

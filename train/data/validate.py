@@ -10,9 +10,8 @@ from faster_coco_eval import mask as run_lengths
 from pydantic import Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic needs it before Python 3.12
 
-from .files import image_size
-from .guard import DataError, Report
-from .index import DetectionIndex, clip_boxes, encode_segment
+from .guard import DataError
+from .index import clip_boxes, encode_segment
 
 # reported, and still used
 REPAIRED = "mask has polygons of fewer than three points or far outside the image: left out"
@@ -232,17 +231,3 @@ def sum_runs(text: str) -> int:
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return int(runs.sum()) if runs.min() >= 0 else -1
-
-
-def check_image_files(index: DetectionIndex) -> Report:
-    """Opens every image of an annotation file; adds missing, unreadable and wrongly sized images to its report."""
-    report = index.report or Report("")
-    for number, (height, width) in enumerate(index.sizes.tolist()):
-        try:
-            found = image_size(index.name(number))
-        except OSError as error:
-            report.rows.append((index.name(number), None, f"image cannot be opened: {type(error).__name__}"))
-            continue
-        if found != (height, width):
-            report.rows.append((index.name(number), None, "image size differs from the annotations"))
-    return report
