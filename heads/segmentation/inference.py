@@ -134,16 +134,12 @@ def probabilities(
 def label_map(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
-    *,
-    crop_size: Sequence[int] | None = None,
-    stride: Sequence[int] | None = None,
-    **scaling: Any,
+    **settings: Any,
 ) -> Tensor:
     """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`, computed by `probability_bands`.
 
     Args:
-        model, images, crop_size, stride: as for `probabilities`.
-        scaling: ``scale``, ``size_divisor``, ``antialias``, ``ratios`` and ``flip`` of `probabilities`.
+        model, images, settings: as for `probabilities`.
 
     Examples:
         >>> import torch
@@ -153,9 +149,7 @@ def label_map(
         >>> label_map(model, torch.rand(1, 3, 50, 90)).shape
         torch.Size([1, 50, 90])
     """
-    settings = dict(scale=scale, size_divisor=size_divisor, antialias=antialias, crop_size=crop_size, stride=stride)
-    bands = probability_bands(model, images, **settings, ratios=ratios, flip=flip)
-    return torch.cat([band.argmax(1) for _, band in bands], 1)
+    return torch.cat([band.argmax(1) for _, band in probability_bands(model, images, **settings)], 1)
 
 
 @torch.no_grad()
@@ -163,16 +157,17 @@ def probability_bands(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
     *,
-    scale: Sequence[int] | None = None,
-    size_divisor: int = 1,
-    antialias: bool = True,
     crop_size: Sequence[int] | None = None,
     stride: Sequence[int] | None = None,
-    ratios: Sequence[float] = (1.0,),
-    flip: bool = False,
+    **scaling: Any,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The `probabilities` of images in bands of rows from the top, so that those of all classes for a large image are
-    never in memory: the rows, and their probabilities ``[B, classes, rows, W]``. The arguments are the same."""
+    """Yields the `probabilities` of images in bands of rows from the top: the rows, and their probabilities
+    ``[B, classes, rows, W]``. Those of all classes for a large image are never in memory.
+
+    Args:
+        model, images, crop_size, stride: as for `probabilities`.
+        scaling: ``scale``, ``size_divisor``, ``antialias``, ``ratios`` and ``flip`` of `probabilities`.
+    """
     size, stride = images.shape[-2:], _stride(crop_size, stride)
     views = [(mirrored, _View(model, view, crop_size, stride)) for mirrored, view in _scaled(images, **scaling)]
     classes = views[0][1].classes

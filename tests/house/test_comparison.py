@@ -150,7 +150,7 @@ TRIALS: dict[str, dict[str, Try]] = {
         "foveal": exported(lambda: neighborhood_attention),
         "NATTEN": exported(natten_op),
     },
-    "sums with given weights (`na2d_av`)": {
+    "weighted sums (`na2d_av`)": {
         "foveal": lambda: neighborhood_aggregate(
             torch.rand(1, 12, 12, 2, 25), torch.randn(1, 12, 12, 2, 8), kernel_size=5
         ),
