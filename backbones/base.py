@@ -263,7 +263,23 @@ def create(
     if isinstance(model, FeatureGetterNet):
         net: Any = model  # whose own names begin with "model."; without this timm's layer decay has no effect
         net.group_matcher = partial(_inside, net.model)
+    elif cls.output_fmt == "NHWC" or cls._set_head is not Backbone._set_head:
+        model.pretrained_cfg = model.default_cfg = WithoutTestTimePool(model.pretrained_cfg)
     return model if dtype is None else model.to(dtype)
+
+
+class WithoutTestTimePool(dict):
+    """The `default_cfg` of a model to which timm's test-time pooling (``validate.py --test-pool``) does not apply: that
+    takes maps ``[B, C, h, w]`` and a head of one Linear. It alone asks for ``["pool_size"]``; other reads are a dict's.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "pool_size":
+            raise NotImplementedError(
+                f"timm's test-time pooling (--test-pool) does not apply to {self['architecture']}, which pools maps of "
+                "any size: evaluate it without"
+            )
+        return super().__getitem__(key)
 
 
 def _inside(model: Any, coarse: bool = False) -> dict[str, Any]:

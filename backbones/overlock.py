@@ -425,7 +425,7 @@ class OverLoCK(Backbone):
     """
 
     output_fmt = "NCHW"
-    tables = ("rpb1", "rpb2")
+    tables = ()  # position biases decay, as in the authors' training, and so do the factors of GRN and LayerScale
 
     patch_embed2: nn.Sequential
     patch_embed3: nn.Sequential
@@ -552,11 +552,6 @@ class OverLoCK(Backbone):
         if enable and self.aux_head is None:
             raise ValueError("this model has no auxiliary head: create it with aux_head=True")
         self.auxiliary_training = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """The relative position biases. The factors of GRN and LayerScale have four dimensions and decay, as by the
-        rule of timm's training script: vectors and biases are exempt, by their shapes."""
-        return super().no_weight_decay()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates: in the order of computation."""

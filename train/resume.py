@@ -258,6 +258,15 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
             earlier = json.dumps(_renamed(key, json.loads(earlier), json.loads(value)), sort_keys=True)
         if earlier != value:
             raise CheckpointError(f"{folder} belongs to another run: {key} was {earlier!r}, is now {value!r}")
+    sizes = [
+        [len(group["params"]) for group in groups]
+        for groups in (saved["optimizer"]["param_groups"], trainer.optimizer.param_groups)
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{folder}: the optimizer had groups of {sizes[0]} parameters, now has {sizes[1]}, as other parameters "
+            f"decay: start another run with model.checkpoint={folder}"
+        )
     was = saved["shape"]
     for key, value in _shape(trainer).items():
         # if an epoch is one pass, the number of left-over images at its end may differ

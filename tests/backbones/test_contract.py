@@ -52,7 +52,7 @@ SMALL = {
         {},
         plain_head=False,
         attention_dropout=False,
-        tables=("rpb1", "rpb2"),
+        tables=None,
     ),
     "van": Case("test_foveal_van", {}, level_norms=False, attention_dropout=False, tables=None),
     "shiftvit": Case("test_foveal_shiftvit", {}, rounds_up=False, attention_dropout=False, tables=None),

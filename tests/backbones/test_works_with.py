@@ -7,12 +7,15 @@ computes with what it holds, and that no tensor that a hook has seen is overwrit
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import apply_test_time_pool
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +24,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import foveal.backbones
 from foveal.backbones.profile import of_model
 from foveal.kernels import backend
+from foveal.train.checkpoint import save_model
+from foveal.weights.convert import convert
 
 from .test_contract import SMALL
 
@@ -36,6 +41,9 @@ SLOW = "eca_haloext26ts", "lamhalobot50ts_256"
 families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )
+
+
+NO_PLAIN_HEAD = [case.name for case in SMALL.values() if not case.plain_head]
 
 
 def structure(name: str, **kwargs) -> set:
@@ -593,6 +601,66 @@ def test_timms_own_checks(name):
     features_only = create(name, features_only=True)
     channels = [y.shape[1] for y in features_only(SQUARE)]
     assert channels == features_only.feature_info.channels()
+
+
+@families
+def test_test_time_pooling(name):
+    """timm's --test-pool: the mean and the maximum over windows of the default size, by the model's own head."""
+    model = create(name)
+    x = images(2, 3, *(2 * length for length in model.default_cfg["input_size"][1:]))
+    if getattr(model, "output_fmt", "NCHW") == "NHWC" or name in NO_PLAIN_HEAD:
+        with pytest.raises(NotImplementedError, match=name):
+            apply_test_time_pool(model, {"input_size": x.shape[1:]})
+        assert dict(model.default_cfg)["pool_size"] == model.default_cfg.get("pool_size")
+        return
+    if fixed(name):
+        pytest.skip("a model of one image size")
+    with torch.no_grad():
+        maps = model.forward_features(x)
+        windows = maps.unfold(2, model.default_cfg["pool_size"][0], 1).unfold(3, model.default_cfg["pool_size"][1], 1)
+        logits = model.forward_head(windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)).unflatten(0, (2, -1))
+        pooled, applied = apply_test_time_pool(model, {"input_size": x.shape[1:]})
+        assert applied
+        assert_close(pooled(x), (logits.mean(1) + logits.amax(1)) / 2)
+
+
+# ---- transformers
+
+
+@families
+@pytest.mark.parametrize("written", ["by foveal train", "by timm"])
+def test_timm_wrapper(name, written, tmp_path):
+    """transformers' wrappers take a folder of `foveal train`; of one whose ``model_args`` have ``num_classes``, as
+    timm's `save_for_hf` writes them and `foveal train` did, they take what `foveal convert` makes of it."""
+    transformers = pytest.importorskip("transformers")
+    model, folder, classes = create(name), tmp_path / "model", list("abcde")
+    wrapper = transformers.TimmWrapperForImageClassification
+    if written == "by foveal train":
+        folder.mkdir()
+        save_model(folder, model, {"num_classes": 5, **CASES[name]}, classes)
+    else:
+        arguments = {"num_classes": 5, **CASES[name]}
+        save_for_hf(model, tmp_path / "timm", {"label_names": classes}, model_args=arguments, safe_serialization=True)
+        convert(tmp_path / "timm", folder)
+    with torch.no_grad():
+        wrapped, x = wrapper.from_pretrained(folder).eval(), second(name)
+        assert wrapped.config.id2label == dict(enumerate(classes))
+        assert_close(wrapped(x).logits, model(x), 5e-6)
+        out = transformers.TimmWrapperModel.from_pretrained(folder).eval()(x, output_hidden_states=True)
+        features, maps = model.forward_intermediates(x)
+        assert_close(out.last_hidden_state, features, 5e-6)
+        assert_close(out.pooler_output, model.forward_head(features, pre_logits=True), 5e-6)
+        assert len(out.hidden_states) == len(maps)
+    assert timm.create_model(f"local-dir:{folder}").num_classes == 5
+
+
+def test_timm_wrapper_of_a_run_of_0_1_0(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run = Path(__file__).parents[1] / "data/runs_0.1.0/classify/best"
+    convert(run, tmp_path / "new")
+    wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "new").eval()
+    x = images(2, 1, 28, 28)
+    assert_close(wrapped(x).logits, foveal.load(run)(x), 5e-6)
 
 
 # ---- Grad-CAM and Lightning

@@ -17,6 +17,7 @@ import safetensors.torch
 import timm
 import torch
 
+from foveal.backbones import nat
 from foveal.configs.schema import ConfigError, load_config
 from foveal.train import checkpoint, classify, train
 from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
@@ -500,12 +501,8 @@ def test_resume_finds_the_old_folder(stopped, quick):
     assert len((stopped / "metrics.csv").read_text().splitlines()) == 3
 
 
-def test_transformers_reads_a_model_folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    arguments = {"num_classes": 3, "drop_rate": 0.1}
-    model = timm.create_model("test_foveal_nat", **arguments).eval()
-    checkpoint.save_model(tmp_path, model, arguments, ["a", "b", "c"])
-    wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(wrapped(x).logits, model(x))
-    assert timm.create_model(f"local-dir:{tmp_path}").num_classes == 3
+def test_a_run_with_other_groups_of_parameters(stopped, quick, monkeypatch):
+    """Of an earlier version in which other parameters were exempt from weight decay."""
+    monkeypatch.setattr(nat.NAT, "tables", ())
+    with pytest.raises(CheckpointError, match=rf"groups of \[.*model\.checkpoint={stopped}/last"):
+        train(quick, [f"output={stopped}", "resume=auto"])
