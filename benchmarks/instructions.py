@@ -205,10 +205,11 @@ def _trips(launch: Launch, layer: Layer) -> Sequence[int]:
     if name == "keys_backward":
         rows, columns = (query_span(*axis, given[side]) for axis, side in zip(axes, ("TH", "TW"), strict=True))
         return [-(-rows // given["QR"]) * -(-columns // given["QC"])]
-    if name in ("forward", "queries_backward"):
+    if name == "forward":
+        images = -(-layer.shape[0] // launch.grid[1])
+        return [images, *([] if given["UNROLL"] > 1 else [given["DOWN"] * given["CHUNKS"]])]
+    if name == "queries_backward":
         blocks = -(-launch_tiling(*axes[0], given["TH"]).span // given["KR"])
-        if name == "forward":
-            return [blocks * given["CHUNKS"]]
         return [-(-given["count"] // given["programs"]), blocks * (given["CHUNKS"] if given["ALL_CHUNKS"] else 1)]
     return []
 

@@ -11,6 +11,7 @@ This file plans and launches; the kernels are in ``triton_kernels.py``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ LARGEST_BIASED = 32  # keys along an axis; a program holds the whole table in re
 WORKSPACE_BYTES = 64 * 2**20  # maximum for the partial sums of a bias gradient
 # Cost of loading a key, in units of one query-key pair; an estimate, not tuned on a GPU.
 LOAD_COST = 32
+UNROLLED_BLOCKS, UNROLLED_BYTES = (
+    8,
+    160 * 1024,
+)  # of keys and values; with those of the next image, all in shared memory
+BLOCK_COST = 13  # cost of a block of keys, in keys, from the instructions that it adds
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -138,14 +144,15 @@ class LaunchShape:
 
 
 def _block(rows: int, columns: int, size: int, least: int = 1) -> tuple[float, int, int]:
-    """(cost, block rows, block columns) of the cheapest cover of a rectangle by blocks of ``size`` positions with at
-    least ``least`` rows."""
+    """(cost, block rows, block columns) of the cheapest cover of a rectangle by blocks of ``size`` positions or half
+    of them, with at least ``least`` rows."""
     choices = []
-    for width in (8, 16, 32, 64):
-        if width * least <= size:
-            height, across = size // width, -(-columns // width)
+    for positions, width in itertools.product((size, size // 2), (8, 16, 32, 64)):
+        if width * least <= positions >= 16:
+            height, across = positions // width, -(-columns // width)
             # more than one block across: the gradient of a table needs a launch for each
-            choices.append((-(-rows // height) * size * across * (1.0 if across == 1 else 1.25), height, width))
+            cost = -(-rows // height) * (positions + BLOCK_COST) * across * (1.0 if across == 1 else 1.25)
+            choices.append((cost, height, width))
     return min(choices)
 
 
@@ -207,6 +214,8 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
         return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if decomposed and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
         return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
+    if kernel == "forward":
+        return [(64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 2, 2), (128, 128, 8, 2)]
     small = [(32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
     return [(64, 64, 4, 3), (64, 32, 4, 3), *small, (128, 64, 8, 2)]
 
@@ -272,17 +281,85 @@ def _sizes_of(call: LaunchShape) -> tuple[int, ...]:
     return call.heads, call.height, call.width, call.rows.dilation, call.columns.dilation
 
 
+@lru_cache(maxsize=4096)
+def _offsets(window: Window, length: int) -> tuple[int, int]:
+    """(smallest, largest) distance from the first row of a window to the table index of its query."""
+    found: set[int] = set()
+    for group in _lengths(window, length):
+        query = torch.arange(window.queries(group))
+        index = window.kernel_size - 1 - window.table_row(torch.zeros_like(query), query)
+        found |= set((index - window.starts(query, group)).tolist())
+    return min(found), max(found)
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Bias and mask of a launch, expanded: see ``_bias`` in ``triton_kernels.py``."""
+
+    table: Tensor | None
+    nearest: int
+    constants: dict[str, int]
+
+    @property
+    def head_stride(self) -> int:
+        return self.table.stride(0) if self.table is not None and self.table.shape[0] > 1 else 0
+
+
+def expand_bias(
+    table: Tensor | None, call: LaunchShape, scale: float, tile: tuple[int, int], block: tuple[int, int], device
+) -> Expansion:
+    """The table by query column and key column of each tile of columns, with -inf where a query does not see a key."""
+    from . import triton_kernels
+
+    a, b = (launch_tiling(w, n, t) for w, n, t in zip(call.windows, (call.height, call.width), tile, strict=True))
+    rows, columns = call.windows
+    nearest, farthest = _offsets(rows, call.height) if table is not None else (0, 0)
+    down, span = -(-a.span // block[0]) * block[0], -(-b.span // block[1]) * block[1]
+    above = max(1, a.span - rows.kernel_size)
+    constants = {"SLABS": farthest - nearest + 1, "ABOVE": above, "ROWS": above + down}
+    heads, tiles = 1 if table is None else call.heads, columns.dilation * b.tiles
+    size = math.prod((constants["SLABS"], constants["ROWS"], tile[1], span))
+    expanded = torch.empty(heads, tiles, size, dtype=torch.float32, device=device)
+    triton_kernels.expand[(heads, tiles, -(-size // 1024))](
+        table, expanded, _head_stride(table), 1 / scale, call.width, columns.dilation, b.step, b.tiles, b.before,
+        nearest, KH=rows.kernel_size, KW=columns.kernel_size, STRIDE=columns.stride, APART=columns.query_stride,
+        COUNTED=columns.counted, BOUNDARY=BOUNDARIES.index(columns.boundary), BIAS=int(table is not None),
+        T=tile[1], S=span, **constants, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return Expansion(expanded, nearest, constants)
+
+
+def _images(call: LaunchShape, programs: int, device: torch.device) -> int:
+    """Programs that share the images of a tile: about eight in all per multiprocessor."""
+    from .. import triton_common
+
+    return min(call.batch, max(1, -(-8 * triton_common.processors(device) // programs)))
+
+
+def _unrolled(call: LaunchShape, blocks: int, keys: int, stages: int) -> int:
+    """``blocks`` if the loop over the keys is unrolled, so that a whole image is loaded ahead; else 1."""
+    if call.dtype == torch.float32 or stages != 2 or blocks > UNROLLED_BLOCKS:
+        return 1
+    return blocks if blocks * keys * sum(call.blocks) * 2 * stages <= UNROLLED_BYTES else 1
+
+
 def launch_forward(q, k, v, first, second, out, lse, call: LaunchShape, scale: float, choice: Choice, wide: bool):
     from . import triton_kernels
 
     th, tw, kr, kc, warps, stages = choice
     a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
-    count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
-    triton_kernels.forward[(count * call.heads,)](
-        q, k, v, first, second, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
-        _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call),
-        a.step, b.step, a.tiles, b.tiles, b.before,
-        **_constants(call, wide), TH=th, TW=tw, KR=kr, KC=kc, CHUNKS=-(-b.span // kc),
+    programs = call.rows.dilation * call.columns.dilation * a.tiles * b.tiles * call.heads
+    table, rows, columns = (None, first, second) if call.bias == 2 else (first, None, None)
+    bias = Expansion(None, 0, {"SLABS": 1, "ABOVE": 0, "ROWS": 0})
+    if call.bias != 2:
+        bias = expand_bias(table, call, scale, (th, tw), (kr, kc), q.device)
+    down, across = -(-a.span // kr), -(-b.span // kc)
+    triton_kernels.forward[(programs, _images(call, programs, q.device))](
+        q, k, v, bias.table, rows, columns, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        bias.head_stride, _head_stride(rows), _head_stride(columns), scale * LOG2E,
+        call.batch, *_sizes_of(call), a.step, b.step, a.tiles, b.tiles, b.before, bias.nearest,
+        **_constants(call, wide), **bias.constants, TH=th, TW=tw, KR=kr, KC=kc, DOWN=down, CHUNKS=across,
+        ALIKE=k.stride() == v.stride(), UNROLL=_unrolled(call, down * across, kr * kc, stages),
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -484,4 +561,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
     tensors = () if bias is None else bias.tensors
     tensors = tuple(t.float() if exact or t.dtype == torch.float64 else t for t in tensors)
     first, second = (*tensors, None, None)[:2]
-    return attention(q, k, v, first, second, _window_list(problem), problem.scale)[0]
+    scale = problem.scale
+    if not scale > 0:  # the kernels divide by it, and take the largest logit before they multiply
+        k, scale = k * scale, 1.0
+    return attention(q, k, v, first, second, _window_list(problem), scale)[0]

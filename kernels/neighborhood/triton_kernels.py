@@ -37,17 +37,16 @@ DECOMPOSED = tl.constexpr(2)
 
 @triton.jit
 def _place(tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns):
-    """(image, dilation group of rows and of columns, their lengths, row and column of the tile) of a tile index."""
+    """(dilation group of rows and of columns, their lengths, row and column of the tile) of a tile index."""
     column = tile % tiles_columns
     tile = tile // tiles_columns
     row = tile % tiles_rows
     tile = tile // tiles_rows
     group_column = tile % dilation_columns
-    tile = tile // dilation_columns
-    group_row = tile % dilation_rows
+    group_row = tile // dilation_columns % dilation_rows
     length_rows = group_length(height, group_row, dilation_rows)
     length_columns = group_length(width, group_column, dilation_columns)
-    return (tile // dilation_rows).to(tl.int64), group_row, group_column, length_rows, length_columns, row, column
+    return group_row, group_column, length_rows, length_columns, row, column
 
 
 @triton.jit
@@ -91,7 +90,7 @@ def _load(base, at, inside, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
     mask = inside[:, None]
     if DEPTH < BLOCK:
         mask = mask & (channel < DEPTH)[None, :]
-    return tl.load(base + at[:, None] + channel[None, :], mask=mask, other=0.0)
+    return tl.load(base + (at[:, None] + channel[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -181,27 +180,98 @@ def _logits(products, scale, row, column, table, N: tl.constexpr, R: tl.constexp
     return products * scale + part
 
 
+# ------------------------------------------------------------------------------------------- masks and bias tables
+
+
+@triton.jit
+def expand(
+    table, expanded, table_head, inverse_scale, width, dilation, step, tiles, before, nearest,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bias and mask of every column of tiles: [heads, groups, tiles, SLABS, ROWS, S / 8, T, 8]; see ``_bias``.
+
+    -inf where a query does not see a key, else the table [N, 2 KH - 1, 2 KW - 1] over the scale of the logits. A slab
+    is for the queries whose table index is ``nearest`` + slab rows below the first row of their window, which is row
+    ABOVE of the slab. T columns of queries, S of keys.
+    """
+    tile = tl.program_id(1) % tiles
+    group = tl.program_id(1) // tiles
+    length = group_length(width, group, dilation)
+    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    row = x // (T * S) % ROWS - ABOVE
+    number = x // 8 % T
+    key = tile * step * APART - before + x // (8 * T) % (S // 8) * 8 + x % 8
+    query = tile * step + number
+    start = window_start(query, length, KW, STRIDE, APART, BOUNDARY == SHIFT)
+    seen = (number < step) & (query < query_count(length, APART)) & (row >= 0) & (row < KH)
+    seen = _seen(key, start, seen, length, KW, BOUNDARY)
+    value = tl.zeros((BLOCK,), tl.float32)
+    if BIAS == TABLE:
+        entry_row = row - (nearest + x // (T * S * ROWS)) + (KH - 1)
+        at = entry_row * (2 * KW - 1) + key - table_index(query, STRIDE, APART, COUNTED) + (KW - 1)
+        seen = seen & (x < SLABS * ROWS * T * S)
+        value = tl.load(table + tl.program_id(0) * table_head + at, mask=seen, other=0.0).to(tl.float32) * inverse_scale
+    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (SLABS * ROWS * T * S) + x
+    tl.store(expanded + at, tl.where(seen, value, float("-inf")), mask=x < SLABS * ROWS * T * S)
+
+
+@triton.jit
+def _bias(
+    expanded, first, last, low, row, column, length, nearest,
+    M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, K: tl.constexpr,
+    STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr, BOUNDARY: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Bias and mask, [M, KR * KC], of the block ``row`` rows below ``low`` and ``column`` columns right of the first.
+
+    They are over the scale, to be the start of the product's accumulator. ``expanded`` is that of the tile's columns,
+    loaded in the order in which the threads of a tensor core's product hold their results (16x8: eight rows of four
+    pairs, twice), so that no thread needs another's.
+    """
+    x = tl.arange(0, M * KR * KC)  # as [KR, KC / 8, 2, M / 16, 8, 8]
+    m = x // 8 % (M // 2)
+    m = m // 8 * 16 + x // (4 * M) % 2 * 8 + m % 8
+    query = tl.minimum(first + m // T, last)
+    start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
+    at = ABOVE + low - start
+    if SLABS > 1:
+        at += (table_index(query, STRIDE, APART, COUNTED) - start - nearest) * ROWS
+    below = row + x // (M * KC)
+    if BOUNDARY == MASK:  # the row above the windows, of -inf, for keys outside the map
+        at = tl.where((low + below >= 0) & (low + below < length), at + below, ABOVE - 1)
+        below = 0
+    first_key = expanded + (at * (T * S) + m % T * 8 + x % 8)
+    across = column // 8 + x // (8 * M) % (KC // 8)
+    loaded = tl.load(tl.max_contiguous(first_key + (below * (T * S) + across * (8 * T)), 2))
+    loaded = tl.reshape(loaded, (KR, KC // 8, 2, M // 16, 8, 8))
+    return tl.reshape(tl.permute(loaded, (3, 2, 4, 0, 1, 5)), (M, KR * KC))
+
+
 # ----------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
 def forward(
-    q, k, v, bias_rows, bias_columns, out, lse,
+    q, k, v, expanded, bias_rows, bias_columns, out, lse,
     q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
-    rows_head, columns_head,
-    scale, heads, height, width, dilation_rows, dilation_columns,
-    step_rows, step_columns, tiles_rows, tiles_columns, before,
+    expanded_head, rows_head, columns_head,
+    scale, batch, heads, height, width, dilation_rows, dilation_columns,
+    step_rows, step_columns, tiles_rows, tiles_columns, before, nearest,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
     COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head: the output [B, h, w, N, DV] and the log-sum-exp in base 2 [B, h, w, N]."""
+    """A tile of queries of one head in every image: the output [B, h, w, N, DV], log-sum-exp in base 2 [B, h, w, N]."""
     BM: tl.constexpr = TH * TW
     BK: tl.constexpr = KR * KC
     head = tl.program_id(0) % heads
-    wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+    group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
         tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
     first_row, first_column = tile_row * step_rows, tile_column * step_columns
@@ -218,57 +288,84 @@ def forward(
     )
     valid = row_valid & column_valid
     position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
+    q_at = _at(position_row, position_column, q_row, q_column, WIDE)
+    query_height, query_width = query_count(height, NH), query_count(width, NW)
+    at = _at(position_row, position_column, query_width * heads, heads, WIDE)
 
     wide_head = head.to(tl.int64)
-    k += wide_image * k_image + wide_head * k_head
-    v += wide_image * v_image + wide_head * v_head
-    queries = _load(
-        q + wide_image * q_image + wide_head * q_head,
-        _at(position_row, position_column, q_row, q_column, WIDE), valid, D, BD,
-    )  # fmt: skip
-    table, row_dots, column_dots = _load_bias(
-        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
-    )
-    if BIAS == DECOMPOSED:
-        row_dots, column_dots = _dots(queries, row_dots, PRECISION), _dots(queries, column_dots, PRECISION)
-
-    low, high = _key_rows(first_row, last_row, length_rows, KH, SH, NH, BOUNDARY)
+    q += wide_head * q_head
+    k += wide_head * k_head
+    v += wide_head * v_head
+    row_embedding, column_embedding = 0.0, 0.0
+    if BIAS != DECOMPOSED:
+        expanded += wide_head * expanded_head
+        expanded += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * KC * CHUNKS)
+    else:
+        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+    low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
     left = first_column * NW - before
     e = tl.arange(0, BK)
-    largest = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, BDV), tl.float32)
-    for block in range(tl.cdiv(high - low, KR) * CHUNKS):
-        top = low + block // CHUNKS * KR
-        side = left + block % CHUNKS * KC
-        key_row, key_column = top + e // KC, side + e % KC
-        inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-        position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
-        keys = _load(k, _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD)
-        values = _load(v, _at(position_r, position_c, v_row, v_column, WIDE), inside, DV, BDV)
-        row_part = _part(
-            top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, C, BOUNDARY, BIAS
-        )
-        column_part = _part(
-            side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns, column_dots,
-            KW, C, 1, BOUNDARY, BIAS,
-        )  # fmt: skip
-        products = _dot(queries, tl.trans(keys), PRECISION)
-        logits = _logits(products, scale, row_part, column_part, table, BM, KR, KC, BIAS)
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        offset = tl.where(larger == float("-inf"), 0.0, larger)  # no key seen so far: avoid inf - inf
-        weights = tl.exp2(logits - offset[:, None])
-        shrink = tl.exp2(largest - offset)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + _dot(weights.to(values.dtype), values, PRECISION)
-        largest = larger
 
-    query_height, query_width = query_count(height, NH), query_count(width, NW)
-    out += (wide_image * query_height * query_width * heads + wide_head) * DV
-    lse += wide_image * query_height * query_width * heads + wide_head
-    at = _at(position_row, position_column, query_width * heads, heads, WIDE)
-    _store(out, at * DV, valid, acc / total[:, None], DV, BDV)
-    tl.store(lse + at, largest + tl.log2(total), mask=valid)
+    for image in range(tl.program_id(1), batch, tl.num_programs(1)):
+        far_image = tl.cast(image, tl.int64) if WIDE else image
+        queries = _load(q, q_at + far_image * q_image, valid, D, BD)
+        row_dots, column_dots = 0.0, 0.0
+        if BIAS == DECOMPOSED:
+            row_dots = _dots(queries, row_embedding, PRECISION) / scale
+            column_dots = _dots(queries, column_embedding, PRECISION) / scale
+        largest = tl.full((BM,), float("-inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, BDV), tl.float32)
+        for block in tl.range(0, DOWN * CHUNKS, loop_unroll_factor=UNROLL):
+            top, side = low + block // CHUNKS * KR, block % CHUNKS * KC
+            key_row, key_column = top + e // KC, left + side + e % KC
+            inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
+            position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
+            k_at = _at(position_r, position_c, k_row, k_column, WIDE) + far_image * k_image
+            v_at = k_at
+            if not ALIKE:
+                v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
+            keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
+            if BIAS == DECOMPOSED:
+                row_part = _part(
+                    top + tl.arange(0, KR),
+                    row_start,
+                    row_index,
+                    row_valid,
+                    length_rows,
+                    row_dots,
+                    KH,
+                    R,
+                    C,
+                    BOUNDARY,
+                    BIAS,
+                )
+                column_part = _part(
+                    left + side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns,
+                    column_dots, KW, C, 1, BOUNDARY, BIAS,
+                )  # fmt: skip
+                bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
+            else:
+                bias = _bias(
+                    expanded, first_row, last_row, low, block // CHUNKS * KR, side, length_rows, nearest,
+                    BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS,
+                )  # fmt: skip
+            logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
+            larger = tl.maximum(largest, tl.max(logits, 1))
+            offset = tl.where(larger == float("-inf"), 0.0, larger * scale)  # no key seen so far: avoid inf - inf
+            weights = tl.exp2(logits * scale - offset[:, None])
+            if block > 0:
+                shrink = tl.exp2(largest * scale - offset)
+                total *= shrink
+                acc *= shrink[:, None]
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+            largest = larger
+
+        first_image = tl.cast(image, tl.int64) * query_height * query_width * heads + wide_head
+        _store(out + first_image * DV, at * DV, valid, acc * (1.0 / total)[:, None], DV, BDV)
+        tl.store(lse + first_image + at, largest * scale + tl.log2(total), mask=valid)
 
 
 # -------------------------------------------------------------------------------- gradients of queries and bias
@@ -313,7 +410,8 @@ def queries_backward(
     query_height, query_width = query_count(height, NH), query_count(width, NW)
 
     for tile in range(program, count, programs):
-        wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+        wide_image = (tile // (dilation_rows * dilation_columns * tiles_rows * tiles_columns)).to(tl.int64)
+        group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
             tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
         )
         first_row, first_column = tile_row * step_rows, tile_column * step_columns
@@ -466,7 +564,9 @@ def keys_backward(
     BN: tl.constexpr = TH * TW
     BQ: tl.constexpr = QR * QC
     head = tl.program_id(0) % heads
-    wide_image, group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
+    wide_image = tl.program_id(0) // (heads * dilation_rows * dilation_columns * tiles_rows * tiles_columns)
+    wide_image = wide_image.to(tl.int64)
+    group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
         tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
     first_row, first_column = tile_row * TH, tile_column * TW

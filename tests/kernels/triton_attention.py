@@ -132,9 +132,12 @@ def check(shape, value_depth, bias, options, dtype):
         ((1, 9, 8, 1, 8), 4, "counted", {**HALO, "query_stride": (2, 2), "boundary": "zero"}, BRAIN),
         ((1, 9, 7, 1, 8), 8, "factored", {"kernel_size": (3, 2), "query_stride": (2, 4), "boundary": "shift"}, FLOAT),
         ((1, 2, 36, 1, 8), 8, None, {"kernel_size": (1, 33), "boundary": "zero"}, FLOAT),
+        ((1, 5, 5, 1, 8), 8, "table", {"kernel_size": (3, 3), "scale": -0.3}, FLOAT),
+        ((1, 5, 5, 1, 8), 8, "factored", {"kernel_size": (3, 3), "scale": 0.0}, FLOAT),
     ],
     ids=[
         "plain", "dilated", "uneven", "one-window", "blocks", "halo", "halo-mask", "counted", "apart", "wide",
+        "negative-scale", "no-scale",
     ],
 )  # fmt: skip
 def test_small(shape, value_depth, bias, options, dtype):
@@ -167,14 +170,15 @@ def test_depths(depth):
 
 @pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "table", "factored"])
 def test_other_tiles_and_wide_offsets(bias):
-    """Several columns of blocks, several tiles for each program, 64-bit offsets."""
+    """Several columns of blocks, several tiles and images for each program, 64-bit offsets."""
     choice = (4, 4, 2, 8, 4, 2)
     with (
         mock.patch.object(backend, "candidates", lambda kernel, call: (choice,)),
         mock.patch.object(triton_common, "wide", lambda *tensors: True),
         mock.patch.object(backend, "_programs", lambda *sizes: 2),
+        mock.patch.object(backend, "_images", lambda *sizes: 1),
     ):
-        check((1, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, FLOAT)
+        check((2, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, FLOAT)
 
 
 @pytest.mark.slow
