@@ -45,7 +45,9 @@ def average_precision(
     other = {"mask": "bbox", "box": "segmentation"}[kind]  # if present, COCO's tools take sizes of masks from boxes
     results = [{key: value for key, value in result.items() if key != other} for result in results]
     if kind == "mask":
-        truth = truth | {"annotations": [_masked(entry) for entry in truth["annotations"]]}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+        truth = truth | {"annotations": [_masked(entry, *sizes[entry["image_id"]]) for entry in truth["annotations"]]}
+    truth, results = _number_ids(truth, results)
     known = COCO(truth)
     evaluation = COCOeval_faster(known, known.loadRes(results), KINDS[kind], print_function=lambda *_: None)
     evaluation.params.maxDets = [max_detections]
@@ -56,12 +58,31 @@ def average_precision(
     return _figures(precision, kind), [_figures(precision[:, :, [k]], kind) for k in range(counts[2])]
 
 
-def _masked(entry: dict[str, Any]) -> dict[str, Any]:
-    """Turns an object without a mask into a crowd of its box, where detections count neither as right nor wrong."""
-    if entry["segmentation"] is not None:
-        return entry
-    x, y, width, height = entry["bbox"]
-    return entry | {"iscrowd": 1, "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]]}
+def _masked(entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """An object without a mask has an empty one, as in COCO's tools: it is never found."""
+    empty = {"size": [height, width], "counts": [height * width]}
+    return entry | {"segmentation": entry["segmentation"] or empty}
+
+
+def _number_ids(
+    truth: dict[str, Any], results: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same with small integers for the ids of images and categories, which can be text. The order stays: COCO's
+    tools take detections of equal scores by the image."""
+    ids = sorted((each["id"] for each in truth["images"]), key=lambda value: (isinstance(value, str), value))
+    images = {value: number for number, value in enumerate(ids, 1)}
+    categories = {each["id"]: number for number, each in enumerate(truth["categories"], 1)}
+
+    def numbered(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        keys = ({"image_id": images[e["image_id"]], "category_id": categories[e["category_id"]]} for e in entries)
+        return [entry | key for entry, key in zip(entries, keys, strict=True)]
+
+    new = {
+        "images": [each | {"id": images[each["id"]]} for each in truth["images"]],
+        "categories": [each | {"id": categories[each["id"]]} for each in truth["categories"]],
+        "annotations": numbered(truth["annotations"]),
+    }
+    return truth | new, numbered(results)
 
 
 def _figures(precision: np.ndarray, kind: str) -> dict[str, float | None]:
@@ -97,13 +118,13 @@ class CocoScorer(Scorer):
         return len(batch.numbers)
 
     def results(self) -> list[dict[str, Any]]:
-        """The detections in COCO's result format."""
-        ids = list(self.index.categories)
+        """The detections in COCO's result format, with the ids of the annotation file."""
+        ids = self.index.label_ids()
         results = []
         for number, boxes, scores, labels, codes in self.found:
             boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
             for i, (box, score, label) in enumerate(zip(boxes, scores.tolist(), labels.tolist(), strict=True)):
-                entry = {"image_id": int(self.index.image_ids[number]), "category_id": ids[label]}
+                entry = {"image_id": self.index.image_id(number), "category_id": ids[label]}
                 entry |= {"bbox": box, "score": score}
                 results.append(entry | ({"segmentation": codes[i]} if codes is not None else {}))
         return results
@@ -115,7 +136,7 @@ class CocoScorer(Scorer):
         if PartialState().is_main_process:
             truth, results = self.index.truth([entry[0] for entry in self.found]), self.results()
             objects = Counter(each["category_id"] for each in truth["annotations"] if not each["iscrowd"])
-            found[1] = [{"objects": objects[key]} for key in self.index.categories]
+            found[1] = [{"objects": objects[key]} for key in self.index.label_ids()]
             for kind in ("box", "mask") if self.masks else ("box",):
                 metrics, by_class = average_precision(truth, results, kind, self.max_detections)
                 found[0] |= metrics

@@ -92,18 +92,155 @@ def test_boxes_that_are_not_cocos_stop_the_run(tmp_path, box, named):
         read(tmp_path, what, masks=False)
 
 
-def test_paths_of_windows_and_large_ids(tmp_path):
-    what = content([{}])
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a" / "x.png")
-    what["images"][0]["file_name"] = ".\\a\\x.png"
-    (tmp_path / "coco.json").write_text(json.dumps(what))
-    index = read_coco(tmp_path / "coco.json", tmp_path, masks=False)
+@pytest.mark.parametrize("area", [None, 1050])
+def test_corners_are_known_by_their_areas(tmp_path, area):
+    """Small ones near the origin look like boxes; COCO's areas say what they are."""
+    what = content([{"bbox": [2, 2, 37, 32], "area": area}, {"bbox": [1, 2, 8, 9], "area": area and 49}])
+    if area is None:
+        assert len(read(tmp_path, what, masks=False)[0].boxes) == 2
+        return
+    with pytest.raises(DataError, match=r"corners.*0\.png"):
+        read(tmp_path, what, masks=False)
+
+
+def test_boxes_without_area_stop_the_run(tmp_path):
+    what = content([{"bbox": [30, 20, -10, -5]}, {"bbox": [30, 20, 0, 5]}, {"bbox": [5, 5, 20, 20]}])
+    with pytest.raises(DataError, match=r"no area.*0\.png.*-10"):
+        read(tmp_path, what, masks=False)
+
+
+NAMES = [".\\a\\x.png", "./a/x.png", "a/x.png", "C:\\photos\\a\\x.png", "/data/photos/a/x.png", "../../up/a/x.png"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "..\\..\\media\\4\\a\\x.png"])
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+def test_names_of_files_as_others_write_them(tmp_path, name, kind):
+    """The same name occurs in two folders: the longest end of the path decides."""
+    what = content([{"image_id": 10 + i} for i in range(4)], images=4)
+    write(tmp_path, what)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT), (len(folder), 0, 0)).save(tmp_path / folder / "x.png")
+    what["images"][0]["file_name"] = name
+    (tmp_path / "instances.json").write_text(json.dumps(what))
+    data = build(tmp_path, kind=kind, training=False)
+    index = data.val.dataset.index
     assert Path(index.name(0)).resolve() == (tmp_path / "a" / "x.png").resolve()
-    what["images"][0]["id"] = 2**63
-    (tmp_path / "coco.json").write_text(json.dumps(what))
-    with pytest.raises(DataError, match=r"images\.0\.id"):
-        read_coco(tmp_path / "coco.json", tmp_path, masks=False)
+    if not name.startswith((".\\", "./", "a/")):
+        assert any(name in note and "another path" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+def test_ambiguous_names_are_an_error_with_the_candidates(tmp_path, kind):
+    what = content([{}], images=2)
+    write(tmp_path, what)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / folder / "x.png")
+    what["images"][0]["file_name"] = "elsewhere/x.png"
+    (tmp_path / "instances.json").write_text(json.dumps(what))
+    with pytest.raises(DataError, match=r"elsewhere/x\.png.*a/x\.png.*b/x\.png"):
+        build(tmp_path, kind=kind, training=False)
+
+
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+def test_an_image_stands_for_one_name_alone(tmp_path, kind):
+    what = content([{}, {"image_id": 11}], images=3)
+    write(tmp_path, what)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "a" / "x.png")
+    (tmp_path / "1.png").unlink()
+    for number, name in enumerate(("a/x.png", "b/x.png")):
+        what["images"][number]["file_name"] = name
+    (tmp_path / "instances.json").write_text(json.dumps(what))
+    data = build(tmp_path, kind=kind, training=False, max_bad_fraction=0.5)
+    assert [Path(name).parent.name for name in data.bad.names] == ["b"]
+    assert len(data.val.dataset.index) == 2
+
+
+IDS = {
+    "text": (["a", "b"], ["cat", "dog"]),
+    "large": ([2**63, 2**64 + 1], [2**70, 5]),
+    "digits": (["10", "9"], ["17", "4"]),
+    "fractions": ([10.0, 9.0], [17.0, 4.0]),
+    "mixed": ([10, "b"], [17, "4"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_ids_of_any_kind(tmp_path, ids, kind):
+    """They are read, said, and kept in results; objects may name them as numbers or text."""
+    images, categories = ids
+    what = content([], images=2)
+    for entry, key in zip(what["images"], images, strict=True):
+        entry["id"] = key
+    what["categories"] = [{"id": key, "name": name} for key, name in zip(categories, ("kite", "dog"), strict=True)]
+    for i in range(4):
+        entry = {"id": i, "image_id": images[i % 2], "category_id": categories[i // 2], "area": 400, "iscrowd": 0}
+        entry["image_id"] = str(entry["image_id"]).removesuffix(".0") if i == 3 else entry["image_id"]
+        what["annotations"].append(entry | {"bbox": [5 + 10 * (i // 2), 5, 20, 20]})
+    write(tmp_path, what)
+    data = build(tmp_path, kind=kind, training=False)
+    index = data.val.dataset.index
+    assert {"dog", "kite"} == set(index.categories.values())
+    assert all(type(key) is int for key in index.categories)
+    assert any(repr(images[0]) in note or repr(images[1]) in note for note in data.notes)
+    scorer = CocoScorer(index, masks=False)
+    boxes = np.array([[5.0, 5, 25, 25], [15, 5, 35, 25]])
+    order = [list(index.categories.values()).index(name) for name in ("kite", "dog")]
+    scorer.found = [(number, boxes, np.array([0.9, 0.8]), np.array(order), None) for number in range(2)]
+    results = scorer.results()
+    assert [entry["image_id"] for entry in results] == [images[0], images[0], images[1], images[1]]
+    if kind == "coco":
+        assert [entry["category_id"] for entry in results[:2]] == categories
+    metrics = scorer.compute()
+    assert metrics["box_ap"] == 100
+    assert [figures["objects"] for figures in scorer.by_class] == [2, 2]
+    json.dumps(results)
+
+
+def test_ids_that_are_none_are_named(tmp_path):
+    for wrong in (None, "", True, 1.5, [1]):
+        what = content([{}])
+        what["images"][0]["id"] = wrong
+        with pytest.raises(DataError, match=r"images\.0\.id"):
+            read(tmp_path, what)
+    what = content([{}], images=2)
+    what["images"][1]["id"] = "10"
+    with pytest.raises(DataError, match="id: 10"):
+        read(tmp_path, what)
+
+
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+def test_classes_are_named_ordered_and_left_out(tmp_path, kind):
+    write(tmp_path, content([{"category_id": c} for c in (90, 4, 4, 17)], images=2))
+    data = build(tmp_path, kind=kind, training=kind == "coco", classes=["kite", "dog"])
+    assert data.categories == {90: "kite", 4: "dog"}
+    index = data.val.dataset.index
+    assert index.labels.tolist() == [0, 1, 1]
+    assert [entry["category_id"] for entry in index.truth([0])["annotations"]] == [90, 4, 4]
+    assert any("1 objects of other classes" in note and "cup" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"'kit'.*kite"):
+        build(tmp_path, kind=kind, classes=["kit", "dog"])
+    if kind == "coco":  # a trained model's order
+        index = read_coco(tmp_path / "instances.json", tmp_path, masks=False, categories={4: "dog"}, classes=["dog"])
+        assert (index.categories, index.labels.tolist()) == ({4: "dog"}, [0, 0])
+
+
+@pytest.mark.parametrize("kind", ["coco", "auto"])
+def test_nothing_but_crowds_stops_with_the_first(tmp_path, kind):
+    """To learn and to score; with images without objects kept, too."""
+    entries = [{"image_id": 10 + i % 3, "iscrowd": 1} for i in range(6)]
+    for i in range(3):
+        Image.new("RGB", (WIDTH, HEIGHT), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    write(tmp_path, content(entries, images=3))
+    for training, word in ((True, "learned"), (False, "scored")):
+        with pytest.raises(DataError, match=rf"[46] objects.*{word}.*0\.png: dog at \[5\.0.*crowd.*1\.png"):
+            build(tmp_path, kind=kind, training=training, keep_empty=True, val_fraction=0.4)
+    entries[0]["iscrowd"] = 0
+    write(tmp_path, content(entries, images=3))
+    assert build(tmp_path, kind=kind, training=False).val.samples == 3
 
 
 def test_the_three_forms_of_masks(tmp_path):
@@ -188,7 +325,7 @@ def test_bad_annotations_are_named_and_counted(tmp_path, reason):
     "entry",
     [
         *({"bbox": b} for b in (None, "5555", [5, 5, "20", 20], [5, 5, float("nan"), 20], [5, 5, 10**400, 20])),
-        *({"image_id": i} for i in (None, [10], "10", True)),
+        *({"image_id": i} for i in (None, [10], "11", True)),
         {"category_id": {}},
         *({"segmentation": s} for s in (7, [[]], [["a"] * 6], {}, {"size": [HEIGHT, WIDTH]}, [SQUARE])),
         *({"segmentation": s} for s in ([], None, [[1, 2, 3, 4]], [[1, 2, 3, 1e7, 5, 6]])),
@@ -203,11 +340,20 @@ def test_nonsense_is_dropped_with_a_reason(tmp_path, entry):
     assert len(index.target(0)["labels"]) == 1
     truth = index.truth([0])
     assert len(truth["annotations"]) == 1 + ("segmentation" in entry)  # without a mask it keeps its box
-    if "segmentation" in entry:
-        found = {"image_id": 10, "category_id": 4, "score": 0.9, "bbox": [5, 5, 20, 20]}
-        assert (
-            average_precision(truth, [found | {"segmentation": packed(polygon(SQUARE))}], "mask")[0]["mask_ap"] == 100
-        )
+    if "segmentation" in entry:  # as COCO's tools count an object of an empty mask
+        found = [{"image_id": 10, "category_id": 4, "score": 0.9, "segmentation": packed(polygon(SQUARE))}]
+        known = COCO()
+        known.dataset = json.loads(json.dumps(truth))
+        known.dataset["annotations"][1]["segmentation"] = packed(np.zeros((HEIGHT, WIDTH), np.uint8))
+        known.createIndex()
+        assert average_precision(truth, found, "mask")[0]["mask_ap"] == pytest.approx(theirs(known, found, "segm"))
+
+
+def theirs(known: COCO, results: list[dict], kind: str) -> float:
+    """pycocotools' AP, in percent."""
+    evaluation = COCOeval(known, known.loadRes(results), kind)
+    evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    return 100 * evaluation.stats[0]
 
 
 def polygon(segment: list) -> np.ndarray:
@@ -242,10 +388,17 @@ def test_objects_with_damaged_masks_count_as_cocos_tools_count_them(tmp_path, ca
     index, _ = read(tmp_path, what)
     ours = average_precision(index.truth(range(6)), results, "box")[0]["box_ap"]
     known = COCO(str(tmp_path / "instances.json"))
-    theirs = COCOeval(known, known.loadRes(results), "bbox")
-    theirs.evaluate(), theirs.accumulate(), theirs.summarize()
     assert 10 < ours < 100
-    assert ours == pytest.approx(100 * theirs.stats[0])
+    assert ours == pytest.approx(theirs(known, results, "bbox"))
+    # masks: an empty list of polygons is more than pycocotools reads
+    for entry in known.dataset["annotations"]:
+        entry["segmentation"] = entry["segmentation"] or packed(np.zeros((HEIGHT, WIDTH), np.uint8))
+    for result in results:
+        x, y, w, h = result.pop("bbox")
+        result["segmentation"] = packed(polygon([[x, y, x + w, y, x + w, y + h, x, y + h]]))
+    masks = average_precision(index.truth(range(6)), results, "mask")[0]["mask_ap"]
+    assert 5 < masks < ours
+    assert masks == pytest.approx(theirs(known, results, "segm"))
 
 
 def test_areas_that_are_not_given_or_make_no_sense_are_measured(tmp_path):
@@ -322,7 +475,7 @@ def test_images_without_objects_are_left_out_or_kept(tmp_path):
     assert index.target(0)["masks"].shape == (0, HEIGHT, WIDTH)
     assert index.target(1)["masks"].sum() > 0
     write(tmp_path, content(entries[1:2], images=4))
-    with pytest.raises(DataError, match=r"data\.keep_empty"):
+    with pytest.raises(DataError, match=r"2\.png.*crowd"):
         build(tmp_path)
 
 

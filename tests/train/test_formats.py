@@ -247,6 +247,77 @@ def test_what_cannot_be_used_is_reported_by_name(tmp_path):
     assert any("im 2.jpg" in note for note in data.notes)
 
 
+def change_boxes(root: Path, kind: str) -> None:
+    """Writes the boxes of all files otherwise."""
+    if kind.startswith("voc"):
+        for path in root.rglob("*.xml"):
+            tree = ElementTree.parse(path)
+            for box in tree.iter("bndbox"):
+                x1, y1, x2, y2 = (float(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+                new = {"voc fractions": (x1 / WIDTH, y1 / HEIGHT, x2 / WIDTH, y2 / HEIGHT)}
+                new["voc sizes"] = (x2, y2, x2 - x1, y2 - y1)
+                for key, value in zip(("xmin", "ymin", "xmax", "ymax"), new[kind], strict=True):
+                    box.find(key).text = str(value)
+            tree.write(path)
+    for path in root.rglob("*.txt") if kind.startswith("yolo") else ():
+        rows = [list(map(float, line.split())) for line in path.read_text().splitlines()]
+        lines = []
+        for label, x, y, w, h in rows:
+            corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+            pixels = [value * (WIDTH, HEIGHT)[i % 2] for i, value in enumerate(corners)]
+            lines.append([int(label), *(pixels if kind == "yolo pixels" else corners)])
+        path.write_text("\n".join(" ".join(map(str, line)) for line in lines))
+    for path in root.rglob("*.json") if kind.startswith("labelme") else ():
+        content = json.loads(path.read_text())
+        for shape in content["shapes"]:
+            shape["points"] = [[x / WIDTH, y / HEIGHT] for x, y in shape["points"]]
+        path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("write", "kind", "named"),
+    [
+        (voc, "voc fractions", r"fractions.*im \d\.jpg"),
+        (voc, "voc sizes", r"no area.*im \d\.jpg"),
+        (yolo, "yolo corners", r"centre.*im \d\.jpg"),
+        (yolo, "yolo pixels", r"no usable object.*no fractions.*im \d\.txt"),
+        (labelme, "labelme fractions", r"fractions.*im \d\.jpg"),
+    ],
+)
+def test_boxes_of_other_conventions_stop_the_run(write, kind, named, tmp_path):
+    write(tmp_path)
+    change_boxes(tmp_path, kind)
+    with pytest.raises(DataError, match=named):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_a_held_out_part_alone_is_evaluated(task, split, tmp_path):
+    if task == "classify":
+        class_folders(tmp_path, split)
+    elif task == "detect":
+        write_images(tmp_path / split, truth())
+        write_coco(tmp_path / split / "_annotations.coco.json", truth())
+    else:
+        write_masks(tmp_path / split, tmp_path / split, "_mask")
+    found = labels_of(tmp_path, task=task, train=False)
+    assert len(found.val) == (15 if task == "classify" else 10)
+    assert found.lines()
+
+
+def test_what_cannot_be_divided_is_said(tmp_path):
+    voc(tmp_path)
+    images = sorted((tmp_path / "images").iterdir())
+    for path in images[1:]:
+        shutil.copyfile(images[0], path)
+    with pytest.raises(DataError, match=r"train 10, val 0|train 0, val 10"):
+        read(tmp_path)
+    (tmp_path / "mine.csv").write_text("images/im 0.jpg,train\n")
+    with pytest.raises(DataError, match="train 1, val 0"):
+        read(tmp_path, f"data.split={tmp_path / 'mine.csv'}")
+
+
 def test_classes_are_named_ordered_and_left_out(tmp_path):
     voc(tmp_path)
     assert list(read(tmp_path, "data.classes=[dog,cat]").categories.values()) == ["dog", "cat"]

@@ -1,6 +1,7 @@
 """Pascal VOC's boxes: read as torchvision reads them, learned and measured as VOC means them."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,46 @@ def test_damage_is_named(devkit, damage, names):
     damage(devkit)
     with pytest.raises(DataError, match=names):
         read_voc(devkit, "VOC2007/test", train=False)
+
+
+def test_boxes_as_fractions_stop_the_run(devkit):
+    for path in (devkit / "VOC2007/Annotations").iterdir():
+        text = re.sub(
+            r"<(xm..|ym..)>([\d.]+)<", lambda found: f"<{found[1]}>{float(found[2]) / 100}<", path.read_text()
+        )
+        path.write_text(text)
+    with pytest.raises(DataError, match=r"fractions.*000001\.jpg"):
+        read_voc(devkit, "VOC2007/test", train=False)
+
+
+def test_classes_are_chosen_by_name(devkit):
+    """VOC's own by their numbers, others after them; what is not named is left out."""
+    xml = devkit / "VOC2007/Annotations/000002.xml"
+    xml.write_text(xml.read_text().replace(">dog<", ">yeti<"))
+    index = read_voc(devkit, "VOC2007/test", train=True, classes=["yeti", "cat"])
+    assert index.categories == {21: "yeti", 8: "cat"}
+    assert index.labels.tolist() == [1, 0, 1]
+    assert "dog 1" in str(index.report)
+    again = read_voc(devkit, "VOC2007/trainval", train=False, categories=index.categories, classes=["yeti", "cat"])
+    assert (again.categories, again.labels.tolist()) == ({21: "yeti", 8: "cat"}, [1, 1])
+    with pytest.raises(DataError, match=r"'yetis'.*yeti"):
+        read_voc(devkit, "VOC2007/test", train=True, classes=["yetis", "cat"])
+
+
+def test_documents_of_types_are_refused(devkit):
+    xml = devkit / "VOC2007/Annotations/000002.xml"
+    xml.write_text("<!DOCTYPE a [<!ENTITY x 'y'>]>" + xml.read_text())
+    with pytest.raises(DataError, match=r"000002\.xml"):
+        read_voc(devkit, "VOC2007/test", train=True)
+
+
+def test_a_set_of_difficult_objects_cannot_be_scored(devkit, detect_recipe, tmp_path):
+    for path in (devkit / "VOC2007/Annotations").glob("00000[12].xml"):
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    sets = ["data.train_annotations=VOC2007/trainval", "data.val_annotations=VOC2007/test"]
+    options = [f"output={tmp_path / 'run'}", f"data.root={devkit}", "data.kind=voc", *sets, "train.batch_size=2"]
+    with pytest.raises(DataError, match=r"4 objects.*000001\.jpg: dog"):
+        train(detect_recipe, options, "detect")
 
 
 def test_masks_are_refused(devkit, detect_recipe, tmp_path):

@@ -1,13 +1,11 @@
 """``data.kind=auto``: detects the format of a folder, its split and its classes."""
 
 import csv
-import difflib
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,17 @@ import numpy as np
 
 from ...configs.schema import DataConfig, DenseDataConfig, DetectDataConfig, SegmentDataConfig
 from ...files import atomic
+from .class_names import choose_names
 from .coco import index_objects
 from .files import SPLIT_NAMES, UNREADABLE, Files, image_size, same_files
 from .formats import DETECTION, Found, find_boxes, first_names
-from .guard import DataError
+from .guard import DataError, Report
 from .index import ClassificationIndex, DetectionIndex, Index, SegmentationIndex, encode_paths
 from .masks import value_table
 from .pairs import find_labels, find_masks
+from .validate import key_of
 
 SPLIT_FILE = "split.csv"  # of a run
-UNNAMED = re.compile(r"(class )?\d+|#[0-9a-f]{6}|background|object")  # names that readers give to unnamed classes
 
 
 @dataclass
@@ -190,7 +189,10 @@ class DataSet:
 
     def by_class(self, index: Index) -> np.ndarray:
         """Number of objects, or images, of each class in a part of the data, int64 ``[C]``."""
-        rows = index.labels if isinstance(index, DetectionIndex) else getattr(index, "label", np.empty(0, np.int64))
+        if isinstance(index, DetectionIndex):
+            rows = index.labels[index.usable & ~index.crowd]
+        else:
+            rows = getattr(index, "label", np.empty(0, np.int64))
         return np.bincount(rows, minlength=len(self.classes))
 
     def counts(self) -> str:
@@ -235,6 +237,8 @@ def read_set(
     files = Files(_root(data))
     if config.task == "detect":
         found = _choose_categories(find_boxes(files) or _nothing(files), data, categories)
+        if not found.names:
+            raise DataError(f"{files.root}: no usable object; {found.report}")
         keys = rarest_classes(found)
     elif config.task == "classify":
         found = _choose_labels(find_labels(files), data.classes, train)
@@ -247,10 +251,17 @@ def read_set(
     names = [entry["file_name"] for entry in found.images]
     division = divide(names, [entry["split"] for entry in found.images], keys, data, config.seed, train)
     index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[config.task]
-    parts = [index(found, numbers, train=part) for numbers, part in ((division.train, True), (division.val, False))]
-    parts[0].report.rows[:0] = found.report.rows
-    parts[0].report.source = parts[0].report.source or found.report.source
-    return DataSet(config.task, found, list(found.names.values()), division, *parts)
+    if not len(division.val) or (train and not len(division.train)):
+        raise DataError(f"{files.root}: no image to {'train on or to ' * train}evaluate: {division.text}")
+    held_out = index(found, division.val, train=False)
+    if len(division.train):
+        learned = index(found, division.train, train=True)
+    else:
+        learned = replace(held_out, report=Report(""))
+        learned.select(division.train)
+    learned.report.rows[:0] = found.report.rows
+    learned.report.source = learned.report.source or found.report.source
+    return DataSet(config.task, found, list(found.names.values()), division, learned, held_out)
 
 
 def _nothing(files: Files) -> Found:
@@ -278,23 +289,6 @@ def size_range(sizes: np.ndarray) -> str:
         return "of unknown size"
     ends = [f"{w:.0f}x{h:.0f}" for h, w in (sizes.min(0), np.median(sizes, axis=0), sizes.max(0))]
     return f"{ends[0]} to {ends[2]}, median {ends[1]}" if ends[0] != ends[2] else f"of {ends[0]}"
-
-
-def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = True) -> dict[int, str]:
-    """Selects and orders the classes ``wanted`` (`data.classes`): key in ``names`` -> name. Renames all classes if the
-    data have as many unnamed ones.
-
-    Raises:
-        DataError: a class is not in the data; if not ``strict``, it gets a negative key instead.
-    """
-    known = {name: key for key, name in names.items()}
-    if len(wanted) == len(names) and all(UNNAMED.fullmatch(name) for name in known) and not set(wanted) <= set(known):
-        return dict(zip(sorted(names), wanted, strict=True))
-    for name in wanted:
-        if name not in known and strict:
-            near = difflib.get_close_matches(name, list(known), n=3) or list(known)[:10]
-            raise DataError(f"data.classes: no {name!r} in the data; nearest: {', '.join(near)}")
-    return {known.get(name, -1 - label): name for label, name in enumerate(wanted)}
 
 
 # ---- detection
@@ -327,10 +321,10 @@ def rarest_classes(found: Found) -> list[Any]:
     """The rarest class of each image, -1 without objects; for a stratified split."""
     held = defaultdict(set)
     for entry in found.annotations:
-        held[repr(entry.get("image_id"))].add(entry["category_id"])
+        held[key_of(entry.get("image_id"))].add(entry["category_id"])
     images = Counter(label for labels in held.values() for label in labels)
     return [
-        min(held[repr(entry.get("id"))], key=lambda label: (images[label], str(label)), default=-1)
+        min(held[key_of(entry.get("id"))], key=lambda label: (images[label], str(label)), default=-1)
         for entry in found.images
     ]
 
@@ -338,11 +332,11 @@ def rarest_classes(found: Found) -> list[Any]:
 def index_boxes(found: Found, numbers: np.ndarray, *, masks: bool, train: bool) -> DetectionIndex:
     """An index of the images ``numbers``; VOC's difficult objects are crowds in evaluation."""
     images = [found.images[number] for number in numbers]
-    ids = {repr(entry.get("id")) for entry in images}
-    known = {repr(entry.get("id")) for entry in found.images}
+    ids = {key_of(entry.get("id")) for entry in images}
+    known = {key_of(entry.get("id")) for entry in found.images}
     annotations = []
     for entry in found.annotations:
-        image = repr(entry.get("image_id"))
+        image = key_of(entry.get("image_id"))
         if image in ids or image not in known:  # the latter are reported
             annotations.append(entry | {"iscrowd": 1} if entry.get("difficult") and not train else entry)
     content = {

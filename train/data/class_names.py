@@ -1,6 +1,15 @@
-"""The classes of published datasets, in the order of their labels."""
+"""The classes of published datasets, in the order of their labels, and the choice of `data.classes` among those of a
+data set."""
+
+import difflib
+import re
+from collections.abc import Sequence
 
 from torchvision import datasets
+
+from .guard import DataError
+
+UNNAMED = re.compile(r"(class )?\d+|#[0-9a-f]{6}|background|object")  # names that readers give to unnamed classes
 
 # Zhou et al., "Scene Parsing through ADE20K Dataset": objectInfo150.txt of the set, the first name of each
 _ADE20K = """
@@ -31,3 +40,20 @@ VOC = (
 
 FASHION_MNIST = tuple(datasets.FashionMNIST.classes)
 DIGITS = tuple("0123456789")
+
+
+def choose_names(wanted: Sequence[str], names: dict[int, str], strict: bool = True) -> dict[int, str]:
+    """Selects and orders the classes ``wanted`` (`data.classes`): key in ``names`` -> name. Renames all classes if the
+    data have as many unnamed ones.
+
+    Raises:
+        DataError: a class is not in the data; if not ``strict``, it gets a negative key instead.
+    """
+    known = {name: key for key, name in names.items()}
+    if len(wanted) == len(names) and all(UNNAMED.fullmatch(name) for name in known) and not set(wanted) <= set(known):
+        return dict(zip(sorted(names), wanted, strict=True))
+    for name in wanted:
+        if name not in known and strict:
+            near = difflib.get_close_matches(name, list(known), n=3) or list(known)[:10]
+            raise DataError(f"data.classes: no {name!r} in the data; nearest: {', '.join(near)}")
+    return {known.get(name, -1 - label): name for label, name in enumerate(wanted)}

@@ -300,8 +300,6 @@ def build_detection_data(
     builder, data = _Builder(config, rank, world), config.data
     if data.kind == "voc" and masks:
         raise DataError("data.kind=voc has boxes only, but this detector needs masks")
-    if data.classes is not None and data.kind != "auto":
-        raise DataError(f"data.classes={data.classes} needs data.kind=auto, not {data.kind}")
     root = _dense_root(data)
     found = auto.read_set(config, masks=masks, categories=categories, train=train) if data.kind == "auto" else None
     builder.notes += found.lines() if found is not None else []
@@ -314,9 +312,9 @@ def build_detection_data(
         else:
             index = _read_boxes(data, root, training, masks, categories)
         categories = index.categories
+        if training or train or len(index.crowd):
+            _check_objects(index, training)
         _choose_images(index, builder, data, training)
-        if train and not training and index.crowd.all():
-            raise DataError(f"{index.report.source} has no annotation to evaluate against (crowds are ignored)")
         transform = detection_transform(config.augment) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
         balanced = training and data.sampling == "balanced"
@@ -331,10 +329,29 @@ def _read_boxes(
     data: DetectDataConfig, root: Path, training: bool, masks: bool, categories: dict[int, str] | None
 ) -> DetectionIndex:
     annotations = data.train_annotations if training else data.val_annotations
+    given: dict[str, Any] = {"categories": categories, "classes": data.classes}
     if data.kind == "voc":
-        return read_voc(root, annotations, train=training, categories=categories)
+        return read_voc(root, annotations, train=training, **given)
     images = root / (data.train_images if training else data.val_images)
-    return read_coco(root / annotations, images, masks=masks, categories=categories)
+    return read_coco(root / annotations, images, masks=masks, **given)
+
+
+def _check_objects(index: DetectionIndex, training: bool) -> None:
+    """Raises:
+    DataError: no object to learn or to score; with the first ones, which are crowds or unusable.
+    """
+    if (~index.crowd & (index.usable | (not training))).any():
+        return
+    names, images = list(index.categories.values()), np.repeat(np.arange(len(index)), np.diff(index.starts))
+    examples = [
+        f"{index.name(images[row])}: {names[index.labels[row]]} at {index.boxes[row].tolist()}"
+        + ", a crowd" * bool(index.crowd[row])
+        for row in range(min(3, len(index.crowd)))
+    ]
+    raise DataError(
+        f"{index.report.source}: none of {len(index.crowd):,} objects can be {'learned' if training else 'scored'} "
+        f"(crowds and difficult ones are ignored). {'; '.join(examples)} {index.report}".strip()
+    )
 
 
 def _choose_images(index: DetectionIndex, builder: _Builder, data: DetectDataConfig, training: bool) -> None:

@@ -5,8 +5,8 @@ import json
 import os
 import re
 import struct
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,12 +54,58 @@ class Paths:
             near: the annotation file that contains the name; paths close to it are preferred.
             split: then paths of this split are preferred.
         """
-        parts = PurePosixPath(name.replace("\\", "/")).parts
+        parts = _parts(name)
         found = self.names.get(parts[-1], []) if parts else []
         if len(found) < 2:
             return found[0] if found else None
         ranks = sorted(((_likeness(path, parts, near, split), path) for path in found), reverse=True)
         return ranks[0][1] if ranks[0][0] > ranks[1][0] else None
+
+    def find_each(self, names: Sequence[str], near: str = "", split: str = "") -> list[str | None]:
+        """`find` for the images of an annotation file. A path that matches several names is that of none, but for a
+        name that ends as it does.
+
+        Raises:
+            DataError: several paths match a name equally well.
+        """
+        found = [self.find(name, near, split) for name in names]
+        for name, path in zip(names, found, strict=True):
+            if path is None and (several := self.names.get(_parts(name)[-1] if _parts(name) else "", [])):
+                raise DataError(f"the image {name} can be {' or '.join(several[:5])}{' ...' * (len(several) > 5)}")
+        count = Counter(found)
+        return [
+            path if path is None or count[path] == 1 or ends_with(path, name) or ends_with(name, path) else None
+            for name, path in zip(names, found, strict=True)
+        ]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return PurePosixPath(name.replace("\\", "/")).parts
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether the end of a path is ``name``."""
+    parts = _parts(name)
+    return _parts(path)[-len(parts) :] == parts
+
+
+def find_images(folder: Path, names: Sequence[str], report: Report) -> list[Path]:
+    """Images by their names in annotations: below ``folder``, else as by `Paths.find_each`, which is reported. A
+    missing image has the path that its name gives.
+
+    Raises:
+        DataError: several files match a name equally well.
+    """
+    paths = [folder / name for name in names]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    if missing and folder.is_dir():
+        taken = {os.path.normpath(path) for path in paths}
+        places = Files(folder).images.find_each([names[number] for number in missing])
+        for number, place in zip(missing, places, strict=True):
+            if place is not None and os.path.normpath(folder / place) not in taken:
+                paths[number] = folder / place
+                report.rows.append((names[number], None, "image found at another path"))
+    return paths
 
 
 def _likeness(path: str, parts: tuple[str, ...], near: str, split: str) -> tuple[int, bool, int]:
@@ -117,12 +163,7 @@ class Files:
             raise DataError(f"{path} is not YAML: {error}") from None
 
     def xml(self, path: str) -> ElementTree.Element:
-        """The root of an XML file. A DOCTYPE is refused, as its entities could expand without limit or read files."""
-        content = _read_bytes(self.root / path)
-        try:
-            return ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDocumentType()))
-        except (ElementTree.ParseError, LookupError, ValueError) as error:
-            raise DataError(str(error) if isinstance(error, DataError) else f"{path} is not XML: {error}") from None
+        return read_xml(self.root / path)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -154,15 +195,24 @@ def same_files(paths: Iterable[str]) -> dict[str, str]:
 
 def read_json(file: Path) -> Any:
     """The content of a JSON file; raises `DataError` if it is too large, unreadable or not JSON."""
-    content = _read_bytes(file)
+    content = _read_bytes(file, ".json")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON, or truncated: {error}") from None
 
 
-def _read_bytes(file: Path) -> bytes:
-    limit = LIMITS.get(file.suffix.lower(), 2**20)
+def read_xml(file: Path) -> ElementTree.Element:
+    """The root of an XML file. A DOCTYPE is refused, as its entities could expand without limit or read files."""
+    content = _read_bytes(file)
+    try:
+        return ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDocumentType()))
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise DataError(f"{file}: {error}" if isinstance(error, DataError) else f"{file} is not XML: {error}") from None
+
+
+def _read_bytes(file: Path, kind: str = "") -> bytes:
+    limit = LIMITS.get(kind or file.suffix.lower(), 2**20)
     try:
         if (size := file.stat().st_size) > limit:
             raise DataError(f"{file} has {size:,} bytes; the limit is {limit:,}")

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .files import SPLIT_NAMES, Files, Paths, image_size, read_json, sizes_of, split_of
+from .files import SPLIT_NAMES, Files, Paths, ends_with, image_size, read_json, sizes_of, split_of
 from .guard import DataError, Report
+from .validate import key_of
 
 MAX_POINTS = 100_000  # of a polygon
 UNNAMED = "no file names the classes: numbers are used"
@@ -92,6 +93,9 @@ def read_coco_files(files: Files) -> Found | None:
         found.notes.append(f"read {', '.join(instances)}; ignored {first_names(others)}")
     ids = _category_ids([content for _, content in parts])
     found.names = {number: name for name, number in sorted(ids.items(), key=lambda pair: pair[1])}
+    entries = [entry for _, content in parts for entry in content["categories"] if isinstance(entry, dict)]
+    if any(ids.get(str(entry.get("name")), entry.get("id")) != entry.get("id") for entry in entries):
+        found.notes.append(f"category ids are text or differ between files: numbered from 1, {first_names([*ids])}")
     for path, content in parts:
         _join(found, files, path, content, ids, numbered)
     return found
@@ -107,40 +111,42 @@ def _coco_content(files: Files, path: str) -> dict[str, Any] | None:
 
 def _category_ids(contents: list[dict[str, Any]]) -> dict[str, int]:
     """Name -> id: those of the files if they agree, else new ones from 1."""
-    pairs: set[tuple[str, int]] = {
-        (entry["name"], entry["id"])
+    pairs = {
+        (entry["name"], entry.get("id") if type(entry.get("id")) is int else key_of(entry.get("id")))
         for content in contents
         for entry in content["categories"]
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("id"), int)
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
     }
-    ids = dict(sorted(pairs, key=lambda pair: pair[1]))
-    if len(ids) == len(pairs) == len(set(ids.values())):
+    ids = dict(sorted(pairs, key=lambda pair: (isinstance(pair[1], str), pair[1], pair[0])))
+    if len(ids) == len(pairs) == len(set(ids.values())) and all(type(number) is int for number in ids.values()):
         return ids
     return {name: number for number, name in enumerate(ids, 1)}
 
 
 def _join(
-    found: Found, files: Files, path: str, content: dict[str, Any], ids: dict[str, int], numbered: set[Any]
+    found: Found, files: Files, path: str, content: dict[str, Any], ids: dict[str, int], numbered: set[str]
 ) -> None:
     """Adds the lists of a file; its images get new ids if an earlier file has the same ones."""
     split = split_of(path)
-    own = {entry.get("id"): entry.get("name") for entry in content["categories"] if isinstance(entry, dict)}
+    own = {key_of(entry.get("id")): entry.get("name") for entry in content["categories"] if isinstance(entry, dict)}
     images = [dict(entry) for entry in content["images"] if isinstance(entry, dict)]
-    again = any(repr(entry.get("id")) in numbered for entry in images)
-    numbers: dict[Any, Any] = {}
-    for entry in images:
-        name = str(entry.get("file_name", ""))
-        place = files.images.find(name, path, split)
+    again = any(key_of(entry.get("id")) in numbered for entry in images)
+    numbers: dict[str, Any] = {}
+    names = [str(entry.get("file_name", "")) for entry in images]
+    places = files.images.find_each(names, path, split)
+    for entry, name, place in zip(images, names, places, strict=True):
         entry["file_name"], entry["split"] = place or name or "(no file_name)", split or split_of(place or "")
         if again:
-            numbers[repr(entry.get("id"))] = entry["id"] = len(numbered) + len(numbers) + 1_000_000_000
+            numbers[key_of(entry.get("id"))] = entry["id"] = len(numbered) + len(numbers) + 1_000_000_000
         found.images.append(entry)
-    numbered |= {repr(entry.get("id")) for entry in images}
+    numbered |= {key_of(entry.get("id")) for entry in images}
+    if elsewhere := [f"{n} is {p}" for n, p in zip(names, places, strict=True) if p and not ends_with(p, n)]:
+        found.notes.append(f"{len(elsewhere):,} images found at another path: {first_names(elsewhere)}")
     for entry in content["annotations"]:
         if isinstance(entry, dict):
-            entry = dict(entry, image_id=numbers.get(repr(entry.get("image_id")), entry.get("image_id")))
-            name = own.get(entry.get("category_id"))
-            entry["category_id"] = ids[name] if isinstance(name, str) and name in ids else entry.get("category_id")
+            entry = dict(entry, image_id=numbers.get(key_of(entry.get("image_id")), entry.get("image_id")))
+            name = own.get(key_of(entry.get("category_id")))
+            entry["category_id"] = ids.get(name) if isinstance(name, str) else None
             found.annotations.append(entry)
 
 
@@ -238,7 +244,27 @@ def read_yolo_files(files: Files) -> Found | None:
         number = found.add_image(path, size, split or ("" if prefixes or listed else split_of(path)))
         if (label := labels[path]) is not None:
             _yolo_lines(found, files, label, number, size)
+    _check_centres(found)
     return found
+
+
+def _check_centres(found: Found) -> None:
+    """Raises:
+    DataError: most boxes reach beyond their image, as corners do that are taken for centres and sizes.
+    """
+    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in found.images}
+    names = {entry["id"]: entry["file_name"] for entry in found.images}
+    boxes = [entry for entry in found.annotations if "segmentation" not in entry]
+    beyond = []
+    for entry in boxes:
+        (x, y, w, h), (width, height) = entry["bbox"], sizes[entry["image_id"]]
+        if min(x / width, y / height) < -0.02 or max((x + w) / width, (y + h) / height) > 1.02:
+            beyond.append(f"{names[entry['image_id']]}: {[x, y, w, h]}")
+    if 2 * len(beyond) > len(boxes):
+        raise DataError(
+            f"{found.root}: {len(beyond):,} of {len(boxes):,} boxes reach beyond their image, so they are not (centre, "
+            f"size) as fractions, in pixels: {'; '.join(beyond[:3])}"
+        )
 
 
 def _yolo_yaml(files: Files, path: str) -> Any:

@@ -27,10 +27,12 @@ class Report:
 
     Args:
         source: the file that was read.
+        notes: what concerns many entries.
     """
 
     source: str
     rows: list[tuple[str, Any, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Rows by reason, most frequent first."""
@@ -38,7 +40,7 @@ class Report:
 
     def __str__(self) -> str:
         """Counts and first samples in one line; empty if everything was used."""
-        parts = []
+        parts = [*self.notes]
         for reason, count in self.counts().items():
             names = [sample for sample, _, why in self.rows if why == reason][:3]
             parts.append(f"{count:,} x {reason} ({', '.join(names)}{', ...' if count > 3 else ''})")

@@ -24,6 +24,13 @@ def encode_paths(paths: Iterable[str | os.PathLike]) -> np.ndarray:
     return np.array([os.fsencode(path) for path in paths], bytes)
 
 
+def encode_ids(ids: Sequence[Any]) -> np.ndarray:
+    """Ids as an array: of int64 where they are, else of bytes of JSON."""
+    if all(type(value) is int and -(2**63) <= value < 2**63 for value in ids):
+        return np.array(ids, np.int64)
+    return np.array([json.dumps(value).encode() for value in ids], bytes)
+
+
 def offsets(lengths: Iterable[int]) -> np.ndarray:
     """Start offsets of parts with these lengths, and the end of the last one."""
     return np.cumsum([0, *lengths], dtype=np.int64)
@@ -117,7 +124,7 @@ class DetectionIndex(Index):
     """
 
     categories: dict[int, str]  # id -> name, by id; labels count them from 0
-    image_ids: np.ndarray  # int64 [N]
+    image_ids: np.ndarray  # [N]: int64, or bytes of JSON where an id is text or larger
     sizes: np.ndarray  # int64 [N, 2]: height, width
     starts: np.ndarray  # int64 [N + 1]
     boxes: np.ndarray  # float64 [A, 4]: x, y, width, height
@@ -126,6 +133,7 @@ class DetectionIndex(Index):
     areas: np.ndarray  # float64 [A]
     usable: np.ndarray  # bool [A]
     segments: Texts | None = None  # masks as JSON, in any of COCO's three forms or null
+    category_ids: tuple[Any, ...] = ()  # by label, as the file has them; empty: those of `categories`
     per_sample: ClassVar[tuple[str, ...]] = ("paths", "image_ids", "sizes")
     per_object: ClassVar[tuple[str, ...]] = ("boxes", "labels", "crowd", "areas", "usable")
 
@@ -165,14 +173,23 @@ class DetectionIndex(Index):
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.astype(np.uint8, copy=False)))
         return target
 
+    def image_id(self, number: int) -> Any:
+        """The id that the annotation file gives an image."""
+        value = self.image_ids[number]
+        return json.loads(value) if isinstance(value, bytes) else int(value)
+
+    def label_ids(self) -> list[Any]:
+        """The id of each class in the annotation file, by label."""
+        return list(self.category_ids or self.categories)
+
     def truth(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Ground truth of the images in COCO's format, including crowds."""
-        ids, annotations = list(self.categories), []
+        """Ground truth of the images in COCO's format with the file's ids, including crowds."""
+        ids, annotations = self.label_ids(), []
         for number in numbers:
             for row in self.rows(number):
                 entry = {
                     "id": len(annotations) + 1,  # COCO's matching takes an id of 0 for no match
-                    "image_id": int(self.image_ids[number]),
+                    "image_id": self.image_id(number),
                     "category_id": ids[self.labels[row]],
                     "bbox": self.boxes[row].tolist(),
                     "area": float(self.areas[row]),
@@ -183,11 +200,11 @@ class DetectionIndex(Index):
                 annotations.append(entry)
         return {
             "images": [
-                {"id": int(self.image_ids[i]), "height": int(self.sizes[i, 0]), "width": int(self.sizes[i, 1])}
+                {"id": self.image_id(i), "height": int(self.sizes[i, 0]), "width": int(self.sizes[i, 1])}
                 for i in numbers
             ],
             "annotations": annotations,
-            "categories": [{"id": key, "name": name} for key, name in self.categories.items()],
+            "categories": [{"id": key, "name": name} for key, name in zip(ids, self.categories.values(), strict=True)],
         }
 
 

@@ -194,7 +194,9 @@ def label_map(config: SegmentDataConfig, num_classes: int, mask: Path, report: R
 
 
 def report_left_out(names: Sequence[str], report: Report) -> None:
-    report.rows += [(name, None, "class is left out (data.classes): its pixels are ignored") for name in names]
+    if names:
+        text = f"{', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+        report.notes.append(f"pixels of {len(names):,} other classes, ignored (data.classes): {text}")
 
 
 def choose_values(values: Mapping[Any, str | None], classes: Sequence[str], report: Report) -> dict[Any, str | None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from faster_coco_eval import mask as run_lengths
-from pydantic import Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, StrictInt, StrictStr, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic needs it before Python 3.12
 
 from .guard import DataError
@@ -19,15 +19,31 @@ CLIPPED = "box reaches beyond the image: clipped"
 MEASURED = "area is negative or not a number: measured"
 
 
+def key_of(value: Any) -> str:
+    """An id as text, by which ids are compared: 7, 7.0 and "7" are one."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return str(value) if type(value) in (int, str) else repr((value,))  # which is no id
+
+
+def _check_id(value: Any) -> Any:
+    if type(value) is int or (type(value) is str and value) or (type(value) is float and value.is_integer()):
+        return value
+    raise ValueError("an id should be a whole number or text")
+
+
+_Id = Annotated[Any, AfterValidator(_check_id)]
+
+
 class _Image(TypedDict):
-    id: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
+    id: _Id
     file_name: Annotated[StrictStr, Field(min_length=1)]
     height: Annotated[StrictInt, Field(gt=0)]
     width: Annotated[StrictInt, Field(gt=0)]
 
 
 class _Category(TypedDict):
-    id: StrictInt
+    id: _Id
     name: StrictStr
 
 
@@ -51,7 +67,7 @@ def check_content(source: str, content: Any) -> None:
         place, value = ".".join(map(str, first["loc"])) or "the file", str(first["input"])[:200]
         raise DataError(f"{source} is not in COCO's format: {place}: {first['msg']}, got {value}") from None
     for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
-        counts = Counter(entry[field] for entry in content[key])
+        counts = Counter(key_of(entry[field]) for entry in content[key])
         if twice := [str(value) for value, count in counts.items() if count > 1]:
             raise DataError(f"{source}: {key} with the same {field}: {', '.join(twice[:5])}")
 
@@ -68,13 +84,11 @@ class Objects:
     segments: list[Any]  # [A]
 
     @classmethod
-    def parse(cls, entries: Sequence[dict], images: Sequence[int], categories: Sequence[int]) -> "Objects":
-        """From COCO's annotations, and the ids of images and categories by index."""
+    def parse(cls, entries: Sequence[dict], images: dict[str, int], categories: dict[str, int]) -> "Objects":
+        """From COCO's annotations, and the indices of images and categories by `key_of` of their ids."""
 
-        def numbers(key: str, ids: Sequence[int]) -> np.ndarray:
-            table = {value: number for number, value in enumerate(ids)}
-            values = (entry.get(key) for entry in entries)
-            return np.array([table.get(value, -1) if type(value) is int else -1 for value in values], np.int64)
+        def numbers(key: str, indices: dict[str, int]) -> np.ndarray:
+            return np.array([indices.get(key_of(entry.get(key)), -1) for entry in entries], np.int64)
 
         boxes = [box if _is_box(box) else 4 * [np.nan] for box in (entry.get("bbox") for entry in entries)]
         crowds = [entry.get("iscrowd", 0) for entry in entries]
@@ -165,18 +179,22 @@ def check_boxes(source: str, objects: Objects, sizes: np.ndarray, names: Sequenc
         names: of the images.
 
     Raises:
-        DataError: boxes are fractions of the image, or corners instead of sizes.
+        DataError: boxes are fractions of the image, corners instead of sizes, or most of them without an area.
     """
     rows = np.flatnonzero((objects.image >= 0) & ~np.isnan(objects.boxes).any(1))
     if len(rows) == 0:
         return
     boxes, sides = objects.boxes[rows], sizes[objects.image[rows]][:, ::-1]
     first, last = boxes[:, :2], boxes[:, 2:]
-    wrong = None
-    if boxes.max() <= 1 and sides.min() > 2:
+    wrong, areas, between = None, objects.areas[rows], (last - first).prod(1)
+    corners = (last > first).all() and (last <= sides).all()
+    given = np.allclose(areas, between, rtol=1e-3) and not np.allclose(areas, last.prod(1), rtol=1e-3)
+    if first.max() <= 1 and min(last.max(), (first + last).max()) <= 1 and sides.min() > 2:
         wrong = "boxes are fractions of the image, not pixels"
-    elif (last > first).all() and (last <= sides).all() and 2 * (first + last > sides + 1).any(1).sum() > len(rows):
+    elif corners and (given or 2 * (first + last > sides + 1).any(1).sum() > len(rows)):
         wrong = "boxes are corners (x1, y1, x2, y2), not (x, y, width, height)"
+    elif 2 * (last <= 0).any(1).sum() > len(rows):
+        wrong = "boxes have no area: sizes where corners belong, or the reverse"
     if wrong:
         examples = "; ".join(f"{names[objects.image[row]]}: {objects.boxes[row].tolist()}" for row in rows[:3])
         raise DataError(f"{source}: {wrong}: {examples}")
