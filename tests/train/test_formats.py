@@ -280,7 +280,7 @@ def change_boxes(root: Path, kind: str) -> None:
         (voc, "voc fractions", r"fractions.*im \d\.jpg"),
         (voc, "voc sizes", r"no area.*im \d\.jpg"),
         (yolo, "yolo corners", r"centre.*im \d\.jpg"),
-        (yolo, "yolo pixels", r"no usable object.*no fractions.*im \d\.txt"),
+        (yolo, "yolo pixels", r"no usable object.*not fractions.*im \d\.txt"),
         (labelme, "labelme fractions", r"fractions.*im \d\.jpg"),
     ],
 )
