@@ -199,6 +199,8 @@ class ImagesConfig:
     val_limit: PositiveInt | None = None  # the same for evaluation
     split: PathText | None = None  # auto: a CSV file (image, train or val); null: the data's own split, else random
     val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: held-out fraction of each class
+    # balanced: images with rare classes more often; classify: all classes equally often
+    sampling: Literal["uniform", "balanced"] = "uniform"
     in_chans: PositiveInt = 3
     mean: list[float] | None = None  # per channel, for values in [0, 1]; null: the model's
     std: list[PositiveFloat] | None = None
@@ -268,7 +270,6 @@ class DataConfig(ImagesConfig):
     val_split: str = "val"  # wds: also a brace pattern with a count, 'val-{0000..0063}.tar|50000'
     classes: list[str] | None = None  # names by index; null: those of the data
     num_classes: PositiveInt | None = None  # wds: required if `classes` is null
-    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: all classes equally often
     image_size: PositiveInt | None = None  # side of the square input; null: the model's
     interpolation: str | None = None  # in evaluation; null: the model's
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
@@ -351,7 +352,6 @@ class DetectDataConfig(DenseDataConfig):
     val_annotations: PathText = "annotations/instances_val2017.json"
     val_images: PathText = "val2017"
     classes: list[str] | None = None  # auto: names by label; other objects are left out; null: all that occur
-    sampling: Literal["uniform", "balanced"] = "uniform"  # balanced: images with rare classes more often
     keep_empty: bool = False  # also train on images without objects
     min_size: PositiveInt = 800  # evaluation: size of the short side, ...
     max_size: PositiveInt = 1333  # ... unless the long side would exceed this

@@ -513,6 +513,8 @@ def test_balanced_sampling():
     assert abs(drawn[0] - 2000) < 5 * 1000**0.5
     several = balanced_weights([[0, 0], [0, 1], [0], []])
     assert several == pytest.approx([3**-0.5, 1.0, 3**-0.5, 3**-0.5])
+    with pytest.raises(DataError, match=r"data\.sampling"):
+        balanced_weights([[], []])
 
 
 def test_balanced_sampling_of_a_recipe(folder_recipe, make_images, tmp_path):

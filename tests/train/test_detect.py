@@ -26,7 +26,7 @@ from foveal.configs.schema import ConfigError, DetectConfig, load_config
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.train import detect, evaluate, predict, tasks, train
 from foveal.train.checkpoint import CheckpointError
-from foveal.train.data import DataError
+from foveal.train.data import DataError, build_detection_data
 
 from .conftest import DETECT, stopped, write_rectangles
 
@@ -457,3 +457,21 @@ def test_predictions_of_a_video(finished, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"broken\.mp4"):
         next(predict(finished, [tmp_path / "broken.mp4"]))
+
+
+def test_balanced_sampling(detect_recipe, rectangles):
+    """A class that one image of 16 has; the crowds of others are not learned."""
+    path = rectangles / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    kept = next(each["image_id"] for each in content["annotations"] if each["category_id"] == 7)
+    for each in content["annotations"]:
+        each["iscrowd"] = int(each["category_id"] == 7 and each["image_id"] != kept)
+    path.write_text(json.dumps(content))
+    share = {}
+    for sampling in ("uniform", "balanced"):
+        config = load_config(detect_recipe, [f"data.sampling={sampling}", "data.keep_empty=true"], DetectConfig)
+        data = build_detection_data(config, masks=False, device=torch.device("cpu"))
+        seen = [target for epoch in range(10) for batch in data.train.epoch(epoch) for target in batch.targets]
+        share[sampling] = sum(1 in target["labels"] for target in seen) / len(seen)
+    assert share["uniform"] == 1 / 16
+    assert share["balanced"] > 2 / 16

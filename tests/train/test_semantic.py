@@ -457,3 +457,29 @@ def test_photometric_distortion_bounds():
     hues = [each["hue_factor"] for each in params if each["hue_factor"] is not None]
     assert 0.08 < max(map(abs, hues)) <= 0.1
     assert all(each["channel_permutation"] is None for each in params)
+
+
+def test_balanced_sampling_of_masks(tmp_path):
+    """One mask of twenty has the rare class; a damaged one counts as without a class."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        (tmp_path / kind / "val").mkdir()
+        for number in range(20):
+            pixels = np.zeros((16, 16) if kind == "masks" else (16, 16, 3), np.uint8)
+            pixels[:4] = 1 if kind == "masks" and number == 3 else 0
+            pixels[4:] = number if kind == "images" else 0
+            for split in ("train", "val"):
+                Image.fromarray(pixels).save(tmp_path / kind / split / f"{number:02}.png")
+    (tmp_path / "masks/train/07.png").write_bytes(b"no image")
+    given = [f"data.root={tmp_path}", "data.classes=[ground, rare]", "data.workers=0", "train.batch_size=20"]
+    given += ["output=-", "model.name=-", "augment.crop_size=[16,16]", "augment.photometric=false"]
+    given += ["augment.ratio_range=[1,1]", "data.max_bad_fraction=0.5"]
+    share = {}
+    for sampling in ("uniform", "balanced"):
+        config = load_config(None, [*given, f"data.sampling={sampling}"], SegmentConfig)
+        data = build_segmentation_data(config, ["ground", "rare"], [0.0] * 3, device=torch.device("cpu"))
+        seen = [image for epoch in range(20) for image in next(iter(data.train.epoch(epoch))).targets]
+        share[sampling] = sum(1 in image for image in seen) / len(seen)
+    assert share["uniform"] == 1 / 20
+    expected = 1 / (1 + 19 * 19**-0.5)  # 19 readable masks have the ground
+    assert abs(share["balanced"] - expected) < 5 * (expected / 400) ** 0.5

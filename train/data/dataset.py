@@ -145,6 +145,17 @@ class SegmentationDataset(DenseDataset):
             raise BadMask(f"the mask {path} is {sizes} pixels")
         return {"image": image, "mask": SemanticMask(mask)}
 
+    def classes(self, number: int) -> np.ndarray:
+        """The classes of a mask, int64 ``[N]``; none of one that cannot be read, which training passes over."""
+        path = self.index.mask_name(number)
+        try:
+            mask = self.read(number)["mask"].numpy() if path.endswith(".json") else read_mask(path, self.index.table)
+        except DataError:
+            raise
+        except UNREADABLE:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1)[:IGNORE])
+
 
 def read_mask(path: str, table: np.ndarray) -> np.ndarray:
     """Reads a mask as uint8 ``[H, W]``: classes, 255 ignored.

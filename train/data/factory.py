@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ class _Builder:
         train = self.config.train
         batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
         kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
-        balanced = training and getattr(self.config.data, "sampling", "uniform") == "balanced"
+        balanced = training and self.config.data.sampling == "balanced"
         if balanced and classes is None:
             raise DataError("data.sampling=balanced: the classes of streamed shards are not known in advance")
         weights = balanced_weights(classes) if balanced and classes is not None else None
@@ -86,8 +87,11 @@ class _Builder:
 def balanced_weights(classes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sampling weights, float ``[N]``, from the classes of each sample. With one class per sample, 1 / its number of
     samples, so that all classes are drawn equally often. With several, the largest 1 / square root of it, as in LVIS's
-    repeat factor sampling (arXiv 1908.03195, appendix B); without classes, the smallest weight."""
+    repeat factor sampling (arXiv 1908.03195, appendix B); without classes, the smallest weight. Raises `DataError`
+    where no sample has a class."""
     own = [np.unique(each) for each in classes]
+    if not any(map(len, own)):
+        raise DataError("data.sampling=balanced: no training image has a class")
     counts = np.bincount(np.concatenate(own).astype(np.int64))
     power = 1.0 if all(len(each) == 1 for each in own) else 0.5
     weights = np.array([(counts[each] ** -power).max() if len(each) else 0 for each in own])
@@ -318,7 +322,7 @@ def build_detection_data(
         transform = detection_transform(config.augment) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
         balanced = training and data.sampling == "balanced"
-        classes = [index.labels[index.rows(number)] for number in range(len(index))] if balanced else None
+        classes = [index.learned_labels(number) for number in range(len(index))] if balanced else None
         return DetectionLoader(dataset, builder.order(len(index), training, classes), device, builder.bad, data.workers)
 
     built = builder.build(loader, train)
@@ -416,6 +420,11 @@ def build_segmentation_data(
         index.select(np.arange(len(index))[: builder.limit(training)])
         transform = segmentation_transform(config.augment, fill, data.antialias) if training else None
         dataset = SegmentationDataset(index, data.in_chans, transform, config.seed)
-        return SegmentationLoader(dataset, builder.order(len(index), training), device, builder.bad, data.workers)
+        found_classes = None
+        if training and data.sampling == "balanced":
+            with ThreadPoolExecutor(max(1, data.workers)) as pool:  # decoding is most of the work, without the lock
+                found_classes = list(pool.map(dataset.classes, range(len(index))))
+        order = builder.order(len(index), training, found_classes)
+        return SegmentationLoader(dataset, order, device, builder.bad, data.workers)
 
     return replace(builder.build(loader, train), division=found and found.division)

@@ -151,6 +151,15 @@ class DetectionIndex(Index):
         if self.segments is not None:
             self.segments = Texts.pack([self.segments[row] for row in rows])
 
+    def _learned(self, number: int) -> np.ndarray:
+        """The objects of an image that can be learned."""
+        rows = self.rows(number)
+        return rows[self.usable[rows] & ~self.crowd[rows]]
+
+    def learned_labels(self, number: int) -> np.ndarray:
+        """int64 ``[N]``: the classes of these."""
+        return self.labels[self._learned(number)]
+
     def objects(self) -> np.ndarray:
         """Number of objects to learn in each image, int64 ``[N]``."""
         learned = np.concatenate([[0], np.cumsum(self.usable & ~self.crowd)])
@@ -160,8 +169,7 @@ class DetectionIndex(Index):
         """The training target of an image: boxes, float32 ``[N, 4]`` (corners, clipped to the image), labels, int64
         ``[N]``, and, if there are any, masks, uint8 ``[N, H, W]``. Without crowds and unusable objects."""
         height, width = self.sizes[number].tolist()
-        rows = self.rows(number)
-        rows = rows[self.usable[rows] & ~self.crowd[rows]]
+        rows = self._learned(number)
         boxes = torch.from_numpy(clip_boxes(self.boxes[rows], self.sizes[number])).float()
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
