@@ -201,8 +201,9 @@ class ImagesConfig:
     val_fraction: float = Field(default=0.2, gt=0, lt=1)  # auto, digits: held-out fraction of each class
     # balanced: images with rare classes more often; classify: all classes equally often
     sampling: Literal["uniform", "balanced"] = "uniform"
-    in_chans: PositiveInt = 3
-    mean: list[float] | None = None  # per channel, for values in [0, 1]; null: the model's
+    in_chans: PositiveInt = 3  # 1: grey, 3: RGB; others need .npy or TIFF files with as many
+    # per channel, for values in [0, 1]; null: the model's, or for other than 1 or 3 channels those of some images
+    mean: list[float] | None = None
     std: list[PositiveFloat] | None = None
     workers: NonNegativeInt = 4  # worker processes per training process
     exclude: PathText | None = None  # a bad_samples.csv or list of names to leave out

@@ -418,7 +418,7 @@ def visualize_file(
     """
     import timm
 
-    from .backbones.images import preprocessing, read_image
+    from .backbones.images import preprocessing, read_image, to_rgb
     from .backbones.loading import load
 
     check_point(point or (0.5, 0.5))
@@ -426,7 +426,7 @@ def visualize_file(
     model: Any = (load(name) if pretrained else timm.create_model(name)).eval()
     pixels = preprocessing(model)(read_image(file, model.pretrained_cfg["input_size"][0]))
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    shown = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    shown = to_rgb((pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
     x, y = point or clicked(shown)
     title = f"{name}{'' if pretrained else ', initial weights'}, {Path(file).name}, point {x:.2f}, {y:.2f}"
     found = visualize(model, pixels[None], shown, output, point=(x, y), title=title, layers=layers)

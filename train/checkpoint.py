@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from timm.models import save_for_hf
+from timm.models import adapt_input_conv, save_for_hf
 from torch import Tensor, nn
 
 from ..backbones.download import file_sha256
@@ -254,8 +254,15 @@ def load_exact(model: nn.Module, path: Path) -> None:
     model.load_state_dict(read_exact(model, path))
 
 
+def _layers(model: Any, key: str) -> tuple[str, ...]:
+    """Names of layers in ``pretrained_cfg``."""
+    found = model.pretrained_cfg.get(key) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
 def load_initial(model: nn.Module, source: str | Path) -> list[str]:
-    """Load initial weights, in any key format of the model family, without a classifier for other classes.
+    """Load initial weights, in any key format of the model family, without a classifier for other classes; the first
+    convolution of RGB images is adapted to other channels.
 
     Returns:
         The names of the tensors that are not loaded: none, or those of the classifier.
@@ -274,9 +281,11 @@ def load_initial(model: nn.Module, source: str | Path) -> list[str]:
                 tensors = dict(remap(*arguments))
             except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
                 raise CheckpointError(f"{path} is not a checkpoint of this model: {error!r}") from None
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
     own = model.state_dict()
+    for name in (f"{layer}.weight" for layer in _layers(model, "first_conv")):
+        if name in tensors and tensors[name].ndim == 4 and tensors[name].shape[1] == 3 != own[name].shape[1]:
+            tensors[name] = adapt_input_conv(own[name].shape[1], tensors[name])  # as timm's pretrained=True
+    heads = _layers(model, "classifier")
     dropped = [
         name
         for name in own

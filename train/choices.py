@@ -12,6 +12,7 @@ import torch
 
 from ..configs.schema import SCHEMAS, ConfigError, load_config
 from .data.auto import DataSet, read_set, sizes
+from .data.factory import choose_statistics, found_channels
 from .data.index import DetectionIndex
 
 # Total images of a run, from published and from random weights.
@@ -29,14 +30,16 @@ def choose(config: Any, recipe: str) -> list[str]:
     """Sets the keys of ``config.auto``, in place, from the data, or from the run that ``resume=auto`` continues.
 
     Returns:
-        a line for the log with the chosen values; empty if ``auto`` is.
+        lines for the log with the chosen values; empty if there are none.
 
     Raises:
         ConfigError: a key that cannot be chosen, or another ``data.kind``.
         DataError: invalid data.
     """
-    if not config.auto:
-        return []
+    return [*(_choose_keys(config, recipe) if config.auto else []), *_choose_statistics(config)]
+
+
+def _choose_keys(config: Any, recipe: str) -> list[str]:
     if config.data.kind != "auto":
         raise ConfigError(f"{recipe}: auto={config.auto} needs data.kind=auto, not {config.data.kind}, or auto=[]")
     saved = Path(config.output) / "config.yaml"
@@ -54,6 +57,14 @@ def choose(config: Any, recipe: str) -> list[str]:
     config.auto = []
     text = " ".join(f"{key}={'null' if value is None else value}".replace(", ", ",") for key, value in values.items())
     return [f"chosen by the data, unless given: {text}"]
+
+
+def _choose_statistics(config: Any) -> list[str]:
+    saved = Path(config.output) / "config.yaml"
+    if config.resume == "auto" and saved.is_file():
+        earlier = load_config(saved, (), SCHEMAS[config.task]).data
+        config.data.mean, config.data.std = config.data.mean or earlier.mean, config.data.std or earlier.std
+    return list(filter(None, [choose_statistics(config)]))
 
 
 def _get(config: Any, key: str) -> Any:
@@ -74,7 +85,7 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 def _choices(config: Any, data: DataSet) -> Values:
     """Key -> value for all keys that can be chosen for a task; ``...`` for those that the model does not have."""
-    task, model = config.task, config.model
+    task, model, channels = config.task, config.model, found_channels(data.train)
     first = int(not (model.pretrained or model.checkpoint or getattr(model, "segmenter", None)))
     count, pixels = len(data.train), sizes(data.train)
     values = {"detect": _detector, "segment": _segmenter, "classify": _classifier}[task](config, data, pixels)
@@ -90,6 +101,7 @@ def _choices(config: Any, data: DataSet) -> Values:
         "optim.lr": RATE[task][first],
         "model.frozen_stages": -1 if first else 0,
         "data.workers": min(8, max(1, cpus - 1)),
+        "data.in_chans": channels,
     }
 
 

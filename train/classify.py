@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torchvision.transforms.functional import get_image_size
 
 from ..backbones.base import registered_cfg
 from ..backbones.images import class_labels, preprocessing
@@ -98,9 +99,11 @@ class Task(task.Task):
         folder, recipe = local_path(source), find_recipe(source)
         defaults = {}
         if recipe is None:
-            resolve(source)  # raises for an unknown source before the data are read
+            found = resolve(source)  # raises for an unknown source before the data are read
             name = f"local-dir:{folder}" if folder.is_dir() else str(source)
             defaults = {"output": "-", "model": {"name": name}}
+            if shape := ((found.config or {}).get("pretrained_cfg") or {}).get("input_size"):
+                defaults["data"] = {"in_chans": shape[0]}
         config = load_config(recipe, overrides, ClassifyConfig, defaults)
         use_kept_split(config, source, overrides)
         if config.data.kind == "folder" and config.data.classes is None:
@@ -182,7 +185,8 @@ class Predictor(task.Predictor):
         try:
             return self.transform(image)
         except (ValueError, MemoryError, ArithmeticError) as error:  # too elongated
-            reason = f"cannot be resized from {image.width}x{image.height}: {error or type(error).__name__}"
+            width, height = get_image_size(image)
+            reason = f"cannot be resized from {width}x{height}: {error or type(error).__name__}"
             raise OSError(f"{source}: {reason}") from error
 
     def predict(self, image: Tensor) -> tuple[list[Result], None]:

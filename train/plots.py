@@ -14,6 +14,7 @@ from torch import Tensor
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
+from ..backbones.images import to_rgb
 from ..files import atomic
 from .scoring import ClassificationScorer, Example
 
@@ -87,7 +88,7 @@ def predictions(
 def _example(axis: Axes, example: Example, classes: list[str], long_names: bool) -> None:
     hit = example.predicted == example.target
     axis.set_axis_on()
-    axis.imshow(_rgb(example.image.permute(1, 2, 0).numpy()), interpolation="nearest")
+    axis.imshow(to_rgb(example.image.permute(1, 2, 0).numpy()), interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=RIGHT if hit else WRONG, linewidth=1 if hit else 3)
@@ -130,7 +131,7 @@ def _objects(axis: Axes, image: Tensor, found: Found, classes: Sequence[str], ti
     height, width = image.shape[-2:]
     place = {"interpolation": "nearest", "extent": (0, width, height, 0)}  # edges of pixels are integers, as in boxes
     axis.set_axis_on()
-    axis.imshow(image.expand(3, -1, -1).permute(1, 2, 0).float().cpu().numpy().clip(0, 1), **place)
+    axis.imshow(to_rgb(image.permute(1, 2, 0).float().cpu().numpy()).clip(0, 1), **place)
     labels = found["labels"].tolist()
     axis.set(xticks=[], yticks=[])
     axis.set_title(f"{title}: {len(labels)}", fontsize=9, **PLAIN)
@@ -166,14 +167,14 @@ def segmentations(
     """Held-out images with their true and predicted classes, and a legend of the classes that occur.
 
     Args:
-        examples: image uint8 ``[H, W, 1 or 3]``, truth and prediction ``[H, W]``; truth 255 (no class) is white.
+        examples: image uint8 ``[H, W, C]``, truth and prediction ``[H, W]``; truth 255 (no class) is white.
     """
     colours = np.full((256, 3), 255, np.uint8)
     colours[: len(classes)] = label_colours(len(classes))
     figure, axes = plt.subplots(len(examples), 3, figsize=(9, 3 * len(examples) + 0.8), squeeze=False)
     _hide(axes.flat)
     for row, (image, truth, predicted) in zip(axes, examples, strict=True):
-        for axis, shown in zip(row, (_rgb(image), colours[truth], colours[predicted]), strict=True):
+        for axis, shown in zip(row, (to_rgb(image), colours[truth], colours[predicted]), strict=True):
             axis.imshow(shown, interpolation="nearest")
     for axis, name in zip(axes[0], ("image", "truth", "prediction"), strict=True):
         axis.set_title(name)
@@ -185,11 +186,6 @@ def segmentations(
     for text in legend.get_texts():
         text.set(**PLAIN)
     save(figure, path, title)
-
-
-def _rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 ``[H, W, 1 or 3]`` with three channels."""
-    return image.repeat(3, -1) if image.shape[-1] == 1 else image
 
 
 def _hide(axes: Iterable[Axes]) -> None:

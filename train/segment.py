@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from ..backbones.images import to_rgb
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, SegmentConfig, load_config
 from ..files import atomic
@@ -211,7 +212,7 @@ class Predictor(task.Predictor):
 
     def draw(self, image: Tensor, found: np.ndarray, path: Path, title: str) -> None:
         """Blends the image with the colours of the classes."""
-        pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy() * 255
+        pixels = to_rgb(image.permute(1, 2, 0).cpu().numpy()) * 255
         mixed = (pixels + plots.label_colours(256)[found]) / 2
         with atomic(path) as new:
             Image.fromarray(mixed.round().astype(np.uint8)).save(new, format="PNG")

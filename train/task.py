@@ -218,7 +218,7 @@ class Predictor(ABC):
     """A trained model for image files.
 
     Attributes:
-        channels: of the model's images, 1 or 3.
+        channels: of the model's images.
     """
 
     formats: ClassVar[tuple[str, ...]] = ()  # of output files, the default first
@@ -229,8 +229,9 @@ class Predictor(ABC):
     def __init__(self, source: str | Path, *, top: int, threshold: float):
         """Loads the model; see `prediction.predict`."""
 
-    def open(self, source: str | Path | Image.Image) -> Image.Image:
-        """Opens an image or file with the model's number of channels."""
+    def open(self, source: str | Path | Image.Image) -> Image.Image | Tensor:
+        """Opens an image or file with the model's number of channels; other than 1 or 3 are float ``[C, H, W]`` in
+        [0, 1]."""
         return to_mode(source, self.channels) if isinstance(source, Image.Image) else read_image(source, self.channels)
 
     def read(self, source: str | Path | Image.Image) -> Tensor:
@@ -239,7 +240,8 @@ class Predictor(ABC):
         Raises:
             OSError: a missing file, or not an image.
         """
-        return pil_to_tensor(self.open(source)).float() / 255
+        image = self.open(source)
+        return image if isinstance(image, Tensor) else pil_to_tensor(image).float() / 255
 
     @abstractmethod
     def predict(self, image: Tensor) -> tuple[list[Result], Any]:

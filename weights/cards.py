@@ -304,24 +304,30 @@ def _run(to: str, outputs: tuple[str, ...], shape: str) -> str:
 
 
 def preparing(model: Any) -> str | None:
-    """Python code with Pillow and NumPy that preprocesses ``photo.jpg`` like a classifier's `preprocessing`, to
-    ``image`` ``[1, C, H, W]``; None for other channels than those of image files, and for crops other than center."""
+    """Python code with Pillow and NumPy that preprocesses ``photo.jpg``, or ``image.npy`` of other channels than 1 or
+    3, like a classifier's `preprocessing`, to ``image`` ``[1, C, H, W]``; None for crops other than center."""
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     channels, rows, columns = config["input_size"]
-    if channels not in MODES or config["crop_mode"] != "center":
+    if config["crop_mode"] != "center":
         return None
     height, width = (math.floor(side / config["crop_pct"]) for side in (rows, columns))
     resized = f"(int({height} * side / min(photo.size)) for side in photo.size)"
     if height != width:
         resized = f"(round(side / min(photo.width / {width}, photo.height / {height})) for side in photo.size)"
     values = dict(rows=rows, columns=columns, channels=channels, mean=list(config["mean"]), std=list(config["std"]))
-    crop = _example("crop", resized=resized, interpolation=config["interpolation"].upper(), **values)
-    return _example("open", mode=MODES[channels]) + crop
+    crop = "crop" if channels in MODES else "crop_bands"
+    return _opening(channels) + _example(crop, resized=resized, interpolation=config["interpolation"].upper(), **values)
+
+
+def _opening(channels: int) -> str:
+    if channels in MODES:
+        return _example("open", mode=MODES[channels])
+    return _example("open_bands", channels=channels)
 
 
 def dense_example(model: Any, to: str, size: tuple[int, int]) -> str:
-    """Python code that runs an exported detector or segmenter on ``photo.jpg``, letterboxed to ``size``; for
-    safetensors on random pixels."""
+    """Python code that runs an exported detector or segmenter on ``photo.jpg``, or ``image.npy`` of other than 1 or 3
+    channels, letterboxed to ``size``; for safetensors on random pixels."""
     detects, mean, (rows, columns) = isinstance(model, Detector), image_mean(model), size
     channels = len(mean)
     if to == "safetensors":
@@ -329,10 +335,9 @@ def dense_example(model: Any, to: str, size: tuple[int, int]) -> str:
     run = _run(to, output_names(model), f"[1, {channels}, {rows}, {columns}] in [0, 1]")
     if detects and to == "pt2":
         run = f"import torchvision  # registers the operators of the file\n{run}"
-    if channels not in MODES:
-        return run
-    prepare = _example("letterbox", rows=rows, columns=columns, channels=channels, mean=mean)
-    return _example("open", mode=MODES[channels]) + prepare + "\n" + run + _example(f"after_{model.task}")
+    letterbox = "letterbox" if channels in MODES else "letterbox_bands"
+    prepare = _example(letterbox, rows=rows, columns=columns, channels=channels, mean=mean)
+    return _opening(channels) + prepare + "\n" + run + _example(f"after_{model.task}")
 
 
 # ---- parts of a card

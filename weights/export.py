@@ -425,8 +425,8 @@ def _dense_inputs(model: Any, images: Sequence[str | Path], size: tuple[int, int
     generator = torch.Generator().manual_seed(1)
     inputs = {f"random, batch {batch}": torch.rand(batch, channels, *size, generator=generator)}
     for name, image in sample_images(images, channels).items():
-        pixels = pil_to_tensor(image).float().div(255)[None]
-        inputs[name] = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+        pixels = image if isinstance(image, Tensor) else pil_to_tensor(image).float().div(255)
+        inputs[name] = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)
     return inputs
 
 

@@ -28,9 +28,9 @@ def metadata(model: Any) -> dict[str, Any]:
     return facts if names is None else facts | {"label_names": names}
 
 
-def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image.Image]:
-    """Images to compare on, by name; without paths scikit-learn's two sample images, if the model takes 1 or 3
-    channels."""
+def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image.Image | Tensor]:
+    """Images to compare on, by name, as `read_image` returns them; without paths scikit-learn's two sample images, if
+    the model takes 1 or 3 channels."""
     if paths or channels not in MODES:
         return {str(path): read_image(path, channels) for path in paths}
     try:
@@ -44,14 +44,18 @@ def sample_images(paths: Sequence[str | Path], channels: int) -> dict[str, Image
 
 def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
     """Image files, or all images in folders, in batches for a classifier: ``[B, C, H, W]`` each."""
-    files, extensions = [], get_img_extensions(as_set=True)
+    files: list[Path] = []
     for path in map(Path, paths):
-        below = sorted(each for each in path.rglob("*") if each.suffix.lower() in extensions)
+        below = sorted(each for each in path.rglob("*") if _is_image(str(each)))
         files += below if path.is_dir() else [path]
     if not files:
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
     transform, channels = preprocessing(model), model.pretrained_cfg["input_size"][0]
     return list(torch.stack([transform(read_image(file, channels)) for file in files]).split(_BATCH))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith((*get_img_extensions(), ".npy"))
 
 
 @torch.no_grad()
@@ -77,7 +81,8 @@ def top1(
         raise ValueError(f"{config['architecture']} is a backbone that returns feature maps: there is no top-1 score")
     channels = model.pretrained_cfg["input_size"][0]
     try:
-        data = ImageFolder(images, preprocessing(model), loader=functools.partial(read_image, channels=channels))
+        read = functools.partial(read_image, channels=channels)
+        data = ImageFolder(images, preprocessing(model), loader=read, is_valid_file=_is_image)
     except FileNotFoundError as error:
         raise OSError(f"{images}: {error}") from error
     labels = config.get("label_names")

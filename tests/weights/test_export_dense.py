@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
+from torchvision.transforms.v2 import functional
 
 import foveal
 import foveal.weights.compare as comparing
+from foveal.backbones.images import read_image
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, reparameterize, save_dense
 from foveal.weights.cards import dense_card, dense_example
@@ -351,13 +353,23 @@ def test_openvino_is_for_one_image(tmp_path: Path) -> None:
         assert ("model.reshape(image.shape)" in card) == (to == "openvino")
 
 
-def test_the_card_of_four_channels(tmp_path: Path) -> None:
-    """No photograph has them: the card shows how the file is run."""
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_the_card_of_four_channels(kind: str, tmp_path: Path) -> None:
+    """No photograph has them: the card reads an array, as `read_image` does."""
     model = segmenter("semantic_fpn")
     assert '(Image.open("photo.jpg")).convert("RGB")' in dense_example(model, "onnx", SIZE)
-    model.mean = torch.zeros(4, 1, 1)
-    assert "photo" not in dense_example(model, "onnx", SIZE)
-    assert "session.run" in dense_example(model, "onnx", SIZE)
+    model.mean = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(-1, 1, 1)
+    code = dense_example(model, "onnx", SIZE)
+    assert "photo.jpg" not in code
+    assert "session.run" in code
+    pixels = np.random.default_rng(0).integers(0, 200, (SIZE[0] // 2, SIZE[1] // 3, 4)).astype(kind)
+    np.save(tmp_path / "image.npy", pixels / np.float32(200) if kind == "float32" else pixels)
+    found: dict[str, object] = {}
+    exec(code.split("import onnxruntime")[0].replace("image.npy", str(tmp_path / "image.npy")), found)
+    resized = functional.resize(read_image(tmp_path / "image.npy", 4), [SIZE[0], SIZE[1] * 2 // 3], antialias=True)
+    expected = model.mean[None].expand(1, 4, *SIZE).clone()
+    expected[..., : resized.shape[-1]] = resized
+    torch.testing.assert_close(torch.from_numpy(found["image"]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_detector_that_finds_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...backbones.images import to_mode, upright
+from ...backbones.images import ChannelError, read_pixels
 from .dense_transforms import IGNORE, SemanticMask
 from .files import UNREADABLE
 from .formats import draw_shapes
@@ -59,6 +59,8 @@ class ImageDataset(Dataset):
                     sample = self.read(number)
                 except DataError as error:
                     return error, found
+                except ChannelError as error:
+                    return DataError(f"{self.index.name(number)} {error} (data.in_chans)"), found
                 except UNREADABLE as error:
                     found.append((self.index.name(number), f"{type(error).__name__}: {error}"))
                     continue
@@ -67,7 +69,7 @@ class ImageDataset(Dataset):
 
 
 class ClassificationDataset(ImageDataset):
-    """Pairs of an image, uint8 ``[C, H, W]``, and its class."""
+    """Pairs of an image, uint8 ``[C, H, W]``, and its class; other than 1 or 3 channels are float32 in [0, 255]."""
 
     index: ClassificationIndex
 
@@ -98,9 +100,13 @@ class DenseDataset(ImageDataset):
         self.channels, self.transform = channels, transform
 
     def image(self, number: int) -> torch.Tensor:
-        """uint8 ``[C, H, W]``, upright; raises one of `UNREADABLE`."""
-        with self.index.open(number) as file, Image.open(file) as image:
-            return v2.functional.pil_to_tensor(to_mode(upright(image), self.channels))
+        """uint8 ``[C, H, W]``, of other than 1 or 3 channels float32 in [0, 255], upright.
+
+        Raises one of `UNREADABLE`.
+        """
+        with self.index.open(number) as file:
+            image = read_pixels(file, self.channels)
+            return image if isinstance(image, torch.Tensor) else v2.functional.pil_to_tensor(image)
 
     def augment(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.transform is not None:
@@ -112,7 +118,7 @@ class DenseDataset(ImageDataset):
 
 
 class DetectionDataset(DenseDataset):
-    """Images (uint8 ``[C, H, W]``) with their ``number`` and, in training, the target of `DetectionIndex.target`."""
+    """Images (``[C, H, W]``) with their ``number`` and, in training, the target of `DetectionIndex.target`."""
 
     index: DetectionIndex
 
@@ -130,7 +136,7 @@ class DetectionDataset(DenseDataset):
 
 
 class SegmentationDataset(DenseDataset):
-    """Images (uint8 ``[C, H, W]``) with their ``mask`` (uint8 ``[H, W]``: classes, 255 ignored)."""
+    """Images ``[C, H, W]`` with their ``mask`` (uint8 ``[H, W]``: classes, 255 ignored)."""
 
     index: SegmentationIndex
 

@@ -131,16 +131,19 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
-def detection_transform(config: DetectAugmentConfig) -> v2.Transform:
+def detection_transform(config: DetectAugmentConfig, coloured: bool = True) -> v2.Transform:
     """Flip, then resize: to a random size, with ``crop_prob`` resize, crop and resize again, or with ``scale_jitter``
     large-scale jittering (arXiv 2012.07177); then the final crop and photometric distortion. Images smaller than the
     crop are padded in their batch. Resizing is not antialiased, as in the detectors' evaluation.
+
+    Args:
+        coloured: False: images have other channels than grey or RGB, which are not distorted.
 
     Raises:
         DataError: inconsistent sizes.
     """
     last: list[v2.Transform] = [RandomCrop(config.final_crop_size)] if config.final_crop_size is not None else []
-    if config.photometric:
+    if config.photometric and coloured:
         last.append(PhotometricDistort())
     return v2.Compose(
         [
@@ -181,18 +184,21 @@ def _detection_resize(config: DetectAugmentConfig) -> v2.Transform:
     return v2.RandomChoice([resize, cropped], p=[1 - config.crop_prob, config.crop_prob])
 
 
-def segmentation_transform(config: SegmentAugmentConfig, fill: Sequence[float], antialias: bool) -> v2.Transform:
+def segmentation_transform(
+    config: SegmentAugmentConfig, fill: Sequence[float], antialias: bool, coloured: bool = True
+) -> v2.Transform:
     """Random resize, crop, flip and photometric distortion, then padding to the size of the crop.
 
     Args:
         fill: padding per channel, 0..255; the mask is padded with 255.
+        coloured: see `detection_transform`.
     """
     return v2.Compose(
         [
             RandomScale(config.scale, config.ratio_range, antialias),
             BalancedCrop(config.crop_size, config.cat_max_ratio),
             v2.RandomHorizontalFlip(config.hflip),
-            *([PhotometricDistort()] if config.photometric else []),
+            *([PhotometricDistort()] if config.photometric and coloured else []),
             PadTo(config.crop_size, fill),
         ]
     )

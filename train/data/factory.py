@@ -1,8 +1,10 @@
 """Builds the training and evaluation loaders from the ``data`` and ``augment`` sections of a recipe."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from ...backbones.images import MODES, image_shape, read_pixels
 from ...configs.schema import (
     ClassifyConfig,
     DataConfig,
@@ -26,14 +29,17 @@ from .coco import read_coco
 from .composites import write_composites
 from .dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
 from .dense_transforms import detection_transform, segmentation_transform
+from .files import UNREADABLE
+from .formats import first_names
 from .guard import BadSamples, DataError, Excluded, check_classes
-from .index import DetectionIndex
+from .index import DetectionIndex, Index
 from .loader import ClassificationLoader, DetectionLoader, Loader, SegmentationLoader, StreamLoader
 from .order import EpochOrder, Normalize
 from .transforms import EvalTransform, TrainTransform
 from .voc import read_voc
 
-CHANNELS = (1, 3)
+HEADERS = 2_000  # images of a split whose channels are compared with the recipe before a run
+SAMPLED = 50  # images by which the mean of channels without colours is taken
 
 
 @dataclass
@@ -55,10 +61,30 @@ class _Builder:
     def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig, rank: int, world: int):
         self.config, self.rank, self.world = config, rank, world
         data = config.data
-        if data.in_chans not in CHANNELS:
-            raise DataError(f"data.in_chans is {data.in_chans}; images have 1 (grey) or 3 (RGB) channels")
+        if data.in_chans not in MODES and data.kind in ("idx", "digits"):
+            raise DataError(f"data.in_chans is {data.in_chans}; images of data.kind={data.kind} have 1 or 3 channels")
         self.bad, self.excluded = BadSamples(data.max_bad_fraction), Excluded.read(data.exclude)
         self.notes: list[str] = []
+        if colours := colour_changes(config.augment) if data.in_chans not in MODES else []:
+            self.notes.append(f"{data.in_chans} channels are no colours: without {', '.join(colours)}")
+
+    def check_channels(self, index: Index) -> None:
+        """Raises:
+        DataError: images with other channels than the recipe's, by their headers; names the first.
+        """
+        channels = self.config.data.in_chans
+        other: dict[int, list[str]] = defaultdict(list)
+        for number in range(0, len(index.paths), -(-len(index.paths) // HEADERS) or 1):
+            name = index.name(number)
+            if channels in MODES and not name.lower().endswith((".npy", ".tif", ".tiff")):
+                continue
+            with suppress(*UNREADABLE):  # reported where it is read
+                found = image_shape(name, channels)[2]
+                if found not in (MODES if channels in MODES else (channels,)):
+                    other[found].append(name)
+        if other:
+            text = "; ".join(f"{len(names):,} with {count}: {first_names(names)}" for count, names in other.items())
+            raise DataError(f"images of other than data.in_chans={channels} channels: {text}")
 
     def limit(self, training: bool) -> int | None:
         return self.config.data.limit if training else self.config.data.val_limit
@@ -82,6 +108,66 @@ class _Builder:
         if self.excluded:
             self.notes.append(self.excluded.note())
         return Data(loaders.get(True), loaders[False], self.bad, self.notes)
+
+
+def colour_changes(augment: Any) -> list[str]:
+    """The keys of augmentations that are made for colours, of those that are on."""
+    keys = ("color_jitter", "auto_augment", "photometric")
+    return [f"augment.{key}" for key in keys if getattr(augment, key, None)]
+
+
+def found_channels(index: Index) -> int:
+    """Of the first image that can be read; 3 for grey images, too."""
+    for number in range(min(len(index.paths), SAMPLED)):
+        with suppress(*UNREADABLE):
+            found = image_shape(index.name(number))[2]
+            return 3 if found in MODES else found
+    return 3
+
+
+def choose_statistics(config: Any) -> str:
+    """Sets ``data.mean`` and ``data.std`` of images that are neither grey nor RGB, unless they are given, to those of
+    some training images; returns a line about them, or an empty text.
+
+    Raises:
+        DataError: no such image can be read.
+    """
+    data = config.data
+    given = data.mean is not None and data.std is not None
+    if data.in_chans in MODES or data.kind in ("idx", "digits") or given:
+        return ""
+    index = _training_images(config)
+    sums, count, read = np.zeros((2, data.in_chans)), 0, 0
+    for number in range(0, len(index), -(-len(index) // SAMPLED) or 1):
+        with suppress(*UNREADABLE), index.open(number) as file:
+            pixels = np.asarray(read_pixels(file, data.in_chans), np.float64).reshape(data.in_chans, -1) / 255
+            sums += (pixels.sum(1), (pixels**2).sum(1))
+            count, read = count + pixels.shape[1], read + 1
+    if not read:
+        raise DataError(f"no training image of data.in_chans={data.in_chans} channels in {data.root}")
+    mean = sums[0] / count
+    std = np.sqrt(np.maximum(sums[1] / count - mean**2, 1e-12))
+    mean, std = ([float(f"{value:.4g}") for value in values] for values in (mean, std))
+    data.mean, data.std = data.mean or mean, data.std or std
+    text = f"data.mean={data.mean} data.std={data.std}".replace(", ", ",")
+    return f"of {read} training images, can be given: {text}"
+
+
+def _training_images(config: Any) -> Index:
+    data = config.data
+    if data.kind == "auto":
+        return auto.read_set(config).train
+    if config.task == "detect":
+        return _read_boxes(data, _dense_root(data), True, False, None)
+    if config.task == "segment":
+        return masks.read_masks(_dense_root(data), data, masks.split_name(data, True), len(find_classes(data)))
+    root = _root(data)
+    if data.kind == "folder":
+        return folder.read_folder(Path(root), data.train_split, find_classes(data))
+    shards, lengths, _ = wds.find_shards(root, data.train_split, True)
+    if any(map(wds.is_streamed, shards)):
+        raise DataError(f"data.in_chans={data.in_chans} of streamed shards needs data.mean and data.std")
+    return wds.load_index(root, data.train_split, shards, lengths)
 
 
 def balanced_weights(classes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -263,6 +349,7 @@ def _file_loader(
             return StreamLoader(stream, len(classes), builder.order(samples, training), *further)
         index = wds.load_index(root, name, shards, lengths)
     index.exclude(builder.excluded, root)
+    builder.check_channels(index)
     dataset = ClassificationDataset(index, transform, **kind)
     return ClassificationLoader(
         dataset, len(classes), builder.order(len(index), training, index.label[:, None]), *further
@@ -319,7 +406,8 @@ def build_detection_data(
         if training or train or len(index.crowd):
             _check_objects(index, training)
         _choose_images(index, builder, data, training)
-        transform = detection_transform(config.augment) if training else None
+        builder.check_channels(index)
+        transform = detection_transform(config.augment, data.in_chans in MODES) if training else None
         dataset = DetectionDataset(index, data.in_chans, transform, config.seed)
         balanced = training and data.sampling == "balanced"
         classes = [index.learned_labels(number) for number in range(len(index))] if balanced else None
@@ -418,7 +506,9 @@ def build_segmentation_data(
         builder.bad.reports.append(index.report)
         index.exclude(builder.excluded, root)
         index.select(np.arange(len(index))[: builder.limit(training)])
-        transform = segmentation_transform(config.augment, fill, data.antialias) if training else None
+        builder.check_channels(index)
+        coloured = data.in_chans in MODES
+        transform = segmentation_transform(config.augment, fill, data.antialias, coloured) if training else None
         dataset = SegmentationDataset(index, data.in_chans, transform, config.seed)
         found_classes = None
         if training and data.sampling == "balanced":

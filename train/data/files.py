@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import yaml
 from PIL import Image
 
+from ...backbones.images import image_shape
 from .guard import DataError, Report
 
 LIMITS = {".xml": 2**24, ".txt": 2**26, ".yaml": 2**20, ".json": 2**32, ".csv": 2**30}  # bytes
@@ -168,10 +169,7 @@ class Files:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Height and width of an image, upright; raises one of `UNREADABLE`."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations with rows and columns swapped
-    return (width, height) if turned else (height, width)
+    return image_shape(path)[:2]
 
 
 def same_files(paths: Iterable[str]) -> dict[str, str]:
@@ -227,9 +225,10 @@ class _NoDocumentType(ElementTree.TreeBuilder):
 
 
 def image_suffixes() -> set[str]:
-    """Suffixes of the image formats that Pillow reads."""
+    """Suffixes of the images that are read: those of Pillow, and ``.npy``."""
     known = Image.registered_extensions()
-    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
+    found = {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
+    return found | {".npy"}
 
 
 def is_hidden(name: str) -> bool:

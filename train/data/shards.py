@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ...backbones.images import to_mode, upright
+from ...backbones.images import image_shape, kept_suffix, read_pixels, to_mode, upright
 from ...files import atomic
 from .files import UNREADABLE
 from .folder import read_folder, scan_folder
@@ -145,6 +145,13 @@ def encode(path: str, options: Options) -> tuple[str, bytes]:
         one of `UNREADABLE`: the file cannot be read or, if needed, decoded.
     """
     content = Path(path).read_bytes()
+    if kind := kept_suffix(io.BytesIO(content)):
+        rows, columns, channels = image_shape(path)
+        if options.quality is not None or (options.max_size is not None and max(rows, columns) > options.max_size):
+            raise ValueError(f"{channels} channels in a file .{kind} are stored as they are: no max_size, no quality")
+        if options.verify:
+            read_pixels(io.BytesIO(content), channels)
+        return kind, content
     with Image.open(io.BytesIO(content)) as image:
         kind = KINDS.get(image.format)
         smaller = options.max_size is not None and max(image.size) > options.max_size

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from ...backbones.images import to_mode, upright
+from ...backbones.images import read_pixels, to_rgb
 from ...configs.schema import SCHEMAS, load_config
 from ...files import atomic
 from .auto import DataSet, read_set, size_range
 from .dataset import SegmentationDataset
 from .dense_transforms import IGNORE
+from .factory import found_channels
 from .files import UNREADABLE, Files, image_size, same_files
 from .formats import find_boxes, first_names
 from .guard import Report
@@ -98,7 +100,9 @@ def _images(result: Survey, parts: dict[str, Index]) -> Report:
             sizes.append(size)
             if isinstance(index, DetectionIndex) and size != tuple(index.sizes[number].tolist()):
                 bad.rows.append((name, None, "image size differs from the annotations"))
-    result.lines.append(f"images: {len(sizes):,}, {size_range(np.array(sizes).reshape(-1, 2))}")
+    channels = found_channels(result.data.train)
+    more = f", {channels} channels" if channels != 3 else ""
+    result.lines.append(f"images: {len(sizes):,}, {size_range(np.array(sizes).reshape(-1, 2))}{more}")
     side = {index.name(number): part for part, index in parts.items() for number in range(len(index))}
     pairs = [f"{name} = {first}" for name, first in same_files(side).items() if side[name] != side[first]]
     if pairs:
@@ -143,7 +147,7 @@ def _classes(result: Survey, parts: dict[str, Index]) -> None:
 def _mask_classes(result: Survey, index: SegmentationIndex, classes: int) -> np.ndarray:
     """Number of masks that contain each class, over at most `SAMPLED` masks."""
     count = np.zeros(classes, np.int64)
-    dataset = SegmentationDataset(index, 3, None, 0)
+    dataset = SegmentationDataset(index, found_channels(index), None, 0)
     for number in range(0, len(index), -(-len(index) // SAMPLED) or 1):
         try:
             found = np.unique(np.asarray(dataset.read(number)["mask"]))
@@ -173,11 +177,11 @@ def _odd(result: Survey, parts: dict[str, Index], bad: Report, files: Files) -> 
 
 def draw(data: DataSet, path: Path) -> int:
     """Writes a contact sheet of training images with their boxes, masks or classes; returns how many it shows."""
-    index = data.train
+    index, channels = data.train, found_channels(data.train)
     tiles = []
     for number in np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int).tolist():
         try:
-            tiles.append(_tile(data, index, number))
+            tiles.append(_tile(data, index, number, channels))
         except UNREADABLE:
             continue
     columns = min(4, len(tiles)) or 1
@@ -189,16 +193,22 @@ def draw(data: DataSet, path: Path) -> int:
     return len(tiles)
 
 
-def _tile(data: DataSet, index: Index, number: int) -> Image.Image:
+def _picture(image: Image.Image | Tensor) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(to_rgb(image.permute(1, 2, 0).clamp(0, 255).byte().numpy()))
+
+
+def _tile(data: DataSet, index: Index, number: int, channels: int) -> Image.Image:
     if isinstance(index, SegmentationIndex):
-        sample = SegmentationDataset(index, 3, None, 0).read(number)
-        image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+        sample = SegmentationDataset(index, channels, None, 0).read(number)
+        image = _picture(sample["image"])
         mask = np.asarray(sample["mask"])
         colours = np.array([(0, 0, 0), *(_rgb(label) for label in range(1, 256))], np.uint8)
         image = Image.blend(image, Image.fromarray(colours[mask]), 0.5)
     else:
-        with index.open(number) as file, Image.open(file) as opened:
-            image = to_mode(upright(opened), 3)
+        with index.open(number) as file:
+            image = _picture(read_pixels(file, channels))
     scale = (SIDE - 8) / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size])
     pen = ImageDraw.Draw(image)

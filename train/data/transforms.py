@@ -14,7 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
-from ...backbones.images import to_mode, upright
+from ...backbones.images import MODES, open_image, read_pixels, to_mode
 from ...configs.schema import AugmentConfig
 from .guard import DataError
 
@@ -86,7 +86,8 @@ def _repair(transform: Callable) -> None:
 
 class TrainTransform:
     """timm's training transform in two steps, of which only the first reads the file: ``read`` the random crop, then
-    ``augment`` it (flips, AutoAugment or colour jitter) to uint8 ``[C, H, W]``.
+    ``augment`` it (flips, AutoAugment or colour jitter) to uint8 ``[C, H, W]``; of other than 1 or 3 channels to
+    float32 in [0, 255], without changes of colour.
 
     Args:
         config: of ``augment``.
@@ -97,6 +98,7 @@ class TrainTransform:
 
     def __init__(self, config: AugmentConfig, decode: str, input_size: Sequence[int], mean: Sequence[float]):
         self.channels = input_size[0]
+        coloured = self.channels in MODES
         primary, secondary, final = create_transform(
             tuple(input_size),
             is_training=True,
@@ -106,15 +108,15 @@ class TrainTransform:
             ratio=tuple(config.ratio),
             hflip=config.hflip,
             vflip=config.vflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
+            color_jitter=config.color_jitter if coloured else None,
+            auto_augment=config.auto_augment if coloured else None,
             interpolation=config.interpolation,
             mean=tuple(mean),
         )
         crop, *steps = [*primary.transforms, *secondary.transforms, *final.transforms]
         for step in steps:
             _repair(step)
-        self.lazy = decode != "timm"
+        self.lazy = coloured and decode != "timm"
         if self.lazy:
             if config.interpolation not in FAST:
                 raise DataError(
@@ -125,15 +127,14 @@ class TrainTransform:
             crop = Crop(crop.size, **kept, channels=self.channels, draft=decode == "draft")
         self.crop, self.augment = crop, Compose(steps)
 
-    def read(self, file: IO[bytes]) -> Image.Image:
+    def read(self, file: IO[bytes]) -> Image.Image | torch.Tensor:
         """The random crop of an image file, resized to the input size."""
-        with Image.open(file) as stored:
-            image = upright(stored)
-            return self.crop(image if self.lazy else to_mode(image, self.channels))
+        return self.crop((open_image if self.lazy else read_pixels)(file, self.channels))
 
 
 class EvalTransform:
-    """timm's evaluation transform in two steps: ``read`` a file, then ``augment`` the image to uint8 ``[C, H, W]``.
+    """timm's evaluation transform in two steps: ``read`` a file, then ``augment`` the image to uint8 ``[C, H, W]``; of
+    other than 1 or 3 channels to float32 in [0, 255].
 
     Args:
         preprocessing: timm's names (input_size, interpolation, crop_pct, crop_mode).
@@ -144,6 +145,5 @@ class EvalTransform:
         kept = ("input_size", "interpolation", "crop_pct", "crop_mode")
         self.augment = create_transform(use_prefetcher=True, **{key: preprocessing[key] for key in kept})
 
-    def read(self, file: IO[bytes]) -> Image.Image:
-        with Image.open(file) as image:
-            return to_mode(upright(image), self.channels)  # decodes
+    def read(self, file: IO[bytes]) -> Image.Image | torch.Tensor:
+        return read_pixels(file, self.channels)

@@ -37,7 +37,7 @@ from .guard import DataError, Excluded
 from .index import ClassificationIndex, encode_paths
 from .transforms import EvalTransform, TrainTransform, seeded
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "npy", "tif", "tiff")
 OPEN_SHARDS = 64  # of each process
 NO_LABEL, NO_IMAGE = -1, -2  # in place of a label
 
