@@ -39,8 +39,8 @@ def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 @fx_leaf
 def channels_last_on_cpu(x: torch.Tensor) -> torch.Tensor:
-    """On a CPU ``x`` ``[B, C, H, W]`` in that memory format; of a dynamic shape not: whether a map lies in memory so,
-    an exporter decides by whether it is of one row."""
+    """Converts ``x`` ``[B, C, H, W]`` to channels-last memory on a CPU, unless its shape is dynamic: exporters
+    then treat maps of one row as a special case."""
     if x.device.type != "cpu" or is_dynamic(*x.shape[2:]):
         return x
     return channels_last(x)

@@ -66,8 +66,8 @@ def resolve(source: str | Path) -> Source:
     if path.suffix == ".safetensors" and path.is_file():
         if not (path.parent / "config.json").is_file():
             raise ValueError(
-                f"{path} has no config.json beside it, which says of which architecture these weights are: "
-                f"`foveal convert {path} --model NAME --output FOLDER` makes a model folder of both"
+                f"{path} has no config.json next to it, so its architecture is unknown: "
+                f"`foveal convert {path} --model NAME --output FOLDER` writes a model folder"
             )
         folder = _resolve_folder(path.parent, runs=False)
         return Source(folder.architecture, folder=path.parent, file=path, config=folder.config)
@@ -166,8 +166,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
                 f"save the weights as {WEIGHTS} instead"
             ) from error
         # torch's first line suggests unsafe loading
-        said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = said[1] if said else _first_lines(error, 1) or type(error).__name__
+        detail = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = detail[1] if detail else _first_lines(error, 1) or type(error).__name__
         raise ValueError(f"{file} is damaged, truncated, or not a weights file: {reason}") from error
     if broken is not None:
         raise ValueError(f"{file} is damaged: wrong checksum of {broken}")

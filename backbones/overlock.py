@@ -352,7 +352,7 @@ def _enlarged_or_same(height: int, width: int, least: int) -> tuple[Any, Any]:
     exact integer."""
     shorter = torch.sym_min(height, width)
     enlarged = torch.sym_max(shorter, least)
-    # tell the exporter that neither is below the least
+    # a lower bound for the exporter
     return torch.sym_max(enlarged * height // shorter, least), torch.sym_max(enlarged * width // shorter, least)
 
 

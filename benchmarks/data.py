@@ -53,25 +53,25 @@ CASES = (
 TINY = (DataCase(60, 45, training=False),)
 
 
-def write_photographs(root: Path, width: int, height: int, count: int = IMAGES) -> Path:
+def write_images(root: Path, width: int, height: int, count: int = IMAGES) -> Path:
     """Write JPEGs of quality 95 to ``root/{train,val}/{a,b}``, a quarter in portrait format; val equals train."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
     arrays = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), *load_sample_images().images]
-    photographs = [Image.fromarray(array) for array in arrays]
+    images = [Image.fromarray(array) for array in arrays]
     draw = np.random.default_rng(0)
     for name in ("train/a", "train/b"):
         (root / name).mkdir(parents=True)
     for i in range(count):
-        photograph = photographs[i % len(photographs)]
+        image = images[i % len(images)]
         w, h = (height, width) if draw.random() < 0.25 else (width, height)
         part = draw.uniform(0.5, 1.0)
-        cut_w = part * min(photograph.width, photograph.height * w / h)
+        cut_w = part * min(image.width, image.height * w / h)
         cut_h = cut_w * h / w
-        left, top = draw.uniform(0, photograph.width - cut_w), draw.uniform(0, photograph.height - cut_h)
-        image = photograph.resize((w, h), Image.Resampling.BICUBIC, box=(left, top, left + cut_w, top + cut_h))
-        image.save(root / "train" / "ab"[i % 2] / f"{i:04}.jpg", quality=95)
+        left, top = draw.uniform(0, image.width - cut_w), draw.uniform(0, image.height - cut_h)
+        crop = image.resize((w, h), Image.Resampling.BICUBIC, box=(left, top, left + cut_w, top + cut_h))
+        crop.save(root / "train" / "ab"[i % 2] / f"{i:04}.jpg", quality=95)
     (root / "val").symlink_to("train")
     return root
 
@@ -116,7 +116,7 @@ def data_rows(case: DataCase, bench: Bench) -> Iterator[Row]:
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        root = write_photographs(Path(folder), case.width, case.height)
+        root = write_images(Path(folder), case.width, case.height)
         passes = {"timm": timm_loader(root, case)}
         for decode in ("timm", "fast", "draft") if case.training else ("fast",):
             passes[f"foveal, decode={decode}" if case.training else "foveal"] = our_loader(root, case, decode)

@@ -118,7 +118,7 @@ def _target(name: str, options: argparse.Namespace) -> Path | None:
     return options.output / (f"gpu-{name}.csv" if on_gpu else f"{name}-cpu-{os.cpu_count()}core.csv")
 
 
-# -------------------------------------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------------------------------------- reporting
 
 
 def print_table(title: str, rows: Sequence[Row], console: Console) -> None:

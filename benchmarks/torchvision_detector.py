@@ -1,11 +1,11 @@
-"""torchvision's detectors on a folder, trained by the loop of its references: what `detect/raccoon` is compared with.
+"""Trains torchvision's detectors on a folder with the loop of its reference scripts, to compare with `detect/raccoon`.
 
     python -m foveal.benchmarks.torchvision_detector FOLDER --seconds 900
 
-From random weights, on the split that ``data.kind=auto`` draws. The settings are those of references/detection: for
+From random weights, on the split of ``data.kind=auto``. The settings are those of references/detection: for
 Faster R-CNN (MobileNetV3 at 320 pixels) batches of 2, SGD of 0.02 / 8, steps after 16/26 and 22/26 of the run; for
-SSDlite batches of 24, SGD of 0.15 / 8, a cosine. A linear warm-up over the first epoch, horizontal flips. The first
-epoch tells how many fit into the seconds.
+SSDlite batches of 24, SGD of 0.15 / 8, a cosine. A linear warm-up over the first epoch, horizontal flips. The
+number of epochs follows from the time of the first one.
 """
 
 import argparse

@@ -305,7 +305,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classifier: number of classes to show.")] = 5,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Detector: minimum score to show.")] = 0.5,
     output: Annotated[
-        Path | None, typer.Option(help="Detector, segmenter: folder for the predictions, drawn or as --format says.")
+        Path | None, typer.Option(help="Detector, segmenter: folder for the predictions, drawn or in --format.")
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -370,7 +370,8 @@ def export(
     dynamic: Annotated[
         bool,
         typer.Option(
-            "--dynamic", help="Dynamic height and width, from 32 pixels on; `foveal list` says of which models."
+            "--dynamic",
+            help="Dynamic height and width, from 32 pixels on, for models marked in `foveal list`.",
         ),
     ] = False,
     size: Annotated[str | None, typer.Option(metavar="ROWSxCOLUMNS", help="Detector, segmenter: image size.")] = None,

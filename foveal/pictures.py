@@ -21,7 +21,7 @@ POINT = (0.46, 0.3)  # of the query, as fractions of width and height
 DPI = 150  # photos make large files
 
 
-def photograph(size: int) -> np.ndarray:
+def photo(size: int) -> np.ndarray:
     """``[size, size, 3]`` in [0, 1]: the upper part of scikit-image's photo of an astronaut (NASA)."""
     from skimage import data
 
@@ -40,7 +40,7 @@ def reach(length: int, at: int, windows: Sequence[Window]) -> list[int]:
 
 def windows_picture(kernel_size: int = 7, dilation: int = 8, side: int = 56) -> Any:
     """Windows of a local, a dilated, and both layers in sequence, on the first map of a DiNAT at 224."""
-    shown = photograph(8 * side)
+    shown = photo(8 * side)
     query = int(POINT[1] * side), int(POINT[0] * side)
     near, far = Window(kernel_size), Window(kernel_size, dilation=dilation)
     figure = plots.new_figure(8, 3.2, DPI, h_pad=0.1)

@@ -81,8 +81,8 @@ def predictions(
         _example(axis, example, classes, long_names)
     top1 = score.metrics["top1"]
     mistakes = round(score.n * (1 - top1 / 100))
-    shown = f"{len(wrong)} of its {mistakes} mistakes (✗ red), then right answers (✓ green)"
-    save(figure, path, f"{title}: {top1:.2f} % of {score.n:,} held-out images right\n{shown}")
+    shown = f"{len(wrong)} of {mistakes} mistakes (✗ red), then correct predictions (✓ green)"
+    save(figure, path, f"{title}: {top1:.2f} % of {score.n:,} held-out images correct\n{shown}")
 
 
 def _example(axis: Axes, example: Example, classes: list[str], long_names: bool) -> None:

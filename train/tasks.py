@@ -51,7 +51,7 @@ def import_models(modules: Sequence[str], run: Path | None = None) -> None:
             )
         places = [Path(place).resolve() for place in (spec.origin, *(spec.submodule_search_locations or ())) if place]
         if run is not None and name not in sys.modules and any(p.is_relative_to(run.resolve()) for p in places):
-            raise ConfigError(f"imports: {name} lies in {run}: code in a run folder is only run with --import {name}")
+            raise ConfigError(f"imports: {name} is in {run}: code in a run folder is only run with --import {name}")
         import_module(name)
 
 

@@ -272,7 +272,7 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
 
 
 def _for_transformers(model: Any, model_type: str) -> dict[str, Any]:
-    """What tells a model from others of its family in a config.json of transformers."""
+    """The keys of transformers' config.json that identify a model within its family."""
     if model_type == "van":
         widths = [info["num_chs"] for info in model.feature_info]
         return {"depths": [len(stage.blocks) for stage in model.stages], "hidden_sizes": widths}
@@ -294,7 +294,7 @@ def _is_file_of(file: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _tensors(content: dict[str, Any], file: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool | None]:
-    """The tensors of a checkpoint, and whether they are averaged; None if it has one kind and does not say which."""
+    """The tensors of a checkpoint, and whether they are averaged; None if unknown."""
     other = content.get("ema_state_dict")
     if isinstance(other, dict) and isinstance(content.get("state_dict"), dict):
         # mmengine's EMAHook swaps the two when it saves: state_dict has the averaged weights

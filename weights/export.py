@@ -223,7 +223,7 @@ def _dense_folder(source: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _classifier(source: str | Path, found: Source, options: Options) -> Job:
-    """Check the options, and load a classifier, which is prepared as its ``pretrained_cfg`` says."""
+    """Check the options, and load a classifier, prepared according to its ``pretrained_cfg``."""
     to, elsewhere = options.to, FORMATS[options.to].not_here()
     fixed = _fixed_size(found.architecture, to)
     features = ((found.config or {}).get("model_args") or {}).get("features_only")

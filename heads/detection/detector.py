@@ -53,9 +53,9 @@ class Detector(DenseModel):
         return self.detector.backbone
 
     def normalizers(self, images: list[torch.Tensor], targets: list[Target]) -> torch.Tensor | None:
-        """What the losses of a training batch are divided by, float ``[1]`` or ``[losses]``; None where that is the
-        same for each image: RetinaNet's mean over images, the R-CNNs' regions of each image. The R-CNNs draw these
-        regions, and the loss of their masks is a mean over those that lie on an object, which are not counted here."""
+        """The divisors of a training batch's losses, float ``[1]`` or ``[losses]``; None if they are the same for each
+        image: RetinaNet's mean over images, the R-CNNs' sampled regions per image. The R-CNNs' mask loss is a mean over
+        the regions on objects, which are not counted here."""
         own = getattr(self.detector, "normalizers", None)
         return None if own is None else own(images, targets)
 

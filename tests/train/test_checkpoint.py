@@ -463,7 +463,7 @@ def test_a_resumed_run_says_what_changed(stopped, quick, capsys):
     assert "resume never" not in said
     assert re.search(r"learning rate .*\d, .*\d", said)
     assert (stopped / "config.1.yaml").read_text() == former
-    with pytest.raises(ConfigError, match=r"past epoch 1\b.*3 epochs"):
+    with pytest.raises(ConfigError, match=r"epoch 1\b.*3 epochs"):
         train(quick, [f"output={stopped}", "resume=auto", "schedule.epochs=1"])
     assert load_config(stopped / "config.yaml").schedule.epochs == 3
 
@@ -504,5 +504,5 @@ def test_resume_finds_the_old_folder(stopped, quick):
 def test_a_run_with_other_groups_of_parameters(stopped, quick, monkeypatch):
     """Of an earlier version in which other parameters were exempt from weight decay."""
     monkeypatch.setattr(nat.NAT, "tables", ())
-    with pytest.raises(CheckpointError, match=rf"groups of \[.*model\.checkpoint={stopped}/last"):
+    with pytest.raises(CheckpointError, match=rf"\[.*model\.checkpoint={stopped}/last"):
         train(quick, [f"output={stopped}", "resume=auto"])

@@ -23,7 +23,7 @@ from foveal.train import evaluate, train
 from foveal.train.data import DataError, build_detection_data
 from foveal.train.data.auto import draw, read_set
 from foveal.train.data.dataset import SegmentationDataset
-from foveal.train.data.files import Files, split_of
+from foveal.train.data.files import read_xml, split_of
 from foveal.train.data.survey import draw as draw_sheet
 from foveal.train.data.survey import survey
 
@@ -228,7 +228,7 @@ def test_document_types_are_refused(declared, encoding, tmp_path):
     text = f"<?xml version='1.0' encoding='{encoding}'?>{declared}<annotation/>"
     (tmp_path / "a.xml").write_bytes(text.encode(encoding))
     with pytest.raises(DataError, match="DOCTYPE"):
-        Files(tmp_path).xml("a.xml")
+        read_xml(tmp_path / "a.xml")
 
 
 def test_what_cannot_be_used_is_reported_by_name(tmp_path):
@@ -501,12 +501,12 @@ def test_given_values_are_read_and_others_stop_the_run(tmp_path):
     write_colours(tmp_path / "a", tmp_path / "b")
     given = "data.values={'#804000': pole, '#c0c080': sky, '#000000': null}"
     assert labels_of(tmp_path, given, task="segment").train.table[[0x804000, 0xC0C080, 0]].tolist() == [0, 1, 255]
-    with pytest.raises(DataError, match=r"#c0c080, which data\.values.*b/im 1\.png"):
+    with pytest.raises(DataError, match=r"#c0c080.*data\.values.*b/im 1\.png"):
         labels_of(tmp_path, "data.values={'#804000': pole, '#000000': ground}", task="segment")
     write_masks(tmp_path / "c" / "a", tmp_path / "c" / "b", values=(0, 255, 1, 7))
     given = labels_of(tmp_path / "c", "data.values={0: no, 255: yes, other: null}", task="segment")
     assert (given.classes, given.train.table[[0, 255, 1]].tolist()) == (["no", "yes"], [0, 1, 255])
-    with pytest.raises(DataError, match=r"1, 7, which data\.values"):
+    with pytest.raises(DataError, match=r"1, 7.*data\.values"):
         labels_of(tmp_path / "c", "data.values={0: no, 255: yes}", task="segment")
     first = labels_of(tmp_path / "c", "data.reduce_zero_label=true", "data.ignore_label=7", task="segment")
     assert first.train.table[[0, 1, 7, 255]].tolist() == [255, 0, 255, 1]

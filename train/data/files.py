@@ -163,9 +163,6 @@ class Files:
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{path} is not YAML: {error}") from None
 
-    def xml(self, path: str) -> ElementTree.Element:
-        return read_xml(self.root / path)
-
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Height and width of an image, upright; raises one of `UNREADABLE`."""
@@ -201,12 +198,13 @@ def read_json(file: Path) -> Any:
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """The root of an XML file. A DOCTYPE is refused, as its entities could expand without limit or read files."""
+    """The root of an XML file; raises `DataError` if it is too large, unreadable, not XML, or has a DOCTYPE, whose
+    entities could expand without limit or read files."""
     content = _read_bytes(file)
     try:
         return ElementTree.fromstring(content, ElementTree.XMLParser(target=_NoDocumentType()))
     except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise DataError(f"{file}: {error}" if isinstance(error, DataError) else f"{file} is not XML: {error}") from None
+        raise DataError(f"{file} is not valid XML, or truncated: {error}") from None
 
 
 def _read_bytes(file: Path, kind: str = "") -> bytes:
@@ -221,7 +219,7 @@ def _read_bytes(file: Path, kind: str = "") -> bytes:
 
 class _NoDocumentType(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise DataError(f"<!DOCTYPE {name}> is not allowed in annotations")
+        raise ValueError(f"<!DOCTYPE {name}> is not allowed in annotations")
 
 
 def image_suffixes() -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .files import SPLIT_NAMES, Files, Paths, ends_with, image_size, read_json, sizes_of, split_of
+from .files import SPLIT_NAMES, Files, Paths, ends_with, image_size, read_json, read_xml, sizes_of, split_of
 from .guard import DataError, Report
 from .validate import key_of
 
@@ -161,7 +161,7 @@ def read_voc_files(files: Files) -> Found | None:
     entries, seen = [], False
     for path in files[".xml"]:
         try:
-            tree = files.xml(path)
+            tree = read_xml(files.root / path)
             if tree.tag != "annotation":
                 continue
             seen = True
@@ -170,7 +170,7 @@ def read_voc_files(files: Files) -> Found | None:
             image = image or pictures.find(stem, path) or (pictures.find(name, path) if name else None)
             if image is None:
                 raise DataError("no single image of this name")
-            entries.append((path, image, *_voc_objects(tree)))
+            entries.append((path, image, *voc_objects(tree)))
         except (DataError, ValueError) as error:
             found.report.rows.append((path, None, f"annotation left out: {error}"))
     if not seen:
@@ -198,7 +198,7 @@ def list_splits(files: Files, task: str) -> dict[str, str]:
     return lists
 
 
-def _voc_objects(tree: Any) -> tuple[tuple[int, int] | None, list[tuple[str, list[float], int]]]:
+def voc_objects(tree: Any) -> tuple[tuple[int, int] | None, list[tuple[str, list[float], int]]]:
     """The size (height, width), None if missing; and name, corners and difficult (0, 1) of each object."""
     height, width = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
     objects = []

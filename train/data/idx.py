@@ -32,12 +32,14 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         with opener(path, "rb") as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} can't be read (damaged or cut short?): {error}") from None
+        raise DataError(f"{path} can't be read (damaged or truncated?): {error}") from None
     header, magic = 4 + 4 * ndim, bytes([0, 0, UINT8, ndim])
     if content[:4] != magic:
-        raise DataError(f"{path} is no IDX file of {ndim}-D bytes: starts {content[:4].hex()}, not {magic.hex()}")
+        raise DataError(
+            f"{path} is not an IDX file of {ndim}-D bytes: starts with {content[:4].hex()}, not {magic.hex()}"
+        )
     if len(content) < header:
-        raise DataError(f"{path} is cut short: {len(content)} bytes, the header alone has {header}")
+        raise DataError(f"{path} is truncated: {len(content)} bytes, but the header alone has {header}")
     shape = tuple(np.frombuffer(content, ">u4", ndim, offset=4).tolist())
     values = np.frombuffer(content, np.uint8, offset=header)
     if len(values) != math.prod(shape):

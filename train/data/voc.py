@@ -7,6 +7,7 @@ from typing import Any
 from .class_names import VOC
 from .coco import index_objects
 from .files import read_xml
+from .formats import voc_objects
 from .guard import DataError
 from .index import DetectionIndex
 
@@ -26,8 +27,8 @@ def read_voc(
     Args:
         root: the folder with ``VOC2007`` etc. (``VOCdevkit``).
         sets: ``YEAR/SPLIT``, such as ``VOC2007/test``, joined by ``+``. SPLIT is a list in ``YEAR/ImageSets/Main``.
-        train: treat VOC's difficult objects like others. Otherwise they are crowds, which COCO's evaluation ignores, as
-            VOC's does; unlike VOC's, COCO's also ignores boxes on a part of them.
+        train: treat difficult objects like others. Otherwise they are crowds, which COCO's evaluation ignores, as VOC's
+            does; COCO's also ignores detections of a part of them.
         categories, classes: as in `index_objects`; VOC's own are 1 to 20 by name, and ``classes`` can have others.
 
     Returns:
@@ -44,15 +45,21 @@ def read_voc(
         try:
             names = listing.read_text(encoding="utf-8").split()
         except OSError as error:
-            raise DataError(f"data.kind=voc, {each!r}: the list of its images can't be read: {error}") from None
+            raise DataError(f"data.kind=voc, {each!r}: can't read the list of images: {error}") from None
         for name in names:
             path = root / year / "Annotations" / f"{name}.xml"
-            height, width, objects = _read_image(path)
+            tree = read_xml(path)
+            try:
+                size, objects = voc_objects(tree)
+            except ValueError as error:
+                raise DataError(f"{path}: {error}") from None
+            if size is None:
+                raise DataError(f"{path} has no size")
             file = f"{year}/JPEGImages/{name}.jpg"
-            images.append({"id": len(images) + 1, "file_name": file, "height": height, "width": width})
+            images.append({"id": len(images) + 1, "file_name": file, "height": size[0], "width": size[1]})
             for label, (x1, y1, x2, y2), difficult in objects:
                 if label not in LABELS and classes is None:
-                    raise DataError(f"{path} names {label!r}, none of VOC's classes (data.classes names others)")
+                    raise DataError(f"{path}: {label!r} is not one of VOC's classes (data.classes adds others)")
                 entry = {"id": len(annotations) + 1, "image_id": len(images), "category_id": label}
                 entry |= {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "iscrowd": int(difficult and not train)}
                 annotations.append(entry)
@@ -65,19 +72,3 @@ def read_voc(
     own = [{"id": number, "name": name} for name, number in numbers.items() if name in {*LABELS, *found}]
     content = {"images": images, "annotations": annotations, "categories": own}
     return index_objects(f"{root}/{sets}", root, content, masks=False, categories=categories, classes=classes)
-
-
-def _read_image(file: Path) -> tuple[int, int, list[tuple[str, list[float], bool]]]:
-    """Height, width, and of each object the name, the corners as the file has them, and whether it is difficult."""
-    tree = read_xml(file)
-    try:
-        height, width = (int(tree.findtext(f"size/{side}", "")) for side in ("height", "width"))
-        objects = []
-        for entry in tree.iter("object"):
-            corners = [float(entry.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax")]
-            objects.append(
-                (entry.findtext("name", "").strip(), corners, entry.findtext("difficult", "0").strip() == "1")
-            )
-    except ValueError as error:
-        raise DataError(f"{file} is no annotation of Pascal VOC: {error}") from None
-    return height, width, objects

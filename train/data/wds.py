@@ -183,9 +183,9 @@ def load_index(root: str, split: str, names: Sequence[str], lengths: Sequence[in
             except OSError as error:  # a full disk
                 warnings.warn(f"{file} can't be written, each start will index the shards: {error}", stacklevel=2)
     counts = index.lengths()
-    for path, count, told in zip(paths, counts.tolist(), lengths or counts, strict=True):
-        if count != told:
-            raise DataError(f"the shard {path} holds {count} samples, _info.json says {told}; copy or make it again")
+    for path, count, expected in zip(paths, counts.tolist(), lengths or counts, strict=True):
+        if count != expected:
+            raise DataError(f"the shard {path} has {count} samples, not {expected} (_info.json); copy or make it again")
     return index
 
 
@@ -297,8 +297,8 @@ def find_shards(root: str, split: str, train: bool) -> tuple[list[str], list[int
     asked = set(expand_urls(split.partition("|")[0]))
     if foreign := [name for name in names if ":" in name and name not in asked]:  # pipe:COMMAND would be run
         raise DataError(
-            f"_info.json in {root} names the shard {foreign[0]!r}, which is no file beside it and could be a command; "
-            "if it is meant, give it as the split"
+            f"_info.json in {root} names the shard {foreign[0]!r}, which is not a local file and could be a command; "
+            "if intended, pass it as the split"
         )
     if "://" in root:
         names = [name if ":" in name else f"{root.rstrip('/')}/{name}" for name in names]
@@ -317,9 +317,9 @@ def read_classes(root: str) -> list[str]:
     try:
         classes = json.loads(file.read_text(encoding="utf-8")).get("classes") if file.is_file() else None
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{file} is no description of shards: {error}") from None
+        raise DataError(f"{file} is not valid: {error}") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"the shards in {root} don't tell their classes: give data.num_classes or data.classes")
+        raise DataError(f"the shards in {root} don't name their classes; set data.num_classes or data.classes")
     return classes
 
 
