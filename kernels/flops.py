@@ -3,26 +3,27 @@
 Counted is the definition, whatever the backend: a query multiplies each key of its window and each value, once. Biases
 and the softmax are not counted. The backward pass of attention computes the logits again, as PyTorch counts its own.
 
-Backends in plain PyTorch operations also multiply masked pairs. While a counter is on they run inside one
-``torch.library`` operation, ``foveal::neighborhood_call``, which hides their products and has the formula. The others
-are operations already; their formulas stand beside them.
+Backends in plain PyTorch operations also multiply masked pairs. While a counter is on, it is shown one operation for
+such a call, ``foveal::neighborhood_call``, and none of the backend's. The other backends are ``torch.library``
+operations; their formulas stand beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
 from .bias import RelativePositionBias
 from .problem import Problem
-from .tracing import below_autograd, transformed
+from .tracing import transformed
 
 
 def attention(pairs: int, depth: int, value_depth: int, backward: bool = False) -> int:
@@ -42,80 +43,79 @@ def of_problem(operation: str, problem: Problem, backward: bool = False) -> int:
     return aggregation(problem.pairs, problem.shape[4], backward)
 
 
+def _counters() -> list[Any]:
+    """PyTorch's counters that see the operations of this thread."""
+    if not torch._C._len_torch_dispatch_stack():
+        return []
+    return [mode.counter for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _FlopCounterMode)]
+
+
 def counting(problem: Problem) -> bool:
-    """Whether a counter of PyTorch sees this call. Transforms of ``torch.func``, sharded tensors and dropout, whose
-    backward pass needs the random numbers of the forward pass, stay with the backend's own products."""
-    on = not problem.tracing and torch._C._len_torch_dispatch_stack() > 0
-    if not on or problem.subclass or problem.dropout_p > 0 or transformed():
+    """Whether a counter is to be shown this call as one operation. Under the transforms of ``torch.func``, on sharded
+    tensors and with dropout, whose backward pass needs the random numbers of the forward pass, it is not."""
+    if problem.tracing or problem.subclass or problem.dropout_p > 0:
         return False
-    return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
+    return bool(_counters()) and not transformed()
+
+
+@torch.library.custom_op("foveal::neighborhood_call", mutates_args=())
+def _show(x: Tensor, flops: int) -> None:
+    """Computes nothing: it is what a counter sees."""
+
+
+@_show.register_fake
+def _(x, flops):
+    return None
+
+
+@register_flop_formula(torch.ops.foveal.neighborhood_call)
+def _(x, flops, *_, **__) -> int:
+    return flops
+
+
+@contextmanager
+def _shown_as(x: Tensor, flops: int) -> Iterator[None]:
+    """Counters count ``flops``, and nothing inside the block."""
+    _show(x, flops)
+    formulas = [(counter, counter.flop_registry) for counter in _counters()]
+    try:
+        for counter, _ in formulas:
+            counter.flop_registry = {}
+        yield
+    finally:
+        for counter, registry in formulas:
+            counter.flop_registry = registry
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A call of a backend, as a function of its tensors, for the operation below."""
+    """A call of a backend as a function of its tensors, and its FLOPs."""
 
     function: Callable[..., Tensor]
-    shape: tuple[int, ...]  # of the output
     flops: int
     backward_flops: int
 
 
-_current: ContextVar[_Run] = ContextVar("current")
+class _Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        with _shown_as(tensors[0], run.flops):
+            return run.function(*tensors)
 
-
-@contextmanager
-def _running(run: _Run) -> Iterator[None]:
-    token = _current.set(run)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-@torch.library.custom_op("foveal::neighborhood_call", mutates_args=())
-def _call(tensors: Sequence[Tensor], flops: int) -> Tensor:
-    return _current.get().function(*tensors)
-
-
-@_call.register_fake
-def _(tensors, flops):
-    return tensors[1].new_empty(_current.get().shape)
-
-
-@torch.library.custom_op("foveal::neighborhood_call_backward", mutates_args=())
-def _call_backward(grad: Tensor, tensors: Sequence[Tensor], flops: int) -> list[Tensor]:
-    with below_autograd(), torch.autocast(grad.device.type, enabled=False):
-        inputs = [t.detach().requires_grad_(True) for t in tensors]
-        out = _current.get().function(*inputs)
-    return list(torch.autograd.grad(out, inputs, grad))
-
-
-@_call_backward.register_fake
-def _(grad, tensors, flops):
-    return [t.new_empty(t.shape) for t in tensors]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.run = _current.get()
-    ctx.save_for_backward(*inputs[0])
-
-
-def _backward(ctx, grad: Tensor):
-    with _running(ctx.run):
-        return _call_backward(grad, ctx.saved_tensors, ctx.run.backward_flops), None
-
-
-_call.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula([torch.ops.foveal.neighborhood_call, torch.ops.foveal.neighborhood_call_backward])
-def _flops(*args, **kwargs) -> int:
-    return args[-1]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with _shown_as(grad, ctx.run.backward_flops), torch.autocast(grad.device.type, enabled=False):
+            with torch.enable_grad():
+                inputs = [t.detach().requires_grad_(True) for t in ctx.saved_tensors]
+                out = ctx.run.function(*inputs)
+            return None, *torch.autograd.grad(out, inputs, grad)
 
 
 def counted(operation: str, function: Callable[..., Tensor], tensors: tuple, problem: Problem) -> Tensor:
-    """``function(*tensors, problem)`` as one ``torch.library`` operation with the FLOPs of its definition."""
+    """``function(*tensors, problem)``, which counters see as one operation with the FLOPs of its definition."""
 
     def of_flat(*flat: Tensor) -> Tensor:
         rest = iter(flat)
@@ -130,7 +130,5 @@ def counted(operation: str, function: Callable[..., Tensor], tensors: tuple, pro
         return function(*arguments, problem)
 
     flat = [t for x in tensors if x is not None for t in ((x,) if isinstance(x, Tensor) else x.tensors)]
-    forward, backward = of_problem(operation, problem), of_problem(operation, problem, backward=True)
-    run = _Run(of_flat, problem.output_shape(operation), forward, backward)
-    with _running(run):
-        return _call(flat, run.flops)
+    run = _Run(of_flat, of_problem(operation, problem), of_problem(operation, problem, backward=True))
+    return _Counted.apply(run, *flat)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 
 import torch
@@ -26,19 +25,6 @@ def forward_mode() -> bool:
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward mode is on: both know standard operators alone."""
     return forward_mode() or torch._C._are_functorch_transforms_active()
-
-
-@contextmanager
-def below_autograd() -> Iterator[None]:
-    """Record gradients inside a custom operator, which runs with autograd's dispatch keys excluded; ``enable_grad``
-    alone does not undo that."""
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-        torch.enable_grad(),
-    ):
-        yield
 
 
 def is_dynamic(*sizes: int) -> bool:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import flops
 from ..bias import Bias
 from ..problem import Problem
-from ..tracing import below_autograd
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +82,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Tenso
 def natten_na2d_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with below_autograd():
+    # Custom operators run with the autograd dispatch keys excluded, which enable_grad does not undo.
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
         inputs = [t.detach().contiguous().requires_grad_(True) for t in (q, k, v)]
         out = _call(*inputs, window, scale)
     return torch.autograd.grad(out, inputs, grad.contiguous())
