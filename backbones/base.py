@@ -269,9 +269,8 @@ def create(
 
 
 class WithoutTestTimePool(dict):
-    """The `default_cfg` of a model to which timm's test-time pooling (``validate.py --test-pool``) does not apply: that
-    takes maps ``[B, C, h, w]`` and a head of one Linear. It alone asks for ``["pool_size"]``; other reads are a dict's.
-    """
+    """A `default_cfg` that refuses timm's test-time pooling (``validate.py --test-pool``), which expects maps
+    ``[B, C, h, w]`` and a single Linear as head. Only test-time pooling reads ``["pool_size"]``."""
 
     def __getitem__(self, key: str) -> Any:
         if key == "pool_size":

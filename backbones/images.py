@@ -24,12 +24,12 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, Loo
 _UNREADABLE += (struct.error, NotImplementedError, Image.DecompressionBombError)
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# of [0, 255]; the other types have no range that is known
+# factors to [0, 255]; the range of other types is unknown
 _UNITS = {"uint8": 1.0, "uint16": 1 / 257, "int16": 1 / 257, "float16": 255.0, "float32": 255.0, "float64": 255.0}
 
 
 class ChannelError(ValueError):
-    """An image has another number of channels than are asked for."""
+    """An image has another number of channels than requested."""
 
     def __init__(self, found: int, channels: int):
         super().__init__(f"has {found} channel{'s' * (found != 1)}, not {channels}")
@@ -67,16 +67,16 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_image(file: IO[bytes], channels: int) -> Image.Image | torch.Tensor:
-    """An image, upright.
+    """Opens an image, upright.
 
-    With 1 or 3 channels it is Pillow's, for `to_mode`, and in general not decoded yet. With others, of a file that
-    holds so many (.npy ``[H, W, C]``, TIFF, RGBA as it is), it is float32 ``[C, H, W]`` in [0, 255]: 16 bits are
-    divided by 257, floats multiplied by 255, neither is clipped.
+    For 1 or 3 channels, returns Pillow's image, usually not decoded yet, for `to_mode`. For other numbers, which the
+    file must have (.npy ``[H, W, C]``, TIFF, RGBA), returns float32 ``[C, H, W]`` in [0, 255]: 16-bit values are
+    divided by 257, floats multiplied by 255, without clipping.
 
     Raises:
-        ChannelError: another number of channels; more than 4 are not read as 3.
+        ChannelError: another number of channels; more than 4 are not converted to 1 or 3.
         ImportError: a TIFF that needs tifffile.
-        ValueError: another type of numbers, NaN, or a damaged array. Pillow's errors for damaged files are not caught.
+        ValueError: an unsupported type, NaN, or a damaged array. Pillow's errors for damaged files are not caught.
     """
     kind = _kind(file)
     if kind != "npy" and (kind != "tiff" or channels in MODES):
@@ -98,13 +98,13 @@ def open_image(file: IO[bytes], channels: int) -> Image.Image | torch.Tensor:
 
 
 def image_shape(path: str | Path, channels: int = 3) -> tuple[int, int, int]:
-    """Rows, columns and channels of an image file, upright, by its header.
+    """Rows, columns and channels of an image file, upright, from its header.
 
     Args:
-        channels: that are asked for, as of `open_image`: for 1 or 3 of them alpha does not count.
+        channels: as for `open_image`; alpha does not count for 1 or 3.
 
     Raises:
-        as `open_image`, but for ChannelError.
+        as `open_image`, except ChannelError.
     """
     with open(path, "rb") as file:
         kind = _kind(file)
@@ -127,7 +127,7 @@ def image_shape(path: str | Path, channels: int = 3) -> tuple[int, int, int]:
 
 
 def kept_suffix(file: IO[bytes]) -> str:
-    """``npy`` or ``tif`` of a file that holds more than Pillow reads of it, else an empty text."""
+    """``npy`` or ``tif`` for files with more channels than Pillow reads, else an empty string."""
     kind = _kind(file)
     if kind != "tiff":
         return kind
@@ -141,8 +141,8 @@ def kept_suffix(file: IO[bytes]) -> str:
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
-    """An image ``[H, W, C]`` to draw, with three channels. Of other than 1 or 3 they are the first three, where the
-    brightest value is white."""
+    """Converts an image ``[H, W, C]`` to three channels for drawing. With other than 1 or 3 channels, takes the first
+    three, scaled to their maximum."""
     if image.shape[-1] in MODES:
         return image.repeat(3, -1) if image.shape[-1] == 1 else image
     shown = image[..., [0, 1, min(2, image.shape[-1] - 1)]].astype(np.float32)
@@ -152,7 +152,7 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _damaged(kind: str) -> Iterator[None]:
-    """Makes what readers raise for damaged files a ValueError."""
+    """Converts the readers' errors for damaged files to ValueError."""
     try:
         yield
     except (*_UNREADABLE, zlib.error, TokenError) as error:
@@ -166,7 +166,7 @@ def _kind(file: IO[bytes]) -> str:
 
 
 def _samples(image: Image.Image) -> int:
-    """Of a pixel of a TIFF, of which Pillow drops what is beyond RGB; of others 1."""
+    """Samples per pixel of a TIFF, some of which Pillow drops; 1 for other formats."""
     return getattr(image, "tag_v2", {}).get(277, 1)
 
 
@@ -191,7 +191,7 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape and type of an array that has two or three axes and the bytes for them."""
+    """Shape and type of an array; checks that it has two or three axes and is not truncated."""
     with _damaged("a readable array"):
         read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(file)
@@ -210,7 +210,7 @@ def _read_npy(file: IO[bytes]) -> np.ndarray:
 
 
 def _open_tiff(file: IO[bytes]) -> Any:
-    """tifffile's first series, which may be several pages."""
+    """The first series of a TIFF, perhaps of several pages."""
     try:
         import tifffile
     except ModuleNotFoundError:

@@ -34,8 +34,8 @@ map_norm = partial(nn.GroupNorm, 1)
 
 
 def shift(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Move the content of the first ``channels`` of ``x`` ``[B, C, H, W]`` one position to the left, of as many more to
-    the right, up and down; the rest stays. Zeros enter."""
+    """Shift the first ``channels`` of ``x`` ``[B, C, H, W]`` by one position to the left, the next ones to the right,
+    up and down, with zeros at the border; the others stay."""
     left, right, up, down, rest = x.split([channels] * 4 + [x.shape[1] - 4 * channels], dim=1)
     moved = F.pad(left, (-1, 1)), F.pad(right, (1, -1)), F.pad(up, (0, 0, -1, 1)), F.pad(down, (0, 0, 1, -1))
     return torch.cat([*moved, rest], dim=1)

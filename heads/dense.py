@@ -15,7 +15,7 @@ from .legacy import migrate_in_place
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """A context in which PyTorch's random numbers are the same each time; those that follow it are as without it."""
+    """A context with a fixed seed for PyTorch's random numbers, which restores the generators at its end."""
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(0)

@@ -99,7 +99,7 @@ class Task(task.Task):
         return CocoScorer(self.data.val.dataset.index, self.model.masks, self.config.eval.max_detections)
 
     def predict(self, model: Any, batch: DetectionBatch) -> tuple[list[Found], Losses | None]:
-        """The loss is that of each image with an object, or where ``data.keep_empty`` of every image, by itself."""
+        """The mean over images of their losses; images without objects count only with ``data.keep_empty``."""
         index, losses = self.data.val.dataset.index, []
         with autocast(self.data.val.device, self.config.train.amp):
             found = model(batch.images)

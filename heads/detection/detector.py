@@ -83,10 +83,10 @@ class Detector(DenseModel):
 
     @torch.no_grad()
     def held_out_losses(self, images: list[torch.Tensor], targets: list[Target]) -> dict[str, torch.Tensor]:
-        """The losses of training for images as they are evaluated: resized, without dropout, with the statistics of the
-        norms, which stay as they are. Regions and points are drawn alike each time. In evaluation mode only."""
+        """The training losses, by name, in evaluation mode: for resized images, without dropout, and without updating
+        batch norms. Regions and points are sampled with a fixed seed."""
         assert not self.training
-        # what computes losses in place of detections; the modules inside stay in evaluation mode
+        # these return losses instead of detections; their submodules stay in evaluation mode
         parts = [self.detector, *(m for name, m in self.detector.named_children() if name in ("rpn", "roi_heads"))]
         with same_draws(images[0].device):
             try:

@@ -71,7 +71,7 @@ class InstanceMask2Former(nn.Module):
 
     def normalizers(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
         """What each of the losses of a batch is divided by."""
-        if not self.training:  # where `forward` resizes the masks, of which small ones may vanish
+        if not self.training:  # `forward` resizes the masks, and small ones may vanish
             _, targets = self.transform(images, targets)
         return normalizers(self.head, [each["labels"][each["masks"].bool().flatten(1).any(1)] for each in targets])
 

@@ -193,8 +193,8 @@ def views_to_learn(
     stride: Sequence[int] | None = None,
     **_: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the model sees of the images in `probabilities`, without other ``ratios`` and flips: whole images or one
-    window after the other, each with its part of the targets ``[B, H, W]``."""
+    """Yields the model inputs of `probabilities`, without ``ratios`` and flips (whole images, or one window after the
+    other), each with its targets, from ``[B, H, W]``."""
     _, images = next(_scaled(images, scale, size_divisor, antialias, (1.0,), False))
     if images.shape[-2:] != targets.shape[-2:]:
         targets = F.interpolate(targets[:, None].float(), images.shape[-2:]).long()[:, 0]

@@ -1,5 +1,4 @@
-"""The classes of published datasets, in the order of their labels, and the choice of `data.classes` among those of a
-data set."""
+"""Classes of published datasets in the order of their labels, and the selection by `data.classes`."""
 
 import difflib
 import re

@@ -97,10 +97,10 @@ def index_objects(
 def _label_categories(
     source: str, entries: list[dict[str, Any]], categories: dict[int, str] | None, classes: Sequence[str] | None
 ) -> tuple[dict[int, str], dict[str, int], tuple[Any, ...]]:
-    """The classes, id -> name; label by `key_of` the file's ids; the file's ids by label, empty if they are those of
-    the classes.
+    """The classes, id -> name; `key_of` the file's ids -> label; and the file's ids by label, empty if they are those
+    of the classes.
 
-    Ids that are no whole numbers get those of ``categories`` by name, else new ones from 1.
+    Ids that are not integers are replaced by those of ``categories`` with the same name, else numbered from 1.
     """
     keys, names = [key_of(entry["id"]) for entry in entries], [entry["name"] for entry in entries]
     whole = all(type(entry["id"]) is int for entry in entries)
@@ -128,7 +128,7 @@ def _label_categories(
 def _select(
     entries: list[dict[str, Any]], categories: list[dict[str, Any]], labels: dict[str, int], report: Report
 ) -> list[dict[str, Any]]:
-    """The objects of classes that have a label, and those of no class of the file."""
+    """Keeps the objects of classes with a label and, to be reported, those of unknown categories."""
     names = {key_of(entry["id"]): entry["name"] for entry in categories if key_of(entry["id"]) not in labels}
     left = Counter(name for entry in entries if (name := names.get(key_of(entry.get("category_id")))) is not None)
     if left:

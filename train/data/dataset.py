@@ -69,7 +69,7 @@ class ImageDataset(Dataset):
 
 
 class ClassificationDataset(ImageDataset):
-    """Pairs of an image, uint8 ``[C, H, W]``, and its class; other than 1 or 3 channels are float32 in [0, 255]."""
+    """Pairs of an image, uint8 ``[C, H, W]`` (float32 in [0, 255] for other than 1 or 3 channels), and its class."""
 
     index: ClassificationIndex
 
@@ -100,7 +100,7 @@ class DenseDataset(ImageDataset):
         self.channels, self.transform = channels, transform
 
     def image(self, number: int) -> torch.Tensor:
-        """uint8 ``[C, H, W]``, of other than 1 or 3 channels float32 in [0, 255], upright.
+        """uint8 ``[C, H, W]`` (float32 in [0, 255] for other than 1 or 3 channels), upright.
 
         Raises one of `UNREADABLE`.
         """
@@ -152,7 +152,7 @@ class SegmentationDataset(DenseDataset):
         return {"image": image, "mask": SemanticMask(mask)}
 
     def classes(self, number: int) -> np.ndarray:
-        """The classes of a mask, int64 ``[N]``; none of one that cannot be read, which training passes over."""
+        """The classes in a mask, int64 ``[N]``; empty for unreadable masks, which training skips."""
         path = self.index.mask_name(number)
         try:
             mask = self.read(number)["mask"].numpy() if path.endswith(".json") else read_mask(path, self.index.table)

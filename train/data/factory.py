@@ -38,8 +38,8 @@ from .order import EpochOrder, Normalize
 from .transforms import EvalTransform, TrainTransform
 from .voc import read_voc
 
-HEADERS = 2_000  # images of a split whose channels are compared with the recipe before a run
-SAMPLED = 50  # images by which the mean of channels without colours is taken
+HEADERS = 2_000  # images per split whose number of channels is checked before a run
+SAMPLED = 50  # images for the mean and std of other than 1 or 3 channels
 
 
 @dataclass
@@ -66,11 +66,11 @@ class _Builder:
         self.bad, self.excluded = BadSamples(data.max_bad_fraction), Excluded.read(data.exclude)
         self.notes: list[str] = []
         if colours := colour_changes(config.augment) if data.in_chans not in MODES else []:
-            self.notes.append(f"{data.in_chans} channels are no colours: without {', '.join(colours)}")
+            self.notes.append(f"{data.in_chans} channels are not colours, so {', '.join(colours)} is off")
 
     def check_channels(self, index: Index) -> None:
         """Raises:
-        DataError: images with other channels than the recipe's, by their headers; names the first.
+        DataError: images whose headers have another number of channels than the recipe; names the first.
         """
         channels = self.config.data.in_chans
         other: dict[int, list[str]] = defaultdict(list)
@@ -84,7 +84,7 @@ class _Builder:
                     other[found].append(name)
         if other:
             text = "; ".join(f"{len(names):,} with {count}: {first_names(names)}" for count, names in other.items())
-            raise DataError(f"images of other than data.in_chans={channels} channels: {text}")
+            raise DataError(f"images without data.in_chans={channels} channels: {text}")
 
     def limit(self, training: bool) -> int | None:
         return self.config.data.limit if training else self.config.data.val_limit
@@ -111,13 +111,13 @@ class _Builder:
 
 
 def colour_changes(augment: Any) -> list[str]:
-    """The keys of augmentations that are made for colours, of those that are on."""
+    """The keys of colour augmentations that are on."""
     keys = ("color_jitter", "auto_augment", "photometric")
     return [f"augment.{key}" for key in keys if getattr(augment, key, None)]
 
 
 def found_channels(index: Index) -> int:
-    """Of the first image that can be read; 3 for grey images, too."""
+    """The number of channels of the first readable image; also 3 for grey images."""
     for number in range(min(len(index.paths), SAMPLED)):
         with suppress(*UNREADABLE):
             found = image_shape(index.name(number))[2]
@@ -126,11 +126,11 @@ def found_channels(index: Index) -> int:
 
 
 def choose_statistics(config: Any) -> str:
-    """Sets ``data.mean`` and ``data.std`` of images that are neither grey nor RGB, unless they are given, to those of
-    some training images; returns a line about them, or an empty text.
+    """Sets ``data.mean`` and ``data.std`` of images that are neither grey nor RGB, unless given, to those of some
+    training images; returns a line for the log, or an empty string.
 
     Raises:
-        DataError: no such image can be read.
+        DataError: no image can be read.
     """
     data = config.data
     given = data.mean is not None and data.std is not None
@@ -430,7 +430,7 @@ def _read_boxes(
 
 def _check_objects(index: DetectionIndex, training: bool) -> None:
     """Raises:
-    DataError: no object to learn or to score; with the first ones, which are crowds or unusable.
+    DataError: all objects are crowds or unusable; names the first.
     """
     if (~index.crowd & (index.usable | (not training))).any():
         return
@@ -512,7 +512,7 @@ def build_segmentation_data(
         dataset = SegmentationDataset(index, data.in_chans, transform, config.seed)
         found_classes = None
         if training and data.sampling == "balanced":
-            with ThreadPoolExecutor(max(1, data.workers)) as pool:  # decoding is most of the work, without the lock
+            with ThreadPoolExecutor(max(1, data.workers)) as pool:  # decoding releases the lock
                 found_classes = list(pool.map(dataset.classes, range(len(index))))
         order = builder.order(len(index), training, found_classes)
         return SegmentationLoader(dataset, order, device, builder.bad, data.workers)

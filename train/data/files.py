@@ -63,8 +63,8 @@ class Paths:
         return ranks[0][1] if ranks[0][0] > ranks[1][0] else None
 
     def find_each(self, names: Sequence[str], near: str = "", split: str = "") -> list[str | None]:
-        """`find` for the images of an annotation file. A path that matches several names is that of none, but for a
-        name that ends as it does.
+        """`find` for all images of an annotation file. A path that matches several names is only used for those that
+        it ends with, or that end with it.
 
         Raises:
             DataError: several paths match a name equally well.
@@ -72,7 +72,7 @@ class Paths:
         found = [self.find(name, near, split) for name in names]
         for name, path in zip(names, found, strict=True):
             if path is None and (several := self.names.get(_parts(name)[-1] if _parts(name) else "", [])):
-                raise DataError(f"the image {name} can be {' or '.join(several[:5])}{' ...' * (len(several) > 5)}")
+                raise DataError(f"the image {name} may be {' or '.join(several[:5])}{' ...' * (len(several) > 5)}")
         count = Counter(found)
         return [
             path if path is None or count[path] == 1 or ends_with(path, name) or ends_with(name, path) else None
@@ -85,14 +85,14 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether the end of a path is ``name``."""
+    """Whether a path ends with ``name``."""
     parts = _parts(name)
     return _parts(path)[-len(parts) :] == parts
 
 
 def find_images(folder: Path, names: Sequence[str], report: Report) -> list[Path]:
-    """Images by their names in annotations: below ``folder``, else as by `Paths.find_each`, which is reported. A
-    missing image has the path that its name gives.
+    """Paths of images from their names in annotations: in ``folder``, else by `Paths.find_each`, which is reported.
+    Missing images keep the path of their name.
 
     Raises:
         DataError: several files match a name equally well.
@@ -223,7 +223,7 @@ class _NoDocumentType(ElementTree.TreeBuilder):
 
 
 def image_suffixes() -> set[str]:
-    """Suffixes of the images that are read: those of Pillow, and ``.npy``."""
+    """Suffixes of readable images: those of Pillow, and ``.npy``."""
     known = Image.registered_extensions()
     found = {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
     return found | {".npy"}

@@ -250,7 +250,7 @@ def read_yolo_files(files: Files) -> Found | None:
 
 def _check_centres(found: Found) -> None:
     """Raises:
-    DataError: most boxes reach beyond their image, as corners do that are taken for centres and sizes.
+    DataError: most boxes reach beyond their image, because they are corners, not centres and sizes.
     """
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in found.images}
     names = {entry["id"]: entry["file_name"] for entry in found.images}

@@ -25,7 +25,7 @@ def encode_paths(paths: Iterable[str | os.PathLike]) -> np.ndarray:
 
 
 def encode_ids(ids: Sequence[Any]) -> np.ndarray:
-    """Ids as an array: of int64 where they are, else of bytes of JSON."""
+    """Ids as an array: int64 if possible, else bytes of JSON."""
     if all(type(value) is int and -(2**63) <= value < 2**63 for value in ids):
         return np.array(ids, np.int64)
     return np.array([json.dumps(value).encode() for value in ids], bytes)
@@ -124,7 +124,7 @@ class DetectionIndex(Index):
     """
 
     categories: dict[int, str]  # id -> name, by id; labels count them from 0
-    image_ids: np.ndarray  # [N]: int64, or bytes of JSON where an id is text or larger
+    image_ids: np.ndarray  # [N]: int64, or bytes of JSON if an id is text or too large
     sizes: np.ndarray  # int64 [N, 2]: height, width
     starts: np.ndarray  # int64 [N + 1]
     boxes: np.ndarray  # float64 [A, 4]: x, y, width, height
@@ -152,12 +152,12 @@ class DetectionIndex(Index):
             self.segments = Texts.pack([self.segments[row] for row in rows])
 
     def _learned(self, number: int) -> np.ndarray:
-        """The objects of an image that can be learned."""
+        """Rows of an image's objects to learn."""
         rows = self.rows(number)
         return rows[self.usable[rows] & ~self.crowd[rows]]
 
     def learned_labels(self, number: int) -> np.ndarray:
-        """int64 ``[N]``: the classes of these."""
+        """The classes of these, int64 ``[N]``."""
         return self.labels[self._learned(number)]
 
     def objects(self) -> np.ndarray:

@@ -148,7 +148,7 @@ def encode(path: str, options: Options) -> tuple[str, bytes]:
     if kind := kept_suffix(io.BytesIO(content)):
         rows, columns, channels = image_shape(path)
         if options.quality is not None or (options.max_size is not None and max(rows, columns) > options.max_size):
-            raise ValueError(f"{channels} channels in a file .{kind} are stored as they are: no max_size, no quality")
+            raise ValueError(f"max_size and quality do not apply to .{kind} files with {channels} channels")
         if options.verify:
             read_pixels(io.BytesIO(content), channels)
         return kind, content

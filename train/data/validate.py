@@ -20,7 +20,7 @@ MEASURED = "area is negative or not a number: measured"
 
 
 def key_of(value: Any) -> str:
-    """An id as text, by which ids are compared: 7, 7.0 and "7" are one."""
+    """An id as text for comparisons: 7, 7.0 and "7" are equal."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return str(value) if type(value) in (int, str) else repr((value,))  # which is no id
@@ -29,7 +29,7 @@ def key_of(value: Any) -> str:
 def _check_id(value: Any) -> Any:
     if type(value) is int or (type(value) is str and value) or (type(value) is float and value.is_integer()):
         return value
-    raise ValueError("an id should be a whole number or text")
+    raise ValueError("an id should be an integer or text")
 
 
 _Id = Annotated[Any, AfterValidator(_check_id)]
