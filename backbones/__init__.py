@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ascan, care, halonet, maxvit, nat, overlock, shiftvit, van
+from . import ascan, care, halonet, maxvit, nat, overlock, rmt, shiftvit, van
 
-_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit)
+_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt)
 
 
 def list_models() -> list[str]:

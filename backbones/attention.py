@@ -9,6 +9,7 @@ import bisect
 import itertools
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, to_2tuple, trunc_normal_
 from timm.layers.halo_attn import HaloAttn
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels import (
     DecomposedRelativePositionBias,
@@ -25,8 +27,9 @@ from ..kernels import (
     neighborhood_attention,
     neighborhood_mix,
 )
-from ..kernels.tracing import is_dynamic, without_size_guards
-from .layers import channels_last, fx_leaf, is_plain, refuse_scripting, shortfall
+from ..kernels.cache import CONSTANTS
+from ..kernels.tracing import forward_mode, is_dynamic, transformed, without_size_guards
+from .layers import channels_last, fx_leaf, is_plain, may_overwrite, refuse_scripting, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -62,6 +65,13 @@ class ChannelNorm(LayerNorm2d):
         x = super().forward(x)
         # it permutes to channels-last; exporters guard on a single row to decide the memory format
         return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
+
+
+def to_nchw(x: torch.Tensor) -> torch.Tensor:
+    """A map ``[B, H, W, C]`` as ``[B, C, H, W]``: a view, and for a dynamic shape a copy, as exporters guard on lengths
+    of 1 to decide the memory format of a convolution's input."""
+    x = x.permute(0, 3, 1, 2)
+    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -626,3 +636,167 @@ def context_mixing(
         table = RelativePositionBias(table)
         mixed.append(neighborhood_mix(logits, share, kernel_size=size, bias=table, kernel_bias=bias))
     return torch.stack(mixed, dim=3).flatten(3)
+
+
+# ---- attention that decays with the distance
+
+MASK_ENTRIES = 2**23  # of a decay mask that is made at once, 32 MB in float32
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution of a channels-last map; with ``residual``, the sum of it and the map."""
+
+    def __init__(self, dim: int, kernel_size: int, residual: bool = False) -> None:
+        super().__init__()
+        self.residual = residual
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(to_nchw(x)).permute(0, 2, 3, 1)
+        if not self.residual:
+            return y
+        return y.add_(x) if may_overwrite(y, self.conv) else y + x
+
+
+class ManhattanAttention2d(nn.Module):
+    """Manhattan self-attention (RMT, arXiv:2309.11523, section 3), with a 5x5 depthwise convolution of the values.
+
+    Head h adds ``log(1 - 2^(-initial_value - heads_range * h / num_heads))`` to the logits for every step of distance.
+
+    Args:
+        dim: channels.
+        num_heads: heads; must divide ``dim``, into heads of an even number of channels.
+        axes: ``"both"`` or ``"each"``, see `decayed_attention`.
+        initial_value: the larger, the slower the decay of all heads.
+        heads_range: the larger, the slower the decay of the last heads.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import ManhattanAttention2d
+        >>> attention = ManhattanAttention2d(dim=64, num_heads=4, axes="each")
+        >>> attention(torch.randn(1, 14, 20, 64)).shape
+        torch.Size([1, 14, 20, 64])
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, axes: str, initial_value: float = 2.0, heads_range: float = 4.0
+    ) -> None:
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(f"dim {dim} is not divisible by twice the num_heads {num_heads}")
+        if axes not in ("both", "each"):
+            raise ValueError(f'axes must be "both" or "each", got {axes!r}')
+        self.num_heads = num_heads
+        self.axes = axes
+        # not a buffer: half precision would round it
+        power = -initial_value - heads_range * np.arange(num_heads, dtype=np.float32) / num_heads
+        self.decay: tuple[float, ...] = tuple(np.log(1 - np.exp2(power, dtype=np.float32)).tolist())
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"axes={self.axes}, num_heads={self.num_heads}, decay={self.decay[0]:.3f} to {self.decay[-1]:.3f}"
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, dim]`` to the same shape, for any H and W."""
+        v = self.v_proj(x)
+        q, k, values = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q_proj(x), self.k_proj(x), v))
+        y = decayed_attention(rotate_by_index(q), rotate_by_index(k), values, self.decay, self.axes)
+        return self.out_proj(y.flatten(3) + self.lepe(v))
+
+
+@without_size_guards
+def rotate_by_index(x: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of ``x`` ``[B, H, W, heads, D]`` by the row-major index of a position in its map (RMT).
+
+    The pair of channels (2i, 2i + 1) turns by ``index * 10000^(-i / (D / 2 - 1))``: the last pair by 1/10000 of the
+    index. So it depends on the width of the map. Computed in float32 for every dtype: half precision has no exact
+    integers above 2048 (bfloat16: 256).
+    """
+    cos, sin = CONSTANTS.get(_rotation, *x.shape[1:3], x.shape[-1], x.device)
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+def _rotation(height: int, width: int, depth: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine ``[height, width, 1, depth / 2]``, rounded as in the authors' code."""
+    index = torch.arange(height * width, device=device).float()
+    speed = 1.0 / 10000 ** torch.linspace(0, 1, depth // 2, device=device)
+    angle = (index[:, None] * speed).unflatten(0, (height, width))[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+@without_size_guards
+def decayed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Sequence[float], axes: str
+) -> torch.Tensor:
+    """Attention whose logits fall linearly with the distance from query to key (RMT, arXiv:2309.11523, section 3).
+
+    The same as `neighborhood_attention` with a window of the whole axis or map and ``decay * distance`` as its table;
+    windows of that size gain nothing from tiles, so this is PyTorch's ``scaled_dot_product_attention``. Over a large
+    map, queries are taken in chunks of rows, whose masks have at most `MASK_ENTRIES` and are made again in the backward
+    pass; but all at once in an export of a dynamic shape.
+
+    Args:
+        q: queries ``[B, H, W, heads, D]``; k and v are alike.
+        decay: what a step of distance adds to the logits, for each head; negative.
+        axes: ``"both"``: over all keys of the map, by the Manhattan distance. ``"each"``: over the row, and then over
+            the column, with the first output as values.
+
+    Returns:
+        ``[B, H, W, heads, D]``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import decayed_attention
+        >>> q = torch.randn(1, 14, 20, 2, 32)
+        >>> decayed_attention(q, q, q, decay=(-0.3, -0.1), axes="each").shape
+        torch.Size([1, 14, 20, 2, 32])
+    """
+    H, W = q.shape[1:3]
+    decay = tuple(decay)
+    rows, columns = (CONSTANTS.get(_decay_mask, length, decay, q.device) for length in (H, W))
+    if axes == "each":
+        v = _attend(*(t.flatten(0, 1) for t in (q, k, v)), columns).reshape(v.shape)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return _attend(*(t.flatten(0, 1) for t in (q, k, v)), rows).reshape(v.shape).transpose(1, 2)
+    k, v = k.flatten(1, 2), v.flatten(1, 2)
+    step = H if is_dynamic(H, W) else max(1, MASK_ENTRIES // (len(decay) * H * W * W))
+    if step >= H:
+        return _attend_chunk(q, k, v, rows, columns)
+    again = torch.is_grad_enabled() and not transformed() and not torch.jit.is_tracing()
+    run = partial(checkpoint, _attend_chunk, use_reentrant=False, preserve_rng_state=False) if again else _attend_chunk
+    chunks = zip(q.split(step, 1), rows.split(step, 1), strict=True)
+    return torch.cat([run(part, k, v, part_rows, columns) for part, part_rows in chunks], 1)
+
+
+def _decay_mask(length: int, decay: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """``decay * |i - j|`` ``[heads, length, length]`` in float32."""
+    at = torch.arange(length, device=device)
+    return torch.tensor(decay, device=device)[:, None, None] * (at[:, None] - at).abs()
+
+
+def _attend_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Some rows of queries ``[B, h, W, heads, D]`` on all keys ``[B, H * W, heads, D]``. ``rows`` ``[heads, h, H]`` and
+    ``columns`` ``[heads, W, W]`` are added to the logits."""
+    mask = rows[:, :, None, :, None] + columns[:, None, :, None]
+    return _attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).reshape(q.shape)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention over ``[B, N, heads, D]`` with a mask ``[heads, N, N]`` in float32, not copied for each image."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    # exporters decompose SDPA with guards, and it has no forward-mode derivative
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_mode():
+        working = torch.promote_types(q.dtype, torch.float32)
+        out = ((q.to(working) * scale) @ k.to(working).mT + mask).softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], scale=scale)
+    return out.transpose(1, 2)

@@ -37,7 +37,9 @@ class Backbone(nn.Module):
     output_fmt = "NHWC"  # of the maps inside and of forward_features
     stem_name = "stem"
     levels_name = "stages"  # part of every parameter's name
+    downsample_last = False  # the levels are `layers.Level`s, which end in the downsampler, else `layers.Stage`s
     uniform = False  # all levels have the same shape, so the final norm and the head fit every map
+    heads: tuple[str, ...] = ("head",)  # the classifiers; further ones may be None
     tables: tuple[str, ...] = ("rpb",)  # suffixes of the names of relative position biases
     out_indices: int | Sequence[int] | None = None  # default of features_only: all maps
     __prepare_scriptable__ = refuse_scripting
@@ -75,12 +77,15 @@ class Backbone(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         check_head(num_classes, global_pool)
         self.num_classes = num_classes
-        layers: Any = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, input_fmt=self.output_fmt
-        )
+        layers: Any = create_classifier(self._head_width, num_classes, pool_type=global_pool, input_fmt=self.output_fmt)
         self.global_pool, self.head = layers
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head_hidden_size = self._head_width * self.global_pool.feat_mult()
         init_weights(self.head)
+
+    @property
+    def _head_width(self) -> int:
+        """Channels of the map that is pooled."""
+        return self.num_features
 
     def _remove_head(self) -> None:
         self.reset_classifier(0, "")
@@ -90,11 +95,15 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for ``num_classes`` (0: none), and the pooling if one is given."""
+        """Replace the classifier, an auxiliary one too, by a new one for ``num_classes`` (0: none), and the pooling if
+        one is given. Hidden layers of the head stay."""
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         like = next(self.parameters())
         self._set_head(num_classes, pool)
-        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+        for name in self.heads:
+            head = getattr(self, name)
+            if head is not None:
+                head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     # ---- training
 
@@ -105,7 +114,9 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups, for layer-wise learning rates."""
         level = rf"^{self.levels_name}\.(\d+)"
-        fine = [(rf"{level}\.downsample", (0,)), (rf"{level}\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        last = 99999
+        between = (last if self.downsample_last else 0,)
+        fine = [(rf"{level}\.downsample", between), (rf"{level}\.blocks\.(\d+)", None), (r"^(?:norm|proj\b)", (last,))]
         return dict(stem=rf"^{self.stem_name}", blocks=level if coarse else fine)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -127,6 +138,8 @@ class Backbone(nn.Module):
 
     def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The map of level ``i`` from that of the previous level or the stem."""
+        if self.downsample_last:
+            return self._levels[i].blocks(self._levels[i - 1].downsample(x) if i else x)
         return self._levels[i](x)
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -198,6 +211,8 @@ class Backbone(nn.Module):
     def _prune(self, take: Sequence[int], last: int) -> None:
         """Remove the levels after ``last``, and the norms of maps that are not in ``take``."""
         del self._levels[last + 1 :]
+        if self.downsample_last:
+            self._levels[-1].downsample = nn.Identity()
         if self.out_norm:
             for i in set(range(len(self.feature_info))) - set(take):
                 delattr(self, f"norm{i}")

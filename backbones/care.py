@@ -18,7 +18,7 @@ Parameters have the authors' names. Feature maps are ``[B, C, H, W]``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import nn
 
 from .attention import at_least, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, fx_leaf, init_weights, scale_channels
+from .layers import Classifiers, Stage, drop_path_rates, fx_leaf, init_weights, scale_channels
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -185,39 +185,6 @@ class CAREHead(nn.Module):
         return self.fc(self.norm(F.gelu(x)))
 
 
-class Classifiers(nn.ModuleList):
-    """Two classifiers that initialization takes for one: what changes ``weight`` or ``bias`` in place (``mul_``, or
-    ``fill_``, as by ``nn.init.constant_`` and timm's ``--head-init-scale``) changes those of both."""
-
-    @property
-    def weight(self) -> _Both:
-        layers: Any = self
-        return _Both(*(layer.weight for layer in layers))
-
-    @property
-    def bias(self) -> _Both:
-        layers: Any = self
-        return _Both(*(layer.bias for layer in layers))
-
-
-class _Both:
-    """Two parameters, with the in-place methods of tensors."""
-
-    def __init__(self, *parameters: nn.Parameter) -> None:
-        self.parameters = parameters
-
-    def __getattr__(self, name: str) -> Callable[..., _Both]:
-        if not name.endswith("_") or name.endswith("__"):
-            raise AttributeError(f"a network with two classifiers has two of {name!r}: iterate over get_classifier()")
-
-        def change(*args: Any, **kwargs: Any) -> _Both:
-            for parameter in self.parameters:
-                getattr(parameter, name)(*args, **kwargs)
-            return self
-
-        return change
-
-
 def _head(dim: int, num_classes: int) -> nn.Module:
     head = CAREHead(dim, num_classes) if num_classes else nn.Identity()
     init_weights(head)
@@ -267,6 +234,7 @@ class CARE(Backbone):
     """
 
     output_fmt = "NCHW"
+    heads = ("head", "dist_head")
 
     head: Any  # CAREHeads, or Identities without classes
     dist_head: Any
@@ -323,13 +291,6 @@ class CARE(Backbone):
         """The two classifiers, the distilled one second: Linears, or Identities without classes."""
         heads = self.head, self.dist_head
         return Classifiers(head.fc for head in heads) if self.num_classes else Classifiers(heads)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace both classifiers, norms included, by new ones for ``num_classes`` (0: none), and the pooling if one
-        is given."""
-        super().reset_classifier(num_classes, global_pool)
-        like = next(self.parameters())
-        self.dist_head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """Let `forward` return the pair (logits, distilled logits) in training mode instead of their mean."""

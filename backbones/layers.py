@@ -85,6 +85,18 @@ class Stage(nn.Module):
         return self.blocks(x if self.downsample is None else self.downsample(x))
 
 
+class Level(nn.Module):
+    """Blocks at one resolution, then the downsampler to the next (none after the last level)."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = Blocks(*blocks)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.downsample(self.blocks(x))
+
+
 def init_weights(module: nn.Module) -> None:
     """Linear layers from a normal with std 0.02 truncated at two std, biases 0; PyTorch's defaults for the rest."""
     for m in module.modules():
@@ -92,6 +104,39 @@ def init_weights(module: nn.Module) -> None:
             trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+class Classifiers(nn.ModuleList):
+    """Two classifiers that initialization takes for one: what changes ``weight`` or ``bias`` in place (``mul_``, or
+    ``fill_``, as by ``nn.init.constant_`` and timm's ``--head-init-scale``) changes those of both."""
+
+    @property
+    def weight(self) -> _Both:
+        layers: Any = self
+        return _Both(*(layer.weight for layer in layers))
+
+    @property
+    def bias(self) -> _Both:
+        layers: Any = self
+        return _Both(*(layer.bias for layer in layers))
+
+
+class _Both:
+    """Two parameters, with the in-place methods of tensors."""
+
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        self.parameters = parameters
+
+    def __getattr__(self, name: str) -> Callable[..., _Both]:
+        if not name.endswith("_") or name.endswith("__"):
+            raise AttributeError(f"a network with two classifiers has two of {name!r}: iterate over get_classifier()")
+
+        def change(*args: Any, **kwargs: Any) -> _Both:
+            for parameter in self.parameters:
+                getattr(parameter, name)(*args, **kwargs)
+            return self
+
+        return change
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -190,6 +235,15 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
 # ---- activations in place, which on a CPU saves as much time as the activation itself takes
 
 
+def may_overwrite(x: torch.Tensor, computed_by: nn.Module | None = None) -> bool:
+    """Whether the output of a module (None: of no module) may be changed in place: no gradient, hook or graph needs it."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():  # any node of a graph may be taken out of it
+        return False
+    if (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
+        return False
+    return computed_by is None or is_plain(computed_by)
+
+
 class _InPlace:
     """An activation that overwrites its input in inference, unless a hook may hold it.
 
@@ -202,13 +256,9 @@ class _InPlace:
         self.after = after
 
     def overwrites(self, x: torch.Tensor) -> bool:
-        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():  # any node of a graph may be taken out of it
-            return False
-        if (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
-            return False
         module: Any = self
         hooks = module._forward_pre_hooks or module._forward_hooks
-        return not hooks and (self.after is None or is_plain(getattr(*self.after)))
+        return not hooks and may_overwrite(x, None if self.after is None else getattr(*self.after))
 
 
 class ReLU(_InPlace, nn.ReLU):

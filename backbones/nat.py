@@ -31,9 +31,9 @@ from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import NeighborhoodAttention2d, is_dynamic
+from .attention import NeighborhoodAttention2d, is_dynamic, to_nchw
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Blocks, drop_path_rates, fx_leaf, init_weights, positive_pair
+from .layers import Blocks, Level, drop_path_rates, fx_leaf, init_weights, positive_pair
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -100,11 +100,7 @@ class ConvDownsampler(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
-        # exporters guard on lengths of 1 to decide the memory format
-        if is_dynamic(x.shape[2], x.shape[3]):
-            x = x.clone(memory_format=torch.contiguous_format)
-        return self.norm(self.reduction(x).permute(0, 2, 3, 1))
+        return self.norm(self.reduction(to_nchw(x)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -125,18 +121,6 @@ class PatchMerging(nn.Module):
         # the channel order is (column, row, C), column outermost
         x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
         return self.reduction(self.norm(x))
-
-
-class NATLevel(nn.Module):
-    """Blocks at one resolution, then the downsampler to the next (none after the last level)."""
-
-    def __init__(self, blocks: Sequence[NATBlock], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = Blocks(*blocks)
-        self.downsample = downsample if downsample is not None else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.downsample(self.blocks(x))
 
 
 class NAT(Backbone):
@@ -178,6 +162,7 @@ class NAT(Backbone):
     """
 
     stem_name, levels_name = "patch_embed", "levels"
+    downsample_last = True
 
     def __init__(
         self,
@@ -218,7 +203,7 @@ class NAT(Backbone):
                 NATBlock(dim, heads, kernel_size, dilation, drop_path=rate, **options)
                 for dilation, rate in zip(dilated[i], rates[i], strict=True)
             ]
-            levels.append(NATLevel(blocks, self._downsampler(dim) if i < len(depths) - 1 else None))
+            levels.append(Level(blocks, self._downsampler(dim) if i < len(depths) - 1 else None))
             self._add_map(dim, f"{self.levels_name}.{i}.blocks")
         setattr(self, self.levels_name, nn.Sequential(*levels))
         self.norm = nn.LayerNorm(dim)
@@ -230,23 +215,6 @@ class NAT(Backbone):
 
     def _downsampler(self, dim: int) -> nn.Module:
         return ConvDownsampler(dim)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups, for layer-wise learning rates."""
-        name = self.levels_name
-        fine = [
-            (rf"^{name}\.(\d+)\.blocks\.(\d+)", None),
-            (rf"^{name}\.(\d+)\.downsample", (99999,)),
-            (r"^norm", (99999,)),
-        ]
-        return dict(stem=r"^patch_embed", blocks=rf"^{name}\.(\d+)" if coarse else fine)
-
-    def _level(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self._levels[i].blocks(self._levels[i - 1].downsample(x) if i else x)
-
-    def _prune(self, take: Sequence[int], last: int) -> None:
-        super()._prune(take, last)
-        self._levels[-1].downsample = nn.Identity()
 
 
 class DiNATs(NAT):

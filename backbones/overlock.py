@@ -426,6 +426,7 @@ class OverLoCK(Backbone):
 
     output_fmt = "NCHW"
     tables = ()  # position biases decay, as in the authors' training, and so do the factors of GRN and LayerScale
+    heads = ("head", "aux_head")
 
     patch_embed2: nn.Sequential
     patch_embed3: nn.Sequential
@@ -534,14 +535,6 @@ class OverLoCK(Backbone):
     def get_classifier(self) -> nn.Module:
         """The classifier: a 1x1 convolution, or an Identity without classes; a head that the user put there, whole."""
         return self.head[4] if isinstance(self.head, Head) else self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, the auxiliary one too, by a new one for ``num_classes`` (0: none), and the pooling if
-        one is given. The head's hidden layer stays."""
-        super().reset_classifier(num_classes, global_pool)
-        if self.aux_head is not None:
-            like = next(self.parameters())
-            self.aux_head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def set_auxiliary_training(self, enable: bool = True) -> None:
         """Let `forward` return the pair (logits, auxiliary logits) in training mode.
