@@ -236,7 +236,7 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
 
 
 def may_overwrite(x: torch.Tensor, computed_by: nn.Module | None = None) -> bool:
-    """Whether the output of a module (None: of no module) may be changed in place: no gradient, hook or graph needs it."""
+    """Whether the output of a module (None: of no module) may be overwritten: no gradient, hook or graph needs it."""
     if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():  # any node of a graph may be taken out of it
         return False
     if (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():

@@ -23,6 +23,7 @@ FAMILIES = {
     "care": "CARE",
     "van": "VAN",
     "shiftvit": "ShiftViT",
+    "rmt": "RMT",
     "a3fpn": "A3-FPN",
 }
 

@@ -27,6 +27,7 @@ FAMILIES = (
     "AsCAN",
     "VAN",
     "ShiftViT",
+    "RMT",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

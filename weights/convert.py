@@ -112,7 +112,8 @@ def convert(
             training run of this package; or a name in the manifest (``dinat_mini.in1k``), which is downloaded.
         model: the model's name (a dense model's backbone), preferably with the tag of the manifest, which states
             licence and preprocessing. Required unless ``source`` names it.
-        ema: take averaged weights (True) or raw ones (False); None: averaged ones if there are any.
+        ema: take averaged weights (True) or raw ones (False); None: those of the published score, averaged ones if
+            nothing is known and there are any.
         backbone: convert only the backbone of a detector or segmenter, as a model that returns feature maps.
         arguments: model arguments that the file does not show: ``dilations``, ``in_chans`` ... For detectron2, unless
             the manifest has them, also ``stride_in_1x1`` of a ResNet, ``channel_order`` of the images (``"bgr"`` or
@@ -136,7 +137,8 @@ def convert(
     found = _locate(source, model)
     output = check_output(output, force, [found.file.parent])
     content = loading.read_checkpoint(found.file)
-    state, averaged = _tensors(content, found.file, ema)
+    scored = found.checkpoint.averaged if found.checkpoint else None
+    state, averaged = _tensors(content, found.file, scored if ema is None else ema)
     try:
         converted = _converted(state, content, found, {**found.arguments, **(arguments or {})}, backbone)
         with staged(output) as folder:

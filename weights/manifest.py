@@ -74,6 +74,7 @@ class Checkpoint:
     sha256: str | None = None
     score: Mapping[str, float] = field(default_factory=dict)
     parameters: float | None = None
+    averaged: bool | None = None
     classes: int | None = None
     input: tuple[int, int, int] | None = None
     crop: float | None = None

@@ -30,6 +30,7 @@ MODELS = {
     "test_foveal_maxvit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_halonet": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_ascan": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
+    "test_foveal_rmt": ({}, ("model.patch_embed.", "model.layers.0.", "model.layers.1.")),
     "test_foveal_care": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_van": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_shiftvit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),

@@ -90,6 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "care": ("test_foveal_care", {}, tiny("test_foveal_care")),
     "van": ("test_foveal_van", {}, tiny("test_foveal_van")),
     "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
+    "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},

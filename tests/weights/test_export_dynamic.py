@@ -28,6 +28,7 @@ SMALL = {
     "care": ("test_foveal_care", {}),
     "van": ("test_foveal_van", {}),
     "shiftvit": ("test_foveal_shiftvit", {}),
+    "rmt": ("test_foveal_rmt", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

@@ -136,6 +136,7 @@ SMALLEST = {
     "MaxViT": "test_foveal_maxvit",
     "OverLoCK": "test_foveal_overlock",
     "CARE": "test_foveal_care",
+    "RMT": "test_foveal_rmt",
     "AsCAN": "test_foveal_ascan",
     "VAN": "test_foveal_van",
     "ShiftViT": "test_foveal_shiftvit",

@@ -37,6 +37,7 @@ def test_what_is_there() -> None:
         ("van", "classify"): 8,
         ("van", "segment"): 6,
         ("shiftvit", "classify"): 4,
+        ("rmt", "classify"): 7,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
