@@ -142,7 +142,6 @@ class RMT(Backbone):
     stem_name, levels_name = "patch_embed", "layers"
     heads = ("head", "aux_head")
     downsample_last = True
-    aux_head: Any = None
 
     def __init__(
         self,
@@ -181,11 +180,9 @@ class RMT(Backbone):
         self.layers = nn.Sequential(*levels)
         self.proj: Any = nn.Linear(embed_dims[-1], projection)
         self.norm = nn.BatchNorm2d(projection)
-        self.aux_on = aux_head
+        self.aux_on, self.aux_head = aux_head, None
         init_weights(self)
         self._init_head(embed_dims[-1], num_classes, global_pool, drop_rate)
-
-    # ---- the head
 
     @property
     def _head_width(self) -> int:
@@ -234,20 +231,24 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
     Supports the authors' classifiers, their mmdetection and mmsegmentation checkpoints (only the ``backbone.``; create
     the model with ``features_only=True, out_norm=True``), and state dicts of these models, also wrapped by
     ``features_only`` or ``DistributedDataParallel``. Of a checkpoint with averaged weights (``model_ema``) these are
-    taken, whose scores are published, except for `rmt_t`. The constants ``Relpos`` are left out.
+    taken, whose scores are published, except for `rmt_t`. The constants ``Relpos`` are compared and left out.
 
     If the checkpoint has no norms of ``out_norm``, or no head, those of the model keep their values.
 
     Raises:
-        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model, or the
-            classifier of token labels is on another map.
+        ValueError: the parameter names (except the classifier's, which timm handles) or constants do not fit the model,
+            or the classifier of token labels is on another map.
     """
-    raw = getattr(model, "pretrained_cfg", {}).get("architecture") in RAW
+    raw = getattr(model, "pretrained_cfg", {}).get("architecture") == "rmt_t"
     averaged = state_dict.get("model_ema")
     own = model.state_dict()
     found = {}
     for name, value in unwrap(averaged if isinstance(averaged, dict) and not raw else state_dict).items():
-        if not re.match(r"layers\.\d+\.Relpos\.", name):
+        if constant := re.match(r"layers\.(\d+)\.Relpos\.(\w+)", name):
+            decay = value.new_tensor(model.layers[int(constant[1])].blocks[0].retention.decay)
+            if constant[2] == "decay" and value.is_floating_point() and not torch.allclose(value, decay, 0.02):
+                raise ValueError(f"{name} of the checkpoint is {value.tolist()}, of the model {decay.tolist()}")
+        else:
             found[re.sub(r"^extra_norms\.(\d)", r"norm\1", name)] = value
     keep_new(found, own)
     if model.out_norm:
@@ -266,7 +267,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
 # Registry
 # ---------------------------------------------------------------------------------------------------------------------
 
-RAW = ("rmt_t",)  # whose published score is of the raw weights, not of the averaged ones
 _NOTES = (
     "The authors' repository has no licence for code or weights.",
     "Their weights are only on Baidu and not downloaded automatically: get the file from the page in `foveal info` and "

@@ -428,7 +428,7 @@ def convert(
         str | None, typer.Option(help="Model name with the tag of its published weights, such as dinat_mini.in1k.")
     ] = None,
     ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Averaged or raw weights.", show_default="averaged, if any")
+        bool | None, typer.Option("--ema/--raw", help="Averaged or raw weights.", show_default="the scored ones")
     ] = None,
     backbone: Annotated[
         bool,

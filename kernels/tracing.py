@@ -45,11 +45,11 @@ def without_size_guards(function: Callable) -> Callable:
     """
 
     @wraps(function)
-    def wrapped(*args):
-        dynamic = any(isinstance(x, Tensor) and is_dynamic(*x.shape[1:3]) for x in args)
+    def wrapped(*args, **kwargs):
+        dynamic = any(isinstance(x, Tensor) and is_dynamic(*x.shape[1:3]) for x in (*args, *kwargs.values()))
         if not dynamic or torch.compiler.is_dynamo_compiling():
-            return function(*args)
+            return function(*args, **kwargs)
         with _config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
-            return function(*args)
+            return function(*args, **kwargs)
 
     return wrapped

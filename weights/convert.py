@@ -427,8 +427,11 @@ def _inferred(state: Mapping[str, Tensor], source: _Source, arguments: dict[str,
             arguments.setdefault("out_norm", True)
         return arguments
     folded = any(name.endswith(".lk_origin.bias") for name in state)
-    if "aux_head" in known and not folded and any(bare(name).startswith("aux_head.") for name in state):
-        arguments.setdefault("aux_head", True)
+    aux = {bare(name): value for name, value in state.items() if bare(name).startswith("aux_head.")}
+    if "aux_head" in known and not folded and aux:
+        on = {plain.num_features: "features", plain.head_hidden_size: "projected"}  # of RMT, a Linear
+        weight = aux.get("aux_head.weight")
+        arguments.setdefault("aux_head", True if weight is None else on.get(weight.shape[-1]))
     if "num_classes" not in arguments and (classes := _classes(state, plain)) is not None:
         if source.checkpoint is not None and classes != source.checkpoint.classes:
             raise ValueError(f"it has {classes} classes, {source.checkpoint.name} has {source.checkpoint.classes}")

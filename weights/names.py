@@ -38,6 +38,7 @@ _NECK = re.compile(  # A3-FPN's
     r"\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)"
 )
 _INDEX = ".relative_position_index"  # a buffer of the authors' isotropic ViT that follows from the image size
+_CONSTANT = re.compile(r"(backbone\.)?layers\.\d+\.Relpos\.(angle|decay)")  # of RMT, which checks them
 _ODD = 1103515245  # multiplication by it modulo 2^31 is a permutation
 
 
@@ -61,7 +62,7 @@ def of_mmpretrain(names: Iterable[str]) -> bool:
 
 def has_level_norms(names: Iterable[str]) -> bool:
     """Whether there is a norm for each level, which only the backbones of dense models have."""
-    starts = ("extra_norm.", "hidden_states_norms.", *(f"norm{i}." for i in range(4)))
+    starts = ("extra_norm.", "extra_norms.", "hidden_states_norms.", *(f"norm{i}." for i in range(4)))
     names = [bare(name) for name in names]
     closes_stages = any(name.startswith("norm4.") for name in names)  # those of VAN begin with norm1
     return not closes_stages and any(name.startswith(starts) for name in names)
@@ -135,15 +136,16 @@ def without_getter(model: Any) -> Any:
 
 def unused_by_classifiers(name: str) -> bool:
     """Whether a tensor of a classifier is used nowhere, and so need not be used here: transformers' VAN has one norm
-    too many."""
-    return bare(name).startswith("van.layernorm.")
+    too many, RMT's files have constants."""
+    name = bare(name)
+    return name.startswith("van.layernorm.") or bool(_CONSTANT.fullmatch(name))
 
 
 def may_be_unused(name: str) -> bool:
     """Whether a tensor may be unused: of A3-FPN, parts of which the authors compute and never read, or a buffer of
-    image statistics or anchors."""
+    image statistics, anchors or constants."""
     name = bare(name)
-    return name in STATISTICS or bool(_NECK.match(name) or ANCHORS.fullmatch(name))
+    return name in STATISTICS or bool(_NECK.match(name) or ANCHORS.fullmatch(name) or _CONSTANT.fullmatch(name))
 
 
 _DETECTRON2 = {  # detectron2's ResNet to timm's

@@ -46,7 +46,9 @@ def test_recipe_builds(name):
 
 
 # the smallest model of a kind, by what its names hold
-TINY = {name: f"test_foveal_{name}" for name in ("overlock", "maxvit", "ascan", "care", "dinat", "shiftvit", "van")}
+TINY = {
+    name: f"test_foveal_{name}" for name in ("overlock", "maxvit", "ascan", "care", "dinat", "shiftvit", "van", "rmt")
+}
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
 SMALL = {
@@ -73,6 +75,7 @@ ONE_OF_EACH = (
         "dinat_mini",
         "dinat_large_384",
         "van_b0",
+        "rmt_t",
         "shiftvit_tiny_light",
         "digits",
     ),

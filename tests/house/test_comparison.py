@@ -159,9 +159,9 @@ TRIALS: dict[str, dict[str, Try]] = {
     },
     "HaloNet on 200x312 pixels": {"foveal": at(ours, "halo26t"), "timm": at(timms, "halonet26t")},
     "MaxViT on 200x312 pixels": {"foveal": at(ours, "maxvit_tiny_224"), "timm": at(timms, "maxvit_tiny_tf_224")},
-    "OverLoCK, CARE and VAN by name": {
-        "foveal": lambda: [at(ours, name)() for name in ("overlock_xt", "care_s0", "van_b0")],
-        "timm": lambda: [timms(name) for name in ("overlock_xt", "care_s0", "van_b0")],
+    "OverLoCK, CARE, VAN and RMT by name": {
+        "foveal": lambda: [at(ours, name)() for name in ("overlock_xt", "care_s0", "van_b0", "rmt_t")],
+        "timm": lambda: [timms(name) for name in ("overlock_xt", "care_s0", "van_b0", "rmt_t")],
     },
     "a detector on any of these backbones": {"foveal": detector},
 }
