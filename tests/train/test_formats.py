@@ -141,6 +141,73 @@ def label_studio_yolo(root: Path) -> None:
     (root / "notes.json").write_text(json.dumps({"categories": [{"id": 0, "name": "cat"}]}))
 
 
+def cvat_coco(root: Path) -> None:
+    write_images(root / "images" / "default", truth())
+    write_coco(root / "annotations" / "instances_default.json", truth())
+    content = json.loads((root / "annotations" / "instances_default.json").read_text())
+    content |= {"licenses": [{"name": "", "id": 0, "url": ""}], "info": {"contributor": "", "year": ""}}
+    for entry in content["images"]:
+        entry |= {"license": 0, "flickr_url": "", "coco_url": "", "date_captured": 0}
+    for entry in content["annotations"]:
+        entry |= {"id": entry["id"] + 1, "attributes": {"occluded": False, "rotation": 0.0}, "segmentation": []}
+    (root / "annotations" / "instances_default.json").write_text(json.dumps(content))
+
+
+def cvat_voc(root: Path) -> None:
+    write_images(root / "JPEGImages", truth())
+    write_voc(root / "Annotations", truth())
+    for path in (root / "Annotations").iterdir():
+        more = "<folder></folder><source><database>Unknown</database></source><segmented>0</segmented>"
+        text = path.read_text().replace("<annotation>", f"<annotation>{more}")
+        text = text.replace("</name>", "</name><truncated>0</truncated><occluded>0</occluded><difficult>0</difficult>")
+        text = text.replace("</bndbox>", "</bndbox><attributes><attribute><name>a</name></attribute></attributes>")
+        path.write_text(re.sub(r"(<[xy]m..>\d+)", r"\1.0", text))
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "default.txt").write_text("".join(f"{name}\n" for name in truth()))
+    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\ncat:9,8,7::\ndog:1,2,3::\n")
+
+
+def cvat_yolo_parts(root: Path) -> None:
+    for part, names in (("Train", truth(6)), ("Validation", truth(4, 6))):
+        write_images(root / f"obj_{part}_data", names)
+        write_yolo(root / f"obj_{part}_data", names)
+        (root / f"{part}.txt").write_text("\n".join(f"data/obj_{part}_data/{name}.jpg" for name in names))
+    (root / "obj.names").write_text("".join(f"{name}\n" for name in CLASSES))
+    (root / "obj.data").write_text("classes = 2\ntrain = data/Train.txt\nvalid = data/Validation.txt\n")
+
+
+def cvat_ultralytics(root: Path) -> None:
+    yolo(root)
+    settings = {"path": ".", "train": "train.txt", "val": "val.txt", "names": dict(enumerate(CLASSES))}
+    (root / "data.yaml").write_text(yaml.safe_dump(settings))
+    for split, names in (("train", truth(6)), ("val", truth(4, 6))):
+        (root / f"{split}.txt").write_text("".join(f"data/images/{split}/{name}.jpg\n" for name in names))
+
+
+def label_studio_coco(root: Path, folder: str = "images/") -> None:
+    """Names of uploads begin with a code."""
+    write_images(root / "images", truth())
+    write_coco(root / "result.json", truth(), f"{folder}1f0c2d3e-")
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(f"1f0c2d3e-{path.name}"))
+    content = json.loads((root / "result.json").read_text())
+    for entry in content["annotations"]:
+        entry |= {"ignore": 0, "segmentation": []}
+    content["info"] = {"year": 2024, "version": "1.0", "contributor": "Label Studio"}
+    (root / "result.json").write_text(json.dumps(content))
+
+
+def label_studio_coco_of_windows(root: Path) -> None:
+    label_studio_coco(root, "..\\..\\label-studio\\media\\upload\\4\\")
+
+
+def label_studio_voc(root: Path) -> None:
+    write_images(root / "images", truth())
+    write_voc(root / "Annotations", truth())
+    for path in (root / "Annotations").iterdir():  # names without a suffix
+        path.write_text(path.read_text().replace(".jpg</filename>", "</filename>"))
+
+
 def labelme(root: Path) -> None:
     write_images(root, truth())
     for name, objects in truth().items():
@@ -154,7 +221,8 @@ def labelme(root: Path) -> None:
 
 FORMATS: list[Callable[[Path], None]] = [
     *(roboflow_coco, coco_named_otherwise, voc, voc_with_sets, yolo, yolo_polygons, cvat_yolo, label_studio_yolo),
-    labelme,
+    *(cvat_coco, cvat_voc, cvat_yolo_parts, cvat_ultralytics),
+    *(label_studio_coco, label_studio_coco_of_windows, label_studio_voc, labelme),
 ]
 
 
@@ -171,7 +239,8 @@ def test_every_format_gives_the_same_objects(write, tmp_path):
     assert list(data.categories.values()) == list(CLASSES)
     indices = [loader.dataset.index for loader in (data.train, data.val)]
     assert sum(map(len, indices)) == 10
-    if write.__name__ in ("roboflow_coco", "voc_with_sets", "yolo", "yolo_polygons"):
+    divided = (roboflow_coco, voc_with_sets, yolo, yolo_polygons, cvat_yolo_parts, cvat_ultralytics)
+    if write in divided:
         assert [len(index) for index in indices] == [6, 4]
         assert not data.division.rows
     else:
@@ -180,7 +249,7 @@ def test_every_format_gives_the_same_objects(write, tmp_path):
     for index in indices:
         for number in range(len(index)):
             target = index.target(number)
-            expected = truth()[Path(index.name(number)).stem.replace("_", " ")]
+            expected = truth()[Path(index.name(number)).stem.rpartition("-")[2].replace("_", " ")]
             assert target["labels"].tolist() == [label for label, _ in expected]
             assert torch.allclose(target["boxes"], torch.tensor([box for _, box in expected]).float(), atol=1e-4)
 
@@ -660,13 +729,20 @@ def test_files_of_one_content_stay_together_when_a_split_is_drawn(tmp_path):
 def test_survey_counts_and_names(tmp_path):
     yolo(tmp_path)
     (tmp_path / "clip.mov").write_bytes(b"")
+    (tmp_path / "images" / "._im 0.jpg").write_bytes(b"")
+    (tmp_path / "images" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "more" / "extra.png")
     found = survey(tmp_path)
     text = "\n".join(found.lines)
+    assert "1 image files are not used: more/extra.png" in text
+    assert "2 hidden files and folders are ignored: images/._im 0.jpg, images/.ipynb_checkpoints" in text
     assert not found.wrong
     assert (found.data.task, found.data.found.format) == ("detect", "YOLO")
     assert re.search(r"cat +3 +2\n +dog +9 +6", text)
     assert "40x32" in text
     assert "clip.mov" in text
+    assert all(name in found.data.lines()[2] for name in ("clip.mov", "extra.png", "._im 0.jpg"))
     assert draw_sheet(found.data, tmp_path / "sheet.png") == 6
     assert Image.open(tmp_path / "sheet.png").size == (4 * 240, 2 * 240)
 

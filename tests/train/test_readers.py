@@ -82,4 +82,12 @@ def test_class_folders_hold_all_that_pillow_reads_and_nothing_hidden(tmp_path):
     assert scan_folder(tmp_path, "train") == ["a", "b"]
     index = read_folder(tmp_path, "train", ["a", "b"])
     assert len(index) == 8
-    assert [row[0] for row in index.report.rows] == ["a/notes.pdf"]
+    assert index.report.counts() == {"hidden file": 2, "no image that is read": 1}
+    (tmp_path / "train" / "a" / "b").mkdir()
+    (tmp_path / "train" / "a" / ".cache").mkdir()
+    for name in ("b", ".cache"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a" / name / "5.png")
+    index = read_folder(tmp_path, "train", ["a", "b"])
+    assert (len(index), index.label.tolist()) == (8, 4 * [0] + 4 * [1])
+    assert index.report.counts()["image in a folder below its class"] == 1
+    assert [row[0] for row in index.report.rows if "a/.cache" in row[0]] == ["a/.cache/5.png"]

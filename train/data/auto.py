@@ -248,6 +248,7 @@ def read_set(
         keys = [0] * len(found.images)
     if not found.images:
         raise DataError(f"{files.root}: no usable image; {found.report}")
+    found.notes += _ignored(found, files)
     names = [entry["file_name"] for entry in found.images]
     division = divide(names, [entry["split"] for entry in found.images], keys, data, config.seed, train)
     index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[config.task]
@@ -262,6 +263,19 @@ def read_set(
     learned.report.rows[:0] = found.report.rows
     learned.report.source = learned.report.source or found.report.source
     return DataSet(config.task, found, list(found.names.values()), division, learned, held_out)
+
+
+def _ignored(found: Found, files: Files) -> list[str]:
+    """Notes on files that are not read."""
+    known = {".xml", ".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".data", ".md", ".html"}
+    groups = {
+        f"files {suffix or 'without suffix'} are ignored": paths for suffix, paths in files.ignored(known).items()
+    }
+    used = {entry[key] for entry in found.images for key in ("file_name", "mask") if key in entry}
+    used |= {sample for sample, *_ in found.report.rows}
+    groups["image files are not used"] = [path for path in files.images.all if path not in used]
+    groups["hidden files and folders are ignored"] = files.hidden
+    return [f"{len(paths):,} {text}: {first_names(paths)}" for text, paths in groups.items() if paths]
 
 
 def _nothing(files: Files) -> Found:

@@ -341,6 +341,7 @@ def _file_loader(
     elif data.kind == "folder":
         index = folder.read_folder(Path(root), name, classes)
         builder.notes += filter(None, [str(index.report)])
+        builder.bad.reports.append(index.report)
     else:
         shards, lengths, samples = wds.find_shards(root, name, training)
         if any(map(wds.is_streamed, shards)):

@@ -124,18 +124,19 @@ class Files:
             raise DataError(f"the data folder {root} does not exist (data.root)")
         self.root = root
         self.by_suffix: dict[str, list[str]] = defaultdict(list)
+        self.hidden: list[str] = []
         seen: set[str] = set()  # links may form a cycle
         for folder, folders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
-            folders[:] = sorted(name for name in folders if not is_hidden(name)) if real not in seen else []
             if real in seen:
+                folders.clear()
                 continue
             seen.add(real)
-            inside = os.path.relpath(folder, root).replace(os.sep, "/")
-            for name in sorted(names):
-                if not is_hidden(name):
-                    path = name if inside == "." else f"{inside}/{name}"
-                    self.by_suffix[os.path.splitext(name)[1].lower()].append(path)
+            inside = "" if folder == str(root) else f"{os.path.relpath(folder, root)}/".replace(os.sep, "/")
+            self.hidden += sorted(f"{inside}{name}" for name in (*folders, *names) if is_hidden(name))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            for name in sorted(name for name in names if not is_hidden(name)):
+                self.by_suffix[os.path.splitext(name)[1].lower()].append(f"{inside}{name}")
         readable = image_suffixes()
         self.images = Paths(sorted(path for end in self.by_suffix if end in readable for path in self.by_suffix[end]))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils import natural_key
 
 from .files import image_suffixes, is_hidden
 from .guard import DataError, Report
@@ -53,15 +53,22 @@ def read_folder(root: Path, split: str, classes: Sequence[str]) -> Classificatio
         raise DataError(f"{root / split} has classes that are not among the {len(classes)} known: {unknown[:10]}")
     numbers = {name: i for i, name in enumerate(classes)}
     suffixes = image_suffixes()
-    found, _ = find_images_and_targets(str(root / split), types=suffixes, class_to_idx=numbers)
-    samples = [sample for sample in found if not is_hidden(os.path.basename(sample[0]))]
+    samples: list[tuple[str, int]] = []
     report = Report(str(root / split))
     for name in present:
-        for entry in sorted(os.scandir(root / split / name), key=lambda entry: entry.name):
-            if entry.is_file() and not is_hidden(entry.name) and Path(entry.name).suffix.lower() not in suffixes:
-                report.rows.append((f"{name}/{entry.name}", None, "no image that is read"))
+        for folder, _, files in os.walk(root / split / name, followlinks=True):
+            inside = os.path.relpath(folder, root / split)
+            for file in sorted(files):
+                if is_hidden(file) or any(map(is_hidden, Path(inside).parts)):
+                    report.rows.append((f"{inside}/{file}", None, "hidden file"))
+                elif Path(file).suffix.lower() not in suffixes:
+                    report.rows.append((f"{inside}/{file}", None, "no image that is read"))
+                elif inside != name:
+                    report.rows.append((f"{inside}/{file}", None, "image in a folder below its class"))
+                else:
+                    samples.append((os.path.join(folder, file), numbers[name]))
     nested = set(present) - {classes[label] for _, label in samples}
     if nested:
         raise DataError(f"{root / split}: images must lie directly in their class folder, got {sorted(nested)[:10]}")
-    paths, labels = zip(*samples, strict=True)
+    paths, labels = zip(*sorted(samples, key=lambda sample: natural_key(sample[0])), strict=True)
     return ClassificationIndex(report=report, paths=encode_paths(paths), label=np.array(labels, np.int64))

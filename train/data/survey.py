@@ -82,7 +82,7 @@ def survey(root: str | Path, overrides: Sequence[str] = (), task: str | None = N
         text = yaml.safe_dump(values, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
         result.lines.append(f"masks: data.values={text.strip()}")
     _classes(result, parts)
-    _odd(result, parts, bad, Files(Path(root)))
+    _odd(result, parts, bad)
     return result
 
 
@@ -159,19 +159,14 @@ def _mask_classes(result: Survey, index: SegmentationIndex, classes: int) -> np.
     return count
 
 
-def _odd(result: Survey, parts: dict[str, Index], bad: Report, files: Files) -> None:
+def _odd(result: Survey, parts: dict[str, Index], bad: Report) -> None:
     found = result.data.found
     notes = [*found.notes, *result.data.division.notes]
     for report in (*(index.report for index in parts.values()), bad):
+        notes += report.notes
         for reason, count in report.counts().items():
             names = [str(sample) for sample, _, why in report.rows if why == reason]
             notes.append(f"{count:,} x {reason}: {first_names(names)}")
-    known = {".xml", ".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".data", ".md", ".html"}
-    for suffix, paths in files.ignored(known).items():
-        notes.append(f"{len(paths):,} files {suffix or 'without suffix'} are ignored: {first_names(paths)}")
-    unused = len(files.images.all) - len(found.images) * (2 if found.values else 1)
-    if unused > 0:
-        notes.append(f"{unused:,} image files are not used")
     result.lines += ["odd:", *(f"  {note}" for note in notes)] if notes else ["nothing odd"]
 
 
