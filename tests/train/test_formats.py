@@ -617,6 +617,18 @@ def test_values_named_by_roboflow(tmp_path):
     assert found.classes == ["ground", "car"]
 
 
+def test_labelme2voc(tmp_path):
+    write_masks(tmp_path / "JPEGImages", tmp_path / "SegmentationClass")
+    for name in ("SegmentationClassVisualization", "SegmentationObjectVisualization"):
+        shutil.copytree(tmp_path / "JPEGImages", tmp_path / name)
+    shutil.copytree(tmp_path / "SegmentationClass", tmp_path / "SegmentationObject")
+    (tmp_path / "SegmentationClassNpy").mkdir()
+    np.save(tmp_path / "SegmentationClassNpy" / "im 0.npy", np.zeros((HEIGHT, WIDTH), np.int32))
+    (tmp_path / "class_names.txt").write_text("_background_\ncat\ndog\n")
+    found = labels_of(tmp_path, task="segment")
+    assert (found.classes, len(found.train), len(found.val)) == (["_background_", "cat", "dog"], 8, 2)
+
+
 def test_shapes_are_drawn(tmp_path):
     labelme(tmp_path)
     found = labels_of(tmp_path, task="segment")

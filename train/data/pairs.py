@@ -113,7 +113,7 @@ def _named(found: Found) -> Found:
 
 # ---- segmentation
 
-INSTANCES = re.compile(r"SegmentationObject|instance", re.IGNORECASE)
+INSTANCES = re.compile(r"SegmentationObject|SegmentationClass(Npy|Visualization)|instance", re.IGNORECASE)
 COLOURS = 64  # most distinct values of a mask
 VOC_BORDER = "#e0e0c0"  # around the objects of Pascal VOC's masks in colour
 
