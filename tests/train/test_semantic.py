@@ -332,7 +332,7 @@ def test_a_label_out_of_range_stops_with_its_file(folder, workers):
         ({"classes": [str(i) for i in range(256)]}, "256.*255"),
         ({"kind": "ade20k", "classes": None, "val_split": "val"}, "annotations/val"),
         ({"masks": "labels/{split}"}, "labels/val"),
-        ({"in_chans": 4}, r"data\.in_chans is 4"),
+        ({"in_chans": 4}, r"data\.in_chans=4.*00\.png"),
     ],
 )
 def test_mistakes_are_named(folder, change, names):
