@@ -192,8 +192,6 @@ def _mix(layer: Layer, dtype: torch.dtype) -> list[Launch]:
 
 def _trips(launch: Launch, layer: Layer) -> Sequence[int]:
     """Iterations of the loops of a kernel, the outermost first, for a tile far from the border."""
-    from ..kernels.neighborhood.triton import launch_tiling, query_span
-
     given, name = launch.named, launch.kernel.__name__
     axes = [(layer.rows, layer.shape[1]), (layer.columns, layer.shape[2])]
     if name in ("_apply", "_dots", "_spread"):
@@ -202,15 +200,10 @@ def _trips(launch: Launch, layer: Layer) -> Sequence[int]:
             for axis, (w, n) in zip(("rows", "columns"), axes, strict=True)
         )
         return [-(-math.prod(spans) // given["BLOCK_Q" if name == "_spread" else "BLOCK_K"])]
-    if name == "keys_backward":
-        rows, columns = (query_span(*axis, given[side]) for axis, side in zip(axes, ("TH", "TW"), strict=True))
-        return [-(-rows // given["QR"]) * -(-columns // given["QC"])]
-    if name == "forward":
-        images = -(-layer.shape[0] // launch.grid[1])
-        return [images, *([] if given["UNROLL"] > 1 else [given["DOWN"] * given["CHUNKS"]])]
-    if name == "queries_backward":
-        blocks = -(-launch_tiling(*axes[0], given["TH"]).span // given["KR"])
-        return [-(-given["count"] // given["programs"]), blocks * (given["CHUNKS"] if given["ALL_CHUNKS"] else 1)]
+    if name in ("forward", "queries_backward", "keys_backward"):
+        blocks = given["DOWN"] * given["CHUNKS"] if given.get("ALL_CHUNKS", True) else given["DOWN"]
+        trips = [-(-layer.shape[0] // launch.grid[1]), *([] if given["UNROLL"] > 1 else [blocks])]
+        return [-(-given["count"] // given["programs"]), *trips] if name == "queries_backward" else trips
     return []
 
 

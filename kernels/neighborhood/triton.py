@@ -216,8 +216,8 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
         return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
     if kernel == "forward":
         return [(64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 2, 2), (128, 128, 8, 2)]
-    small = [(32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
-    return [(64, 64, 4, 3), (64, 32, 4, 3), *small, (128, 64, 8, 2)]
+    unrolled = [(64, 64 if keys else 32, 4, 2)] if depth <= 32 else []
+    return [*unrolled, (64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
 
 
 @lru_cache(maxsize=1024)
@@ -306,25 +306,34 @@ class Expansion:
 
 
 def expand_bias(
-    table: Tensor | None, call: LaunchShape, scale: float, tile: tuple[int, int], block: tuple[int, int], device
-) -> Expansion:
-    """The table by query column and key column of each tile of columns, with -inf where a query does not see a key."""
+    table: Tensor | None, call: LaunchShape, scale: float, tile: tuple[int, int], block: tuple[int, int], keys: bool,
+    device: torch.device,
+) -> Expansion:  # fmt: skip
+    """The table by query column and key column of each tile of columns, with -inf where a query does not see a key;
+    ``keys``: for tiles of keys and blocks of queries."""
     from . import triton_kernels
 
-    a, b = (launch_tiling(w, n, t) for w, n, t in zip(call.windows, (call.height, call.width), tile, strict=True))
+    if call.bias == 2:
+        return Expansion(None, 0, {"SLABS": 1, "ABOVE": 0, "ROWS": 0})
     rows, columns = call.windows
+    if keys:
+        before, step, tiles = 0, tile[1], -(-columns.group_length(call.width) // tile[1])
+        span, above, other = query_span(columns, call.width, tile[1]), tile[0], rows.kernel_size + tile[0]
+    else:
+        a, b = launch_tiling(rows, call.height, tile[0]), launch_tiling(columns, call.width, tile[1])
+        before, step, tiles = b.before, b.step, b.tiles
+        span, above, other = b.span, max(1, a.span - rows.kernel_size), -(-a.span // block[0]) * block[0]
+    span = -(-span // block[1]) * block[1]
     nearest, farthest = _offsets(rows, call.height) if table is not None else (0, 0)
-    down, span = -(-a.span // block[0]) * block[0], -(-b.span // block[1]) * block[1]
-    above = max(1, a.span - rows.kernel_size)
-    constants = {"SLABS": farthest - nearest + 1, "ABOVE": above, "ROWS": above + down}
-    heads, tiles = 1 if table is None else call.heads, columns.dilation * b.tiles
+    constants = {"SLABS": farthest - nearest + 1, "ABOVE": above, "ROWS": above + other}
+    heads, groups = 1 if table is None else call.heads, columns.dilation
     size = math.prod((constants["SLABS"], constants["ROWS"], tile[1], span))
-    expanded = torch.empty(heads, tiles, size, dtype=torch.float32, device=device)
-    triton_kernels.expand[(heads, tiles, -(-size // 1024))](
-        table, expanded, _head_stride(table), 1 / scale, call.width, columns.dilation, b.step, b.tiles, b.before,
-        nearest, KH=rows.kernel_size, KW=columns.kernel_size, STRIDE=columns.stride, APART=columns.query_stride,
+    expanded = torch.empty(heads, groups * tiles, size, dtype=torch.float32, device=device)
+    triton_kernels.expand[(heads, groups * tiles, -(-size // 1024))](
+        table, expanded, _head_stride(table), 1 / scale, call.width, groups, step, tiles, before, nearest,
+        KH=rows.kernel_size, KW=columns.kernel_size, STRIDE=columns.stride, APART=columns.query_stride,
         COUNTED=columns.counted, BOUNDARY=BOUNDARIES.index(columns.boundary), BIAS=int(table is not None),
-        T=tile[1], S=span, **constants, BLOCK=1024, num_warps=4,
+        T=tile[1], S=span, **constants, KEYS=keys, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return Expansion(expanded, nearest, constants)
 
@@ -336,10 +345,12 @@ def _images(call: LaunchShape, programs: int, device: torch.device) -> int:
     return min(call.batch, max(1, -(-8 * triton_common.processors(device) // programs)))
 
 
-def _unrolled(call: LaunchShape, blocks: int, keys: int, stages: int) -> int:
+def _unrolled(kernel: str, call: LaunchShape, blocks: int, keys: int, stages: int) -> int:
     """``blocks`` if the loop over the keys is unrolled, so that a whole image is loaded ahead; else 1."""
     if call.dtype == torch.float32 or stages != 2 or blocks > UNROLLED_BLOCKS:
         return 1
+    if kernel != "forward" and (call.bias == 2 or max(call.blocks) > 32):
+        return 1  # too many registers
     return blocks if blocks * keys * sum(call.blocks) * 2 * stages <= UNROLLED_BYTES else 1
 
 
@@ -349,27 +360,21 @@ def launch_forward(q, k, v, first, second, out, lse, call: LaunchShape, scale: f
     th, tw, kr, kc, warps, stages = choice
     a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
     programs = call.rows.dilation * call.columns.dilation * a.tiles * b.tiles * call.heads
-    table, rows, columns = (None, first, second) if call.bias == 2 else (first, None, None)
-    bias = Expansion(None, 0, {"SLABS": 1, "ABOVE": 0, "ROWS": 0})
-    if call.bias != 2:
-        bias = expand_bias(table, call, scale, (th, tw), (kr, kc), q.device)
+    bias = expand_bias(first, call, scale, (th, tw), (kr, kc), False, q.device)
     down, across = -(-a.span // kr), -(-b.span // kc)
     triton_kernels.forward[(programs, _images(call, programs, q.device))](
-        q, k, v, bias.table, rows, columns, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
-        bias.head_stride, _head_stride(rows), _head_stride(columns), scale * LOG2E,
+        q, k, v, bias.table, first, second, out, lse, *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E,
         call.batch, *_sizes_of(call), a.step, b.step, a.tiles, b.tiles, b.before, bias.nearest,
         **_constants(call, wide), **bias.constants, TH=th, TW=tw, KR=kr, KC=kc, DOWN=down, CHUNKS=across,
-        ALIKE=k.stride() == v.stride(), UNROLL=_unrolled(call, down * across, kr * kc, stages),
+        ALIKE=k.stride() == v.stride(), UNROLL=_unrolled("forward", call, down * across, kr * kc, stages),
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _programs(call: LaunchShape, count: int, share: int, device: torch.device) -> int:
-    """Programs per head that share the tiles when each writes a partial sum of the bias gradient."""
-    from .. import triton_common
-
-    wanted = -(-8 * triton_common.processors(device) // call.heads)
-    return max(1, min(count, wanted, WORKSPACE_BYTES // (4 * share * call.heads)))
+def _programs(call: LaunchShape, count: int, share: int) -> int:
+    """Programs per head that share ``count`` tiles when each writes partial sums of a bias gradient."""
+    return max(1, min(count, WORKSPACE_BYTES // (4 * share * call.heads)))
 
 
 def launch_queries_backward(
@@ -380,39 +385,44 @@ def launch_queries_backward(
 
     th, tw, kr, kc, warps, stages = choice
     a, b = launch_tiling(call.rows, call.height, th), launch_tiling(call.columns, call.width, tw)
-    count = call.batch * call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
+    count = call.rows.dilation * call.columns.dilation * a.tiles * b.tiles
     constants = _constants(call, wide)
-    r, c, chunks = constants["R"], constants["C"], -(-b.span // kc)
+    r, c, down, chunks = constants["R"], constants["C"], -(-a.span // kr), -(-b.span // kc)
+    bias = expand_bias(first, call, scale, (th, tw), (kr, kc), False, q.device)
     share = r * tw * kc * chunks if call.bias == 1 else (r + c) * constants["BD"]
-    programs = _programs(call, count, share, q.device) if wanted else count
+    images, programs = _images(call, count * call.heads, q.device), count
+    if wanted and _programs(call, count, images * share) < count:
+        images, programs = 1, _programs(call, count, share)
 
-    def run(dq: bool, dbias: bool, programs: int, work: Tensor | None, chunk: int | None) -> None:
-        triton_kernels.queries_backward[(programs * call.heads,)](
-            q, k, v, first, second, out, grad, lse, delta, dq_, work,
+    def run(dq: bool, dbias: bool, work: Tensor | None, chunk: int | None) -> None:
+        blocks = down * (chunks if chunk is None else 1)
+        triton_kernels.queries_backward[(programs * call.heads, images)](
+            q, k, v, bias.table, first, second, out, grad, lse, delta, dq_, work,
             *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
-            _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call),
-            a.step, b.step, a.tiles, b.tiles, b.before, count, programs, chunk or 0,
-            **constants, TH=th, TW=tw, KR=kr, KC=kc, CHUNKS=chunks,
+            bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E, call.batch, *_sizes_of(call),
+            a.step, b.step, a.tiles, b.tiles, b.before, bias.nearest, count, programs, chunk or 0,
+            **constants, **bias.constants, TH=th, TW=tw, KR=kr, KC=kc, DOWN=down, CHUNKS=chunks,
+            ALIKE=k.stride() == v.stride(), UNROLL=_unrolled("queries_backward", call, blocks, kr * kc, stages),
             DQ=dq, DBIAS=dbias, ALL_CHUNKS=chunk is None, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     dq_ = dq
     if not wanted:
-        run(True, False, count, None, None)
+        run(True, False, None, None)
         return []
     if call.bias == 2:
-        work = q.new_empty(call.heads, programs, r + c, constants["BD"], dtype=torch.float32)
-        run(True, True, programs, work, None)
+        work = q.new_empty(call.heads, images * programs, r + c, constants["BD"], dtype=torch.float32)
+        run(True, True, work, None)
         sums = work.sum(1)[..., : call.depth].split((r, c), 1)
         sums = [s[:, : 2 * w.kernel_size - 1] for s, w in zip(sums, call.windows, strict=True)]
         return [s if t.ndim == 3 else s.sum(0) for s, t in zip(sums, (first, second), strict=True)]
-    work = q.new_empty(chunks, call.heads, programs, r * tw * kc, dtype=torch.float32)
+    work = q.new_empty(chunks, call.heads, images * programs, r * tw * kc, dtype=torch.float32)
     if chunks == 1:
-        run(True, True, programs, work, None)
+        run(True, True, work, None)
     else:
-        run(True, False, count, None, None)
+        run(True, False, None, None)
         for chunk in range(chunks):
-            run(False, True, programs, work[chunk], chunk)
+            run(False, True, work[chunk], chunk)
     dtable = torch.empty(first.shape, dtype=torch.float32, device=first.device)
     triton_kernels.table_gradient[(call.heads, first.shape[1])](
         work.sum(2), dtable, b.before, ROWS=first.shape[1], COLUMNS=first.shape[2], NW=call.columns.query_stride,
@@ -431,12 +441,16 @@ def launch_keys_backward(
         -(-w.group_length(length) // t)
         for w, length, t in zip(call.windows, (call.height, call.width), (th, tw), strict=True)
     ]
-    count = call.batch * call.rows.dilation * call.columns.dilation * math.prod(tiles)
-    triton_kernels.keys_backward[(count * call.heads,)](
-        q, k, v, first, second, grad, lse, delta, dk, dv,
+    programs = call.rows.dilation * call.columns.dilation * math.prod(tiles) * call.heads
+    bias = expand_bias(first, call, scale, (th, tw), (qr, qc), True, q.device)
+    down, across = -(-query_span(call.rows, call.height, th) // qr), -(-query_span(call.columns, call.width, tw) // qc)
+    triton_kernels.keys_backward[(programs, _images(call, programs, q.device))](
+        q, k, v, bias.table, first, second, grad, lse, delta, dk, dv,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
-        _head_stride(first), _head_stride(second), scale * LOG2E, *_sizes_of(call), *tiles,
-        **_constants(call, wide), TH=th, TW=tw, QR=qr, QC=qc, ONE_CHUNK=query_span(call.columns, call.width, tw) <= qc,
+        bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E, call.batch, *_sizes_of(call),
+        *tiles, bias.nearest, **_constants(call, wide), **bias.constants, TH=th, TW=tw, QR=qr, QC=qc,
+        DOWN=down, CHUNKS=across, ALIKE=q.stride() == grad.stride(),
+        UNROLL=_unrolled("keys_backward", call, down * across, qr * qc, stages),
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -1,12 +1,12 @@
 """The kernels of ``triton.py``. Imports Triton, so import it only where a kernel is launched.
 
-A program processes a tile of TH x TW queries of one dilation group and loops over the keys that any of them sees, in
-blocks of KR rows and KC columns. Mask and bias are the sum of a row part and a column part, so each logit costs one
-addition and, with a table, one lookup:
+A program processes a tile of TH x TW queries of one dilation group, in one image after another, and loops over the keys
+that any of them sees, in blocks of KR rows and KC columns. Bias and mask, over the scale, are the start of the product
+of queries and keys:
 
-* no bias: both parts are 0 or -inf;
-* table: both parts are offsets into the padded table, whose last row and column are -inf, for masked keys;
-* decomposed: both parts are products of the query with a row of an embedding, or -inf.
+* table or no bias: expanded by ``expand`` for each column of tiles, loaded by ``_bias``;
+* decomposed: the sum of a row part and a column part, which are products of the query with a row of an embedding, or
+  -inf.
 
 The key columns of every tile start ``before`` keys left of its first query. The gradient of a table can thus be summed
 by position in the tile over many tiles, and by offset only at the end.
@@ -15,7 +15,7 @@ by position in the tile over many tiles, and by offset only at the end.
 
 Each output is written by one program in a fixed order of summation; there are no atomics.
 
-Names: m a query of a tile, e a key of a block; R and C the rows of the padded embeddings or table.
+Names: m a query of a tile, e a key of a block; R and C the rows of the padded embeddings, R those of the table.
 """
 
 from __future__ import annotations
@@ -66,16 +66,6 @@ def _query_axis(
 
 
 @triton.jit
-def _key_rows(first, last, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, BOUNDARY: tl.constexpr):
-    """Range of key rows that the queries from ``first`` to ``last`` see: (first, end)."""
-    low = window_start(first, length, K, STRIDE, APART, BOUNDARY == SHIFT)
-    high = window_start(last, length, K, STRIDE, APART, BOUNDARY == SHIFT) + K
-    if BOUNDARY == MASK:
-        low, high = tl.maximum(low, 0), tl.minimum(high, length)
-    return low, high
-
-
-@triton.jit
 def _at(row, column, stride_row, stride_column, WIDE: tl.constexpr):
     """Offset of a position inside an image."""
     if WIDE:
@@ -103,33 +93,9 @@ def _store(base, at, inside, x, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_table(table, ROWS: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """A head's table [R * C] in base 2, with -inf beyond its last row and column."""
-    at = tl.arange(0, R * C)
-    row, column = at // C, at % C
-    inside = (row < ROWS) & (column < COLUMNS)
-    return tl.load(table + row * COLUMNS + column, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
-
-
-@triton.jit
 def _load_embedding(base, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BD: tl.constexpr):
     row = tl.arange(0, P)
     return _load(base, row * D, row < ROWS, D, BD)
-
-
-@triton.jit
-def _load_bias(
-    rows, columns, head, rows_head, columns_head, KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """A head's (table, row embedding, column embedding); 0.0 for those that the bias does not have."""
-    table, row_embedding, column_embedding = 0.0, 0.0, 0.0
-    if BIAS == TABLE:
-        table = _load_table(rows + head * rows_head, 2 * KH - 1, 2 * KW - 1, R, C)
-    elif BIAS == DECOMPOSED:
-        row_embedding = _load_embedding(rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(columns + head * columns_head, 2 * KW - 1, D, C, BD)
-    return table, row_embedding, column_embedding
 
 
 @triton.jit
@@ -138,11 +104,12 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dots(q, embedding, PRECISION: tl.constexpr):
-    """q . embedding in base 2, [queries, P]; in float32 if their dtypes differ, to keep the embedding's precision."""
+def _dots(q, embedding, inverse_scale, PRECISION: tl.constexpr):
+    """q . embedding over the scale, [queries, P]; in float32 if their dtypes differ, to keep the embedding's
+    precision."""
     if q.dtype != embedding.dtype:
         q, embedding = q.to(tl.float32), embedding.to(tl.float32)
-    return tl.dot(q, tl.trans(embedding), input_precision=PRECISION) * LOG2E
+    return tl.dot(q, tl.trans(embedding), input_precision=PRECISION) * inverse_scale
 
 
 @triton.jit
@@ -155,29 +122,11 @@ def _seen(key, start, valid, length, K: tl.constexpr, BOUNDARY: tl.constexpr):
 
 
 @triton.jit
-def _part(
-    key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constexpr, PITCH: tl.constexpr,
-    BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Row or column part of the mask and bias, [queries, keys]; see the module docstring."""
+def _part(key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constexpr, BOUNDARY: tl.constexpr):
+    """Row or column part of a decomposed bias and of the mask, [queries, keys]."""
     seen = _seen(key[None, :], start[:, None], valid[:, None], length, K, BOUNDARY)
     row = key[None, :] - index[:, None] + (K - 1)
-    if BIAS == TABLE:
-        part = tl.where(seen, row, P - 1) * PITCH
-    elif BIAS == DECOMPOSED:
-        part = tl.where(seen, tl.gather(dots, tl.minimum(tl.maximum(row, 0), P - 1), 1), float("-inf"))
-    else:
-        part = tl.where(seen, 0.0, float("-inf"))
-    return part
-
-
-@triton.jit
-def _logits(products, scale, row, column, table, N: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr):
-    """scale * products + bias, [N, R * C], from the parts [N, R] and [N, C]."""
-    part = tl.reshape(row[:, :, None] + column[:, None, :], (N, R * C))
-    if BIAS == TABLE:
-        part = tl.reshape(tl.gather(table, tl.reshape(part, (N * R * C,)), 0), (N, R * C))
-    return products * scale + part
+    return tl.where(seen, tl.gather(dots, tl.minimum(tl.maximum(row, 0), P - 1), 1), float("-inf"))
 
 
 # ------------------------------------------------------------------------------------------- masks and bias tables
@@ -188,13 +137,13 @@ def expand(
     table, expanded, table_head, inverse_scale, width, dilation, step, tiles, before, nearest,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
     BOUNDARY: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask of every column of tiles: [heads, groups, tiles, SLABS, ROWS, S / 8, T, 8]; see ``_bias``.
 
     -inf where a query does not see a key, else the table [N, 2 KH - 1, 2 KW - 1] over the scale of the logits. A slab
     is for the queries whose table index is ``nearest`` + slab rows below the first row of their window, which is row
-    ABOVE of the slab. T columns of queries, S of keys.
+    ABOVE of the slab. T columns of queries, S of keys; with KEYS, of keys and of queries.
     """
     tile = tl.program_id(1) % tiles
     group = tl.program_id(1) // tiles
@@ -202,8 +151,13 @@ def expand(
     x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     row = x // (T * S) % ROWS - ABOVE
     number = x // 8 % T
-    key = tile * step * APART - before + x // (8 * T) % (S // 8) * 8 + x % 8
-    query = tile * step + number
+    other = x // (8 * T) % (S // 8) * 8 + x % 8
+    if KEYS:
+        key = tile * step + number
+        query = first_query(tile * step, length, KW, STRIDE, APART, BOUNDARY == SHIFT) + other
+    else:
+        key = tile * step * APART - before + other
+        query = tile * step + number
     start = window_start(query, length, KW, STRIDE, APART, BOUNDARY == SHIFT)
     seen = (number < step) & (query < query_count(length, APART)) & (row >= 0) & (row < KH)
     seen = _seen(key, start, seen, length, KW, BOUNDARY)
@@ -222,26 +176,33 @@ def _bias(
     expanded, first, last, low, row, column, length, nearest,
     M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, K: tl.constexpr,
     STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr, BOUNDARY: tl.constexpr,
-    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask, [M, KR * KC], of the block ``row`` rows below ``low`` and ``column`` columns right of the first.
 
     They are over the scale, to be the start of the product's accumulator. ``expanded`` is that of the tile's columns,
     loaded in the order in which the threads of a tensor core's product hold their results (16x8: eight rows of four
-    pairs, twice), so that no thread needs another's.
+    pairs, twice), so that no thread needs another's. A tile of keys and a block of queries with KEYS, else of queries
+    and of keys; ``last`` is the last row of queries.
     """
     x = tl.arange(0, M * KR * KC)  # as [KR, KC / 8, 2, M / 16, 8, 8]
     m = x // 8 % (M // 2)
     m = m // 8 * 16 + x // (4 * M) % 2 * 8 + m % 8
-    query = tl.minimum(first + m // T, last)
+    other = row + x // (M * KC)
+    query = tl.minimum(low + other if KEYS else first + m // T, last)
     start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
-    at = ABOVE + low - start
+    slab = tl.zeros_like(query)
     if SLABS > 1:
-        at += (table_index(query, STRIDE, APART, COUNTED) - start - nearest) * ROWS
-    below = row + x // (M * KC)
-    if BOUNDARY == MASK:  # the row above the windows, of -inf, for keys outside the map
-        at = tl.where((low + below >= 0) & (low + below < length), at + below, ABOVE - 1)
-        below = 0
+        slab = (table_index(query, STRIDE, APART, COUNTED) - start - nearest) * ROWS
+    if KEYS:
+        at = m // T
+        below = ABOVE + slab + tl.minimum(tl.maximum(first - start, -ABOVE), K)
+    elif BOUNDARY == MASK:  # the row above the windows, of -inf, for keys outside the map
+        at = tl.where((low + other >= 0) & (low + other < length), ABOVE + slab + low - start + other, ABOVE - 1)
+        below = tl.zeros_like(query)
+    else:
+        at = ABOVE + slab + low - start
+        below = other
     first_key = expanded + (at * (T * S) + m % T * 8 + x % 8)
     across = column // 8 + x // (8 * M) % (KC // 8)
     loaded = tl.load(tl.max_contiguous(first_key + (below * (T * S) + across * (8 * T)), 2))
@@ -312,8 +273,8 @@ def forward(
         queries = _load(q, q_at + far_image * q_image, valid, D, BD)
         row_dots, column_dots = 0.0, 0.0
         if BIAS == DECOMPOSED:
-            row_dots = _dots(queries, row_embedding, PRECISION) / scale
-            column_dots = _dots(queries, column_embedding, PRECISION) / scale
+            row_dots = _dots(queries, row_embedding, LOG2E / scale, PRECISION)
+            column_dots = _dots(queries, column_embedding, LOG2E / scale, PRECISION)
         largest = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BDV), tl.float32)
@@ -329,27 +290,17 @@ def forward(
             keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
             if BIAS == DECOMPOSED:
                 row_part = _part(
-                    top + tl.arange(0, KR),
-                    row_start,
-                    row_index,
-                    row_valid,
-                    length_rows,
-                    row_dots,
-                    KH,
-                    R,
-                    C,
-                    BOUNDARY,
-                    BIAS,
+                    top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY
                 )
                 column_part = _part(
                     left + side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns,
-                    column_dots, KW, C, 1, BOUNDARY, BIAS,
+                    column_dots, KW, C, BOUNDARY,
                 )  # fmt: skip
                 bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
             else:
                 bias = _bias(
                     expanded, first_row, last_row, low, block // CHUNKS * KR, side, length_rows, nearest,
-                    BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS,
+                    BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, False,
                 )  # fmt: skip
             logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
             larger = tl.maximum(largest, tl.max(logits, 1))
@@ -373,20 +324,21 @@ def forward(
 
 @triton.jit
 def queries_backward(
-    q, k, v, bias_rows, bias_columns, out, grad, lse, delta, dq, work,
+    q, k, v, expanded, bias_rows, bias_columns, out, grad, lse, delta, dq, work,
     q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
     g_image, g_row, g_column, g_head,
-    rows_head, columns_head,
-    scale, heads, height, width, dilation_rows, dilation_columns,
-    step_rows, step_columns, tiles_rows, tiles_columns, before, count, programs, chunk,
+    expanded_head, rows_head, columns_head,
+    scale, batch, heads, height, width, dilation_rows, dilation_columns,
+    step_rows, step_columns, tiles_rows, tiles_columns, before, nearest, count, programs, chunk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
     COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, CHUNKS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    UNROLL: tl.constexpr, DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """``count`` tiles of queries of a head, distributed over ``programs`` programs.
+    """``count`` tiles of queries of a head, distributed over ``programs`` programs for each of several sets of images.
 
     DQ: write dq [B, h, w, N, D] and delta [B, h, w, N], the sums of grad * out. DBIAS: write each program's partial sum
     of the bias gradient to ``work`` [N, programs, ...]: [R, TW, KC] for a table, [R + C, BD] for embeddings. Without
@@ -397,9 +349,14 @@ def queries_backward(
     head = tl.program_id(0) % heads
     program = tl.program_id(0) // heads
     wide_head = head.to(tl.int64)
-    table, row_embedding, column_embedding = _load_bias(
-        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
-    )
+    q += wide_head * q_head
+    k += wide_head * k_head
+    v += wide_head * v_head
+    grad += wide_head * g_head
+    row_embedding, column_embedding = 0.0, 0.0
+    if BIAS == DECOMPOSED:
+        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
     table_sum, row_sum, column_sum = 0.0, 0.0, 0.0
     if DBIAS and BIAS == TABLE:
         table_sum = tl.zeros((R, TW * KC), tl.float32)
@@ -408,14 +365,20 @@ def queries_backward(
     m = tl.arange(0, BM)
     e = tl.arange(0, BK)
     query_height, query_width = query_count(height, NH), query_count(width, NW)
+    across: tl.constexpr = CHUNKS if ALL_CHUNKS else 1
+    first_chunk = chunk
+    if ALL_CHUNKS:
+        first_chunk = 0
 
     for tile in range(program, count, programs):
-        wide_image = (tile // (dilation_rows * dilation_columns * tiles_rows * tiles_columns)).to(tl.int64)
         group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
             tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
         )
         first_row, first_column = tile_row * step_rows, tile_column * step_columns
         last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
+        images = batch
+        if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
+            images = 0  # this group is shorter than others
         row, row_valid, row_start, row_index = _query_axis(
             first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT
         )
@@ -424,89 +387,91 @@ def queries_backward(
         )
         valid = row_valid & column_valid
         position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
-
-        first_image = wide_image * query_height * query_width * heads + wide_head
         at = _at(position_row, position_column, query_width * heads, heads, WIDE)
-        queries = _load(
-            q + wide_image * q_image + wide_head * q_head,
-            _at(position_row, position_column, q_row, q_column, WIDE), valid, D, BD,
-        )  # fmt: skip
-        grads = _load(
-            grad + wide_image * g_image + wide_head * g_head,
-            _at(position_row, position_column, g_row, g_column, WIDE), valid, DV, BDV,
-        )  # fmt: skip
-        outs = _load(out + first_image * DV, at * DV, valid, DV, BDV)
-        deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
-        offset = tl.load(lse + first_image + at, mask=valid, other=0.0)
-        row_dots, column_dots, drow, dcolumn = 0.0, 0.0, 0.0, 0.0
-        if BIAS == DECOMPOSED:
-            row_dots = _dots(queries, row_embedding, PRECISION)
-            column_dots = _dots(queries, column_embedding, PRECISION)
-            drow, dcolumn = tl.zeros((BM, R), tl.float32), tl.zeros((BM, C), tl.float32)
-
-        low, high = _key_rows(first_row, last_row, length_rows, KH, SH, NH, BOUNDARY)
-        if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
-            high = low  # this group is shorter than others
+        q_at = _at(position_row, position_column, q_row, q_column, WIDE)
+        g_at = _at(position_row, position_column, g_row, g_column, WIDE)
+        tile_bias = expanded
+        if BIAS != DECOMPOSED:
+            tile_bias += wide_head * expanded_head
+            tile_bias += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * KC * CHUNKS)
+        low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
         left = first_column * NW - before
-        acc = tl.zeros((BM, BD), tl.float32)
-        if not ALL_CHUNKS:
-            left += chunk * KC
-        across: tl.constexpr = CHUNKS if ALL_CHUNKS else 1
-        for block in range(tl.cdiv(high - low, KR) * across):
-            top = low + block // across * KR
-            side = left + block % across * KC
-            key_row, key_column = top + e // KC, side + e % KC
-            inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-            position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
-            keys = _load(
-                k + wide_image * k_image + wide_head * k_head,
-                _at(position_r, position_c, k_row, k_column, WIDE), inside, D, BD,
-            )  # fmt: skip
-            values = _load(
-                v + wide_image * v_image + wide_head * v_head,
-                _at(position_r, position_c, v_row, v_column, WIDE), inside, DV, BDV,
-            )  # fmt: skip
-            rows, columns = top + tl.arange(0, KR), side + tl.arange(0, KC)
-            row_part = _part(rows, row_start, row_index, row_valid, length_rows, row_dots, KH, R, C, BOUNDARY, BIAS)
-            column_part = _part(
-                columns, column_start, column_index, column_valid, length_columns, column_dots,
-                KW, C, 1, BOUNDARY, BIAS,
-            )  # fmt: skip
-            products = _dot(queries, tl.trans(keys), PRECISION)
-            logits = _logits(products, scale, row_part, column_part, table, BM, KR, KC, BIAS)
-            weights = tl.exp2(logits - offset[:, None])
-            dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
-            if DQ:
-                acc += _dot(dlogits.to(keys.dtype), keys, PRECISION)
-            if BIAS == DECOMPOSED:
-                shaped = tl.reshape(dlogits, (BM, KR, KC))
-                drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
-                dcolumn += _by_offset(tl.sum(shaped, 1), column_index, side, KW, KC, C)
-            if DBIAS and BIAS == TABLE:
-                # sum over rows of the tile and block by offset, as a product with a 0/1 matrix
-                shaped = tl.permute(tl.reshape(dlogits, (TH, TW, KR, KC)), (0, 2, 1, 3))
-                pair = tl.arange(0, TH * KR)
-                index = table_index(first_row + pair // KR, SH, NH, COUNTED_H)
-                same = (top + pair % KR - index + (KH - 1))[None, :] == tl.arange(0, R)[:, None]
-                ones = tl.where(same, 1.0, 0.0).to(keys.dtype)
-                table_sum += _dot(ones, tl.reshape(shaped, (TH * KR, TW * KC)).to(keys.dtype), PRECISION)
-        acc *= scale / LOG2E
-        if BIAS == DECOMPOSED:
-            if DQ:
-                acc += _dot(drow.to(row_embedding.dtype), row_embedding, PRECISION)
-                acc += _dot(dcolumn.to(column_embedding.dtype), column_embedding, PRECISION)
-            if DBIAS:
-                row_sum += _dot(tl.trans(drow).to(queries.dtype), queries, PRECISION)
-                column_sum += _dot(tl.trans(dcolumn).to(queries.dtype), queries, PRECISION)
-        if DQ:
-            _store(dq + first_image * D, at * D, valid, acc, D, BD)
-            tl.store(delta + first_image + at, deltas, mask=valid)
 
+        for image in range(tl.program_id(1), images, tl.num_programs(1)):
+            far_image = tl.cast(image, tl.int64) if WIDE else image
+            first_image = tl.cast(image, tl.int64) * query_height * query_width * heads + wide_head
+            queries = _load(q, q_at + far_image * q_image, valid, D, BD)
+            grads = _load(grad, g_at + far_image * g_image, valid, DV, BDV)
+            outs = _load(out + first_image * DV, at * DV, valid, DV, BDV)
+            deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+            offset = tl.load(lse + first_image + at, mask=valid, other=float("inf"))  # weights of 0
+            row_dots, column_dots, drow, dcolumn = 0.0, 0.0, 0.0, 0.0
+            if BIAS == DECOMPOSED:
+                row_dots = _dots(queries, row_embedding, LOG2E / scale, PRECISION)
+                column_dots = _dots(queries, column_embedding, LOG2E / scale, PRECISION)
+                drow, dcolumn = tl.zeros((BM, R), tl.float32), tl.zeros((BM, C), tl.float32)
+            acc = tl.zeros((BM, BD), tl.float32)
+            for block in tl.range(0, DOWN * across, loop_unroll_factor=UNROLL):
+                top, side = low + block // across * KR, (first_chunk + block % across) * KC
+                key_row, key_column = top + e // KC, left + side + e % KC
+                inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
+                position_r = key_row * dilation_rows + group_row
+                position_c = key_column * dilation_columns + group_column
+                k_at = _at(position_r, position_c, k_row, k_column, WIDE) + far_image * k_image
+                v_at = k_at
+                if not ALIKE:
+                    v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
+                keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
+                if BIAS == DECOMPOSED:
+                    row_part = _part(
+                        top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY
+                    )
+                    column_part = _part(
+                        left + side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns,
+                        column_dots, KW, C, BOUNDARY,
+                    )  # fmt: skip
+                    bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
+                else:
+                    bias = _bias(
+                        tile_bias, first_row, last_row, low, block // across * KR, side, length_rows, nearest,
+                        BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, False,
+                    )  # fmt: skip
+                logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
+                weights = tl.exp2(logits * scale - offset[:, None])
+                dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
+                if DQ:
+                    acc = tl.dot(dlogits.to(keys.dtype), keys, acc, input_precision=PRECISION)
+                if BIAS == DECOMPOSED:
+                    shaped = tl.reshape(dlogits, (BM, KR, KC))
+                    drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
+                    dcolumn += _by_offset(tl.sum(shaped, 1), column_index, left + side, KW, KC, C)
+                if DBIAS and BIAS == TABLE:
+                    # sum over rows of the tile and block by offset, as a product with a 0/1 matrix
+                    shaped = tl.permute(tl.reshape(dlogits, (TH, TW, KR, KC)), (0, 2, 1, 3))
+                    pair = tl.arange(0, TH * KR)
+                    index = table_index(first_row + pair // KR, SH, NH, COUNTED_H)
+                    same = (top + pair % KR - index + (KH - 1))[None, :] == tl.arange(0, R)[:, None]
+                    ones = tl.where(same, 1.0, 0.0).to(keys.dtype)
+                    shaped = tl.reshape(shaped, (TH * KR, TW * KC)).to(keys.dtype)
+                    table_sum = tl.dot(ones, shaped, table_sum, input_precision=PRECISION)
+            acc *= scale / LOG2E
+            if BIAS == DECOMPOSED:
+                if DQ:
+                    acc += _dot(drow.to(row_embedding.dtype), row_embedding, PRECISION)
+                    acc += _dot(dcolumn.to(column_embedding.dtype), column_embedding, PRECISION)
+                if DBIAS:
+                    row_sum += _dot(tl.trans(drow).to(queries.dtype), queries, PRECISION)
+                    column_sum += _dot(tl.trans(dcolumn).to(queries.dtype), queries, PRECISION)
+            if DQ:
+                _store(dq + first_image * D, at * D, valid, acc, D, BD)
+                tl.store(delta + first_image + at, deltas, mask=valid)
+
+    place = (wide_head * tl.num_programs(1) + tl.program_id(1)) * programs + program
     if DBIAS and BIAS == TABLE:
-        work += (wide_head * programs + program) * (R * TW * KC)
+        work += place * (R * TW * KC)
         tl.store(work + tl.arange(0, R)[:, None] * (TW * KC) + tl.arange(0, TW * KC)[None, :], table_sum)
     elif DBIAS:
-        work += (wide_head * programs + program) * ((R + C) * BD)
+        work += place * ((R + C) * BD)
         channel = tl.arange(0, BD)[None, :]
         tl.store(work + tl.arange(0, R)[:, None] * BD + channel, row_sum)
         tl.store(work + (R + tl.arange(0, C))[:, None] * BD + channel, column_sum)
@@ -548,24 +513,25 @@ def table_gradient(
 
 @triton.jit
 def keys_backward(
-    q, k, v, bias_rows, bias_columns, grad, lse, delta, dk, dv,
+    q, k, v, expanded, bias_rows, bias_columns, grad, lse, delta, dk, dv,
     q_image, q_row, q_column, q_head, k_image, k_row, k_column, k_head, v_image, v_row, v_column, v_head,
     g_image, g_row, g_column, g_head,
-    rows_head, columns_head,
-    scale, heads, height, width, dilation_rows, dilation_columns,
-    tiles_rows, tiles_columns,
+    expanded_head, rows_head, columns_head,
+    scale, batch, heads, height, width, dilation_rows, dilation_columns,
+    tiles_rows, tiles_columns, nearest,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
     COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, QR: tl.constexpr, QC: tl.constexpr, ONE_CHUNK: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, QR: tl.constexpr, QC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of TH x TW keys of one head, over blocks of QR x QC queries: dk [B, H, W, N, D], dv [B, H, W, N, DV]."""
+    """A tile of TH x TW keys of one head in every image, over blocks of QR x QC queries: dk [B, H, W, N, D] and
+    dv [B, H, W, N, DV]."""
     BN: tl.constexpr = TH * TW
     BQ: tl.constexpr = QR * QC
     head = tl.program_id(0) % heads
-    wide_image = tl.program_id(0) // (heads * dilation_rows * dilation_columns * tiles_rows * tiles_columns)
-    wide_image = wide_image.to(tl.int64)
     group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
         tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
@@ -575,93 +541,76 @@ def keys_backward(
 
     n = tl.arange(0, BN)
     row, column = first_row + n // TW, first_column + n % TW
-    row_valid, column_valid = row < length_rows, column < length_columns
-    valid = row_valid & column_valid
+    valid = (row < length_rows) & (column < length_columns)
     position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
-    wide_head = head.to(tl.int64)
-    keys = _load(
-        k + wide_image * k_image + wide_head * k_head,
-        _at(position_row, position_column, k_row, k_column, WIDE), valid, D, BD,
-    )  # fmt: skip
-    values = _load(
-        v + wide_image * v_image + wide_head * v_head,
-        _at(position_row, position_column, v_row, v_column, WIDE), valid, DV, BDV,
-    )  # fmt: skip
+    k_at = _at(position_row, position_column, k_row, k_column, WIDE)
+    v_at = _at(position_row, position_column, v_row, v_column, WIDE)
+    at = _at(position_row, position_column, width * heads, heads, WIDE)
     query_height, query_width = query_count(height, NH), query_count(width, NW)
-    q += wide_image * q_image + wide_head * q_head
-    grad += wide_image * g_image + wide_head * g_head
-    first_image = wide_image * query_height * query_width * heads + wide_head
-    lse += first_image
-    delta += first_image
-    table, row_embedding, column_embedding = _load_bias(
-        bias_rows, bias_columns, head, rows_head, columns_head, KH, KW, D, R, C, BD, BIAS
-    )
+    wide_head = head.to(tl.int64)
+    q += wide_head * q_head
+    k += wide_head * k_head
+    v += wide_head * v_head
+    grad += wide_head * g_head
+    row_embedding, column_embedding = 0.0, 0.0
+    if BIAS != DECOMPOSED:
+        expanded += wide_head * expanded_head
+        expanded += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * QC * CHUNKS)
+    else:
+        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
+        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
 
     low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
     high = last_query(tl.minimum(first_row + TH, length_rows) - 1, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + 1
     left = first_query(first_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
-    right = (
-        last_query(tl.minimum(first_column + TW, length_columns) - 1, length_columns, KW, SW, NW, BOUNDARY == SHIFT) + 1
-    )
-    chunks = 1
-    if not ONE_CHUNK:
-        chunks = tl.maximum(tl.cdiv(right - left, QC), 1)
+    last_column = tl.minimum(first_column + TW, length_columns) - 1
+    right = last_query(last_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT) + 1
     e = tl.arange(0, BQ)
-    dkeys = tl.zeros((BN, BD), tl.float32)
-    dvalues = tl.zeros((BN, BDV), tl.float32)
-    for block in range(tl.cdiv(tl.maximum(high - low, 0), QR) * chunks):
-        top = low + block // chunks * QR
-        side = left + block % chunks * QC
-        query_row, query_column = top + e // QC, side + e % QC
-        inside = (query_row < high) & (query_column < right)
-        position_r, position_c = query_row * dilation_rows + group_row, query_column * dilation_columns + group_column
-        queries = _load(q, _at(position_r, position_c, q_row, q_column, WIDE), inside, D, BD)
-        grads = _load(grad, _at(position_r, position_c, g_row, g_column, WIDE), inside, DV, BDV)
-        at = _at(position_r, position_c, query_width * heads, heads, WIDE)
-        offset = tl.load(lse + at, mask=inside, other=0.0)
-        deltas = tl.load(delta + at, mask=inside, other=0.0)
-        products = _dot(keys, tl.trans(queries), PRECISION)
-        if BIAS == DECOMPOSED:
-            row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)[None, :]
-            column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)[None, :]
-            seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)
-            seen = seen & _seen(column[:, None], column_start, valid[:, None], length_columns, KW, BOUNDARY)
-            entry = row[:, None] - table_index(query_row, SH, NH, COUNTED_H)[None, :] + (KH - 1)
-            bias = _pick(_dots(row_embedding, queries, PRECISION), entry, R)
-            entry = column[:, None] - table_index(query_column, SW, NW, COUNTED_W)[None, :] + (KW - 1)
-            bias += _pick(_dots(column_embedding, queries, PRECISION), entry, C)
-            logits = tl.where(seen, products * scale + bias, float("-inf"))
-        else:
-            rows, columns = top + tl.arange(0, QR), side + tl.arange(0, QC)
-            row_part = _key_part(rows, row, row_valid, rows < high, length_rows, KH, SH, NH, R, C, BOUNDARY, BIAS)
-            column_part = _key_part(
-                columns, column, column_valid, columns < right, length_columns, KW, SW, NW, C, 1, BOUNDARY, BIAS
-            )
-            logits = _logits(products, scale, row_part, column_part, table, BN, QR, QC, BIAS)
-        weights = tl.exp2(logits - offset[None, :])
-        dvalues += _dot(weights.to(grads.dtype), grads, PRECISION)
-        dlogits = weights * (_dot(values, tl.trans(grads), PRECISION) - deltas[None, :])
-        dkeys += _dot(dlogits.to(queries.dtype), queries, PRECISION)
+    for image in range(tl.program_id(1), batch, tl.num_programs(1)):
+        far_image = tl.cast(image, tl.int64) if WIDE else image
+        first_image = tl.cast(image, tl.int64) * query_height * query_width * heads + wide_head
+        keys = _load(k, k_at + far_image * k_image, valid, D, BD)
+        values = _load(v, v_at + far_image * v_image, valid, DV, BDV)
+        dkeys = tl.zeros((BN, BD), tl.float32)
+        dvalues = tl.zeros((BN, BDV), tl.float32)
+        for block in tl.range(0, DOWN * CHUNKS, loop_unroll_factor=UNROLL):
+            down, side = block // CHUNKS * QR, block % CHUNKS * QC
+            query_row, query_column = low + down + e // QC, left + side + e % QC
+            inside = (query_row < high) & (query_column < right)
+            position_r = query_row * dilation_rows + group_row
+            position_c = query_column * dilation_columns + group_column
+            q_at = _at(position_r, position_c, q_row, q_column, WIDE) + far_image * q_image
+            g_at = q_at
+            if not ALIKE:
+                g_at = _at(position_r, position_c, g_row, g_column, WIDE) + far_image * g_image
+            queries, grads = _load(q, q_at, inside, D, BD), _load(grad, g_at, inside, DV, BDV)
+            lse_at = _at(position_r, position_c, query_width * heads, heads, WIDE)
+            offset = tl.load(lse + first_image + lse_at, mask=inside, other=float("inf"))  # weights of 0
+            deltas = tl.load(delta + first_image + lse_at, mask=inside, other=0.0)
+            if BIAS == DECOMPOSED:
+                row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)[None, :]
+                column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)[None, :]
+                seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)
+                seen = seen & _seen(column[:, None], column_start, valid[:, None], length_columns, KW, BOUNDARY)
+                entry = row[:, None] - table_index(query_row, SH, NH, COUNTED_H)[None, :] + (KH - 1)
+                bias = _pick(_dots(row_embedding, queries, LOG2E / scale, PRECISION), entry, R)
+                entry = column[:, None] - table_index(query_column, SW, NW, COUNTED_W)[None, :] + (KW - 1)
+                bias += _pick(_dots(column_embedding, queries, LOG2E / scale, PRECISION), entry, C)
+                bias = tl.where(seen, bias, float("-inf"))
+            else:
+                bias = _bias(
+                    expanded, first_row, query_count(length_rows, NH) - 1, low, down, side, length_rows, nearest,
+                    BN, TW, QC * CHUNKS, QR, QC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, True,
+                )  # fmt: skip
+            logits = tl.dot(keys, tl.trans(queries), bias, input_precision=PRECISION)
+            weights = tl.exp2(logits * scale - offset[None, :])
+            dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision=PRECISION)
+            dlogits = weights * (_dot(values, tl.trans(grads), PRECISION) - deltas[None, :])
+            dkeys = tl.dot(dlogits.to(queries.dtype), queries, dkeys, input_precision=PRECISION)
 
-    at = _at(position_row, position_column, width * heads, heads, WIDE)
-    first_image = wide_image * height * width * heads + wide_head
-    _store(dk + first_image * D, at * D, valid, dkeys * (scale / LOG2E), D, BD)
-    _store(dv + first_image * DV, at * DV, valid, dvalues, DV, BDV)
-
-
-@triton.jit
-def _key_part(
-    query, key, key_valid, query_valid, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr,
-    P: tl.constexpr, PITCH: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """``_part`` transposed: [keys, queries]."""
-    start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
-    seen = _seen(key[:, None], start[None, :], key_valid[:, None] & query_valid[None, :], length, K, BOUNDARY)
-    if BIAS == TABLE:
-        part = tl.where(seen, key[:, None] - (query * APART)[None, :] + (K - 1), P - 1) * PITCH
-    else:
-        part = tl.where(seen, 0.0, float("-inf"))
-    return part
+        first_image = tl.cast(image, tl.int64) * height * width * heads + wide_head
+        _store(dk + first_image * D, at * D, valid, dkeys * (scale / LOG2E), D, BD)
+        _store(dv + first_image * DV, at * DV, valid, dvalues, DV, BDV)
 
 
 @triton.jit
