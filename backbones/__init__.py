@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ascan, care, halonet, maxvit, nat, overlock, rmt, shiftvit, van
+from . import ascan, care, halonet, maxvit, nat, overlock, raftmlp, rmt, shiftvit, van
 
-_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt)
+_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp)
 
 
 def list_models() -> list[str]:

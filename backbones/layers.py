@@ -307,17 +307,48 @@ def shortfall(length: int, least: int) -> int:
 @fx_leaf
 def average_pool(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """``F.adaptive_avg_pool2d`` of ``[B, C, H, W]`` for dynamic sizes, as a matrix product for each axis."""
+    return _by_products(x, size, _average_matrix)
+
+
+@fx_leaf
+def bicubic(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``F.interpolate`` of ``[B, C, H, W]`` by bicubic interpolation; for exports as a matrix product for each axis, as
+    the cubic resize of onnxruntime does not shrink channels-last maps."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return _by_products(x, size, _bicubic_matrix)
+    return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+def _by_products(x: torch.Tensor, size: Sequence[int], matrix: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """``x`` ``[B, C, H, W]`` times a matrix ``[target, source]`` for each axis."""
     for target in (size[1], size[0]):
-        source = x.shape[3]
-        number = torch.arange(target, device=x.device)[:, None]
-        length = torch.full((), source, dtype=torch.int64, device=x.device)
-        start = torch.div(number * length, target, rounding_mode="floor")
-        stop = torch.div((number + 1) * length + (target - 1), target, rounding_mode="floor")
-        position = torch.arange(source, device=x.device)
-        inside = (position >= start) & (position < stop)
-        matrix = (inside / (stop - start)).to(x.dtype)  # target, source
+        factors = matrix(x.shape[3], target, x.device).to(x.dtype)
         # two dimensions each, without broadcasting, for which exporters guard on lengths of 1
         lines = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
         batch = -1 if torch.jit.is_tracing() else x.shape[0]  # which torch.jit.trace would record
-        x = (lines @ matrix.t()).unflatten(0, (batch, *x.shape[1:3])).transpose(2, 3)
+        x = (lines @ factors.t()).unflatten(0, (batch, *x.shape[1:3])).transpose(2, 3)
     return x
+
+
+def _average_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    number = torch.arange(target, device=device)[:, None]
+    length = torch.full((), source, dtype=torch.int64, device=device)
+    start = torch.div(number * length, target, rounding_mode="floor")
+    stop = torch.div((number + 1) * length + (target - 1), target, rounding_mode="floor")
+    position = torch.arange(source, device=device)
+    inside = (position >= start) & (position < stop)
+    return inside / (stop - start)
+
+
+def _bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """Keys' cubic convolution with a = -0.75; positions beyond the border are those at it."""
+    length, count = (torch.full((), each, dtype=torch.float32, device=device) for each in (source, target))
+    at = (torch.arange(target, device=device)[:, None] + 0.5) * (length / count) - 0.5
+    first, position, matrix = at.floor(), torch.arange(source, device=device), 0.0
+    for step in (-1, 0, 1, 2):
+        distance = (at - first - step).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        tap = torch.minimum((first + step).clamp(min=0), length - 1)
+        matrix = matrix + torch.where(distance <= 1, near, far) * (tap == position)
+    return matrix

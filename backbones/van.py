@@ -35,22 +35,20 @@ __all__ = ["VAN", "checkpoint_filter_fn", "family"]
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with dilation that keeps the size of the map, zero-padded.
 
-    On a CPU it runs without dilation on each of the ``dilation**2`` maps of every ``dilation``-th row and column, in
-    channels_last, which is several times as fast there.
-    """
+    On a CPU it runs without dilation on the ``dilation**2`` maps of every ``dilation``-th row and column, in
+    channels_last, several times as fast."""
 
     def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
         super().__init__(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
 
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # one node there
-        # a mode, such as PyTorch's FLOP counter, sees the convolution itself, without the padding
+        # one node in a graph, and for a mode such as PyTorch's FLOP counter, which would count the padding
+        traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
         traced = traced or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
         if x.device.type != "cpu" or traced or is_dynamic(*x.shape[2:]):
             return super().forward(x)
-        B, C, H, W = x.shape
-        d = self.dilation[0]
+        (B, C, H, W), d = x.shape, self.dilation[0]
         h, w = -(-H // d), -(-W // d)
         if H % d or W % d:
             x = F.pad(x, (0, w * d - W, 0, h * d - H))

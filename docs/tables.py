@@ -24,6 +24,7 @@ FAMILIES = {
     "van": "VAN",
     "shiftvit": "ShiftViT",
     "rmt": "RMT",
+    "raftmlp": "RaftMLP",
     "a3fpn": "A3-FPN",
 }
 

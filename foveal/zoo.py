@@ -28,6 +28,7 @@ FAMILIES = (
     "VAN",
     "ShiftViT",
     "RMT",
+    "RaftMLP",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

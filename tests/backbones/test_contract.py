@@ -57,6 +57,7 @@ SMALL = {
     "van": Case("test_foveal_van", {}, level_norms=False, attention_dropout=False, tables=None),
     "shiftvit": Case("test_foveal_shiftvit", {}, rounds_up=False, attention_dropout=False, tables=None),
     "rmt": Case("test_foveal_rmt", {}, plain_head=False, attention_dropout=False, tables=None),
+    "raftmlp": Case("test_foveal_raftmlp", {}, attention_dropout=False, tables=None),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels
@@ -77,6 +78,12 @@ def channels(model: torch.nn.Module, x: torch.Tensor) -> int:
 
 def to_nchw(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else x
+
+
+def first_convs(model: torch.nn.Module) -> tuple[str, ...]:
+    """The convolutions of the image, by name."""
+    names = model.default_cfg["first_conv"]
+    return (names,) if isinstance(names, str) else names
 
 
 def halve(length: int, stride: int, up: bool) -> int:
@@ -301,7 +308,7 @@ def test_parameter_groups(case):
     named = {id(p): name for name, p in model.named_parameters()}
     scale = {named[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert set(scale) == names
-    first = scale[model.default_cfg["first_conv"] + ".weight"]
+    first = scale[first_convs(model)[0] + ".weight"]
     last = model.default_cfg["classifier"]
     last = scale[(last if isinstance(last, str) else last[0]) + ".weight"]
     assert (first, last) == (min(scale.values()), max(scale.values()))
@@ -327,7 +334,7 @@ def test_config(case):
     model = create(case)
     for key in ("license", "paper_ids", "first_conv", "classifier", "input_size", "crop_pct", "interpolation"):
         assert model.default_cfg[key], key
-    assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), torch.nn.Conv2d)
+    assert all(isinstance(model.get_submodule(each), torch.nn.Conv2d) for each in first_convs(model))
     classifier, name = model.get_classifier(), model.default_cfg["classifier"]
     if isinstance(name, str):
         assert model.get_submodule(name) is classifier

@@ -47,7 +47,8 @@ def test_recipe_builds(name):
 
 # the smallest model of a kind, by what its names hold
 TINY = {
-    name: f"test_foveal_{name}" for name in ("overlock", "maxvit", "ascan", "care", "dinat", "shiftvit", "van", "rmt")
+    name: f"test_foveal_{name}"
+    for name in ("overlock", "maxvit", "ascan", "care", "dinat", "shiftvit", "van", "rmt", "raftmlp")
 }
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
@@ -444,6 +445,8 @@ PUBLISHED = [
     *(f"segment/dinat_{size}_upernet_ade20k" for size in SIZES),
     *(f"segment/dinat_s_{size}_upernet_ade20k" for size in SIZES[1:]),
     *(f"segment/overlock_{size}_upernet_ade20k" for size in "tsb"),
+    *(f"detect/raftmlp_{size}_{head}_1x" for size in "sml" for head in ("mask_rcnn", "retinanet")),
+    *(f"segment/raftmlp_{size}_semantic_fpn_ade20k" for size in "sml"),
     *(f"segment/van_b{size}_upernet_ade20k" for size in range(7)),
     *(f"segment/van_b{size}_semantic_fpn_ade20k" for size in range(4)),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),

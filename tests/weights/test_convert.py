@@ -91,6 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "van": ("test_foveal_van", {}, tiny("test_foveal_van")),
     "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
+    "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
@@ -190,6 +191,7 @@ def mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 RENAMED = {
     "van": ("van_b0", "authors", lambda: filler.published("van_b0")),
     "van of transformers": ("van_b0", "transformers", lambda: filler.published("van_b0_hf_96x128")),
+    "raftmlp": ("raftmlp_s", "foveal", lambda: filler.published("raftmlp_s")),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }

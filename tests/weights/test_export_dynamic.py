@@ -29,6 +29,7 @@ SMALL = {
     "van": ("test_foveal_van", {}),
     "shiftvit": ("test_foveal_shiftvit", {}),
     "rmt": ("test_foveal_rmt", {}),
+    "raftmlp": ("test_foveal_raftmlp", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

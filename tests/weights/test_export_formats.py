@@ -140,6 +140,7 @@ SMALLEST = {
     "AsCAN": "test_foveal_ascan",
     "VAN": "test_foveal_van",
     "ShiftViT": "test_foveal_shiftvit",
+    "RaftMLP": "test_foveal_raftmlp",
 }
 
 
