@@ -427,7 +427,8 @@ class SegmentDataConfig(DenseDataConfig):
 
     kind: Literal["folder", "auto", "ade20k", "cityscapes", "voc", "digits"] = "folder"
     images: PathText = "images/{split}"  # folder: folder of images; {split} is the split's name
-    masks: PathText = "masks/{split}"  # folder: files of the same names, perhaps with an ending such as _mask or _L
+    # folder: files of the same names, perhaps with an ending such as _mask or _L; null: evaluate images without masks
+    masks: PathText | None = "masks/{split}"
     classes: list[str] | None = None  # names by label; required by folder
     reduce_zero_label: bool = False  # folder: 0 is ignored, 1 is the first class (ade20k: always)
     # mask value or colour ('#8000ff' or [128, 0, 255]) -> class; null: ignored; `other`: all that are not named

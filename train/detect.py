@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from skimage.measure import approximate_polygon, find_contours
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -192,8 +193,25 @@ class Predictor(task.Predictor):
     def yolo(self, image: Tensor, found: Found) -> list[str]:
         boxes = box_convert(found["boxes"], "xyxy", "cxcywh")
         boxes = boxes / boxes.new_tensor([image.shape[-1], image.shape[-2]] * 2)
+        lines = []
         rows = zip(found["labels"].tolist(), boxes.tolist(), found["scores"].tolist(), strict=True)
-        return [" ".join([str(label), *(f"{value:.6f}" for value in (*box, score))]) for label, box, score in rows]
+        for number, (label, box, score) in enumerate(rows):
+            shape = mask_polygon(found["masks"][number, 0].numpy() > 0.5) if "masks" in found else []
+            lines.append(" ".join([str(label), *(f"{value:.6f}" for value in (*(shape or box), score))]))
+        return lines
+
+
+def mask_polygon(mask: np.ndarray) -> list[float]:
+    """The outline of a mask ``[H, W]`` as one polygon, x and y in turn as fractions of the image; empty for an empty
+    mask.
+
+    Parts and holes are joined to it by lines there and back, which enclose nothing (by the even-odd rule).
+    """
+    height, width = mask.shape
+    inside = np.pad(mask, 1)  # contours at the border are closed
+    rings = [approximate_polygon(ring, 0.4)[:, ::-1] - 0.5 for ring in find_contours(inside.astype(np.uint8), 0.5)]
+    points = [point for ring in rings for point in (*ring, rings[0][0])]
+    return (np.array(points).reshape(-1, 2) / (width, height)).clip(0, 1).ravel().tolist()
 
 
 def build_model(config: DetectConfig, num_classes: int) -> Detector:

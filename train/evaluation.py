@@ -85,15 +85,15 @@ def _write(
         write_json(file, result)
     found: str | Path | None = files.get("predictions")
     if found is None and not task.annotated:
-        found = unannotated_results(result["source"])
+        found = task.write_predictions(scorer, unannotated_results(result["source"]))
         if console is not None:
-            console.print(f"the images have no annotations; detections written to {found}", highlight=False)
-    if found:
-        write_json(found, scorer.results())
+            console.print(f"the images have no annotations; predictions written to {found}", highlight=False)
+    elif found:
+        task.write_predictions(scorer, Path(found))
 
 
 def unannotated_results(source: str | Path) -> Path:
-    """The default file for detections without annotations: in the run, or beside the model folder."""
+    """The default file for predictions without annotations: in the run, or beside the model folder."""
     folder = local_path(source)
     return (folder if (folder / "config.yaml").is_file() else folder.resolve().parent) / "predictions.json"
 

@@ -50,9 +50,9 @@ def predict(
         threshold: detector: minimum score.
         output: detector, segmenter: folder to write to; None: nothing is written.
         formats: files to write. Detector: ``"drawn"`` (default: NAME.png, the image with its objects), ``"coco"``
-            (predictions.json), ``"yolo"`` (labels/NAME.txt) and, with masks, ``"masks"`` (NAME.png, the number of the
-            object at each pixel). Segmenter: ``"masks"`` (default: a palette image of the classes) and ``"drawn"``.
-            With both ``"drawn"`` and ``"masks"``, each has its own folder.
+            (predictions.json), ``"yolo"`` (labels/NAME.txt, polygons where there are masks) and, with masks,
+            ``"masks"`` (NAME.png, the number of the object at each pixel). Segmenter: ``"masks"`` (default: a palette
+            image of the classes) and ``"drawn"``. With both ``"drawn"`` and ``"masks"``, each has its own folder.
         device: None: a GPU if there is one, else the CPU.
 
     Yields:

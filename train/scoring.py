@@ -165,6 +165,7 @@ class SegmentationScorer(Scorer):
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
+        self.masks: list[tuple[str, bytes]] = []  # of images without masks: name, PNG of the predicted classes
         self.confusion = np.zeros((num_classes, num_classes), np.int64)
         self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 

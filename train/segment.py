@@ -1,7 +1,10 @@
 """Semantic segmentation: training, evaluation and prediction."""
 
+import io
 import json
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,10 +25,11 @@ from ..heads.build import build_segmenter
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.dense import same_draws
 from ..heads.segmentation import Mask2Former, Segmenter, label_map
-from ..heads.segmentation.inference import probability_bands, views_to_learn
+from ..heads.segmentation.inference import WHOLE, bounded, probability_bands, views_to_learn
 from ..heads.segmentation.published import load_heads
 from . import checkpoint, deprecated, plots, task
 from .data import IGNORE, Data, SegmentationBatch, build_segmentation_data, find_classes
+from .data.files import UNREADABLE
 from .scoring import Losses, SegmentationScorer, autocast
 from .task import Result, build_dense, check_backbone, find_recipe, loop_problems, processes, use_kept_split
 
@@ -133,7 +138,13 @@ class Task(task.Task):
     def scorer(self) -> SegmentationScorer:
         return SegmentationScorer(len(self.classes))
 
+    @property
+    def annotated(self) -> bool:
+        return any(self.data.val.dataset.index.masks)
+
     def score(self, model: nn.Module, on_batch: Callable[[int], None] | None = None) -> SegmentationScorer:
+        if not self.annotated:
+            return self._predict_all(model)
         scorer = super().score(model, on_batch)
         absent = [name for name, pixels, _ in self.by_class(scorer)[1] if not pixels]
         if absent:
@@ -143,6 +154,40 @@ class Task(task.Task):
                 stacklevel=2,
             )
         return scorer
+
+    def _predict_all(self, model: nn.Module) -> SegmentationScorer:
+        """Keeps the classes of the pixels of all images, without figures."""
+        scorer, dataset, state, start = self.scorer(), self.data.val.dataset, PartialState(), time.perf_counter()
+        model.eval()
+        self.data.bad.start(len(dataset))
+        for number in range(state.process_index, len(dataset), state.num_processes):
+            try:
+                pixels = dataset.image(number)[None].to(self.data.val.device).float().div_(255)
+            except UNREADABLE as error:
+                self.data.bad.add([(dataset.index.name(number), f"{type(error).__name__}: {error}")])
+                continue
+            with autocast(pixels.device, self.config.train.amp):
+                labels = label_map(model, pixels, **self.settings)[0]
+            stored = io.BytesIO()
+            class_image(labels.cpu().numpy().astype(np.uint8)).save(stored, format="PNG")
+            scorer.masks.append((dataset.index.name(number), stored.getvalue()))
+        scorer.masks = gather_object(scorer.masks)
+        scorer.n = len(scorer.masks)
+        scorer.images_per_second = scorer.n / (time.perf_counter() - start)
+        scorer.metrics = dict.fromkeys(self.metrics)
+        return scorer
+
+    def write_predictions(self, scorer: SegmentationScorer, file: Path) -> Path:
+        """Writes a PNG for each image, by its path below the data, into the folder ``file`` without its suffix."""
+        folder, root = file.with_suffix(""), Path(self.config.data.root or "")
+        names = [Path(name).relative_to(root) for name, _ in scorer.masks]
+        count = Counter(name.with_suffix("") for name in names)
+        for name, (_, content) in zip(names, scorer.masks, strict=True):
+            place = folder / (name.with_suffix(".png") if count[name.with_suffix("")] == 1 else f"{name}.png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(place) as new:
+                new.write_bytes(content)
+        return folder
 
     def predict(self, model: nn.Module, batch: SegmentationBatch) -> tuple[Tensor, Losses]:
         """Classes ``[B, H, W]`` of the pixels. The loss is that of the probabilities from which these are taken, of
@@ -205,7 +250,15 @@ class Predictor(task.Predictor):
         self.channels = self.model.arguments.get("in_chans", 3)
 
     def predict(self, image: Tensor) -> tuple[list[Result], np.ndarray]:
-        labels = label_map(self.model, image[None], **self.settings)[0].cpu().numpy().astype(np.uint8)
+        settings = bounded(image.shape[-2:], self.settings)
+        if settings != self.settings:
+            warnings.warn(
+                f"images of more than {WHOLE / 2**20:g} megapixels are predicted in windows of "
+                f"{'x'.join(map(str, settings['crop_size']))}, to bound the memory; the model was evaluated on whole "
+                "images (eval.mode, eval.scale)",
+                stacklevel=2,
+            )
+        labels = label_map(self.model, image[None], **settings)[0].cpu().numpy().astype(np.uint8)
         shares = np.bincount(labels.ravel(), minlength=len(self.model.classes)) / labels.size
         order = [int(k) for k in np.argsort(-shares) if shares[k] > 0]
         return [Result(self.model.classes[k], float(shares[k])) for k in order], labels
@@ -218,10 +271,15 @@ class Predictor(task.Predictor):
             Image.fromarray(mixed.round().astype(np.uint8)).save(new, format="PNG")
 
     def masks(self, image: Tensor, found: np.ndarray, path: Path) -> None:
-        drawn = Image.fromarray(found)
-        drawn.putpalette(plots.label_colours(256).tobytes())
         with atomic(path) as new:
-            drawn.save(new, format="PNG")
+            class_image(found).save(new, format="PNG")
+
+
+def class_image(labels: np.ndarray) -> Image.Image:
+    """Classes uint8 ``[H, W]`` as a palette image in Pascal VOC's colours."""
+    image = Image.fromarray(labels)
+    image.putpalette(plots.label_colours(256).tobytes())
+    return image
 
 
 def build_model(config: SegmentConfig, num_classes: int) -> Segmenter:

@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ..backbones.images import read_image, to_mode
 from ..backbones.loading import local_path, unknown_model
 from ..configs.schema import ConfigError, Problems
+from ..files import write_json
 from . import plots
 from .data.auto import kept_split
 from .data.files import UNREADABLE
@@ -107,6 +108,11 @@ class Task(ABC):
     def annotated(self) -> bool:
         """Whether the held-out images have annotations."""
         return True
+
+    def write_predictions(self, scorer: Any, file: Path) -> Path:
+        """Writes the predictions of an evaluation, by default to ``file``; returns where they are."""
+        write_json(file, scorer.results())
+        return file
 
     def by_class(self, scorer: Any) -> tuple[list[str], list[list[Any]]]:
         """Head and rows of the table of classes: name, count, metrics (None where undefined). Without rows, there is
@@ -264,7 +270,8 @@ class Predictor(ABC):
         raise NotImplementedError
 
     def yolo(self, image: Tensor, found: Any) -> list[str]:
-        """The objects as lines of a YOLO text file: class from 0, centre and size relative to the image, score."""
+        """The objects as lines of a YOLO text file: class from 0, centre and size (with masks a polygon)
+        relative to the image, score."""
         raise NotImplementedError
 
 

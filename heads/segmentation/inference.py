@@ -1,6 +1,6 @@
 """From a segmenter's logits to class probabilities of images: resizing, sliding windows, several scales, flips."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from ..legacy import INFERENCE, old_arguments
 from .layers import resize
 
 BAND_BYTES = 2**26  # of the probabilities that `label_map` holds at a time
+WHOLE = 2**21  # pixels of an image that `bounded` leaves whole: UPerNet takes 1.5 GB per megapixel
+WINDOW, STEP = 1024, 896  # of its windows
 
 
 def rescale_size(
@@ -182,6 +184,22 @@ def probability_bands(
         yield slice(start, stop), total / len(views)
 
 
+def bounded(size: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `probabilities` for an image of ``size`` (rows, columns), with sliding windows where the model
+    would see more than 2 megapixels at once.
+
+    Examples:
+        >>> from foveal.heads.segmentation.inference import bounded
+        >>> bounded((3000, 4000), {"scale": None})["crop_size"], bounded((3000, 4000), {"scale": [2048, 512]})
+        ((1024, 1024), {'scale': [2048, 512]})
+    """
+    ratios = settings.get("ratios", (1.0,))
+    rows, columns = rescale_size(size, settings.get("scale"), max(ratios), settings.get("size_divisor", 1))
+    if settings.get("crop_size") is not None or rows * columns <= WHOLE:
+        return dict(settings)
+    return {**settings, "crop_size": (WINDOW, WINDOW), "stride": (STEP, STEP)}
+
+
 def views_to_learn(
     images: Tensor,
     targets: Tensor,
@@ -234,7 +252,8 @@ def _scaled(
 
 
 class _View:
-    """The logits of one view of the images, a window or several, at the resolution of the model's head."""
+    """The logits of one view of the images, a window or several, at the resolution of the model's head. They are
+    computed where a band of rows first needs them, from the top, and dropped below it."""
 
     def __init__(
         self,
@@ -243,17 +262,21 @@ class _View:
         crop_size: Sequence[int] | None,
         stride: Sequence[int] | None,
     ) -> None:
-        self.size = images.shape[-2:]
-        places = [(slice(0, self.size[0]), slice(0, self.size[1]))]
+        self.model, self.images, self.size = model, images, images.shape[-2:]
+        self.places = [(slice(0, self.size[0]), slice(0, self.size[1]))]
         if crop_size is not None and stride is not None:
-            places = list(_windows(self.size, crop_size, stride))
-        self.windows = []
-        for rows, columns in places:
-            window = images[..., rows, columns]
-            # a model without coarse logits has computed them for each pixel
-            logits, padded = model.coarse(window) if hasattr(model, "coarse") else (model(window), window.shape[-2:])
-            self.windows.append((rows, columns, logits.float(), padded))
+            self.places = list(_windows(self.size, crop_size, stride))
+        self.several = len(self.places) > 1
+        self.windows = [self._window(*self.places.pop(0))]
         self.classes = self.windows[0][2].shape[1]
+
+    def _window(self, rows: slice, columns: slice) -> tuple[slice, slice, Tensor, tuple[int, int]]:
+        window = self.images[..., rows, columns]
+        if hasattr(self.model, "coarse"):
+            logits, padded = self.model.coarse(window)
+        else:  # computes them for each pixel
+            logits, padded = self.model(window), (window.shape[-2], window.shape[-1])
+        return rows, columns, logits.float(), padded
 
     def rows(self, start: int, stop: int, size: Sequence[int]) -> Tensor:
         """Rows ``start`` to ``stop`` of the logits, resized to ``size``."""
@@ -265,6 +288,9 @@ class _View:
 
     def _band(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``: at each pixel the mean over the windows that cover it."""
+        self.windows = [window for window in self.windows if window[0].stop > start]
+        while self.places and self.places[0][0].start < stop:
+            self.windows.append(self._window(*self.places.pop(0)))
         total: Tensor | None = None
         for rows, columns, logits, padded in self.windows:
             top, bottom = max(start, rows.start), min(stop, rows.stop, self.size[0])
@@ -272,7 +298,7 @@ class _View:
                 continue
             own = _resize_rows(logits, 0, logits.shape[-2], top - rows.start, bottom - rows.start, padded)
             own = own[..., : min(columns.stop, self.size[1]) - columns.start]
-            if len(self.windows) == 1:
+            if not self.several:
                 return own
             if total is None:
                 total = own.new_zeros(*own.shape[:2], stop - start, self.size[1])

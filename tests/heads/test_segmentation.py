@@ -29,6 +29,7 @@ from foveal.heads.segmentation import (
     rescale_size,
     slide_inference,
 )
+from foveal.heads.segmentation.inference import bounded
 from foveal.heads.segmentation.published import from_mmseg, load_heads
 
 from .published_names import from_published, to_mmseg
@@ -429,3 +430,33 @@ def test_label_map_is_the_argmax_of_the_probabilities(head, settings, monkeypatc
     clear = top[:, 0] - top[:, 1] > 1e-5
     assert clear.float().mean() > 0.95
     assert torch.equal(labels[clear], expected.argmax(1)[clear])
+
+
+def test_large_images_are_seen_in_windows():
+    whole = {"scale": None, "size_divisor": 1, "ratios": [1.0], "crop_size": None, "stride": None}
+    assert bounded((1024, 2048), whole) == whole  # Cityscapes
+    assert bounded((3000, 4000), whole) == whole | {"crop_size": (1024, 1024), "stride": (896, 896)}
+    for settings in (whole | {"scale": [2048, 512]}, whole | {"crop_size": [512, 512], "stride": [300, 300]}):
+        assert bounded((3000, 4000), settings) == settings
+    assert bounded((1024, 1024), whole | {"ratios": [1.0, 2.0]})["crop_size"] == (1024, 1024)
+
+
+def test_windows_are_computed_row_by_row(monkeypatch):
+    """Only those that a band of rows needs are kept, and each is computed once."""
+    model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=4, head_kwargs={"channels": 32}).eval()
+    images = torch.rand(1, 3, 200, 90, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(inference, "BAND_BYTES", 4 * 4 * 90 * 8)
+    views, window, seen = [], inference._View._window, []
+
+    def record(view, rows, columns):
+        seen.append((rows.start, columns.start))
+        views.append(len(view.windows) if hasattr(view, "windows") else 0)
+        return window(view, rows, columns)
+
+    monkeypatch.setattr(inference._View, "_window", record)
+    settings = {"crop_size": (64, 64), "stride": (48, 48)}
+    labels = label_map(model, images, **settings)
+    assert len(seen) == len(set(seen)) == 8
+    assert max(views) < 4
+    expected = slide_inference(model, images, (64, 64), (48, 48)).argmax(1)
+    assert (labels == expected).float().mean() > 0.999

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from PIL import Image
 from pycocotools import mask as oracle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision import tv_tensors
 
 from foveal.configs.schema import DetectAugmentConfig, DetectConfig, load_config
 from foveal.train.data import BadSamples, Data, DataError, DetectionBatch, build_detection_data
 from foveal.train.data.coco import read_coco
 from foveal.train.data.dataset import DetectionDataset
-from foveal.train.data.dense_transforms import detection_transform
+from foveal.train.data.dense_transforms import LazyMasks, detection_transform
 from foveal.train.data.guard import Report
 from foveal.train.data.index import DetectionIndex
 from foveal.train.data.validate import CLIPPED, MEASURED, REPAIRED, sum_runs
@@ -763,3 +766,74 @@ def test_precision_by_class_is_that_of_each_class_alone():
         alone = {"images": images, "annotations": own, "categories": [categories[number - 1]]}
         assert average_precision(alone, [e for e in found if e["category_id"] == number], "box")[0] == figures
     assert total["box_ap"] == pytest.approx(np.mean([figures["box_ap"] for figures in by_class]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_size": [70, 200], "max_size": 260},
+        {"crop_prob": 1.0, "crop_min_size": [150, 90], "crop_size": [40, 90], "min_size": [64, 33]},
+        {"scale_jitter": [0.3, 2.0], "final_crop_size": [60, 50], "photometric": True},
+    ],
+)
+def test_masks_are_decoded_after_the_transforms_to_the_same_pixels(settings, tmp_path):
+    draw = np.random.default_rng(0)
+    height, width = 97, 131
+    segments = [(draw.random((8, 2)) * (width, height)).ravel().tolist() for _ in range(6)]
+    codes = [oracle.merge(oracle.frPyObjects([each], height, width)) for each in segments]
+    masks = torch.from_numpy(np.stack([oracle.decode(code) for code in codes]))
+    boxes = torch.tensor([[min(s[::2]), min(s[1::2]), max(s[::2]), max(s[1::2])] for s in segments])
+    transform = detection_transform(DetectAugmentConfig(hflip=0.5, vflip=0.5, **settings))
+    image = torch.from_numpy(draw.integers(0, 256, (3, height, width), dtype=np.uint8))
+    for seed in range(20):
+        found = []
+        for own in (tv_tensors.Mask(masks), LazyMasks.of(codes, height, width)):
+            torch.manual_seed(seed)
+            sample = {
+                "image": tv_tensors.Image(image),
+                "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+                "labels": torch.arange(len(codes)),
+                "masks": own,
+            }
+            found.append(transform(sample))
+        eager, lazy = found
+        assert torch.equal(eager["labels"], lazy["labels"])
+        assert torch.equal(eager["masks"].as_subclass(torch.Tensor), lazy["masks"].decode())
+        assert eager["masks"].shape[-2:] == lazy["image"].shape[-2:]
+    no = torch.zeros(len(codes), dtype=torch.bool)
+    assert lazy["masks"][no[: len(lazy["masks"])]].decode().shape == (0, *lazy["image"].shape[-2:])
+
+
+MEMORY = """
+import json, resource, sys
+import numpy as np
+from foveal.configs.schema import DetectAugmentConfig
+from foveal.train.data.coco import index_objects
+from foveal.train.data.dataset import DetectionDataset
+from foveal.train.data.dense_transforms import detection_transform
+from pathlib import Path
+
+draw = np.random.default_rng(0)
+annotations = []
+for number in range(100):
+    x, y = draw.integers(0, 5000), draw.integers(0, 3000)
+    corners = (draw.random((12, 2)) * 900 + (x, y)).ravel().tolist()
+    box = {"bbox": [int(x), int(y), 900, 900], "area": 1, "iscrowd": 0}
+    annotations.append({"id": number + 1, "image_id": 1, "category_id": 1, "segmentation": [corners], **box})
+images = [{"id": 1, "file_name": "a.png", "height": 4000, "width": 6000}]
+content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+index = index_objects("-", Path(sys.argv[1]), content, masks=True)
+dataset = DetectionDataset(index, 3, detection_transform(DetectAugmentConfig()), 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sample = dataset[0, 0][0]
+assert len(sample["masks"]) > 90, sample["masks"].shape
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+@pytest.mark.slow
+def test_masks_of_a_large_image_take_no_memory_of_its_size(tmp_path):
+    """100 objects in an image of 6000x4000: all masks at once would be 2.3 GiB."""
+    Image.new("RGB", (6000, 4000)).save(tmp_path / "a.png")
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 800  # MiB

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import ExifTags, Image
+from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
@@ -27,6 +28,7 @@ from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.train import detect, evaluate, predict, tasks, train
 from foveal.train.checkpoint import CheckpointError
 from foveal.train.data import DataError, build_detection_data
+from foveal.train.detect import mask_polygon
 
 from .conftest import DETECT, stopped, write_rectangles
 
@@ -418,11 +420,17 @@ def test_predictions_of_a_folder_in_every_format(finished, rectangles, tmp_path)
         assert [entry["category_id"] for entry in entries] == [result.category_id for result in each.results]
         lines = (out / "labels" / f"{place}.txt").read_text().split("\n")[:-1]
         for line, entry in zip(lines, entries, strict=True):
-            label, cx, cy, w, h, score = map(float, line.split())
-            x, y, width, height = entry["bbox"]
-            assert (cx * 80, cy * 64, w * 80, h * 64) == pytest.approx(
-                (x + width / 2, y + height / 2, width, height), abs=1e-3
-            )
+            label, *shape, score = map(float, line.split())
+            mask = coco.annToMask(entry)
+            if mask.any():
+                polygon = (np.array(shape).reshape(-1, 2) * (80, 64)).ravel().tolist()
+                code = run_lengths.merge(run_lengths.frPyObjects([polygon], 64, 80))
+                assert run_lengths.iou([code], [entry["segmentation"]], [0])[0, 0] > 0.8
+            else:
+                (cx, cy, w, h), (x, y, width, height) = shape, entry["bbox"]
+                assert (cx * 80, cy * 64, w * 80, h * 64) == pytest.approx(
+                    (x + width / 2, y + height / 2, width, height), abs=1e-3
+                )
             assert ((3, 7)[int(label)], score) == (entry["category_id"], pytest.approx(entry["score"], abs=1e-5))
         numbers = np.asarray(Image.open(out / "masks" / f"{place}.png"))
         assert set(np.unique(numbers)) <= set(range(len(entries) + 1))
@@ -475,3 +483,18 @@ def test_balanced_sampling(detect_recipe, rectangles):
         share[sampling] = sum(1 in target["labels"] for target in seen) / len(seen)
     assert share["uniform"] == 1 / 16
     assert share["balanced"] > 2 / 16
+
+
+def test_polygons_of_masks_are_what_pycocotools_fills():
+    """Parts and holes, too: by the even-odd rule."""
+    rows, columns = np.mgrid[:60, :90]
+    disc = (rows - 30) ** 2 + (columns - 40) ** 2 < 400
+    ring = disc & ((rows - 30) ** 2 + (columns - 40) ** 2 > 100)
+    parts = disc | (rows > 50) & (columns > 70) | (rows < 5) & (columns < 9)
+    for mask in (disc, ring, parts, np.ones_like(disc), (rows == 3) & (columns == 5)):
+        polygon = np.array(mask_polygon(mask)).reshape(-1, 2) * (90, 60)
+        code = run_lengths.merge(run_lengths.frPyObjects([polygon.ravel().tolist()], 60, 90))
+        filled = run_lengths.decode(code) > 0
+        assert (filled & mask).sum() / (filled | mask).sum() > 0.95 or mask.sum() == 1
+        assert len(polygon) < 200
+    assert mask_polygon(np.zeros((4, 5), bool)) == []

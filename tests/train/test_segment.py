@@ -579,3 +579,28 @@ def test_held_out_loss_is_that_of_training(recipe, blocks, tmp_path, options):
     (row,) = rows(run)
     assert float(row["val_loss"]) == pytest.approx(want, rel=1e-4)
     assert evaluate(run)["loss"] == pytest.approx(want, rel=1e-4)
+
+
+PEAK = """
+import resource, sys
+from foveal.train import predict
+
+(prediction,) = predict(sys.argv[1], [sys.argv[2]])
+assert prediction.error is None and prediction.results
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_photograph_of_12_megapixels_at_full_size_takes_less_than_4_gib(tmp_path):
+    """150 classes, without eval.scale; UPerNet on the whole image takes 16 GiB."""
+    model = build_segmenter("test_foveal_dinat", "upernet", num_classes=150).eval()
+    images = {"in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "inference": {}}
+    save_dense(tmp_path / "model", model, [str(number) for number in range(150)], images)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((4000, 3000)).save(tmp_path / "photo.jpg")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), str(tmp_path / "photo.jpg")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert "1024x1024" in run.stderr
+    assert float(run.stdout) < 4

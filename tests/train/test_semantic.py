@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
@@ -19,7 +20,9 @@ from foveal.configs.schema import (
     load_config,
     save_config,
 )
-from foveal.train import plots
+from foveal.heads.build import build_segmenter
+from foveal.heads.checkpoint import save_dense
+from foveal.train import evaluate, plots, predict, train
 from foveal.train.data import DataError, build_segmentation_data, find_classes
 from foveal.train.data.class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, VOC
 from foveal.train.data.dense_transforms import PhotometricDistort, SemanticMask, segmentation_transform
@@ -483,3 +486,28 @@ def test_balanced_sampling_of_masks(tmp_path):
     assert share["uniform"] == 1 / 20
     expected = 1 / (1 + 19 * 19**-0.5)  # 19 readable masks have the ground
     assert abs(share["balanced"] - expected) < 5 * (expected / 400) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["folder", "auto"])
+def test_images_without_masks_are_evaluated_to_files(kind, tmp_path):
+    """As those of a detector: what the model finds is written, and is what `predict` finds."""
+    model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=3, head_kwargs={"channels": 32}).eval()
+    save_dense(tmp_path / "model", model, ["a", "b", "c"], {"in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3})
+    root = tmp_path / "data"
+    inside = {"folder": "images/val", "auto": "."}[kind]
+    (root / inside / "sub").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    both = ["2.jpg"] if kind == "auto" else []  # folder pairs by name
+    for name in ("1.jpg", "2.png", "sub/3.png", *both):
+        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / inside / name)
+    given = [f"data.root={root}", f"data.kind={kind}", "data.classes=[a,b,c]", "data.workers=0", "train.threads=1"]
+    given += ["data.masks=null"] if kind == "folder" else []
+    result = evaluate(tmp_path / "model", given)
+    assert (result["n"], result["miou"], result["classes"]["a"]["iou"]) == (3 + len(both), None, None)
+    written = sorted((tmp_path / "predictions").rglob("*.png"))
+    names = ["1.png", *(["2.jpg.png", "2.png.png"] if both else ["2.png"]), "sub/3.png"]
+    assert [str(path.relative_to(tmp_path / "predictions" / inside)) for path in written] == names
+    list(predict(tmp_path / "model", [root / inside / "1.jpg"], output=tmp_path / "found"))
+    assert written[0].read_bytes() == (tmp_path / "found" / "1.png").read_bytes()
+    with pytest.raises(DataError, match=r"masks"):
+        train("small", [*given, f"output={tmp_path / 'run'}", "auto=[]"], "segment", Console(quiet=True))

@@ -244,7 +244,7 @@ def read_set(
         found = _choose_labels(find_labels(files), data.classes, train)
         keys = [entry["label"] for entry in found.images]
     else:
-        found = _choose_values(find_masks(files, data), data.classes, train)
+        found = _choose_values(find_masks(files, data, optional=not train), data.classes, train)
         keys = [0] * len(found.images)
     if not found.images:
         raise DataError(f"{files.root}: no usable image; {found.report}")
@@ -399,7 +399,7 @@ def _choose_values(found: Found, classes: Sequence[str] | None, strict: bool) ->
 def index_masks(found: Found, numbers: np.ndarray, *, train: bool) -> SegmentationIndex:
     """An index of the images ``numbers``."""
     classes = tuple(found.names.values())
-    paths, masks = (
-        encode_paths([found.root / found.images[number][key] for number in numbers]) for key in ("file_name", "mask")
-    )
+    images = [found.images[number] for number in numbers]
+    paths = encode_paths([found.root / entry["file_name"] for entry in images])
+    masks = encode_paths([found.root / entry["mask"] if entry["mask"] else "" for entry in images])
     return SegmentationIndex(paths=paths, masks=masks, table=value_table(found.values, classes), classes=classes)

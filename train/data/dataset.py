@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...backbones.images import ChannelError, read_pixels
-from .dense_transforms import IGNORE, SemanticMask
+from .dense_transforms import IGNORE, LazyMasks, SemanticMask
 from .files import UNREADABLE
 from .formats import draw_shapes
 from .guard import DataError
@@ -111,6 +111,7 @@ class DenseDataset(ImageDataset):
     def augment(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.transform is not None:
             sample = self.transform(sample | {"image": tv_tensors.Image(sample["image"])})
+        sample |= {key: value.decode() for key, value in sample.items() if isinstance(value, LazyMasks)}
         return {
             key: value.as_subclass(torch.Tensor) if isinstance(value, torch.Tensor) else value
             for key, value in sample.items()
@@ -132,7 +133,7 @@ class DetectionDataset(DenseDataset):
 
     def read(self, number: int) -> dict[str, Any]:
         sample = {"image": self.image(number), "number": number}
-        return sample | self.index.target(number) if self.train else sample
+        return sample | self.index.target(number, lazy=True) if self.train else sample
 
 
 class SegmentationDataset(DenseDataset):
@@ -142,7 +143,9 @@ class SegmentationDataset(DenseDataset):
 
     def read(self, number: int) -> dict[str, Any]:
         image, path = self.image(number), self.index.mask_name(number)
-        if path.endswith(".json"):
+        if not path:
+            mask = np.full(tuple(image.shape[-2:]), IGNORE, np.uint8)
+        elif path.endswith(".json"):
             mask = draw_shapes(path, self.index.classes, tuple(image.shape[-2:]))
         else:
             mask = read_mask(path, self.index.table)

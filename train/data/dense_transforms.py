@@ -7,7 +7,9 @@ uses PyTorch's CPU generator.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from faster_coco_eval import mask as run_lengths
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -33,6 +35,74 @@ def _resize_mask(mask: SemanticMask, size: list[int], max_size: int | None = Non
     pixels = pixels if mask.ndim > 2 else pixels[None]  # [N, H, W]
     resized = F.resize_image(pixels, size, v2.InterpolationMode.NEAREST_EXACT, max_size)
     return tv_tensors.wrap(resized.reshape(*mask.shape[:-2], *resized.shape[-2:]), like=mask)
+
+
+class LazyMasks(tv_tensors.TVTensor):
+    """Masks of N objects as run lengths, of which flips, crops and nearest resizing only move the rows and columns.
+    `decode` returns the pixels that the transforms of a `Mask` return, exactly, without N masks of the image's size.
+
+    The tensor holds the numbers of the objects, int64 ``[N]``.
+
+    Attributes:
+        codes: of all objects, COCO's compressed run lengths.
+        rows, columns: int64, the pixels of the image that are taken.
+    """
+
+    codes: Sequence[dict[str, Any]]
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of(cls, codes: Sequence[dict[str, Any]], height: int, width: int) -> "LazyMasks":
+        return torch.arange(len(codes)).as_subclass(cls)._with(codes, torch.arange(height), torch.arange(width))
+
+    def _with(self, codes: Sequence[dict[str, Any]], rows: torch.Tensor, columns: torch.Tensor) -> "LazyMasks":
+        self.codes, self.rows, self.columns = codes, rows, columns
+        return self
+
+    def moved(self, rows: torch.Tensor, columns: torch.Tensor) -> "LazyMasks":
+        return self.as_subclass(torch.Tensor).as_subclass(LazyMasks)._with(self.codes, rows, columns)
+
+    def __getitem__(self, keep: Any) -> "LazyMasks":
+        kept = self.as_subclass(torch.Tensor)[keep]
+        return kept.as_subclass(LazyMasks)._with(self.codes, self.rows, self.columns)
+
+    def decode(self) -> torch.Tensor:
+        """uint8 ``[N, rows, columns]``."""
+        masks = np.empty((len(self), len(self.rows), len(self.columns)), np.uint8)
+        place = np.ix_(self.rows.numpy(), self.columns.numpy())
+        for mask, number in zip(masks, self.tolist(), strict=True):
+            mask[:] = run_lengths.decode(self.codes[number])[place]
+        return torch.from_numpy(masks)
+
+
+@F.register_kernel(F.resize, LazyMasks)
+def _resize_lazy(masks: LazyMasks, size: list[int], **_: Any) -> LazyMasks:
+    height, width = size
+    # as an image of one column and of one row, by the rule for masks
+    rows = F.resize_mask(masks.rows.float().view(1, -1, 1), [height, 1]).view(-1).long()
+    columns = F.resize_mask(masks.columns.float().view(1, 1, -1), [1, width]).view(-1).long()
+    return masks.moved(rows, columns)
+
+
+@F.register_kernel(F.crop, LazyMasks)
+def _crop_lazy(masks: LazyMasks, top: int, left: int, height: int, width: int) -> LazyMasks:
+    return masks.moved(masks.rows[top : top + height], masks.columns[left : left + width])
+
+
+@F.register_kernel(F.horizontal_flip, LazyMasks)
+def _flip_lazy(masks: LazyMasks) -> LazyMasks:
+    return masks.moved(masks.rows, masks.columns.flip(0))
+
+
+@F.register_kernel(F.vertical_flip, LazyMasks)
+def _vertical_flip_lazy(masks: LazyMasks) -> LazyMasks:
+    return masks.moved(masks.rows.flip(0), masks.columns)
+
+
+def _of_boxes(sample: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """What is removed with a box."""
+    return tuple(sample[key] for key in ("labels", "masks") if key in sample)
 
 
 class RandomScale(v2.Transform):
@@ -152,7 +222,7 @@ def detection_transform(config: DetectAugmentConfig, coloured: bool = True) -> v
             _detection_resize(config),
             *last,
             v2.ClampBoundingBoxes(),
-            v2.SanitizeBoundingBoxes(min_size=1.0),  # boxes that the crop has removed
+            v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_of_boxes),  # boxes that the crop has removed
         ]
     )
 

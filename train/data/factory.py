@@ -490,6 +490,8 @@ def build_segmentation_data(
     """
     builder, data = _Builder(config, rank, world), config.data
     root = _dense_root(data)
+    if data.masks is None and (train or data.kind != "folder"):
+        raise DataError(f"data.masks=null is for an evaluation with data.kind=folder, not data.kind={data.kind}")
     if data.kind == "digits":
         data = replace(data, kind="folder", images="{split}", masks="semantic/{split}")
     fill = [round(255 * value) for value in mean]

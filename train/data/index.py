@@ -14,6 +14,7 @@ import torch
 from faster_coco_eval import mask as run_lengths
 from torchvision import tv_tensors
 
+from .dense_transforms import LazyMasks
 from .guard import DataError, Excluded, Report
 
 Target = dict[str, torch.Tensor]
@@ -105,7 +106,7 @@ class ClassificationIndex(Index):
 class SegmentationIndex(Index):
     """Images with a class for each pixel."""
 
-    masks: np.ndarray  # bytes [N]: paths
+    masks: np.ndarray  # bytes [N]: paths, all empty where there are no masks
     # int16 [256]: the class of each value of a mask file; [2**24]: of each colour, as 0xRRGGBB; 255 for none, -1 for
     # a value that is no label
     table: np.ndarray
@@ -165,9 +166,13 @@ class DetectionIndex(Index):
         learned = np.concatenate([[0], np.cumsum(self.usable & ~self.crowd)])
         return learned[self.starts[1:]] - learned[self.starts[:-1]]
 
-    def target(self, number: int) -> Target:
+    def target(self, number: int, lazy: bool = False) -> Target:
         """The training target of an image: boxes, float32 ``[N, 4]`` (corners, clipped to the image), labels, int64
-        ``[N]``, and, if there are any, masks, uint8 ``[N, H, W]``. Without crowds and unusable objects."""
+        ``[N]``, and, if there are any, masks, uint8 ``[N, H, W]``. Without crowds and unusable objects.
+
+        Args:
+            lazy: masks are `LazyMasks`, to be decoded after the transforms.
+        """
         height, width = self.sizes[number].tolist()
         rows = self._learned(number)
         boxes = torch.from_numpy(clip_boxes(self.boxes[rows], self.sizes[number])).float()
@@ -177,8 +182,8 @@ class DetectionIndex(Index):
         }
         if self.segments is not None:
             codes = [encode_segment(json.loads(self.segments[row]), height, width) for row in rows]
-            masks = np.stack([run_lengths.decode(code) for code in codes]) if codes else np.empty((0, height, width))
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks.astype(np.uint8, copy=False)))
+            masks = LazyMasks.of(codes, height, width)
+            target["masks"] = masks if lazy else tv_tensors.Mask(masks.decode())
         return target
 
     def image_id(self, number: int) -> Any:

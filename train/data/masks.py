@@ -70,7 +70,7 @@ def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: i
       ``..._labelIds.png``)
     * voc: ``ImageSets/Segmentation/SPLIT.txt`` names, ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png``
     * folder: ``data.images`` and ``data.masks``, with SPLIT in place of ``{split}``; folders below them may nest. Names
-      of masks may end in ``_mask``, ``_L`` and the like (`ENDINGS`); where both are one folder, they do
+      of masks may end in ``_mask``, ``_L`` and the like (`ENDINGS`); where both are one folder, they do. No masks: null
 
     Returns:
         The index; its report names what is passed over.
@@ -85,6 +85,9 @@ def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: i
         pairs = _cityscapes(root, split, report)
     elif config.kind == "ade20k":
         pairs = _join(root / "images" / split, root / "annotations" / split, report)
+    elif config.masks is None:
+        files = _files(root / config.images.replace("{split}", split), image_suffixes(), report)
+        pairs = [(image, Path()) for image in files.values()]
     else:
         images, masks = (root / pattern.replace("{split}", split) for pattern in (config.images, config.masks))
         pairs = _join(images, masks, report)
@@ -92,7 +95,9 @@ def read_masks(root: Path, config: SegmentDataConfig, split: str, num_classes: i
         raise DataError(f"no images of the split {split!r} in {root} (data.kind={config.kind})")
     images, masks = zip(*pairs, strict=True)
     table = label_map(config, num_classes, masks[0], report)
-    if len(table) > 256:
+    if config.masks is None:
+        masks = [""] * len(images)
+    elif len(table) > 256:
         check_colours([mask for _, mask in pairs if mask.is_file()], table)
     return SegmentationIndex(paths=encode_paths(images), masks=encode_paths(masks), table=table, report=report)
 

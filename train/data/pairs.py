@@ -118,16 +118,23 @@ COLOURS = 64  # most distinct values of a mask
 VOC_BORDER = "#e0e0c0"  # around the objects of Pascal VOC's masks in colour
 
 
-def find_masks(files: Files, data: SegmentDataConfig | None = None) -> Found:
+def find_masks(files: Files, data: SegmentDataConfig | None = None, *, optional: bool = False) -> Found:
     """Finds images and masks by content (files with few distinct values are masks), else labelme's shapes.
 
     Args:
         data: with ``values`` and ``ignore_label``, if they are given; None: both are found in the masks.
+        optional: images alone are found, too.
 
     Raises:
         DataError: there is neither, an image has two masks, or ``data.values`` lacks a value.
     """
     found = _read_pairs(files, data or SegmentDataConfig(kind="auto")) or read_labelme_files(files)
+    if found is None and optional and files.images.all:
+        found = Found("images without masks", files.root)
+        found.images = [
+            {"id": number, "file_name": path, "split": split_of(path), "mask": ""}
+            for number, path in enumerate(files.images.all)
+        ]
     if found is None:
         raise DataError(
             f"{files.root} has neither masks for its images nor labelme's JSON files (data.kind=auto); masks with more "
