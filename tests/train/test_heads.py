@@ -115,7 +115,7 @@ def test_teacher_sees_images_as_it_was_trained_to(tmp_path):
     assert not got.requires_grad
     with pytest.raises(ConfigError, match=r"distill.teacher: .* 4 .* 5$"):
         Teacher(str(tmp_path), 5, seen_by_student, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"distill.teacher: .*'bee' .* 1 .* 0$"):
+    with pytest.raises(ConfigError, match=r"distill.teacher: .*'bee' .* 1 .* 0 ."):
         Teacher(str(tmp_path), 4, seen_by_student, torch.device("cpu"), ["bee", "ape", "cat", "dog"])
     with pytest.raises(ConfigError, match=r"distill.teacher: .*no_such"):
         Teacher("no_such", 4, seen_by_student, torch.device("cpu"))

@@ -177,7 +177,8 @@ def label_map(config: SegmentDataConfig, num_classes: int, mask: Path, report: R
         classes, values = find_classes(config), choose_values(config.values, find_classes(config), report)
         return value_table({config.ignore_label: None, **values} if _is_grey(values) else values, classes)
     known, chosen = NAMES.get(config.kind, ()), config.classes or ()
-    if set(chosen) <= set(known):
+    selects = bool(chosen) and set(chosen) <= set(known)
+    if selects:
         num_classes = len(known)
     table = np.full(256, -1, np.int16)
     if config.kind == "cityscapes" and mask.stem.endswith("_labelIds"):
@@ -190,7 +191,7 @@ def label_map(config: SegmentDataConfig, num_classes: int, mask: Path, report: R
     else:
         table[:num_classes] = np.arange(num_classes)
     table[config.ignore_label] = IGNORE  # over a class of this value
-    if chosen and set(chosen) <= set(known):
+    if selects:
         report_left_out([name for name in known if name not in chosen], report)
         labels = np.array([chosen.index(name) if name in chosen else IGNORE for name in known], np.int16)
         named = (table >= 0) & (table != IGNORE)
