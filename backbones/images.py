@@ -36,6 +36,18 @@ class ChannelError(ValueError):
         self.found = found
 
 
+def image_suffixes() -> set[str]:
+    """Suffixes of readable images: those of Pillow, and ``.npy``."""
+    known = Image.registered_extensions()
+    found = {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
+    return found | {".npy"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that a system or tool adds to folders of images."""
+    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Convert an image to 8 bits with 1 (grey) or 3 (RGB) channels.
 

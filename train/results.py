@@ -1,5 +1,6 @@
 """Where predictions come from and go to: files, folders and videos; drawings, masks, COCO JSON and YOLO text."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..backbones.images import image_suffixes, is_hidden
 from ..files import atomic, write_json
-from .data.files import image_suffixes, is_hidden
 from .task import Predictor
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -42,9 +43,12 @@ def find_images(paths: Sequence[str | Path]) -> list[Source]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes())
-            names = [file.relative_to(path) for file in files]
+            files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+            names = [name for name in files if name.suffix.lower() in image_suffixes()]
             names = [name for name in names if not any(map(is_hidden, name.parts))]
+            if names and (other := [str(name) for name in files if name not in {*names}]):
+                text = f"{', '.join(other[:3])}{', ...' * (len(other) > 3)}"
+                warnings.warn(f"{path}: {len(other):,} files that are hidden or no images: {text}", stacklevel=2)
             if not names:
                 raise ValueError(f"{path} has no image file: known are {', '.join(sorted(image_suffixes()))}")
             found += [Source(str(path / name), name.with_suffix(""), path / name) for name in names]

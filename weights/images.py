@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from ..backbones.images import MODES, label_names, preprocessing, read_image, to_mode
+from ..backbones.images import MODES, image_suffixes, is_hidden, label_names, preprocessing, read_image, to_mode
 
 _BATCH = 32
 
@@ -46,7 +45,7 @@ def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
     """Image files, or all images in folders, in batches for a classifier: ``[B, C, H, W]`` each."""
     files: list[Path] = []
     for path in map(Path, paths):
-        below = sorted(each for each in path.rglob("*") if _is_image(str(each)))
+        below = sorted(each for each in path.rglob("*") if _is_image(path, each))
         files += below if path.is_dir() else [path]
     if not files:
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
@@ -54,8 +53,18 @@ def read_batches(model: Any, paths: Sequence[str | Path]) -> list[Tensor]:
     return list(torch.stack([transform(read_image(file, channels)) for file in files]).split(_BATCH))
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith((*get_img_extensions(), ".npy"))
+def _is_image(folder: str | Path, path: str | Path) -> bool:
+    return Path(path).suffix.lower() in image_suffixes() and not any(
+        map(is_hidden, Path(path).relative_to(folder).parts)
+    )
+
+
+class _Folders(ImageFolder):
+    """A folder for each class, but for hidden ones."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        return classes, {name: label for label, name in enumerate(classes)}
 
 
 @torch.no_grad()
@@ -82,7 +91,7 @@ def top1(
     channels = model.pretrained_cfg["input_size"][0]
     try:
         read = functools.partial(read_image, channels=channels)
-        data = ImageFolder(images, preprocessing(model), loader=read, is_valid_file=_is_image)
+        data = _Folders(images, preprocessing(model), loader=read, is_valid_file=functools.partial(_is_image, images))
     except FileNotFoundError as error:
         raise OSError(f"{images}: {error}") from error
     labels = config.get("label_names")

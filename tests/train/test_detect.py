@@ -498,3 +498,24 @@ def test_polygons_of_masks_are_what_pycocotools_fills():
         assert (filled & mask).sum() / (filled | mask).sum() > 0.95 or mask.sum() == 1
         assert len(polygon) < 200
     assert mask_polygon(np.zeros((4, 5), bool)) == []
+
+
+def test_ids_as_text_and_classes_left_out_through_a_run(detect_recipe, rectangles, tmp_path):
+    """Training and evaluation by the same recipe; results have the ids of the file."""
+    for file in (rectangles / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for entry in content["images"]:
+            entry["id"] = f"image {entry['id']}"
+        for entry in content["annotations"]:
+            entry |= {"image_id": f"image {entry['image_id']}", "category_id": {3: "r", 7: "g"}[entry["category_id"]]}
+        for entry in content["categories"]:
+            entry["id"] = entry["name"][0]
+        file.write_text(json.dumps(content))
+    run = tmp_path / "run"
+    first = train(detect_recipe, [f"output={run}", "data.classes=[red]", "schedule.epochs=1"], "detect")
+    again = evaluate(run, [f"predictions={tmp_path / 'found.json'}"])
+    assert (again["n"], list(again["classes"])) == (6, ["red"])
+    assert again["box_ap"] == pytest.approx(first["box_ap"], abs=1e-3)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {entry["category_id"] for entry in found} == {"r"}
+    assert {entry["image_id"] for entry in found} <= {f"image {number}" for number in range(100, 106)}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import ExifTags, Image
 
@@ -14,8 +15,10 @@ from foveal.train.data.dataset import ClassificationDataset, DetectionDataset, S
 from foveal.train.data.files import image_size
 from foveal.train.data.folder import read_folder, scan_folder
 from foveal.train.data.index import ClassificationIndex, SegmentationIndex, encode_paths
-from foveal.train.data.shards import Options, encode
+from foveal.train.data.shards import Options, encode, make_shards
 from foveal.train.data.transforms import EvalTransform, TrainTransform
+from foveal.train.results import find_images
+from foveal.weights.images import read_batches, top1
 
 PREPROCESSING = {"input_size": (3, 24, 24), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 TURNED = {3: 180, 6: 90, 8: 270}  # the tag, and by how many degrees to the left the camera had stored it
@@ -71,6 +74,28 @@ def test_segmenters_and_shards_are_upright(photographs):
     stored = [encode(str(path), Options(max_size=30))[1] for path in photographs]
     assert stored[0] == stored[1]
     assert read_image(photographs[0], 3).tobytes() == read_image(photographs[1], 3).tobytes()
+
+
+def test_exports_are_scored_on_all_that_pillow_reads_and_nothing_hidden(tmp_path):
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        for file in ("1.tif", "2.bmp", "3.webp", "4.png", "._4.png"):
+            Image.new("RGB", (32, 32)).save(tmp_path / name / file)
+    model = timm.create_model("test_foveal_dinat", num_classes=2).eval()
+    assert top1(model, tmp_path, {})[1] == 8
+    assert sum(map(len, read_batches(model, [tmp_path]))) == 8
+
+
+def test_predictions_and_shards_name_what_they_pass_over(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "1.png")
+    (tmp_path / "train" / "a" / "notes.pdf").write_bytes(b"")
+    (tmp_path / "train" / "a" / "._1.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 files.*\._1\.png.*notes\.pdf"):
+        assert len(find_images([tmp_path])) == 2
+    with pytest.warns(UserWarning, match=r"hidden file.*\._1\.png.*notes\.pdf"):
+        make_shards(tmp_path, tmp_path / "shards", Options())
 
 
 def test_class_folders_hold_all_that_pillow_reads_and_nothing_hidden(tmp_path):

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import yaml
 from PIL import Image
 
-from ...backbones.images import image_shape
+from ...backbones.images import image_shape, image_suffixes, is_hidden
 from .guard import DataError, Report
 
 LIMITS = {".xml": 2**24, ".txt": 2**26, ".yaml": 2**20, ".json": 2**32, ".csv": 2**30}  # bytes
@@ -221,17 +221,6 @@ def _read_bytes(file: Path, kind: str = "") -> bytes:
 class _NoDocumentType(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ValueError(f"<!DOCTYPE {name}> is not allowed in annotations")
-
-
-def image_suffixes() -> set[str]:
-    """Suffixes of readable images: those of Pillow, and ``.npy``."""
-    known = Image.registered_extensions()
-    found = {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in ("PDF", "MPEG", "HDF5")}
-    return found | {".npy"}
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def sizes_of(files: Files, paths: Iterable[str], report: Report) -> dict[str, tuple[int, int]]:

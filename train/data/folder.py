@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from timm.utils import natural_key
 
-from .files import image_suffixes, is_hidden
+from ...backbones.images import image_suffixes, is_hidden
 from .guard import DataError, Report
 from .index import ClassificationIndex, encode_paths
 

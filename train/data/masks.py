@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...backbones.images import upright
+from ...backbones.images import image_suffixes, is_hidden, upright
 from ...configs.schema import SegmentDataConfig
 from .class_names import ADE20K, CITYSCAPES, CITYSCAPES_IDS, DIGITS, VOC
 from .dense_transforms import IGNORE
-from .files import ENDINGS, UNREADABLE, image_suffixes, is_hidden
+from .files import ENDINGS, UNREADABLE
 from .guard import DataError, Report, check_classes
 from .index import SegmentationIndex, encode_paths
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ class Plan:
         plan = {}
         for split in splits:
             index = read_folder(source, split, classes)
+            if text := str(index.report):
+                warnings.warn(text, stacklevel=2)
             images = sorted(zip(map(index.name, range(len(index))), index.label.tolist(), strict=True))
             facts = [os.stat(path) for path, _ in images]
             for (path, label), fact in zip(images, facts, strict=True):
