@@ -79,6 +79,10 @@ class Problems:
             self.found.append(error)
         return isinstance(error, ValueError)
 
+    def concern(self, section: str) -> bool:
+        """Whether a collected error is about a key of a section."""
+        return any(str(error).startswith(f"{section}.") for error in self.found)
+
     def raise_all(self) -> None:
         """Raises the stored error; for several, a `ConfigError` with a line each."""
         if len(self.found) == 1:

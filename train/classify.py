@@ -26,7 +26,7 @@ from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes
 from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, Losses, autocast, write_confusion
-from .task import RANDOM_WEIGHTS, Result, find_recipe, loop_problems, processes, use_kept_split
+from .task import RANDOM_WEIGHTS, Result, check_published, find_recipe, loop_problems, processes, use_kept_split
 
 EXAMPLES = 40  # right and as many wrong ones, for the figure of predictions
 
@@ -72,9 +72,11 @@ class Task(task.Task):
         if config.distill.teacher is not None:
             with problems:
                 check_teacher(config.distill.teacher)
-        with problems:
-            classes = find_classes(config.data)
-        if classes and cfg:
+                check_published("distill.teacher", config.distill.teacher)
+        if not problems.concern("data"):
+            with problems:
+                classes = find_classes(config.data)
+        if classes and cfg and not problems.concern("data"):
             with problems:
                 data = build_classification_data(config, classes, cfg, **processes(accelerator))
         problems.raise_all()

@@ -53,8 +53,9 @@ class Task(task.Task):
         problems = loop_problems(config)
         with problems:
             check_backbone(config)
-        with problems:
-            data = build_detection_data(config, masks=masks, **processes(accelerator))
+        if not problems.concern("data"):
+            with problems:
+                data = build_detection_data(config, masks=masks, **processes(accelerator))
         problems.raise_all()
         return cls(config, build_model(config, len(data.categories)), data)
 

@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,40 @@ from .distributed import (
     load_full_state_dict,
     raised_by_all,
 )
-from .logging import write_csv
+from .logging import flat, write_csv
 
 if TYPE_CHECKING:
     from .task import Row
 
 Trainer = Any  # `trainer.Trainer`, whose module imports this one
 
+OPTIONS = ("weight_decay", "betas", "eps", "momentum", "lr_scale")  # of optimizer groups, from the recipe
 SHAPE_KEYS = "train.batch_size, train.grad_accum_steps, train.steps_per_epoch, data.limit, data.exclude, processes"
+
+
+# Recipe keys that a resumed run may not change, by task; `ADJUSTABLE` are those of them that it may.
+FIXED = {
+    "": (
+        *("task", "seed", "model.name", "model.kwargs", "model.frozen_stages", "optim.name", "optim.layer_decay"),
+        *("data.in_chans", "data.mean", "data.std"),
+    ),
+    "classify": (
+        *("model.num_classes", "data.kind", "data.val_fraction", "data.classes", "data.num_classes"),
+        *("data.image_size", "data.interpolation", "data.crop_pct", "loss.*", "distill.*"),
+    ),
+    "detect": ("model.*", "data.classes", "data.min_size", "data.max_size", "augment.*", "eval.*"),
+    "segment": (
+        *("model.*", "data.kind", "data.classes", "data.reduce_zero_label", "data.values", "data.ignore_label"),
+        *("data.antialias", "augment.*", "loss.*", "eval.*"),
+    ),
+}
+ADJUSTABLE = ("model.pretrained", "model.checkpoint", "model.segmenter", "model.sync_bn")
+
+
+def is_fixed(task: str, key: str) -> bool:
+    """Whether a resumed run may not change a recipe key."""
+    patterns = (*FIXED[""], *FIXED[task])
+    return key not in ADJUSTABLE and any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 @dataclass
@@ -122,6 +149,7 @@ def save(trainer: Trainer, best: bool = False) -> None:
             "format": 1,
             "state": {key: value for key, value in vars(state).items() if key not in ("loss_sum", "loss_count")},
             "losses": losses,
+            "recipe": dict(flat(trainer.config)),
             "identity": _identity(trainer),
             "shape": _shape(trainer),
             "optimizer": optimizer,
@@ -171,7 +199,7 @@ def resume(trainer: Trainer) -> bool:
         if ema is not None:
             load_full_state_dict(ema.module, checkpoint.read_exact(ema.module, folder / checkpoint.WEIGHTS))
         load_full_state_dict(trained, raw)
-    load_full_optimizer_state(trainer.optimizer, saved["optimizer"])
+    _load_optimizer(trainer, saved["optimizer"])
     if accelerator.scaler is not None and saved["scaler"] is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
     trainer.state = state = State(**saved["state"])
@@ -188,6 +216,14 @@ def resume(trainer: Trainer) -> bool:
             _check_best(trainer)
     trainer.state.best = broadcast_object_list([trainer.state.best])[0]
     return True
+
+
+def _load_optimizer(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Restores the optimizer's state, with the options of the recipe as it is now: PyTorch restores those, too."""
+    options = [{key: group[key] for key in OPTIONS if key in group} for group in trainer.optimizer.param_groups]
+    load_full_optimizer_state(trainer.optimizer, saved)
+    for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def _set_rate(trainer: Trainer) -> None:
@@ -252,6 +288,11 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
     if epoch + (step > 0) > trainer.epochs:
         done = f"{epoch} epochs" + (f" and {step} updates" if step else "")
         raise ConfigError(f"{folder} is already past epoch {trainer.epochs}, the last of this recipe: it has {done}")
+    former, now = saved.get("recipe", {}), dict(flat(trainer.config))  # checkpoints of 0.1.0 have none
+    changed = {key: (former[key], now[key]) for key in now if key in former and former[key] != now[key]}
+    if refused := [key for key in changed if is_fixed(trainer.config.task, key)]:
+        text = "; ".join("{} was {!r}, is now {!r}".format(key, *changed[key]) for key in refused)
+        raise CheckpointError(f"{folder} belongs to another run: {text}")
     for key, value in _identity(trainer).items():
         earlier = saved["identity"].get(key)
         if key in ("model", "evaluation", "augmentation") and str(earlier).startswith("{"):
@@ -263,9 +304,11 @@ def _check_continues(trainer: Trainer, folder: Path, saved: dict[str, Any]) -> N
         for groups in (saved["optimizer"]["param_groups"], trainer.optimizer.param_groups)
     ]
     if sizes[0] != sizes[1]:
+        keys = [key for key in changed if key.startswith(("model.", "optim."))]
+        why = "; ".join("{} was {!r}, is now {!r}".format(key, *changed[key]) for key in keys)
         raise CheckpointError(
-            f"{folder}: the optimizer had groups of {sizes[0]} parameters, now has {sizes[1]}, as other parameters "
-            f"decay: start another run with model.checkpoint={folder}"
+            f"{folder}: the optimizer had groups of {sizes[0]} parameters, now has {sizes[1]}, "
+            f"as {why or 'other parameters decay'}: start another run with model.checkpoint={folder}"
         )
     was = saved["shape"]
     for key, value in _shape(trainer).items():

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -31,7 +32,7 @@ from .resume import resume
 from .tasks import find_task, import_models
 from .trainer import Trainer
 
-RUN_FILES = ("config.yaml", "last", "last.old", "best", "metrics.csv")  # a folder with any of these holds a run
+RUN_FILES = ("last", "last.old", "best", "metrics.csv", "summary.json")  # a folder with any of these holds a run
 
 
 def train(
@@ -90,9 +91,6 @@ def train(
         command = ["foveal", "train", config.task, str(recipe)]
         command += [pair for pair in overrides if not pair.startswith("resume=")] + ["resume=auto"]
         raise Interrupted(stop.code, f"saved to {trainer.run}/last; to resume: {shlex.join(command)}") from None
-    finally:
-        if accelerator.is_main_process and not checkpoint.generations(trainer.run / "last"):
-            (trainer.run / "config.yaml").unlink(missing_ok=True)  # without a checkpoint there is no run to protect
 
 
 def read_recipe(recipe: str | Path, overrides: Sequence[str], task: str | None) -> tuple[Any, list[str]]:
@@ -125,12 +123,35 @@ def create_accelerator(config: Any) -> Accelerator:
         raise ConfigError(f"train.amp={config.train.amp}: {error}") from error
     if config.model.sync_bn and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
         raise ConfigError("model.sync_bn: PyTorch synchronizes batch norms on GPUs only")
-    if config.resume == "never" and any((Path(config.output) / name).exists() for name in RUN_FILES):
-        raise ConfigError(
-            f"{config.output} already holds a run: resume=auto continues it (from the start if it has no checkpoint), "
-            "output=FOLDER writes elsewhere"
-        )
+    if config.resume == "never":
+        check_unused(Path(config.output))
     return accelerator
+
+
+def check_unused(run: Path) -> None:
+    """Raises:
+    ConfigError: the folder holds a run, or a running process is going to write one there.
+    """
+    other = "output=FOLDER writes elsewhere"
+    if any((run / name).exists() for name in RUN_FILES):
+        raise ConfigError(
+            f"{run} already holds a run: resume=auto continues it (from the start if it has no checkpoint), {other}"
+        )
+    try:
+        started = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    process = started.get("process", {})
+    if process.get("host") == platform.node() and process["pid"] != os.getpid() and is_running(process):
+        raise ConfigError(f"process {process['pid']} is training in {run}, without a checkpoint yet; {other}")
+
+
+def is_running(process: Any) -> bool:
+    """Whether there still is the process of this number and start time (``environment.json``)."""
+    try:
+        return abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
 
 
 def describe(trainer: Trainer, resumed: bool) -> None:
@@ -178,17 +199,18 @@ def write_recipe(trainer: Trainer, resumed: bool) -> None:
     """Writes config.yaml, split.csv and environment.json into the run folder, which is no longer finished."""
     run, division = trainer.run, trainer.task.data.division
     run.mkdir(parents=True, exist_ok=True)
-    if resumed:
-        keep_former(trainer)
+    if not resumed and (run / "config.yaml").exists():
+        trainer.logger.print(f"{run} has a recipe and no checkpoint: starting from the beginning")
+    keep_former(trainer)
     (run / "summary.json").unlink(missing_ok=True)
+    write_json(run / "environment.json", environment(trainer.accelerator))
     save_config(trainer.config, run / "config.yaml")
     if division is not None:
         division.write(run)
-    write_json(run / "environment.json", environment(trainer.accelerator))
 
 
 def keep_former(trainer: Trainer) -> None:
-    """Warns about recipe keys that a resumed run changes, and renames the former config.yaml."""
+    """Warns about recipe keys that a run changes from the config.yaml in its folder, and renames that file."""
     file, config = trainer.run / "config.yaml", trainer.config
     if not file.is_file():
         return
@@ -263,6 +285,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": str(accelerator.device),
         "gpu": gpu,
         "processes": accelerator.num_processes,
+        "process": {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()},
         "backend": os.environ.get("FOVEAL_BACKEND"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

@@ -5,7 +5,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from PIL import Image
+from timm.models import is_model
 from torch import Tensor, nn
 
+from ..backbones.base import registered_cfg
 from ..backbones.images import to_rgb
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, SegmentConfig, load_config
@@ -77,14 +79,18 @@ class Task(task.Task):
                 raise ConfigError(
                     "train.batch_size=1: UPerNet has batch norms on maps of one pixel, which need two images or more"
                 )
-        with problems:
-            classes = find_classes(config.data)
-        with problems:
-            check_loss(config, len(classes))
+        if not problems.concern("data"):
+            with problems:
+                classes = find_classes(config.data)
+        if classes:
+            with problems:
+                check_loss(config, len(classes))
+        if classes and is_model(config.model.name) and not problems.concern("data"):
+            with problems:
+                data = segmentation_data(config, classes, registered_cfg(config.model.name).mean, accelerator)
         problems.raise_all()
         config.data.classes = classes if config.data.kind == "auto" else config.data.classes
         model = build_model(config, len(classes))
-        data = segmentation_data(config, classes, model, accelerator)
         new = load_initial(model, config.model.segmenter) if config.model.segmenter is not None else []
         self = cls(config, model, classes, data)
         if new:
@@ -107,7 +113,12 @@ class Task(task.Task):
         if classes != model.classes and sorted(classes) == sorted(model.classes):
             theirs, ours = next(pair for pair in zip(classes, model.classes, strict=True) if pair[0] != pair[1])
             raise ConfigError(f"{source} has another order of classes: {ours} where the data have {theirs}")
-        return cls(config, model, classes, segmentation_data(config, classes, model, accelerator, train=False))
+        return cls(
+            config,
+            model,
+            classes,
+            segmentation_data(config, classes, model.mean.flatten().tolist(), accelerator, train=False),
+        )
 
     def train_step(self, model: nn.Module, batch: SegmentationBatch, epoch: int) -> Tensor:
         if isinstance(self.model, Mask2Former):
@@ -311,12 +322,12 @@ def load_initial(model: Segmenter, source: str) -> list[str]:
 
 
 def segmentation_data(
-    config: SegmentConfig, classes: list[str], model: Any, accelerator: Accelerator, train: bool = True
+    config: SegmentConfig, classes: list[str], mean: Sequence[float], accelerator: Accelerator, train: bool = True
 ) -> Data:
-    """The recipe's data; crops beyond the image are filled with the model's mean colour."""
-    return build_segmentation_data(
-        config, classes, model.mean.flatten().tolist(), train=train, **processes(accelerator)
-    )
+    """The recipe's data; crops beyond the image are filled with the mean: the recipe's, or else ``mean``."""
+    mean, channels = config.data.mean or mean, config.data.in_chans
+    mean = list(mean) if len(mean) == channels else [sum(mean) / len(mean)] * channels
+    return build_segmentation_data(config, classes, mean, train=train, **processes(accelerator))
 
 
 def inference(config: SegmentConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from timm.models import is_model
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ..backbones.base import registered_cfg
 from ..backbones.images import read_image, to_mode
 from ..backbones.loading import local_path, unknown_model
 from ..configs.schema import ConfigError, Problems
@@ -285,7 +286,26 @@ def loop_problems(config: Any) -> Problems:
     if config.train.parallel == "fsdp":
         with problems:
             check_sharding(config.train)
+    files = {"model.checkpoint": config.model.checkpoint, "model.segmenter": getattr(config.model, "segmenter", None)}
+    files |= {"data.exclude": config.data.exclude, "data.split": config.data.split}
+    if config.data.kind != "digits" and "://" not in str(config.data.root):  # composites are written
+        files["data.root"] = config.data.root
+    for key, path in files.items():
+        with problems:
+            if path is not None and not local_path(path).exists():
+                raise ConfigError(f"{key}: {path} does not exist")
+    if config.model.pretrained and "pretrained_cfg_overlay" not in config.model.kwargs:
+        with problems:
+            check_published("model.pretrained", config.model.name)
     return problems
+
+
+def check_published(key: str, name: str) -> None:
+    """Raises:
+    ConfigError: a registered model without published weights.
+    """
+    if is_model(name) and not registered_cfg(name).has_weights:
+        raise ConfigError(f"{key}: {name} has no published weights")
 
 
 def find_recipe(source: str | Path) -> Path | None:

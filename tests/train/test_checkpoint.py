@@ -3,6 +3,7 @@
 import argparse
 import csv
 import errno
+import json
 import os
 import re
 import resource
@@ -10,17 +11,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
 
+import foveal
 from foveal.backbones import nat
-from foveal.configs.schema import ConfigError, load_config
-from foveal.train import checkpoint, classify, train
+from foveal.configs.schema import SCHEMAS, ConfigError, _keys, load_config
+from foveal.train import checkpoint, classify, evaluate, train, trainer
 from foveal.train.checkpoint import CheckpointError, load_initial, newest, write_folder
+from foveal.train.resume import is_fixed
+from foveal.weights.convert import convert
+from foveal.weights.export import export
 
 from .conftest import QUICK
 
@@ -441,7 +449,11 @@ def test_a_run_whose_folder_becomes_read_only(capsys, monkeypatch, no_rights):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("model.name=test_foveal_nat", "model .*'test_foveal_dinat'.*'test_foveal_nat'"),
+        ("model.name=test_foveal_nat", r"model\.name .*'test_foveal_dinat'.*'test_foveal_nat'"),
+        ("model.frozen_stages=2", r"model\.frozen_stages .*-1.*2"),
+        ("model.num_classes=12", r"model\.num_classes .*None.*12"),
+        ("optim.layer_decay=0.5", r"optim\.layer_decay .*None.*0\.5"),
+        ("optim.weight_decay=0", r"optim\.weight_decay .*0\.05.*0\.0"),
         ("optim.name=sgd", r"optim\.name .*'adamw'.*'sgd'"),
         ("train.ema_decay=0.9", "averaging .*False.*True"),
         ("seed=1", "seed .*0.*1"),
@@ -476,15 +488,68 @@ def test_a_resumed_run_without_changes_says_none(stopped, quick, capsys):
     assert not (stopped / "config.1.yaml").exists()
 
 
-@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
-def test_the_readme_lists_what_a_resumed_run_may_not_change(task):
-    """Every entry of the identity that a checkpoint is compared by."""
+def test_options_of_the_optimizer_are_those_of_the_resumed_recipe(stopped, quick, monkeypatch):
+    """PyTorch's `load_state_dict` takes them from the checkpoint."""
+    seen, fit = [], trainer.Trainer.fit
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self: seen.append(self.optimizer.param_groups) or fit(self))
+    more = ["optim.weight_decay=0.2", "optim.betas=[0.8,0.9]", "optim.eps=1e-6", "schedule.epochs=2"]
+    train(quick, [f"output={stopped}", "resume=auto", *more])
+    assert {group["weight_decay"] for group in seen[0]} == {0.0, 0.2}
+    assert {(group["betas"], group["eps"]) for group in seen[0]} == {((0.8, 0.9), 1e-6)}
+
+
+def resume_table() -> dict[str, list[str]]:
+    """The rows of train/README.md: their first words, and the keys or patterns in the second column."""
     readme = (Path(__file__).parents[2] / "train/README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| refused, (\w+)[^|]*\| (.*) \|$", readme, re.MULTILINE))
+    found = re.findall(r"^\| ((?:may change|refused|the same update)[^|]*) \| (.*) \|$", readme, re.MULTILINE)
+    return {name.partition(":")[0]: re.findall(r"`([\w.*]+)`", text) for name, text in found}
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+def test_every_recipe_key_is_in_the_table_of_what_a_resumed_run_may_change(task):
+    table = resume_table()
+    sections = {key.rpartition(".")[0] for key in _keys(SCHEMAS[task])}
+
+    def row(name: str, key: str) -> bool:
+        patterns = table.get(name, []) + table.get(f"{name}, {task}", [])
+        return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    for key in set(_keys(SCHEMAS[task])) - sections:
+        refused = row("refused", key) and not row("may change", key)
+        assert refused == is_fixed(task, key), key
+        assert refused or row("may change", key) or row("the same update", key), key
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+def test_the_identity_of_earlier_checkpoints_is_of_keys_that_are_refused(task):
     run = Path(__file__).parents[1] / "data/runs_0.1.0" / task
     identity = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)["identity"]
-    for key in identity:
-        assert key.partition(" ")[0] in rows["all"] + rows[task], key
+    keys = {"model": "model.name", "model arguments": "model.kwargs", "preprocessing": "data.image_size"}
+    keys |= {"augmentation": "augment.hflip", "evaluation": "eval.mode", "distillation": "distill.alpha"}
+    keys |= {"classes": "data.classes", "categories": "data.classes", "loss": "loss.auxiliary"}
+    averaging = "averaging"  # train.ema_decay, of which 0 is refused
+    assert all(is_fixed(task, keys.get(key, key)) for key in identity if key != averaging)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_blocks_nothing(quick, tmp_path, capsys):
+    """What a SIGKILL leaves: the next start says so, and keeps a recipe that differs."""
+    run, options = tmp_path / "run", ["schedule.epochs=1", "data.limit=64", "data.val_limit=32"]
+    train(quick, [f"output={tmp_path / 'other'}", *options])
+    run.mkdir()
+    for name in ("config.yaml", "environment.json"):
+        (run / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    former = (run / "config.yaml").read_text()
+    started = json.loads((run / "environment.json").read_text())
+    alive = started["process"] | {"pid": os.getppid(), "started": psutil.Process(os.getppid()).create_time()}
+    (run / "environment.json").write_text(json.dumps(started | {"process": alive}))
+    with pytest.raises(ConfigError, match=f"{os.getppid()} .*{run}"):
+        train(quick, [f"output={run}", *options, "optim.lr=0.001"])
+    assert (run / "config.yaml").read_text() == former
+    (run / "environment.json").write_text(json.dumps(started | {"process": alive | {"started": 1.0}}))  # another one
+    capsys.readouterr()
+    train(quick, [f"output={run}", *options, "optim.lr=0.001"])
+    assert (run / "config.1.yaml").read_text() == former
+    assert "optim.lr 0.003 -> 0.001" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_blocks_nothing(quick, tmp_path, monkeypatch):
@@ -506,3 +571,33 @@ def test_a_run_with_other_groups_of_parameters(stopped, quick, monkeypatch):
     monkeypatch.setattr(nat.NAT, "tables", ())
     with pytest.raises(CheckpointError, match=rf"\[.*model\.checkpoint={stopped}/last"):
         train(quick, [f"output={stopped}", "resume=auto"])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_prefixes_of_wrappers_at_every_entry_point(stopped, quick, tmp_path, prefix):
+    """A run whose files were written by hand from a compiled or wrapped model. For the weights that a detector or a
+    segmenter starts from, see tests/backbones/test_loading.py."""
+    digits = ["data.kind=digits", "data.image_size=32", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
+    want, state = evaluate(stopped), safetensors.torch.load_file(stopped / "best/model.safetensors")
+    for folder in (stopped / "best", stopped / "last"):
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        tensors = {prefix + name: value for name, value in tensors.items()}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    checkpoint.seal(stopped / "last")
+    shutil.copytree(stopped / "best", tmp_path / "model")
+    for source, options in ((stopped, []), (stopped / "best", []), (tmp_path / "model", digits)):
+        assert evaluate(source, options)["top1"] == want["top1"]
+    assert same(foveal.load(stopped).state_dict(), state)
+    assert same(foveal.load(stopped / "best/model.safetensors").state_dict(), state)
+    convert(
+        stopped / "best/model.safetensors",
+        tmp_path / "converted",
+        model="test_foveal_dinat",
+        arguments=yaml.safe_load(QUICK)["model"]["kwargs"] | {"in_chans": 1},
+    )
+    assert same(safetensors.torch.load_file(tmp_path / "converted/model.safetensors"), state)
+    assert export(stopped, "pt2", tmp_path / "exported").folder.is_dir()
+    for name, options in (("initial", [f"model.checkpoint={stopped}"]), ("run", ["resume=auto"])):
+        train(quick, [f"output={tmp_path / name}", f"schedule.epochs={1 + (name == 'run')}", *options])
+    history = (stopped / "metrics.csv").read_text().splitlines()
+    assert len(history) == 3

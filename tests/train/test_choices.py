@@ -128,3 +128,26 @@ def test_choices_need_data_that_are_found_out(tmp_path):
         chosen(tmp_path, "data.kind=coco")
     with pytest.raises(ConfigError, match=r"optim\.momentum"):
         chosen(tmp_path, "auto=[optim.momentum]")
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_everything_that_is_missing_is_named_at_once(task, tmp_path):
+    """Before a model is built, weights are fetched or anything is written."""
+    given = {
+        "model.checkpoint": "none.safetensors",
+        "model.pretrained": "true",  # the model has no published weights
+        "data.exclude": "none.csv",
+        "data.split": "none.csv",
+        "data.root": str(tmp_path / "none"),
+        "optim.name": "no_optimizer",
+    }
+    given |= {"classify": {"distill.teacher": "test_foveal_nat"}, "segment": {"model.segmenter": "none"}}.get(task, {})
+    kind = {"classify": "folder", "detect": "coco", "segment": "folder"}[task]
+    options = [*(f"{key}={value}" for key, value in given.items()), f"data.kind={kind}", f"output={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError) as refused:
+        train(f"{task}/digits", [*options, *(["data.classes=[a, b]"] if task == "segment" else [])])
+    lines = str(refused.value).splitlines()
+    for key in given:
+        name = str(tmp_path / "none") if key == "data.root" else key
+        assert any(name in line for line in lines), (key, lines)
+    assert not (tmp_path / "run").exists()

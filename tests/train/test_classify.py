@@ -450,7 +450,7 @@ def test_resume_refuses_other_preprocessing_and_leaves_a_finished_run_alone(tmp_
     options = [f"output={run}", "schedule.epochs=1", "train.threads=1", "data.limit=128", "data.val_limit=64"]
     train("classify/digits", options)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"preprocessing .*32.*64"):
+    with pytest.raises(CheckpointError, match=r"data\.image_size .*32.*64"):
         train("classify/digits", [*options, "resume=auto", "data.image_size=64"])
     train("classify/digits", [*options, "resume=auto"])
     assert "is finished" in capsys.readouterr().out
