@@ -346,15 +346,18 @@ def _fold(
 # --------------------------------------------------------------------------------------------------- launchers
 
 
-def sizes(depth: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    """(positions of a tile, positions of a step, warps, stages), the default first. None of them spills registers on
-    compute capability 9.0. Not tuned for speed yet."""
+def sizes(name: str, depth: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+    """(positions of a tile, positions of a step, warps, stages), the default first: that with the fewest instructions.
+    None of them spills registers on compute capability 9.0. Not tuned on a GPU yet."""
     if dtype == torch.float32:
         return [(16, 32, 4, 1)] if depth <= 128 else [(16, 32, 8, 1)]
     if depth > 128:
         return [(32, 32, 8, 1)]
     wide = [(32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 8, 1)]
-    return wide if depth > 32 else [*wide, (16, 32, 4, 1), (16, 64, 4, 1)]
+    if depth > 32:
+        return wide
+    fewest = {"apply": (16, 16, 1, 1), "dots": (16, 32, 1, 1), "spread": (16, 32, 2, 1)}
+    return [*([fewest[name]] if depth <= 16 else []), *wide, (16, 32, 4, 1), (16, 64, 4, 1)]
 
 
 @lru_cache(maxsize=4096)
@@ -415,7 +418,7 @@ def _launch(
 
     shape_class = (out.dtype, padded, kernel_size, max(dilation) > 1, boundary, softmax, math.prod(shape).bit_length())
     with torch.cuda.device_of(out):
-        launch(f"aggregate, {name}", shape_class, sizes(depth, out.dtype), run)
+        launch(f"aggregate, {name}", shape_class, sizes(name, depth, out.dtype), run)
 
 
 _NONE: dict[str, Tensor | None] = dict.fromkeys(("sums", "table", "kernel_bias"))

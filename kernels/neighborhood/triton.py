@@ -211,7 +211,7 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
     if depth > 64:
         if decomposed and kernel != "forward":
             return [(32, 32, 8, 2), (16, 32, 8, 1)]
-        return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
+        return [(32, 32, 4, 2) if keys else (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if decomposed and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
         return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
     if kernel == "forward":
@@ -349,7 +349,8 @@ def _unrolled(kernel: str, call: LaunchShape, blocks: int, keys: int, stages: in
     """``blocks`` if the loop over the keys is unrolled, so that a whole image is loaded ahead; else 1."""
     if call.dtype == torch.float32 or stages != 2 or blocks > UNROLLED_BLOCKS:
         return 1
-    if kernel != "forward" and (call.bias == 2 or max(call.blocks) > 32):
+    backward, decomposed = kernel != "forward", call.bias == 2
+    if (backward and decomposed) or (max(call.blocks) > 32 and (backward or decomposed)):
         return 1  # too many registers
     return blocks if blocks * keys * sum(call.blocks) * 2 * stages <= UNROLLED_BYTES else 1
 
