@@ -335,10 +335,14 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], pattern: str = r"norm\d") -> None:
-    """Add the model's values for matching names if the checkpoint has none of them (newly added norms)."""
+    """Add the model's values for matching names if the checkpoint has none of them (newly added norms). Norms of maps
+    that the model does not return are left out."""
     names = [name for name in own if re.match(pattern, name)]
     if not any(name in state_dict for name in names):
         state_dict.update({name: own[name] for name in names})
+    unread = [name for name in state_dict if re.fullmatch(r"norm\d\.(weight|bias)", name) and name not in own]
+    for name in unread if any(re.match(r"norm\d", name) for name in own) else ():
+        del state_dict[name]
 
 
 def check_names(

@@ -42,6 +42,7 @@ DENSE_HEADS = {
     "faster_rcnn": "faster_rcnn",
     "retinanet": "retinanet",
     "upernet": "upernet",
+    "semantic_fpn": "semantic_fpn",
     "mask2former": "mask2former",
 }
 _UNKNOWN = "unknown: ask the author of the file"

@@ -179,8 +179,10 @@ def head_config(state: State, task: str | None = None) -> HeadConfig:
         task, arguments = "detect", _rcnn(state, "detectron2")
     elif has("rpn_head.") and has("roi_head.bbox_head.shared_fcs."):
         task, arguments = "detect", _rcnn(state, "mmdet")
-    elif has("bbox_head.retina_cls.") and a3fpn:
-        task, arguments = "detect", _retinanet(state)
+    elif has("bbox_head.retina_cls."):
+        task, arguments = "detect", _retinanet(state, a3fpn)
+    elif has("decode_head.scale_heads.") and not a3fpn:
+        task, arguments = "segment", _semantic_fpn(state)
     elif has("decode_head.psp_modules."):
         task, arguments = "segment", _upernet(state)
     else:
@@ -192,10 +194,6 @@ def head_config(state: State, task: str | None = None) -> HeadConfig:
 
 _UNSUPPORTED = {
     "roi_heads.box_head.0.": "detectron2's cascade heads (roi_heads.box_head.0 ...)",
-    "bbox_head.retina_cls.": "RetinaNet on an FPN: mmdetection makes P6 from C5, or P7 without a ReLU before it, and "
-    "torchvision does not, so the outputs would differ",
-    "decode_head.scale_heads.": "mmsegmentation's FPNHead has BatchNorm; the semantic FPN here, as in its paper, has "
-    "GroupNorm",
 }
 
 
@@ -266,11 +264,19 @@ def _cascade(state: State) -> dict[str, Any]:
     return dict(head="cascade_mask_rcnn", num_classes=classes, neck_kwargs=neck, head_kwargs=head)
 
 
-def _retinanet(state: State) -> dict[str, Any]:
+def _retinanet(state: State, a3fpn: bool) -> dict[str, Any]:
     anchors, classes = _size(state, "bbox_head.retina_reg.weight") // 4, _size(state, "bbox_head.retina_cls.weight")
     if anchors != 9:
         raise ValueError(f"a RetinaNet with {anchors} anchors for each location, only 9 are supported")
-    neck = {"out_channels": _size(state, "bbox_head.retina_cls.weight", 1)}
+    neck: dict[str, Any] = {"out_channels": _size(state, "bbox_head.retina_cls.weight", 1)}
+    if not a3fpn:  # the first level beside those with a lateral convolution
+        extra = f"neck.fpn_convs.{_count(state, 'neck.lateral_convs.#.')}.conv.weight"
+        if (width := _size(state, extra, 1)) == neck["out_channels"]:
+            raise ValueError(
+                f"RetinaNet whose {extra} takes {width} channels, as all maps of its FPN: supported are P6 "
+                "from the backbone's last map and no ReLU before P7 (add_extra_convs=on_input)"
+            )
+        neck["extra_levels"] = "input"
     head = {"convention": "mmdet", "detections_per_img": 100}
     return dict(head="retinanet", num_classes=classes // anchors, neck_kwargs=neck, head_kwargs=head)
 
@@ -287,6 +293,17 @@ def _upernet(state: State) -> dict[str, Any]:
         convs = _count(state, "auxiliary_head.convs.#.")
         arguments["auxiliary_kwargs"] = {"channels": _size(state, auxiliary, 1), "num_convs": convs}
     return arguments
+
+
+def _semantic_fpn(state: State) -> dict[str, Any]:
+    classifier = "decode_head.conv_seg.weight"
+    return dict(
+        head="semantic_fpn",
+        num_classes=_size(state, classifier),
+        auxiliary=False,
+        neck_kwargs={"out_channels": _size(state, "neck.lateral_convs.0.conv.weight")},
+        head_kwargs={"convention": "mmseg", "channels": _size(state, classifier, 1)},
+    )
 
 
 def _mask2former(state: State, task: str | None) -> tuple[str, dict[str, Any]]:

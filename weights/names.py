@@ -38,6 +38,7 @@ _NECK = re.compile(  # A3-FPN's
     r"\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)"
 )
 _INDEX = ".relative_position_index"  # a buffer of the authors' isotropic ViT that follows from the image size
+_UNREAD = re.compile(r"backbone\.(extra_norms\.|norm)\d\.(weight|bias)")  # of a map that no neck reads
 _CONSTANT = re.compile(r"(backbone\.)?layers\.\d+\.Relpos\.(angle|decay)")  # of RMT, which checks them
 _ODD = 1103515245  # multiplication by it modulo 2^31 is a permutation
 
@@ -142,10 +143,12 @@ def unused_by_classifiers(name: str) -> bool:
 
 
 def may_be_unused(name: str) -> bool:
-    """Whether a tensor may be unused: of A3-FPN, parts of which the authors compute and never read, or a buffer of
-    image statistics, anchors or constants."""
+    """Whether a tensor may be unused: of A3-FPN, parts of which the authors compute and never read, a buffer of
+    image statistics, anchors or constants, or the norm of a map that no neck reads."""
     name = bare(name)
-    return name in STATISTICS or bool(_NECK.match(name) or ANCHORS.fullmatch(name) or _CONSTANT.fullmatch(name))
+    return name in STATISTICS or bool(
+        _NECK.match(name) or ANCHORS.fullmatch(name) or _CONSTANT.fullmatch(name) or _UNREAD.fullmatch(name)
+    )
 
 
 _DETECTRON2 = {  # detectron2's ResNet to timm's

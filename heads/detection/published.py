@@ -77,8 +77,14 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # a cascade without convolutions has one box for all classes
     stage = r"(\d\.)?" if any(".shared_convs." in name for name in state_dict) else ""
     by_class = re.compile(rf"\.box_predictor\.{stage}bbox_pred\.")
+    laterals = len({name.split(".")[2] for name in state_dict if name.startswith("neck.lateral_convs.")})
+    extra = [f"neck.fpn_convs.{laterals + i}.conv." for i in (0, 1)]  # of a RetinaNet
+    table = (
+        *((name, f"detector.backbone.neck.pyramid.extra_blocks.p{6 + i}.") for i, name in enumerate(extra)),
+        *_NAMES,
+    )
     for name, tensor in state_dict.items():
-        own = translate(name, _NAMES)
+        own = translate(name, table)
         if own is None:
             raise ValueError(f"{name} is no parameter of a supported detector with an FPN or A3-FPN")
         if ".cls_score." in own:

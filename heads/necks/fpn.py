@@ -9,6 +9,16 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from ..backbone import Neck, ShapeSpec
 
 
+class InputLevels(LastLevelP6P7):
+    """Two levels from the last input map, without an activation between them, as mmdetection's RetinaNet has them."""
+
+    def forward(
+        self, p: list[torch.Tensor], c: list[torch.Tensor], names: list[str]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        p6 = self.p6(c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
 class FPN(Neck):
     """Lateral 1x1 convolutions, a top-down path of nearest upsampling, and 3x3 convolutions.
 
@@ -16,7 +26,8 @@ class FPN(Neck):
         spec: of the input maps.
         out_channels: of every output map.
         extra_levels: ``"pool"``: one coarser map by subsampling the last (Faster and Mask R-CNN); ``"p6p7"``: two by
-            strided convolutions of the last (RetinaNet, FCOS).
+            strided convolutions of the last (RetinaNet, FCOS); ``"input"``: two by strided convolutions of the last
+            input map (`InputLevels`).
 
     Attributes:
         spec: of the output maps.
@@ -39,11 +50,12 @@ class FPN(Neck):
             None: lambda: None,
             "pool": LastLevelMaxPool,
             "p6p7": lambda: LastLevelP6P7(out_channels, out_channels),
+            "input": lambda: InputLevels(spec.channels[-1], out_channels),
         }
         if extra_levels not in blocks:
-            raise ValueError(f'extra_levels must be None, "pool" or "p6p7", got {extra_levels!r}')
+            raise ValueError(f'extra_levels must be None, "pool", "p6p7" or "input", got {extra_levels!r}')
         self.pyramid = FeaturePyramidNetwork(list(spec.channels), out_channels, blocks[extra_levels]())
-        extra = {None: 0, "pool": 1, "p6p7": 2}[extra_levels]
+        extra = {None: 0, "pool": 1, "p6p7": 2, "input": 2}[extra_levels]
         strides = spec.strides + tuple(spec.strides[-1] * 2 ** (i + 1) for i in range(extra))
         self.spec = ShapeSpec((out_channels,) * len(strides), strides)
 

@@ -1,5 +1,6 @@
 """Parameter names of published segmenters: UPerNet of mmsegmentation and transformers, the authors' Mask2Former."""
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -18,6 +19,14 @@ UPERNET = (
     ("decode_head.conv_seg.", "head.classifier.conv."),
     ("auxiliary_head.convs.{}.", "auxiliary.convs.{}."),
     ("auxiliary_head.conv_seg.", "auxiliary.classifier.conv."),
+)
+
+# of FPN and FPNHead, whose steps stand at every second place of a level, between enlargements
+SEMANTIC_FPN = (
+    ("neck.lateral_convs.{}.conv.", "head.neck.pyramid.inner_blocks.{}.0."),
+    ("neck.fpn_convs.{}.conv.", "head.neck.pyramid.layer_blocks.{}.0."),
+    ("decode_head.scale_heads.{}.{}.", "head.steps.{}.{}."),
+    ("decode_head.conv_seg.", "head.classifier.conv."),
 )
 
 # the names of the authors' Mask2Former (on detectron2), transformers'
@@ -53,21 +62,26 @@ _MASK2FORMER = (
 
 
 def from_mmseg(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The heads of a published UPerNet under the names of `Segmenter`, without its backbone and its A3-FPN.
+    """The heads of a published UPerNet or semantic FPN under the names of `Segmenter`, without backbone and A3-FPN.
 
     Supports the names of mmsegmentation and of transformers' ``UperNetForSemanticSegmentation``.
 
     Raises:
-        ValueError: a head's tensor that does not belong to UPerNet.
+        ValueError: a head's tensor that does not belong to them.
     """
     result = {}
+    pyramid = any(name.startswith("decode_head.scale_heads.") for name in state_dict)
+    table, parts = (
+        (SEMANTIC_FPN, ("decode_head.", "neck.")) if pyramid else (UPERNET, ("decode_head.", "auxiliary_head."))
+    )
     for name, tensor in state_dict.items():
-        if not name.startswith(("decode_head.", "auxiliary_head.")) or name.startswith("decode_head.a3fpn."):
+        if not name.startswith(parts) or name.startswith("decode_head.a3fpn."):
             continue
         usual = name.replace(".batch_norm.", ".bn.").replace("_head.classifier.", "_head.conv_seg.")
-        own = translate(usual, UPERNET)
+        usual = re.sub(r"(?<=scale_heads\.)(\d+)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) // 2}", usual)
+        own = translate(usual, table)
         if own is None:
-            raise ValueError(f"{name} is no parameter of UPerNet")
+            raise ValueError(f"{name} is no parameter of {'semantic FPN' if pyramid else 'UPerNet'}")
         result[own.replace(".bn.", ".norm.")] = tensor
     return result
 

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import foveal
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.detection import published as published_names
+from foveal.heads.names import translate
 from foveal.heads.necks.published import load_published
 from foveal.heads.segmentation import probabilities
+from foveal.heads.segmentation.published import SEMANTIC_FPN
 from foveal.weights import dense
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints, of_model
@@ -49,6 +52,9 @@ def converted(original: nn.Module, what: str, tmp_path: Path, name: str) -> Path
     """The folder that its file becomes: every tensor used, the file given back bit for bit, verified."""
     state = published(original)
     done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
+    unread = [key for key in state if key.startswith("backbone.norm0.")] if what.startswith("retinanet") else []
+    assert done.record["dropped"] == unread
+    state = {key: x for key, x in state.items() if key not in unread}
     assert done.record["tensors"] == len(state)
     assert done.model == what
     back = restore(done.folder)
@@ -72,7 +78,10 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["test_foveal_nat", *(pytest.param(f"test_foveal_{n}", marks=pytest.mark.slow) for n in ("dinat", "overlock"))],
+    [
+        "test_foveal_nat",
+        *(pytest.param(f"test_foveal_{n}", marks=pytest.mark.slow) for n in ("dinat", "overlock", "rmt")),
+    ],
 )
 @torch.no_grad()
 def test_mask_rcnn(name: str, tmp_path: Path) -> None:
@@ -269,10 +278,14 @@ def test_retinanet_on_a3fpn(tmp_path: Path) -> None:
     assert list(back) == [key for key in state if key not in dropped]
     assert all(torch.equal(value, state[key]) for key, value in back.items())
     assert all(check.passed for check in verify(done.folder))
+    same_detections(done.folder, original)
 
+
+def same_detections(folder: Path, original: nn.Module) -> None:
+    """Of a converted RetinaNet and mmdetection's: the maps and what is found."""
     from mmdet.structures import DetDataSample
 
-    model = foveal.load(done.folder)
+    model = foveal.load(folder)
     assert model.classes == list(NAMES)
     image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.arguments[key])[:, None, None] for key in ("mean", "std"))
@@ -291,11 +304,78 @@ def test_retinanet_on_a3fpn(tmp_path: Path) -> None:
     assert (got["boxes"] - want.bboxes).abs().max() < 1e-2
 
 
+@torch.no_grad()
+def test_retinanet_on_fpn(tmp_path: Path) -> None:
+    """P6 from the backbone's last map and P7 without a ReLU; P6 from the pyramid looks the same in one width alone."""
+    name = "test_foveal_rmt"
+    neck = dict(type="FPN", in_channels=[16, 32, 48, 64], out_channels=16, start_level=1, num_outs=5)
+    original = theirs("retinanet", name, neck=neck | dict(add_extra_convs="on_input"))
+    same_detections(converted(original, f"retinanet on {name} with fpn, 3 classes", tmp_path, name), original)
+    state = published(theirs("retinanet", name, neck=neck | dict(add_extra_convs="on_output")))
+    with pytest.raises(ConversionError, match=r"fpn_convs\.3\.conv\.weight .*16 .*on_input"):
+        convert(write(tmp_path / "y", state), tmp_path / "other", model=name)
+
+
+def rmt_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The backbone of a dense RMT under the authors' names, with their constants."""
+    kept = {key: x for key, x in state.items() if not key.startswith(("proj.", "norm.", "head."))}
+    named = {f"backbone.{re.sub('^norm', 'extra_norms.', key)}": x for key, x in kept.items()}
+    return named | {f"backbone.layers.{i}.Relpos.angle": torch.rand(16) for i in range(4)}
+
+
+def mmsegs_fpn(state: dict[str, torch.Tensor], maps: list[torch.Tensor]) -> torch.Tensor:
+    """Its FPN and FPNHead, in evaluation mode, from the weights of a file."""
+
+    def conv(x: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
+        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **kwargs)
+
+    levels = [conv(x, f"neck.lateral_convs.{i}.conv") for i, x in enumerate(maps)]
+    for i in (3, 2, 1):
+        levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], levels[i - 1].shape[2:], mode="nearest")
+    total: Any = 0
+    for i, x in enumerate(levels):
+        x = conv(x, f"neck.fpn_convs.{i}.conv", padding=1)
+        for j in range(max(i, 1)):
+            step = f"decode_head.scale_heads.{i}.{2 * j}"
+            x = conv(x, f"{step}.conv", padding=1)
+            bn = (state[f"{step}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+            x = F.batch_norm(x, *bn).relu()
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) if i else x
+        total = total + F.interpolate(x, maps[0].shape[2:], mode="bilinear", align_corners=False)
+    return conv(total, "decode_head.conv_seg")
+
+
+@torch.no_grad()
+def test_semantic_fpn(tmp_path: Path) -> None:
+    """At an odd size, where mmsegmentation enlarges a level beyond the next one."""
+    name = "test_foveal_rmt"
+    kwargs: dict[str, Any] = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"channels": 8, "convention": "mmseg"})
+    model = build_segmenter(name, "semantic_fpn", num_classes=5, auxiliary=False, **kwargs).eval()
+    model.load_state_dict(filler.of(model))
+    inverse = tuple((own, published) for published, own in SEMANTIC_FPN)
+    heads = {translate(key.replace(".norm.", ".bn."), inverse): x for key, x in model.state_dict().items()}
+    double = lambda m: f"{m[1]}.{2 * int(m[2])}."  # noqa: E731
+    state = {re.sub(r"(scale_heads\.\d+)\.(\d+)\.", double, key): x for key, x in heads.items() if key}
+    state |= rmt_authors(model.backbone.body.model.state_dict())
+    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=name)
+    assert done.model == f"semantic_fpn on {name} with fpn, 5 classes"
+    assert done.record["dropped"] == [key for key in state if ".Relpos." in key]
+    back = restore(done.folder)
+    assert list(back) == [key for key in state if ".Relpos." not in key]
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert all(check.passed for check in verify(done.folder))
+    loaded = foveal.load(done.folder)
+    images = torch.rand(2, 3, 74, 100, generator=torch.Generator().manual_seed(0))
+    maps = list(loaded.backbone(images).values())
+    close(loaded.head(maps), mmsegs_fpn(state, maps))
+
+
 UPERNETS = {
     "nat": ("test_foveal_nat", "fpn"),
     "overlock, without the auxiliary head": ("test_foveal_overlock", "fpn"),
     "nat, a3fpn": ("test_foveal_nat", "a3fpn"),
     "van, the authors' names": ("test_foveal_van", "fpn"),
+    "rmt": ("test_foveal_rmt", "fpn"),
 }
 
 
@@ -384,8 +464,8 @@ def test_what_is_refused_whole(tmp_path: Path) -> None:
         ),
         ({"roi_heads.res5.0.conv1.weight": one, "proposal_generator.x": one}, "proposal_generator, roi_heads"),
         ({"sem_seg_head.predictor.class_embed.weight": one}, "sem_seg_head.pixel_decoder.transformer.level_"),
-        ({"decode_head.scale_heads.0.0.conv.weight": one}, "FPNHead"),
-        ({"bbox_head.retina_cls.weight": one, "neck.lateral_convs.0.conv.weight": one}, "RetinaNet"),
+        ({"decode_head.scale_heads.0.0.conv.weight": one}, "decode_head.conv_seg.weight"),
+        ({"bbox_head.retina_cls.weight": one}, "bbox_head.retina_reg.weight"),
         ({"bbox_head.conv_centerness.weight": one}, "bbox_head"),
         ({"decode_head.psp_modules.0.1.conv.weight": one}, "decode_head.conv_seg.weight"),
     ):
