@@ -104,8 +104,9 @@ def convert(
     Supported parameter names are those of the authors, timm, transformers, mmdetection, mmsegmentation and detectron2.
 
     A whole detector or segmenter is converted if this package has its heads with the same outputs: Faster and Mask
-    R-CNN on an FPN or A3-FPN (mmdetection, detectron2), Cascade Mask R-CNN (mmdetection), RetinaNet on A3-FPN, UPerNet
-    (also with A3-FPN), Mask2Former (the authors', on detectron2). Others raise; ``backbone`` converts their backbone.
+    R-CNN on an FPN or A3-FPN (mmdetection, detectron2), Cascade Mask R-CNN (mmdetection), RetinaNet on A3-FPN or on
+    mmdetection's FPN, UPerNet (also with A3-FPN), mmsegmentation's semantic FPN, Mask2Former (the authors', on
+    detectron2). Others raise; ``backbone`` converts their backbone.
 
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a

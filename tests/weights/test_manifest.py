@@ -38,6 +38,8 @@ def test_what_is_there() -> None:
         ("van", "segment"): 6,
         ("shiftvit", "classify"): 4,
         ("rmt", "classify"): 7,
+        ("rmt", "detect"): 12,
+        ("rmt", "segment"): 7,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
