@@ -593,8 +593,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 @pytest.mark.slow
 def test_a_photograph_of_12_megapixels_at_full_size_takes_less_than_4_gib(tmp_path):
-    """150 classes, without eval.scale; UPerNet on the whole image takes 16 GiB."""
-    model = build_segmenter("test_foveal_dinat", "upernet", num_classes=150).eval()
+    """150 classes, without eval.scale; on the whole image it takes 4.4 GiB (UPerNet 16.2, in windows 3.2)."""
+    model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=150).eval()
     images = {"in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "inference": {}}
     save_dense(tmp_path / "model", model, [str(number) for number in range(150)], images)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -603,4 +603,4 @@ def test_a_photograph_of_12_megapixels_at_full_size_takes_less_than_4_gib(tmp_pa
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert "1024x1024" in run.stderr
-    assert float(run.stdout) < 4
+    assert float(run.stdout) < 2.5
