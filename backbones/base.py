@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from timm.layers import create_classifier
-from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, is_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
@@ -310,6 +310,11 @@ def _inside(model: Any, coarse: bool = False) -> dict[str, Any]:
 def registered_cfg(name: str) -> PretrainedCfg:
     """timm's configuration of a registered model, with or without a tag; ValueError for other names."""
     cfg = get_pretrained_cfg(name)
+    if cfg is None and is_model(name):
+        raise ValueError(
+            f"the model {name!r} has no configuration: its module needs "
+            f"default_cfgs = generate_default_cfgs({{{name!r}: ...}}) (docs/new_backbone.md)"
+        )
     if cfg is None:
         raise ValueError(f"no model {name!r} is registered")
     return cfg

@@ -162,7 +162,9 @@ def describe(trainer: Trainer, resumed: bool) -> None:
         f"{task.data.train.samples:,} training and {task.data.val.samples:,} held-out images; "
         f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads"
     )
-    for note in filter(None, [*task.notes, shared_store(os.environ, accelerator.num_processes)]):
+    forced = os.environ.get("FOVEAL_BACKEND")
+    notes = [*task.notes, f"FOVEAL_BACKEND={forced}" if forced else None]
+    for note in filter(None, [*notes, shared_store(os.environ, accelerator.num_processes)]):
         trainer.logger.print(note)
     if not resumed:
         trainer.logger.print(f"initial weights: {initial_weights(trainer.config.model)}")

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from PIL import Image
-from timm.models import is_model
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
-from ..backbones.base import registered_cfg
 from ..backbones.images import to_rgb
 from ..backbones.loading import local_path
 from ..configs.schema import ConfigError, SegmentConfig, load_config
@@ -87,7 +86,8 @@ class Task(task.Task):
                 check_loss(config, len(classes))
         if classes and is_model(config.model.name) and not problems.concern("data"):
             with problems:
-                data = segmentation_data(config, classes, registered_cfg(config.model.name).mean, accelerator)
+                cfg = get_pretrained_cfg(config.model.name) or PretrainedCfg()  # timm's for models without one
+                data = segmentation_data(config, classes, cfg.mean, accelerator)
         problems.raise_all()
         config.data.classes = classes if config.data.kind == "auto" else config.data.classes
         model = build_model(config, len(classes))

@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.models import is_model
+from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..backbones.base import registered_cfg
 from ..backbones.images import read_image, to_mode
 from ..backbones.loading import local_path, unknown_model
 from ..configs.schema import ConfigError, Problems
@@ -304,7 +303,8 @@ def check_published(key: str, name: str) -> None:
     """Raises:
     ConfigError: a registered model without published weights.
     """
-    if is_model(name) and not registered_cfg(name).has_weights:
+    cfg = get_pretrained_cfg(name)
+    if is_model(name) and not (cfg is not None and cfg.has_weights):
         raise ConfigError(f"{key}: {name} has no published weights")
 
 

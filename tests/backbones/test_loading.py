@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import save_for_hf
 
 import foveal
-from foveal.backbones import download
+from foveal.backbones import base, download
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import save_dense
 
@@ -349,3 +349,11 @@ def test_weights_without_a_configuration(tmp_path):
     safetensors.torch.save_file(timm.create_model("test_foveal_nat").state_dict(), file)
     with pytest.raises(ValueError, match=r"w\.safetensors.* config\.json"):
         foveal.load(file)
+
+
+def test_a_model_without_a_configuration_is_told_from_an_unknown_one(monkeypatch):
+    with pytest.raises(ValueError, match="'gazenet' is registered"):
+        base.registered_cfg("gazenet")
+    monkeypatch.setattr(base, "is_model", lambda _: True)
+    with pytest.raises(ValueError, match=r"'gazenet'.*default_cfgs"):
+        base.registered_cfg("gazenet")

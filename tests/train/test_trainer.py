@@ -207,3 +207,10 @@ def test_the_best_epoch_by_the_held_out_loss(quick, tmp_path, monkeypatch):
     options = [*TINY, f"output={tmp_path / 'run'}", "schedule.epochs=9", "train.patience=2", "train.monitor=loss"]
     summary = train(quick, options)
     assert (summary["epochs"], summary["best_epoch"], summary["val_loss"]) == (4, 2, 1.0)
+
+
+def test_a_forced_backend_is_printed(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FOVEAL_BACKEND", "reference")
+    options = ["data.limit=64", "data.val_limit=8", "data.image_size=16", "schedule.epochs=1"]
+    train(quick, [*options, f"output={tmp_path / 'run'}"])
+    assert "FOVEAL_BACKEND=reference" in capsys.readouterr().out

@@ -23,7 +23,10 @@ def scan_folder(root: Path, split: str) -> list[str]:
         if not root.is_dir():
             raise DataError(f"the data folder {root} does not exist (data.root)")
         there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "no folders"
-        raise DataError(f"there is no folder {split!r} in {root} (data.train_split, data.val_split); it has {there}")
+        raise DataError(
+            f"there is no folder {split!r} in {root} (data.train_split, data.val_split); it has {there}; "
+            "data.kind=auto reads folders of classes without a split, too"
+        )
     extensions = tuple(sorted(image_suffixes()))
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
     if not names:
