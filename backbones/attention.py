@@ -734,18 +734,18 @@ def _rotation(height: int, width: int, depth: int, device: torch.device) -> tupl
 def decayed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Sequence[float], axes: str
 ) -> torch.Tensor:
-    """Attention whose logits fall linearly with the distance from query to key (RMT, arXiv:2309.11523, section 3).
+    """Attention whose logits decrease linearly with the distance from query to key (RMT, arXiv 2309.11523, section 3).
 
-    The same as `neighborhood_attention` with a window of the whole axis or map and ``decay * distance`` as its table;
-    windows of that size gain nothing from tiles, so this is PyTorch's ``scaled_dot_product_attention``. Over a large
-    map, queries are taken in chunks of rows, whose masks have at most `MASK_ENTRIES` and are made again in the backward
-    pass; but all at once in an export of a dynamic shape.
+    Equals `neighborhood_attention` with the whole axis or map as window and ``decay * distance`` as bias, but runs on
+    PyTorch's ``scaled_dot_product_attention``, since tiles do not help with such windows. On large maps, queries are
+    processed in chunks of rows, whose masks have at most `MASK_ENTRIES` values and are recomputed in the backward pass;
+    exports of a dynamic shape use a single chunk.
 
     Args:
-        q: queries ``[B, H, W, heads, D]``; k and v are alike.
-        decay: what a step of distance adds to the logits, for each head; negative.
-        axes: ``"both"``: over all keys of the map, by the Manhattan distance. ``"each"``: over the row, and then over
-            the column, with the first output as values.
+        q, k, v: ``[B, H, W, heads, D]``.
+        decay: added to the logits per step of distance, for each head; negative.
+        axes: ``"both"``: attention to the whole map, with the Manhattan distance. ``"each"``: along rows, then along
+            columns with the first output as values.
 
     Returns:
         ``[B, H, W, heads, D]``.
@@ -761,9 +761,9 @@ def decayed_attention(
     decay = tuple(decay)
     rows, columns = (CONSTANTS.get(_decay_mask, length, decay, q.device) for length in (H, W))
     if axes == "each":
-        v = _attend(*(t.flatten(0, 1) for t in (q, k, v)), columns).reshape(v.shape)
+        v = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), columns).reshape(v.shape)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _attend(*(t.flatten(0, 1) for t in (q, k, v)), rows).reshape(v.shape).transpose(1, 2)
+        return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows).reshape(v.shape).transpose(1, 2)
     k, v = k.flatten(1, 2), v.flatten(1, 2)
     step = H if is_dynamic(H, W) else max(1, MASK_ENTRIES // (len(decay) * H * W * W))
     if step >= H:

@@ -107,8 +107,8 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Classifiers(nn.ModuleList):
-    """Two classifiers that initialization takes for one: what changes ``weight`` or ``bias`` in place (``mul_``, or
-    ``fill_``, as by ``nn.init.constant_`` and timm's ``--head-init-scale``) changes those of both."""
+    """Two classifiers that are initialized as one: in-place changes of ``weight`` or ``bias`` (``mul_``, ``fill_``, as
+    in ``nn.init.constant_`` and timm's ``--head-init-scale``) apply to both."""
 
     @property
     def weight(self) -> _Both:

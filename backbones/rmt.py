@@ -51,6 +51,9 @@ class FeedForward(nn.Module):
 class RMTBlock(nn.Module):
     """Positional convolution, pre-norm attention and MLP; the last two with optional LayerScale and DropPath."""
 
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
     def __init__(
         self, dim: int, attention: nn.Module, mlp_ratio: float, layer_scale: float | None, drop_path: float
     ) -> None:

@@ -51,8 +51,8 @@ def _counters() -> list[Any]:
 
 
 def counting(problem: Problem) -> bool:
-    """Whether a counter is to be shown this call as one operation. Under the transforms of ``torch.func``, on sharded
-    tensors and with dropout, whose backward pass needs the random numbers of the forward pass, it is not."""
+    """Whether a counter sees this call as one operation: not under transforms of ``torch.func``, on sharded tensors, or
+    with dropout, whose backward pass needs the random numbers of the forward pass."""
     if problem.tracing or problem.subclass or problem.dropout_p > 0:
         return False
     return bool(_counters()) and not transformed()
@@ -60,7 +60,7 @@ def counting(problem: Problem) -> bool:
 
 @torch.library.custom_op("foveal::neighborhood_call", mutates_args=())
 def _show(x: Tensor, flops: int) -> None:
-    """Computes nothing: it is what a counter sees."""
+    """An operation without effect, which the counter sees."""
 
 
 @_show.register_fake

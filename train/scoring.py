@@ -88,7 +88,7 @@ class Scorer(ABC):
 
 
 def _mean_loss(losses: Sequence[Losses]) -> float | None:
-    """The loss over the batches of all processes; None where none has anything to learn."""
+    """The loss over the batches of all processes; None if there is nothing to learn."""
     own = [torch.stack(list(losses)).cpu().double().sum(0)] if losses else []
     found: list[Tensor] = gather_object(own)
     sums, counts = sum(found) if found else torch.zeros(2, 1)

@@ -201,8 +201,8 @@ class Task(task.Task):
         return folder
 
     def predict(self, model: nn.Module, batch: SegmentationBatch) -> tuple[Tensor, Losses]:
-        """Classes ``[B, H, W]`` of the pixels. The loss is that of the probabilities from which these are taken, of
-        Mask2Former that of its queries, window by window."""
+        """Classes ``[B, H, W]`` of the pixels, and the losses of their probabilities; for Mask2Former, those of its
+        queries, window by window."""
         images, targets = batch
         labels, losses = [], []
         with autocast(images.device, self.config.train.amp):

@@ -7,6 +7,7 @@ computes with what it holds, and that no tensor that a hook has seen is overwrit
 import copy
 import io
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,8 @@ def adapted(name: str, kind: str) -> nn.Module:
     """A model with an adapter on every layer that the kind can take."""
     peft = pytest.importorskip("peft")
     model = create(name)
-    dense = [n for n, m in layers(model).items() if getattr(m, "groups", 1) == 1]
+    # a regular expression: a name in a list also matches the end of other names, such as RMT's `proj`
+    dense = "|".join(re.escape(n) for n, m in layers(model).items() if getattr(m, "groups", 1) == 1)
     if kind == "ia3":
         config = peft.IA3Config(target_modules=dense, feedforward_modules=[])
     else:

@@ -174,7 +174,7 @@ def balanced_weights(classes: Sequence[Sequence[int]]) -> np.ndarray:
     """Sampling weights, float ``[N]``, from the classes of each sample. With one class per sample, 1 / its number of
     samples, so that all classes are drawn equally often. With several, the largest 1 / square root of it, as in LVIS's
     repeat factor sampling (arXiv 1908.03195, appendix B); without classes, the smallest weight. Raises `DataError`
-    where no sample has a class."""
+    if no sample has a class."""
     own = [np.unique(each) for each in classes]
     if not any(map(len, own)):
         raise DataError("data.sampling=balanced: no training image has a class")
