@@ -10,12 +10,13 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import BatchNormAct2d
+from timm.layers.coord_attn import EfficientLocalAttn
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import distributed, nn
 
 import foveal
 from foveal.heads.backbone import Backbone, ShapeSpec
-from foveal.heads.build import build_backbone
+from foveal.heads.build import build_backbone, build_detector, build_segmenter
 from foveal.heads.dense import DenseModel
 
 SWIN = dict(embed_dim=24, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))
@@ -325,3 +326,34 @@ def test_copies_are_whole():
     other = copy.deepcopy(backbone).train()
     assert not other.body.model.patch_embed.training
     assert len(other.parameter_groups(0.1, 0.8)) == len(backbone.parameter_groups(0.1, 0.8))
+
+
+ONE_EACH = dict(depths=(1, 1, 1, 1))
+OTHERS = {
+    "twins_pcpvt_small": ONE_EACH,
+    "twins_svt_small": ONE_EACH,
+    "davit_tiny": ONE_EACH,
+    "resnet18": dict(block_args=dict(attn_layer="ela")),  # efficient local attention, arXiv:2403.01123
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_heads_on_timms_local_attention(name):
+    """By name, with detector and segmenter."""
+    kwargs = OTHERS[name]
+    segmenter = build_segmenter(name, num_classes=3, head_kwargs={"channels": 16}, **kwargs).eval()
+    blocks = [m for m in segmenter.modules() if isinstance(m, EfficientLocalAttn)]
+    assert bool(blocks) == ("block_args" in kwargs)
+    with torch.no_grad():
+        assert segmenter(images(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+        detector = build_detector(name, "retinanet", num_classes=3, neck_kwargs={"out_channels": 16}, **kwargs).eval()
+        (found,) = detector([images(3, 64, 96)])
+    assert found["boxes"].shape[1] == 4
+
+
+def test_heads_refuse_maps_of_one_stride():
+    """ConViT is a classifier: all of its maps have stride 16."""
+    small = dict(depth=3, local_up_to_layer=2)
+    assert timm.create_model("convit_tiny", **small)(images(1, 3, 224, 224)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=r"convit_tiny .* 16, .* 4, 8, 16, 32"):
+        build_segmenter("convit_tiny", num_classes=3, **small)
