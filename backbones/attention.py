@@ -71,7 +71,8 @@ def to_nchw(x: torch.Tensor) -> torch.Tensor:
     """A map ``[B, H, W, C]`` as ``[B, C, H, W]``: a view, and for a dynamic shape a copy, as exporters guard on lengths
     of 1 to decide the memory format of a convolution's input."""
     x = x.permute(0, 3, 1, 2)
-    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
+    # by index: a node of torch.fx cannot be unpacked
+    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(x.shape[2], x.shape[3]) else x
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -761,9 +762,10 @@ def decayed_attention(
     decay = tuple(decay)
     rows, columns = (CONSTANTS.get(_decay_mask, length, decay, q.device) for length in (H, W))
     if axes == "each":
-        v = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), columns).reshape(v.shape)
+        batch = -1 if torch.jit.is_tracing() else q.shape[0]  # which torch.jit.trace would record
+        v = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), columns).unflatten(0, (batch, H))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows).reshape(v.shape).transpose(1, 2)
+        return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows).unflatten(0, (batch, W)).transpose(1, 2)
     k, v = k.flatten(1, 2), v.flatten(1, 2)
     step = H if is_dynamic(H, W) else max(1, MASK_ENTRIES // (len(decay) * H * W * W))
     if step >= H:
@@ -786,7 +788,7 @@ def _attend_chunk(
     """Some rows of queries ``[B, h, W, heads, D]`` on all keys ``[B, H * W, heads, D]``. ``rows`` ``[heads, h, H]`` and
     ``columns`` ``[heads, W, W]`` are added to the logits."""
     mask = rows[:, :, None, :, None] + columns[:, None, :, None]
-    return _attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).reshape(q.shape)
+    return _attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).unflatten(1, q.shape[1:3])
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -796,7 +798,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     # exporters decompose SDPA with guards, and it has no forward-mode derivative
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_mode():
         working = torch.promote_types(q.dtype, torch.float32)
-        out = ((q.to(working) * scale) @ k.to(working).mT + mask).softmax(-1).to(v.dtype) @ v
+        out = ((q.to(working) * scale) @ k.to(working).transpose(-1, -2) + mask).softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], scale=scale)
     return out.transpose(1, 2)
