@@ -210,6 +210,31 @@ def _bias(
     return tl.reshape(tl.permute(loaded, (3, 2, 4, 0, 1, 5)), (M, KR * KC))
 
 
+@triton.jit
+def _block_bias(
+    expanded, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index, column_valid,
+    first, last, low, left, row, column, length_rows, length_columns, nearest,
+    M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr, SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Bias and mask of a tile of queries and a block of keys, [M, KR * KC]: of ``_bias``, or decomposed."""
+    if BIAS == DECOMPOSED:
+        keys_down, keys_across = low + row + tl.arange(0, KR), left + column + tl.arange(0, KC)
+        row_part = _part(keys_down, row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY)
+        column_part = _part(
+            keys_across, column_start, column_index, column_valid, length_columns, column_dots, KW, C, BOUNDARY
+        )
+        bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (M, KR * KC))
+    else:
+        bias = _bias(
+            expanded, first, last, low, row, column, length_rows, nearest,
+            M, T, S, KR, KC, KH, STRIDE, APART, COUNTED, BOUNDARY, SLABS, ABOVE, ROWS, False,
+        )  # fmt: skip
+    return bias
+
+
 # ----------------------------------------------------------------------------------------------------- forward
 
 
@@ -288,20 +313,12 @@ def forward(
             if not ALIKE:
                 v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
             keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
-            if BIAS == DECOMPOSED:
-                row_part = _part(
-                    top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY
-                )
-                column_part = _part(
-                    left + side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns,
-                    column_dots, KW, C, BOUNDARY,
-                )  # fmt: skip
-                bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
-            else:
-                bias = _bias(
-                    expanded, first_row, last_row, low, block // CHUNKS * KR, side, length_rows, nearest,
-                    BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, False,
-                )  # fmt: skip
+            bias = _block_bias(
+                expanded, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
+                column_valid, first_row, last_row, low, left, block // CHUNKS * KR, side, length_rows,
+                length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, BOUNDARY, BIAS,
+                SLABS, ABOVE, ROWS, R, C,
+            )  # fmt: skip
             logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
             larger = tl.maximum(largest, tl.max(logits, 1))
             offset = tl.where(larger == float("-inf"), 0.0, larger * scale)  # no key seen so far: avoid inf - inf
@@ -422,20 +439,12 @@ def queries_backward(
                 if not ALIKE:
                     v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
                 keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
-                if BIAS == DECOMPOSED:
-                    row_part = _part(
-                        top + tl.arange(0, KR), row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY
-                    )
-                    column_part = _part(
-                        left + side + tl.arange(0, KC), column_start, column_index, column_valid, length_columns,
-                        column_dots, KW, C, BOUNDARY,
-                    )  # fmt: skip
-                    bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
-                else:
-                    bias = _bias(
-                        tile_bias, first_row, last_row, low, block // across * KR, side, length_rows, nearest,
-                        BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, False,
-                    )  # fmt: skip
+                bias = _block_bias(
+                    tile_bias, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
+                    column_valid, first_row, last_row, low, left, block // across * KR, side, length_rows,
+                    length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, BOUNDARY, BIAS,
+                    SLABS, ABOVE, ROWS, R, C,
+                )  # fmt: skip
                 logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
                 weights = tl.exp2(logits * scale - offset[:, None])
                 dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
