@@ -12,11 +12,12 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
+from urllib.request import Request, getproxies, urlopen
 
 import huggingface_hub
 import torch
@@ -111,6 +112,8 @@ def _cached(address: str, sha256: str | None) -> Path | None:
 
 def _from_hub(address: str) -> Path:
     repository, revision, names = _repository(address)
+    if not getproxies():  # without a network, the hub's client would retry for half a minute
+        socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, None)
     for file in names:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))

@@ -251,9 +251,10 @@ def build_model(config: ModelConfig, classes: int, in_chans: int) -> Any:
             load if config.pretrained and not local else partial(timm.create_model, pretrained=config.pretrained)
         )
         model = create(config.name, num_classes=outputs, in_chans=in_chans, **arguments).train()
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        hint = RANDOM_WEIGHTS if config.pretrained and isinstance(error, OSError) else ""
-        raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}{hint}") from error
+    except OSError as error:  # weights that cannot be fetched or read, whatever the arguments
+        raise ConfigError(f"model {config.name!r}: {error}{RANDOM_WEIGHTS if config.pretrained else ''}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model {config.name!r} can't be created with {arguments}: {error}") from error
     try:
         freeze(model, config.frozen_stages)
     except ValueError as error:

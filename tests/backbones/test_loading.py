@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 from urllib.error import URLError
 
@@ -108,6 +109,7 @@ def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         asked.append(f"{download.HUB}{repository}")
         raise LocalEntryNotFoundError("no connection")
 
+    monkeypatch.setattr(download.socket, "getaddrinfo", lambda *_: [])
     monkeypatch.setattr(download, "urlopen", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse_repository)
     return asked
@@ -130,6 +132,17 @@ def test_weights_that_cannot_be_fetched(caches: list[str]) -> None:
     loaded = foveal.load("dinat_mini")
     assert torch.equal(loaded.head.weight, model.head.weight)
     assert len(caches) == 2
+
+
+def test_without_a_network_the_hub_is_not_retried(caches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(host, _):
+        raise socket.gaierror(f"no address for {host}")
+
+    monkeypatch.setattr(download, "getproxies", dict)
+    monkeypatch.setattr(download.socket, "getaddrinfo", unknown)
+    with pytest.raises(OSError, match=r"no address for huggingface\.co"):
+        foveal.load("dinat_mini")
+    assert [download.HUB in asked for asked in caches] == [False]
 
 
 def test_where_published_weights_are_looked_for(
