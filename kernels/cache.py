@@ -56,9 +56,10 @@ class TensorCache:
 
         With a ``source``: ``function(source, *args)``, recomputed when the values of ``source`` change. Values are
         compared, because ``.data.copy_()`` and NumPy views change a parameter without changing identity or version.
-        Nothing is cached if ``source`` requires a gradient or is not a plain CPU tensor, or while tracing.
+        Nothing is cached if ``source`` requires a gradient or is not a plain CPU tensor, while tracing, or under
+        ``torch.func``'s transforms, whose tensors are not valid afterwards.
         """
-        if tracing() or not (source is None or _is_constant(source)):
+        if tracing() or transformed() or not (source is None or _is_constant(source)):
             return function(*args) if source is None else function(source, *args)
         key = (function, *args) if source is None else function
         found = self._entries.get(key)  # read once: other threads may replace it
@@ -93,7 +94,7 @@ def _is_constant(source: Tensor) -> bool:
     """Whether the values of ``source`` can be compared; on another device that would synchronize."""
     wants_gradient = source.requires_grad and torch.is_grad_enabled()
     plain = type(source) in (Tensor, nn.Parameter) and source.device.type == "cpu"
-    return plain and not wants_gradient and not transformed()
+    return plain and not wants_gradient
 
 
 def _tensors(held: Any) -> list[Tensor]:

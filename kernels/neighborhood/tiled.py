@@ -29,7 +29,7 @@ from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans, Scratch
-from ..tracing import forward_mode
+from ..tracing import transformed
 from ..window import Window
 
 # What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair; fitted
@@ -139,8 +139,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
             decomposed = _decomposed_bias(tiles.to(working), bias, problem, a, b)
             added = decomposed if added is None else added + decomposed
         # Exporters get the products: they decompose SDPA into a kernel with other strides, on which later views fail,
-        # and torch.jit.trace would record the batch size.
-        products = torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_mode()
+        # and torch.jit.trace would record the batch size. So do torch.func's transforms: the kernel has no forward-mode
+        # derivative and, under vmap, none of the bias.
+        products = torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed()
         if products or problem.dropout_p > 0 or (added is not None and added.ndim == 8):
             logits = (queries.to(working) * problem.scale) @ keys.to(working).transpose(-1, -2)
             weights = (logits if added is None else logits + added).softmax(-1).to(values.dtype)

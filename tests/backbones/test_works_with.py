@@ -520,6 +520,37 @@ def test_forward_mode(name):
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
 
 
+@families
+def test_transforms_one_after_another(name):
+    """Nothing that a transform wraps may stay in a cache: the next transform would stop at it."""
+    model = create(name).double()
+    x, directions = images(1, 3, 64, 64).double(), images(2, 1, 3, 64, 64).double().flip(-1)
+
+    def tangent(x, direction):
+        return torch.func.jvp(model, (x,), (direction,))[1]
+
+    torch.func.jvp(lambda x: tangent(x, directions[0]), (x,), (directions[1],))
+    if name != "lamhalobot50ts_256":  # see above
+        got = torch.func.vmap(lambda direction: tangent(x, direction))(directions)
+        torch.testing.assert_close(got, torch.stack([tangent(x, direction) for direction in directions]))
+
+
+@families
+def test_an_ensemble(name):
+    """`vmap` over stacked parameters, which take gradients."""
+    if name == "lamhalobot50ts_256":
+        pytest.skip("vmap of timm's lambda layers differs, see above")
+    models = [create(name).double() for _ in range(2)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(1.05)
+    state, x = torch.func.stack_module_state(models), second(name).double()
+    got = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(*state)
+    torch.testing.assert_close(got, torch.stack([model(x) for model in models]))
+    got.square().mean().backward()
+    assert [n for n, p in state[0].items() if p.grad is None] == []
+
+
 # ---- TorchScript
 
 
