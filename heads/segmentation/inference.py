@@ -252,7 +252,7 @@ def _scaled(
 
 
 class _View:
-    """The logits of one view of the images, a window or several, at the resolution of the model's head. They are
+    """The logits of one view of the images, a window or several, kept at the resolution of the model's head. They are
     computed where a band of rows first needs them, from the top, and dropped below it."""
 
     def __init__(
@@ -268,15 +268,16 @@ class _View:
             self.places = list(_windows(self.size, crop_size, stride))
         self.several = len(self.places) > 1
         self.windows = [self._window(*self.places.pop(0))]
-        self.classes = self.windows[0][2].shape[1]
+        _, _, maps, _, finish = self.windows[0]
+        self.classes = finish(maps[..., :1, :1]).shape[1]
 
-    def _window(self, rows: slice, columns: slice) -> tuple[slice, slice, Tensor, tuple[int, int]]:
+    def _window(self, rows: slice, columns: slice) -> tuple[slice, slice, Tensor, tuple[int, int], Any]:
         window = self.images[..., rows, columns]
         if hasattr(self.model, "coarse"):
-            logits, padded = self.model.coarse(window)
-        else:  # computes them for each pixel
-            logits, padded = self.model(window), (window.shape[-2], window.shape[-1])
-        return rows, columns, logits.float(), padded
+            maps, padded, finish = self.model.coarse(window)
+        else:  # computes logits for each pixel
+            maps, padded, finish = self.model(window), (window.shape[-2], window.shape[-1]), lambda logits: logits
+        return rows, columns, maps.float(), padded, finish
 
     def rows(self, start: int, stop: int, size: Sequence[int]) -> Tensor:
         """Rows ``start`` to ``stop`` of the logits, resized to ``size``."""
@@ -292,12 +293,12 @@ class _View:
         while self.places and self.places[0][0].start < stop:
             self.windows.append(self._window(*self.places.pop(0)))
         total: Tensor | None = None
-        for rows, columns, logits, padded in self.windows:
+        for rows, columns, maps, padded, finish in self.windows:
             top, bottom = max(start, rows.start), min(stop, rows.stop, self.size[0])
             if top >= bottom:
                 continue
-            own = _resize_rows(logits, 0, logits.shape[-2], top - rows.start, bottom - rows.start, padded)
-            own = own[..., : min(columns.stop, self.size[1]) - columns.start]
+            own = _resize_rows(maps, 0, maps.shape[-2], top - rows.start, bottom - rows.start, padded)
+            own = finish(own[..., : min(columns.stop, self.size[1]) - columns.start])
             if not self.several:
                 return own
             if total is None:

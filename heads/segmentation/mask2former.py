@@ -1,6 +1,8 @@
 """Mask2Former (Cheng et al., arXiv 2112.01527) for semantic segmentation."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,18 +54,29 @@ class Mask2Former(SegmentationModel):
             masks = [image == found[:, None, None] for image, found in zip(targets, classes, strict=True)]
             return losses(self.head, images, [self.pad(mask) for mask in masks], classes)
         classes, masks = (layers[-1] for layers in query_outputs(self.head, images))
-        masks = resize(masks, images.shape[-2:])[..., :rows, :columns].sigmoid()
-        shares = classes.softmax(-1)[..., :-1]
-        kind = images.device.type
-        # in float32, to separate classes of similar scores; a traced graph must not contain the context
-        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with exact:
-            scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
-        return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        return _scores(classes, resize(masks, images.shape[-2:])[..., :rows, :columns])
+
+    def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Callable[[Tensor], Tensor]]:
+        """As of `Segmenter`: the mask logits ``[B, queries, h, w]``, which become scores once they are resized."""
+        images = self.pad((images - self.mean) / self.std)
+        classes, masks = (layers[-1] for layers in query_outputs(self.head, images))
+        return masks, (images.shape[-2], images.shape[-1]), partial(_scores, classes)
 
     def normalizers(self, targets: Tensor) -> Tensor:
         """What each of the losses of a batch is divided by."""
         return normalizers(self.head, _classes(targets))
+
+
+def _scores(classes: Tensor, masks: Tensor) -> Tensor:
+    """Log scores ``[B, classes, H, W]`` from class logits ``[B, queries, classes + 1]`` and mask logits
+    ``[B, queries, H, W]``."""
+    shares, masks = classes.softmax(-1)[..., :-1], masks.sigmoid()
+    kind = masks.device.type
+    # in float32, to separate classes of similar scores; a traced graph must not contain the context
+    exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with exact:
+        scores = torch.einsum("bqc,bqhw->bchw", shares, masks)
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 def _classes(targets: Tensor) -> list[Tensor]:

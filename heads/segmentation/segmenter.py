@@ -1,6 +1,6 @@
 """A semantic segmenter: images of any size in, logits of the same size out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,11 @@ class Segmenter(SegmentationModel):
             return logits
         return logits, self._crop(self.auxiliary(maps), images, rows, columns)
 
-    def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The logits ``[B, classes, h, w]`` before they are resized, and the size to resize them to, of the padded
-        images."""
+    def coarse(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Callable[[Tensor], Tensor]]:
+        """The maps ``[B, channels, h, w]`` before they are resized, the size to resize them to, of the padded images,
+        and what turns any resized rows and columns of them into logits: the maps are the logits here."""
         images, maps = self._maps(images)
-        return self.head(maps), (images.shape[-2], images.shape[-1])
+        return self.head(maps), (images.shape[-2], images.shape[-1]), lambda logits: logits
 
     def _maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         images = self.pad((images - self.mean) / self.std)

@@ -37,6 +37,8 @@ from .published_names import from_published, to_mmseg
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SPEC = ShapeSpec((8, 12, 16, 20), (4, 8, 16, 32))
 SMALL = {"head_kwargs": {"channels": 32}}
+QUERIES = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
+QUERIES |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=20)
 FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 
 
@@ -403,7 +405,7 @@ def test_probabilities_average_scales_and_mirror_images():
     assert torch.allclose(probabilities(model, images, crop_size=(9, 12)), model(images).softmax(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("head", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet", "mask2former"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -419,8 +421,8 @@ def test_probabilities_average_scales_and_mirror_images():
 def test_label_map_is_the_argmax_of_the_probabilities(head, settings, monkeypatch):
     """In bands of a few rows, for large images; pixels at which two classes are equal to rounding may differ."""
     torch.manual_seed(0)
-    small = {"head_kwargs": {"channels": 32}}
-    model = build_segmenter("test_foveal_dinat", head, num_classes=7, size_divisor=16, **small).eval()
+    small, divisor = ({"head_kwargs": QUERIES}, 32) if head == "mask2former" else (SMALL, 16)
+    model = build_segmenter("test_foveal_dinat", head, num_classes=7, size_divisor=divisor, **small).eval()
     images = F.interpolate(torch.rand(2, 3, 9, 11), (53, 91), mode="bicubic").clamp(0, 1)
     expected = probabilities(model, images, **settings)
     monkeypatch.setattr(inference, "BAND_BYTES", 4 * 2 * 7 * 91 * 5)

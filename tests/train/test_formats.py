@@ -23,7 +23,8 @@ from foveal.train import evaluate, train
 from foveal.train.data import DataError, build_detection_data
 from foveal.train.data.auto import draw, read_set
 from foveal.train.data.dataset import SegmentationDataset
-from foveal.train.data.files import read_xml, split_of
+from foveal.train.data.files import Files, read_xml, split_of
+from foveal.train.data.formats import read_yolo_files
 from foveal.train.data.survey import draw as draw_sheet
 from foveal.train.data.survey import survey
 
@@ -781,3 +782,24 @@ def test_survey_finds_the_task(task, tmp_path):
     result = CliRunner().invoke(app, ["data", str(tmp_path), "--draw", str(tmp_path / "sheet.png")])
     assert (result.exit_code, f"for {task}" in result.output) == (0, True)
     assert (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("settings", ["names: [no, 1.10]", "names: {0: no, 1: 1.10}"])
+def test_names_of_a_yaml_file_are_taken_as_their_text(tmp_path, settings):
+    yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text(f"train: images/train\nval: images/val\ntest: null\n{settings}\n")
+    found = read_yolo_files(Files(tmp_path))
+    assert found.names == {0: "no", 1: "1.10"}
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("crumb", [[], [[1, 1, 2, 2]], {"size": [9, 9], "counts": [81]}], ids=str)
+def test_survey_counts_masks_that_cannot_be_used(crumb, tmp_path):
+    write_images(tmp_path / "images", truth())
+    write_coco(tmp_path / "objects.json", truth())
+    content = json.loads((tmp_path / "objects.json").read_text())
+    for entry in content["annotations"][:4]:
+        entry["segmentation"] = crumb
+    (tmp_path / "objects.json").write_text(json.dumps(content))
+    counts = re.findall(r"(\d+) (?:x (?:no )?mask|of 20 objects)", "\n".join(survey(tmp_path).lines))
+    assert sum(map(int, counts)) == 4

@@ -92,7 +92,7 @@ def divide(
     if count[held_out] and (count[learned] or not train):
         rest = {name or "no split": n for name, n in count.items() if name not in (learned, held_out)}
         notes = [f"images of {name} are not used: {n:,}" for name, n in rest.items()]
-        text = f"train {count[learned]:,}, {held_out} {count[held_out]:,} by the folder"
+        text = f"train {count[learned]:,}, {held_out} {count[held_out]:,}, split by the data"
         return Division(np.flatnonzero(given == learned), np.flatnonzero(given == held_out), [], text, notes)
     if not train:
         everything = np.arange(len(names))
@@ -221,12 +221,12 @@ def _root(data: DataConfig | DenseDataConfig) -> Path:
 
 
 def read_set(
-    config: Any, *, masks: bool = False, categories: dict[int, str] | None = None, train: bool = True
+    config: Any, *, masks: bool | None = False, categories: dict[int, str] | None = None, train: bool = True
 ) -> DataSet:
     """Reads ``data.root`` of a recipe with ``data.kind=auto``.
 
     Args:
-        masks: detection: whether to read the masks of objects.
+        masks: detection: whether to read the masks of objects; None: if all have one.
         categories: detection: id -> name of a trained model's classes.
         train: False for an evaluation alone.
 
@@ -240,6 +240,10 @@ def read_set(
         if not found.names:
             raise DataError(f"{files.root}: no usable object; {found.report}")
         keys = rarest_classes(found)
+        without = [entry for entry in found.annotations if not entry.get("segmentation")]
+        masks = not without if masks is None else masks
+        if 0 < len(without) < len(found.annotations):
+            found.notes.append(f"{len(without):,} of {len(found.annotations):,} objects have no mask, only a box")
     elif config.task == "classify":
         found = _choose_labels(find_labels(files), data.classes, train)
         keys = [entry["label"] for entry in found.images]

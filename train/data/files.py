@@ -159,8 +159,9 @@ class Files:
         return read_json(self.root / path)
 
     def yaml(self, path: str) -> Any:
+        """The content of a file, each scalar as its text: a class may be called no, 007 or 1.10."""
         try:
-            return yaml.safe_load(self.text(path))
+            return yaml.load(self.text(path), yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{path} is not YAML: {error}") from None
 

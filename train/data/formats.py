@@ -284,9 +284,9 @@ def _yolo_names(files: Files, settings: dict[str, Any] | None, found: Found) -> 
     if settings is not None:
         names = settings["names"]
         pairs = list(names.items() if isinstance(names, dict) else enumerate(names))
-        if not all(isinstance(name, str | int | float) and str(key).isdecimal() for key, name in pairs):
+        if not all(isinstance(name, str) and str(key).isdecimal() for key, name in pairs):
             raise DataError(f"{files.root}: invalid `names` in the YAML file: {str(names)[:100]}")
-        return {int(key): str(name) for key, name in pairs}
+        return {int(key): name for key, name in pairs}
     lists = [p for p in files[".txt"] if PurePosixPath(p).name in ("classes.txt", "labels.txt")]
     for path in (*files[".names"], *lists):
         return dict(enumerate(line.strip() for line in files.text(path).splitlines() if line.strip()))
@@ -299,7 +299,8 @@ def _yolo_splits(files: Files, settings: dict[str, Any], found: Found) -> tuple[
     prefixes: dict[str, str] = {}
     listed: dict[str, str] = {}
     folders = {f"{parent}/" for path in files.images.all for parent in PurePosixPath(path).parents}
-    named = {SPLIT_NAMES[key]: value for key, value in settings.items() if key in SPLIT_NAMES and value}
+    empty = ("", "~", "null", [])
+    named = {SPLIT_NAMES[key]: value for key, value in settings.items() if key in SPLIT_NAMES and value not in empty}
     if not named:
         lists = [p for p in files[".txt"] if PurePosixPath(p).stem.lower() in SPLIT_NAMES and _is_list(files, p)]
         named = {SPLIT_NAMES[PurePosixPath(path).stem.lower()]: path for path in lists}

@@ -71,7 +71,7 @@ def survey(root: str | Path, overrides: Sequence[str] = (), task: str | None = N
     task = task or find_task(Path(root))
     given = ["output=-", "model.name=-", "data.kind=auto", f"data.root={root}", *overrides]
     config = load_config(None, given, SCHEMAS[task])
-    data = read_set(config)
+    data = read_set(config, masks=None)
     result = Survey(data, [f"for {task}: {data.found.format} in {root}", f"split: {data.division.text}"])
     parts = {"train": data.train, "held out": data.val}
     bad = _images(result, parts)
