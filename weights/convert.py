@@ -195,6 +195,10 @@ def _locate(source: str | Path, model: str | None) -> _Source:
         file = path
     elif path.is_dir():
         file, stated, config, dilations = _in_folder(path)
+        if stated is None and model is None:
+            kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+            near = ", ".join(_family_of(kind)) or "none of this type"
+            raise ValueError(f"{path / 'config.json'}, of type {kind}, describes no known model; pass --model: {near}")
     elif str(source) in known:
         file, stated = known[str(source)].fetch(), str(source)
     else:
@@ -263,15 +267,19 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
     Raises:
         ValueError: it describes several; the message has them.
     """
-    families = {"nat": "NAT", "dinat": "DiNAT", "van": "VAN"}
     found = []
-    for name in list_models():
-        if family(name) == families.get(content["model_type"]) and not name.startswith("test_"):
-            with torch.device("meta"):
-                model: Any = timm.create_model(name)
-            theirs = _for_transformers(model, content["model_type"])
-            found += [name] * all(content.get(key) == value for key, value in theirs.items())
+    for name in _family_of(content["model_type"]):
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+        theirs = _for_transformers(model, content["model_type"])
+        found += [name] * all(content.get(key) == value for key, value in theirs.items())
     return _only(config, found) if found else None
+
+
+def _family_of(model_type: str) -> list[str]:
+    """The models that transformers' config.json may describe."""
+    of = {"nat": "NAT", "dinat": "DiNAT", "van": "VAN"}.get(model_type)
+    return [name for name in list_models() if family(name) == of and not name.startswith("test_")]
 
 
 def _for_transformers(model: Any, model_type: str) -> dict[str, Any]:

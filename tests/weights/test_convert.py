@@ -545,6 +545,10 @@ def test_the_model_of_a_folder_of_transformers(tmp_path: Path) -> None:
     van = {"model_type": "van", "hidden_sizes": [64, 128, 320, 512], "depths": [3, 3, 12, 3]}
     assert converting._of_transformers(van, file) == "van_b2"
     assert converting._of_transformers({"model_type": "nat", **config, "embed_dim": 8}, file) is None
+    hub = write(tmp_path / "hub", "pytorch_model.bin", {"a": torch.ones(1)}).parent
+    (hub / "config.json").write_text(json.dumps({"model_type": "nat", **config, "embed_dim": 8}))
+    with pytest.raises(ValueError, match=r"nat.*--model.*nat_mini, nat_small"):
+        converting._locate(hub, None)
     with pytest.raises(ValueError, match=r"x\.pth.*--model"):
         converting._locate(write(tmp_path, "x.pth", {"a": torch.ones(1)}), None)
     named = write(tmp_path, "dinat_mini_in1k_224.pth", {"a": torch.ones(1)})
