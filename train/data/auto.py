@@ -101,7 +101,8 @@ def divide(
     notes = _together(names, val, data)
     rows = [(name, "val" if out else "train") for name, out in zip(names, val, strict=True)]
     how = f"data.val_fraction={data.val_fraction:g}, seed={seed}"
-    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn at random by class ({how})"
+    by_class = " by class" * (len(set(classes)) > 1)
+    text = f"train {(~val).sum():,}, val {val.sum():,}, drawn at random{by_class} ({how})"
     return Division(np.flatnonzero(~val), np.flatnonzero(val), rows, text, notes)
 
 
