@@ -71,7 +71,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = resized_to_multiple(x, self.stride)
-        return sum(conv(x) for conv in self.convs).permute(0, 2, 3, 1)
+        total: Any = sum(conv(x) for conv in self.convs)
+        return total.permute(0, 2, 3, 1)
 
 
 class Downsample(PatchEmbed):
@@ -241,13 +242,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RaftMLP) -> dict[str
     """
     own = model.state_dict()
     result = {}
+    stages: Any = model.stages
     for name, value in unwrap(state_dict).items():
         if match := re.fullmatch(r"levels\.(\d+)\.fn\.0\.fc\.(weight|bias)", name):
             result |= _embedding(value, own, "stem" if match[1] == "0" else f"stages.{match[1]}.downsample", match[2])
             continue
         result[_own_name(name)] = value
         if re.search(r"\.[13]\.norm\.1\.(weight|bias)$", name):  # theirs with the channels of a raft together
-            raft_size = model.stages[0].blocks[0].vertical.raft_size
+            raft_size = stages[0].blocks[0].vertical.raft_size
             result[_own_name(name)] = value.unflatten(0, (-1, raft_size)).t().flatten()
     keep_new(result, own)
     check_names(result, own)

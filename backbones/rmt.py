@@ -144,6 +144,7 @@ class RMT(Backbone):
 
     stem_name, levels_name = "patch_embed", "layers"
     heads = ("head", "aux_head")
+    aux_head: Any  # a Linear, an Identity without classes, or None
     downsample_last = True
 
     def __init__(
@@ -246,9 +247,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
     averaged = state_dict.get("model_ema")
     own = model.state_dict()
     found = {}
+    layers: Any = model.layers
     for name, value in unwrap(averaged if isinstance(averaged, dict) and not raw else state_dict).items():
         if constant := re.match(r"layers\.(\d+)\.Relpos\.(\w+)", name):
-            decay = value.new_tensor(model.layers[int(constant[1])].blocks[0].retention.decay)
+            decay = value.new_tensor(layers[int(constant[1])].blocks[0].retention.decay)
             if constant[2] == "decay" and value.is_floating_point() and not torch.allclose(value, decay, 0.02):
                 raise ValueError(f"{name} of the checkpoint is {value.tolist()}, of the model {decay.tolist()}")
         else:

@@ -184,7 +184,8 @@ class VAN(Backbone):
             if isinstance(module, nn.Conv2d):
                 fan_out = module.weight.numel() / module.in_channels  # depthwise: of one channel
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                nn.init.zeros_(module.bias)  # every convolution has one
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
         init_weights(self)
         self._init_head(embed_dims[-1], num_classes, global_pool, drop_rate)
 

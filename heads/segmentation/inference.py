@@ -213,7 +213,7 @@ def views_to_learn(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the model inputs of `probabilities`, without ``ratios`` and flips (whole images, or one window after the
     other), each with its targets, from ``[B, H, W]``."""
-    _, images = next(_scaled(images, scale, size_divisor, antialias, (1.0,), False))
+    images = next(_scaled(images, scale, size_divisor, antialias, (1.0,), False))[1]
     if images.shape[-2:] != targets.shape[-2:]:
         targets = F.interpolate(targets[:, None].float(), images.shape[-2:]).long()[:, 0]
     stride = _stride(crop_size, stride)
@@ -292,7 +292,8 @@ class _View:
         self.windows = [window for window in self.windows if window[0].stop > start]
         while self.places and self.places[0][0].start < stop:
             self.windows.append(self._window(*self.places.pop(0)))
-        total: Tensor | None = None
+        total: Any = None
+        count: Any = None
         for rows, columns, maps, padded, finish in self.windows:
             top, bottom = max(start, rows.start), min(stop, rows.stop, self.size[0])
             if top >= bottom:
