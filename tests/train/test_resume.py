@@ -45,12 +45,14 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 
 def trainer_state(run: Path) -> dict:
-    """RUN/last/trainer.pt without its times."""
+    """RUN/last/trainer.pt without its times, and without the keys of its recipe that say where it is."""
     state = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)
     state["state"]["history"] = timeless(state["state"]["history"])
     state["state"]["best"] = timeless([state["state"]["best"]])
     for name in ("seconds", "epoch_seconds", "wait_seconds"):
         del state["state"][name]
+    for name in ("output", "resume"):
+        del state["recipe"][name]
     return state
 
 
