@@ -129,7 +129,7 @@ def test_a_run_teaches_another(tmp_path):
     train(path, [f"output={tmp_path / 'teacher'}", *options])
     taught = [f"output={tmp_path / 'student'}", *options, f"distill.teacher={tmp_path / 'teacher'}"]
     train(path, taught)
-    with pytest.raises(CheckpointError, match=r"distillation .*hard.*soft"):
+    with pytest.raises(CheckpointError, match=r"distill.kind .*hard.*soft"):
         train(path, [*taught, "resume=auto", "distill.kind=soft"])
 
 
