@@ -93,7 +93,8 @@ def build_detector(
         num_classes: without the background; labels start at 0.
         min_size: short side of resized images in evaluation.
         max_size: limit of the long side, which takes precedence.
-        mean, std: per channel, of images in [0, 1]; None: the backbone's.
+        mean: per channel, of images in [0, 1]; None: the backbone's.
+        std: as ``mean``.
         strides: of the maps that the neck reads; None: the head's.
         neck_kwargs: see `necks`.
         head_kwargs: see `detection.heads`.

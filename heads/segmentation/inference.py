@@ -141,7 +141,9 @@ def label_map(
     """Class of each pixel ``[B, H, W]``: the argmax of `probabilities`, computed by `probability_bands`.
 
     Args:
-        model, images, settings: as for `probabilities`.
+        model: as for `probabilities`.
+        images: ``[B, C, H, W]``.
+        settings: further arguments of `probabilities`.
 
     Examples:
         >>> import torch
