@@ -174,7 +174,8 @@ def _cityscapes(root: Path, split: str, report: Report) -> list[Pair]:
 def label_map(config: SegmentDataConfig, num_classes: int, mask: Path, report: Report) -> np.ndarray:
     """The class of each value of a mask file, see `SegmentationIndex`; reports the classes that are left out."""
     if config.values is not None:
-        classes, values = find_classes(config), choose_values(config.values, find_classes(config), report)
+        classes = find_classes(config)
+        values = choose_values(config.values, classes, report)
         return value_table({config.ignore_label: None, **values} if _is_grey(values) else values, classes)
     known, chosen = NAMES.get(config.kind, ()), config.classes or ()
     selects = bool(chosen) and set(chosen) <= set(known)
