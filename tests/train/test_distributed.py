@@ -503,7 +503,7 @@ def test_sigterm_to_torchrun_saves(recipe, tmp_path):
         said, _ = process.communicate()
     finally:  # also when this test runs out of time; torchrun ends the processes that it has started
         process.terminate()
-    assert f"saved as {run}/last" in said
+    assert f"{run}/last" in said, said
     checkpoint.verify(run / "last")
     assert not (run / "summary.json").exists()
     epochs = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)["state"]["epoch"]
