@@ -43,6 +43,8 @@ class Layer:
             "q": (self.rows.query_stride, self.columns.query_stride),
         }
         shown = {name: pair for name, pair in pairs.items() if name == "k" or pair != (1, 1)}
+        if (offset := (self.rows.offset, self.columns.offset)) != (0, 0):
+            shown["o"] = offset
         return " ".join(f"{name}{a}" if a == b else f"{name}{a}x{b}" for name, (a, b) in shown.items())
 
     @property
@@ -60,7 +62,7 @@ class Layer:
             "boundary": self.rows.boundary,
         }
         if self.operation == "attention":
-            found |= {"stride": tuple(w.stride for w in both), "query_stride": tuple(w.query_stride for w in both)}
+            found |= {name: tuple(getattr(w, name) for w in both) for name in ("stride", "query_stride", "offset")}
         return found
 
     def flops(self, backward: bool) -> int:

@@ -348,9 +348,11 @@ def _look(layer: str, call: Call, point: tuple[float, float]) -> Look:
             logits = logits.masked_fill(~(rows.inside[:, None] & columns.inside), float("-inf"))
         weights = logits.flatten(1).softmax(-1).reshape(logits.shape)
     options = {"stride": problem.stride, "dilation": problem.dilation, "every": problem.query_stride}
+    shift = {"shift": problem.offset} if problem.offset != (0, 0) else {}
     kernel = "window" if call.operation == "neighborhood_attention" else "kernel"
     rule = [f"{kernel} {_short(problem.kernel_size)}"]
     rule += [f"{name} {_short(value)}" for name, value in options.items() if value != (1, 1)]
+    rule += [f"{name} {_short(value)}" for name, value in shift.items()]
     query = rows.query, columns.query
     return Look(layer, problem.size, ", ".join(rule), query, rows.position, columns.position, weights.cpu())
 

@@ -14,13 +14,13 @@ from .window import BOUNDARIES
 IntPair = int | tuple[int, int]
 
 
-def pair(name: str, value: IntPair) -> tuple[int, int]:
+def pair(name: str, value: IntPair, least: int | None = 1) -> tuple[int, int]:
     """An int or a pair of ints as (rows, columns)."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(isinstance(x, bool) or not isinstance(x, (int, np.integer)) for x in both):
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
-    if min(both) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if least is not None and min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return operator.index(both[0]), operator.index(both[1])  # a constant under tracing, as the plan needs
 
 

@@ -59,10 +59,10 @@ def axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxi
 
 
 def _axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAxisTiling:
-    d, n, tile = window.dilation, window.query_stride, tile_of(window)
+    d, n, tile, ahead = window.dilation, window.query_stride, tile_of(window), window.ahead
     longest = window.group_length(length)  # of the first group; others are at most one shorter
     queries = window.queries(length)
-    each = (window.queries(longest) + tile - 1) // tile  # tiles of a group
+    each = (window.queries(longest) + (ahead + tile - 1)) // tile  # tiles of a group; the first lacks ``ahead`` queries
     tiles = d * each
     # how far apart the windows of a tile's first and last query begin; a tile begins with a stride group
     span: Any = (tile - 1) * n // window.stride * window.stride + window.kernel_size
@@ -74,7 +74,8 @@ def _axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAx
     group = torch.div(number, per_group, rounding_mode="floor")  # M 1
     in_group = ((end - group) // d + 1).clamp(min=1)  # a group beyond the end of the map counts as one position
     last = (in_group + n - 1) // n - 1
-    query = torch.minimum((number - group * per_group) * tile + torch.arange(tile, device=device), last)  # M T
+    query = (number - group * per_group) * tile + torch.arange(tile, device=device)
+    query = torch.minimum((query - ahead).clamp(min=0) if ahead else query, last)  # M T
     start = window.starts(query, in_group)
     base = start[:, :1]  # the smallest
     if window.boundary != "zero":
@@ -88,7 +89,7 @@ def _axis_tiling(window: Window, length: int, device: torch.device) -> DynamicAx
         seen = seen & inside[:, None]
     row = window.table_row(key[:, None], query[..., None])
     x = torch.arange(queries, device=device)
-    j = x // d
+    j = x // d + ahead if ahead else x // d
     return DynamicAxisTiling(
         tile=tile,
         tiles=tiles,

@@ -78,6 +78,7 @@ class Problem:
         attention), or dilation groups of one window each (its grid attention)."""
         return self.bias is not DecomposedRelativePositionBias and all(
             window.query_stride == 1
+            and window.offset == 0
             and (
                 length == window.kernel_size * window.dilation
                 or (window.stride == window.kernel_size and length % (window.kernel_size * window.dilation) == 0)
@@ -121,6 +122,10 @@ class Problem:
     @property
     def query_stride(self) -> tuple[int, int]:
         return self.rows.query_stride, self.columns.query_stride
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        return self.rows.offset, self.columns.offset
 
     @property
     def dilation(self) -> tuple[int, int]:

@@ -45,9 +45,10 @@ class AxisTiling(NamedTuple):  # a plain tuple, which Dynamo accepts as a consta
     tile: int
     tiles: int
     step: int  # positions from the first query of a tile to that of the next: tile * query_stride
-    before: int  # keys of a span before the first query of its tile
+    before: int  # padding before the first position, so that the first tile has a full span
     after: int  # padding after the last position, so that the last tile has a full span
     span: int
+    ahead: int  # queries missing from the first tile: tiles begin with the blocks of an offset
     ragged: int  # queries missing from the last tile
     runs: tuple[tuple[int, int, int], ...]  # (start, stop, pattern) of consecutive tiles with equal windows
     order: tuple[int, ...]  # the pattern of every tile
@@ -61,9 +62,10 @@ class AxisTiling(NamedTuple):  # a plain tuple, which Dynamo accepts as a consta
 def cut(window: Window, first: int, stop: int, length: int, tile: int) -> AxisTiling:
     queries = window.queries(length)
     starts = [window.start(i, length) for i in range(queries)]
-    tiles, step = -(-queries // tile), tile * window.query_stride
-    spans = [(t * step, starts[t * tile : (t + 1) * tile]) for t in range(tiles)]
-    before = max(0, *(q0 - min(s) for q0, s in spans))
+    ahead = window.ahead if tile < queries and tile % window.stride == 0 else 0
+    tiles, step = -(-(queries + ahead) // tile), tile * window.query_stride
+    spans = [(t * step, starts[max(t * tile - ahead, 0) : (t + 1) * tile - ahead]) for t in range(tiles)]
+    before = max(ahead, *(q0 - min(s) for q0, s in spans))
     span = max(max(s) + window.kernel_size - (q0 - before) for q0, s in spans)
     # with a large query stride the last queries may not see the end of the map, but the spans must cover it
     span = max(span, length + before - (tiles - 1) * step)
@@ -72,7 +74,8 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> AxisTi
     for q0, s in spans:
         base = q0 - before
         edges = (max(-base, 0), min(length - base, span)) if window.boundary == "mask" else (0, span)
-        shapes.append((tuple(x - base for x in s), edges))
+        lacking = (None,) * (ahead if q0 == 0 else 0)  # windows of queries before the first
+        shapes.append(((*lacking, *(x - base for x in s)), edges))
     patterns = list(dict.fromkeys(shapes))
     order = tuple(map(patterns.index, shapes))
     changes = [t for t in range(tiles + 1) if t in (0, tiles) or order[t] != order[t - 1]]
@@ -87,7 +90,8 @@ def cut(window: Window, first: int, stop: int, length: int, tile: int) -> AxisTi
         before=before,
         after=(tiles - 1) * step + span - before - length,
         span=span,
-        ragged=tiles * tile - queries,
+        ahead=ahead,
+        ragged=tiles * tile - ahead - queries,
         runs=tuple((start, stop, order[start]) for start, stop in itertools.pairwise(changes)),
         order=order,
         samples=tuple(map(order.index, range(len(patterns)))),
@@ -194,14 +198,15 @@ def select_groups(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
 
 def query_tiles(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """[B, G, G2, N, h, w, C] -> view [B, G, G2, N, R, Q, T, T2, C]."""
-    if a.ragged or b.ragged:
-        x = F.pad(x, (0, 0, 0, b.ragged, 0, a.ragged))
+    if a.ragged or b.ragged or a.ahead or b.ahead:
+        x = F.pad(x, (0, 0, b.ahead, b.ragged, a.ahead, a.ragged))
     return x.unflatten(5, (b.tiles, b.tile)).unflatten(4, (a.tiles, a.tile)).transpose(5, 6)
 
 
 def from_query_tiles(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
     """[B, G, G2, N, R, Q, T, T2, C] -> [B, G, G2, N, h, w, C]."""
-    return x.transpose(5, 6).flatten(6, 7).flatten(4, 5)[:, :, :, :, : a.queries, : b.queries]
+    x = x.transpose(5, 6).flatten(6, 7).flatten(4, 5)
+    return x[:, :, :, :, a.ahead : a.ahead + a.queries, b.ahead : b.ahead + b.queries]
 
 
 def pad_keys(x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
@@ -341,14 +346,17 @@ def add_spans(total: Tensor, spans: Tensor, rows: slice, a: AxisTiling, b: AxisT
             total.as_strided(part.shape, (*lead, a.step * line, b.step * cell, line, cell, channel), first).add_(part)
 
 
-def store(target: Tensor, tiles: Tensor, rows: slice, size: tuple[int, int]) -> None:
+def store(target: Tensor, tiles: Tensor, rows: slice, size: tuple[int, int], ahead: tuple[int, int] = (0, 0)) -> None:
     """Write flattened tiles [B*G*G2*N*R*Q, T*T2, C] of some tile rows into ``target`` [B, G, G2, N, h, w, C].
-    ``size``: T, T2 of the queries, or S, S2 of keys whose spans do not overlap."""
+    ``size``: T, T2 of the queries, or S, S2 of keys whose spans do not overlap; ``ahead``: missing from the first."""
     (t, t2), (length, length2) = size, target.shape[4:6]
     tiles = tiles.view(*target.shape[:4], rows.stop - rows.start, -1, t, t2, tiles.shape[-1])
-    target = take(target, slice(rows.start * t, min(rows.stop * t, length)), dim=4)
+    at = rows.start * t - ahead[0]
+    first = max(at, 0)
+    target = take(target, slice(first, min(rows.stop * t - ahead[0], length)), dim=4)
     if target.shape[4:6] == (tiles.shape[4] * t, tiles.shape[5] * t2):  # no ragged tile: one strided copy
         target.unflatten(5, (-1, t2)).unflatten(4, (-1, t)).transpose(5, 6).copy_(tiles)
     else:
         tiles = tiles.transpose(5, 6).flatten(6, 7).flatten(4, 5)
-        target.copy_(take(tiles, slice(0, target.shape[4]), slice(0, length2), dim=4))
+        inside = slice(first - at, first - at + target.shape[4]), slice(ahead[1], ahead[1] + length2)
+        target.copy_(take(tiles, *inside, dim=4))

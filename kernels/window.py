@@ -12,12 +12,17 @@ same group, at the positions ``t * d + g``. The ``s`` positions of a stride grou
 With a query stride ``n`` (and no dilation) there are queries only at every n-th position: query ``j`` has the index
 ``i = j * n``.
 
+With an ``offset`` (boundary "zero" or "mask", no query stride), the stride groups begin at the indices congruent to it
+modulo ``s``: above, ``(i // s) * s`` is ``((i + a) // s) * s - a`` with ``a = -offset % s``, the positions that the
+first group lacks. Windows shifted by ``offset`` with the map rolled and masked, as in Swin, are blocks
+(``s = K``) with boundary "mask".
+
 A bias table is indexed by the offset ``t - i``. If ``counted``, the ``s / n`` queries of a stride group count as
 adjacent: for the table alone, ``i`` is ``(j // (s / n)) * s + j % (s / n)``.
 
 Sources: Neighborhood Attention Transformer (arXiv 2204.07143) for the window, Dilated NAT (arXiv 2209.15001) for the
 dilation, Generalized Neighborhood Attention (arXiv 2504.16922) for the stride, HaloNet (arXiv 2103.12731) for blocks
-with a halo and strided queries; ``counted`` is timm's ``HaloAttn``.
+with a halo and strided queries; ``counted`` is timm's ``HaloAttn``; Swin (arXiv 2103.14030) for shifted windows.
 """
 
 from __future__ import annotations
@@ -45,11 +50,12 @@ class Window:
     boundary: str = "shift"
     query_stride: int = 1  # above 1 only without dilation
     counted: bool = False  # only where query_stride divides stride
+    offset: int = 0  # others only with boundary "zero" or "mask" and query_stride 1
 
     @property
     def arguments(self) -> tuple:
         """The window as plain values, for Dynamo and operator schemas."""
-        return self.kernel_size, self.stride, self.dilation, self.boundary, self.query_stride, self.counted
+        return self.kernel_size, self.stride, self.dilation, self.boundary, self.query_stride, self.counted, self.offset
 
     @property
     def left(self) -> int:
@@ -61,6 +67,11 @@ class Window:
         """Keys after the leader of an unmoved window."""
         return self.kernel_size - 1 - self.left
 
+    @property
+    def ahead(self) -> int:
+        """Positions that the first stride group lacks."""
+        return -self.offset % self.stride
+
     def group_length(self, length: int, group: int = 0) -> int:
         """Positions congruent to ``group`` modulo the dilation on an axis of ``length``."""
         return (length - group + self.dilation - 1) // self.dilation
@@ -71,14 +82,17 @@ class Window:
 
     def start(self, query: int, length: int) -> int:
         """First key index of a query in a dilation group of ``length`` positions."""
-        lead = query * self.query_stride // self.stride * self.stride + self.stride // 2
+        index = query * self.query_stride + self.ahead
+        lead = index // self.stride * self.stride - self.ahead + self.stride // 2
         if self.boundary == "shift":
             lead = min(max(min(lead, length - 1), self.left), length - 1 - self.right)
         return lead - self.left
 
     def starts(self, query: Tensor, length: int | Tensor) -> Tensor:
         """``start`` for a tensor of queries; ``length`` may be a tensor that broadcasts against it."""
-        lead = torch.div(query * self.query_stride, self.stride, rounding_mode="floor") * self.stride + self.stride // 2
+        index = query * self.query_stride + self.ahead if self.ahead else query * self.query_stride
+        first = torch.div(index, self.stride, rounding_mode="floor") * self.stride
+        lead = first + (self.stride // 2 - self.ahead)
         if self.boundary == "shift":
             last = torch.as_tensor(length, device=query.device) - 1
             lead = torch.minimum(torch.clamp(torch.minimum(lead, last), min=self.left), last - self.right)

@@ -31,6 +31,7 @@ def neighborhood_attention(
     stride: IntPair = 1,
     dilation: IntPair = 1,
     query_stride: IntPair = 1,
+    offset: IntPair = 0,
     bias: Bias | None = None,
     boundary: str = "shift",
     scale: float | None = None,
@@ -48,11 +49,14 @@ def neighborhood_attention(
             ``H, W`` unless there is a ``query_stride``.
         k: keys ``[B, H, W, heads, D]``, same dtype and device as ``q``.
         v: values ``[B, H, W, heads, Dv]``.
-        kernel_size: keys per axis, an int or a pair (rows, columns); so are the next three.
+        kernel_size: keys per axis, an int or a pair (rows, columns); so are the next four.
         stride: positions per axis whose queries share one window; at most ``kernel_size``.
         dilation: distance between neighbouring keys; need not divide the map.
         query_stride: distance between neighbouring queries: query ``(i, j)`` has the window and bias of position
             ``(i, j) * query_stride``. ``h = ceil(H / query_stride)``, likewise ``w``. Not with a dilation.
+        offset: where the blocks of ``stride`` queries begin: at the positions congruent to it modulo ``stride``, the
+            first block with fewer queries. Shifted windows (Swin, arXiv 2103.14030) are blocks with the shift as offset
+            and ``boundary="mask"``. Not with a query_stride or boundary "shift".
         bias: ``RelativePositionBias`` or ``DecomposedRelativePositionBias``, added to the scaled logits in at least
             float32.
         boundary: ``"shift"`` (windows are moved inside the map), ``"zero"`` (keys and values outside are zero and take
@@ -82,6 +86,7 @@ def neighborhood_attention(
     """
     kernel_size, stride = pair("kernel_size", kernel_size), pair("stride", stride)
     dilation, query_stride = pair("dilation", dilation), pair("query_stride", query_stride)
+    offset = pair("offset", offset, least=None)
     _check_tensors(q, k, v, query_stride)
     cast = autocast_enabled(q)
     if cast:
@@ -92,7 +97,7 @@ def neighborhood_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_bias(bias, q, kernel_size)
-    rows, columns = _windows(kernel_size, stride, dilation, query_stride, boundary, bias)
+    rows, columns = _windows(kernel_size, stride, dilation, query_stride, offset, boundary, bias)
     factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if factor != factor:  # NaN, in a form that torch.compile takes: a factor that products of matrices may leave out
         q, factor = q * factor, 1.0
@@ -116,11 +121,18 @@ def _windows(
     stride: tuple[int, int],
     dilation: tuple[int, int],
     query_stride: tuple[int, int],
+    offset: tuple[int, int],
     boundary: str,
     bias: Bias | None,
 ) -> tuple[Window, Window]:
     if max(query_stride) > 1 and max(dilation) > 1:
         raise ValueError(f"query_stride {query_stride} and dilation {dilation} cannot be combined")
+    offset = offset[0] % stride[0], offset[1] % stride[1]
+    if max(offset) > 0 and (max(query_stride) > 1 or boundary == "shift"):
+        raise ValueError(
+            f"offset {offset} cannot be combined with query_stride {query_stride} and boundary {boundary!r}: it needs "
+            "query_stride 1 and boundary 'zero' or 'mask'"
+        )
     counted = isinstance(bias, DecomposedRelativePositionBias) and bias.counted
     for axis, size, step, apart in zip(("rows", "columns"), kernel_size, stride, query_stride, strict=True):
         if step > size:
@@ -131,8 +143,8 @@ def _windows(
                 f"({axis})"
             )
     rows, columns = (
-        Window(size, step, spacing, boundary, apart, counted and apart > 1)
-        for size, step, spacing, apart in zip(kernel_size, stride, dilation, query_stride, strict=True)
+        Window(size, step, spacing, boundary, apart, counted and apart > 1, first)
+        for size, step, spacing, apart, first in zip(kernel_size, stride, dilation, query_stride, offset, strict=True)
     )
     return rows, columns
 

@@ -58,7 +58,8 @@ def _cost(a: AxisTiling, b: AxisTiling) -> float:
 def _pattern_index(window: Window, axis: AxisTiling, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(row, seen)`` of every pattern, both [P, T, S]: row of the bias table, and whether the query sees the key."""
     tile = torch.tensor(axis.samples, device=device)[:, None, None]
-    query = (tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]).clamp(max=axis.queries - 1)
+    query = tile * axis.tile - axis.ahead + torch.arange(axis.tile, device=device)[:, None]
+    query = query.clamp(0, axis.queries - 1)
     key = tile * axis.step - axis.before + torch.arange(axis.span, device=device)
     offset = key - window.starts(query, axis.length)
     seen = (offset >= 0) & (offset < window.kernel_size)
@@ -182,7 +183,7 @@ def _decomposed_bias(
 def _offsets(window: Window, axis: AxisTiling) -> tuple[int, int, int]:
     """Rows of a bias table for the offsets between queries and keys of a tile, ``(before, first, count)``: ``before``
     offsets outside the table, then ``count`` rows from ``first`` on."""
-    first = window.kernel_size - 1 - axis.before - axis.between * (axis.tile - 1)
+    first = window.kernel_size - 1 - (axis.before - axis.ahead) - axis.between * (axis.tile - 1)
     last = min(first + axis.offsets, 2 * window.kernel_size - 1)
     return max(-first, 0), max(first, 0), last - max(first, 0)
 
@@ -333,7 +334,8 @@ class _Chunked(torch.autograd.Function):
                 for rows in tile_rows:
                     q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
                     weights = bias.probabilities(scratch, q_, k_, heads, rows)
-                    tiling.store(tiling.take(outs, *index), scratch.bmm("out", weights, v_), rows, (a.tile, b.tile))
+                    target = tiling.take(outs, *index)
+                    tiling.store(target, scratch.bmm("out", weights, v_), rows, (a.tile, b.tile), (a.ahead, b.ahead))
                     if keep:
                         kept.append(weights)
                         del scratch.held["weights"]
@@ -387,7 +389,8 @@ def _chunk_backward(
 ) -> None:
     """Gradients of the chunk (q, k, v and the output's gradient) into ``targets``; ``kept``: its probabilities."""
     a, b, scale = bias.a, bias.b, bias.problem.scale
-    apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, 0, 0)  # spans do not overlap
+    ahead = a.ahead, b.ahead
+    apart = (a.span, b.span, a.before, b.before) == (a.step, b.step, *ahead)  # spans do not overlap
     q, k, v, grad = chunk
     tiles, grad_tiles = tiling.query_tiles(q, a, b), tiling.query_tiles(grad, a, b)
     keys, values = scratch.spans("all k", k, a, b), scratch.spans("all v", v, a, b)
@@ -407,11 +410,11 @@ def _chunk_backward(
         dv = scratch.bmm("v", weights.transpose(1, 2), grad_)
         dq = scratch.bmm("grad", logit_grad, k_, scale)
         bias.add_grad(scratch, q_, dq, logit_grad, heads, rows)
-        tiling.store(targets[0], dq, rows, (a.tile, b.tile))
+        tiling.store(targets[0], dq, rows, (a.tile, b.tile), ahead)
         dk = scratch.bmm("k", logit_grad.transpose(1, 2), q_, scale)
         for spans, like, target, total in zip((dk, dv), (keys, values), targets[1:], sums, strict=True):
             if apart:
-                tiling.store(target, spans, rows, (a.span, b.span))
+                tiling.store(target, spans, rows, (a.span, b.span), ahead)
             else:
                 spans = spans.view(*like.shape[:4], rows.stop - rows.start, *like.shape[5:8], spans.shape[-1])
                 tiling.add_spans(total, spans, rows, a, b)
@@ -450,8 +453,8 @@ def _in_one_window(problem: Problem) -> bool:
     if problem.boundary == "shift":
         return False
     for window, length in zip(problem.windows, problem.size, strict=True):
-        start = window.start(0, length)
-        if window.dilation > 1 or window.stride < length or start > 0 or start + window.kernel_size < length:
+        start, blocks = window.start(0, length), window.stride < length or window.offset
+        if window.dilation > 1 or blocks or start > 0 or start + window.kernel_size < length:
             return False
     count = problem.shape[0] * problem.shape[3] * math.prod(problem.query_size) * math.prod(problem.size)
     return count <= tiling.CHUNK

@@ -46,6 +46,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     reason = triton_support.unsupported_reason(problem)
     if reason is not None:
         return reason
+    if problem.offset != (0, 0):
+        return f"the Triton kernels have no offset (got {problem.offset})"
     if problem.dropout_p > 0:
         return f"the Triton kernels have no attention dropout (got {problem.dropout_p})"
     deepest = max(problem.shape[4], problem.value_depth)

@@ -89,10 +89,12 @@ def test_the_generated_tables_are_as_their_sources_say() -> None:
         assert tables["filled"](page) == (ROOT / "docs" / page).read_text(encoding="utf-8"), "python docs/tables.py"
 
 
-def called(*, kernel_size=7, stride=1, dilation=1, query_stride=1, boundary="shift", size=56, **changes) -> Problem:
+def called(
+    *, kernel_size=7, stride=1, dilation=1, query_stride=1, boundary="shift", offset=0, size=56, **changes
+) -> Problem:
     """A call as the backends are told of it."""
     rows, columns = (
-        Window(kernel, stride, dilation, boundary, query_stride)
+        Window(kernel, stride, dilation, boundary, query_stride, offset=offset)
         for kernel in (kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size))
     )
     whole = {"shape": (2, size, size, 2, 32), "value_depth": 32, "dtype": torch.float32, "device": "cuda"} | changes
@@ -123,6 +125,7 @@ ROWS = {
     "even or non-square kernel": [called(kernel_size=(4, 7)), called(kernel_size=(2, 2))],
     "stride, dilation (need not divide the map)": [called(stride=3), called(dilation=5)],
     "query stride": [called(query_stride=2)],
+    "offset of the blocks": [called(stride=3, offset=2, boundary=kind) for kind in ("zero", "mask")],
     "boundary `zero` or `mask`": [called(boundary="zero"), called(boundary="mask")],
     "head size 20": [depth(20)],
     "head size 24": [depth(24)],

@@ -5,12 +5,16 @@ import math
 import torch
 
 
-def window(x, length, kernel_size, stride, dilation, boundary, counted_by=None):
+def window(x, length, kernel_size, stride, dilation, boundary, counted_by=None, offset=0):
     """[(position or None, table row)] of the keys of the query at x; None is a position outside the map. With
-    ``counted_by``, the distance of queries, the table's rows count those that share a window one by one."""
+    ``counted_by``, the distance of queries, the table's rows count those that share a window one by one. Blocks of
+    ``stride`` begin at its multiples plus ``offset``."""
     group, i = x % dilation, x // dilation
     members = [p for p in range(length) if p % dilation == group]
-    lead = (i // stride) * stride + stride // 2
+    first = i
+    while (first - offset) % stride != 0:
+        first -= 1
+    lead = first + stride // 2
     left = kernel_size // 2
     right = kernel_size - 1 - left
     if boundary == "shift":
@@ -41,6 +45,7 @@ def attention(
     scale=None,
     query_stride=(1, 1),
     counted=False,
+    offset=(0, 0),
 ):
     """k: [B, H, W, N, D], v: [B, H, W, N, V], q: [B, ., ., N, D] for every query_stride-th row and column of the map;
     all float64; loops over every query and key."""
@@ -51,9 +56,9 @@ def attention(
     for b in range(batch):
         for n in range(heads):
             for y in range(0, height, query_stride[0]):
-                rows = window(y, height, kernel_size[0], stride[0], dilation[0], boundary, by[0])
+                rows = window(y, height, kernel_size[0], stride[0], dilation[0], boundary, by[0], offset[0])
                 for x in range(0, width, query_stride[1]):
-                    columns = window(x, width, kernel_size[1], stride[1], dilation[1], boundary, by[1])
+                    columns = window(x, width, kernel_size[1], stride[1], dilation[1], boundary, by[1], offset[1])
                     place = b, y // query_stride[0], x // query_stride[1], n
                     query = q[place]
                     logits, values = [], []

@@ -81,7 +81,7 @@ class Mix(torch.nn.Module):
         self.options = {"kernel_size": 5, **options}
 
     def forward(self, x):
-        bias = RelativePositionBias(self.table) if self.options.get("stride", 1) == 1 else None
+        bias = RelativePositionBias(self.table) if self.options.get("stride", 1) != 3 else None
         x = neighborhood_attention(x, x.cos(), x.sin(), bias=bias, **self.options)
         weights = x.sum(-1, keepdim=True).expand(-1, -1, -1, -1, 9).cumsum(-1).softmax(-1)
         return neighborhood_aggregate(weights, x, kernel_size=3)
@@ -99,8 +99,9 @@ def free(least):
         {},
         pytest.param({"dilation": 3}, marks=pytest.mark.slow),
         pytest.param({"stride": 3, "boundary": "mask"}, marks=pytest.mark.slow),
+        {"stride": 5, "offset": (2, 4), "boundary": "mask"},
     ],
-    ids=["shift", "d3", "mask-s3"],
+    ids=["shift", "d3", "mask-s3", "shifted"],
 )
 def test_export_with_a_free_size(options):
     module = Mix(**options)

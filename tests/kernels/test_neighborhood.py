@@ -139,6 +139,65 @@ def test_strided_queries_against_loops(name, size, kernel_size, stride, query_st
     assert relative_error(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("boundary", ["zero", "mask"])
+@pytest.mark.parametrize("bias", [None, "table", "factored"])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "dilation", "offset"),
+    [
+        ((8, 7), (4, 3), (4, 3), (1, 1), (2, 1)),
+        ((3, 9), (4, 5), (4, 2), (1, 1), (1, 1)),
+        ((9, 11), (2, 4), (2, 3), (2, 3), (1, 2)),
+    ],
+    ids=["blocks", "halo", "dilated"],
+)
+@pytest.mark.parametrize("name", ["reference", "tiled", "dynamic"])
+def test_offsets_against_loops(name, size, kernel_size, stride, dilation, offset, bias, boundary):
+    leaves, rule = inputs((2, *size, 2, 4), 3, kernel_size, bias, torch.float64)
+    options = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "boundary": boundary}
+    with torch.no_grad():
+        want = naive.attention(
+            *leaves[:3],
+            **options,
+            offset=offset,
+            table=leaves[3] if bias == "table" else None,
+            factors=leaves[3:] if bias == "factored" else None,
+        )
+    for moved in (0, -3):  # an offset counts modulo the stride
+        options["offset"] = tuple(o + moved * s for o, s in zip(offset, stride, strict=True))
+        got = neighborhood_attention(*leaves[:3], bias=rule, backend=name, **options)
+        assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled", "dynamic"])
+@pytest.mark.parametrize(("size", "kernel_size", "shift"), [((14, 21), (7, 7), (3, 5)), ((8, 5), (4, 5), (2, 0))])
+def test_shifted_windows_of_swin(name, size, kernel_size, shift):
+    """Blocks with an offset are windows of the rolled map, in which regions that were apart do not see each other."""
+    leaves, rule = inputs((2, *size, 2, 8), 5, kernel_size, "table", torch.float64)
+    options = {"kernel_size": kernel_size, "stride": kernel_size, "boundary": "mask"}
+    got = with_gradients(leaves, rule, name, offset=shift, **options)
+
+    def windows(t, dim=1):  # [B, H, W, ...] rolled -> [B * windows, K * K, ...]
+        t = torch.roll(t, (-shift[0], -shift[1]), (dim, dim + 1))
+        (k, k2), tail = kernel_size, t.shape[dim + 2 :]
+        t = t.unflatten(dim + 1, (-1, k2)).unflatten(dim, (-1, k)).transpose(dim + 1, dim + 2)
+        return t.reshape(-1, k * k2, *tail)
+
+    row, column = ((torch.arange(n) < s).long() for n, s in zip(size, shift, strict=True))  # wraps around
+    region = windows((2 * row[:, None] + column)[None])  # windows, K * K
+    q, k, v = (windows(t) for t in leaves[:3])
+    logits = torch.einsum("bqnd,bknd->bnqk", q, k) * 8**-0.5
+    at = torch.cartesian_prod(*map(torch.arange, kernel_size))
+    entry = at[None] - at[:, None] + torch.tensor(kernel_size) - 1
+    logits = logits + leaves[3][:, entry[..., 0], entry[..., 1]]
+    apart = (region[:, None] != region[:, :, None]).repeat(2, 1, 1)[:, None]
+    out = torch.einsum("bnqk,bknd->bqnd", logits.masked_fill(apart, float("-inf")).softmax(-1), v)
+    rows, columns = (n // k for n, k in zip(size, kernel_size, strict=True))
+    out = out.view(2, rows, columns, *kernel_size, 2, 5).transpose(2, 3).reshape(2, *size, 2, 5)
+    out = torch.roll(out, shift, (1, 2))
+    want = [out, *torch.autograd.grad(out, leaves, output_gradient(out.shape, out.dtype))]
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["reference", "tiled"])
 @pytest.mark.parametrize("bias", [None, "table", "factored"])
 def test_strided_queries_are_some_of_all(name, bias):
@@ -181,6 +240,8 @@ def calls(draw):
         options["dilation"].append(dilation)
         size.append(draw(st.integers(shortest, max(shortest, 14) + draw(st.sampled_from([0, 0, 5, 17])))))
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    if boundary != "shift" and not strided and draw(st.booleans()):
+        options["offset"] = tuple(draw(st.integers(0, stride - 1)) for stride in options["stride"])
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0.0, 0.3, 1.0, -0.5]))
     shape = (draw(st.integers(0, 3)), *size, draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 7])))
@@ -277,6 +338,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         ((2, 21, 13, 2, 8), "counted", {**HALO, "query_stride": (2, 4), "boundary": "mask"}),
         ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
         ((1, 17, 22, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "boundary": "mask"}),
+        ((2, 28, 35, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "offset": 3, "boundary": "mask"}),
+        ((1, 24, 31, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "offset": (0, 5), "boundary": "mask"}),
+        ((2, 29, 26, 2, 8), "factored", {**HALO, "offset": (4, 7), "boundary": "zero"}),
         ((2, 14, 21, 2, 32), "table", {"kernel_size": (7, 7), "stride": 7, "dilation": (2, 3), "boundary": "mask"}),
         ((1, 17, 22, 3, 8), "table", {"kernel_size": (7, 7), "stride": 7, "dilation": (3, 4), "boundary": "mask"}),
         ((1, 4, 22, 3, 8), "table", {"kernel_size": (7, 7), "dilation": (1, 4), "boundary": "mask"}),
@@ -291,6 +355,9 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         "halo-counted-ragged",
         "window",
         "window-ragged",
+        "window-shifted",
+        "window-shifted-ragged",
+        "halo-shifted",
         "grid",
         "grid-uneven",
         "grid-small",
@@ -914,10 +981,18 @@ def test_meta_tensors_give_the_shape():
         ("table", {"kernel_size": 3, "dilation": 2}),
         ("factored", {"kernel_size": (4, 3), "stride": 2, "boundary": "zero"}),
         (None, {"kernel_size": (4, 3), "stride": 2, "boundary": "mask"}),
+        ("table", {"kernel_size": (4, 3), "stride": (4, 3), "offset": (1, 2), "boundary": "mask"}),
         ("factored", {"kernel_size": (7, 6), "stride": 4, "query_stride": (2, 3), "boundary": "zero"}),
         ("counted", {"kernel_size": (7, 6), "stride": 4, "query_stride": (2, 4), "boundary": "mask"}),
     ],
-    ids=["table-shift-d2", "factored-zero-s2", "none-mask-s2", "factored-zero-q2x3", "counted-mask-q2x4"],
+    ids=[
+        "table-shift-d2",
+        "factored-zero-s2",
+        "none-mask-s2",
+        "table-shifted",
+        "factored-zero-q2x3",
+        "counted-mask-q2x4",
+    ],
 )
 def test_compile_without_graph_breaks(bias, options):
     torch._dynamo.reset()
@@ -1019,8 +1094,9 @@ EXPORTS = [
     {"kernel_size": (5, 4), "dilation": (2, 3)},
     {"kernel_size": 6, "stride": 2, "boundary": "mask"},
     {"kernel_size": 6, "stride": 4, "query_stride": 2, "boundary": "mask"},
+    {"kernel_size": (5, 4), "stride": (5, 4), "offset": (2, 3), "boundary": "mask"},
 ]
-EXPORT_IDS = ["k3-d2", "k5x4-d2x3", "k6-s2-mask", "k6-s4-q2-mask"]
+EXPORT_IDS = ["k3-d2", "k5x4-d2x3", "k6-s2-mask", "k6-s4-q2-mask", "k5x4-shifted"]
 
 
 def export_inputs(count, options):
@@ -1170,6 +1246,14 @@ def tensors(*shape, **options):
             "query_stride 2.*stride 3.*rows",
         ),
         (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "query_stride": 0}, ValueError, "query_stride.*0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "offset": 1.0}, TypeError, r"offset.*1\.0"),
+        (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "stride": 3, "offset": 4}, ValueError, r"offset \(1, 1\).*'shift'"),
+        (
+            [torch.randn(1, 5, 9, 1, 4), *tensors(1, 9, 9, 1, 4)[:2]],
+            {"kernel_size": 3, "stride": 3, "offset": 1, "query_stride": (2, 1), "boundary": "mask"},
+            ValueError,
+            r"offset \(1, 1\).*query_stride \(2, 1\)",
+        ),
         ([[1.0], *tensors(1, 9, 9, 1, 4)[:2]], {"kernel_size": 3}, TypeError, "q .*list"),
         (tensors(1, 9, 9, 1, 4), {"kernel_size": 3, "backend": "cutlass"}, BackendError, "'cutlass'.*argument"),
     ],

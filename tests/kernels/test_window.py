@@ -18,7 +18,10 @@ def windows(draw):
     if draw(st.booleans()):
         dilation, query_stride = 1, draw(st.integers(1, 4))
         counted = stride % query_stride == 0 and draw(st.booleans())
-    rule = Window(kernel_size, stride, dilation, draw(st.sampled_from(BOUNDARIES)), query_stride, counted)
+    boundary, offset = draw(st.sampled_from(BOUNDARIES)), 0
+    if query_stride == 1 and boundary != "shift":
+        offset = draw(st.integers(0, stride - 1))
+    rule = Window(kernel_size, stride, dilation, boundary, query_stride, counted, offset)
     shortest = rule.kernel_size * rule.dilation if rule.boundary == "shift" else 1
     return rule, draw(st.integers(shortest, shortest + 30))
 
@@ -32,7 +35,9 @@ def test_keys_follow_the_formula(case):
     assert len(places) == rule.queries(length) == len(row)
     for q, x in enumerate(places):
         counted_by = rule.query_stride if rule.counted else None
-        expected = naive_window(x, length, rule.kernel_size, rule.stride, rule.dilation, rule.boundary, counted_by)
+        expected = naive_window(
+            x, length, rule.kernel_size, rule.stride, rule.dilation, rule.boundary, counted_by, rule.offset
+        )
         assert row[q].tolist() == [r for _, r in expected]
         assert inside[q].tolist() == [p is not None for p, _ in expected]
         assert [p for p, i in zip(position[q].tolist(), inside[q].tolist(), strict=True) if i] == [
@@ -57,11 +62,11 @@ def test_every_tile_spans_the_windows_of_its_queries(case, tile):
     group = rule.group_length(length)
     queries = rule.queries(group)
     axis = tiling.cut(rule, 0, 1, group, min(tile, queries))
-    assert axis.tiles * axis.tile == queries + axis.ragged
-    assert min(axis.before, axis.after, axis.ragged) >= 0
+    assert axis.tiles * axis.tile == axis.ahead + queries + axis.ragged
+    assert min(axis.before, axis.after, axis.ahead, axis.ragged) >= 0
     assert (axis.tiles - 1) * axis.step + axis.span == axis.before + group + axis.after  # the spans hold the whole map
     for i in range(queries):
-        base = i // axis.tile * axis.step - axis.before
+        base = (i + axis.ahead) // axis.tile * axis.step - axis.before
         assert base <= rule.start(i, group) and rule.start(i, group) + rule.kernel_size <= base + axis.span
     assert [p for start, stop, p in axis.runs for _ in range(start, stop)] == list(axis.order)
     assert len(axis.order) == axis.tiles
@@ -93,6 +98,18 @@ def test_halo_window_of_every_second_query():
         assert torch.equal(row, whole[2][::2]) is not counted
         assert torch.equal(row[4::4], whole[2][8::8])
         assert row[5].tolist() == list(range(first, first + 14))  # keys from 5 on, the query at 10 or counted as 9
+
+
+def test_shifted_windows_are_blocks_too():
+    """Swin's: the tiles are the blocks, and only keys outside the map are masked."""
+    rule = Window(7, 7, boundary="mask", offset=3)
+    position, inside, _ = rule.keys(28)
+    assert [p[i].tolist() for p, i in zip(position[[0, 2, 3, 9, 27]], inside[[0, 2, 3, 9, 27]], strict=True)] == [
+        [0, 1, 2], [0, 1, 2], [*range(3, 10)], [*range(3, 10)], [24, 25, 26, 27],
+    ]  # fmt: skip
+    axis = tiling.cut(rule, 0, 1, 28, 7)
+    assert (axis.tiles, axis.span, axis.ahead, axis.ragged, axis.before, axis.after) == (5, 7, 4, 3, 4, 3)
+    assert axis.order == (0, 1, 1, 1, 2)
 
 
 @pytest.mark.parametrize(("length", "dilation"), [(56, 8), (57, 8), (23, 5)])
