@@ -73,6 +73,7 @@ class Bench:
         queued: bool = True,
         settle: float = 0.0,
         timer: Callable[[], float] = time.perf_counter,
+        of: Callable[[Sequence[float]], float] = statistics.median,
     ) -> dict[str, float]:
         """Median milliseconds of each call.
 
@@ -81,6 +82,7 @@ class Bench:
             settle: seconds of sleep and an untimed call before each timed one, for calls of several runtimes: the
                 threads of one keep spinning for a while and would slow down the next.
             timer: on a CPU.
+            of: instead of the median.
         """
         for call in calls.values():
             for _ in range(3 if self.cuda else 1):
@@ -94,7 +96,7 @@ class Bench:
                     time.sleep(settle)
                     calls[name]()
                 times[name].append(self._once(calls[name], queued, timer))
-        return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+        return {name: 1e3 * of(taken) for name, taken in times.items()}
 
     def _once(self, call: Call, queued: bool, timer: Callable[[], float]) -> float:
         """Seconds of a call."""

@@ -1,4 +1,5 @@
-"""Whole models against their peers, and one image through every model of the zoo: `foveal bench models|zoo`."""
+"""Whole models against their peers, one image through every model of the zoo, and models against a matrix product:
+`foveal bench models|zoo|roofline`."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from ..backbones import list_models
+from ..backbones.profile import of_model
 from ..kernels import recording
 from .cases import ZOO_PEERS, ModelCase
-from .measure import Bench, Modes, Row
+from .measure import Bench, Modes, Row, beside_peer
 from .peers import unfold_mix
 
 TOLERANCE = 1e-4  # float32, relative to the largest value
+PRODUCT = 4096, 384, 1536  # rows, inner and columns: the first layer of an MLP on 14x14 maps
 
 
 def _modes(net: Any, x: Tensor, bench: Bench, compiled: bool, context: Callable[[], AbstractContextManager]) -> Modes:
@@ -96,3 +99,63 @@ def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
         times = bench.median_ms({name: partial(net, x) for name, net in nets.items()})
     row = {"model": case.model, "input": f"{case.batch}x3x{case.size}x{case.size}"}
     yield row | {f"{name}_ms": round(times[name], 1) if name in times else "" for name in ("forward", "deployed")}
+
+
+def roofline_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
+    """GFLOP/s of a model and its peer over those of a matrix product, interleaved, from the shortest times.
+
+    ``forward``: folded where the model can be, with weights of the dtype. ``forward_backward``: a training step without
+    the optimizer, in training mode, for bfloat16 with autocast; it counts three times the FLOPs of the forward pass.
+    """
+    x = bench.normal(case.batch, 3, case.size, case.size).float()
+    names = [case.model, *filter(None, [case.peer])]
+    gflop = {name: dict(zip(("forward", "forward_backward"), _gflop(name, case), strict=True)) for name in names}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, inner, columns = PRODUCT
+        a, b = (torch.randn(*shape).to(dtype) for shape in ((rows, inner), (inner, columns)))
+        calls = {"product": partial(torch.mm, a, b)}
+        for name in names:
+            calls[f"{name} forward"], calls[f"{name} forward_backward"] = _steps(name, x, dtype)
+        times = bench.median_ms(calls, of=min)
+        rate = 2e-9 * rows * inner * columns / times["product"]  # GFLOP per millisecond
+        found = []
+        for name in names:
+            row: Row = {"model": name, "input": f"{case.batch}x3x{case.size}x{case.size}", "dtype": str(dtype)[6:]}
+            for mode, count in gflop[name].items():
+                taken = times[f"{name} {mode}"]
+                row |= {f"{mode}_ms": round(taken, 2), f"{mode}_share": round(count / taken / rate, 3)}
+            found.append(row | {"gflop": round(gflop[name]["forward"], 3), "product_gflop_s": round(1e3 * rate, 1)})
+        if case.peer:
+            beside_peer(found, found[-1])
+        yield from found
+
+
+def _gflop(name: str, case: ModelCase) -> tuple[float, float]:
+    """GFLOP of a batch: of inference, and of a training step, whose layers may be more."""
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    image = (3, case.size, case.size)
+    forward, training = (2e-9 * case.batch * of_model(net.train(mode), image).macs for mode in (False, True))
+    return forward, 3 * training
+
+
+def _steps(name: str, x: Tensor, dtype: torch.dtype) -> Modes:
+    """Inference, and a training step without the optimizer, on a CPU."""
+    torch.manual_seed(0)
+    net: Any = timm.create_model(name)
+    deployed = copy.deepcopy(net).eval()
+    if hasattr(deployed, "reparameterize"):
+        deployed = deployed.reparameterize()
+    deployed, images, parameters = deployed.to(dtype), x.to(dtype), list(net.parameters())
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            return deployed(images)
+
+    def both() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = net(x).float().square().mean()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach()
+
+    return forward, both

@@ -52,6 +52,7 @@ SECTIONS = {
     "layers": Section(operations.layer_rows, (), cases.GPU_LAYERS, cases.TINY_LAYERS, compiles=True, share=10),
     "models": Section(models.model_rows, cases.MODELS, cases.GPU_MODELS, cases.TINY_MODELS, compiles=True, share=10),
     "zoo": Section(models.zoo_rows, models.zoo_cases(), tiny=cases.TINY_MODELS),
+    "roofline": Section(models.roofline_rows, cases.ROOFLINE, tiny=cases.TINY_MODELS),
     "data": Section(data.data_rows, data.CASES, tiny=data.TINY),
     "engine": Section(engine.engine_rows, engine.CASES, tiny=engine.TINY),
     "instructions": Section(instructions.instruction_rows, cases.COMPILED, tiny=cases.COMPILED[3:4]),
@@ -60,7 +61,7 @@ SECTIONS = {
 GPU = ("layers", "halo", "models")
 LABELS = (  # columns that identify a row
     *("case", "operation", "files", "augmentation", "layer", "part", "map", "heads", "depth", "rule", "bias"),
-    *("boundary", "input", "batch", "model", "run", "backend", "by", "loader", "loop"),
+    *("boundary", "input", "batch", "model", "dtype", "run", "backend", "by", "loader", "loop"),
 )
 SLOWER = 1.05  # what `--compare` lists
 

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from foveal.benchmarks import cases, data, export, measure, operations, peers, run
+from foveal.backbones.profile import profile
+from foveal.benchmarks import cases, data, export, measure, models, operations, peers, run
 from foveal.benchmarks.measure import Bench, difference
 from foveal.kernels import neighborhood_aggregate
 
@@ -148,6 +149,29 @@ def test_halo_attention_layer_by_layer_and_in_sum(tmp_path):
     assert total["layer"].startswith("all") and (total["part"], total["by"]) == ("module", "timm")
     assert float(total["forward_ms"]) == pytest.approx(sum(float(row["forward_ms"]) for row in layers), abs=0.01)
     assert float(total["forward_extra_mib"]) == max(float(row["forward_extra_mib"]) for row in layers)
+
+
+@pytest.mark.parametrize("name", ["test_foveal_dinat", "test_foveal_overlock"])
+def test_shares_of_the_matrix_product(name, monkeypatch):
+    """Of FLOPs counted beside the harness; OverLoCK trains with more branches than it infers with."""
+    measured = {}
+
+    def median_ms(self, calls, of):
+        assert of is min and next(iter(calls)) == "product" and len(calls) == 5
+        measured.update({call: call_() for call, call_ in calls.items()})
+        return {call: 2.0 if call == "product" else 0.01 for call in calls}
+
+    monkeypatch.setattr(Bench, "median_ms", median_ms)
+    rows = list(models.roofline_rows(cases.ModelCase(name, "test_foveal_nat", 2, 64), Bench()))
+    assert [(row["model"], row["dtype"]) for row in rows[1:3]] == [("test_foveal_nat", "float32"), (name, "bfloat16")]
+    assert measured["product"].shape == (4096, 1536)
+    assert measured[f"{name} forward"].dtype is torch.bfloat16 and measured[f"{name} forward"].shape == (2, 1000)
+    product = 4096 * 384 * 1536
+    macs = 2 * profile(name, 64).macs
+    assert [row["forward_share"] for row in rows[::2]] == [round(200 * macs / product, 3)] * 2
+    assert (rows[0]["gflop"], rows[0]["forward_over_peer"]) == (round(2e-9 * macs, 3), 1.0)
+    branches = rows[0]["forward_backward_share"] / rows[0]["forward_share"] / 3
+    assert branches > 1.05 if name == "test_foveal_overlock" else branches == pytest.approx(1, rel=0.01)
 
 
 def test_an_earlier_table(tmp_path, capsys, monkeypatch):
