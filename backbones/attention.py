@@ -639,9 +639,7 @@ def context_mixing(
     return torch.stack(mixed, dim=3).flatten(3)
 
 
-# ---- attention that decays with the distance
-
-MASK_ENTRIES = 2**23  # of a decay mask that is made at once, 32 MB in float32
+# ---- convolutions of channels-last maps
 
 
 class DepthwiseConv(nn.Module):
@@ -657,6 +655,36 @@ class DepthwiseConv(nn.Module):
         if not self.residual:
             return y
         return y.add_(x) if may_overwrite(y, self.conv) else y + x
+
+
+class ConvFeedForward(nn.Module):
+    """MLP with a 3x3 depthwise convolution and its residual after the activation (RMT, STViT)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden, 3, residual=True)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.dwconv(F.gelu(self.fc1(x))))
+
+
+class ConvDownsample(nn.Module):
+    """3x3 convolution of stride 2 and BatchNorm; an odd length is rounded up."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.reduction(to_nchw(x))).permute(0, 2, 3, 1)
+
+
+# ---- attention that decays with the distance
+
+MASK_ENTRIES = 2**23  # of a decay mask that is made at once, 32 MB in float32
 
 
 class ManhattanAttention2d(nn.Module):
@@ -791,14 +819,146 @@ def _attend_chunk(
     return _attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).unflatten(1, q.shape[1:3])
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention over ``[B, N, heads, D]`` with a mask ``[heads, N, N]`` in float32, not copied for each image."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention over ``[B, N, heads, D]``, with a mask ``[heads, N, N]`` in float32, not copied for each image."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5
     # exporters decompose SDPA with guards, and it has no forward-mode derivative
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_mode():
         working = torch.promote_types(q.dtype, torch.float32)
-        out = ((q.to(working) * scale) @ k.to(working).transpose(-1, -2) + mask).softmax(-1).to(v.dtype) @ v
+        logits = (q.to(working) * scale) @ k.to(working).transpose(-1, -2)
+        out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[None], scale=scale)
+        added = None if mask is None else mask.to(q.dtype)[None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
     return out.transpose(1, 2)
+
+
+# ---- attention of super tokens
+
+
+class TokenAttention2d(nn.Module):
+    """Multi-head attention over the whole map, without position bias; q, k and v of a head are next to each other in
+    the output of ``qkv``."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, dim]`` to the same shape, for any H and W."""
+        return self.proj(_attend_tokens(self.qkv(x), self.num_heads))
+
+
+@without_size_guards
+def _attend_tokens(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    q, k, v = qkv.flatten(1, 2).unflatten(-1, (num_heads, 3, -1)).unbind(3)
+    return _attend(q, k, v).flatten(2).unflatten(1, qkv.shape[1:3])
+
+
+class SuperTokenAttention2d(nn.Module):
+    """Super token attention (STViT, arXiv:2211.11167, section 3.2), with one iteration of sampling.
+
+    The map is divided into cells of ``token_size`` positions, with a super token each. Every position is associated
+    with the super tokens of the 3x3 cells around it, by a softmax over their similarities (`associate`). Super tokens
+    become the average of their positions, attend to each other, and every position gets the sum of its nine. No
+    gradient flows through the association, as in the authors' training. The map is zero-padded to whole cells at the
+    right and the bottom; padding is not masked, as there.
+
+    Args:
+        dim: channels.
+        num_heads: heads of the attention between super tokens; must divide ``dim``.
+        token_size: rows and columns of a cell; 1: plain attention over all positions.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import SuperTokenAttention2d
+        >>> attention = SuperTokenAttention2d(dim=64, num_heads=2, token_size=8)
+        >>> attention(torch.randn(1, 28, 36, 64)).shape
+        torch.Size([1, 28, 36, 64])
+    """
+
+    def __init__(self, dim: int, num_heads: int, token_size: int) -> None:
+        super().__init__()
+        if not isinstance(token_size, (int, np.integer)) or token_size < 1:
+            raise ValueError(f"token_size must be an int of at least 1, got {token_size!r}")
+        self.token_size = int(token_size)
+        self.stoken_refine = TokenAttention2d(dim, num_heads)
+
+    def extra_repr(self) -> str:
+        return f"token_size={self.token_size}"
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, dim]`` to the same shape, for any H and W."""
+        if self.token_size == 1:
+            return self.stoken_refine(x)
+        return _attend_super_tokens(x, self.token_size, self.stoken_refine)
+
+
+@without_size_guards
+def _attend_super_tokens(x: torch.Tensor, size: int, refine: nn.Module) -> torch.Tensor:
+    H, W = _sizes(x)[1:3]
+    h, w = (H + size - 1) // size, (W + size - 1) // size  # of positive numbers: ONNX rounds others to zero
+    dynamic_shape = is_dynamic(H, W)
+    if dynamic_shape or h * size > H or w * size > W:
+        x = F.pad(x, (0, 0, 0, w * size - W, 0, h * size - H))
+    pixels = x.unflatten(1, (h, size)).unflatten(3, (w, size)).transpose(2, 3).flatten(3, 4)  # B h w P C
+    weights = associate(pixels)
+    tokens = refine(_sample(pixels, weights))
+    y = weights.to(tokens.dtype) @ _neighbors(tokens)
+    y = y.unflatten(3, (size, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if dynamic_shape:
+        return y.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
+    return y[:, :H, :W]
+
+
+def associate(pixels: torch.Tensor) -> torch.Tensor:
+    """Weights of the super tokens of the 3x3 cells around each position, row by row; without gradient.
+
+    The logits are products with the averages of the cells, divided by ``C ** 0.5``; cells outside the map count as
+    zeros, and so have a weight.
+
+    Args:
+        pixels: ``[B, h, w, P, C]``, the P positions of each of h x w cells.
+
+    Returns:
+        ``[B, h, w, P, 9]``, at least in float32.
+    """
+    pixels = pixels.detach()
+    logits = pixels @ (_neighbors(pixels.mean(3)) * pixels.shape[-1] ** -0.5).mT
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _sample(pixels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The super tokens ``[B, h, w, C]``: averages of the positions ``[B, h, w, P, C]`` around with their weights."""
+    tokens = _add_neighbors(weights.to(pixels.dtype).mT @ pixels)
+    total = _add_neighbors(weights.sum(3)[..., None])
+    return (tokens / (total + 1e-12)).to(pixels.dtype)
+
+
+def _neighbors(tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens ``[B, h, w, C]`` of the 3x3 cells around each, zeros outside the map: ``[B, h, w, 9, C]``."""
+    h, w = tokens.shape[1:3]
+    padded = F.pad(tokens, (0, 0, 1, 1, 1, 1))
+    rows = torch.stack([padded[:, i : i + h] for i in range(3)], 3)
+    return torch.stack([rows[:, :, i : i + w] for i in range(3)], 4).flatten(3, 4)
+
+
+def _add_neighbors(parts: torch.Tensor) -> torch.Tensor:
+    """The transpose of `_neighbors`: adds nine parts ``[B, h, w, 9, C]`` to the cells around: ``[B, h, w, C]``."""
+    h, w = parts.shape[1:3]
+    columns = parts.unflatten(3, (3, 3)).unbind(4)
+    rows = sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(columns))[:, :, 1 : 1 + w].unbind(3)
+    return sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(rows))[:, 1 : 1 + h]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, is_model
 from timm.models._features import FeatureGetterNet
@@ -230,6 +231,33 @@ class Backbone(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
+
+
+class ProjectedBackbone(Backbone):
+    """A `Backbone` whose head has a Linear ``proj``, a BatchNorm ``norm`` and SiLU before the pooling;
+    `forward_features` returns the map before them."""
+
+    proj: Any  # an Identity without a head
+
+    @property
+    def _head_width(self) -> int:
+        return getattr(self.proj, "out_features", self.num_features)
+
+    def _remove_head(self) -> None:
+        self.proj, self.norm = nn.Identity(), nn.Identity()
+        super()._remove_head()
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.proj, nn.Identity):
+            return x
+        return F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """``[B, h, w, num_features]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
+        return super().forward_head(self._project(x), pre_logits)
 
 
 def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS) -> None:

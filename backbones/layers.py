@@ -54,6 +54,11 @@ def scale_channels(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     return gamma[:, None, None] * x
 
 
+def scaled(x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+    """``x`` times the factors of LayerScale, or as it is without any."""
+    return x if gamma is None else gamma * x
+
+
 @fx_leaf
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """``x`` in that memory format; as it is under ``torch.func.vmap``, which does not know it."""

@@ -23,29 +23,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import DepthwiseConv, ManhattanAttention2d, to_nchw
-from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Classifiers, Level, drop_path_rates, init_weights
+from .attention import ConvDownsample, ConvFeedForward, DepthwiseConv, ManhattanAttention2d
+from .base import ProjectedBackbone, check_names, create, keep_new, unwrap
+from .layers import Classifiers, Level, drop_path_rates, init_weights, scaled
 
 __all__ = ["RMT", "checkpoint_filter_fn", "family"]
-
-
-class FeedForward(nn.Module):
-    """MLP with a depthwise convolution and its residual after the activation."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = DepthwiseConv(hidden, 3, residual=True)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.dwconv(F.gelu(self.fc1(x))))
 
 
 class RMTBlock(nn.Module):
@@ -62,7 +48,7 @@ class RMTBlock(nn.Module):
         self.retention_layer_norm = nn.LayerNorm(dim, eps=1e-6)
         self.retention = attention
         self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = FeedForward(dim, int(dim * mlp_ratio))
+        self.ffn = ConvFeedForward(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         for name in ("gamma_1", "gamma_2"):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
@@ -70,12 +56,8 @@ class RMTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos(x)
-        x = x + self.drop_path(_scaled(self.retention(self.retention_layer_norm(x)), self.gamma_1))
-        return x + self.drop_path(_scaled(self.ffn(self.final_layer_norm(x)), self.gamma_2))
-
-
-def _scaled(x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
-    return x if gamma is None else gamma * x
+        x = x + self.drop_path(scaled(self.retention(self.retention_layer_norm(x)), self.gamma_1))
+        return x + self.drop_path(scaled(self.ffn(self.final_layer_norm(x)), self.gamma_2))
 
 
 class PatchEmbed(nn.Module):
@@ -97,19 +79,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2 and BatchNorm; an odd length is rounded up."""
-
-    def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(dim_out)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.reduction(to_nchw(x))).permute(0, 2, 3, 1)
-
-
-class RMT(Backbone):
+class RMT(ProjectedBackbone):
     """RMT. Takes images of any size.
 
     Args:
@@ -179,18 +149,14 @@ class RMT(Backbone):
         for i, dim in enumerate(embed_dims):
             attend = partial(ManhattanAttention2d, dim, num_heads[i], axes[i], heads_range=heads_ranges[i])
             blocks = [RMTBlock(dim, attend(), mlp_ratios[i], layer_scales[i], rate) for rate in rates[i]]
-            levels.append(Level(blocks, Downsample(dim, embed_dims[i + 1]) if i + 1 < len(depths) else None))
+            levels.append(Level(blocks, ConvDownsample(dim, embed_dims[i + 1]) if i + 1 < len(depths) else None))
             self._add_map(dim, f"layers.{i}.blocks")
         self.layers = nn.Sequential(*levels)
-        self.proj: Any = nn.Linear(embed_dims[-1], projection)
+        self.proj = nn.Linear(embed_dims[-1], projection)
         self.norm = nn.BatchNorm2d(projection)
         self.aux_on, self.aux_head = aux_head, None
         init_weights(self)
         self._init_head(embed_dims[-1], num_classes, global_pool, drop_rate)
-
-    @property
-    def _head_width(self) -> int:
-        return getattr(self.proj, "out_features", self.num_features)  # an Identity without a head
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         super()._set_head(num_classes, global_pool)
@@ -200,21 +166,16 @@ class RMT(Backbone):
             init_weights(self.aux_head)
 
     def _remove_head(self) -> None:
-        self.proj, self.norm, self.aux_on, self.aux_head = nn.Identity(), nn.Identity(), None, None
+        self.aux_on, self.aux_head = None, None
         super()._remove_head()
 
     def get_classifier(self) -> nn.Module:
         """The classifier, or both, the one of token labels second: Linears, or Identities without classes."""
         return self.head if self.aux_on is None else Classifiers((self.head, self.aux_head))
 
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return x  # `norm` belongs to the head
-
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """``[B, h, w, num_features]`` to the logits, or with ``pre_logits`` to ``[B, head_hidden_size]``."""
-        y = x
-        if not isinstance(self.proj, nn.Identity):
-            y = F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        y = self._project(x)
         pooled = self.head_drop(self.global_pool(y))
         if pre_logits or not self.num_classes:
             return pooled
@@ -251,7 +212,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
     for name, value in unwrap(averaged if isinstance(averaged, dict) and not raw else state_dict).items():
         if constant := re.match(r"layers\.(\d+)\.Relpos\.(\w+)", name):
             decay = value.new_tensor(layers[int(constant[1])].blocks[0].retention.decay)
-            if constant[2] == "decay" and value.is_floating_point() and not torch.allclose(value, decay, 0.02):
+            given = value.is_floating_point() and not value.is_meta  # not while `foveal convert` traces the names
+            if constant[2] == "decay" and given and not torch.allclose(value, decay, 0.02):
                 raise ValueError(f"{name} of the checkpoint is {value.tolist()}, of the model {decay.tolist()}")
         else:
             found[re.sub(r"^extra_norms\.(\d)", r"norm\1", name)] = value

@@ -25,6 +25,7 @@ FAMILIES = {
     "shiftvit": "ShiftViT",
     "rmt": "RMT",
     "raftmlp": "RaftMLP",
+    "stvit": "STViT",
     "a3fpn": "A3-FPN",
 }
 

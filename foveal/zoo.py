@@ -29,6 +29,7 @@ FAMILIES = (
     "ShiftViT",
     "RMT",
     "RaftMLP",
+    "STViT",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

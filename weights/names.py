@@ -39,7 +39,9 @@ _NECK = re.compile(  # A3-FPN's
 )
 _INDEX = ".relative_position_index"  # a buffer of the authors' isotropic ViT that follows from the image size
 _UNREAD = re.compile(r"backbone\.(extra_norms\.|norm)\d\.(weight|bias)")  # of a map that no neck reads
-_CONSTANT = re.compile(r"(backbone\.)?layers\.\d+\.Relpos\.(angle|decay)")  # of RMT, which checks them
+_CONSTANT = re.compile(  # of RMT and STViT, which check them
+    r"(backbone\.)?layers\.\d+\.(Relpos\.(angle|decay)|blocks\.\d+\.attn\.(un)?fold\.weights)"
+)
 _ODD = 1103515245  # multiplication by it modulo 2^31 is a permutation
 
 
@@ -137,7 +139,7 @@ def without_getter(model: Any) -> Any:
 
 def unused_by_classifiers(name: str) -> bool:
     """Whether a tensor of a classifier is used nowhere, and so need not be used here: transformers' VAN has one norm
-    too many, RMT's files have constants."""
+    too many, the files of RMT and STViT have constants."""
     name = bare(name)
     return name.startswith("van.layernorm.") or bool(_CONSTANT.fullmatch(name))
 

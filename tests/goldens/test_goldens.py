@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS))
 # every case with both backends of the operations, except where the family uses neither operation
-NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp")
+NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit")
 RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
 LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
 

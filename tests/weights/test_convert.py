@@ -92,6 +92,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
+    "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
@@ -188,10 +189,28 @@ def mmpretrain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+def rmt_with_constants() -> dict[str, torch.Tensor]:
+    """Of the authors, with the buffers of every stage of their files."""
+    state = filler.published("rmt_t")
+    decays = [level.blocks[0].retention.decay for level in timm.create_model("rmt_t").layers]
+    state |= {f"layers.{i}.Relpos.decay": torch.tensor(decay) for i, decay in enumerate(decays)}
+    return state | {f"layers.{i}.Relpos.angle": torch.ones(16) for i in range(4)}
+
+
+def stvit_with_constants() -> dict[str, torch.Tensor]:
+    """Of the authors, with the identities in every block of their files."""
+    state = filler.published("stvit_s")
+    blocks = sorted({name.partition(".pos_embed")[0] for name in state if ".pos_embed." in name})
+    places = [f"{block}.attn.{kind}.weights" for block in blocks for kind in ("fold", "unfold")]
+    return state | {name: torch.eye(9).view(9, 1, 3, 3).clone() for name in places}
+
+
 RENAMED = {
     "van": ("van_b0", "authors", lambda: filler.published("van_b0")),
     "van of transformers": ("van_b0", "transformers", lambda: filler.published("van_b0_hf_96x128")),
     "raftmlp": ("raftmlp_s", "foveal", lambda: filler.published("raftmlp_s")),
+    "rmt": ("rmt_t", "authors", rmt_with_constants),
+    "stvit": ("stvit_s", "authors", stvit_with_constants),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }
@@ -204,8 +223,8 @@ def test_formats_with_other_names(form: str, tmp_path: Path) -> None:
     file = write(tmp_path / "theirs", "checkpoint.pth", state)
     done = convert(file, tmp_path / "ours", model=name)
     assert done.record["keys"] == keys
-    unused = {key: value for key, value in state.items() if key.startswith("van.layernorm.")}
-    assert done.record["dropped"] == [*unused]
+    unused = [key for key in state if re.match(r"van\.layernorm\.|.*\.(Relpos\..*|(un)?fold\.weights)$", key)]
+    assert done.record["dropped"] == unused
     same(restore(done.folder), {key: value for key, value in state.items() if key not in unused})
     assert foveal.load(done.folder).num_classes == 1000
     assert all(check.passed for check in verify(done.folder))

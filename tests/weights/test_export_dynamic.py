@@ -30,6 +30,7 @@ SMALL = {
     "shiftvit": ("test_foveal_shiftvit", {}),
     "rmt": ("test_foveal_rmt", {}),
     "raftmlp": ("test_foveal_raftmlp", {}),
+    "stvit": ("test_foveal_stvit", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

@@ -141,6 +141,7 @@ SMALLEST = {
     "VAN": "test_foveal_van",
     "ShiftViT": "test_foveal_shiftvit",
     "RaftMLP": "test_foveal_raftmlp",
+    "STViT": "test_foveal_stvit",
 }
 
 

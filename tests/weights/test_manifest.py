@@ -40,6 +40,7 @@ def test_what_is_there() -> None:
         ("rmt", "classify"): 7,
         ("rmt", "detect"): 12,
         ("rmt", "segment"): 7,
+        ("stvit", "classify"): 6,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -120,6 +121,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
     )
     by_hand = (
         "https://drive.google.com/drive/folders/1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf",
+        "https://drive.google.com/drive/folders/1uaT5OarQd9iPrnFufHocHpM3zhyTcetB",
         "https://cloud.tsinghua.edu.cn/d/0100f0cea37d41ba8d08/",
         "https://pan.baidu.com/s/",
     )
