@@ -58,8 +58,8 @@ def _cost(a: AxisTiling, b: AxisTiling) -> float:
 def _pattern_index(window: Window, axis: AxisTiling, device: torch.device) -> tuple[Tensor, Tensor]:
     """``(row, seen)`` of every pattern, both [P, T, S]: row of the bias table, and whether the query sees the key."""
     tile = torch.tensor(axis.samples, device=device)[:, None, None]
-    query = tile * axis.tile - axis.ahead + torch.arange(axis.tile, device=device)[:, None]
-    query = query.clamp(0, axis.queries - 1)
+    query = tile * axis.tile + torch.arange(axis.tile, device=device)[:, None]
+    query = ((query - axis.ahead).clamp(min=0) if axis.ahead else query).clamp(max=axis.queries - 1)
     key = tile * axis.step - axis.before + torch.arange(axis.span, device=device)
     offset = key - window.starts(query, axis.length)
     seen = (offset >= 0) & (offset < window.kernel_size)
