@@ -151,7 +151,6 @@ def compile_launch(launch: Launch, capability: int = 90) -> Compiled:
 def _attention(layer: Layer, dtype: torch.dtype) -> list[Launch]:
     from ..kernels.neighborhood import triton as backend
     from ..kernels.neighborhood import triton_kernels
-    from ..kernels.window import BOUNDARIES
 
     batch, _, _, heads, depth = layer.shape
     q = torch.empty(batch, *layer.queries, heads, depth, dtype=dtype)
@@ -162,8 +161,7 @@ def _attention(layer: Layer, dtype: torch.dtype) -> list[Launch]:
         first = torch.empty(heads, *sides)
     elif layer.bias == "factored":
         first, second = (torch.empty(side, depth) for side in sides)
-    pairs = [[w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)] for w in (layer.rows, layer.columns)]
-    window = [BOUNDARIES.index(layer.rows.boundary), *pairs[0], *pairs[1]]
+    window = backend.window_list(layer.rows, layer.columns)
 
     def call() -> None:
         out, lse = backend.attention(q, k, v, first, second, window, 0.2)

@@ -2,8 +2,8 @@
 it only where a kernel is launched.
 
 The window rule is that of ``kernels/window.py``, with the same names; tests compare the two. K, STRIDE, APART (the
-query stride) and SHIFT (boundary "shift") are compile-time constants; lengths and dilations are not, since a model has
-few windows and many map sizes.
+query stride), SHIFT (boundary "shift") and AHEAD (the positions that the first stride group lacks) are compile-time
+constants; lengths and dilations are not, since a model has few windows and many map sizes.
 """
 
 from __future__ import annotations
@@ -39,30 +39,41 @@ def query_count(length, APART: tl.constexpr):
 
 
 @triton.jit
-def window_start(query, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
-    """First key of a query (scalar or tensor) in a group of ``length`` positions."""
-    lead = query * APART // STRIDE * STRIDE + STRIDE // 2
+def window_start(
+    query, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
+):  # fmt: skip
+    """First key of a query (scalar or tensor, from -AHEAD on) in a group of ``length`` positions."""
+    lead = (query * APART + AHEAD) // STRIDE * STRIDE + (STRIDE // 2 - AHEAD)
     if SHIFT:
         lead = tl.minimum(tl.maximum(lead, K // 2), length - K + K // 2)
     return lead - K // 2
 
 
 @triton.jit
-def first_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
+def first_query(
+    key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
+):  # fmt: skip
     """The first query whose window ends at or after ``key``, a key of the map."""
     # start + K > key, solved for the query; K + STRIDE is added first, since the division rounds towards zero
-    group = (key - (K - 1 - K // 2) - STRIDE // 2 + STRIDE - 1 + STRIDE * K) // STRIDE - K
+    group = (key - (K - 1 - K // 2) - STRIDE // 2 + AHEAD + STRIDE - 1 + STRIDE * K) // STRIDE - K
     query = (tl.maximum(group, 0) * STRIDE + APART - 1) // APART
+    if AHEAD:  # without a query stride
+        query = tl.maximum(query - AHEAD, 0)
     if SHIFT:
         query = tl.where(key < K, 0, query)
     return query
 
 
 @triton.jit
-def last_query(key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr):
+def last_query(
+    key, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, SHIFT: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
+):  # fmt: skip
     """The last query whose window begins at or before ``key``, a key of the map."""
-    group = (key + K // 2 - STRIDE // 2 + STRIDE) // STRIDE - 1
-    query = (group * STRIDE + STRIDE - 1) // APART
+    group = (key + K // 2 - STRIDE // 2 + AHEAD + STRIDE) // STRIDE - 1
+    query = (group * STRIDE + STRIDE - 1) // APART - AHEAD
     last = query_count(length, APART) - 1
     if SHIFT:
         query = tl.where(key >= length - K, last, query)

@@ -46,8 +46,6 @@ def unsupported_reason(problem: Problem) -> str | None:
     reason = triton_support.unsupported_reason(problem)
     if reason is not None:
         return reason
-    if problem.offset != (0, 0):
-        return f"the Triton kernels have no offset (got {problem.offset})"
     if problem.dropout_p > 0:
         return f"the Triton kernels have no attention dropout (got {problem.dropout_p})"
     deepest = max(problem.shape[4], problem.value_depth)
@@ -65,8 +63,9 @@ def unsupported_reason(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class LaunchTiling:
-    """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group. Every tile sees
-    only keys among the ``span`` that start ``before`` keys left of its first query."""
+    """Tiles of queries along one axis: ``step`` queries each, ``tiles`` of them on the longest group, the first with
+    the ``window.ahead`` queries that an offset leaves out. Every tile sees only keys among the ``span`` that start
+    ``before`` keys left of its first query."""
 
     step: int
     tiles: int
@@ -82,7 +81,7 @@ def _lengths(window: Window, length: int) -> set[int]:
 @lru_cache(maxsize=4096)
 def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
     """Tiles of at most ``tile`` queries, about equally large; whole stride groups if one fits."""
-    queries = window.queries(window.group_length(length))
+    queries = window.ahead + window.queries(window.group_length(length))
     together = window.stride // window.query_stride if window.stride % window.query_stride == 0 else 1
     if together > tile:
         together = -(-together // -(-together // tile))
@@ -92,7 +91,7 @@ def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
     tiles = -(-queries // step)
     before = after = 0
     for group in _lengths(window, length):
-        for first in range(0, window.queries(group), step):
+        for first in range(-window.ahead, window.queries(group), step):
             last = min(first + step, window.queries(group)) - 1
             at = first * window.query_stride
             before = max(before, at - window.start(first, group))
@@ -132,7 +131,10 @@ class LaunchShape:
     def shape_class(self) -> tuple:
         """Key of the autotuning: calls of one class use the same tiles."""
         size = self.batch * self.heads * self.height * self.width
-        windows = [(w.kernel_size, w.stride, w.query_stride, w.boundary, w.dilation > 1) for w in self.windows]
+        windows = [
+            (w.kernel_size, w.stride, w.query_stride, w.boundary, w.dilation > 1, *([w.offset] if w.offset else []))
+            for w in self.windows
+        ]
         return self.dtype, self.depth, self.value_depth, self.bias, *windows, size.bit_length()
 
     @property
@@ -232,18 +234,18 @@ def candidates(kernel: str, call: LaunchShape) -> tuple[tuple[int, ...], ...]:
 # ---------------------------------------------------------------------------------------------------- launching
 
 
-def _window_list(problem: Problem) -> list[int]:
+def window_list(rows: Window, columns: Window) -> list[int]:
     """The windows as a list of ints, for the operator's schema."""
-    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted)) for w in problem.windows)
-    return [BOUNDARIES.index(problem.boundary), *(x for pair in pairs for x in pair)]
+    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted), w.offset) for w in (rows, columns))
+    return [BOUNDARIES.index(rows.boundary), *(x for pair in pairs for x in pair)]
 
 
 @lru_cache(maxsize=1024)
 def _windows(numbers: tuple[int, ...]) -> tuple[Window, Window]:
     boundary = BOUNDARIES[numbers[0]]
     rows, columns = (
-        Window(size, stride, dilation, boundary, apart, bool(counted))
-        for size, stride, dilation, apart, counted in (numbers[1:6], numbers[6:])
+        Window(size, stride, dilation, boundary, apart, bool(counted), offset)
+        for size, stride, dilation, apart, counted, offset in (numbers[1:7], numbers[7:])
     )
     return rows, columns
 
@@ -269,6 +271,7 @@ def _constants(call: LaunchShape, wide: bool) -> dict:
         "D": call.depth, "DV": call.value_depth, "BD": bd, "BDV": bdv,
         "KH": a.kernel_size, "KW": b.kernel_size, "SH": a.stride, "SW": b.stride,
         "NH": a.query_stride, "NW": b.query_stride, "COUNTED_H": a.counted, "COUNTED_W": b.counted,
+        "AHEAD_H": a.ahead, "AHEAD_W": b.ahead,
         "BOUNDARY": BOUNDARIES.index(a.boundary), "BIAS": call.bias, "R": r, "C": c,
         "PRECISION": input_precision(call.dtype), "WIDE": wide,
     }  # fmt: skip
@@ -334,8 +337,8 @@ def expand_bias(
     triton_kernels.expand[(heads, groups * tiles, -(-size // 1024))](
         table, expanded, _head_stride(table), 1 / scale, call.width, groups, step, tiles, before, nearest,
         KH=rows.kernel_size, KW=columns.kernel_size, STRIDE=columns.stride, APART=columns.query_stride,
-        COUNTED=columns.counted, BOUNDARY=BOUNDARIES.index(columns.boundary), BIAS=int(table is not None),
-        T=tile[1], S=span, **constants, KEYS=keys, BLOCK=1024, num_warps=4,
+        COUNTED=columns.counted, AHEAD=columns.ahead, BOUNDARY=BOUNDARIES.index(columns.boundary),
+        BIAS=int(table is not None), T=tile[1], S=span, **constants, KEYS=keys, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return Expansion(expanded, nearest, constants)
 
@@ -562,12 +565,12 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.foveal.neighborhood_attention)
 def _(q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[6], q[4], v[4])
+    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4])
 
 
 @register_flop_formula(torch.ops.foveal.neighborhood_attention_backward)
 def _(grad, q, k, v, first, second, out, lse, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[6], q[4], v[4], backward=True)
+    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4], backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
@@ -581,4 +584,4 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
     scale = problem.scale
     if not scale > 0:  # the kernels divide by it, and take the largest logit before they multiply
         k, scale = k * scale, 1.0
-    return attention(q, k, v, first, second, _window_list(problem), scale)[0]
+    return attention(q, k, v, first, second, window_list(*problem.windows), scale)[0]

@@ -52,15 +52,17 @@ def _place(tile, height, width, dilation_rows, dilation_columns, tiles_rows, til
 @triton.jit
 def _query_axis(
     first, number, step, length, K: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
-    MOVED: tl.constexpr,
+    MOVED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One axis of the queries of a tile, from ``first`` on: (query, whether it exists, window start, table index)."""
     query = first + number
     valid = (number < step) & (query < query_count(length, APART))
+    if AHEAD:
+        valid = valid & (query >= 0)
     return (
         query,
         valid,
-        window_start(query, length, K, STRIDE, APART, MOVED),
+        window_start(query, length, K, STRIDE, APART, MOVED, AHEAD),
         table_index(query, STRIDE, APART, COUNTED),
     )
 
@@ -136,7 +138,7 @@ def _part(key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constex
 def expand(
     table, expanded, table_head, inverse_scale, width, dilation, step, tiles, before, nearest,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
-    BOUNDARY: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    AHEAD: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask of every column of tiles: [heads, groups, tiles, SLABS, ROWS, S / 8, T, 8]; see ``_bias``.
@@ -154,12 +156,15 @@ def expand(
     other = x // (8 * T) % (S // 8) * 8 + x % 8
     if KEYS:
         key = tile * step + number
-        query = first_query(tile * step, length, KW, STRIDE, APART, BOUNDARY == SHIFT) + other
+        query = first_query(tile * step, length, KW, STRIDE, APART, BOUNDARY == SHIFT, AHEAD) + other
     else:
-        key = tile * step * APART - before + other
-        query = tile * step + number
-    start = window_start(query, length, KW, STRIDE, APART, BOUNDARY == SHIFT)
+        query = tile * step - AHEAD
+        key = query * APART - before + other
+        query += number
+    start = window_start(query, length, KW, STRIDE, APART, BOUNDARY == SHIFT, AHEAD)
     seen = (number < step) & (query < query_count(length, APART)) & (row >= 0) & (row < KH)
+    if AHEAD:
+        seen = seen & (query >= 0)
     seen = _seen(key, start, seen, length, KW, BOUNDARY)
     value = tl.zeros((BLOCK,), tl.float32)
     if BIAS == TABLE:
@@ -175,7 +180,7 @@ def expand(
 def _bias(
     expanded, first, last, low, row, column, length, nearest,
     M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, K: tl.constexpr,
-    STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr, BOUNDARY: tl.constexpr,
+    STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr, AHEAD: tl.constexpr, BOUNDARY: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask, [M, KR * KC], of the block ``row`` rows below ``low`` and ``column`` columns right of the first.
@@ -190,7 +195,9 @@ def _bias(
     m = m // 8 * 16 + x // (4 * M) % 2 * 8 + m % 8
     other = row + x // (M * KC)
     query = tl.minimum(low + other if KEYS else first + m // T, last)
-    start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT)
+    if AHEAD:
+        query = tl.maximum(query, 0)  # others have no slab
+    start = window_start(query, length, K, STRIDE, APART, BOUNDARY == SHIFT, AHEAD)
     slab = tl.zeros_like(query)
     if SLABS > 1:
         slab = (table_index(query, STRIDE, APART, COUNTED) - start - nearest) * ROWS
@@ -216,8 +223,8 @@ def _block_bias(
     first, last, low, left, row, column, length_rows, length_columns, nearest,
     M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
-    BOUNDARY: tl.constexpr, BIAS: tl.constexpr, SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    AHEAD: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr, SLABS: tl.constexpr, ABOVE: tl.constexpr,
+    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask of a tile of queries and a block of keys, [M, KR * KC]: of ``_bias``, or decomposed."""
     if BIAS == DECOMPOSED:
@@ -230,7 +237,7 @@ def _block_bias(
     else:
         bias = _bias(
             expanded, first, last, low, row, column, length_rows, nearest,
-            M, T, S, KR, KC, KH, STRIDE, APART, COUNTED, BOUNDARY, SLABS, ABOVE, ROWS, False,
+            M, T, S, KR, KC, KH, STRIDE, APART, COUNTED, AHEAD, BOUNDARY, SLABS, ABOVE, ROWS, False,
         )  # fmt: skip
     return bias
 
@@ -247,7 +254,8 @@ def forward(
     step_rows, step_columns, tiles_rows, tiles_columns, before, nearest,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
-    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, AHEAD_H: tl.constexpr, AHEAD_W: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
@@ -260,17 +268,17 @@ def forward(
     group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
         tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
-    first_row, first_column = tile_row * step_rows, tile_column * step_columns
+    first_row, first_column = tile_row * step_rows - AHEAD_H, tile_column * step_columns - AHEAD_W
     last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
     if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
         return  # this group is shorter than others
 
     m = tl.arange(0, BM)
     row, row_valid, row_start, row_index = _query_axis(
-        first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT
+        first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT, AHEAD_H
     )
     column, column_valid, column_start, column_index = _query_axis(
-        first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT
+        first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT, AHEAD_W
     )
     valid = row_valid & column_valid
     position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
@@ -289,7 +297,7 @@ def forward(
     else:
         row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
         column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
-    low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+    low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
     left = first_column * NW - before
     e = tl.arange(0, BK)
 
@@ -316,8 +324,8 @@ def forward(
             bias = _block_bias(
                 expanded, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
                 column_valid, first_row, last_row, low, left, block // CHUNKS * KR, side, length_rows,
-                length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, BOUNDARY, BIAS,
-                SLABS, ABOVE, ROWS, R, C,
+                length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, AHEAD_H,
+                BOUNDARY, BIAS, SLABS, ABOVE, ROWS, R, C,
             )  # fmt: skip
             logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
             larger = tl.maximum(largest, tl.max(logits, 1))
@@ -349,7 +357,8 @@ def queries_backward(
     step_rows, step_columns, tiles_rows, tiles_columns, before, nearest, count, programs, chunk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
-    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, AHEAD_H: tl.constexpr, AHEAD_W: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
@@ -391,16 +400,16 @@ def queries_backward(
         group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
             tile, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
         )
-        first_row, first_column = tile_row * step_rows, tile_column * step_columns
+        first_row, first_column = tile_row * step_rows - AHEAD_H, tile_column * step_columns - AHEAD_W
         last_row = tl.minimum(first_row + step_rows, query_count(length_rows, NH)) - 1
         images = batch
         if (last_row < first_row) | (first_column >= query_count(length_columns, NW)):
             images = 0  # this group is shorter than others
         row, row_valid, row_start, row_index = _query_axis(
-            first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT
+            first_row, m // TW, step_rows, length_rows, KH, SH, NH, COUNTED_H, BOUNDARY == SHIFT, AHEAD_H
         )
         column, column_valid, column_start, column_index = _query_axis(
-            first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT
+            first_column, m % TW, step_columns, length_columns, KW, SW, NW, COUNTED_W, BOUNDARY == SHIFT, AHEAD_W
         )
         valid = row_valid & column_valid
         position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
@@ -411,7 +420,7 @@ def queries_backward(
         if BIAS != DECOMPOSED:
             tile_bias += wide_head * expanded_head
             tile_bias += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * KC * CHUNKS)
-        low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
+        low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
         left = first_column * NW - before
 
         for image in range(tl.program_id(1), images, tl.num_programs(1)):
@@ -442,8 +451,8 @@ def queries_backward(
                 bias = _block_bias(
                     tile_bias, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
                     column_valid, first_row, last_row, low, left, block // across * KR, side, length_rows,
-                    length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, BOUNDARY, BIAS,
-                    SLABS, ABOVE, ROWS, R, C,
+                    length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, AHEAD_H,
+                    BOUNDARY, BIAS, SLABS, ABOVE, ROWS, R, C,
                 )  # fmt: skip
                 logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
                 weights = tl.exp2(logits * scale - offset[:, None])
@@ -530,7 +539,8 @@ def keys_backward(
     tiles_rows, tiles_columns, nearest,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
-    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
+    COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, AHEAD_H: tl.constexpr, AHEAD_W: tl.constexpr,
+    BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, QR: tl.constexpr, QC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
@@ -569,11 +579,12 @@ def keys_backward(
         row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
         column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
 
-    low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)
-    high = last_query(tl.minimum(first_row + TH, length_rows) - 1, length_rows, KH, SH, NH, BOUNDARY == SHIFT) + 1
-    left = first_query(first_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)
+    low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
+    last_row = tl.minimum(first_row + TH, length_rows) - 1
+    high = last_query(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H) + 1
+    left = first_query(first_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
     last_column = tl.minimum(first_column + TW, length_columns) - 1
-    right = last_query(last_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT) + 1
+    right = last_query(last_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W) + 1
     e = tl.arange(0, BQ)
     for image in range(tl.program_id(1), batch, tl.num_programs(1)):
         far_image = tl.cast(image, tl.int64) if WIDE else image
@@ -597,8 +608,9 @@ def keys_backward(
             offset = tl.load(lse + first_image + lse_at, mask=inside, other=float("inf"))  # weights of 0
             deltas = tl.load(delta + first_image + lse_at, mask=inside, other=0.0)
             if BIAS == DECOMPOSED:
-                row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT)[None, :]
-                column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT)[None, :]
+                row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)[None, :]
+                column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
+                column_start = column_start[None, :]
                 seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)
                 seen = seen & _seen(column[:, None], column_start, valid[:, None], length_columns, KW, BOUNDARY)
                 entry = row[:, None] - table_index(query_row, SH, NH, COUNTED_H)[None, :] + (KH - 1)
@@ -609,7 +621,7 @@ def keys_backward(
             else:
                 bias = _bias(
                     expanded, first_row, query_count(length_rows, NH) - 1, low, down, side, length_rows, nearest,
-                    BN, TW, QC * CHUNKS, QR, QC, KH, SH, NH, COUNTED_H, BOUNDARY, SLABS, ABOVE, ROWS, True,
+                    BN, TW, QC * CHUNKS, QR, QC, KH, SH, NH, COUNTED_H, AHEAD_H, BOUNDARY, SLABS, ABOVE, ROWS, True,
                 )  # fmt: skip
             logits = tl.dot(keys, tl.trans(queries), bias, input_precision=PRECISION)
             weights = tl.exp2(logits * scale - offset[None, :])

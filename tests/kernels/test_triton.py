@@ -90,7 +90,7 @@ def test_no_access_out_of_bounds():
 
 
 WINDOWS = [
-    (Window(size, stride, dilation, boundary, apart), length)
+    (Window(size, stride, dilation, boundary, apart, offset=offset), length)
     for size, stride, dilation, apart in [
         (7, 1, 1, 1),
         (7, 1, 3, 1),
@@ -103,7 +103,7 @@ WINDOWS = [
         (5, 4, 1, 3),
         (33, 1, 1, 1),
     ]
-    for boundary in ("shift", "zero")
+    for boundary, offset in [("shift", 0), ("zero", 0), *([("zero", 1), ("zero", stride - 1)] if apart == 1 else [])]
     for length in (size * dilation, size * dilation + 5, 101)
 ]
 
@@ -115,9 +115,10 @@ def test_tiles_hold_every_query_and_its_keys(tile):
         assert 1 <= side.step <= tile
         for group in {window.group_length(length, g) for g in range(min(window.dilation, length))}:
             queries = window.queries(group)
-            assert side.tiles * side.step >= queries
+            assert side.tiles * side.step >= window.ahead + queries
             for query in range(queries):
-                left = query // side.step * side.step * window.query_stride - side.before
+                first = (query + window.ahead) // side.step * side.step - window.ahead
+                left = first * window.query_stride - side.before
                 start = window.start(query, group)
                 assert left <= start and start + window.kernel_size <= left + side.span
 
@@ -138,8 +139,8 @@ def test_the_span_of_queries_around_a_tile_of_keys(tile):
         assert backend.query_span(window, length, tile) >= longest
 
 
-def call_of(size, kernel_size, bias, dtype, depth=32, batch=2, heads=2, stride=1, boundary="shift"):
-    window = Window(kernel_size, stride, 1, boundary)
+def call_of(size, kernel_size, bias, dtype, depth=32, batch=2, heads=2, stride=1, boundary="shift", offset=0):
+    window = Window(kernel_size, stride, 1, boundary, offset=offset)
     return backend.LaunchShape(batch, heads, *size, depth, depth, window, window, bias, dtype)
 
 
@@ -151,6 +152,9 @@ def test_a_tile_fits_its_map():
     window = call_of((56, 56), 7, 1, torch.bfloat16, stride=7)
     th, tw, _, _ = backend.candidates("forward", window)[0][:4]
     assert all(backend.launch_tiling(window.rows, 56, t).step == 7 for t in (th, tw))
+    shifted = call_of((56, 56), 7, 1, torch.bfloat16, stride=7, boundary="mask", offset=3)
+    assert backend.candidates("forward", shifted)[0] == backend.candidates("forward", window)[0]
+    assert backend.launch_tiling(shifted.rows, 56, th) == backend.LaunchTiling(7, 9, 0, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -365,10 +369,10 @@ def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program may have
 
 
-def compiled(kernel, bias, depth, dtype, capability=90, which=0):
+def compiled(kernel, bias, depth, dtype, capability=90, which=0, **options):
     """Resources of a kernel's launches for a layer's shape, with the ``which``-th of its tiles."""
     halo = bias == 2
-    options = {"stride": 8, "boundary": "zero"} if halo else {}
+    options = {"stride": 8, "boundary": "zero"} if halo else options
     call = call_of((56, 56), 14 if halo else 7, bias, dtype, depth, 8, **options)
     q = torch.empty(8, 56, 56, 2, depth, dtype=dtype, device="meta")
     lse = torch.empty(8, 56, 56, 2, device="meta")
@@ -394,8 +398,13 @@ def compiled(kernel, bias, depth, dtype, capability=90, which=0):
 
 @needs_compiler
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_it_compiles_for_hopper(kernel):
-    assert all(stack == 0 for _, stack in compiled(kernel, 1, 32, torch.bfloat16))
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"stride": 7, "boundary": "mask", "offset": 3}, marks=pytest.mark.slow)],
+    ids=["plain", "shifted"],
+)
+def test_it_compiles_for_hopper(kernel, options):
+    assert all(stack == 0 for _, stack in compiled(kernel, 1, 32, torch.bfloat16, **options))
 
 
 # Bytes a thread that the kernels of a factored bias may keep out of their registers: smaller tiles need as many. What

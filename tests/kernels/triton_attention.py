@@ -19,6 +19,7 @@ from .test_neighborhood import calls, inputs, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+SHIFTED = {"kernel_size": (4, 5), "stride": (4, 5), "boundary": "mask"}
 HALO = {"kernel_size": (8, 8), "stride": (4, 4)}
 
 
@@ -50,14 +51,19 @@ def bfloat16_as_on_a_gpu(monkeypatch):
 # --------------------------------------------------------------------------------------- the kernels against float64
 
 
-def eager(q, k, v, tensors, bias, *, kernel_size, stride=1, dilation=1, query_stride=1, boundary="shift", scale=None):
+def eager(
+    q, k, v, tensors, bias, *,
+    kernel_size, stride=1, dilation=1, query_stride=1, offset=0, boundary="shift", scale=None,
+):  # fmt: skip
     """Attention as one would write it, all of it in the dtype of the inputs."""
-    kernel_size, stride, dilation, query_stride = (
-        (x, x) if isinstance(x, int) else x for x in (kernel_size, stride, dilation, query_stride)
+    kernel_size, stride, dilation, query_stride, offset = (
+        (x, x) if isinstance(x, int) else x for x in (kernel_size, stride, dilation, query_stride, offset)
     )
     (row_at, row_in, row), (column_at, column_in, column) = (
-        Window(*options, boundary, apart, bias == "counted" and apart > 1).keys(length, q.device)
-        for *options, apart, length in zip(kernel_size, stride, dilation, query_stride, k.shape[1:3], strict=True)
+        Window(*options, boundary, apart, bias == "counted" and apart > 1, first).keys(length, q.device)
+        for *options, apart, first, length in zip(
+            kernel_size, stride, dilation, query_stride, offset, k.shape[1:3], strict=True
+        )
     )
     inside = row_in[:, None, :, None] & column_in[None, :, None, :]
     near = [t[:, row_at[:, None, :, None], column_at[None, :, None, :]] for t in (k, v)]
@@ -132,12 +138,14 @@ def check(shape, value_depth, bias, options, dtype):
         ((1, 9, 8, 1, 8), 4, "counted", {**HALO, "query_stride": (2, 2), "boundary": "zero"}, BRAIN),
         ((1, 9, 7, 1, 8), 8, "factored", {"kernel_size": (3, 2), "query_stride": (2, 4), "boundary": "shift"}, FLOAT),
         ((1, 2, 36, 1, 8), 8, None, {"kernel_size": (1, 33), "boundary": "zero"}, FLOAT),
+        ((1, 9, 12, 2, 8), 8, "table", {**SHIFTED, "offset": (2, 1)}, FLOAT),
+        ((1, 6, 9, 1, 8), 8, "factored", {**HALO, "offset": (1, 3), "boundary": "zero"}, FLOAT),
         ((1, 5, 5, 1, 8), 8, "table", {"kernel_size": (3, 3), "scale": -0.3}, FLOAT),
         ((1, 5, 5, 1, 8), 8, "factored", {"kernel_size": (3, 3), "scale": 0.0}, FLOAT),
     ],
     ids=[
         "plain", "dilated", "uneven", "one-window", "blocks", "halo", "halo-mask", "counted", "apart", "wide",
-        "negative-scale", "no-scale",
+        "shifted", "shifted-halo", "negative-scale", "no-scale",
     ],
 )  # fmt: skip
 def test_small(shape, value_depth, bias, options, dtype):
@@ -264,7 +272,7 @@ def arguments(bias, **options):
 @pytest.mark.parametrize("bias", [None, "table", "factored"])
 def test_the_operation_is_as_it_says(bias):
     _, tensors = arguments(bias)
-    window = [0, 3, 1, 1, 1, 0, 3, 1, 1, 1, 0]
+    window = backend.window_list(Window(3), Window(3))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(backend.attention, (*tensors, window, 0.3), test_utils=tests)
     if bias != "factored":
@@ -318,11 +326,14 @@ def test_a_cuda_graph_holds_it():
 
 
 @triton.jit
-def _rule(out, length, K: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SHIFT: tl.constexpr, C: tl.constexpr):
+def _rule(
+    out, length, K: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SHIFT: tl.constexpr, C: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
     x = tl.arange(0, 32)
-    tl.store(out + x, triton_common.window_start(x, length, K, S, N, SHIFT))
-    tl.store(out + 32 + x, triton_common.first_query(x, length, K, S, N, SHIFT))
-    tl.store(out + 64 + x, triton_common.last_query(x, length, K, S, N, SHIFT))
+    tl.store(out + x, triton_common.window_start(x, length, K, S, N, SHIFT, AHEAD))
+    tl.store(out + 32 + x, triton_common.first_query(x, length, K, S, N, SHIFT, AHEAD))
+    tl.store(out + 64 + x, triton_common.last_query(x, length, K, S, N, SHIFT, AHEAD))
     tl.store(out + 96 + x, triton_common.table_index(x, S, N, C))
 
 
@@ -330,11 +341,13 @@ def _rule(out, length, K: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SHIFT:
 def test_the_window_rule_on_the_device(kernel_size):
     for stride in range(1, kernel_size + 1):
         for apart in (1, 2, 3, 5):
-            for boundary in ("shift", "zero"):
+            offsets = [("zero", o) for o in range(1, stride) if apart == 1]
+            for boundary, offset in [("shift", 0), ("zero", 0), *offsets]:
                 length = 3 * kernel_size if stride % 2 else kernel_size + 1
-                window = Window(kernel_size, stride, 1, boundary, apart, counted=stride % apart == 0 and apart > 1)
+                counted = stride % apart == 0 and apart > 1
+                window = Window(kernel_size, stride, 1, boundary, apart, counted, offset)
                 out = torch.zeros(4, 32, dtype=torch.int32, device=DEVICE)
-                _rule[(1,)](out, length, kernel_size, stride, apart, boundary == "shift", window.counted)
+                _rule[(1,)](out, length, kernel_size, stride, apart, boundary == "shift", window.counted, window.ahead)
                 starts, first, last, index = out.tolist()
                 queries = range(window.queries(length))
                 assert starts[: len(queries)] == [window.start(q, length) for q in queries]
