@@ -20,6 +20,8 @@ from foveal.kernels import (
     recording,
 )
 from foveal.kernels.aggregate.api import neighborhood_logits
+from foveal.kernels.neighborhood import triton
+from foveal.kernels.window import Window
 
 Q = torch.randn(2, 9, 8, 2, 4)
 LOGITS = torch.randn(2, 9, 8, 2, 15)
@@ -170,7 +172,7 @@ def _leaves(out: torch.Tensor) -> set:
 def test_the_operators_of_the_gpu_have_the_same_formulas():
     """With their shapes alone: the fakes of the operators that `triton` and `natten` call."""
     q, logits, table = (t.to("meta") for t in (Q, LOGITS, TABLE))
-    lse, window, ops = q[..., 0], [0, 3, 1, 1, 1, 0, 3, 1, 1, 1, 0], torch.ops.foveal
+    lse, window, ops = q[..., 0], triton.window_list(Window(3), Window(3)), torch.ops.foveal
     attention, mix = (q, q, q, table, None), (logits, q, None, None)
     calls = [
         (ops.neighborhood_attention, (*attention, window, 1.0), MACS[1][0]),
