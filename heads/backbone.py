@@ -41,6 +41,17 @@ class ShapeSpec:
         return len(self.channels)
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, also for groups of one value (a map of one pixel with as many groups as channels), which it refuses for
+    a single image, in evaluation too. Such a value is its own mean: the output is the bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.num_groups == self.num_channels and x.shape[2:].numel() == 1:
+            # exactly, as the next norm would amplify rounding errors; with gradients for all parameters
+            return (x - x) * self.weight[:, None, None] + self.bias[:, None, None]
+        return super().forward(x)
+
+
 class Neck(nn.Module):
     """Base class: maps as a list, the finest first, to maps of ``spec``."""
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .backbone import Backbone, body_spec
+from torch import nn
+
+from .backbone import Backbone, GroupNorm, body_spec
 from .body import build_body, synchronized
 from .dense import DenseModel
 from .detection import Detector
@@ -248,6 +250,8 @@ def _finished(model: Model, sync_bn: bool, arguments: dict[str, Any]) -> Model:
     for module in set(model.modules()) - set(model.backbone.body.modules()):
         if getattr(module, "inplace", False):  # torchvision's activations, which overwrite what a hook may hold
             module.inplace = False
+        if type(module) is nn.GroupNorm:  # torchvision's and transformers', too
+            module.__class__ = GroupNorm
     model.arguments = {key: value for key, value in arguments.items() if key not in ("pretrained", "checkpoint")}
     return model
 

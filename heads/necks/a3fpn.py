@@ -30,7 +30,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..backbone import Neck, ShapeSpec
+from ..backbone import GroupNorm, Neck, ShapeSpec
 from ..body import check_foldable
 from .resample import DeformableResampling
 
@@ -179,7 +179,7 @@ class Fusion(nn.Module):
         return reduce(operator.add, (x * weights[:, i : i + 1] for i, x in enumerate(maps)))
 
 
-class ChannelShare(nn.GroupNorm):
+class ChannelShare(GroupNorm):
     """Group norm, each channel times the share of its weight in the sum of all."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,29 @@ def test_the_builders_take_a_recipe_s_model(task):
     assert BUILDERS[task](**model.arguments).arguments == model.arguments
 
 
+NARROW = {  # norms of 32 groups of one channel
+    "fcos": {"neck_kwargs": {"out_channels": 32}},
+    "semantic_fpn": {"head_kwargs": {"channels": 32}},
+    "mask2former": {"head_kwargs": {"feature_size": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5}},
+}
+
+
+@pytest.mark.parametrize(("task", "head"), [(task, name) for task in HEADS for name in HEADS[task] if name in NARROW])
+def test_one_image_whose_coarsest_map_is_one_pixel(task, head):
+    """PyTorch's group norm refuses a batch of one, not of two."""
+    if head == "mask2former":
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sides = {"min_size": 32, "max_size": 32} if task == "detect" else {}
+    model = BUILDERS[task]("test_foveal_care", head, num_classes=3, **NARROW[head] | sides).eval()
+    image = torch.rand(3, 32, 32)
+    with torch.no_grad():
+        alone = tensors(model([image]) if task == "detect" else model(image[None]))
+        first = tensors(model([image] * 2)[0] if task == "detect" else model(torch.stack([image] * 2))[:1])
+    for got, want in zip(alone, first, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 # ---- every head with what wraps and watches modules, as tests/backbones/test_works_with.py for the backbones
 
 CASES = [(task, name, "fpn") for task in HEADS for name in HEADS[task]]
