@@ -41,6 +41,10 @@ class Task(task.Task):
         self.metrics = {"val_loss": "loss"} | metric_labels(model.masks)
         self.shown = tuple(name for name in self.metrics if name.endswith(("_ap", "_ap50")))
         self.input = f"{config.data.min_size}/{config.data.max_size}"
+        index = data.val.dataset.index
+        if self.annotated and not index.objects().any():
+            lacking = "has a usable mask" if model.masks else "can be learned"
+            self.notes.append(f"none of the {len(index.labels):,} held-out objects {lacking}: no held-out loss")
         self.identity = {
             "model": json.dumps(model.arguments, sort_keys=True),
             "categories": json.dumps(data.categories, sort_keys=True),

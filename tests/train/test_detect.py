@@ -101,6 +101,20 @@ def test_it_learns(finished):
     assert "held-out loss" in (finished / "report.html").read_text()
 
 
+def test_masks_that_cannot_be_used_leave_no_held_out_loss_which_is_said(finished, tmp_path):
+    file = finished.parent / "rectangles" / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        entry["segmentation"] = [[1, 1, 2, 2]]
+    (tmp_path / "crumbs.json").write_text(json.dumps(content))
+    with (tmp_path / "printed").open("w") as printed:
+        result = evaluate(finished, [f"data.val_annotations={tmp_path / 'crumbs.json'}"], Console(file=printed))
+    assert result["loss"] is None
+    text = (tmp_path / "printed").read_text()
+    assert text.count("held-out loss") == 1
+    assert f"{len(content['annotations'])} held-out objects" in text
+
+
 def test_evaluate_gives_the_recorded_figures_and_pycocotools_too(finished, tmp_path):
     """From the run, its best/ and a copy elsewhere; and the predictions, in the ids of the file, by COCO's own tool."""
     root = finished.parent / "rectangles"
