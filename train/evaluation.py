@@ -87,7 +87,8 @@ def _write(
     if found is None and not task.annotated:
         found = task.write_predictions(scorer, unannotated_results(result["source"]))
         if console is not None:
-            console.print(f"the images have no annotations; predictions written to {found}", highlight=False)
+            text = f"nothing to score: the images have no annotations; predictions written to {found}"
+            console.print(text, highlight=False, soft_wrap=True)
     elif found:
         task.write_predictions(scorer, Path(found))
 
@@ -106,15 +107,16 @@ def _classes(task: Task, scorer: Scorer) -> dict[str, Any]:
 def _print(task: Task, scorer: Scorer, source: str, console: Console) -> None:
     for note in task.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    console.print(f"{source}: {task.describe()}; metrics in percent", highlight=False, soft_wrap=True)
+    heading = f"{source}: {task.describe()}{'; metrics in percent' * task.annotated}"
+    console.print(heading, highlight=False, soft_wrap=True)
     table = Table(show_header=False)
-    for name, value in scorer.metrics.items():
+    for name, value in scorer.metrics.items() if task.annotated else ():
         table.add_row(task.metrics[name], "-" if value is None else f"{value:.4g}")
     table.add_row("images", f"{scorer.n:,}")
     table.add_row("images/s", f"{scorer.images_per_second:,.1f}")
     console.print(table)
     head, rows = task.by_class(scorer)
-    if rows:
+    if rows and task.annotated:
         table = Table(*head, box=None, pad_edge=False)
         for name, count, *figures in rows:
             table.add_row(escape(name), f"{count:,}", *("-" if value is None else f"{value:.4g}" for value in figures))

@@ -406,8 +406,11 @@ def test_figures_of_classes_and_sets_without_annotations(detect_recipe, rectangl
 
     for content in (annotations | {"annotations": []}, {k: v for k, v in annotations.items() if k != "annotations"}):
         (rectangles / "annotations/instances_test.json").write_text(json.dumps(content))
-        result = evaluate(run, ["data.val_annotations=annotations/instances_test.json"])
+        result = evaluate(run, ["data.val_annotations=annotations/instances_test.json"], console)
         assert result["box_ap"] is None
+        text = console.export_text()
+        assert "predictions.json" in text
+        assert "box AP" not in text  # no table without a score
         assert len(json.loads((run / "predictions.json").read_text())) == sum(found.values())
         (run / "predictions.json").unlink()
     with pytest.raises(DataError, match="instances_test"):

@@ -101,8 +101,10 @@ def _read_folders(files: Files) -> Found:
         split = split_of(names[start]) if by_split else ""
         found.images.append({"id": len(found.images) + 1, "file_name": path, "split": split, "label": names[place]})
     if not found.images:
-        more = f"; {found.report}" if found.report.rows else ""
-        raise DataError(f"{files.root} has neither a folder per class nor a table of names and labels{more}")
+        raise DataError(
+            f"{files.root} has neither a folder per class nor a table of names and labels for its "
+            f"{len(files.images.all):,} images; `foveal predict` takes images without labels"
+        )
     return _named(found)
 
 
