@@ -54,6 +54,8 @@ def _errors_as_text() -> Iterator[None]:
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if _is_bug(error) or os.environ.get("FOVEAL_DEBUG", "0") not in ("", "0"):
             raise
+        if isinstance(error, BrokenPipeError):
+            print(flush=True)  # fails again if it was the output that broke, see `main`
         _print_error("error", _missing_extra(error) or str(error) or type(error).__name__, "red")
         raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
 
@@ -95,8 +97,23 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script. If whoever reads the output is gone (``foveal list | head``), it ends without
+    a message, with the exit status of a program that SIGPIPE ends."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except (SystemExit, BrokenPipeError) as end:
+        # click and rich exit with 1 when they meet a broken pipe
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+            raise
+        for stream in (sys.stdout, sys.stderr):  # what they hold must not fail again at the end of Python
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(141)
 
 
 def _show_version(wanted: bool) -> None:

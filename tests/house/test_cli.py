@@ -347,6 +347,17 @@ def test_start_up_takes_little_cpu_time() -> None:
     assert with_timm < cpu_seconds(sys.executable, "-c", "import timm") + 1.0
 
 
+@pytest.mark.parametrize("command", ["list", "list --json", "--version"])  # by rich, by print, at the end
+def test_a_reader_of_the_output_that_is_gone_ends_it_quietly(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "foveal", *command.split()], stdout=gone, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "foveal", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"foveal {foveal.__version__}\n"
