@@ -42,8 +42,8 @@ class ShapeSpec:
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, also for groups of one value (a map of one pixel with as many groups as channels), which it refuses for
-    a single image, in evaluation too. Such a value is its own mean: the output is the bias."""
+    """PyTorch's, also for groups of one value (a map of one pixel with as many groups as channels), which it refuses
+    for a single image, in evaluation too. Such a value is its own mean: the output is the bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.num_groups == self.num_channels and x.shape[2:].numel() == 1:
