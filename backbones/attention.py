@@ -29,7 +29,7 @@ from ..kernels import (
 )
 from ..kernels.cache import CONSTANTS
 from ..kernels.tracing import forward_mode, is_dynamic, transformed, without_size_guards
-from .layers import channels_last, fx_leaf, is_plain, may_overwrite, refuse_scripting, shortfall
+from .layers import bicubic, channels_last, fx_leaf, is_plain, may_overwrite, refuse_scripting, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -55,6 +55,24 @@ def at_least(x: torch.Tensor, size: int) -> torch.Tensor:
     free = is_dynamic(*x.shape[-2:])
     bottom, right = (shortfall(length, size) if free else max(0, size - length) for length in x.shape[-2:])
     return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
+
+
+def resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``x`` ``[B, C, H, W]`` by bicubic interpolation; of a dynamic shape also where it has the size already, which
+    changes nothing."""
+    free = is_dynamic(*x.shape[2:], *size)
+    if not free and tuple(x.shape[2:]) == tuple(size):
+        return x
+    y = bicubic(x, size)
+    # exporters guard on a single row to decide the memory format of what follows
+    return y.clone(memory_format=torch.contiguous_format) if free else y
+
+
+@fx_leaf
+def resized_nhwc(x: torch.Tensor, like: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
+    """`resized` for ``[B, H, W, C]``, to the size of the map ``like`` if it is given."""
+    target = size if like is None else like.shape[1:3]
+    return resized(x.permute(0, 3, 1, 2), target).permute(0, 2, 3, 1)
 
 
 class ChannelNorm(LayerNorm2d):
@@ -791,9 +809,9 @@ def decayed_attention(
     rows, columns = (CONSTANTS.get(_decay_mask, length, decay, q.device) for length in (H, W))
     if axes == "each":
         batch = -1 if torch.jit.is_tracing() else q.shape[0]  # which torch.jit.trace would record
-        v = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), columns).unflatten(0, (batch, H))
+        v = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), columns).unflatten(0, (batch, H))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows).unflatten(0, (batch, W)).transpose(1, 2)
+        return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows).unflatten(0, (batch, W)).transpose(1, 2)
     k, v = k.flatten(1, 2), v.flatten(1, 2)
     step = H if is_dynamic(H, W) else max(1, MASK_ENTRIES // (len(decay) * H * W * W))
     if step >= H:
@@ -816,11 +834,12 @@ def _attend_chunk(
     """Some rows of queries ``[B, h, W, heads, D]`` on all keys ``[B, H * W, heads, D]``. ``rows`` ``[heads, h, H]`` and
     ``columns`` ``[heads, W, W]`` are added to the logits."""
     mask = rows[:, :, None, :, None] + columns[:, None, :, None]
-    return _attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).unflatten(1, q.shape[1:3])
+    return attend(q.flatten(1, 2), k, v, mask.flatten(3).flatten(1, 2)).unflatten(1, q.shape[1:3])
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention over ``[B, N, heads, D]``, with a mask ``[heads, N, N]`` in float32, not copied for each image."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of ``[B, N, heads, D]`` to ``[B, M, heads, D]``. A mask ``[heads, N, M]`` in float32 is added to the
+    logits and not copied for each image."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5
     # exporters decompose SDPA with guards, and it has no forward-mode derivative
@@ -861,7 +880,7 @@ class TokenAttention2d(nn.Module):
 @without_size_guards
 def _attend_tokens(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
     q, k, v = qkv.flatten(1, 2).unflatten(-1, (num_heads, 3, -1)).unbind(3)
-    return _attend(q, k, v).flatten(2).unflatten(1, qkv.shape[1:3])
+    return attend(q, k, v).flatten(2).unflatten(1, qkv.shape[1:3])
 
 
 class SuperTokenAttention2d(nn.Module):
@@ -962,3 +981,222 @@ def _add_neighbors(parts: torch.Tensor) -> torch.Tensor:
     columns = parts.unflatten(3, (3, 3)).unbind(4)
     rows = sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(columns))[:, :, 1 : 1 + w].unbind(3)
     return sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(rows))[:, 1 : 1 + h]
+
+
+# ---- attention to tokens that are merged by their significance
+
+
+class LocallyEnhancedAttention2d(nn.Module):
+    """Base of SG-Former's attentions, which add a 3x3 depthwise convolution of their input and project the sum.
+
+    ``forward`` takes a map ``[B, H, W, dim]`` and the significance of its positions, ``[B, H, W]`` or None, and returns
+    both.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.lepe_linear = nn.Linear(dim, dim)
+        self.lepe_conv = DepthwiseConv(dim, 3)
+        self.proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+    def _projected(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the heads' outputs ``y`` and the convolution of ``x``, both ``[B, H, W, dim]``."""
+        return self.proj(y + self.lepe_conv(self.lepe_linear(x)))
+
+
+class SelfAttention2d(LocallyEnhancedAttention2d):
+    """Attention over the whole map, without position bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor, significance: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv(x).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self._projected(attend(q, k, v).flatten(2).unflatten(1, x.shape[1:3]), x), None
+
+
+class HybridAttention2d(LocallyEnhancedAttention2d):
+    """Attention to a map that is reduced by a strided convolution in the first half of the heads, inside windows in the
+    second half (SG-Former, arXiv:2308.12216, section 3.2).
+
+    The significance of a position is the attention that it receives on average over heads and queries: in its window,
+    plus on the reduced map. It has no gradient and is float32 or wider. At the right and the bottom, the convolution
+    takes zeros as positions outside the map; windows are cut off.
+
+    Args:
+        dim: channels.
+        num_heads: heads, an even number that divides ``dim``.
+        ratio: kernel size and stride of the reduction.
+        window_size: rows and columns of a window.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import HybridAttention2d
+        >>> attention = HybridAttention2d(dim=64, num_heads=2, ratio=8)
+        >>> y, significance = attention(torch.randn(1, 56, 60, 64))
+        >>> y.shape, significance.shape
+        (torch.Size([1, 56, 60, 64]), torch.Size([1, 56, 60]))
+    """
+
+    def __init__(self, dim: int, num_heads: int, ratio: int, window_size: int = 7) -> None:
+        super().__init__(dim, num_heads)
+        if num_heads % 2:
+            raise ValueError(f"num_heads must be even, got {num_heads}")
+        self.ratio, self.window_size = ratio, window_size
+        self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio)
+        self.norm = nn.LayerNorm(dim)
+        self.q1 = nn.Linear(dim, dim // 2)
+        self.kv1 = nn.Linear(dim, dim)
+        self.q2 = nn.Linear(dim, dim // 2)
+        self.kv2 = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ratio={self.ratio}, window_size={self.window_size}"
+
+    @fx_leaf
+    @without_size_guards
+    def forward(self, x: torch.Tensor, significance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        coarse, of_reduced = self._reduced(x)
+        fine, of_windows = self._windows(x)
+        return self._projected(torch.cat([coarse, fine], -1), x), of_reduced + of_windows
+
+    def _reduced(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (H, W), heads = x.shape[1:3], self.num_heads // 2
+        reduced = self.sr(to_nchw(_padded(x, self.ratio))).permute(0, 2, 3, 1)
+        size = reduced.shape[1:3]
+        reduced = self.kv1(F.gelu(self.norm(reduced.flatten(1, 2))))
+        k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in reduced.chunk(2, -1))
+        y, received = _weighed(self.q1(x).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2), k, v)
+        row, column = (torch.arange(length, device=x.device) // self.ratio for length in (H, W))
+        received = received.unflatten(1, size).index_select(1, row).index_select(2, column)
+        return y.transpose(1, 2).flatten(2).unflatten(1, (H, W)), received
+
+    def _windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (H, W), heads, size = x.shape[1:3], self.num_heads // 2, self.window_size
+        cut = is_dynamic(H, W) or H % size or W % size
+        inside = _to_windows(x.new_ones(1, H, W, 1), size, 1) if cut else None
+        q, k, v = _to_windows(torch.cat([self.q2(x), self.kv2(x)], -1), size, 3 * heads).chunk(3, 3)
+        y, received = _weighed(q, k, v, inside)
+        y, received = (_to_map(t, size, (H, W)) for t in (y.transpose(3, 4).flatten(4), received[..., None]))
+        return y, received.squeeze(-1)
+
+
+def _padded(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """``[B, H, W, C]`` with zeros at the right and the bottom up to multiples of ``factor``."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % factor, 0, -x.shape[1] % factor))
+
+
+def _to_windows(x: torch.Tensor, size: int, num_heads: int) -> torch.Tensor:
+    """``[B, H, W, C]`` to zero-padded windows ``[B, rows, columns, heads, size * size, D]``."""
+    x = _padded(x, size)
+    x = x.unflatten(2, (x.shape[2] // size, size)).unflatten(1, (x.shape[1] // size, size))
+    x = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # for flatten, exporters guard on the columns
+    return x.flatten(3, 4).unflatten(-1, (num_heads, -1)).transpose(3, 4)
+
+
+def _to_map(x: torch.Tensor, size: int, cut: tuple[int, int]) -> torch.Tensor:
+    """Windows ``[B, rows, columns, size * size, C]`` to a map ``[B, *cut, C]``, without the padding."""
+    x = x.unflatten(3, (size, size)).transpose(2, 3).clone(memory_format=torch.contiguous_format)
+    x = x.flatten(3, 4).flatten(1, 2)
+    if not is_dynamic(*cut):
+        return x[:, : cut[0], : cut[1]]
+    # of slices, exporters do not see the length
+    row, column = (torch.arange(length, device=x.device) for length in cut)
+    return x.index_select(1, row).index_select(2, column)
+
+
+def _weighed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of ``[..., heads, N, D]`` to ``[..., heads, M, D]``, and the mean of the weights of each key over heads
+    and queries, ``[..., M]``. With padding, ``inside`` ``[..., 1, N, 1]`` is 0 there and 1 elsewhere, and N = M."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if inside is not None:
+        logits = logits.masked_fill(inside.transpose(-1, -2) == 0, -torch.inf)
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    y, weights = weights.to(v.dtype) @ v, weights.detach()
+    if inside is None:
+        return y, weights.mean((-3, -2))
+    return y, (weights * inside).sum((-3, -2)) / (inside.sum((-3, -2)) * q.shape[-3])
+
+
+class GuidedAttention2d(LocallyEnhancedAttention2d):
+    """Attention to tokens that are merged from positions of similar significance (SG-Former, arXiv:2308.12216, section
+    3.3).
+
+    Args:
+        dim: channels.
+        num_heads: heads, an even number that divides ``dim``. The two halves have keys and values of their own.
+        lengths: how many positions are merged to a token, the least significant first: three numbers, for the first
+            quarter, the half in the middle and the last quarter of the positions, or two, for a half each.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import GuidedAttention2d
+        >>> attention = GuidedAttention2d(dim=64, num_heads=2, lengths=(196, 56, 28))
+        >>> y, _ = attention(torch.randn(1, 56, 60, 64), torch.rand(1, 56, 60))
+        >>> y.shape
+        torch.Size([1, 56, 60, 64])
+    """
+
+    def __init__(self, dim: int, num_heads: int, lengths: Sequence[int]) -> None:
+        super().__init__(dim, num_heads)
+        if num_heads % 2:
+            raise ValueError(f"num_heads must be even, got {num_heads}")
+        if len(lengths) not in _PARTS:
+            raise ValueError(f"lengths must be two or three numbers, got {lengths}")
+        self.merge = nn.ModuleList(nn.Linear(length, 1) for length in lengths)
+        self.q = nn.Linear(dim, dim)
+        self.kv1 = nn.Linear(dim, dim)
+        self.kv2 = nn.Linear(dim, dim)
+
+    @fx_leaf
+    @without_size_guards
+    def forward(self, x: torch.Tensor, significance: torch.Tensor) -> tuple[torch.Tensor, None]:
+        tokens = self._merged(x.flatten(1, 2), significance.flatten(1).argsort(1))
+        # the authors make the tokens for kv2 of a map in column order, which is the same order by significance
+        k, v = torch.stack([self.kv1(tokens), self.kv2(tokens)], 2).chunk(2, -1)
+        k, v = (each.unflatten(-1, (self.num_heads // 2, -1)).flatten(2, 3) for each in (k, v))
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        return self._projected(attend(q, k, v).flatten(2).unflatten(1, x.shape[1:3]), x), None
+
+    def _merged(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Positions ``[B, N, C]``, and their numbers by significance ``[B, N]``, to tokens ``[B, M, C]``."""
+        tokens = []
+        for part, layer in zip(_PARTS[len(self.merge)], self.merge, strict=True):
+            chosen = order[:, merge_ranks(order.shape[1], part, layer.in_features, order.device)]
+            group = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
+            group = group.unflatten(1, (group.shape[1] // layer.in_features, layer.in_features))
+            tokens.append(layer(group.transpose(2, 3)).squeeze(-1))
+        return torch.cat(tokens, 1)
+
+
+_PARTS = {2: ((0, 1, 2), (1, 2, 2)), 3: ((0, 1, 4), (1, 3, 4), (3, 4, 4))}  # first, last, of how many
+
+
+def merge_ranks(count: int, part: tuple[int, int, int], length: int, device: torch.device) -> torch.Tensor:
+    """The ranks to merge, ``[groups * length]``, of a part of ``count`` positions.
+
+    Ranks are evenly spread over as many groups as the part needs: where it does not fill them, some occur twice.
+
+    Args:
+        count: positions.
+        part: (first, last, whole): from ``first / whole`` of the positions to ``last / whole``, rounded outwards.
+        length: ranks of a group.
+        device: of the result.
+    """
+    first, last = count * part[0] // part[2], (count * part[1] + part[2] - 1) // part[2]
+    total = (last - first + length - 1) // length * length
+    at, excess = torch.arange(total, device=device), total - (last - first)
+    # first + at * (last - first) // total without large products, which OpenVINO computes in 32 bits
+    return first + at - torch.div(at * excess + (total - 1), total, rounding_mode="floor")

@@ -113,11 +113,16 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(self.tables)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups, for layer-wise learning rates."""
+        """timm's parameter groups, for layer-wise learning rates; the norm of a stage is with its last block."""
         level = rf"^{self.levels_name}\.(\d+)"
         last = 99999
         between = (last if self.downsample_last else 0,)
-        fine = [(rf"{level}\.downsample", between), (rf"{level}\.blocks\.(\d+)", None), (r"^(?:norm|proj\b)", (last,))]
+        fine = [
+            (rf"{level}\.downsample", between),
+            (rf"{level}\.blocks\.(\d+)", None),
+            (rf"{level}\.norm", (last,)),
+            (r"^(?:norm|proj\b)", (last,)),
+        ]
         return dict(stem=rf"^{self.stem_name}", blocks=level if coarse else fine)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

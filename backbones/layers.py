@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -79,15 +80,19 @@ class Blocks(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, after a ``downsample`` unless it is None."""
+    """Blocks at one resolution, after a ``downsample`` and before a ``norm`` unless these are None."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.downsample = downsample
-        self.blocks = Blocks(*blocks)
+        self.blocks = blocks if isinstance(blocks, Blocks) else Blocks(*blocks)
+        self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks(x if self.downsample is None else self.downsample(x))
+        x = self.blocks(x if self.downsample is None else self.downsample(x))
+        return x if self.norm is None else self.norm(x)
 
 
 class Level(nn.Module):
@@ -107,6 +112,15 @@ def init_weights(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Linear) and not m.weight.is_meta:
             trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def init_convs(module: nn.Module) -> None:
+    """Convolutions from a normal with variance 2 / (outputs of an input value, per group), biases 0."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, std=math.sqrt(2 / (m.weight.numel() / m.in_channels)))
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 

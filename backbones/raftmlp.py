@@ -26,29 +26,11 @@ from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import is_dynamic
+from .attention import resized, resized_nhwc
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Stage, bicubic, fx_leaf, init_weights, positive_pair
+from .layers import Stage, fx_leaf, init_weights, positive_pair
 
 __all__ = ["RaftMLP", "checkpoint_filter_fn", "family"]
-
-
-def resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """``x`` ``[B, C, H, W]`` by bicubic interpolation; of a dynamic shape also where it has the size already, which
-    changes nothing."""
-    free = is_dynamic(*x.shape[2:], *size)
-    if not free and tuple(x.shape[2:]) == tuple(size):
-        return x
-    y = bicubic(x, size)
-    # exporters guard on a single row to decide the memory format of what follows
-    return y.clone(memory_format=torch.contiguous_format) if free else y
-
-
-@fx_leaf
-def resized_nhwc(x: torch.Tensor, like: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
-    """`resized` for ``[B, H, W, C]``, to the size of the map ``like`` if it is given."""
-    target = size if like is None else like.shape[1:3]
-    return resized(x.permute(0, 3, 1, 2), target).permute(0, 2, 3, 1)
 
 
 @fx_leaf

@@ -13,7 +13,6 @@ Feature maps are ``[B, C, H, W]``, on a CPU in the channels_last memory format, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from torch import nn
 
 from .attention import ChannelNorm, channels_last_on_cpu, is_dynamic
 from .base import Backbone, check_names, create, unwrap
-from .layers import Stage, drop_path_rates, fx_leaf, init_weights, scale_channels
+from .layers import Stage, drop_path_rates, fx_leaf, init_convs, init_weights, scale_channels
 
 __all__ = ["VAN", "checkpoint_filter_fn", "family"]
 
@@ -117,17 +116,6 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x))
 
 
-class VANStage(Stage):
-    """Patch embedding (of the first stage: the stem), blocks and LayerNorm."""
-
-    def __init__(self, blocks: Sequence[nn.Module], dim: int, downsample: nn.Module | None) -> None:
-        super().__init__(blocks, downsample)
-        self.norm = ChannelNorm(dim, eps=1e-6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(super().forward(x))
-
-
 class VAN(Backbone):
     """Visual Attention Network. Takes images of any size.
 
@@ -177,27 +165,15 @@ class VAN(Backbone):
         for i, (dim, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
             downsample = PatchEmbed(embed_dims[i - 1], dim, 3, 2) if i > 0 else None
             blocks = [VANBlock(dim, ratio, drop_path=rate) for rate in rates[i]]
-            stages.append(VANStage(blocks, dim, downsample))
+            stages.append(Stage(blocks, downsample, ChannelNorm(dim, eps=1e-6)))
             self._add_map(dim, f"stages.{i}")
         self.stages = nn.Sequential(*stages)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.weight.numel() / module.in_channels  # depthwise: of one channel
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        init_convs(self)
         init_weights(self)
         self._init_head(embed_dims[-1], num_classes, global_pool, drop_rate)
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem(channels_last_on_cpu(x))
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's parameter groups, for layer-wise learning rates; the norm of a stage is with its last block."""
-        groups = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"].append((r"^stages\.(\d+)\.norm", (99999,)))
-        return groups
 
 
 # ---- checkpoints

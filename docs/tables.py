@@ -26,6 +26,7 @@ FAMILIES = {
     "rmt": "RMT",
     "raftmlp": "RaftMLP",
     "stvit": "STViT",
+    "sgformer": "SG-Former",
     "a3fpn": "A3-FPN",
 }
 

@@ -30,6 +30,7 @@ FAMILIES = (
     "RMT",
     "RaftMLP",
     "STViT",
+    "SG-Former",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

@@ -1,4 +1,4 @@
 """Published weights, their conversion into model folders, and export to other runtimes."""
 
 # families that export with dynamic height and width
-ANY_SIZE = ("NAT", "DiNAT", "DiNAT_s", "OverLoCK", "CARE", "VAN", "ShiftViT", "RMT", "RaftMLP", "STViT")
+ANY_SIZE = ("NAT", "DiNAT", "DiNAT_s", "OverLoCK", "CARE", "VAN", "ShiftViT", "RMT", "RaftMLP", "STViT", "SG-Former")

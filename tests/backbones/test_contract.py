@@ -59,6 +59,7 @@ SMALL = {
     "rmt": Case("test_foveal_rmt", {}, plain_head=False, attention_dropout=False, tables=None),
     "raftmlp": Case("test_foveal_raftmlp", {}, attention_dropout=False, tables=None),
     "stvit": Case("test_foveal_stvit", {}, plain_head=False, attention_dropout=False, tables=None),
+    "sgformer": Case("test_foveal_sgformer", {}, level_norms=False, attention_dropout=False, tables="pos_embed"),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels

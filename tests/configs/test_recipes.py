@@ -48,7 +48,19 @@ def test_recipe_builds(name):
 # the smallest model of a kind, by what its names hold
 TINY = {
     name: f"test_foveal_{name}"
-    for name in ("overlock", "maxvit", "ascan", "care", "dinat", "shiftvit", "van", "rmt", "raftmlp", "stvit")
+    for name in (
+        "overlock",
+        "maxvit",
+        "ascan",
+        "care",
+        "dinat",
+        "shiftvit",
+        "van",
+        "rmt",
+        "raftmlp",
+        "stvit",
+        "sgformer",
+    )
 }
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
@@ -77,7 +89,7 @@ ONE_OF_EACH = (
         "dinat_large_384",
         "van_b0",
         *("rmt_t", "rmt_t_retinanet_1x", "rmt_t_semantic_fpn_ade20k"),
-        *("shiftvit_tiny_light", "stvit_s"),
+        *("shiftvit_tiny_light", "stvit_s", "sgformer_s"),
         "digits",
     ),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
@@ -427,8 +439,8 @@ def test_every_model_has_its_imagenet_recipe(model):
 
 
 # What the authors of each model published hyper-parameters of. Not here: panoptic segmentation with DiNAT-L, for which
-# there is no task; detectors of MaxViT, CARE, VAN, ShiftViT and STViT, segmenters of CARE, AsCAN, ShiftViT and STViT,
-# of which scores alone are known.
+# there is no task; detectors of MaxViT, CARE, VAN, ShiftViT, STViT and SG-Former, segmenters of CARE, AsCAN, ShiftViT,
+# STViT and SG-Former, of which scores alone are known.
 SIZES = ("mini", "tiny", "small", "base", "large")
 PUBLISHED = [
     *(f"detect/{kind}_{size}_mask_rcnn_3x" for kind in ("nat", "dinat") for size in SIZES[:3]),

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS))
 # every case with both backends of the operations, except where the family uses neither operation
-NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit")
+NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer")
 RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
 LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
 
@@ -67,13 +67,18 @@ def case(request):
     state_dict = {name: parameter(name, shape) for name, shape in meta["spec"].items()}
     overlay = dict(state_dict=state_dict, url="", hf_hub_id=None)
     model = timm.create_model(meta["model"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    return meta, load_file(HERE / f"{request.param}.safetensors"), model
+    return (
+        meta,
+        load_file(HERE / f"{request.param}.safetensors"),
+        model.to(getattr(torch, meta.get("dtype", "float32"))),
+    )
 
 
 @pytest.mark.parametrize(("case", "backend"), RUNS, indirect=["case"])
 def test_published_outputs(case, backend):
     meta, want, model = case
-    image = normal("image:" + meta["image"], meta["input"]).requires_grad_(True)
+    dtype = next(model.parameters()).dtype
+    image = normal("image:" + meta["image"], meta["input"]).to(dtype).requires_grad_(True)
     with foveal.kernels.backend(backend):
         features, maps = model.forward_intermediates(image)
         logits = model.forward_head(features)

@@ -93,6 +93,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
+    "sgformer": ("test_foveal_sgformer", {}, tiny("test_foveal_sgformer")),
 }
 WRAPPERS = {
     "model.pth": lambda state: {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
@@ -211,6 +212,7 @@ RENAMED = {
     "raftmlp": ("raftmlp_s", "foveal", lambda: filler.published("raftmlp_s")),
     "rmt": ("rmt_t", "authors", rmt_with_constants),
     "stvit": ("stvit_s", "authors", stvit_with_constants),
+    "sgformer": ("sgformer_s", "authors", lambda: filler.published("sgformer_s")),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }

@@ -31,6 +31,7 @@ SMALL = {
     "rmt": ("test_foveal_rmt", {}),
     "raftmlp": ("test_foveal_raftmlp", {}),
     "stvit": ("test_foveal_stvit", {}),
+    "sgformer": ("test_foveal_sgformer", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

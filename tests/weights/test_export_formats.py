@@ -142,6 +142,7 @@ SMALLEST = {
     "ShiftViT": "test_foveal_shiftvit",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
+    "SG-Former": "test_foveal_sgformer",
 }
 
 

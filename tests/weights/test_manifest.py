@@ -41,6 +41,7 @@ def test_what_is_there() -> None:
         ("rmt", "detect"): 12,
         ("rmt", "segment"): 7,
         ("stvit", "classify"): 6,
+        ("sgformer", "classify"): 3,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -121,6 +122,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
     )
     by_hand = (
         "https://drive.google.com/drive/folders/1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf",
+        "https://drive.google.com/drive/folders/1ZJDEwxDffqqqzBC2SzhOkpWpGRweDsE4",
         "https://drive.google.com/drive/folders/1uaT5OarQd9iPrnFufHocHpM3zhyTcetB",
         "https://cloud.tsinghua.edu.cn/d/0100f0cea37d41ba8d08/",
         "https://pan.baidu.com/s/",
