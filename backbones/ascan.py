@@ -27,13 +27,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, SqueezeExcite, create_norm_layer, get_act_layer
+from timm.layers import DropPath, SqueezeExcite, create_norm_layer, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Stage, drop_path_rates, fold_batch_norm, init_weights, positive_pair
+from .layers import Mlp, Stage, drop_path_rates, fold_batch_norm, init_weights, positive_pair
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 

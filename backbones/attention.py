@@ -29,7 +29,7 @@ from ..kernels import (
 )
 from ..kernels.cache import CONSTANTS
 from ..kernels.tracing import forward_mode, is_dynamic, transformed, without_size_guards
-from .layers import bicubic, channels_last, fx_leaf, is_plain, may_overwrite, refuse_scripting, shortfall
+from .layers import bicubic, channels_last, fx_leaf, is_plain, linear, may_overwrite, refuse_scripting, shortfall
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -190,9 +190,9 @@ class NeighborhoodAttention2d(nn.Module):
             bottom, right = max(0, rows * dilation - H), max(0, columns * dilation - W)
         enlarge = dynamic_shape or bottom or right
         if enlarge and not dynamic_shape and is_plain(self.qkv):
-            qkv = self._append_bias(self.qkv(x), bottom, right)
+            qkv = self._append_bias(linear(self.qkv, x), bottom, right)
         else:
-            qkv = self.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)) if enlarge else x)
+            qkv = linear(self.qkv, F.pad(x, (0, 0, 0, right, 0, bottom)) if enlarge else x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
@@ -208,7 +208,7 @@ class NeighborhoodAttention2d(nn.Module):
             x = x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
         elif bottom or right:
             x = x[:, :H, :W]
-        return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
+        return self.proj_drop(linear(self.proj, x.reshape(B, H, W, C)))
 
     def _append_bias(self, qkv: torch.Tensor, bottom: int, right: int) -> torch.Tensor:
         """Append the projection of zero inputs, which is its bias."""
@@ -373,7 +373,7 @@ class PartitionAttention2d(nn.Module):
         else:
             assert self.rel_pos is not None  # the constructor asks for one of the two
             size = self.rel_pos.window_size
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         x = neighborhood_attention(
             q,
             k,
@@ -386,7 +386,7 @@ class PartitionAttention2d(nn.Module):
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
+        return self.proj_drop(linear(self.proj, x.reshape(B, H, W, C)))
 
 
 class FullAttention2d(PartitionAttention2d):
@@ -685,7 +685,7 @@ class ConvFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.dwconv(F.gelu(self.fc1(x))))
+        return linear(self.fc2, self.dwconv(F.gelu(linear(self.fc1, x))))
 
 
 class ConvDownsample(nn.Module):
@@ -750,10 +750,12 @@ class ManhattanAttention2d(nn.Module):
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, dim]`` to the same shape, for any H and W."""
-        v = self.v_proj(x)
-        q, k, values = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.q_proj(x), self.k_proj(x), v))
+        v = linear(self.v_proj, x)
+        q, k, values = (
+            t.unflatten(-1, (self.num_heads, -1)) for t in (linear(self.q_proj, x), linear(self.k_proj, x), v)
+        )
         y = decayed_attention(rotate_by_index(q), rotate_by_index(k), values, self.decay, self.axes)
-        return self.out_proj(y.flatten(3) + self.lepe(v))
+        return linear(self.out_proj, y.flatten(3) + self.lepe(v))
 
 
 @without_size_guards
@@ -874,7 +876,7 @@ class TokenAttention2d(nn.Module):
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, dim]`` to the same shape, for any H and W."""
-        return self.proj(_attend_tokens(self.qkv(x), self.num_heads))
+        return linear(self.proj, _attend_tokens(linear(self.qkv, x), self.num_heads))
 
 
 @without_size_guards

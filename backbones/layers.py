@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm import layers as timm_layers
 from timm.layers import BatchNormAct2d, Conv2dSame, trunc_normal_
 from timm.models import checkpoint_seq
 from torch import nn
@@ -249,6 +252,55 @@ def fold_batch_norm(conv: nn.Conv2d, norm: Any) -> bool:
     )
     conv.bias.requires_grad_(conv.weight.requires_grad)
     return True
+
+
+# ---- linear layers as convolutions
+
+
+def _mkl_lacks_avx512() -> bool:
+    """Whether this is an AMD CPU with AVX-512."""
+    name, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        with info.open() as file:
+            name = file.read(256)  # of the first core
+    return "AuthenticAMD" in name and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+# PyTorch's float32 products are MKL's, which on AMD uses AVX2 alone; convolutions are oneDNN's, with AVX-512: twice as
+# fast.
+CONVOLVE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _mkl_lacks_avx512()
+
+
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)`` of a Linear, or what a user put in its place, on ``[..., C]``; as a 1x1 convolution if `CONVOLVE`,
+    on a CPU in float32."""
+    if not CONVOLVE or isinstance(x, torch.fx.Proxy) or x.dtype != torch.float32 or x.device.type != "cpu":
+        return layer(x)
+    if type(layer) is not nn.Linear or not is_plain(layer) or x.ndim < 3 or x.numel() == 0 or _needs_products(layer):
+        return layer(x)
+    # PyTorch convolves fewer than 16 images by MKL's products if it has one thread
+    rows = x.numel() // x.shape[-1]
+    images = 16 if not torch.compiler.is_compiling() and rows % 16 == 0 else rows // x.shape[-2]
+    y = F.conv2d(x.reshape(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _needs_products(layer: nn.Linear) -> bool:
+    """Whether an exporter, a transform, a hook or autocast expects the layer itself."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch.compiler.is_compiling():
+        return layer.weight.dtype != torch.float32
+    hooked = _has_any_global_hook() or torch._C._are_functorch_transforms_active()
+    return hooked or layer.weight.dtype != torch.float32
+
+
+class Mlp(timm_layers.Mlp):
+    """timm's MLP, its layers by `linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.drop1(self.act(linear(self.fc1, x))))
+        return self.drop2(linear(self.fc2, x))
 
 
 # ---- activations in place, which on a CPU saves as much time as the activation itself takes

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead
+from timm.layers import Conv2dSame, DropPath, LayerNorm2d, NormMlpClassifierHead
 from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import MaxxVitConvCfg, MbConvBlock, Stem
 from torch import nn
@@ -35,6 +35,7 @@ from .attention import PartitionAttention2d, RelativePositionTable, resample_tab
 from .base import POOLS, Backbone, check_head, check_names, create, keep_new, registered_cfg, unwrap
 from .layers import (
     ConvSame,
+    Mlp,
     Stage,
     TanhGELU,
     channels_last,

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
+from timm.layers import DropPath, PatchEmbed, to_2tuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import NeighborhoodAttention2d, is_dynamic, to_nchw
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Blocks, Level, drop_path_rates, fx_leaf, init_weights, positive_pair
+from .layers import Blocks, Level, Mlp, drop_path_rates, fx_leaf, init_weights, linear, positive_pair
 
 __all__ = ["NAT", "DiNATs", "Isotropic", "checkpoint_filter_fn", "family"]
 
@@ -120,7 +120,7 @@ class PatchMerging(nn.Module):
             x = F.pad(x, (0, 0, 0, 2 * w - W, 0, 2 * h - H))
         # the channel order is (column, row, C), column outermost
         x = x.reshape(B, h, 2, w, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, h, w, 4 * C)
-        return self.reduction(self.norm(x))
+        return linear(self.reduction, self.norm(x))
 
 
 class NAT(Backbone):

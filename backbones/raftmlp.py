@@ -22,13 +22,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import resized, resized_nhwc
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Stage, fx_leaf, init_weights, positive_pair
+from .layers import Mlp, Stage, fx_leaf, init_weights, positive_pair
 
 __all__ = ["RaftMLP", "checkpoint_filter_fn", "family"]
 
