@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import ChannelNorm, channels_last_on_cpu, context_mixing, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Blocks, average_pool, check_foldable, drop_path_rates, fx_leaf, is_fixed, is_plain
+from .layers import Blocks, average_pool, check_foldable, depthwise_conv, drop_path_rates, fx_leaf, is_fixed, is_plain
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
 
@@ -113,9 +113,12 @@ class DilatedReparam(nn.Module):
             return self.lk_origin(x)
         branches = self.branches()
         if self.training or not all(is_plain(conv) and is_fixed(bn) for conv, bn in branches):
-            return reduce(operator.add, (bn(conv(x)) for conv, bn in branches))
-        weight, bias = self.folded()
-        return F.conv2d(x, weight, bias, padding=self.kernel_size // 2, groups=self.lk_origin.groups)
+            return reduce(operator.add, (bn(self._convolved(conv, x)) for conv, bn in branches))
+        return depthwise_conv(x, *self.folded())
+
+    @staticmethod
+    def _convolved(conv: Any, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv(x, conv.weight, conv.bias, conv.dilation[0]) if is_plain(conv) else conv(x)
 
 
 class ResDWConv(nn.Conv2d):
@@ -125,7 +128,7 @@ class ResDWConv(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
+        return x + depthwise_conv(x, self.weight, self.bias)
 
 
 class LayerScale(nn.Module):

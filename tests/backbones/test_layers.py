@@ -1,9 +1,10 @@
-"""Linear layers as convolutions: the layer's output and gradients, wherever the layer itself is not asked for."""
+"""Linear layers as convolutions, wherever the layer itself is not asked for; gradients of depthwise convolutions."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from foveal.backbones import layers
@@ -42,7 +43,12 @@ def test_the_layer_itself_is_called_where_it_is_asked_for():
     assert convolutions(layers.linear, hooked, x) == 0 and called
     with torch.autocast("cpu", torch.bfloat16):
         assert layers.linear(layer, x).dtype == torch.bfloat16
-    for other, y in ((nn.Identity(), x), (layer, x[0, 0]), (copy.deepcopy(layer).double(), x.double()), (nn.Linear(24, 40), x[:0])):
+    for other, y in (
+        (nn.Identity(), x),
+        (layer, x[0, 0]),
+        (copy.deepcopy(layer).double(), x.double()),
+        (nn.Linear(24, 40), x[:0]),
+    ):
         assert convolutions(layers.linear, other, y) == 0
     assert torch.func.vmap(lambda each: layers.linear(layer, each))(x).shape == (2, 3, 3, 40)
     ((node,),) = (
@@ -68,3 +74,33 @@ def test_the_parts_of_an_mlp_are_called():
     torch.testing.assert_close(mlp(x), want)
     torch.testing.assert_close(torch.compile(mlp, backend="eager", fullgraph=True)(x), want)
     assert (mlp.train()(x) == 0).any()
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 4), (7, 2), (11, 1), (13, 2)])
+def test_gradients_of_a_depthwise_convolution(kernel, dilation):
+    """Also of the second order; the kernel may exceed the map."""
+    size = {"dtype": torch.float64, "requires_grad": True}
+    x, weight, bias = torch.randn(2, 3, 9, 6, **size), torch.randn(3, 1, kernel, kernel, **size), torch.randn(3, **size)
+    pad = dilation * (kernel // 2)
+    out = layers.depthwise_conv(x, weight, bias, dilation)
+    assert out.grad_fn.name() == "_DepthwiseConvBackward"
+    want = F.conv2d(x, weight, bias, padding=pad, dilation=dilation, groups=3)
+    torch.testing.assert_close(out, want)
+    grad = torch.randn_like(out)
+    first, known = (torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True) for y in (out, want))
+    torch.testing.assert_close(first, known)
+    second, known = (torch.autograd.grad(sum(t.square().sum() for t in ts), (x, weight)) for ts in (first, known))
+    torch.testing.assert_close(second, known)
+
+
+def test_gradients_of_a_depthwise_convolution_under_autocast_and_transforms():
+    x, weight = torch.randn(2, 3, 9, 6), torch.randn(3, 1, 11, 11, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layers.depthwise_conv(x, weight)
+    assert out.dtype == torch.bfloat16
+    (got,) = torch.autograd.grad(out.float().square().sum(), weight)
+    (want,) = torch.autograd.grad(layers.depthwise_conv(x, weight).square().sum(), weight)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=0.02 * want.abs().max().item())
+    loss = lambda w: layers.depthwise_conv(x, w).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), want, rtol=1e-4, atol=1e-3)
