@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import resized, resized_nhwc
 from .base import Backbone, check_names, create, keep_new, unwrap
@@ -34,7 +34,7 @@ __all__ = ["RaftMLP", "checkpoint_filter_fn", "family"]
 
 
 @fx_leaf
-def resized_to_multiple(x: torch.Tensor, factor: int) -> torch.Tensor:
+def resized_to_multiple(x: Tensor, factor: int) -> Tensor:
     """`resized` up to the next multiples of ``factor``."""
     return resized(x, [(length + factor - 1) // factor * factor for length in x.shape[2:]])
 
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
             for kernel in kernel_sizes
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = resized_to_multiple(x, self.stride)
         total: Any = sum(conv(x) for conv in self.convs)
         return total.permute(0, 2, 3, 1)
@@ -60,7 +60,7 @@ class PatchEmbed(nn.Module):
 class Downsample(PatchEmbed):
     """`PatchEmbed` for ``[B, H, W, C]``."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2))
 
 
@@ -80,13 +80,13 @@ class RaftMixing(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(raft_size * length, 2 * raft_size * length)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x).unflatten(-1, (self.raft_size, -1))  # B H W raft n
         if self.axis == "rows":
             return self._mixed(x.permute(0, 2, 4, 3, 1)).permute(0, 4, 1, 3, 2).flatten(3)
         return self._mixed(x.permute(0, 1, 4, 3, 2)).permute(0, 1, 4, 3, 2).flatten(3)
 
-    def _mixed(self, x: torch.Tensor) -> torch.Tensor:
+    def _mixed(self, x: Tensor) -> Tensor:
         """``[B, other axis, n, raft, axis]`` to the same."""
         return self.mlp(x.flatten(3)).unflatten(-1, (self.raft_size, -1))
 
@@ -99,7 +99,7 @@ class ChannelMixing(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm(x))
 
 
@@ -120,7 +120,7 @@ class RaftBlock(nn.Module):
         self.channel = ChannelMixing(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = resized_nhwc(x, None, self.size)
         y = y + self.drop_path(self.vertical(y))
         y = y + self.drop_path(self.horizontal(y))
@@ -212,7 +212,7 @@ def _own_name(name: str) -> str:
     return name
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: RaftMLP) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: RaftMLP) -> dict[str, Tensor]:
     """Convert a checkpoint to a state dict of ``model``. Changes neither argument.
 
     Supports checkpoints of the authors' code and state dicts of these models, also wrapped by ``features_only`` or
@@ -238,7 +238,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RaftMLP) -> dict[str
     return result
 
 
-def _embedding(value: torch.Tensor, own: dict[str, torch.Tensor], name: str, kind: str) -> dict[str, torch.Tensor]:
+def _embedding(value: Tensor, own: dict[str, Tensor], name: str, kind: str) -> dict[str, Tensor]:
     """The convolutions of a patch embedding from the columns of the authors' matrix, or from its bias."""
     if kind == "bias":
         return {f"{name}.convs.0.bias": value}
