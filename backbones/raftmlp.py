@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
