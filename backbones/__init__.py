@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ascan, care, halonet, maxvit, nat, overlock, raftmlp, rmt, sgformer, shiftvit, stvit, van
+from . import ascan, care, halonet, maxvit, nat, overlock, raftmlp, rmt, sgformer, shiftvit, stvit, transnext, van
 
-_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer)
+_MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
 
 
 def list_models() -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels import Call, recording
+from .attention import LogPositionBias
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def of_model(model: torch.nn.Module, input_size: tuple[int, int, int]) -> Profil
     image = torch.empty(1, *input_size, device="meta")
     with torch.no_grad(), recording(count_macs), FlopCounterMode(display=False) as flops:
         model(image)
+    counts: Any = flops.get_flop_counts()
+    biases = [counts[f"{type(model).__name__}.{n}"] for n, m in model.named_modules() if isinstance(m, LogPositionBias)]
+    counted = flops.get_total_flops() - sum(sum(each.values()) for each in biases)
     return Profile(
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=flops.get_total_flops() // 2 + sum(macs),
+        macs=counted // 2 + sum(macs),
         input_size=input_size,
     )

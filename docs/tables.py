@@ -27,6 +27,7 @@ FAMILIES = {
     "raftmlp": "RaftMLP",
     "stvit": "STViT",
     "sgformer": "SG-Former",
+    "transnext": "TransNeXt",
     "a3fpn": "A3-FPN",
 }
 

@@ -31,6 +31,7 @@ FAMILIES = (
     "RaftMLP",
     "STViT",
     "SG-Former",
+    "TransNeXt",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

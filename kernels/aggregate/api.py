@@ -127,19 +127,25 @@ def neighborhood_mix(
 
 
 def neighborhood_logits(
-    q: Tensor, k: Tensor, *, kernel_size: IntPair, dilation: IntPair = 1, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    kernel_size: IntPair,
+    dilation: IntPair = 1,
+    boundary: str = "shift",
+    backend: str | None = None,
 ) -> Tensor:
-    """``q . k`` for every key in the window, ``[B, H, W, heads, Kh * Kw]``, unscaled; boundary "shift".
+    """``q . k`` for every key in the window, ``[B, H, W, heads, Kh * Kw]``, unscaled; 0 for keys outside the map.
 
-    For ``kernels/compat.py``; the same product is the gradient of the weights of :func:`neighborhood_aggregate`.
-    Arguments and errors as there; ``q`` and ``k`` are ``[B, H, W, heads, D]``.
+    For ``kernels/compat.py`` and softmaxes over further keys; the same product is the gradient of the weights of
+    :func:`neighborhood_aggregate`. Arguments and errors as there; ``q`` and ``k`` are ``[B, H, W, heads, D]``.
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     for name, t in (("q", q), ("k", k)):
         check_tensor(name, t, "[B, H, W, heads, D]")
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape, got q {tuple(q.shape)}, k {tuple(k.shape)}")
-    return _run("neighborhood_logits", "logits", {"q": q, "k": k}, kernel_size, dilation, "shift", backend)
+    return _run("neighborhood_logits", "logits", {"q": q, "k": k}, kernel_size, dilation, boundary, backend)
 
 
 def check_area(name: str, weights: Tensor, kernel_size: tuple[int, int]) -> None:

@@ -85,7 +85,7 @@ def _all_at_once(name: str, x: Tensor, y: Tensor, problem: Problem, plans: Plans
             out = zeros.scatter(-1, places.expand_as(tiles), tiles) @ keys
         else:
             products = tiles @ keys.transpose(-1, -2)
-            out = products.gather(-1, places.expand(*products.shape[:4], -1, -1, -1, -1))
+            out = products.gather(-1, places.expand_as(products[..., : places.shape[-1]]))
         outs.append(tiling.from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b))
     return tiling.join(outs, plans, problem).to(dtype)
 

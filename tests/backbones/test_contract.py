@@ -57,6 +57,13 @@ SMALL = {
     "van": Case("test_foveal_van", {}, level_norms=False, attention_dropout=False, tables=None),
     "shiftvit": Case("test_foveal_shiftvit", {}, rounds_up=False, attention_dropout=False, tables=None),
     "rmt": Case("test_foveal_rmt", {}, plain_head=False, attention_dropout=False, tables=None),
+    "transnext": Case(
+        "test_foveal_transnext",
+        {},
+        level_norms=False,
+        attention_dropout=False,
+        tables=("_bias_local", "query_embedding", "temperature", "cpb.fc1.weight", "cpb.fc2.weight"),
+    ),
     "raftmlp": Case("test_foveal_raftmlp", {}, attention_dropout=False, tables=None),
     "stvit": Case("test_foveal_stvit", {}, plain_head=False, attention_dropout=False, tables=None),
     "sgformer": Case("test_foveal_sgformer", {}, level_norms=False, attention_dropout=False, tables="pos_embed"),

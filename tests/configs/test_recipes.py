@@ -60,6 +60,7 @@ TINY = {
         "raftmlp",
         "stvit",
         "sgformer",
+        "transnext",
     )
 }
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
@@ -90,6 +91,7 @@ ONE_OF_EACH = (
         "van_b0",
         *("rmt_t", "rmt_t_retinanet_1x", "rmt_t_semantic_fpn_ade20k"),
         *("shiftvit_tiny_light", "stvit_s", "sgformer_s"),
+        *("transnext_micro", "transnext_tiny_upernet_ade20k"),
         "digits",
     ),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
@@ -466,6 +468,8 @@ PUBLISHED = [
     *(f"detect/rmt_{size}_cascade_mask_rcnn_3x" for size in "sb"),
     *(f"segment/rmt_{size}_semantic_fpn_ade20k" for size in "tsbl"),
     *(f"segment/rmt_{size}_upernet_ade20k" for size in "sbl"),
+    *(f"detect/transnext_{size}_mask_rcnn_1x" for size in SIZES[1:4]),
+    *(f"segment/transnext_{size}_{head}_ade20k" for size in SIZES[1:4] for head in ("upernet", "mask2former")),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),
     *(f"segment/resnet50_a3fpn_{head}_cityscapes" for head in ("upernet", "mask2former")),
 ]

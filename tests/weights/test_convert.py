@@ -91,6 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "van": ("test_foveal_van", {}, tiny("test_foveal_van")),
     "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
+    "transnext": ("test_foveal_transnext", {}, tiny("test_foveal_transnext")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
     "sgformer": ("test_foveal_sgformer", {}, tiny("test_foveal_sgformer")),
@@ -213,6 +214,7 @@ RENAMED = {
     "rmt": ("rmt_t", "authors", rmt_with_constants),
     "stvit": ("stvit_s", "authors", stvit_with_constants),
     "sgformer": ("sgformer_s", "authors", lambda: filler.published("sgformer_s")),
+    "transnext": ("transnext_micro", "authors", lambda: filler.published("transnext_micro")),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }

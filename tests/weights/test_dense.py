@@ -24,6 +24,7 @@ from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
+from ..backbones.test_transnext import authors as transnext_authors
 from ..backbones.test_van import authors as van_authors
 from ..heads.published_names import to_mmseg
 from . import filler
@@ -80,7 +81,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     "name",
     [
         "test_foveal_nat",
-        *(pytest.param(f"test_foveal_{n}", marks=pytest.mark.slow) for n in ("dinat", "overlock", "rmt")),
+        *(pytest.param(f"test_foveal_{n}", marks=pytest.mark.slow) for n in ("dinat", "overlock", "rmt", "transnext")),
     ],
 )
 @torch.no_grad()
@@ -376,6 +377,7 @@ UPERNETS = {
     "nat, a3fpn": ("test_foveal_nat", "a3fpn"),
     "van, the authors' names": ("test_foveal_van", "fpn"),
     "rmt": ("test_foveal_rmt", "fpn"),
+    "transnext, the authors' names": ("test_foveal_transnext", "fpn"),
 }
 
 
@@ -389,7 +391,7 @@ def test_upernet(form: str, tmp_path: Path) -> None:
     model = build_segmenter(name, "upernet", neck, num_classes=5, auxiliary=auxiliary, **sizes).eval()
     model.load_state_dict(filler.of(model))
     state = to_mmseg({key: x for key, x in model.state_dict().items() if not key.startswith("head.neck.columns")})
-    named = van_authors if name == "test_foveal_van" else str
+    named = {"test_foveal_van": van_authors, "test_foveal_transnext": transnext_authors}.get(name, str)
     state |= {f"backbone.{named(key)}": x for key, x in model.backbone.body.model.state_dict().items()}
     if neck == "a3fpn":
         channels = (*model.backbone.spec.channels[:3], 64)

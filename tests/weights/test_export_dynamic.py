@@ -32,6 +32,7 @@ SMALL = {
     "raftmlp": ("test_foveal_raftmlp", {}),
     "stvit": ("test_foveal_stvit", {}),
     "sgformer": ("test_foveal_sgformer", {}),
+    "transnext": ("test_foveal_transnext", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

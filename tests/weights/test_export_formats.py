@@ -140,6 +140,7 @@ SMALLEST = {
     "AsCAN": "test_foveal_ascan",
     "VAN": "test_foveal_van",
     "ShiftViT": "test_foveal_shiftvit",
+    "TransNeXt": "test_foveal_transnext",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
     "SG-Former": "test_foveal_sgformer",

@@ -42,6 +42,9 @@ def test_what_is_there() -> None:
         ("rmt", "segment"): 7,
         ("stvit", "classify"): 6,
         ("sgformer", "classify"): 3,
+        ("transnext", "classify"): 7,
+        ("transnext", "detect"): 7,  # four of them DINO
+        ("transnext", "segment"): 6,  # three of them Mask2Former
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -93,7 +96,7 @@ def test_dense_checkpoints_are_of_models_that_exist(name: str) -> None:
     """With a list of dilations for each of their levels, one for each block."""
     checkpoint = ALL[name]
     assert is_model(checkpoint.model)
-    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1"}
+    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1", "bias_size"}
     # of a ResNet of detectron2 both are known
     assert ("stride_in_1x1" in checkpoint.arguments) == (
         checkpoint.keys == "detectron2" and "resnet" in checkpoint.model
@@ -116,6 +119,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://huggingface.co/Visual-Attention-Network/VAN-",
         "https://cloud.tsinghua.edu.cn/f/",
         "https://github.com/microsoft/SPACH/releases/download/v1.0/",
+        "https://huggingface.co/DaiShiResearch/",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
