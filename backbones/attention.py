@@ -983,13 +983,13 @@ def associate(pixels: torch.Tensor) -> torch.Tensor:
         ``[B, h, w, P, 9]``, at least in float32.
     """
     pixels = pixels.detach()
-    logits = pixels @ (_neighbors(pixels.mean(3)) * pixels.shape[-1] ** -0.5).mT
+    logits = pixels @ (_neighbors(pixels.mean(3)) * pixels.shape[-1] ** -0.5).transpose(-1, -2)
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _sample(pixels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The super tokens ``[B, h, w, C]``: averages of the positions ``[B, h, w, P, C]`` around with their weights."""
-    tokens = _add_neighbors(weights.to(pixels.dtype).mT @ pixels)
+    tokens = _add_neighbors(weights.to(pixels.dtype).transpose(-1, -2) @ pixels)
     total = _add_neighbors(weights.sum(3)[..., None])
     return (tokens / (total + 1e-12)).to(pixels.dtype)
 
