@@ -1005,9 +1005,14 @@ def _neighbors(tokens: torch.Tensor) -> torch.Tensor:
 def _add_neighbors(parts: torch.Tensor) -> torch.Tensor:
     """The transpose of `_neighbors`: adds nine parts ``[B, h, w, 9, C]`` to the cells around: ``[B, h, w, C]``."""
     h, w = parts.shape[1:3]
-    columns = parts.unflatten(3, (3, 3)).unbind(4)
-    rows = sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(columns))[:, :, 1 : 1 + w].unbind(3)
-    return sum(F.pad(each, (0, 0, 0, 0, i, 2 - i)) for i, each in enumerate(rows))[:, 1 : 1 + h]
+    rows = _add_overlapping(parts.unflatten(3, (3, 3)).unbind(4))[:, :, 1 : 1 + w].unbind(3)
+    return _add_overlapping(rows)[:, 1 : 1 + h]
+
+
+def _add_overlapping(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of three tensors, each one position after the previous along the third axis from the end."""
+    before, at, after = parts
+    return F.pad(before, (0, 0, 0, 0, 0, 2)) + F.pad(at, (0, 0, 0, 0, 1, 1)) + F.pad(after, (0, 0, 0, 0, 2, 0))
 
 
 # ---- attention to tokens that are merged by their significance
