@@ -955,19 +955,36 @@ class SuperTokenAttention2d(nn.Module):
 
 @without_size_guards
 def _attend_super_tokens(x: torch.Tensor, size: int, refine: nn.Module) -> torch.Tensor:
-    H, W = _sizes(x)[1:3]
-    h, w = (H + size - 1) // size, (W + size - 1) // size  # of positive numbers: ONNX rounds others to zero
-    dynamic_shape = is_dynamic(H, W)
-    if dynamic_shape or h * size > H or w * size > W:
-        x = F.pad(x, (0, 0, 0, w * size - W, 0, h * size - H))
-    pixels = x.unflatten(1, (h, size)).unflatten(3, (w, size)).transpose(2, 3).flatten(3, 4)  # B h w P C
+    pixels = _to_cells(x, size)
     weights = associate(pixels)
     tokens = refine(_sample(pixels, weights))
-    y = weights.to(tokens.dtype) @ _neighbors(tokens)
-    y = y.unflatten(3, (size, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    if dynamic_shape:
-        return y.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
-    return y[:, :H, :W]
+    return _from_cells(weights.to(tokens.dtype) @ _neighbors(tokens), size, _sizes(x)[1:3])
+
+
+def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, H, W, C]`` with zeros at the right and the bottom up to multiples of ``size``."""
+    H, W = _sizes(x)[1:3]
+    # of positive numbers: ONNX rounds others to zero
+    bottom, right = ((length + size - 1) // size * size - length for length in (H, W))
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_dynamic(H, W) or bottom or right else x
+
+
+def _to_cells(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, H, W, C]`` to zero-padded cells of ``size`` rows and columns, ``[B, h, w, size * size, C]``."""
+    x = _padded(x, size)
+    x = x.unflatten(1, (x.shape[1] // size, size)).unflatten(3, (x.shape[2] // size, size)).transpose(2, 3)
+    # flatten would make exporters guard on the number of cells
+    return x.clone(memory_format=torch.contiguous_format).flatten(3, 4)
+
+
+def _from_cells(x: torch.Tensor, size: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Cells ``[B, h, w, size * size, C]`` to ``[B, *shape, C]``, without the padding."""
+    x = x.unflatten(3, (size, size)).transpose(2, 3).clone(memory_format=torch.contiguous_format)
+    x = x.flatten(3, 4).flatten(1, 2)
+    if not is_dynamic(*shape):
+        return x[:, : shape[0], : shape[1]]
+    row, column = (torch.arange(length, device=x.device) for length in shape)  # exporters do not know a slice's length
+    return x.index_select(1, row).index_select(2, column)
 
 
 def associate(pixels: torch.Tensor) -> torch.Tensor:
@@ -1103,7 +1120,7 @@ class HybridAttention2d(LocallyEnhancedAttention2d):
         return self._projected(torch.cat([coarse, fine], -1), x), of_reduced + of_windows
 
     def _reduced(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (H, W), heads = x.shape[1:3], self.num_heads // 2
+        (H, W), heads = _sizes(x)[1:3], self.num_heads // 2
         reduced = self.sr(to_nchw(_padded(x, self.ratio))).permute(0, 2, 3, 1)
         size = reduced.shape[1:3]
         reduced = self.kv1(F.gelu(self.norm(reduced.flatten(1, 2))))
@@ -1114,37 +1131,14 @@ class HybridAttention2d(LocallyEnhancedAttention2d):
         return y.transpose(1, 2).flatten(2).unflatten(1, (H, W)), received
 
     def _windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (H, W), heads, size = x.shape[1:3], self.num_heads // 2, self.window_size
-        cut = is_dynamic(H, W) or H % size or W % size
-        inside = _to_windows(x.new_ones(1, H, W, 1), size, 1) if cut else None
-        q, k, v = _to_windows(torch.cat([self.q2(x), self.kv2(x)], -1), size, 3 * heads).chunk(3, 3)
+        (H, W), heads, size = _sizes(x)[1:3], self.num_heads // 2, self.window_size
+        qkv = _to_cells(torch.cat([self.q2(x), self.kv2(x)], -1), size)
+        q, k, v = qkv.unflatten(-1, (3 * heads, -1)).transpose(3, 4).chunk(3, 3)
+        padded = is_dynamic(H, W) or H % size or W % size
+        inside = _to_cells(x.new_ones(1, H, W, 1), size)[:, :, :, None] if padded else None
         y, received = _weighed(q, k, v, inside)
-        y, received = (_to_map(t, size, (H, W)) for t in (y.transpose(3, 4).flatten(4), received[..., None]))
+        y, received = (_from_cells(t, size, (H, W)) for t in (y.transpose(3, 4).flatten(4), received[..., None]))
         return y, received.squeeze(-1)
-
-
-def _padded(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """``[B, H, W, C]`` with zeros at the right and the bottom up to multiples of ``factor``."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % factor, 0, -x.shape[1] % factor))
-
-
-def _to_windows(x: torch.Tensor, size: int, num_heads: int) -> torch.Tensor:
-    """``[B, H, W, C]`` to zero-padded windows ``[B, rows, columns, heads, size * size, D]``."""
-    x = _padded(x, size)
-    x = x.unflatten(2, (x.shape[2] // size, size)).unflatten(1, (x.shape[1] // size, size))
-    x = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # for flatten, exporters guard on the columns
-    return x.flatten(3, 4).unflatten(-1, (num_heads, -1)).transpose(3, 4)
-
-
-def _to_map(x: torch.Tensor, size: int, cut: tuple[int, int]) -> torch.Tensor:
-    """Windows ``[B, rows, columns, size * size, C]`` to a map ``[B, *cut, C]``, without the padding."""
-    x = x.unflatten(3, (size, size)).transpose(2, 3).clone(memory_format=torch.contiguous_format)
-    x = x.flatten(3, 4).flatten(1, 2)
-    if not is_dynamic(*cut):
-        return x[:, : cut[0], : cut[1]]
-    # of slices, exporters do not see the length
-    row, column = (torch.arange(length, device=x.device) for length in cut)
-    return x.index_select(1, row).index_select(2, column)
 
 
 def _weighed(
