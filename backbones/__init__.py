@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from . import ascan, care, halonet, maxvit, nat, overlock, raftmlp, rmt, sgformer, shiftvit, stvit, transnext, van
+from . import (
+    ascan,
+    care,
+    halonet,
+    maxvit,
+    moh_vit,
+    nat,
+    overlock,
+    raftmlp,
+    rmt,
+    sgformer,
+    shiftvit,
+    stvit,
+    transnext,
+    van,
+)
 
 _MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
+_MODULES += (moh_vit,)
 
 
 def list_models() -> list[str]:

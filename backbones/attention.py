@@ -1338,7 +1338,7 @@ class AggregatedAttention2d(nn.Module):
         q = (q + self.query_embedding[:, 0]) * temperature
         if neighbors is None:
             return _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias), None
-        with _without_autocast(q):  # logits of half precision are too coarse
+        with without_autocast(q):  # logits of half precision are too coarse
             logits = neighborhood_logits(q, _unit(neighbors), kernel_size=3, boundary="zero")
         logits = (logits + self.relative_pos_bias_local).masked_fill(~inside[:, :, None], -math.inf)
         extra = logits.logsumexp(-1)
@@ -1396,7 +1396,7 @@ class LogPositionBias(nn.Module):
         return _take_biases(table, 2, *of_columns), *of_rows
 
 
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
@@ -1438,7 +1438,7 @@ def _bias_table(
     y, x = (_log_offsets(each, base_size, source.device, source.dtype)[:, None] for each in (rows, columns))
     y, x = y * weight[0::2], x * weight[1::2] + bias
     step = None if is_dynamic(*rows, *columns) else BIASES // (x.shape[0] * hidden)
-    with _without_autocast(source):
+    with without_autocast(source):
         return _in_chunks(_bias_rows, step, (y[None],), x, second[0].view(heads, hidden), second[1])
 
 

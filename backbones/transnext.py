@@ -164,6 +164,7 @@ _PARTS = {"patch_embed": "downsample", "block": "blocks", "norm": "norm"}
 
 def _own_name(name: str) -> str:
     """Our name of a parameter: ``stages.0.blocks.`` for the authors' ``block1.``, for instance."""
+    name = re.sub(r"\.attn\.(wg(?:_[01])?)\.", r".attn.gates.\1.", name)  # of MoH-ViT
     name = re.sub(r"\.cpb_fc([12])\.", r".cpb.fc\1.", name).replace(".dwconv.dwconv.", ".dwconv.conv.")
     if match := re.match(rf"({'|'.join(_PARTS)})([1-4])\.", name):
         name = f"stages.{int(match[2]) - 1}.{_PARTS[match[1]]}.{name[match.end() :]}"
@@ -228,6 +229,8 @@ def family(name: str) -> str:
 
 
 _create = functools.partial(create, checkpoint_filter_fn, TransNeXt)
+SMALL: dict[str, Any] = dict(depths=(5, 5, 22, 5), drop_path_rate=0.45)
+BASE: dict[str, Any] = dict(embed_dims=(96, 192, 384, 768), depths=(5, 5, 23, 5), num_heads=(4, 8, 16, 32))
 
 
 @register_model
@@ -254,14 +257,13 @@ def transnext_tiny(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
 @register_model
 def transnext_small(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
     """TransNeXt-Small, 49.7 M parameters."""
-    return _create("transnext_small", pretrained, kwargs, depths=(5, 5, 22, 5), drop_path_rate=0.45)
+    return _create("transnext_small", pretrained, kwargs, **SMALL)
 
 
 @register_model
 def transnext_base(pretrained: bool = False, **kwargs: Any) -> TransNeXt:
     """TransNeXt-Base, 89.7 M parameters."""
-    args = dict(embed_dims=(96, 192, 384, 768), depths=(5, 5, 23, 5), num_heads=(4, 8, 16, 32), drop_path_rate=0.6)
-    return _create("transnext_base", pretrained, kwargs, **args)
+    return _create("transnext_base", pretrained, kwargs, **BASE, drop_path_rate=0.6)
 
 
 @register_model

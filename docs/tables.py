@@ -28,6 +28,7 @@ FAMILIES = {
     "stvit": "STViT",
     "sgformer": "SG-Former",
     "transnext": "TransNeXt",
+    "moh_vit": "MoH-ViT",
     "a3fpn": "A3-FPN",
 }
 

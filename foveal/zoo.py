@@ -32,6 +32,7 @@ FAMILIES = (
     "STViT",
     "SG-Former",
     "TransNeXt",
+    "MoH-ViT",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

@@ -141,7 +141,8 @@ class Task(task.Task):
         total = loss(logits.float(), targets)
         auxiliary, distill = self.config.loss.auxiliary, self.config.distill
         if auxiliary > 0:
-            total = total + auxiliary * loss(extra.float(), targets)
+            # of logits, or a scalar that is the loss itself
+            total = total + auxiliary * (loss(extra.float(), targets) if extra.ndim else extra.float())
         if self.teacher is not None:
             student = logits if auxiliary > 0 else extra  # an auxiliary head does not learn from the teacher
             distilled = distillation_loss(student.float(), self.teacher(images), distill.kind, distill.temperature)

@@ -64,6 +64,13 @@ SMALL = {
         attention_dropout=False,
         tables=("_bias_local", "query_embedding", "temperature", "cpb.fc1.weight", "cpb.fc2.weight"),
     ),
+    "moh_vit": Case(
+        "test_foveal_moh_vit",
+        {},
+        level_norms=False,
+        attention_dropout=False,
+        tables=("_bias_local", "query_embedding", "temperature", "cpb.fc1.weight", "cpb.fc2.weight"),
+    ),
     "raftmlp": Case("test_foveal_raftmlp", {}, attention_dropout=False, tables=None),
     "stvit": Case("test_foveal_stvit", {}, plain_head=False, attention_dropout=False, tables=None),
     "sgformer": Case("test_foveal_sgformer", {}, level_norms=False, attention_dropout=False, tables="pos_embed"),

@@ -61,6 +61,7 @@ TINY = {
         "stvit",
         "sgformer",
         "transnext",
+        "moh_vit",
     )
 }
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}

@@ -36,6 +36,7 @@ MODELS = {
     "test_foveal_van": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_shiftvit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_stvit": ({}, ("model.patch_embed.", "model.layers.0.", "model.layers.1.")),
+    "test_foveal_moh_vit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_transnext": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_raftmlp": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_sgformer": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),

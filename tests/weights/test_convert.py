@@ -92,6 +92,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "shiftvit": ("test_foveal_shiftvit", {}, tiny("test_foveal_shiftvit")),
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
     "transnext": ("test_foveal_transnext", {}, tiny("test_foveal_transnext")),
+    "moh_vit": ("test_foveal_moh_vit", {}, tiny("test_foveal_moh_vit")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
     "sgformer": ("test_foveal_sgformer", {}, tiny("test_foveal_sgformer")),

@@ -33,6 +33,7 @@ SMALL = {
     "stvit": ("test_foveal_stvit", {}),
     "sgformer": ("test_foveal_sgformer", {}),
     "transnext": ("test_foveal_transnext", {}),
+    "moh_vit": ("test_foveal_moh_vit", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

@@ -141,6 +141,7 @@ SMALLEST = {
     "VAN": "test_foveal_van",
     "ShiftViT": "test_foveal_shiftvit",
     "TransNeXt": "test_foveal_transnext",
+    "MoH-ViT": "test_foveal_moh_vit",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
     "SG-Former": "test_foveal_sgformer",

@@ -45,6 +45,7 @@ def test_what_is_there() -> None:
         ("transnext", "classify"): 7,
         ("transnext", "detect"): 7,  # four of them DINO
         ("transnext", "segment"): 6,  # three of them Mask2Former
+        ("moh_vit", "classify"): 4,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
     }
@@ -120,6 +121,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://cloud.tsinghua.edu.cn/f/",
         "https://github.com/microsoft/SPACH/releases/download/v1.0/",
         "https://huggingface.co/DaiShiResearch/",
+        "https://huggingface.co/Chat-UniVi/MoH-ViT-B-50/",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
@@ -130,6 +132,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://drive.google.com/drive/folders/1uaT5OarQd9iPrnFufHocHpM3zhyTcetB",
         "https://cloud.tsinghua.edu.cn/d/0100f0cea37d41ba8d08/",
         "https://pan.baidu.com/s/",
+        "https://huggingface.co/Chat-UniVi/",
     )
     for each in ALL.values():
         assert each.addresses or each.page.startswith(by_hand)
