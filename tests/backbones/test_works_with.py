@@ -39,7 +39,7 @@ CASES: dict[str, dict] = {
     **{name: dict(width_factor=0.25) for name in ("halo26t", "sehalo33ts", "eca_haloext26ts")},
     "lamhalobot50ts_256": dict(width_factor=0.25, img_size=64),
 }
-SLOW = "eca_haloext26ts", "lamhalobot50ts_256"
+SLOW = "eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_moh_vit"
 families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

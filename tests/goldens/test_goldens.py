@@ -19,8 +19,8 @@ from ..heads.published_names import from_published
 HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS))
-# every case with both backends of the operations, except where the family uses neither operation
-NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer")
+# every case with both backends of the operations, except where the family uses neither operation, or another does
+NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer", "moh_vit")
 RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
 LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
 
