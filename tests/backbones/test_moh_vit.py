@@ -56,7 +56,7 @@ def test_gates_position_by_position():
             at = x[0, y, column]
             scores = (module.wg.weight @ at).softmax(0)
             chosen = sorted(range(4), key=lambda i: -scores[i])[:2]
-            kept = torch.tensor([2 * float(scores[i]) / float(scores[chosen].sum()) * (i in chosen) for i in range(4)])
+            kept = torch.tensor([2 * scores[i].item() / scores[chosen].sum().item() * (i in chosen) for i in range(4)])
             both = 2 * (module.wg_0.weight @ at).softmax(0)
             shared = 2 * (module.wg_1.weight @ at).softmax(0)
             torch.testing.assert_close(got[y, column], torch.cat([both[0] * shared, both[1] * kept]))
