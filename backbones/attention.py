@@ -314,6 +314,62 @@ def _interpolation(source: int, target: int) -> tuple[list[int], list[int], list
     return lower, upper, weights
 
 
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    shift: tuple[int, int] = (0, 0),
+    grid: bool = False,
+    table: torch.Tensor | None = None,
+    cache: TensorCache | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention inside the windows of a map of any size; windows that leave the map are cut.
+
+    Args:
+        q: queries ``[B, H, W, heads, D]``.
+        k: keys, likewise.
+        v: values, likewise.
+        size: (rows, columns) of a window.
+        shift: where the first whole window starts (Swin's shifted windows).
+        grid: a window is ``size`` positions spread evenly over the map, ``ceil(length / size)`` apart.
+        table: position bias ``[heads, 2 * rows - 1, 2 * columns - 1]``, by key - query.
+        cache: keeps what the kernels derive from the table in eval.
+        scale: factor on the logits; None is ``D ** -0.5``.
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        ``[B, H, W, heads * D]``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import window_attention
+        >>> q, k, v = torch.randn(3, 1, 16, 20, 2, 8)
+        >>> window_attention(q, k, v, (7, 7), shift=(3, 3)).shape
+        torch.Size([1, 16, 20, 16])
+    """
+    H, W = q.shape[1:3]
+    if not is_dynamic(H, W):
+        H, W = operator.index(H), operator.index(W)  # torch.jit.trace has sizes as tensors
+    x = neighborhood_attention(
+        q,
+        k,
+        v,
+        kernel_size=size,
+        stride=size,
+        dilation=(-(-H // size[0]), -(-W // size[1])) if grid else 1,
+        offset=shift,
+        bias=None if table is None else RelativePositionBias(table, cache),
+        boundary="mask",
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return x.flatten(3)
+
+
 class PartitionAttention2d(nn.Module):
     """Multi-head attention inside the partitions of a map, with relative position bias (MaxViT, arXiv:2204.01697,
     sections 3.2 and 3.3).
@@ -389,15 +445,14 @@ class PartitionAttention2d(nn.Module):
             assert self.rel_pos is not None  # the constructor asks for one of the two
             size = self.rel_pos.window_size
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
-        x = neighborhood_attention(
+        x = window_attention(
             q,
             k,
             v,
-            kernel_size=size,
-            stride=size,
-            dilation=(-(-H // size[0]), -(-W // size[1])) if self.kind == "grid" else 1,
-            bias=None if self.rel_pos is None else RelativePositionBias(self.rel_pos(size), self.rel_pos.cache),
-            boundary="mask",
+            size,
+            grid=self.kind == "grid",
+            table=None if self.rel_pos is None else self.rel_pos(size),
+            cache=None if self.rel_pos is None else self.rel_pos.cache,
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from timm.layers import ConvNormAct, DropPath, LayerNorm2d, create_act_layer, create_norm_act_layer
-from timm.layers.halo_attn import HaloAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byoanet import model_cfgs
 from timm.models.byobnet import ByobNet
@@ -32,8 +31,9 @@ from torch import nn
 from .attention import HaloAttention2d
 from .base import Backbone, create, keep_new, registered_cfg, unwrap
 from .layers import Blocks, drop_path_rates, guard_activations, plain_numbers
+from .replace import replace_attention
 
-__all__ = ["HaloNet", "checkpoint_filter_fn", "family", "replace_attention"]
+__all__ = ["HaloNet", "checkpoint_filter_fn", "family"]
 
 
 class HaloBlock(nn.Module):
@@ -217,46 +217,6 @@ class HaloNet(Backbone):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to the last map, ``[B, num_features, h, w]``."""
         return self.final_conv(self.stages(self.stem(x)))
-
-
-def replace_attention(model: nn.Module) -> dict[str, str]:
-    """Replace every `timm.layers.halo_attn.HaloAttn` of a model by this package's halo attention, in place.
-
-    Outputs and gradients stay the same. The new modules share the parameters of the old ones, so names, state dicts,
-    devices, dtypes, ``requires_grad``, training mode and a running optimizer stay valid. Windows are no longer
-    unfolded, and any map size works, not only multiples of the block. Subclasses of timm's module are not replaced;
-    hooks on a replaced module are lost.
-
-    Args:
-        model: any module, changed in place.
-
-    Returns:
-        The names of the replaced modules with a description; empty if there are none.
-
-    Raises:
-        ValueError: ``model`` itself is the attention; use `HaloAttention2d.from_timm`.
-
-    Examples:
-        >>> import foveal, torch
-        >>> from timm.layers.halo_attn import HaloAttn
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), HaloAttn(16, num_heads=2, block_size=4, halo_size=1))
-        >>> list(foveal.replace_attention(model))
-        ['1']
-        >>> model(torch.randn(1, 3, 9, 13)).shape  # timm's own takes multiples of 4
-        torch.Size([1, 16, 9, 13])
-    """
-    if type(model) is HaloAttn:
-        raise ValueError("the model is itself a HaloAttn; use HaloAttention2d.from_timm(module)")
-    new: dict[HaloAttn, HaloAttention2d] = {}  # a shared module stays shared
-    replaced = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is HaloAttn:
-            if module not in new:
-                new[module] = HaloAttention2d.from_timm(module)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new[module])
-            replaced[name] = new[module].extra_repr()
-    return replaced
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ if _TYPE_CHECKING:
     from torch.nn import Module as _Module
 
     from .backbones import list_models
-    from .backbones.halonet import replace_attention
+    from .backbones.replace import replace_attention
     from .kernels import backend
 
 __all__ = ["__version__", "backend", "list_models", "load", "replace_attention"]
 
-_LAZY = {"backend": ".kernels", "list_models": ".backbones", "replace_attention": ".backbones.halonet"}
+_LAZY = {"backend": ".kernels", "list_models": ".backbones", "replace_attention": ".backbones.replace"}
 
 
 class _RegisterWithTimm(_MetaPathFinder):

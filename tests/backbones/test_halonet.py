@@ -15,7 +15,8 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
 from foveal.backbones.attention import HaloAttention2d
-from foveal.backbones.halonet import _HYBRIDS, HaloNet, replace_attention
+from foveal.backbones.halonet import _HYBRIDS, HaloNet
+from foveal.backbones.replace import replace_attention
 
 from ..kernels.test_neighborhood import peak_bytes
 
