@@ -297,7 +297,12 @@ def _needs_products(layer: nn.Linear) -> bool:
 
 
 class Mlp(timm_layers.Mlp):
-    """timm's MLP, its layers by `linear`."""
+    """timm's MLP, its layers by `linear`; GELU in place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.act) is nn.GELU:
+            self.act = GELU((self, "fc1"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.drop1(self.act(linear(self.fc1, x))))
@@ -407,14 +412,18 @@ class SiLU(_InPlace, nn.SiLU):
         return F.silu(x, inplace=self.overwrites(x))
 
 
-class TanhGELU(_InPlace, nn.GELU):
+class GELU(_InPlace, nn.GELU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.overwrites(x):
+            return torch.ops.aten.gelu_(x, approximate=self.approximate)
+        return F.gelu(x, approximate=self.approximate)
+
+
+class TanhGELU(GELU):
     """The tanh form of GELU."""
 
     def __init__(self, after: tuple[nn.Module, str] | None = None) -> None:
         super().__init__(after, approximate="tanh")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.gelu_(x, approximate="tanh") if self.overwrites(x) else F.gelu(x, approximate="tanh")
 
 
 def guard_activations(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
-from foveal.backbones import attention
+from foveal.backbones import attention, overlock
 from foveal.backbones.attention import context_mixing
 from foveal.backbones.overlock import BRANCHES, DilatedReparam, _enlarged, checkpoint_filter_fn
 from foveal.kernels.aggregate.softmax import expand_table
@@ -367,3 +367,15 @@ def test_what_decays():
     kinds = {type(modules[name.rpartition(".")[0]]).__name__ for name in names}
     assert {"GRN", "LayerScale", "Conv2d", "ContMixBlock"} <= kinds  # the last for its tables
     assert not kinds & {"BatchNorm2d", "ChannelNorm"}
+
+
+def test_the_norm_of_channels():
+    """As PyTorch's, with a gradient of 0 where a channel is 0."""
+    x = torch.randn(2, 5, 6, 7).contiguous(memory_format=torch.channels_last)
+    x[:, 1] = 0
+    x.requires_grad_()
+    got, want = overlock._norm_of_channels(x), torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(norm.square().sum() + norm.sum(), x)[0] for norm in (got, want)]
+    torch.testing.assert_close(*grads)
+    assert overlock._norm_of_channels(torch.full((1, 1, 8, 8), 1e3).half()).item() == 8e3  # its square overflows
