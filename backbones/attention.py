@@ -34,6 +34,7 @@ from ..kernels.aggregate.api import neighborhood_logits
 from ..kernels.cache import CONSTANTS
 from ..kernels.checks import autocast_enabled
 from ..kernels.tracing import is_dynamic, transformed, without_size_guards
+from ..kernels.tracing import leaves_pytorch as leaves_pytorch  # for the other files of this folder
 from .layers import (
     average_pool,
     bicubic,
@@ -106,6 +107,12 @@ def to_nchw(x: torch.Tensor) -> torch.Tensor:
     x = x.permute(0, 3, 1, 2)
     # by index: a node of torch.fx cannot be unpacked
     return x.clone(memory_format=torch.contiguous_format) if is_dynamic(x.shape[2], x.shape[3]) else x
+
+
+def to_nhwc(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_nchw`."""
+    x = x.permute(0, 2, 3, 1)
+    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(x.shape[1], x.shape[2]) else x
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -739,7 +746,7 @@ class DepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv(to_nchw(x)).permute(0, 2, 3, 1)
+        y = to_nhwc(self.conv(to_nchw(x)))
         if not self.residual:
             return y
         return y.add_(x) if may_overwrite(y, self.conv) else y + x
@@ -836,16 +843,19 @@ def rotate_by_index(x: torch.Tensor) -> torch.Tensor:
     index. So it depends on the width of the map. Computed in float32 for every dtype: half precision has no exact
     integers above 2048 (bfloat16: 256).
     """
-    cos, sin = CONSTANTS.get(_rotation, *x.shape[1:3], x.shape[-1], x.device)
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    H, W = x.shape[1:3]
+    cos, sin = CONSTANTS.get(_rotation, H, W, x.shape[-1], x.device)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2).unflatten(-1, (-1, 2))  # Core ML: rank 5
+    even, odd = pairs.unbind(-1)
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return pairs.flatten(-2).unflatten(1, (H, W)).to(x.dtype)
 
 
 def _rotation(height: int, width: int, depth: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine ``[height, width, 1, depth / 2]``, rounded as in the authors' code."""
+    """Cosine and sine ``[height * width, 1, depth / 2]``, rounded as in the authors' code."""
     index = torch.arange(height * width, device=device).float()
     speed = 1.0 / 10000 ** torch.linspace(0, 1, depth // 2, device=device)
-    angle = (index[:, None] * speed).unflatten(0, (height, width))[:, :, None]
+    angle = (index[:, None] * speed)[:, None]
     return angle.cos(), angle.sin()
 
 
@@ -927,12 +937,13 @@ def attend(
     # exporters decompose SDPA with guards, and it has no forward-mode derivative and no batching rules
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed():
         working = torch.promote_types(q.dtype, torch.float32)
-        logits = (q.to(working) * scale) @ k.to(working).transpose(-1, -2)
+        # contiguous tensors, for others of which exporters guard on a single position
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k.transpose(-1, -2), v))
+        logits = (q.to(working) * scale) @ k.to(working)
         out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
-    else:
-        added = None if mask is None else mask.to(q.dtype)[None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
-    return out.transpose(1, 2)
+        return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    added = None if mask is None else mask.to(q.dtype)[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale).transpose(1, 2)
 
 
 # ---- attention of super tokens

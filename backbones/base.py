@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -290,6 +292,30 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[
 
 # ---- creating and loading
 
+
+class Unread:
+    """Placeholder for other objects in a checkpoint: accepts any arguments and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# For torch.load, the arguments that training scripts store with their weights: a Namespace is harmless, paths in it are
+# not read.
+ARGUMENTS = [
+    argparse.Namespace,
+    *((Unread, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+]
+
+
+def scored_raw(architecture: str) -> bool:
+    """Whether the published score is of the raw weights, where a file has averaged (EMA) ones, too."""
+    return architecture == "rmt_t" or architecture.startswith(("shiftvit_", "stvit_"))
+
+
 Model = TypeVar("Model", bound=Backbone)
 Filter = Callable[[dict[str, Any], Any], dict[str, torch.Tensor]]
 
@@ -304,10 +330,17 @@ def create(
         out_indices = len(arguments.get("depths", range(4)))
     feature_cfg = dict(out_indices=out_indices, feature_cls="getter")
     device, dtype = arguments.pop("device", None), arguments.pop("dtype", None)
-    with nullcontext() if device is None else torch.device(device):
+    overlay = arguments.get("pretrained_cfg_overlay") or {}
+    file = overlay.get("file") if pretrained and scored_raw(variant) else None
+    with torch.serialization.safe_globals(ARGUMENTS), nullcontext() if device is None else torch.device(device):
+        if file is not None and Path(file).suffix != ".safetensors":  # of which timm takes the averaged weights
+            whole = torch.load(file, map_location="cpu", weights_only=True)
+            arguments["pretrained_cfg_overlay"] = {**overlay, "file": None, "state_dict": whole}
         model = build_model_with_cfg(
             cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
         )
+    if file is not None:
+        model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not keep the tensors twice
     if isinstance(model, FeatureGetterNet):
         net: Any = model  # whose own names begin with "model."; without this timm's layer decay has no effect
         net.group_matcher = partial(_inside, net.model)

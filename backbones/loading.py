@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import pickle
@@ -22,11 +21,14 @@ from timm.models import clean_state_dict, get_arch_pretrained_cfgs, get_pretrain
 from torch import nn
 
 from . import download
-from .base import registered_cfg
+from .base import ARGUMENTS, Unread, registered_cfg, scored_raw
 
 WEIGHTS = "model.safetensors"
 # Names of the weights file in a model folder, in timm's order of preference.
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+# Names of the averaged and the raw weights in a checkpoint.
+_AVERAGED, _RAW = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 
 # Exceptions of zipfile's and torch's readers for damaged files.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
@@ -117,7 +119,7 @@ def weights_file(found: Source) -> Path:
 def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> nn.Module:
     """Create a model with the weights of a file. timm gets tensors, since older versions unpickle unsafely."""
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
-    overlay |= {"source": None, "file": None, "state_dict": read_weights(file)}
+    overlay |= {"source": None, "file": None, "state_dict": read_weights(file, architecture)}
     try:
         model: Any = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
@@ -126,13 +128,16 @@ def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> 
     return model.eval()
 
 
-def read_weights(file: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file or a pickle of only tensors; the averaged (EMA) ones if it has both.
+def read_weights(file: Path, architecture: str = "") -> dict[str, Any]:
+    """The tensors of a safetensors file or a pickle of only tensors. If it has averaged (EMA) and raw ones, those of
+    the published score of ``architecture``; the averaged ones if unknown.
 
     Raises:
         ValueError: it is damaged, or has other objects or no tensors.
     """
-    return without_wrappers(pick_weights(read_checkpoint(file), file)[0])
+    checkpoint = read_checkpoint(file)
+    raw = scored_raw(architecture) and any(isinstance(checkpoint.get(key), dict) for key in _RAW)
+    return without_wrappers(pick_weights(checkpoint, file, ema=False if raw else None)[0])
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -153,8 +158,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 broken = archive.testzip()  # torch.load does not check checksums
-        # training scripts store their arguments, too; a Namespace is harmless
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(ARGUMENTS):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the first object that is not allowed
@@ -176,16 +180,6 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return checkpoint
 
 
-class _Unread:
-    """Placeholder for other objects in a checkpoint: accepts any arguments and does nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 # of which mmengine's buffers of losses consist, beside it
 _OF_HISTORY = {"builtins.getattr", "numpy.ndarray", "numpy.dtype"} | {
@@ -195,13 +189,13 @@ _OF_HISTORY = {"builtins.getattr", "numpy.ndarray", "numpy.dtype"} | {
 
 def _without_history(file: Path) -> dict[str, Any] | None:
     """A checkpoint of mmengine without its loss history; None for others. The history's classes and functions are
-    replaced by `_Unread`, so none of them runs."""
+    replaced by `Unread`, so none of them runs."""
     try:
         wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         if _HISTORY not in wanted or not wanted <= {_HISTORY, *_OF_HISTORY}:
             return None
-        stand_ins = [(_Unread, name) for name in wanted]
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        stand_ins = [(Unread, name) for name in wanted]
+        with torch.serialization.safe_globals([*ARGUMENTS, *stand_ins]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE:
         return None
@@ -219,7 +213,7 @@ def pick_weights(checkpoint: dict[str, Any], file: Path, ema: bool | None = None
     """
     held = {
         kind: checkpoint[key]
-        for kind, keys in ((True, ("state_dict_ema", "model_ema")), (False, ("state_dict", "model")))
+        for kind, keys in ((True, _AVERAGED), (False, _RAW))
         for key in keys[::-1]
         if isinstance(checkpoint.get(key), dict)
     }

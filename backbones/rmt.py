@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import ConvDownsample, ConvFeedForward, DepthwiseConv, ManhattanAttention2d
-from .base import ProjectedBackbone, check_names, create, keep_new, unwrap
+from .base import ProjectedBackbone, check_names, create, keep_new, scored_raw, unwrap
 from .layers import Classifiers, Level, drop_path_rates, init_weights, scaled
 
 __all__ = ["RMT", "checkpoint_filter_fn", "family"]
@@ -66,12 +67,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for chs, out_chs, stride in (
-            (in_chans, dim // 2, 2),
-            (dim // 2, dim // 2, 1),
-            (dim // 2, dim, 2),
-            (dim, dim, 1),
-        ):
+        widths = (in_chans, dim // 2, dim // 2, dim, dim)
+        for (chs, out_chs), stride in zip(pairwise(widths), (2, 1, 2, 1), strict=True):
             layers += [nn.Conv2d(chs, out_chs, 3, stride, 1), nn.BatchNorm2d(out_chs), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
@@ -185,9 +182,7 @@ class RMT(ProjectedBackbone):
         return logits + 0.5 * self.aux_head(x if self.aux_on == "features" else y).amax((1, 2), logits.ndim == 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- checkpoints
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, torch.Tensor]:
@@ -204,7 +199,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
         ValueError: the parameter names (except the classifier's, which timm handles) or constants do not fit the model,
             or the classifier of token labels is on another map.
     """
-    raw = getattr(model, "pretrained_cfg", {}).get("architecture") == "rmt_t"
+    raw = scored_raw(getattr(model, "pretrained_cfg", {}).get("architecture", ""))
     averaged = state_dict.get("model_ema")
     own = model.state_dict()
     found = {}
@@ -230,9 +225,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RMT) -> dict[str, to
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registry
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- registry
 
 _NOTES = (
     "The authors' repository has no licence for code or weights.",

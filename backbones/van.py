@@ -24,7 +24,7 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import ChannelNorm, channels_last_on_cpu, is_dynamic
+from .attention import ChannelNorm, channels_last_on_cpu, is_dynamic, leaves_pytorch
 from .base import Backbone, check_names, create, unwrap
 from .layers import Stage, drop_path_rates, fx_leaf, init_convs, init_weights, scale_channels
 
@@ -34,18 +34,17 @@ __all__ = ["VAN", "checkpoint_filter_fn", "family"]
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with dilation that keeps the size of the map, zero-padded.
 
-    On a CPU it runs without dilation on the ``dilation**2`` maps of every ``dilation``-th row and column, in
-    channels_last, several times as fast."""
+    On a CPU PyTorch runs it without dilation on the ``dilation**2`` maps of every ``dilation``-th row and column, in
+    channels_last, several times as fast; other runtimes get the convolution, which they run faster."""
 
     def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
         super().__init__(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
 
     @fx_leaf
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # one node in a graph, and for a mode such as PyTorch's FLOP counter, which would count the padding
-        traced = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-        traced = traced or (not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0)
-        if x.device.type != "cpu" or traced or is_dynamic(*x.shape[2:]):
+        # one node for other runtimes, and for a mode such as PyTorch's FLOP counter, which would count the padding
+        watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+        if x.device.type != "cpu" or watched or leaves_pytorch() or is_dynamic(*x.shape[2:]):
             return super().forward(x)
         (B, C, H, W), d = x.shape, self.dilation[0]
         h, w = -(-H // d), -(-W // d)

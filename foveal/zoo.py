@@ -46,7 +46,7 @@ PEERS = {
     "convnext_base": ("ConvNeXt", 83.8),
     "davit_tiny": ("DaViT", 82.8),
 }
-CORE_ML = ("CARE",)  # the families that coremltools 9 converts
+CORE_ML = ("CARE", "VAN", "ShiftViT", "RMT", "RaftMLP")  # the families that coremltools 9 converts
 # timm's implementation of our models, for the same weights
 SAME = {"maxvit_tiny_tf_224": "maxvit_tiny_224", "halonet26t": "halo26t", "halonet50ts": "halo50ts"}
 

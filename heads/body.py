@@ -114,7 +114,7 @@ def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path,
         trained = (found.config or {}).get("pretrained_cfg") or {}
         statistics = {key: tuple(trained[key]) for key in ("mean", "std") if key in trained}
 
-    overlay = dict(source=None, file=None, custom_load=False, state_dict=loading.read_weights(file))
+    overlay = dict(source=None, file=None, custom_load=False, state_dict=loading.read_weights(file, architecture))
     body: Any
     with torch.random.fork_rng(devices=[]), _missing_keys() as missing:
         try:

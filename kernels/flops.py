@@ -10,6 +10,7 @@ operations; their formulas stand beside them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from .bias import RelativePositionBias
 from .problem import Problem
@@ -71,6 +72,23 @@ def _(x, flops):
 @register_flop_formula(torch.ops.foveal.neighborhood_call)
 def _(x, flops, *_, **__) -> int:
     return flops
+
+
+def _flash(q, k, v, *_, **__) -> int:
+    return attention(math.prod(q[:3]) * k[2], q[3], v[3])
+
+
+def _flash_backward(grad, q, k, v, *_, **__) -> int:
+    return attention(math.prod(q[:3]) * k[2], q[3], v[3], backward=True)
+
+
+# PyTorch (2.14) has formulas for its own attention, from shapes [B, heads, N, D], but not for the kernel for CPUs
+for _operator, _formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flash),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _flash_backward),
+):
+    if _operator not in flop_registry:
+        register_flop_formula(_operator)(_formula)
 
 
 @contextmanager

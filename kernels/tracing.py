@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 
 import torch
@@ -15,6 +17,26 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 def tracing() -> bool:
     """Whether this call is being traced by a compiler or exporter."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+_ELSEWHERE = ContextVar("elsewhere", default=False)
+
+
+@contextmanager
+def for_other_runtimes() -> Iterator[None]:
+    """What is exported inside runs on another runtime than PyTorch's: see `leaves_pytorch`."""
+    token = _ELSEWHERE.set(True)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
+
+
+def leaves_pytorch() -> bool:
+    """Whether this call is being traced for another runtime, which gets operations as they are defined rather than as
+    PyTorch runs them fastest."""
+    elsewhere = torch.compiler.is_exporting() and _ELSEWHERE.get()
+    return elsewhere or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def forward_mode() -> bool:

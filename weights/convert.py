@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..backbones import family, list_models, loading
-from ..backbones.base import unwrap
+from ..backbones.base import scored_raw, unwrap
 from ..backbones.download import file_sha256
 from ..backbones.loading import WEIGHTS
 from ..files import write_json
@@ -138,13 +138,14 @@ def convert(
     found = _locate(source, model)
     output = check_output(output, force, [found.file.parent])
     content = loading.read_checkpoint(found.file)
-    scored = found.checkpoint.averaged if found.checkpoint else None
-    state, averaged = _tensors(content, found.file, scored if ema is None else ema)
+    raw = scored_raw(found.architecture) if found.checkpoint is None else found.checkpoint.averaged is False
+    state, averaged = _tensors(content, found.file, (False if raw else None) if ema is None else ema)
     try:
         converted = _converted(state, content, found, {**found.arguments, **(arguments or {})}, backbone)
         with staged(output) as folder:
             converted.write(folder)
-            record = _complete(folder, converted, found, names.key_format(state, found.architecture), averaged)
+            keys = names.key_format(state, found.architecture, converted.model.state_dict())
+            record = _complete(folder, converted, found, keys, averaged)
             files = sorted(path.name for path in folder.iterdir())
     except ValueError as error:
         raise ConversionError(f"{found.file} as {found.architecture}: {error}") from error

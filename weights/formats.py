@@ -30,6 +30,7 @@ from ..backbones.loading import WEIGHTS
 from ..errors import RunError
 from ..heads.checkpoint import load_dense, read_dense_config
 from ..heads.detection import Detector
+from ..kernels.tracing import for_other_runtimes
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -188,9 +189,11 @@ def _open_safetensors(folder: Path) -> Run:
 
 
 def _write_onnx(spec: ExportSpec, folder: Path) -> None:
-    size = sum(p.numel() * p.element_size() for p in spec.program.parameters())
+    with for_other_runtimes():
+        program = spec.program
+    size = sum(p.numel() * p.element_size() for p in program.parameters())
     model: Any = torch.onnx.export(
-        spec.program,
+        program,
         dynamo=True,
         verbose=False,
         input_names=[INPUT],
@@ -278,9 +281,11 @@ def _write_coreml(spec: ExportSpec, folder: Path) -> None:
     import coremltools
 
     kind = coremltools.precision
+    with for_other_runtimes():
+        program = spec.in_float().program
     try:
         model: Any = coremltools.convert(
-            spec.in_float().program.run_decompositions(_FOR_COREML),
+            program.run_decompositions(_FOR_COREML),
             inputs=[coremltools.TensorType(name=INPUT, shape=tuple(spec.example.shape))],
             outputs=[coremltools.TensorType(name=name) for name in spec.outputs],
             minimum_deployment_target=coremltools.target.iOS17,

@@ -71,9 +71,9 @@ def has_level_norms(names: Iterable[str]) -> bool:
     return not closes_stages and any(name.startswith(starts) for name in names)
 
 
-def key_format(names: Iterable[str], architecture: str) -> str:
-    """The format of the names, one of `cards.KEY_FORMATS`."""
-    names = [bare(name) for name in names]
+def key_format(names: Iterable[str], architecture: str, own: Iterable[str]) -> str:
+    """The format of the names, one of `cards.KEY_FORMATS`; ``own`` are those of the model."""
+    names, own = [bare(name) for name in names], {bare(name) for name in own}
     if any("patch_embeddings.projection" in name or name.startswith("van.encoder.") for name in names):
         return "transformers"
     if any(name.startswith(("backbone.bottom_up.", "sem_seg_head.", "roi_heads.", "criterion.")) for name in names):
@@ -81,7 +81,8 @@ def key_format(names: Iterable[str], architecture: str) -> str:
     if any(name.startswith(BACKBONE) for name in names):
         return "mmdet"
     published = (each.keys for each in checkpoints().values() if (each.model, each.task) == (architecture, "classify"))
-    return next(published, "foveal" if architecture in list_models() else "timm")
+    ours = "foveal" if own.issuperset(names) else "authors"  # whose weights are not published
+    return next(published, ours if architecture in list_models() else "timm")
 
 
 # ---- translation

@@ -21,6 +21,7 @@ import foveal
 from foveal.backbones import base, download
 from foveal.heads.build import build_segmenter
 from foveal.heads.checkpoint import save_dense
+from foveal.weights.manifest import checkpoints
 
 NAME = "test_foveal_dinat"
 
@@ -292,6 +293,29 @@ def test_a_pickle_of_tensors(name: str, trained: tuple[torch.nn.Module, Path], f
     assert torch.equal(output_of(loaded), output_of(trained[0]))
     assert safe == [True]
     assert loaded.pretrained_cfg["state_dict"] is None
+
+
+def test_scores_of_raw_weights() -> None:
+    for each in checkpoints().values():
+        if each.task == "classify":
+            assert base.scored_raw(each.model) == (each.averaged is False), each.name
+
+
+@pytest.mark.parametrize("name", ["shiftvit_tiny_light", "test_foveal_shiftvit"])
+def test_raw_and_averaged_weights_with_arguments(name: str, tmp_path: Path) -> None:
+    """The weights of the published score are taken, by timm too; averaged ones if there is none. Paths in arguments do
+    not matter."""
+    small = dict(embed_dim=24, depths=(1, 1, 1, 1), n_div=6, num_classes=5)
+    raw = timm.create_model(name, **small).state_dict()
+    averaged = {key: value + 1 for key, value in raw.items()}
+    arguments = argparse.Namespace(lr=1e-3, output=tmp_path, inner=argparse.Namespace(seed=0))
+    torch.save({"model": raw, "model_ema": averaged, "args": arguments}, tmp_path / "x.pth.tar")
+    small["pretrained_cfg_overlay"] = dict(file=str(tmp_path / "x.pth.tar"), num_classes=5)
+    want = averaged if name.startswith("test") else raw
+    for model in (foveal.load(name, **small), timm.create_model(name, pretrained=True, **small)):
+        torch.testing.assert_close(model.state_dict(), want, rtol=0, atol=0)
+        assert model.pretrained_cfg.get("state_dict") is None
+        assert model.pretrained_cfg["file"] == str(tmp_path / "x.pth.tar")
 
 
 def test_files_without_tensors(folder: Path) -> None:

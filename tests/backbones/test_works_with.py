@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from timm.layers import apply_test_time_pool
 from timm.models import save_for_hf
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -745,14 +744,13 @@ def test_lightning(name, tmp_path):
 
 @families
 def test_the_flop_counter_of_torch(name):
-    """The figure of `foveal info`, by every backend of a CPU; two FLOPs for a MAC. Of PyTorch's own attention (RMT) the
-    counter knows the products, not the kernel for CPUs."""
+    """The figure of `foveal info`, by every backend of a CPU; two FLOPs for a MAC."""
     model, x = timm.create_model(name, **CASES[name]).eval(), second(name)[:1]
     counted = []
     with torch.no_grad():
         model(x)  # position biases that are computed once
     for each in (None, "reference", "tiled", "dynamic"):
-        with torch.no_grad(), backend(each), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), backend(each), FlopCounterMode(display=False) as counter:
             model(x)
         counted.append(counter.get_total_flops())
     assert counted == [2 * of_model(model.to("meta"), tuple(x.shape[1:])).macs] * 4

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.kernels import (
@@ -189,6 +191,21 @@ def test_the_operators_of_the_gpu_have_the_same_formulas():
         with FlopCounterMode(display=False) as counter:
             operator(*arguments)
         assert counter.get_total_flops() // 2 == macs, operator
+
+
+def test_a_flop_counter_counts_pytorch_s_attention_on_a_cpu():
+    """The forward pass as its products, the backward pass as that of its kernels for GPUs."""
+    q, k, v = (torch.randn(2, 3, length, depth, requires_grad=True) for length, depth in ((5, 8), (7, 8), (7, 8)))
+    counted = []
+    for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(kind), FlopCounterMode(display=False) as counter:
+            out = F.scaled_dot_product_attention(q, k, v)
+        counted.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        counted.append(counter.get_total_flops())
+    products = 2 * 2 * 3 * 5 * 7 * 8
+    assert counted == [2 * products, 5 * products, 2 * products, 4 * products]
 
 
 def test_a_flop_counter_with_dropout():

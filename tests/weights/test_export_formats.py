@@ -20,7 +20,7 @@ from foveal.backbones.loading import load
 from foveal.weights.export import HALF_TOLERANCE, export
 from foveal.weights.folder import TOLERANCE
 from foveal.weights.formats import FORMATS, ExportError, ExportSpec, Format
-from foveal.zoo import FAMILIES
+from foveal.zoo import CORE_ML, FAMILIES
 
 SIZE = 32
 
@@ -207,9 +207,10 @@ def test_the_axes_of_an_onnx_file_have_names(any_size: tuple[Path, Path]) -> Non
 
 
 @pytest.mark.slow
-def test_coreml_is_converted(care: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", CORE_ML)
+def test_coreml_is_converted(family: str, tmp_path: Path) -> None:
     coremltools = pytest.importorskip("coremltools", reason="the extra foveal[coreml] is not installed")
-    done = export(care, "coreml", tmp_path / "out")
+    done = export(_save(tmp_path / "model", SMALLEST[family]), "coreml", tmp_path / "out")
     spec = coremltools.models.MLModel(str(done.folder / "model.mlpackage"), skip_model_load=True).get_spec()
     assert [(each.name, list(each.type.multiArrayType.shape)) for each in spec.description.input] == [
         ("image", [1, 3, SIZE, SIZE])
