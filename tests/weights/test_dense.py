@@ -132,14 +132,20 @@ def test_mask_rcnn(name: str, tmp_path: Path) -> None:
     assert (got["boxes"] - want.bboxes).abs().max() < 1e-2  # pixels
 
 
-@pytest.mark.parametrize("box_head", ["4conv1fc", "2fc"])
+@pytest.mark.parametrize(
+    ("name", "box_head"),
+    [
+        ("test_foveal_nat", "4conv1fc"),
+        ("test_foveal_nat", "2fc"),
+        pytest.param("test_foveal_rmt", "4conv1fc", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
-def test_cascade_mask_rcnn(box_head: str, tmp_path: Path) -> None:
+def test_cascade_mask_rcnn(name: str, box_head: str, tmp_path: Path) -> None:
     """The detections after three stages and the mean of the stages' masks; the stages one by one are compared by their
     losses, in the tests of the head."""
     from ..heads.test_cascade import mmdets
 
-    name = "test_foveal_nat"
     original = mmdets(name, box_head)
     folder = converted(original, f"cascade_mask_rcnn on {name} with fpn, 3 classes", tmp_path, name)
 
@@ -303,6 +309,30 @@ def same_detections(folder: Path, original: nn.Module) -> None:
     close(got["scores"], want.scores)
     assert torch.equal(got["labels"], want.labels)
     assert (got["boxes"] - want.bboxes).abs().max() < 1e-2
+
+
+@torch.no_grad()
+def test_the_published_cascade_of_rmt(tmp_path: Path) -> None:
+    """The authors' file: norms of the maps, constants, and mmdetection's cascade with convolutions."""
+    small = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4])
+    head = {"box_width": 32, "mask_width": 16, "convention": "mmdet"}
+    neck = {"out_channels": 16}
+    model = build_detector("rmt_s", "cascade_mask_rcnn", num_classes=80, neck_kwargs=neck, head_kwargs=head, **small)
+    model.load_state_dict(filler.of(model))
+    state = rmt_authors(model.backbone.body.model.state_dict()) | to_mmdet(model.state_dict())
+    assert "backbone.extra_norms.3.weight" in state
+    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model="rmt_s.cascade_3x_coco", arguments=small)
+    assert done.model == "cascade_mask_rcnn on rmt_s with fpn, 80 classes"
+    assert done.record["checkpoint"] == "rmt_s.cascade_3x_coco"
+    assert done.record["dropped"] == [key for key in state if ".Relpos." in key]
+    back = restore(done.folder)
+    assert list(back) == [key for key in state if ".Relpos." not in key]
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert all(check.passed for check in verify(done.folder))
+    loaded = foveal.load(done.folder)
+    image = torch.rand(1, 3, 75, 101, generator=torch.Generator().manual_seed(0))
+    for got, want in zip(loaded.backbone(image).values(), model.eval().backbone(image).values(), strict=True):
+        close(got, want)
 
 
 @torch.no_grad()
