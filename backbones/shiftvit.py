@@ -37,8 +37,8 @@ def shift(x: torch.Tensor, channels: int) -> torch.Tensor:
     """Shift the first ``channels`` of ``x`` ``[B, C, H, W]`` by one position to the left, the next ones to the right,
     up and down, with zeros at the border; the others stay."""
     left, right, up, down, rest = x.split([channels] * 4 + [x.shape[1] - 4 * channels], dim=1)
-    left, right = F.pad(left[..., 1:], (0, 1)), F.pad(right[..., :-1], (1, 0))
-    up, down = F.pad(up[..., 1:, :], (0, 0, 0, 1)), F.pad(down[..., :-1, :], (0, 0, 1, 0))
+    left, right = F.pad(left, (0, 1))[..., 1:], F.pad(right, (1, 0))[..., :-1]
+    up, down = F.pad(up, (0, 0, 0, 1))[..., 1:, :], F.pad(down, (0, 0, 1, 0))[..., :-1, :]
     return torch.cat([left, right, up, down, rest], dim=1)
 
 

@@ -211,7 +211,7 @@ def stvit_with_constants() -> dict[str, torch.Tensor]:
 RENAMED = {
     "van": ("van_b0", "authors", lambda: filler.published("van_b0")),
     "van of transformers": ("van_b0", "transformers", lambda: filler.published("van_b0_hf_96x128")),
-    "raftmlp": ("raftmlp_s", "foveal", lambda: filler.published("raftmlp_s")),
+    "raftmlp": ("raftmlp_s", "authors", lambda: filler.published("raftmlp_s")),
     "rmt": ("rmt_t", "authors", rmt_with_constants),
     "stvit": ("stvit_s", "authors", stvit_with_constants),
     "sgformer": ("sgformer_s", "authors", lambda: filler.published("sgformer_s")),
