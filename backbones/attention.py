@@ -1122,7 +1122,7 @@ class LocallyEnhancedAttention2d(nn.Module):
 
     def _projected(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The sum of the heads' outputs ``y`` and the convolution of ``x``, both ``[B, H, W, dim]``."""
-        return self.proj(y + self.lepe_conv(self.lepe_linear(x)))
+        return linear(self.proj, y + self.lepe_conv(linear(self.lepe_linear, x)))
 
 
 class SelfAttention2d(LocallyEnhancedAttention2d):
@@ -1135,8 +1135,8 @@ class SelfAttention2d(LocallyEnhancedAttention2d):
 
     @fx_leaf
     def forward(self, x: torch.Tensor, significance: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-        k, v = self.kv(x).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        q = linear(self.q, x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        k, v = linear(self.kv, x).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return self._projected(attend(q, k, v).flatten(2).unflatten(1, x.shape[1:3]), x), None
 
 
@@ -1189,16 +1189,16 @@ class HybridAttention2d(LocallyEnhancedAttention2d):
         (H, W), heads = _sizes(x)[1:3], self.num_heads // 2
         reduced = self.sr(to_nchw(_padded(x, self.ratio))).permute(0, 2, 3, 1)
         size = reduced.shape[1:3]
-        reduced = self.kv1(F.gelu(self.norm(reduced.flatten(1, 2))))
+        reduced = linear(self.kv1, F.gelu(self.norm(reduced.flatten(1, 2))))
         k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in reduced.chunk(2, -1))
-        y, received = _weighed(self.q1(x).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2), k, v)
+        y, received = _weighed(linear(self.q1, x).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2), k, v)
         row, column = (torch.arange(length, device=x.device) // self.ratio for length in (H, W))
         received = received.unflatten(1, size).index_select(1, row).index_select(2, column)
         return y.transpose(1, 2).flatten(2).unflatten(1, (H, W)), received
 
     def _windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (H, W), heads, size = _sizes(x)[1:3], self.num_heads // 2, self.window_size
-        qkv = _to_cells(torch.cat([self.q2(x), self.kv2(x)], -1), size)
+        qkv = _to_cells(torch.cat([linear(self.q2, x), linear(self.kv2, x)], -1), size)
         q, k, v = qkv.unflatten(-1, (3 * heads, -1)).transpose(3, 4).chunk(3, 3)
         padded = is_dynamic(H, W) or H % size or W % size
         inside = _to_cells(x.new_ones(1, H, W, 1), size)[:, :, :, None] if padded else None
@@ -1257,9 +1257,9 @@ class GuidedAttention2d(LocallyEnhancedAttention2d):
     def forward(self, x: torch.Tensor, significance: torch.Tensor) -> tuple[torch.Tensor, None]:
         tokens = self._merged(x.flatten(1, 2), significance.flatten(1).argsort(1))
         # the authors make the tokens for kv2 of a map in column order, which is the same order by significance
-        k, v = torch.stack([self.kv1(tokens), self.kv2(tokens)], 2).chunk(2, -1)
+        k, v = torch.stack([linear(self.kv1, tokens), linear(self.kv2, tokens)], 2).chunk(2, -1)
         k, v = (each.unflatten(-1, (self.num_heads // 2, -1)).flatten(2, 3) for each in (k, v))
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        q = linear(self.q, x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         return self._projected(attend(q, k, v).flatten(2).unflatten(1, x.shape[1:3]), x), None
 
     def _merged(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

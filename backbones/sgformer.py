@@ -37,7 +37,7 @@ from torch import nn
 
 from .attention import DepthwiseConv, GuidedAttention2d, HybridAttention2d, SelfAttention2d, resized_nhwc, to_nchw
 from .base import Backbone, check_names, create, unwrap
-from .layers import Blocks, Stage, drop_path_rates, init_convs, init_weights, positive_pair
+from .layers import Blocks, Stage, drop_path_rates, init_convs, init_weights, linear, positive_pair
 
 __all__ = ["SGFormer", "checkpoint_filter_fn", "family"]
 
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+        return linear(self.fc2, F.gelu(self.dwconv(linear(self.fc1, x))))
 
 
 class SGBlock(nn.Module):
