@@ -296,27 +296,27 @@ class Scratch:
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.like, self.dtype, self.held = like, dtype, {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor, in the memory of the previous one with the same name."""
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor, in the memory of the previous one with the same name, which has the same dtype."""
         count = math.prod(shape)
         if name not in self.held or self.held[name].numel() < count:
-            self.held[name] = self.like.new_empty(count, dtype=self.dtype)
+            self.held[name] = self.like.new_empty(count, dtype=dtype or self.dtype)
         return take(self.held[name], slice(0, count)).view(shape)
 
-    def flat(self, name: str, x: Tensor, rows: slice) -> Tensor:
+    def flat(self, name: str, x: Tensor, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """Some tile rows of [B, G, G2, N, R, Q, T, T2, C], copied to [B*G*G2*N*R*Q, T*T2, C]."""
         x = take(x, rows, dim=4)
-        return self(name, *x.shape).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
+        return self(name, *x.shape, dtype=dtype).copy_(x).view(-1, x.shape[6] * x.shape[7], x.shape[8])
 
     def bmm(self, name: str, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
         """``factor * x @ y``, with ``out=`` also because autocast, which may surround a backward, ignores that."""
-        out = self(name, x.shape[0], x.shape[1], y.shape[2])
+        out = self(name, x.shape[0], x.shape[1], y.shape[2], dtype=x.dtype)
         return torch.baddbmm(out, x, y, beta=0.0, alpha=factor, out=out)
 
-    def spans(self, name: str, x: Tensor, a: AxisTiling, b: AxisTiling) -> Tensor:
+    def spans(self, name: str, x: Tensor, a: AxisTiling, b: AxisTiling, dtype: torch.dtype | None = None) -> Tensor:
         """[B, G, G2, N, h, w, C] -> [B, G, G2, N, R, Q, S, S2, C]: a view, of a padded copy if spans leave the map."""
         if a.before or a.after or b.before or b.after:
-            whole = self(name, *padded_shape(x, a, b))
+            whole = self(name, *padded_shape(x, a, b), dtype=dtype)
             whole.zero_()
             inner(whole, a, b).copy_(x)
             x = whole

@@ -308,6 +308,17 @@ class _ChunkBias:
         return rows, columns
 
 
+def _mixing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the products of probabilities and values, with sums in float32: bfloat16 where oneDNN has it."""
+    if (
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return dtype
+    return tiling.working_dtype(dtype)
+
+
 class _Chunked(torch.autograd.Function):
     """Attention of all tiles, chunk by chunk; ``patterns`` are the ``_pattern_bias`` of the plans.
 
@@ -322,6 +333,7 @@ class _Chunked(torch.autograd.Function):
         keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.CHUNK
         kept = []
         scratch = Scratch(q, tiling.working_dtype(q.dtype))
+        mixing = _mixing_dtype(v.dtype)
         qs, ks, vs = (tiling.split_groups(t, problem.dilation) for t in (q, k, v))
         out = _map_of_groups(v, (*qs.shape[:6], v.shape[-1]), problem.dilation)
         outs = tiling.split_groups(out, problem.dilation)
@@ -330,12 +342,15 @@ class _Chunked(torch.autograd.Function):
             for index, heads, tile_rows in tiling.chunks(qs.shape, a, b, _chunk_size(problem, a, b)):
                 tiles = tiling.query_tiles(tiling.take(qs, *index), a, b)
                 keys = scratch.spans("all k", tiling.take(ks, *index), a, b)
-                values = scratch.spans("all v", tiling.take(vs, *index), a, b)
+                values = scratch.spans("all v", tiling.take(vs, *index), a, b, mixing)
                 for rows in tile_rows:
-                    q_, k_, v_ = (scratch.flat(n, t, rows) for n, t in (("q", tiles), ("k", keys), ("v", values)))
-                    weights = bias.probabilities(scratch, q_, k_, heads, rows)
+                    q_, k_ = (scratch.flat(name, t, rows) for name, t in (("q", tiles), ("k", keys)))
+                    v_ = scratch.flat("v", values, rows, mixing)
+                    weights = factors = bias.probabilities(scratch, q_, k_, heads, rows)
+                    if weights.dtype != mixing:
+                        factors = scratch("factors", *weights.shape, dtype=mixing).copy_(weights)
                     target = tiling.take(outs, *index)
-                    tiling.store(target, scratch.bmm("out", weights, v_), rows, (a.tile, b.tile), (a.ahead, b.ahead))
+                    tiling.store(target, scratch.bmm("out", factors, v_), rows, (a.tile, b.tile), (a.ahead, b.ahead))
                     if keep:
                         kept.append(weights)
                         del scratch.held["weights"]
