@@ -20,7 +20,7 @@ from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2, t
 from torch import nn
 
 from .attention import HaloAttention2d, TensorCache, window_attention
-from .layers import fx_leaf, refuse_scripting
+from .layers import fx_leaf, linear, refuse_scripting
 
 __all__ = ["replace_attention"]
 
@@ -48,11 +48,11 @@ class SwinAttention(_MapAttention, swin_transformer.WindowAttention):
 
     @fx_leaf
     def forward(self, x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         table = _by_key(self.relative_position_bias_table, self.window_size)
         drop = self.attn_drop.p if self.training else 0.0
         x = window_attention(q, k, v, self.window_size, shift=shift, table=table, cache=self.cache, dropout_p=drop)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(linear(self.proj, x))
 
 
 class SwinV2Attention(_MapAttention, swin_transformer_v2.WindowAttention):
@@ -126,8 +126,8 @@ class PartitionAttention(_MapAttention, maxxvit.AttentionCl):
 
     @fx_leaf
     def forward(self, x: torch.Tensor, size: tuple[int, int], grid: bool) -> torch.Tensor:
-        x = _partition_attention(self, self.qkv(x), size, grid, self.cache)
-        return self.proj_drop(self.proj(x))
+        x = _partition_attention(self, linear(self.qkv, x), size, grid, self.cache)
+        return self.proj_drop(linear(self.proj, x))
 
 
 class PartitionAttentionNCHW(_MapAttention, maxxvit.Attention2d):
