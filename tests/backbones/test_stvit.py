@@ -147,13 +147,22 @@ def test_half_precision_of_the_model(dtype):
     assert (got - want).abs().max() < 10 * torch.finfo(dtype).eps * want.abs().max()
 
 
-def test_positions_unlike_all_others_in_half_precision():
-    """Their weights elsewhere underflow, and with them those of some super tokens: no division by zero."""
-    attention = SuperTokenAttention2d(4, 1, 2).half()
-    x = torch.zeros(1, 6, 6, 4, dtype=torch.half)
-    x[:, 2:4, 2:4] = 30.0
-    assert torch.isfinite(attention(x)).all()
-    assert torch.isfinite(attention(-x)).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.half])
+def test_a_super_token_without_weights(dtype):
+    """All positions of the cell between two are like one of these: no division by zero."""
+    first, second = 30 * torch.eye(4)[:2]
+    x = torch.stack([first, first, first, second, second, second]).expand(1, 2, 6, 4).to(dtype)
+    assert torch.isfinite(SuperTokenAttention2d(4, 1, 2).to(dtype)(x)).all()
+
+
+def test_a_block_by_its_definition():
+    block = small().layers[2].blocks[1]
+    x = torch.randn(2, 5, 7, 48)
+    y = x + block.pos_embed.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    y = y + block.gamma_1 * block.attn(F.layer_norm(y, (48,), block.norm1.weight, block.norm1.bias, 1e-6))
+    z = F.gelu(block.mlp2.fc1(block.norm2(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    z = block.mlp2.fc2((z + block.mlp2.dwconv.conv(z)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(block(x), y + block.gamma_2 * z)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
