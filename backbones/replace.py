@@ -11,6 +11,7 @@ there is none.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,16 @@ class _MapAttention(nn.Module):
 
     __prepare_scriptable__ = refuse_scripting
     cache: TensorCache
+    # of timm, without types there
+    qkv: Any
+    proj: Any
+    proj_drop: Any
+    attn_drop: Any
+    window_size: Any
+    num_heads: Any
+    ws: Any
+    k_bias: Any
+    v_bias: Any
 
 
 class SwinAttention(_MapAttention, swin_transformer.WindowAttention):
@@ -147,6 +158,9 @@ class PartitionAttentionNCHW(_MapAttention, maxxvit.Attention2d):
 class _ShiftedBlock(nn.Module):
     """Of Swin and Swin V2: the map is neither rolled nor padded, and there is no mask."""
 
+    attn: Any
+    shift_size: Any
+
     def get_attn_mask(self, *args, **kwargs) -> None:
         return None
 
@@ -165,6 +179,9 @@ class SwinV2Block(_ShiftedBlock, swin_transformer_v2.SwinTransformerV2Block):
 class DaViTBlock(davit.SpatialBlock):
     """The spatial block of DaViT."""
 
+    drop_path1: Any
+    norm2: Any
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
         shortcut = self.cpe1(x).flatten(2).transpose(1, 2)
@@ -179,6 +196,9 @@ class DaViTBlock(davit.SpatialBlock):
 
 
 class _PartitionBlock(nn.Module):
+    attn: Any
+    partition_size: Any
+
     def _partition_attn(self, x: torch.Tensor) -> torch.Tensor:
         return self.attn(x, tuple(self.partition_size), not self.partition_block)
 
@@ -216,7 +236,7 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def _attentions(block: nn.Module) -> list[Any]:
     return [child for name, child in block.named_children() if name.startswith("attn")]
 
 
@@ -228,7 +248,7 @@ def _takes(block: nn.Module) -> bool:
     return all(bias is None or type(bias) in (RelPosBias, RelPosBiasTf, RelPosMlp) for bias in biases)
 
 
-def _describe(module: nn.Module) -> str:
+def _describe(module: Any) -> str:
     if isinstance(module, twins.LocallyGroupedAttn):
         return f"window_size={(module.ws, module.ws)}, num_heads={module.num_heads}"
     heads = f"num_heads={_attentions(module)[0].num_heads}"
@@ -240,15 +260,16 @@ def _describe(module: nn.Module) -> str:
     return f"window_size={module.window_size}{shift}, {heads}"
 
 
-def _swap(module: nn.Module) -> None:
+def _swap(module: Any) -> None:
     """Give a module of timm, and its attention, the class of this file."""
-    if isinstance(module, twins.LocallyGroupedAttn):
+    kind = type(module)
+    if kind is twins.LocallyGroupedAttn:
         module.__class__, module.cache = TwinsAttention, TensorCache()
         return
     for attn in _attentions(module):
         attn.__class__, attn.cache = _ATTENTION[type(attn)], TensorCache()
-    module.__class__ = _BLOCKS[type(module)]
-    if isinstance(module, _ShiftedBlock):
+    module.__class__ = _BLOCKS[kind]
+    if issubclass(_BLOCKS[kind], _ShiftedBlock):
         module.attn_mask = None
 
 
