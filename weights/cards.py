@@ -216,14 +216,14 @@ def training_score(folder: Path) -> str:
 
 
 def classifier_card(
-    model: Any, to: str, spec: ExportSpec, origin: Mapping[str, str], checked: str, options: str = ""
+    model: Any, to: str, spec: ExportSpec, origin: Mapping[str, str], checked: str, command: str
 ) -> str:
     """The card of an exported classifier.
 
     Args:
         origin: rows about the source of the weights.
         checked: the result of the comparison with the original, as text.
-        options: of `foveal export`, besides the format.
+        command: arguments of `foveal export`, without ``--output``.
     """
     images, architecture = metadata(model), model.pretrained_cfg["architecture"]
     published: Any = get_pretrained_cfg(architecture)
@@ -251,7 +251,7 @@ def classifier_card(
     place = "PATH_OF_THIS_FOLDER/" * (to == "safetensors")
     best = _example("after_classify", classes=str(model.num_classes), place=place) if prepare else ""
     code = "\n".join(filter(None, ["import json\n" if best else "", prepare, run + best]))
-    return _exported(architecture, rows, code, f"{to}{options}")
+    return _exported(architecture, rows, code, command)
 
 
 def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, str], checked: str) -> str:
@@ -269,15 +269,18 @@ def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, 
         outputs += f"above {owner.score_thresh:g}, at most {owner.detections_per_img} detections"
     neck = f", neck `{arguments['neck']}`" if arguments["head"] != "mask2former" else ""
     parts = f"`{arguments['head']}` on `{arguments['name']}`{neck}"
-    options, table = to, {"model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters", **origin}
+    command, table = (
+        f"SOURCE --to {to}",
+        {"model": f"{parts}, {sum(p.numel() for p in model.parameters()):,} parameters", **origin},
+    )
     table["classes"] = ", ".join(f"{i} {name}" for i, name in enumerate(model.classes))
     if to != "safetensors":
         shape = f"[{batch}, {channels}, {rows}, {columns}]"
         table |= {"input": f"`image` {shape}, float32 in [0, 1]; inside: {inside}", "output": outputs}
-        options += f" --size {rows}x{columns}"
+        command += f" --size {rows}x{columns}"
     table["check of this file"] = checked
     title = f"{arguments['head']} on {arguments['name']}"
-    return _exported(title, table, dense_example(model, to, size), options)
+    return _exported(title, table, dense_example(model, to, size), command)
 
 
 def image_mean(model: Any) -> list[float]:
@@ -349,8 +352,8 @@ def _card(title: str, rows: Mapping[str, str], code: str, *more: str) -> str:
     return "\n\n".join([f"# {title}", f"| | |\n|---|---|\n{table}", code, *more]) + "\n"
 
 
-def _exported(title: str, rows: Mapping[str, str], code: str, options: str) -> str:
-    written = f"Written by foveal {__version__}: `foveal export SOURCE --to {options}`."
+def _exported(title: str, rows: Mapping[str, str], code: str, command: str) -> str:
+    written = f"Written by foveal {__version__}: `foveal export {command} --output FOLDER`."
     return _card(title, rows, f"```python\n{code}```", written)
 
 

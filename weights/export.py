@@ -255,7 +255,9 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
         origin = cards.origin(without_record(config), config.get(RECORD), found.folder)
         origin["measured"] = cards.training_score(found.folder)
     spec = classifier_spec(model, to, options.half, options.dynamic)
-    flags = " --half" * options.half + " --int8" * options.int8 + " --dynamic" * options.dynamic
+    command = f"{found.name if found.folder is None else 'SOURCE'} --to {to}{' --dynamic' * options.dynamic}"
+    command += " --half" * options.half + " --int8 --calibration IMAGES" * options.int8
+    command += " --no-pretrained" * (not options.pretrained)
     return Job(
         name=found.architecture,
         model=model,
@@ -265,7 +267,7 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
         unit="of the largest logit",
         config=without_record(config),
         metadata=metadata(model),
-        card=lambda checked: cards.classifier_card(model, to, spec, origin, checked, flags),
+        card=lambda checked: cards.classifier_card(model, to, spec, origin, checked, command),
     )
 
 
@@ -392,6 +394,7 @@ def _dense(source: str | Path, folder: Path, read: dict[str, Any], options: Opti
     to, size = options.to, options.size
     asked = {"--half": options.half, "--int8": options.int8, "--calibration": bool(options.calibration)}
     asked |= {"--dynamic": options.dynamic, "--score": options.score is not None}
+    asked |= {"--no-pretrained": not options.pretrained}
     if given := [name for name, value in asked.items() if value]:
         raise ValueError(f"{', '.join(given)}: for classifiers only; {source} is a detector or segmenter")
     head = head_spec(str(read.get("task")), str((read.get("arguments") or {}).get("head")))

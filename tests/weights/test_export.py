@@ -16,9 +16,11 @@ import timm
 import torch
 from PIL import Image
 from timm.models import save_for_hf
+from typer.testing import CliRunner
 
 import foveal.weights.export as exporting
 from foveal.backbones.loading import load
+from foveal.cli import app
 from foveal.train import predict
 from foveal.weights import folder as folders
 from foveal.weights.cards import preparing
@@ -114,7 +116,11 @@ def test_a_model_without_weights(tmp_path: Path) -> None:
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert first == second
     assert len(phases) == 8
-    assert "random" in (tmp_path / "a" / "README.md").read_text()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "random" in card
+    (command,) = re.findall("`foveal (export .*) FOLDER`", card)
+    assert CliRunner().invoke(app, [*command.split(), str(tmp_path / "again")]).exit_code == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
     with pytest.raises(ValueError, match="--no-pretrained"):
         export(tmp_path / "a", "onnx", tmp_path / "c", pretrained=False)
 

@@ -292,6 +292,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         export(run, "onnx", out, size=(0, 96))
     with pytest.raises(ValueError, match="--half"):
         export(run, "onnx", out, half=True)
+    with pytest.raises(ValueError, match="--no-pretrained"):
+        export(run, "onnx", out, pretrained=False)
     with pytest.raises(ValueError, match="--calibration, --dynamic"):
         export(run, "onnx", out, calibration=[tmp_path], dynamic=True)
     for file in (run / "best" / "model.safetensors", f"local-dir:{run / 'best' / 'model.safetensors'}"):

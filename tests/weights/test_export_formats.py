@@ -388,7 +388,7 @@ def test_int8(folder: Path, pictures: Path, tmp_path: Path) -> None:
     assert 1e-4 < done.difference < 0.5  # of the file in 8 bits, noise among the inputs
     card = (done.folder / "README.md").read_text()
     assert f" {done.difference:.1e} " in card
-    assert "--to onnx --int8`" in card
+    assert "--to onnx --int8 --calibration" in card
     for note, text in zip(done.notes, (r"\b10 calibration", r"top-1 .*\b10 images"), strict=True):
         assert note in card
         assert re.search(text, note)
