@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -416,8 +416,19 @@ def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor
         del state_dict[name]
 
 
+class NamesError(ValueError):
+    """The names of a checkpoint do not fit the model; those of ``common`` tensors do, if the model is on ``meta``."""
+
+    def __init__(self, message: str, common: int):
+        super().__init__(message)
+        self.common = common
+
+
 def check_names(
-    state_dict: Iterable[str], own: Iterable[str], ignore: str = r"head\.", map_norms: str = r"norm\d"
+    state_dict: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    ignore: str = r"head\.",
+    map_norms: str = r"norm\d",
 ) -> None:
     """Check the names of a checkpoint against those of the model.
 
@@ -426,7 +437,8 @@ def check_names(
         map_norms: pattern of norms per feature map, which a model without ``out_norm`` lacks.
 
     Raises:
-        ValueError: names are missing or unexpected; the message has the first ones.
+        NamesError: names are missing or unexpected; the message has the first ones.
+        ValueError: a dense model's checkpoint for a classifier.
     """
     needed, given = ({name for name in names if not re.match(ignore, name)} for names in (own, state_dict))
     missing, unexpected = sorted(needed - given), sorted(given - needed)
@@ -436,8 +448,9 @@ def check_names(
             "with features_only=True, out_norm=True"
         )
     if missing or unexpected:
-        raise ValueError(
-            f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        raise NamesError(
+            f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}",
+            sum(not state_dict[name].is_meta for name in needed & given),  # without those that a filter adds
         )
 
 

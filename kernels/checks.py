@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 
 import numpy as np
 import torch
@@ -35,6 +36,21 @@ def check_tensor(name: str, t: Tensor, layout: str) -> None:
 
 
 HEADS_FIRST = "; expected [B, H, W, heads, D]; heads seem to be first"
+
+
+def warn_heads_first(t: Tensor) -> None:
+    """Warn of a tensor that looks like ``[B, heads, H, W, D]`` and that the window fits all the same: of a square map,
+    with more columns than channels, or with the strides of heads that were moved to the front."""
+    if is_dynamic(*t.shape[1:4]) or t.shape[2] != t.shape[3] or t.shape[1] == t.shape[2]:
+        return
+    moved = t.stride(1) < min(t.stride(2), t.stride(3))
+    if (moved or t.shape[3] > t.shape[4]) and not torch.compiler.is_compiling():
+        _, rows, columns, heads, depth = t.shape
+        warnings.warn(
+            f"{tuple(t.shape)} is read as [B, H, W, heads, D]: a map of {rows} x {columns} with {heads} heads of {depth} "
+            "channels. If the heads are first, permute the tensors: x.permute(0, 2, 3, 1, 4)",
+            stacklevel=4,
+        )
 
 
 def check_window(

@@ -208,7 +208,12 @@ def _locate(source: str | Path, model: str | None) -> _Source:
         raise ValueError(f"{str(source)!r} is no file, folder or name of a published checkpoint; {hint}")
     name = stated if model is None else model
     if name is None:
-        name = _only(file, [each.name for each in known.values() if _is_file_of(file, each)])
+        fitting = [each.name for each in known.values() if _is_file_of(file, each)]
+        if not fitting:
+            near = ", ".join(names.closest(_tensors(loading.read_checkpoint(file), file, None)[0]))
+            hint = f"closest: {near}" if near else "no model here has most of its tensors"
+            raise ValueError(f"{file} does not name its model: pass --model; {hint}")
+        name = _only(file, fitting)
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         raise loading.unknown_model(architecture)
@@ -257,8 +262,7 @@ def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, l
 
 def _only(file: Path, candidates: list[str]) -> str:
     if len(candidates) != 1:
-        found = f"; it fits {', '.join(candidates)}" if candidates else ""
-        raise ValueError(f"{file} does not name its model: pass --model{found}")
+        raise ValueError(f"{file} does not name its model: pass --model; it fits {', '.join(candidates)}")
     return candidates[0]
 
 

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import timm
 import torch
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from ..backbones import list_models
-from ..backbones.base import unwrap
+from ..backbones import family, list_models
+from ..backbones.base import NamesError, unwrap
 from ..backbones.loading import without_wrappers
 from ..heads.detection import Detector
 from ..heads.detection.published import from_published
@@ -190,6 +191,37 @@ def _resnet(state: State, network: Any) -> dict[str, Tensor]:
             if count.removeprefix(BACKBONE) in own:
                 result.setdefault(count, torch.zeros((), dtype=torch.int32))
     return result
+
+
+def closest(state: State) -> list[str]:
+    """The models that a file of unknown origin may be of, at most five, each with the number of tensors that it shares
+    with the file: by name and shape, or by name if no model has all names. Empty if none has half of them."""
+    total, first = len(state), {family(name): name for name in reversed(list_models())}
+    by_family = {kind: _shared(state, name)[0] for kind, name in first.items()}
+    near = [kind for kind, count in by_family.items() if count > 0.8 * max(by_family.values())]
+    models = [name for name in list_models() if family(name) in near and not name.startswith("test_")]
+    count = {name: _shared(state, name) for name in models}
+    fitting = {name: alike for name, (_, alike) in count.items() if alike}
+    whole = {name: alike for name, alike in fitting.items() if alike == total}
+    found = whole or fitting or {name: common for name, (common, _) in count.items() if 2 * common > total}
+    order = sorted(found, key=lambda name: -found[name])
+    return [f"{name} ({found[name]} of {total} tensors)" for name in order[:5]]
+
+
+def _shared(state: State, architecture: str) -> tuple[int, int]:
+    """The number of tensors of a model that a file has, by name, and by name and shape; the latter is 0 if names are
+    missing or unexpected."""
+    with torch.device("meta"):
+        net = timm.create_model(architecture)
+    try:
+        translated = of_family(net, architecture)(state)
+    except NamesError as error:
+        return error.common, 0
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError):
+        return 0, 0  # what the family's translation expects is missing
+    own = net.state_dict()
+    common = [name for name in translated if name in own and not translated[name].is_meta]
+    return len(common), sum(own[name].shape == translated[name].shape for name in common)
 
 
 # ---- accounting for every element

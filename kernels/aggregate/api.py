@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bias import RelativePositionBias
-from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
+from ..checks import IntPair, autocast, autocast_enabled, check_tensor, check_window, pair, warn_heads_first
 from ..dispatch import run
 from ..problem import Problem, of_tensors
 from ..tracing import is_dynamic
@@ -168,6 +168,7 @@ def _check_values(name: str, weights: Tensor, v: Tensor, kernel_size: tuple[int,
             f"{name} {tuple(weights.shape)}, v {tuple(v.shape)}"
         )
     check_area(name, weights, kernel_size)
+    warn_heads_first(v)
 
 
 def _run(

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
-from ..checks import HEADS_FIRST, IntPair, autocast, autocast_enabled, check_tensor, check_window, pair
+from ..checks import (
+    HEADS_FIRST,
+    IntPair,
+    autocast,
+    autocast_enabled,
+    check_tensor,
+    check_window,
+    pair,
+    warn_heads_first,
+)
 from ..dispatch import run
 from ..problem import Problem, of_tensors
 from ..tracing import is_dynamic
@@ -166,6 +175,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
         )
     if not dynamic_shape and min(*k.shape[1:], v.shape[4]) < 1:
         raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
+    warn_heads_first(k)
 
 
 def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> None:

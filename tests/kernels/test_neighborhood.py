@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -1306,6 +1307,26 @@ def test_a_forced_choice_is_logged_once(monkeypatch, caplog, force):
     (record,) = caplog.records
     assert record.args[:2] == ("reference", "cpu")
     assert force in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((1, 8, 20, 20, 8), (0, 1, 2, 3, 4)), ((1, 14, 14, 7, 32), (0, 3, 1, 2, 4))],  # and moved in front by permute
+    ids=["contiguous", "permuted"],
+)
+def test_heads_first_that_the_window_fits_warn(shape, order):
+    x = torch.randn(shape).permute(order)
+    _, heads, rows, columns, _ = x.shape
+    with pytest.warns(UserWarning, match=rf"{heads} x {rows}.*{columns} heads"):
+        neighborhood_attention(x, x, x, kernel_size=7)
+    weights = torch.randn(*x.shape[:4], 9)
+    with pytest.warns(UserWarning, match=rf"{heads} x {rows}.*{columns} heads"):
+        neighborhood_aggregate(weights, x, kernel_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neighborhood_attention(*[x.permute(0, 2, 3, 1, 4)] * 3, kernel_size=7)
+        y = torch.randn(1, 7, 16, 16, 32)  # a map of 7 x 16 with 16 heads, as of a wide image
+        neighborhood_attention(y, y, y, kernel_size=7)
 
 
 def test_heads_that_come_first_are_pointed_out():

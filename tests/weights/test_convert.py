@@ -22,12 +22,14 @@ from typer.testing import CliRunner
 
 import foveal
 import foveal.weights.convert as converting
+from foveal.backbones import family
 from foveal.backbones.profile import Profile
 from foveal.cli import app
 from foveal.weights import cards
 from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.export import export
 from foveal.weights.manifest import Checkpoint, checkpoints
+from foveal.weights.names import closest
 from foveal.weights.verify import verify
 
 from . import filler
@@ -577,6 +579,25 @@ def test_the_model_of_a_folder_of_transformers(tmp_path: Path) -> None:
         converting._locate(write(tmp_path, "x.pth", {"a": torch.ones(1)}), None)
     named = write(tmp_path, "dinat_mini_in1k_224.pth", {"a": torch.ones(1)})
     assert converting._locate(named, None).architecture == "dinat_mini"
+
+
+CLOSE = {family(name): name for name in reversed(foveal.list_models()) if not name.startswith("test_")}
+
+
+@pytest.mark.parametrize(
+    "name", ["dinat_mini", *(pytest.param(n, marks=pytest.mark.slow) for n in CLOSE.values() if n != "dinat_mini")]
+)
+def test_a_file_of_unknown_origin_names_the_closest_models(tmp_path: Path, name: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=7).state_dict()
+    state = {key: torch.zeros(x.shape, dtype=x.dtype) for key, x in state.items()}
+    if name == "dinat_mini":
+        with pytest.raises(ValueError, match=r"--model.*: dinat_mini \(251 of 253 tensors\), nat_mini \(251 of 253"):
+            convert(write(tmp_path, "x.pth", state), tmp_path / "out")
+        return
+    near = [each.split()[0] for each in closest(state)]
+    assert name in near
+    assert {family(each) for each in near} <= {family(name), "NAT", "DiNAT", "DiNAT_s", "isotropic"}
 
 
 def test_a_training_run(tmp_path: Path) -> None:
