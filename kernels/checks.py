@@ -47,9 +47,9 @@ def warn_heads_first(t: Tensor) -> None:
     if (moved or t.shape[3] > t.shape[4]) and not torch.compiler.is_compiling():
         _, rows, columns, heads, depth = t.shape
         warnings.warn(
-            f"{tuple(t.shape)} is read as [B, H, W, heads, D]: a map of {rows} x {columns} with {heads} heads of {depth} "
-            "channels. If the heads are first, permute the tensors: x.permute(0, 2, 3, 1, 4)",
-            stacklevel=4,
+            f"{tuple(t.shape)} is read as [B, H, W, heads, D]: a map of {rows} x {columns} with {heads} heads of "
+            f"{depth} channels. If the heads are first, permute the tensors: x.permute(0, 2, 3, 1, 4)",
+            stacklevel=3,
         )
 
 

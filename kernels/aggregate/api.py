@@ -64,6 +64,7 @@ def neighborhood_aggregate(
     """
     kernel_size, dilation = pair("kernel_size", kernel_size), pair("dilation", dilation)
     _check_values("weights", weights, v, kernel_size)
+    warn_heads_first(v)
     return _run(
         "neighborhood_aggregate", "forward", {"weights": weights, "v": v}, kernel_size, dilation, boundary, backend
     )
@@ -168,7 +169,6 @@ def _check_values(name: str, weights: Tensor, v: Tensor, kernel_size: tuple[int,
             f"{name} {tuple(weights.shape)}, v {tuple(v.shape)}"
         )
     check_area(name, weights, kernel_size)
-    warn_heads_first(v)
 
 
 def _run(

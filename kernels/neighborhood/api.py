@@ -106,6 +106,8 @@ def neighborhood_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     _check_bias(bias, q, kernel_size)
+    if bias is None:
+        warn_heads_first(k)
     rows, columns = _windows(kernel_size, stride, dilation, query_stride, offset, boundary, bias)
     factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if factor != factor:  # NaN, in a form that torch.compile takes: a factor that products of matrices may leave out
@@ -175,7 +177,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, query_stride: tuple[int, int
         )
     if not dynamic_shape and min(*k.shape[1:], v.shape[4]) < 1:
         raise ValueError(f"only the batch may be empty, got q {tuple(q.shape)}, v {tuple(v.shape)}")
-    warn_heads_first(k)
 
 
 def _check_bias(bias: Bias | None, q: Tensor, kernel_size: tuple[int, int]) -> None:

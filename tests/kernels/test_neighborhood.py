@@ -24,6 +24,7 @@ from foveal.kernels import (
     backend,
     cache,
     dispatch,
+    neighborhood_aggregate,
     neighborhood_attention,
     tiling,
 )
