@@ -265,10 +265,18 @@ def _classifier(source: str | Path, found: Source, options: Options) -> Job:
         inputs=classifier_inputs(model, options.images, to, options.dynamic),
         difference=relative_error,
         unit="of the largest logit",
-        config=without_record(config),
+        config=_stated_once(without_record(config), model),
         metadata=metadata(model),
         card=lambda checked: cards.classifier_card(model, to, spec, origin, checked, command),
     )
+
+
+def _stated_once(config: dict[str, Any], model: Any) -> dict[str, Any]:
+    """A config.json without ``num_classes`` in ``model_args``, which timm's `save_for_hf` writes and transformers
+    refuses, as it stands beside them, too."""
+    arguments = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
+    kept = {key: value for key, value in config.items() if key != "model_args"} | {"num_classes": model.num_classes}
+    return kept | {"model_args": arguments} if arguments else kept
 
 
 def _load_classifier(found: Source, source: str | Path, options: Options) -> nn.Module:

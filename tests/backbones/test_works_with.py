@@ -27,6 +27,7 @@ from foveal.backbones.profile import of_model
 from foveal.kernels import backend
 from foveal.train.checkpoint import save_model
 from foveal.weights.convert import convert
+from foveal.weights.export import export
 
 from .test_contract import SMALL
 
@@ -687,10 +688,11 @@ def test_timm_wrapper(name, written, tmp_path):
     assert timm.create_model(f"local-dir:{folder}").num_classes == 5
 
 
-def test_timm_wrapper_of_a_run_of_0_1_0(tmp_path):
+@pytest.mark.parametrize("write", [convert, lambda run, folder: export(run, "safetensors", folder)], ids=["c", "e"])
+def test_timm_wrapper_of_a_run_of_0_1_0(write, tmp_path):
     transformers = pytest.importorskip("transformers")
     run = Path(__file__).parents[1] / "data/runs_0.1.0/classify/best"
-    convert(run, tmp_path / "new")
+    write(run, tmp_path / "new")
     wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "new").eval()
     x = images(2, 1, 28, 28)
     assert_close(wrapped(x).logits, foveal.load(run)(x), 5e-6)
