@@ -931,19 +931,19 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
     """Attention of ``[B, N, heads, D]`` to ``[B, M, heads, D]``. A mask ``[heads, N, M]`` in float32 is added to the
-    logits and not copied for each image."""
+    logits and not copied for each image. ``scale`` is ``D ** -0.5`` unless given."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     # exporters decompose SDPA with guards, and it has no forward-mode derivative and no batching rules
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed():
         working = torch.promote_types(q.dtype, torch.float32)
         # contiguous tensors, for others of which exporters guard on a single position
         q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k.transpose(-1, -2), v))
-        logits = (q.to(working) * scale) @ k.to(working)
+        logits = (q.to(working) * factor) @ k.to(working)
         out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
         return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     added = None if mask is None else mask.to(q.dtype)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=factor).transpose(1, 2)
 
 
 # ---- attention of super tokens
@@ -1296,7 +1296,7 @@ def merge_ranks(count: int, part: tuple[int, int, int], length: int, device: tor
 
 # ---- attention to a neighborhood and a pooled map
 
-BIASES = 2**22  # position biases that are expanded at once, 16 MB in float32
+BIASES = 2**21  # position biases that are expanded at once, 8 MB in float32
 
 
 class AggregatedAttention2d(nn.Module):
@@ -1371,7 +1371,8 @@ class AggregatedAttention2d(nn.Module):
         else:
             q = _unit(linear(self.q, x).unflatten(-1, heads))
             k, v = linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(3)
-            y, weights = self._attend(q, *self.kv(self._pool(x)).unflatten(-1, (2, *heads)).unbind(3), k)
+            pooled_k, pooled_v = self.kv(self._pool(x)).unflatten(-1, (2, *heads)).unbind(3)
+            y, weights = self._attend(q, pooled_k, pooled_v, k)
             learned = torch.einsum("bhwnd,ndk->bhwnk", q.to(v.dtype), self.learnable_tokens) + self.learnable_bias[:, 0]
             y = y + neighborhood_aggregate((weights + learned).to(v.dtype), v, kernel_size=3, boundary="zero")
         if self.gates is not None:
@@ -1383,9 +1384,9 @@ class AggregatedAttention2d(nn.Module):
         _, H, W, _ = _sizes(x)
         y = F.gelu(self.sr(to_nchw(x)))
         free = is_dynamic(H, W)
-        h, w = ((torch.sym_max if free else max)(1, length // self.reduction) for length in (H, W))
+        size: Any = tuple((torch.sym_max if free else max)(1, length // self.reduction) for length in (H, W))
         exact = free or torch.jit.is_tracing()  # the older exporter knows fixed sizes alone
-        y = average_pool(y, (h, w)) if exact else F.adaptive_avg_pool2d(y, (h, w))
+        y = average_pool(y, size) if exact else F.adaptive_avg_pool2d(y, size)
         return self.norm(y.permute(0, 2, 3, 1))
 
     def _attend(
@@ -1549,7 +1550,8 @@ def _take_biases(table: torch.Tensor, dim: int, index: torch.Tensor, weight: tor
     if len(parts) == 1:
         return parts[0]
     shape = (-1, *[1] * (table.ndim - 1 - dim))
-    return sum(part * each.view(shape).to(part.dtype) for part, each in zip(parts, weight.flatten(1), strict=True))
+    weighted = [part * each.view(shape).to(part.dtype) for part, each in zip(parts, weight.flatten(1), strict=True)]
+    return weighted[0] + weighted[1] + (weighted[2] + weighted[3])
 
 
 @without_size_guards

@@ -275,14 +275,26 @@ CONVOLVE = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_availa
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``layer(x)`` of a Linear, or what a user put in its place, on ``[..., C]``; as a 1x1 convolution if `CONVOLVE`,
     on a CPU in float32."""
+    return _convolve(x, layer.weight, layer.bias) if _as_convolution(layer, x) else layer(x)
+
+
+def half_linear(layer: nn.Linear, x: torch.Tensor, half: int) -> torch.Tensor:
+    """The first or second half, 0 or 1, of the outputs of `linear`, for a layer that `is_plain` and has a bias."""
+    weight, bias = layer.weight.chunk(2)[half], layer.bias.chunk(2)[half]
+    return _convolve(x, weight, bias) if _as_convolution(layer, x) else F.linear(x, weight, bias)
+
+
+def _as_convolution(layer: nn.Module, x: torch.Tensor) -> bool:
     if not CONVOLVE or isinstance(x, torch.fx.Proxy) or x.dtype != torch.float32 or x.device.type != "cpu":
-        return layer(x)
-    if type(layer) is not nn.Linear or not is_plain(layer) or x.ndim < 3 or x.numel() == 0 or _needs_products(layer):
-        return layer(x)
+        return False
+    return type(layer) is nn.Linear and is_plain(layer) and x.ndim > 2 and x.numel() > 0 and not _needs_products(layer)
+
+
+def _convolve(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
     # PyTorch convolves fewer than 16 images by MKL's products if it has one thread
     rows = x.numel() // x.shape[-1]
     images = 16 if not torch.compiler.is_compiling() and rows % 16 == 0 else rows // x.shape[-2]
-    y = F.conv2d(x.reshape(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
+    y = F.conv2d(x.reshape(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 

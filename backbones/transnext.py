@@ -25,7 +25,7 @@ from torch import nn
 
 from .attention import AggregatedAttention2d, DepthwiseConv, to_nchw
 from .base import Backbone, check_names, create, unwrap
-from .layers import Stage, drop_path_rates, init_convs, init_weights, linear
+from .layers import Stage, drop_path_rates, half_linear, init_convs, init_weights, linear, may_overwrite
 
 __all__ = ["TransNeXt", "checkpoint_filter_fn", "family"]
 
@@ -40,6 +40,10 @@ class ConvGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if may_overwrite(x, self.fc1):  # in inference, one half after the other
+            gate = nn.functional.gelu(self.dwconv(half_linear(self.fc1, x, 0)))
+            x = half_linear(self.fc1, x, 1)
+            return linear(self.fc2, gate.mul_(x) if may_overwrite(gate) else gate * x)
         gate, x = linear(self.fc1, x).chunk(2, -1)
         return linear(self.fc2, nn.functional.gelu(self.dwconv(gate)) * x)
 
