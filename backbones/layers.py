@@ -87,7 +87,7 @@ class Stage(nn.Module):
     """Blocks at one resolution, after a ``downsample`` and before a ``norm`` unless these are None."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None
+        self, blocks: Sequence[nn.Module] | Blocks, downsample: nn.Module | None = None, norm: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.downsample = downsample
