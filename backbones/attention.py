@@ -1247,6 +1247,7 @@ class GuidedAttention2d(LocallyEnhancedAttention2d):
             raise ValueError(f"num_heads must be even, got {num_heads}")
         if len(lengths) not in _PARTS:
             raise ValueError(f"lengths must be two or three numbers, got {lengths}")
+        self.lengths = tuple(lengths)
         self.merge = nn.ModuleList(nn.Linear(length, 1) for length in lengths)
         self.q = nn.Linear(dim, dim)
         self.kv1 = nn.Linear(dim, dim)
@@ -1265,10 +1266,10 @@ class GuidedAttention2d(LocallyEnhancedAttention2d):
     def _merged(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """Positions ``[B, N, C]``, and their numbers by significance ``[B, N]``, to tokens ``[B, M, C]``."""
         tokens = []
-        for part, layer in zip(_PARTS[len(self.merge)], self.merge, strict=True):
-            chosen = order[:, merge_ranks(order.shape[1], part, layer.in_features, order.device)]
+        for part, length, layer in zip(_PARTS[len(self.lengths)], self.lengths, self.merge, strict=True):
+            chosen = order[:, merge_ranks(order.shape[1], part, length, order.device)]
             group = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
-            group = group.unflatten(1, (group.shape[1] // layer.in_features, layer.in_features))
+            group = group.unflatten(1, (group.shape[1] // length, length))
             tokens.append(layer(group.transpose(2, 3)).squeeze(-1))
         return torch.cat(tokens, 1)
 
