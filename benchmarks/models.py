@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -104,6 +105,7 @@ def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
 def roofline_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
     """GFLOP/s of a model and its peer over those of a matrix product, interleaved, from the shortest times.
 
+    Times are CPU time over the number of threads: with one thread, of a machine that need not be idle.
     ``forward``: folded where the model can be, with weights of the dtype. ``forward_backward``: a training step without
     the optimizer, in training mode, for bfloat16 with autocast; it counts three times the FLOPs of the forward pass.
     """
@@ -116,7 +118,7 @@ def roofline_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
         calls = {"product": partial(torch.mm, a, b)}
         for name in names:
             calls[f"{name} forward"], calls[f"{name} forward_backward"] = _steps(name, x, dtype)
-        times = bench.median_ms(calls, of=min)
+        times = bench.median_ms(calls, of=min, timer=_cpu_time)
         rate = 2e-9 * rows * inner * columns / times["product"]  # GFLOP per millisecond
         found = []
         for name in names:
@@ -128,6 +130,10 @@ def roofline_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
         if case.peer:
             beside_peer(found, found[-1])
         yield from found
+
+
+def _cpu_time() -> float:
+    return time.process_time() / torch.get_num_threads()
 
 
 def _gflop(name: str, case: ModelCase) -> tuple[float, float]:
