@@ -1187,7 +1187,7 @@ class HybridAttention2d(LocallyEnhancedAttention2d):
 
     def _reduced(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (H, W), heads = _sizes(x)[1:3], self.num_heads // 2
-        reduced = self.sr(to_nchw(_padded(x, self.ratio))).permute(0, 2, 3, 1)
+        reduced = to_nhwc(self.sr(to_nchw(_padded(x, self.ratio))))
         size = reduced.shape[1:3]
         reduced = linear(self.kv1, F.gelu(self.norm(reduced.flatten(1, 2))))
         k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in reduced.chunk(2, -1))

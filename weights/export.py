@@ -331,8 +331,7 @@ def classifier_inputs(
     batches = (1,) if to == "coreml" else (1, 3)
     inputs = {f"random, batch {n}": torch.randn(n, channels, rows, columns, generator=generator) for n in batches}
     if dynamic:
-        sizes = (rows + 45, LEAST_SIZE), (LEAST_SIZE, columns + 32), (2 * rows, columns // 2 + 19)
-        for height, width in ((LEAST_SIZE, LEAST_SIZE), *sizes):
+        for height, width in ((LEAST_SIZE, columns + 32), (rows + 45, LEAST_SIZE), (2 * rows, columns // 2 + 19)):
             shape = (1, channels, height, width)
             inputs[f"random, {height}x{width}"] = torch.randn(shape, generator=generator)
     transform = preprocessing(model)
