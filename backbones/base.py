@@ -336,7 +336,7 @@ def create(
         if file is not None and Path(file).suffix != ".safetensors":  # of which timm takes the averaged weights
             whole = torch.load(file, map_location="cpu", weights_only=True)
             arguments["pretrained_cfg_overlay"] = {**overlay, "file": None, "state_dict": whole}
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
         )
     if file is not None:

@@ -83,10 +83,11 @@ def _flash_backward(grad, q, k, v, *_, **__) -> int:
 
 
 # PyTorch (2.14) has formulas for its own attention, from shapes [B, heads, N, D], but not for the kernel for CPUs
-for _operator, _formula in (
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flash),
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _flash_backward),
-):
+_ON_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
+for _operator, _formula in _ON_CPU.items():
     if _operator not in flop_registry:
         register_flop_formula(_operator)(_formula)
 
