@@ -336,11 +336,12 @@ def create(
         if file is not None and Path(file).suffix != ".safetensors":  # of which timm takes the averaged weights
             whole = torch.load(file, map_location="cpu", weights_only=True)
             arguments["pretrained_cfg_overlay"] = {**overlay, "file": None, "state_dict": whole}
-        model: Any = build_model_with_cfg(
+        model = build_model_with_cfg(
             cls, variant, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **arguments
         )
     if file is not None:
-        model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not keep the tensors twice
+        loaded: Any = model
+        loaded.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not keep the tensors twice
     if isinstance(model, FeatureGetterNet):
         net: Any = model  # whose own names begin with "model."; without this timm's layer decay has no effect
         net.group_matcher = partial(_inside, net.model)
