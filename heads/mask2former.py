@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .backbone import Backbone, ShapeSpec
 from .necks import build_neck
 
+QUERIES = 8192  # of the pixel decoder, up to which it treats them together
+_BY_QUERY = ("position_embeddings", "reference_points")  # arguments of its attention
 # terms of the published loss and their names here
 LOSSES = {"cross_entropy": "loss_class", "mask": "loss_mask", "dice": "loss_dice"}
 
@@ -60,6 +62,7 @@ def decoder(backbone: Backbone, num_classes: int, settings: dict[str, Any], a3fp
         raise ValueError(f"mask2former: {' '.join(str(error).split())}") from None
 
     whole = _network(published, config, backbone.spec.channels, a3fpn is not None)
+    _attend_in_parts(whole, published.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention)
     # after transformers' initialization, which must not change these
     whole.model.pixel_level_module.encoder = _Encoder(backbone)
     if a3fpn is not None:
@@ -113,6 +116,30 @@ def _network(published: Any, config: Any, channels: Sequence[int], a3fpn: bool) 
             self.post_init()
 
     return Network()
+
+
+def _attend_in_parts(whole: nn.Module, published: type[nn.Module]) -> None:
+    """Makes the pixel decoder's deformable attention treat the queries of large maps in three parts in evaluation: the
+    values that all of them sample take 0.8 GB for an image of 1024 x 1024 pixels."""
+
+    class InParts(published):
+        def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, ...]:
+            queries = hidden_states.shape[1]
+            if self.training or queries <= QUERIES:
+                return super().forward(hidden_states, **given)
+            by_query = {"hidden_states": hidden_states} | {
+                k: given.pop(k) for k in _BY_QUERY if given.get(k) is not None
+            }
+            step = -(-queries // 3)  # each part projects all values again
+            found = []
+            for start in range(0, queries, step):
+                part = {key: value[:, start : start + step] for key, value in by_query.items()}
+                found.append(super().forward(**part, **given))
+            return tuple(torch.cat(each, 1) for each in zip(*found, strict=True))
+
+    for module in whole.modules():
+        if type(module) is published:
+            module.__class__ = InParts
 
 
 def _a3fpn_pixel_decoder(published: Any) -> type[nn.Module]:

@@ -1,6 +1,8 @@
 """Mask2Former on our features, against transformers' own on the same backbone and parameters."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -141,3 +143,32 @@ def test_embeddings_are_not_decayed():
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build_segmenter(NAME, "mask2former", num_classes=4, **kwargs)
+
+
+def test_parts_of_the_queries_change_nothing(monkeypatch):
+    model, images = segmenter(encoder_layers=2).eval(), torch.rand(2, 3, 96, 128)
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr("foveal.heads.mask2former.QUERIES", 10)
+        torch.testing.assert_close(model(images), whole)
+
+
+PEAK = """
+import resource, torch
+from foveal.heads.build import build_segmenter
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+model = build_segmenter("test_foveal_dinat", "mask2former", num_classes=150).eval()
+images = torch.rand(1, 3, 1024, 1024)
+before = peak()
+with torch.no_grad():
+    model.coarse(images)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_window_of_a_large_image_takes_less_than_1_gib():
+    """With the default head; 1.2 GiB if the pixel decoder attends at once."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(run.stdout.split()[-1]) < 0.95
