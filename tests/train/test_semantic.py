@@ -511,3 +511,14 @@ def test_images_without_masks_are_evaluated_to_files(kind, tmp_path):
     assert written[0].read_bytes() == (tmp_path / "found" / "1.png").read_bytes()
     with pytest.raises(DataError, match=r"masks"):
         train("small", [*given, f"output={tmp_path / 'run'}", "auto=[]"], "segment", Console(quiet=True))
+
+
+def test_label_studio_s_brush_masks_are_named(tmp_path):
+    for folder, names in (("images", ["a"]), ("masks", ["task-1-annotation-2-by-1-tag-car-0"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            mask = np.zeros((40, 50, *[3] * (folder == "images")), np.uint8)
+            mask[:20] = 255
+            Image.fromarray(mask).save(tmp_path / folder / f"{name}.png")
+    with pytest.raises(DataError, match=r"1 brush masks.*tag-car-0"):
+        train("small", [f"data.root={tmp_path}", f"output={tmp_path / 'run'}"], "segment", Console(quiet=True))

@@ -116,6 +116,7 @@ def _named(found: Found) -> Found:
 # ---- segmentation
 
 INSTANCES = re.compile(r"SegmentationObject|SegmentationClass(Npy|Visualization)|instance", re.IGNORECASE)
+BRUSH = re.compile(r"task-\d+-annotation-\d+-by-\d+-tag-")
 COLOURS = 64  # most distinct values of a mask
 VOC_BORDER = "#e0e0c0"  # around the objects of Pascal VOC's masks in colour
 
@@ -137,6 +138,11 @@ def find_masks(files: Files, data: SegmentDataConfig | None = None, *, optional:
             {"id": number, "file_name": path, "split": split_of(path), "mask": ""}
             for number, path in enumerate(files.images.all)
         ]
+    if found is None and (brush := [path for path in files.images.all if BRUSH.search(path)]):
+        raise DataError(
+            f"{files.root} has {len(brush):,} brush masks of Label Studio, one per label and without the image's name: "
+            f"{first_names(brush)}; merge them to one mask per image that is named as the image"
+        )
     if found is None:
         raise DataError(
             f"{files.root} has neither masks for its images nor labelme's JSON files (data.kind=auto); masks with more "
