@@ -232,7 +232,9 @@ def test_small_segmenter_steps(name, tmp_path):
 def detector_step(config: DetectConfig) -> None:
     """A step of two small images with an object each."""
     model = detect.build_model(config, 20).train()
-    task = detect.Task(config, model, SimpleNamespace(categories={i: str(i) for i in range(20)}, notes=[]))
+    index = SimpleNamespace(crowd=torch.zeros(1), objects=lambda: torch.ones(1, dtype=torch.bool))
+    val = SimpleNamespace(dataset=SimpleNamespace(index=index))
+    task = detect.Task(config, model, SimpleNamespace(categories={i: str(i) for i in range(20)}, notes=[], val=val))
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[:, 8:40, 16:56] = 1
     target = {"boxes": torch.tensor([[16.0, 8, 56, 40]]), "labels": torch.tensor([3]), "masks": mask}
