@@ -1374,6 +1374,7 @@ class AggregatedAttention2d(nn.Module):
             k, v = linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(3)
             pooled_k, pooled_v = self.kv(self._pool(x)).unflatten(-1, (2, *heads)).unbind(3)
             y, weights = self._attend(q, pooled_k, pooled_v, k)
+            assert weights is not None  # of the neighbors, which are given
             learned = torch.einsum("bhwnd,ndk->bhwnk", q.to(v.dtype), self.learnable_tokens) + self.learnable_bias[:, 0]
             y = y + neighborhood_aggregate((weights + learned).to(v.dtype), v, kernel_size=3, boundary="zero")
         if self.gates is not None:
