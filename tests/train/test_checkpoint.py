@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 
 import psutil
@@ -242,8 +243,8 @@ def test_foreign_files(tmp_path, name, content, named):
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
     path = tmp_path / "evil.pth"
-    torch.save({"a": Path("x")}, path)  # any class beyond tensors and plain values
-    with pytest.raises(CheckpointError, match=r"evil\.pth.*pathlib"):
+    torch.save({"a": Fraction(1, 2)}, path)  # any class beyond tensors, plain values, arguments and paths
+    with pytest.raises(CheckpointError, match=r"evil\.pth.*fractions"):
         load_initial(tiny(), path)
 
 
