@@ -79,6 +79,11 @@ SMALL = {
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels
 ANY_SIZE = [name for name, case in SMALL.items() if case.any_size]
 NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norms]
+# What traces or compiles a model for seconds runs for these by default; for the others it is slow.
+QUICK = "dinat-auto", "care", "raftmlp", "rmt", "van", "shiftvit", "isotropic", "vitrpb"
+traced = pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 NAT_LIKE = [name for name in SMALL if name in ("nat", "dinat", "dinat-auto", "dinat_s", "isotropic", "vitrpb")]
 
 
@@ -371,7 +376,7 @@ def test_autocast(case):
     assert small is None or small.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("case", SMALL)
+@traced
 def test_compile(case):
     """One graph, forward and backward, and none more for another batch of the size."""
     model = create(case, drop_path_rate=0.0).train()
@@ -407,7 +412,7 @@ def test_jit_trace(case):
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@traced
 def test_torch_export(case):
     model = create(case).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -416,7 +421,7 @@ def test_torch_export(case):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@traced
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(case):
     onnxruntime = pytest.importorskip("onnxruntime")

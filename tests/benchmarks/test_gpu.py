@@ -116,6 +116,7 @@ def test_forward_and_backward_read_one_layout():
     assert not tensors[0].is_contiguous() and not any(t.requires_grad for t in tensors)
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_counted_and_the_rest_measured(tmp_path, bench, monkeypatch, capsys):
     def rows(case, bench):
         yield {"case": "first", "by": "x", "forward_ms": 1.0}
@@ -175,6 +176,7 @@ def test_geometric_means():
     assert re.match(r"forward: 4\.00 .*flex.*4\.00 .*\b2 layers", mean)
 
 
+@pytest.mark.slow
 def test_sections_within_their_seconds(tmp_path, bench, capsys):
     arguments = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
     assert run.main([*arguments, "halo"]) == 0

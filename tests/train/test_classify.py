@@ -373,6 +373,7 @@ def test_epochs_of_so_many_updates(quick, tmp_path):
     assert losses(run) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path):
     """The tutorial's: known by --import, remembered by the run, and not taken from inside a run folder."""
     page = (Path(__file__).parents[2] / "docs/new_backbone.md").read_text(encoding="utf-8")

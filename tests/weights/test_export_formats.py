@@ -120,7 +120,7 @@ def test_any_batch_in_its_own_runtime(to: str, half: bool, folder: Path, tmp_pat
         x, expected = _reference(folder, (batch, 3, SIZE, SIZE))
         assert _apart(RUNNERS[to](done.folder, x), expected) < limit
     card = (done.folder / "README.md").read_text()
-    assert f"--to {to}{' --half' * half}`" in card
+    assert f"--to {to}{' --half' * half} --output" in card
     assert ("float16" in card) == half
     assert f" {done.difference:.1e} " in card
     assert json.loads((done.folder / "config.json").read_text())["architecture"] == "test_foveal_dinat"
