@@ -196,10 +196,11 @@ def _resnet(state: State, network: Any) -> dict[str, Tensor]:
 def closest(state: State) -> list[str]:
     """The models that a file of unknown origin may be of, at most five, each with the number of tensors that it shares
     with the file: by name and shape, or by name if no model has all names. Empty if none has half of them."""
-    total, first = len(state), {family(name): name for name in reversed(list_models())}
+    total, names = len(state), [name for name in list_models() if not name.startswith("test_")]
+    first = {family(name): name for name in reversed(names)}
     by_family = {kind: _shared(state, name)[0] for kind, name in first.items()}
     near = [kind for kind, count in by_family.items() if count > 0.8 * max(by_family.values())]
-    models = [name for name in list_models() if family(name) in near and not name.startswith("test_")]
+    models = [name for name in names if family(name) in near]
     count = {name: _shared(state, name) for name in models}
     fitting = {name: alike for name, (_, alike) in count.items() if alike}
     whole = {name: alike for name, alike in fitting.items() if alike == total}
