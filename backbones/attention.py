@@ -1362,6 +1362,7 @@ class AggregatedAttention2d(nn.Module):
         return f"reduction={self.reduction}, num_heads={self.num_heads}"
 
     @fx_leaf
+    @without_size_guards
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, dim]`` to the same shape, for any H and W."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
@@ -1485,9 +1486,10 @@ def _inside_map(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 def _offsets(length: int, pooled: int) -> tuple[int, int, int]:
     """The offsets from the centres of adaptive pooling's bins to positions, as a range of half steps."""
+    if is_dynamic(length):  # all that may occur: exporters fail on the division in the bounds
+        return 2 - 2 * length, 2 * length - 1, 1
     first, last = -(-length // pooled) - 1, (pooled - 1) * length // pooled + length - 1  # twice the outer centres
-    whole = not is_dynamic(length) and length % pooled == 0  # equal bins: every second half step
-    return -last, 2 * (length - 1) - first + 1, 2 if whole else 1
+    return -last, 2 * (length - 1) - first + 1, 1 if length % pooled else 2  # equal bins: every second half step
 
 
 def _log_offsets(
@@ -1573,6 +1575,8 @@ def _attend_pooled(
     the output (the others are padding). It is a dot product, too: of two channels for half precision, whose sum it is.
     """
     _, H, W, heads, depth = q.shape
+    if is_dynamic(H, W):  # flattening a part of a tensor leaves guards on lengths of 1
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     k, v = k.flatten(1, 2), v.flatten(1, 2)
     if extra is not None:
         more = 2 + -(depth + 2) % 8
@@ -1599,6 +1603,8 @@ def _attend_pooled_chunk(
     """Some rows of queries ``[B, r, W, heads, D]`` on all keys ``[B, h * w (+ 1), heads, D]``."""
     bias = _take_biases(columns, 1, index, weight)  # heads r*h W*w
     bias = bias.unflatten(1, index.shape[1:]).unflatten(3, (q.shape[2], -1)).permute(0, 1, 3, 2, 4)
+    if is_dynamic(*q.shape[1:3]):  # as above
+        bias = bias.clone(memory_format=torch.contiguous_format)
     bias = bias.flatten(3).flatten(1, 2)  # heads r*W h*w
     bias = F.pad(bias, (0, k.shape[1] - bias.shape[2]))
     return attend(q.flatten(1, 2), k, v, bias, scale=1.0).unflatten(1, q.shape[1:3])

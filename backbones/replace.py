@@ -301,12 +301,19 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
 
     Examples:
         >>> import foveal, timm, torch
-        >>> options = dict(embed_dim=16, depths=(2,), num_heads=(2,), img_size=28, num_classes=10)
-        >>> model = timm.create_model("swin_tiny_patch4_window7_224", window_size=3, strict_img_size=False, **options)
+        >>> model = timm.create_model(
+        ...     "swin_tiny_patch4_window7_224",
+        ...     embed_dim=16,
+        ...     depths=(2,),
+        ...     num_heads=(2,),
+        ...     window_size=3,
+        ...     img_size=28,
+        ...     strict_img_size=False,
+        ... )
         >>> foveal.replace_attention(model)["layers.0.blocks.1"]
         'window_size=(3, 3), shift_size=(1, 1), num_heads=2'
         >>> model(torch.randn(1, 3, 52, 40)).shape
-        torch.Size([1, 10])
+        torch.Size([1, 1000])
     """
     if type(model) is HaloAttn:
         raise ValueError("the model is itself a HaloAttn; use HaloAttention2d.from_timm(module)")
