@@ -15,10 +15,12 @@ import foveal.backbones
 import foveal.kernels
 
 from ..heads.published_names import from_published
+from .modules import RUNS as MODULES
+from .modules import outputs
 
 HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
-CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS))
+CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS) - set(MODULES))
 # every case with both backends of the operations, except where the family uses neither operation, or another does
 NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer", "moh_vit")
 RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
@@ -44,8 +46,10 @@ def parameter(name: str, shape: list[int]) -> torch.Tensor:
         return 1.0 + 0.25 * x.clamp(-2, 2)
     if leaf == "running_mean":
         return 0.1 * x
-    if leaf.startswith("rpb"):
+    if leaf.startswith("rpb") or "relative_position" in leaf or leaf.endswith("_rel"):
         return 0.5 * x
+    if leaf.endswith("_bias") and x.ndim >= 4:  # of positions
+        return 2.0 * x
     if leaf in ("bias", "beta"):
         return 0.1 * x
     if leaf.startswith("gamma"):
@@ -53,6 +57,24 @@ def parameter(name: str, shape: list[int]) -> torch.Tensor:
     if x.numel() == x.shape[0]:  # weights of norms, layer scales
         return 1.0 + 0.1 * x
     return x * ((0.5 if x.ndim == 4 else 1.0) / math.sqrt(x[0].numel()))
+
+
+def state_dict(meta: dict) -> dict[str, torch.Tensor]:
+    """The parameters of a case, with its corrections where these would make a part degenerate."""
+    filled = {name: parameter(name, shape) for name, shape in meta["spec"].items()}
+    for name, x in filled.items():
+        if not x.is_floating_point():
+            continue
+        if x.ndim == 4 and x.shape[0] > 1:
+            x *= meta.get("conv_scale", 1.0)
+        x *= meta.get("scale", {}).get(name, 1.0)
+        for ending, factor in meta.get("scale_suffix", {}).items():
+            if name.endswith(ending):
+                x *= factor
+        for ending, value in meta.get("fixed_suffix", {}).items():
+            if name.endswith(ending):
+                x.fill_(value)
+    return filled
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -64,8 +86,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 def case(request):
     """(description, golden tensors, model with the published parameters loaded by a user's way)"""
     meta = json.loads((HERE / f"{request.param}.json").read_text())
-    state_dict = {name: parameter(name, shape) for name, shape in meta["spec"].items()}
-    overlay = dict(state_dict=state_dict, url="", hf_hub_id=None)
+    overlay = dict(state_dict=state_dict(meta), url="", hf_hub_id=None)
     model = timm.create_model(meta["model"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
     return (
         meta,
@@ -119,3 +140,12 @@ def test_published_neck(name):
     steps = meta["step"].values()
     for got, step, x in zip(maps, steps, (want[n] for n in meta["step"]), strict=True):
         assert error(got[:, : x.shape[1], ::step, ::step], x) < LIMIT
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_published_module(name):
+    meta, want = json.loads((HERE / f"{name}.json").read_text()), load_file(HERE / f"{name}.safetensors")
+    shapes = zip(meta["input_names"], meta["inputs"].items(), strict=True)
+    got = outputs(meta, {key: normal(name, shape) for name, (key, shape) in shapes}, state_dict(meta))
+    errors = {key: error(got[key], x) for key, x in want.items()}
+    assert max(errors.values()) < meta.get("limit", LIMIT), errors

@@ -57,7 +57,8 @@ def test_the_code_for_newcomers_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/index.md", "docs/kernels.md", "docs/own_head.md", "docs/recipes.md", "docs/weights.md"]
+    "page",
+    ["docs/frozen.md", "docs/index.md", "docs/kernels.md", "docs/own_head.md", "docs/recipes.md", "docs/weights.md"],
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

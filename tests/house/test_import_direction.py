@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "backbones.profile": {"kernels"},
     "heads": set(),
     "heads.body": {"backbones"},
+    "heads.upsamplers": {"kernels"},
     "train": {"kernels", "backbones", "heads", "configs"},
     "weights": {"kernels", "backbones", "heads", "configs", "train"},  # the scoring, for `foveal verify`
     "benchmarks": {"kernels", "backbones", "heads", "configs", "train", "weights"},
