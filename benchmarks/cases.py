@@ -247,6 +247,14 @@ ROOFLINE = (
     ModelCase("care_s2", "", 16, 224),
     ModelCase("halo50ts", "halonet50ts", 16, 256),
     ModelCase("ascan_tiny", "", 16, 224),
+    # beside timm's model of the nearest published accuracy
+    ModelCase("van_b1", "swin_tiny_patch4_window7_224", 16, 224),
+    ModelCase("rmt_t", "convnext_tiny", 16, 224),
+    ModelCase("stvit_s", "convnext_small", 16, 224),
+    ModelCase("shiftvit_tiny", "swin_tiny_patch4_window7_224", 16, 224),
+    ModelCase("raftmlp_s", "resmlp_12_224", 16, 224),
+    ModelCase("sgformer_s", "convnext_small", 16, 224),
+    ModelCase("transnext_micro", "convnext_tiny", 16, 224),
 )
 TINY_MODELS = (ModelCase("test_foveal_dinat", "test_foveal_nat", 1, 64),)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import foveal.backbones
-import foveal.backbones.attention
+import foveal.backbones.attention.window
 from foveal.backbones.ascan import AsCAN, ConvBlock, TransformerBlock, checkpoint_filter_fn
 from foveal.backbones.attention import FullAttention2d, RelativePositionTable, resample_table
 from foveal.backbones.profile import profile
@@ -191,7 +191,7 @@ def test_the_table_is_the_parameter_at_the_size_trained_at(monkeypatch):
         seen.append((kernel_size, bias.table))
         return v
 
-    monkeypatch.setattr(foveal.backbones.attention, "neighborhood_attention", spy)
+    monkeypatch.setattr(foveal.backbones.attention.window, "neighborhood_attention", spy)
     model = small()
     tables = [m.relative_position_bias_table for m in model.modules() if isinstance(m, RelativePositionTable)]
     model(torch.randn(1, 3, 64, 64))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import foveal.backbones
-import foveal.backbones.attention
+import foveal.backbones.attention.neighborhood
 from foveal.backbones.attention import NeighborhoodAttention2d
 from foveal.backbones.nat import checkpoint_filter_fn
 
@@ -157,7 +157,7 @@ def test_auto_dilations_are_the_published_ones_at_the_published_size(name, monke
         seen.append(dilation)
         return v
 
-    monkeypatch.setattr(foveal.backbones.attention, "neighborhood_attention", spy)
+    monkeypatch.setattr(foveal.backbones.attention.neighborhood, "neighborhood_attention", spy)
     size = timm.get_pretrained_cfg(name).input_size
     on_meta(name, dilations="auto")(torch.empty(1, *size, device="meta"))
     assert seen == [d for level in DILATIONS[name] for d in level]
@@ -167,7 +167,7 @@ def test_auto_dilations_follow_the_input(monkeypatch):
     """DiNAT's lists for COCO, 1333x800 images: 28, 14, 7, 3 are the largest that fit."""
     seen = []
     monkeypatch.setattr(
-        foveal.backbones.attention,
+        foveal.backbones.attention.neighborhood,
         "neighborhood_attention",
         lambda q, k, v, *, dilation, **_: seen.append(dilation) or v,
     )

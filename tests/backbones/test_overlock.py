@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
-from foveal.backbones import attention, overlock
-from foveal.backbones.attention import context_mixing
+from foveal.backbones import overlock
+from foveal.backbones.attention import context_mixing, mixing
 from foveal.backbones.overlock import BRANCHES, DilatedReparam, _enlarged, checkpoint_filter_fn
 from foveal.kernels.aggregate.softmax import expand_table
 from foveal.kernels.window import Window
@@ -353,7 +353,7 @@ def test_unfolding_gives_the_same(monkeypatch):
     x = images(1, 3, 128, 128)
     want = step(model, x)
     gradient = model.sub_blocks3[0].weight_proj.weight.grad.clone()
-    monkeypatch.setattr(attention, "neighborhood_mix", unfolded)
+    monkeypatch.setattr(mixing, "neighborhood_mix", unfolded)
     torch.testing.assert_close(step(model, x), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.sub_blocks3[0].weight_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)
 

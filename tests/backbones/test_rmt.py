@@ -9,8 +9,7 @@ import timm
 import torch
 
 import foveal.backbones
-from foveal.backbones import attention
-from foveal.backbones.attention import ManhattanAttention2d, decayed_attention, rotate_by_index
+from foveal.backbones.attention import ManhattanAttention2d, decayed_attention, manhattan, rotate_by_index
 from foveal.backbones.profile import profile
 from foveal.backbones.rmt import RMT, checkpoint_filter_fn
 from foveal.kernels import RelativePositionBias, neighborhood_attention
@@ -127,9 +126,9 @@ def test_decay_as_a_table_of_neighborhood_attention(axes):
 def test_chunks_of_rows_change_nothing(training, monkeypatch):
     leaves = heads(2, 13, 9, 4, 8)
     want = with_gradients(lambda q, k, v: decayed_attention(q, k, v, DECAY, "both"), leaves)
-    sizes, whole = [], attention._attend_chunk
-    monkeypatch.setattr(attention, "MASK_ENTRIES", 4 * (13 * 9) * (3 * 9))  # three rows
-    monkeypatch.setattr(attention, "_attend_chunk", lambda q, *rest: sizes.append(q.shape[1]) or whole(q, *rest))
+    sizes, whole = [], manhattan._attend_chunk
+    monkeypatch.setattr(manhattan, "MASK_ENTRIES", 4 * (13 * 9) * (3 * 9))  # three rows
+    monkeypatch.setattr(manhattan, "_attend_chunk", lambda q, *rest: sizes.append(q.shape[1]) or whole(q, *rest))
     if training:
         got = with_gradients(lambda q, k, v: decayed_attention(q, k, v, DECAY, "both"), leaves)
         assert sizes == [3, 3, 3, 3, 1, 1, 3, 3, 3, 3]  # again in the backward pass, from the last
@@ -161,7 +160,7 @@ def test_memory_of_a_training_step_in_chunks(monkeypatch):
     """With chunks as large, relative to the map, as those of 50x84 positions."""
     H, W = 24, 32
     whole = 2 * 4 * (H * W) ** 2 * 4  # the mask and the logits in float32
-    monkeypatch.setattr(attention, "MASK_ENTRIES", 4 * (H * W) ** 2 // 16)
+    monkeypatch.setattr(manhattan, "MASK_ENTRIES", 4 * (H * W) ** 2 // 16)
     leaves = heads(1, H, W, 4, 8, dtype=torch.float32)
     step = lambda: with_gradients(lambda q, k, v: decayed_attention(q, k, v, DECAY, "both"), leaves)  # noqa: E731
     step()

@@ -8,8 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from foveal.backbones import attention
-from foveal.backbones.attention import AggregatedAttention2d
+from foveal.backbones.attention import AggregatedAttention2d, aggregated
 from foveal.backbones.profile import profile
 from foveal.backbones.transnext import TransNeXt, checkpoint_filter_fn
 
@@ -111,10 +110,10 @@ def by_formula(module: AggregatedAttention2d, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("reduction", "size"), [(2, (6, 8)), (4, (7, 9)), (4, (3, 10)), (1, (5, 4)), (8, (1, 1))])
-@pytest.mark.parametrize("entries", [attention.BIASES, 40])
+@pytest.mark.parametrize("entries", [aggregated.BIASES, 40])
 def test_attention_is_its_formula(reduction, size, entries, monkeypatch):
     """With all gradients, also in chunks of a row of queries, or of offsets."""
-    monkeypatch.setattr(attention, "BIASES", entries)
+    monkeypatch.setattr(aggregated, "BIASES", entries)
     module = layer(reduction)
     x = torch.randn(2, *size, 12, dtype=torch.double, requires_grad=True)
     results = []
@@ -134,10 +133,10 @@ def test_interpolated_bias(reduction):
     keys = F.interpolate(square.unflatten(2, (t, t)), (h, w), mode="bilinear").flatten(2)
     queries = F.interpolate(keys.mT.unflatten(2, (8, 8)), (H, W), mode="bilinear").flatten(2)
     columns, index, weight = module.cpb((H, W), (h, w), square)
-    bias = attention._take_biases(columns, 1, index, weight).unflatten(1, (H, h)).unflatten(3, (W, w))
+    bias = aggregated._take_biases(columns, 1, index, weight).unflatten(1, (H, h)).unflatten(3, (W, w))
     torch.testing.assert_close(bias.transpose(2, 3).flatten(3).flatten(1, 2), queries.mT, rtol=1e-6, atol=1e-6)
     columns, index, weight = module.cpb((8, 8), (t, t), square)
-    bias = attention._take_biases(columns, 1, index, weight).unflatten(1, (8, t)).unflatten(3, (8, t))
+    bias = aggregated._take_biases(columns, 1, index, weight).unflatten(1, (8, t)).unflatten(3, (8, t))
     torch.testing.assert_close(bias.transpose(2, 3).flatten(3).flatten(1, 2), square, rtol=1e-6, atol=1e-6)
 
 

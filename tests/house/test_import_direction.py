@@ -193,9 +193,9 @@ def test_every_package_is_looked_at() -> None:
         ("foveal.configs.schema", "from ..kernels import neighborhood_attention"),
         ("foveal.backbones.nat", "from ..kernels import neighborhood_attention"),
         ("foveal.backbones.nat", "from .. import kernels"),
-        ("foveal.backbones.attention", "from ..train import engine"),
+        ("foveal.backbones.attention.window", "from ...train import engine"),
         ("foveal.backbones.nat", "from foveal.weights.export import export"),
-        ("foveal.backbones.attention", "import kernels"),
+        ("foveal.backbones.attention.window", "import kernels"),
         ("foveal.heads.necks.fpn", "from ...backbones import nat"),
         ("foveal.heads.body", "from ..kernels import neighborhood_attention"),
         ("foveal.train.engine", "from ..weights.export import export"),
@@ -218,7 +218,10 @@ def test_a_violation_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("foveal.kernels.neighborhood.api", "import torch\nfrom ..window import Window\nfrom . import tiled"),
-        ("foveal.backbones.attention", "from ..kernels import neighborhood_attention\nfrom .layers import Mlp"),
+        (
+            "foveal.backbones.attention.window",
+            "from ...kernels import neighborhood_attention\nfrom ..layers import Mlp",
+        ),
         ("foveal.heads.body", "from ..backbones import list_models\nfrom .necks import fpn"),
         (
             "foveal.train.classify",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import types
+
 import numpy as np
 import pytest
 import timm
@@ -28,15 +31,18 @@ def test_the_weights_are_those_of_the_operation(name, monkeypatch):
     model = timm.create_model(name).eval()
     point = (0.83, 0.12)
     calls = []
-    for operation in ("neighborhood_attention", "neighborhood_mix"):
-        original = getattr(attention, operation)
+    modules = {module for module in vars(attention).values() if isinstance(module, types.ModuleType)}
+    for module, operation in itertools.product(modules, ("neighborhood_attention", "neighborhood_mix")):
+        if not hasattr(module, operation):
+            continue
+        original = getattr(module, operation)
 
         def noted(*tensors, original=original, **options):
             out = original(*tensors, **options)
             calls.append((tensors[-1], options, out))
             return out
 
-        monkeypatch.setattr(attention, operation, noted)
+        monkeypatch.setattr(module, operation, noted)
     seen = visualize.looks(model, torch.randn(1, 3, *MODELS[name]), point)
     assert len(seen) == len(calls) > 0
     modules = dict(model.named_modules())

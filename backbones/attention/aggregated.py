@@ -1,0 +1,333 @@
+"""Aggregated attention: a neighborhood and a pooled map in one softmax (TransNeXt, MoH-ViT)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...kernels import TensorCache, neighborhood_aggregate
+from ...kernels.aggregate.api import neighborhood_logits
+from ...kernels.cache import CONSTANTS
+from ...kernels.checks import autocast_enabled
+from ...kernels.tracing import is_dynamic, without_size_guards
+from ..layers import average_pool, fx_leaf, is_plain, linear, refuse_scripting
+from .full import attend, in_chunks
+from .maps import map_sizes, to_nchw
+
+BIASES = 2**21  # position biases that are expanded at once, 8 MB in float32
+
+
+class AggregatedAttention2d(nn.Module):
+    """Pixel-focused and aggregated attention (TransNeXt, arXiv:2311.17132, sections 3.1 to 3.3).
+
+    One softmax over the cosine similarities to the 3x3 neighborhood and to an average-pooled map, each with a position
+    bias, times a temperature and the logarithm of the number of keys. Then a learned linear function of the query is
+    added to the weights of the neighborhood. With ``reduction`` 1, the keys are all positions of the map alone.
+
+    Args:
+        dim: channels.
+        num_heads: heads; must divide ``dim``.
+        reduction: sides of the map, relative to the pooled one, whose sides are rounded down, but at least 1.
+        base_size: of `LogPositionBias`.
+        bias_size: likewise, in positions of this map.
+        gates: a module from the input to factors of the heads' outputs, ``[B, H, W, heads]``, or None.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import AggregatedAttention2d
+        >>> attention = AggregatedAttention2d(dim=48, num_heads=2, reduction=8, base_size=56)
+        >>> attention(torch.randn(1, 28, 45, 48)).shape
+        torch.Size([1, 28, 45, 48])
+    """
+
+    __prepare_scriptable__ = refuse_scripting
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        reduction: int,
+        base_size: int,
+        bias_size: int | None = None,
+        gates: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads, self.reduction = num_heads, reduction
+        depth = dim // num_heads
+        self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.expm1(1 / 0.24))))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, depth).normal_(std=0.02))
+        if reduction > 1:
+            self.q = nn.Linear(dim, dim)
+            self.kv = nn.Linear(dim, 2 * dim)  # of the map and of the pooled one
+            self.sr = nn.Conv2d(dim, dim, 1)
+            self.norm = nn.LayerNorm(dim)
+            self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, 9).normal_(std=0.0004))
+            self.learnable_tokens = nn.Parameter(torch.empty(num_heads, depth, 9).normal_(std=0.02))
+            self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, 9))
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim)
+        self.cpb = LogPositionBias(num_heads, base_size, bias_size, reduction)
+        self.gates = gates
+        self.proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction}, num_heads={self.num_heads}"
+
+    @fx_leaf
+    @without_size_guards
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, dim]`` to the same shape, for any H and W."""
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        if self.reduction == 1:
+            q, k, v = linear(self.qkv, x).unflatten(-1, (3, *heads)).unbind(3)
+            q = _unit(q)
+            y, _ = self._attend(q, k, v)
+        else:
+            q = _unit(linear(self.q, x).unflatten(-1, heads))
+            k, v = linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(3)
+            pooled_k, pooled_v = self.kv(self._pool(x)).unflatten(-1, (2, *heads)).unbind(3)
+            y, weights = self._attend(q, pooled_k, pooled_v, k)
+            assert weights is not None  # of the neighbors, which are given
+            learned = torch.einsum("bhwnd,ndk->bhwnk", q.to(v.dtype), self.learnable_tokens) + self.learnable_bias[:, 0]
+            y = y + neighborhood_aggregate((weights + learned).to(v.dtype), v, kernel_size=3, boundary="zero")
+        if self.gates is not None:
+            y = y * self.gates(x)[..., None].to(y.dtype)
+        return linear(self.proj, y.flatten(3))
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of the pooled map, ``[B, h, w, dim]``."""
+        _, H, W, _ = map_sizes(x)
+        y = F.gelu(self.sr(to_nchw(x)))
+        free = is_dynamic(H, W)
+        size: Any = tuple((torch.sym_max if free else max)(1, length // self.reduction) for length in (H, W))
+        exact = free or torch.jit.is_tracing()  # the older exporter knows fixed sizes alone
+        y = average_pool(y, size) if exact else F.adaptive_avg_pool2d(y, size)
+        return self.norm(y.permute(0, 2, 3, 1))
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, neighbors: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output for unit queries ``[B, H, W, heads, D]`` on a map ``[B, h, w, heads, D]``, and the weights of the
+        ``neighbors`` (keys) in the softmax, ``[B, H, W, heads, 9]``."""
+        H, W = map_sizes(q[..., 0])[1:3]
+        h, w = map_sizes(k[..., 0])[1:3]
+        bias = self.cpb((H, W), (h, w), v)
+        count, logits = torch.full((), h * w, dtype=q.dtype, device=q.device), None
+        if neighbors is not None:
+            inside = CONSTANTS.get(_inside_map, H, W, q.device)
+            count = (count + inside.sum(-1))[..., None, None]
+        temperature = F.softplus(self.temperature[:, 0].to(q.dtype)) * count.log()
+        q = (q + self.query_embedding[:, 0]) * temperature
+        if neighbors is None:
+            return _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias), None
+        with without_autocast(q):  # logits of half precision are too coarse
+            logits = neighborhood_logits(q, _unit(neighbors), kernel_size=3, boundary="zero")
+        logits = (logits + self.relative_pos_bias_local).masked_fill(~inside[:, :, None], -math.inf)
+        extra = logits.logsumexp(-1)
+        y = _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias, extra)
+        depth = v.shape[-1]
+        return y[..., :depth], logits.softmax(-1) * y[..., depth : depth + 1]
+
+
+class LogPositionBias(nn.Module):
+    """Position bias of keys that are means of a map: an MLP of the logarithm of their offset from the query
+    (TransNeXt, arXiv:2311.17132, section 3.3).
+
+    It is computed once for each offset between rows and between columns, in eval once for each size of the map.
+
+    Args:
+        num_heads: heads.
+        base_size: side of the map in training, the unit of the offsets.
+        bias_size: None: offsets count in maps of all sizes as in training. A side: the bias of a square map of this
+            side is interpolated to others, as in the authors' detectors and segmenters.
+        reduction: of `AggregatedAttention2d`, for the keys of this square map.
+    """
+
+    def __init__(self, num_heads: int, base_size: int, bias_size: int | None, reduction: int) -> None:
+        super().__init__()
+        self.base_size, self.bias_size, self.reduction = base_size, bias_size, reduction
+        self.fc1 = nn.Linear(2, 512)
+        self.fc2 = nn.Linear(512, num_heads)
+        self.cache = TensorCache()
+
+    def extra_repr(self) -> str:
+        return f"base_size={self.base_size}, bias_size={self.bias_size}"
+
+    def forward(
+        self, size: tuple[int, int], pooled: tuple[int, int], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For a map of ``size`` (H, W) and its ``pooled`` one (h, w), on the device and in the dtype of ``like``: the
+        bias of all row offsets ``[heads, offsets, W * w]``, and index and weight of these offsets by rows, ``[terms, H,
+        h]`` each, for `_take_biases`."""
+        layers, device = (self.fc1, self.fc2), like.device
+        axes = list(zip(size, pooled, strict=True))
+        square = None if self.bias_size is None else (self.bias_size, max(1, self.bias_size // self.reduction))
+        maps = axes if square is None else [square, square]
+        rows, columns = (_offsets(*each) for each in maps)
+        if all(is_plain(layer) for layer in layers):
+            source = torch.cat([p.flatten() for layer in layers for p in (layer.weight, layer.bias)])
+            table = self.cache.get(_bias_table, self.fc2.out_features, rows, columns, self.base_size, source=source)
+        else:
+            y, x = (_log_offsets(each, self.base_size, device) for each in (rows, columns))
+            grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).to(like.dtype)
+            table = self.fc2(F.relu(self.fc1(grid))).permute(2, 0, 1)
+        of_rows, of_columns = (
+            CONSTANTS.get(_bias_terms, axis, square, offsets, device)
+            for axis, offsets in zip(axes, (rows, columns), strict=True)
+        )
+        return _take_biases(table, 2, *of_columns), *of_rows
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Vectors of length 1, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _inside_map(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Whether the positions of the 3x3 neighborhoods are inside a map, ``[height, width, 9]``."""
+    inside = []
+    for length in (height, width):
+        at = torch.arange(length, device=device)[:, None] + torch.arange(-1, 2, device=device)
+        inside.append((at >= 0) & (at < length))
+    return (inside[0][:, None, :, None] & inside[1][:, None, :]).flatten(2)
+
+
+def _offsets(length: int, pooled: int) -> tuple[int, int, int]:
+    """The offsets from the centres of adaptive pooling's bins to positions, as a range of half steps."""
+    if is_dynamic(length):  # all that may occur: exporters fail on the division in the bounds
+        return 2 - 2 * length, 2 * length - 1, 1
+    first, last = -(-length // pooled) - 1, (pooled - 1) * length // pooled + length - 1  # twice the outer centres
+    return -last, 2 * (length - 1) - first + 1, 1 if length % pooled else 2  # equal bins: every second half step
+
+
+def _log_offsets(
+    offsets: tuple[int, int, int], base_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    steps = torch.arange(*offsets, dtype=dtype, device=device) * (4 / max(1, base_size - 1))
+    return steps.sign() * (1 + steps.abs()).log2() / 3
+
+
+def _bias_table(
+    source: torch.Tensor, heads: int, rows: tuple[int, int, int], columns: tuple[int, int, int], base_size: int
+) -> torch.Tensor:
+    """``[heads, row offsets, column offsets]`` by the parameters of both layers in a row, in float32 at least."""
+    source = source.to(torch.promote_types(source.dtype, torch.float32))
+    hidden = (source.shape[0] - heads) // (3 + heads)
+    weight, bias, *second = source.split([2 * hidden, hidden, heads * hidden, heads])
+    y, x = (_log_offsets(each, base_size, source.device, source.dtype)[:, None] for each in (rows, columns))
+    y, x = y * weight[0::2], x * weight[1::2] + bias
+    step = None if is_dynamic(*rows, *columns) else BIASES // (x.shape[0] * hidden)
+    with without_autocast(source):
+        return in_chunks(_bias_rows, step, (y[None],), x, second[0].view(heads, hidden), second[1])
+
+
+def _bias_rows(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The second layer on sums of ``y`` ``[1, r, hidden]`` and ``x`` ``[columns, hidden]``, ``[heads, r, columns]``."""
+    return F.linear(F.relu(y[0, :, None] + x), weight, bias).permute(2, 0, 1)
+
+
+def _bias_terms(
+    axis: tuple[int, int], square: tuple[int, int] | None, offsets: tuple[int, int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index among the ``offsets``, and weight, of the terms of the bias of an axis (length L, pooled l), ``[terms, L,
+    l]`` each: one, or the four between which that of a ``square`` map is interpolated, over its keys and queries."""
+    length, pooled = axis if square is None else square
+    number = torch.arange(pooled, device=device)
+    start = torch.div(number * length, pooled, rounding_mode="floor")
+    stop = torch.div((number + 1) * length + (pooled - 1), pooled, rounding_mode="floor")
+    at = 2 * torch.arange(length, device=device)[:, None]
+    index = torch.div(at - (start + stop - 1) - offsets[0], offsets[2], rounding_mode="floor")
+    if square is None:
+        return index[None], torch.ones_like(index[None], dtype=torch.float32)
+    queries, keys = (_linear(source, target, device) for source, target in zip(square, axis, strict=True))
+    terms = list(itertools.product(queries, keys))
+    return (
+        torch.stack([index[query][:, key] for (query, _), (key, _) in terms]),
+        torch.stack([query[:, None] * key for (_, query), (_, key) in terms]),
+    )
+
+
+def _linear(source: int, target: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The two positions, and their weights, of linear interpolation as in ``F.interpolate``, ``[target]`` each."""
+    scale = torch.full((), source, dtype=torch.float32, device=device) / target
+    at = ((torch.arange(target, device=device) + 0.5) * scale - 0.5).clamp(min=0)
+    lower = at.floor().clamp(max=source - 1)
+    weight = at - lower
+    return [(lower.long(), 1 - weight), ((lower + 1).clamp(max=source - 1).long(), weight)]
+
+
+def _take_biases(table: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum of weighted terms ``[terms, L, l]`` of a table along ``dim``, which becomes ``L * l``."""
+    parts = [table.index_select(dim, each.flatten()) for each in index.unbind()]
+    if len(parts) == 1:
+        return parts[0]
+    shape = (-1, *[1] * (table.ndim - 1 - dim))
+    weighted = [part * each.view(shape).to(part.dtype) for part, each in zip(parts, weight.flatten(1), strict=True)]
+    return weighted[0] + weighted[1] + (weighted[2] + weighted[3])
+
+
+@without_size_guards
+def _attend_pooled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    columns: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of ``[B, H, W, heads, D]`` to a pooled map ``[B, h, w, heads, D]``, without scaling, with a position
+    bias from `LogPositionBias`.
+
+    ``extra`` are the logits ``[B, H, W, heads]`` of one more key with value 0, whose weight is an additional channel of
+    the output (the others are padding). It is a dot product, too: of two channels for half precision, whose sum it is.
+    """
+    _, H, W, heads, depth = q.shape
+    if is_dynamic(H, W):  # flattening a part of a tensor leaves guards on lengths of 1
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    k, v = k.flatten(1, 2), v.flatten(1, 2)
+    if extra is not None:
+        more = 2 + -(depth + 2) % 8
+        high = extra.to(q.dtype)
+        q = F.pad(torch.cat([q, torch.stack([high, (extra - high).to(q.dtype)], -1)], -1), (0, more - 2))
+        channel = torch.arange(depth + more, device=q.device) - depth
+        zeros = F.pad(q[:, 0, :1, :, :0], (0, depth + more))  # the older ONNX exporter would record a batch of others
+        k, v = (
+            torch.cat([F.pad(x, (0, more)), zeros + ((channel >= 0) & (channel < ones))], 1)
+            for x, ones in ((k, 2), (v, 1))
+        )
+    step = None if is_dynamic(H, W) else BIASES // (heads * W * k.shape[1])
+    return in_chunks(_attend_pooled_chunk, step, (q, index, weight), k, v, columns)
+
+
+def _attend_pooled_chunk(
+    q: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    columns: torch.Tensor,
+) -> torch.Tensor:
+    """Some rows of queries ``[B, r, W, heads, D]`` on all keys ``[B, h * w (+ 1), heads, D]``."""
+    bias = _take_biases(columns, 1, index, weight)  # heads r*h W*w
+    bias = bias.unflatten(1, index.shape[1:]).unflatten(3, (q.shape[2], -1)).permute(0, 1, 3, 2, 4)
+    if is_dynamic(*q.shape[1:3]):  # as above
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    bias = bias.flatten(3).flatten(1, 2)  # heads r*W h*w
+    bias = F.pad(bias, (0, k.shape[1] - bias.shape[2]))
+    return attend(q.flatten(1, 2), k, v, bias, scale=1.0).unflatten(1, q.shape[1:3])
