@@ -393,7 +393,7 @@ def save(figure: Figure, path: Path, source: str, colours: int | None = None) ->
 def save_picture(picture: Picture, folder: Path) -> Path:
     """Write a plot with the name and hash of its table as description; returns its path."""
     path, table = folder / f"{picture.name}.png", picture.table
-    save(picture.figure, path, fingerprint(table))
+    save(picture.figure, path, fingerprint(table), colours=128)
     return path
 
 
