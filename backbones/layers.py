@@ -476,6 +476,17 @@ def bicubic(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=False)
 
 
+@fx_leaf
+def bilinear(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``F.interpolate`` of ``[B, C, H, W]`` by bilinear interpolation, for exports as `bicubic`; as it is if it has the
+    size, unless that is dynamic."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return _by_products(x, size, _bilinear_matrix)
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
 def _by_products(x: torch.Tensor, size: Sequence[int], matrix: Callable[..., torch.Tensor]) -> torch.Tensor:
     """``x`` ``[B, C, H, W]`` times a matrix ``[target, source]`` for each axis."""
     for target in (size[1], size[0]):
@@ -495,6 +506,13 @@ def _average_matrix(source: int, target: int, device: torch.device) -> torch.Ten
     position = torch.arange(source, device=device)
     inside = (position >= start) & (position < stop)
     return inside / (stop - start)
+
+
+def _bilinear_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    length, count = (torch.full((), each, dtype=torch.float32, device=device) for each in (source, target))
+    at = ((torch.arange(target, device=device)[:, None] + 0.5) * (length / count) - 0.5).clamp(min=0)
+    at = torch.minimum(at, length - 1)
+    return (1 - (at - torch.arange(source, device=device)).abs()).clamp(min=0)
 
 
 def _bicubic_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:

@@ -6,9 +6,11 @@ Layout: x is ``[B, H, W, C]``; q, k and v are ``[B, H, W, heads, D]`` with ``C =
 from ...kernels.cache import TensorCache as TensorCache
 from ...kernels.tracing import is_dynamic as is_dynamic
 from ...kernels.tracing import leaves_pytorch as leaves_pytorch
+from .agent import AgentAttention2d as AgentAttention2d
 from .aggregated import AggregatedAttention2d as AggregatedAttention2d
 from .aggregated import LogPositionBias as LogPositionBias
 from .aggregated import without_autocast as without_autocast
+from .full import SoftmaxAttention2d as SoftmaxAttention2d
 from .full import TokenAttention2d as TokenAttention2d
 from .full import attend as attend
 from .halo import HaloAttention2d as HaloAttention2d
@@ -18,6 +20,7 @@ from .hybrid import HybridAttention2d as HybridAttention2d
 from .hybrid import LocallyEnhancedAttention2d as LocallyEnhancedAttention2d
 from .hybrid import SelfAttention2d as SelfAttention2d
 from .hybrid import merge_ranks as merge_ranks
+from .inline import InlineAttention2d as InlineAttention2d
 from .manhattan import ManhattanAttention2d as ManhattanAttention2d
 from .manhattan import decayed_attention as decayed_attention
 from .manhattan import rotate_by_index as rotate_by_index

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.tracing import transformed, without_size_guards
-from ..layers import fx_leaf, linear
+from ..layers import fx_leaf, linear, refuse_scripting
+from .maps import map_sizes
 
 
 def attend(
@@ -71,3 +72,74 @@ class TokenAttention2d(nn.Module):
 def _attend_tokens(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
     q, k, v = qkv.flatten(1, 2).unflatten(-1, (num_heads, 3, -1)).unbind(3)
     return attend(q, k, v).flatten(2).unflatten(1, qkv.shape[1:3])
+
+
+class SoftmaxAttention2d(nn.Module):
+    """Multi-head attention over the whole map, without position bias, as in ViT: q, k and v one after the other in the
+    output of ``qkv``. The base of agent and inline attention, which replace the softmax.
+
+    Args:
+        dim: channels.
+        num_heads: heads; must divide ``dim``.
+        class_token: a class token precedes the positions, so tokens and the size of the map are passed.
+        split_q: the queries have a Linear of their own, ``q``, and the others ``kv``, as in PVT.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim``.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import SoftmaxAttention2d
+        >>> SoftmaxAttention2d(dim=64, num_heads=2)(torch.randn(1, 14, 20, 64)).shape
+        torch.Size([1, 14, 20, 64])
+    """
+
+    __prepare_scriptable__ = refuse_scripting
+
+    def __init__(self, dim: int, num_heads: int, *, class_token: bool = False, split_q: bool = False) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.prefix = int(class_token)
+        self.split_q = split_q
+        if split_q:
+            self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+    @fx_leaf
+    @without_size_guards
+    def forward(
+        self, x: torch.Tensor, size: tuple[int, int] | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A map ``[B, H, W, dim]`` to the same shape, for any H and W; or with its ``size`` (H, W) tokens ``[B, N,
+        dim]``, N = H * W and one more with ``class_token``. ``residual``, of the shape of ``x``, is for attentions that
+        read the input before its norm, too."""
+        tokens = x if size else x.flatten(1, 2)
+        if self.split_q:
+            q, (k, v) = linear(self.q, tokens), linear(self.kv, tokens).chunk(2, -1)
+        else:
+            q, k, v = linear(self.qkv, tokens).chunk(3, -1)
+        where = size or map_sizes(x)[1:3]
+        source = tokens if residual is None else residual.flatten(1, -2)
+        y = linear(self.proj, self._mix(q, k, v, where, source))
+        return y if size else y.unflatten(1, where)
+
+    def _mix(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: tuple[int, int], source: torch.Tensor
+    ) -> torch.Tensor:
+        """All ``[B, N, dim]``, as the output."""
+        return attend(*(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))).flatten(2)
+
+    def _to_map(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Tokens without the class token as a map ``[B, H, W, dim]``."""
+        return (tokens[:, self.prefix :] if self.prefix else tokens).unflatten(1, size)
+
+    def _to_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """A map as tokens, with zeros for the class token."""
+        return F.pad(x.flatten(1, 2), (0, 0, self.prefix, 0)) if self.prefix else x.flatten(1, 2)
