@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,13 +194,76 @@ TINY_HALO = (LayersCase("halonet26t", 1, 256, 256),)
 
 
 @dataclass(frozen=True)
+class WindowCase:
+    """Attention in windows that tile a map, beside scaled_dot_product_attention.
+
+    Args:
+        table: where the shapes are from.
+        backward: measure the backward pass, too.
+    """
+
+    table: str
+    layer: Layer
+    backward: bool = True
+
+    @property
+    def id(self) -> str:
+        batch, *_, heads, depth = self.layer.shape
+        return f"{self.table}, {self.layer.map} {self.layer.rule} {self.layer.bias}, {batch} x {heads} x {depth}"
+
+
+def _window_case(
+    table: str,
+    batch: int,
+    size: int,
+    kernel_size: int,
+    heads: int,
+    depth: int,
+    bias: str = "table",
+    backward: bool = True,
+) -> WindowCase:
+    window = Window(kernel_size, kernel_size, boundary="mask")
+    layer = Layer("attention", (batch, size, size, heads, depth), (size, size), depth, window, window, bias)
+    return WindowCase(table, layer, backward)
+
+
+def _window_cases(swin_batches: Sequence[int], bias_batches: Sequence[int]) -> tuple[WindowCase, ...]:
+    """The shapes of Flash Window Attention's benchmark (arXiv 2501.06480), of Swin-T at 224, and of FlashBias'
+    (arXiv 2505.12044): global attention, and Swin V2-B's windows of 24 at 384."""
+    return (
+        *(
+            _window_case("Flash Window Attention", batch, 8 * k, k, 4, depth)
+            for k, depth, batch in itertools.product((8, 4), (16, 64, 256), (1, 4, 16))
+        ),
+        *(
+            _window_case("Swin-T", batch, 56 >> i, 7, 3 << i, 32)
+            for batch, i in itertools.product(swin_batches, range(4))
+        ),
+        *(
+            _window_case("FlashBias", 2, size, size, 4, 32, bias)
+            for size, bias in itertools.product((16, 32, 64), ("table", "factored"))
+        ),
+        _window_case("FlashBias", 2, 128, 128, 4, 32, backward=False),  # a dense bias takes 4 GiB
+        *(
+            _window_case("FlashBias, Swin V2-B", batch, 96 >> i, 24, 4 << i, 32)
+            for batch, i in itertools.product(bias_batches, range(3))
+        ),
+    )
+
+
+WINDOWS, GPU_WINDOWS = _window_cases((8,), (2,)), _window_cases((64, 256), (64,))
+TINY_WINDOWS = tuple(_window_case("tiny", 1, 8, k, 2, 16, bias) for k, bias in ((4, "table"), (8, "factored")))
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A model and a peer of similar cost.
 
     Args:
         peer: empty for a model that is measured alone.
         same: the peer has the same parameters under the same names; they are copied and the outputs compared.
-        unfold: the peer is the same model with neighborhood aggregation by unfolding.
+        way: "unfold": the peer is the same model with neighborhood operations by unfolding. "replace": the model is the
+            peer after `foveal.replace_attention`.
     """
 
     model: str
@@ -206,22 +271,41 @@ class ModelCase:
     batch: int
     size: int
     same: bool = False
-    unfold: bool = False
+    way: str = ""
 
     @property
     def id(self) -> str:
-        return self.model
+        return self.own_name
+
+    @property
+    def own_name(self) -> str:
+        return f"{self.model}, replaced" if self.way == "replace" else self.model
 
     @property
     def peer_name(self) -> str:
-        return f"{self.peer} by unfold" if self.unfold else self.peer
+        return f"{self.peer} by unfold" if self.way == "unfold" else self.peer
+
+
+def _unfolded(model: str, batch: int, size: int) -> ModelCase:
+    return ModelCase(model, model, batch, size, same=True, way="unfold")
+
+
+def _replaced(model: str, size: int = 224) -> ModelCase:
+    return ModelCase(model, model, 8, size, same=True, way="replace")
 
 
 MODELS = (
     ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 8, 224),
     ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 4, 224, same=True),
-    ModelCase("overlock_xt", "overlock_xt", 4, 224, same=True, unfold=True),
+    _unfolded("overlock_xt", 4, 224),
     ModelCase("halo26t", "halonet26t", 4, 256, same=True),
+    _unfolded("transnext_micro", 8, 224),
+    _unfolded("transnext_micro", 1, 640),
+    _replaced("swin_tiny_patch4_window7_224"),
+    _replaced("swinv2_tiny_window8_256", 256),
+    _replaced("twins_svt_small"),
+    _replaced("davit_tiny"),
+    _replaced("maxvit_tiny_tf_224"),
 )
 GPU_MODELS = (
     ModelCase("dinat_tiny", "swin_tiny_patch4_window7_224", 128, 224),
@@ -257,6 +341,7 @@ ROOFLINE = (
     ModelCase("transnext_micro", "convnext_tiny", 16, 224),
 )
 TINY_MODELS = (ModelCase("test_foveal_dinat", "test_foveal_nat", 1, 64),)
+TINY_PAIRS = (*TINY_MODELS, _unfolded("test_foveal_transnext", 1, 64))
 
 # timm's models of the same sizes, timed with all of ours
 ZOO_PEERS = (

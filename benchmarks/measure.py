@@ -11,6 +11,7 @@ import csv
 import datetime
 import functools
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,10 +50,13 @@ class Bench:
         rounds: maximum rounds of timing; a call stops after 5 seconds (on a GPU 40 ms) in total and at least 3 (5)
             rounds.
         seconds: until `spent`.
+        exports: a folder that keeps exported models, and may have some.
     """
 
-    def __init__(self, device: str = "cpu", rounds: int = 15, seconds: float = math.inf) -> None:
-        self.device, self.rounds = device, rounds
+    def __init__(
+        self, device: str = "cpu", rounds: int = 15, seconds: float = math.inf, exports: Path | None = None
+    ) -> None:
+        self.device, self.rounds, self.exports = device, rounds, exports
         self.cuda = device == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self._fewest, self._enough = (5, 0.04) if self.cuda else (3, 5.0)
@@ -221,6 +226,26 @@ class Bench:
                 moved, flops = work.bytes(mode != "forward"), work.flops(mode != "forward")
                 row[f"{mode}_mbytes"], row[f"{mode}_gflop"] = round(moved / 1e6, 2), round(flops / 1e9, 2)
                 row[f"{mode}_share_of_floor"] = round(1e3 * max(moved / bandwidth, flops / rate) / taken, 3)
+
+
+def resident_mib(make: Callable[..., Call], *arguments: Any) -> float:
+    """By how many MiB the resident set of a new process grows at most while it runs the call ``make(*arguments)``, a
+    function of this package, for the first time. On Linux only."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_growth, make, arguments).result()
+
+
+def _growth(make: Callable[..., Call], arguments: Sequence[Any]) -> float:
+    call = make(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) so far is forgotten
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """KiB."""
+    return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0])
 
 
 def reason(error: Exception) -> str:

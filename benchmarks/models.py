@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,14 +15,14 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones import list_models
 from ..backbones.profile import of_model
-from ..kernels import recording
+from ..backbones.replace import replace_attention
 from .cases import ZOO_PEERS, ModelCase
-from .measure import Bench, Modes, Row, beside_peer
-from .peers import unfold_mix
+from .measure import Bench, Modes, Row, beside_peer, resident_mib
+from .peers import by_unfolding
 
 TOLERANCE = 1e-4  # float32, relative to the largest value
 PRODUCT = 4096, 384, 1536  # rows, inner and columns: the first layer of an MLP on 14x14 maps
@@ -55,31 +57,54 @@ def _modes(net: Any, x: Tensor, bench: Bench, compiled: bool, context: Callable[
     return forward, both
 
 
-def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
-    """A model and its peer: milliseconds, images per second of inference."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
+def _network(case: ModelCase, name: str, bench: Bench, compiled: bool = False) -> Modes:
+    """The calls of a model of a case, by its name there."""
+    own = name == case.own_name
+    net = _created(case.model if own else case.peer)
+    if own and case.same:
+        net.load_state_dict(_created(case.peer).state_dict())
+    if own and case.way == "replace":
+        replace_attention(net)
+    context = nullcontext if own or case.way != "unfold" else by_unfolding
     x = bench.normal(case.batch, 3, case.size, case.size)
-    nets = {case.model: timm.create_model(case.model).to(bench.device)}
-    if case.peer:
-        nets[case.peer_name] = timm.create_model(case.peer).to(bench.device)
-    if case.same:
-        nets[case.model].load_state_dict(nets[case.peer_name].state_dict())
-    calls = {}
-    for name, net in nets.items():
-        context = partial(recording, unfold_mix) if case.unfold and name == case.peer_name else nullcontext
-        calls[name] = _modes(net, x, bench, compiled, context)
+    return _modes(net.to(bench.device), x, bench, compiled, context)
+
+
+def _created(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name)
+
+
+def _call(case: ModelCase, name: str, mode: int) -> Callable[[], Any]:
+    """Forward, or forward and backward, on a CPU; for `resident_mib`."""
+    call = _network(case, name, Bench())[mode]
+    assert call is not None
+    return call
+
+
+def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
+    """A model and its peer: milliseconds, images per second of inference, and memory: on a GPU what PyTorch allocates;
+    on a CPU, of two forms of one model, by how much a process of its own grows."""
+    torch.compiler.reset()
+    names = [case.own_name, *filter(None, [case.peer_name])]
+    calls = {name: _network(case, name, bench, compiled) for name in names}
     labels = {"input": f"{case.batch}x3x{case.size}x{case.size}", "run": "compiled" if compiled else "eager"}
-    rows = bench.compare(
-        labels,
-        "model",
-        calls,
-        reference=case.peer_name if case.same else None,
-        peer=case.peer_name or None,
-        tolerance=TOLERANCE,
-        memory=bench.cuda,
-        queued=False,
+    rows = list(
+        bench.compare(
+            labels,
+            "model",
+            calls,
+            reference=case.peer_name if case.same else None,
+            tolerance=TOLERANCE,
+            memory=bench.cuda,
+            queued=False,
+        )
     )
+    if case.same and not bench.cuda and sys.platform == "linux":
+        for row, (mode, key) in itertools.product(rows, enumerate(("forward", "forward_backward"))):
+            row[f"{key}_resident_mib"] = round(resident_mib(_call, case, row["model"], mode), 1)
+    if case.peer:
+        beside_peer(rows, rows[-1])
     for row in rows:
         yield {**row, "images_per_second": round(1e3 * case.batch / row["forward_ms"], 1) if row["forward_ms"] else ""}
 

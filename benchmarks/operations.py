@@ -1,4 +1,5 @@
-"""The operations beside their peers: `foveal bench kernels|aggregate|halo` on a CPU, `layers|halo` on a GPU."""
+"""The operations beside their peers: `foveal bench kernels|aggregate|windows|halo` on a CPU, `layers|windows|halo` on a
+GPU."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ from ..kernels import (
     recording,
 )
 from . import peers
-from .cases import Layer, LayersCase
+from .cases import Layer, LayersCase, WindowCase
 from .measure import TOLERANCE, Bench, Modes, Row, beside_peer, modes, reason
 from .peers import Function
+
+EAGER_SIZE = 64  # sides of windows above which eager attention takes too much memory
 
 
 def layers_of(case: LayersCase) -> list[Layer]:
@@ -111,6 +114,26 @@ def aggregate_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
     calls = {"tiled": modes(ours(layer), tensors, grad), "unfold": modes(unfold, tensors, grad)}
     labels = {"layer": layer.name, "batch": layer.shape[0], "map": layer.id, "heads": layer.shape[3]}
     yield from bench.compare(labels, "backend", calls, reference="unfold", peer="unfold")
+
+
+def window_rows(case: WindowCase, bench: Bench) -> Iterator[Row]:
+    """Attention in windows with a bias: ours, scaled_dot_product_attention with a dense bias, matrix products, and, on
+    a map in one window, the bias as more channels."""
+    layer = case.layer
+    tensors, grad = inputs_of(layer, bench)
+    batch, *_, heads, depth = layer.shape
+    functions: dict[str, Function | None] = {"foveal": ours(layer)}
+    if layer.bias == "table":
+        functions |= {"sdpa": peers.windowed(layer), "eager": peers.windowed(layer, peers.eager)}
+    else:
+        functions |= {"sdpa": peers.factored(layer, False), "sdpa, in channels": peers.factored(layer, True)}
+    if layer.rows.kernel_size > EAGER_SIZE:
+        del functions["eager"]
+    calls = {name: modes(function, tensors, grad) for name, function in functions.items() if function is not None}
+    if not case.backward:
+        calls = {name: (forward, None) for name, (forward, _) in calls.items()}
+    labels = {"case": case.table, "batch": batch, "map": layer.map, "heads": heads, "depth": depth, "rule": layer.rule}
+    yield from bench.compare(labels | {"bias": layer.bias}, "by", calls, reference="sdpa", peer="sdpa")
 
 
 # ---------------------------------------------------------------------------------------- the layers of a model

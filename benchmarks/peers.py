@@ -5,13 +5,18 @@ Each takes a `Layer` and returns a function of its tensors, or None if it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import Call
+from ..backbones.attention import AggregatedAttention2d
+from ..kernels import Call, recording
 from ..kernels.aggregate.softmax import expand_table
 from ..kernels.window import Window
 from .cases import Layer
@@ -33,12 +38,54 @@ def unfold_aggregate(weights: Tensor, v: Tensor, *, kernel_size: int | tuple[int
     return torch.einsum("bhwnk,bndkhw->bhwnd", weights, windows)
 
 
-def unfold_mix(call: Call) -> Tensor:
+def unfold_mix(call: Call) -> Tensor | None:
     """`unfold_aggregate` in place of a `neighborhood_mix`, for `kernels.recording`."""
+    if call.operation != "neighborhood_mix":
+        return None
     logits, v, table, kernel_bias = call.tensors
     bias = expand_table(table, call.problem.rows, call.problem.columns, v.shape[1:3]) + kernel_bias
     weights = (logits.permute(0, 3, 1, 2, 4) + bias).softmax(-1).permute(0, 2, 3, 1, 4)
     return unfold_aggregate(weights, v, kernel_size=call.problem.kernel_size)
+
+
+def unfold_attention(self: Any, x: Tensor) -> Tensor:
+    """`AggregatedAttention2d.forward` for ``[B, H, W, C]`` without kernels: 3x3 windows by unfolding, and one softmax
+    over them and the pooled map."""
+    if self.reduction == 1:
+        return _without_unfolding(self, x)
+    _, H, W, _ = x.shape
+    heads = self.num_heads, x.shape[3] // self.num_heads
+    q = F.normalize(self.q(x).unflatten(3, heads), dim=-1).transpose(1, 3).transpose(2, 3).flatten(2, 3)  # B N HW D
+    k, v = self.kv(x).unflatten(3, (2, *heads)).unbind(3)
+    near_k, near_v = (
+        F.unfold(t.flatten(3).permute(0, 3, 1, 2), 3, padding=1).unflatten(1, (*heads, 9)).permute(0, 1, 4, 2, 3)
+        for t in (F.normalize(k, dim=-1), v)
+    )  # B N HW D 9
+    pooled = self.kv(self._pool(x))
+    pooled_k, pooled_v = pooled.flatten(1, 2).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)  # B N hw D
+    table, index, _ = self.cpb((H, W), pooled.shape[1:3], v)
+    bias = table.index_select(1, index.flatten()).unflatten(1, index.shape[1:]).unflatten(3, (W, -1))  # N H h W w
+    bias = bias.transpose(2, 3).flatten(3).flatten(1, 2)
+    inside = F.unfold(x.new_ones(1, 1, H, W), 3, padding=1)[0].T > 0  # HW 9
+    count = inside.sum(1, keepdim=True) + pooled_k.shape[2]
+    scaled = (q + self.query_embedding) * F.softplus(self.temperature) * count.log()
+    local = (scaled[..., None, :] @ near_k)[..., 0, :] + self.relative_pos_bias_local[:, None]
+    local = local.masked_fill(~inside, -math.inf)
+    logits = torch.cat([local, scaled @ F.normalize(pooled_k, dim=-1).transpose(-1, -2) + bias], -1)
+    local, rest = logits.softmax(-1).split([9, pooled_k.shape[2]], -1)
+    local = local + q @ self.learnable_tokens + self.learnable_bias
+    y = (near_v @ local[..., None])[..., 0] + rest @ pooled_v  # B N HW D
+    return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (H, W)))
+
+
+_without_unfolding = AggregatedAttention2d.forward
+
+
+@contextmanager
+def by_unfolding() -> Iterator[None]:
+    """Inside, neighborhood operations of OverLoCK and TransNeXt unfold their windows, as code without kernels does."""
+    with recording(unfold_mix), mock.patch.object(AggregatedAttention2d, "forward", unfold_attention):
+        yield
 
 
 def _is_plain(layer: Layer) -> bool:
@@ -117,8 +164,14 @@ def dense(layer: Layer, device: str) -> Function | None:
     return call
 
 
-def windowed(layer: Layer) -> Function | None:
-    """scaled_dot_product_attention on windows that tile the map."""
+def eager(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Attention as matrix products and a softmax."""
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
+
+
+def windowed(layer: Layer, attend: Function = F.scaled_dot_product_attention) -> Function | None:
+    """scaled_dot_product_attention, or another, on windows that tile the map."""
     both, size = (layer.rows, layer.columns), layer.shape[1:3]
     tiled = all(
         w.kernel_size == w.stride and length % (w.kernel_size * w.dilation) == 0
@@ -145,6 +198,31 @@ def windowed(layer: Layer) -> Function | None:
 
     def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
         mask = None if table is None else expand_table(table, Window(p), Window(p2), (p, p2)).flatten(1, 2)
-        return joined(F.scaled_dot_product_attention(*map(cut, (q, k, v)), attn_mask=mask), q.shape[0])
+        return joined(attend(*map(cut, (q, k, v)), attn_mask=mask), q.shape[0])
+
+    return call
+
+
+def factored(layer: Layer, concatenate: bool) -> Function:
+    """scaled_dot_product_attention on a map in one window, with a bias by embeddings of rows and columns times the
+    query: as a dense mask, or as more channels of queries and keys (FlashBias, arXiv 2505.12044)."""
+    size, depth = layer.shape[1:3], layer.shape[4]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        sides = []
+        for t, length, letter in zip((rows, columns), size, "hw", strict=True):
+            at = torch.arange(length, device=t.device)
+            near = t[at - at[:, None] + length - 1]  # by query, key, D
+            sides.append(torch.einsum(f"bhwnd,{letter}kd->bnhwk", q, near).flatten(2, 3))
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        if concatenate:
+            ones = [torch.eye(n, dtype=k.dtype, device=k.device) for n in size]
+            places = torch.cat([ones[0].repeat_interleave(size[1], 0), ones[1].repeat(size[0], 1)], 1)
+            q, k = torch.cat([q * depth**-0.5, *sides], -1), torch.cat([k, places.expand(*k.shape[:3], -1)], -1)
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:
+            mask = (sides[0][..., None] + sides[1][..., None, :]).flatten(3)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).unflatten(1, size)
 
     return call

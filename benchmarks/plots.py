@@ -124,6 +124,12 @@ TABLES = {
         "backend",
         (FORWARD, BOTH, Panel("memory, MiB", "forward_backward_extra_mib")),
     ),
+    "windows": Table(
+        "Attention in windows, beside PyTorch's",
+        "{case}: {map} {rule}, {batch} x {heads} x {depth}, {bias}",
+        "by",
+        (FORWARD, BOTH, Panel("memory, MiB", "forward_backward_extra_mib")),
+    ),
     "halo": Table(
         "Halo attention, the layers of timm's HaloNets",
         "{model} {input}: {layer}",
@@ -135,7 +141,7 @@ TABLES = {
         ),
     ),
     "models": Table("Whole models beside their peers", "{model}, {input}", "run", (FORWARD, BOTH)),
-    "export": Table("One image through a model in PyTorch and as exported", "{model}, {input}", "by", (FORWARD,)),
+    "served": Table("One image through a model in PyTorch and as exported", "{model}, {dtype}", "by", (FORWARD,)),
     "data": Table(
         "Loading JPEG files, per core",
         "{files}, {augmentation}",

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import cases, data, engine, export, instructions, models, operations, plots
+from . import cases, data, engine, instructions, models, operations, plots, served
 from .measure import Bench, Row, columns, environment, quiet, read_csv, reason, write_csv
 
 
@@ -48,15 +48,16 @@ class Section:
 SECTIONS = {
     "kernels": Section(operations.kernel_rows, cases.DINAT_TINY, tiny=cases.DINAT_TINY[-1:]),
     "aggregate": Section(operations.aggregate_rows, cases.OVERLOCK_XT, tiny=cases.OVERLOCK_XT[4:5]),
+    "windows": Section(operations.window_rows, cases.WINDOWS, cases.GPU_WINDOWS, cases.TINY_WINDOWS),
     "halo": Section(operations.halo_rows, cases.HALO, cases.GPU_HALO, cases.TINY_HALO),
     "layers": Section(operations.layer_rows, (), cases.GPU_LAYERS, cases.TINY_LAYERS, compiles=True, share=10),
-    "models": Section(models.model_rows, cases.MODELS, cases.GPU_MODELS, cases.TINY_MODELS, compiles=True, share=10),
+    "models": Section(models.model_rows, cases.MODELS, cases.GPU_MODELS, cases.TINY_PAIRS, compiles=True, share=10),
     "zoo": Section(models.zoo_rows, models.zoo_cases(), tiny=cases.TINY_MODELS),
     "roofline": Section(models.roofline_rows, cases.ROOFLINE, tiny=cases.TINY_MODELS),
     "data": Section(data.data_rows, data.CASES, tiny=data.TINY),
     "engine": Section(engine.engine_rows, engine.CASES, tiny=engine.TINY),
     "instructions": Section(instructions.instruction_rows, cases.COMPILED, tiny=cases.COMPILED[3:4]),
-    "export": Section(export.export_rows, export.CASES, tiny=export.TINY),
+    "served": Section(served.served_rows, served.CASES, tiny=served.TINY),
 }
 GPU = ("layers", "halo", "models")
 LABELS = (  # columns that identify a row
@@ -70,7 +71,7 @@ def measure(name: str, options: argparse.Namespace, console: Console) -> tuple[l
     """The rows of a section, and the number of failed cases."""
     section = SECTIONS[name]
     seconds = options.seconds * section.share / sum(SECTIONS[each].share for each in options.sections)
-    bench = Bench(options.device, options.rounds, seconds)
+    bench = Bench(options.device, options.rounds, seconds, options.exports)
     known, path = environment(bench), _target(name, options)
     console.print("  ".join(f"{key} {value}" for key, value in known.items()), highlight=False)
     rows: list[Row] = []
@@ -185,6 +186,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="also write a table for each section into this folder")
     parser.add_argument("--compare", type=Path, help="list rows slower than in this table (CSV) of an earlier run")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all sections together")
+    parser.add_argument("--exports", type=Path, help="folder of the exports of `served`; those in it are used")
     parser.add_argument("--tiny", action="store_true", help="dry run: very small cases with meaningless figures")
     options = parser.parse_args(arguments)
     if "gpu" in options.sections:

@@ -1,10 +1,12 @@
-"""Update the tables in recipes.md and weights.md from the headers of the recipes and from the manifest.
+"""Update the tables in recipes.md, weights.md and speed.md from the headers of the recipes, the manifest, and the
+tables of `foveal bench`.
 
 Usage: ``python docs/tables.py``. A test checks that the pages are up to date.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections import Counter
@@ -12,8 +14,10 @@ from pathlib import Path
 
 from foveal.configs.schema import RECIPES, recipe_names
 from foveal.weights.manifest import checkpoints
+from foveal.zoo import published
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks" / "results"
 FAMILIES = {
     "nat": "NAT, DiNAT, DiNAT_s, isotropic",
     "halonet": "HaloNet, timm's hybrids",
@@ -84,7 +88,64 @@ def families() -> str:
     return "\n".join([*table, f"| all | {total} | | |"])
 
 
+def measurements(section: str) -> list[dict[str, str]]:
+    """The rows of a table of `foveal bench`; none before it is measured."""
+    path = RESULTS / f"{section}-cpu-2core.csv"
+    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+
+
+def beside(row: dict[str, str], figure: str) -> str:
+    """A figure, with its ratio to the peer's."""
+    unit = "ms" if figure.endswith("_ms") else "MiB"
+    value, ratio = row.get(figure), row.get(f"{figure.rpartition('_')[0]}_over_peer")
+    return f"{float(value):.4g} {unit}" + f" ({ratio})" * bool(ratio) if value else ""
+
+
+def filled_rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return "Not measured yet."
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+
+
+RUNTIMES = ("eager", "AOTInductor", "onnxruntime", "openvino")
+
+
+def served() -> str:
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in measurements("served"):
+        top1, threads = published(row["model"])["top1"], row.get("runtime_threads", row["threads"])
+        name = f"`{row['model']}`" + (f" ({top1:.1f})" if top1 else "")
+        beside_whom = f"`{row['peer']}`" if row.get("peer") else ""
+        cells = found.setdefault((name, beside_whom, threads, row["dtype"]), {})
+        cells.setdefault(row["by"], beside(row, "forward_ms"))
+    rows = [(*key, *(cells.get(by, "") for by in RUNTIMES)) for key, cells in found.items()]
+    return filled_rows(("model (top-1)", "beside", "threads", "dtype", *RUNTIMES), rows)
+
+
+FIGURES = ("forward_ms", "forward_backward_ms")
+
+
+def windows() -> str:
+    rows = []
+    for row in measurements("windows"):
+        shape = f"{row['map']} {row['rule']}, {row['batch']} x {row['heads']} x {row['depth']}"
+        memory = [figure.replace("_ms", "_extra_mib") for figure in FIGURES]
+        rows.append((row["case"], shape, row["bias"], row["by"], *(beside(row, each) for each in (*FIGURES, *memory))))
+    head = ("shapes of", "map and window, batch x heads x depth", "bias", "by", "forward", "with backward")
+    return filled_rows((*head, "memory", "with backward"), rows)
+
+
+def same() -> str:
+    rows = []
+    for row in measurements("models"):
+        if row.get("forward_resident_mib"):
+            memory = [figure.replace("_ms", "_resident_mib") for figure in FIGURES]
+            rows.append((f"`{row['model']}`", row["input"], *(beside(row, each) for each in (*FIGURES, *memory))))
+    return filled_rows(("model", "input", "forward", "with backward", "memory", "with backward"), rows)
+
+
 TABLES = {
+    "speed.md": {"served": served, "same": same, "windows": windows},
     "recipes.md": {
         "measured": measured,
         **{task: lambda t=task: others(t) for task in ("classify", "detect", "segment")},

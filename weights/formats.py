@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,15 +244,21 @@ def _open_aoti(folder: Path) -> Run:
 
 def _write_openvino(spec: ExportSpec, folder: Path) -> None:
     """Through ONNX: OpenVINO converts some of these models incorrectly from PyTorch programs (2026.4)."""
-    import openvino
-
     with tempfile.TemporaryDirectory() as scratch:
         _write_onnx(spec.in_float(), Path(scratch))
-        model = openvino.convert_model(Path(scratch) / "model.onnx")
-        # With dynamic dimensions the CPU runtime reads uninitialised memory (2026.4). The file has one shape; what was
-        # dynamic when it was traced can be changed by `reshape`.
-        model.reshape([1 if spec.any_batch else len(spec.example), *spec.example.shape[1:]])
-        openvino.save_model(model, folder / "model.xml", compress_to_fp16=spec.half)
+        shape = [1 if spec.any_batch else len(spec.example), *spec.example.shape[1:]]
+        openvino_from(Path(scratch) / "model.onnx", folder, shape, spec.half)
+
+
+def openvino_from(file: Path, folder: Path, shape: Sequence[int], half: bool = False) -> None:
+    """Convert an ONNX file for images of one ``shape``."""
+    import openvino
+
+    model = openvino.convert_model(file)
+    # With dynamic dimensions the CPU runtime reads uninitialised memory (2026.4). The file has one shape; what was
+    # dynamic when it was traced can be changed by `reshape`.
+    model.reshape(list(shape))
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=half)
 
 
 def _open_openvino(folder: Path) -> Run:

@@ -5,7 +5,8 @@ attention with a mask: a few batched matrix products instead of a gather of K ke
 
 Three forms; the first two share the planning, the views and the bias:
 
-* ``_attend``: standard operators on all tiles at once, for ``torch.compile``, the exporters and dropout.
+* ``_attend``: standard operators on all tiles at once, for ``torch.compile``, the exporters and dropout; ``_gathered``
+  for graphs that leave PyTorch.
 * ``_Chunked``: eager mode on a CPU, forward and backward in chunks that stay in the CPU's cache. The backward pass
   keeps only q, k, v and the bias, and for small calls the probabilities.
 * ``_one_window``: eager mode on a CPU, for a small map that every query sees completely (HaloNet's last maps).
@@ -17,9 +18,11 @@ T T2 queries of a tile, S S2 keys of its span, P P2 patterns: tiles with the sam
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +32,7 @@ from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
 from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans, Scratch
-from ..tracing import transformed
+from ..tracing import leaves_pytorch, transformed
 from ..window import Window
 
 # What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair; fitted
@@ -116,8 +119,25 @@ def _patterns(
 # -------------------------------------------------------------------------------------- all tiles at once
 
 
+def _tile_bias(
+    table: Tensor | None, problem: Problem, a: AxisTiling, b: AxisTiling, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """``_pattern_bias`` of every tile, [N or 1, R, Q, T*T2, S*S2]."""
+    added = _pattern_bias(table, problem.rows, problem.columns, a, b, dtype, device)
+    if added is None:
+        return None
+    for dim, axis in ((1, a), (2, b)):
+        if len(axis.runs) > 1:
+            added = added.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, device))
+        else:
+            added = added.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
+    return added
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem, plans: Plans) -> Tensor:
     """Standard operators only; maps [B, H, W, N, C]."""
+    if leaves_pytorch() and not isinstance(bias, DecomposedRelativePositionBias):
+        return _gathered(q, k, v, None if bias is None else bias.table, problem, plans)
     outs = []
     working = tiling.working_dtype(q.dtype)
     table = bias.table.to(working) if isinstance(bias, RelativePositionBias) else None
@@ -129,13 +149,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
         keys, values = (
             tiling.key_spans(tiling.pad_keys(tiling.select_groups(t, a, b), a, b), a, b).flatten(6, 7) for t in (k, v)
         )
-        added = _pattern_bias(table, problem.rows, problem.columns, a, b, working, q.device)
-        if added is not None:  # N R Q T*T2 S*S2
-            for dim, axis in ((1, a), (2, b)):
-                if len(axis.runs) > 1:
-                    added = added.index_select(dim, CONSTANTS.get(tiling.pattern_order, axis, added.device))
-                else:
-                    added = added.expand(*(axis.tiles if i == dim else -1 for i in range(5)))
+        added = _tile_bias(table, problem, a, b, working, q.device)
         if isinstance(bias, DecomposedRelativePositionBias):
             decomposed = _decomposed_bias(tiles.to(working), bias, problem, a, b)
             added = decomposed if added is None else added + decomposed
@@ -157,6 +171,60 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
             out = out.unflatten(1, (heads, a.tiles, b.tiles)).unflatten(0, batch)
         outs.append(tiling.from_query_tiles(out.unflatten(6, (a.tile, b.tile)), a, b))
     return tiling.join(outs, plans, problem)
+
+
+def _positions(axis: AxisTiling, dilation: int, outside: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the queries, [G, R, T], and the keys, [G, R, S], of all dilation groups and tiles of an axis are on the
+    map; a tile that lacks queries repeats one."""
+    group, tile = np.arange(axis.first, axis.stop)[:, None, None], np.arange(axis.tiles)[:, None]
+    query = (tile * axis.tile + np.arange(axis.tile) - axis.ahead).clip(0, axis.queries - 1)
+    key = tile * axis.step + np.arange(axis.span) - axis.before
+    inside = (key >= 0) & (key < axis.length)
+    return query * dilation + group, np.where(inside, key * dilation + group, outside)
+
+
+def _on_map(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
+    """Positions [G, R, T] on rows and [G2, Q, T2] on columns as those on a flattened map, [G*G2, R*Q, T*T2]."""
+    at = rows[:, None, :, None, :, None] * width + columns[None, :, None, :, None, :]
+    return at.reshape(len(rows) * len(columns), rows.shape[1] * columns.shape[1], -1)
+
+
+def _select(x: Tensor, at: np.ndarray) -> Tensor:
+    """Positions ``at`` [M, T] of a map [B, N, H*W, C] by one gather with constant indices: [B, N, M, T, C]."""
+    if not np.array_equal(at.ravel(), np.arange(operator.index(x.shape[2]))):
+        x = x.index_select(2, torch.tensor(at.ravel().tolist(), device=x.device))
+    return x.unflatten(2, at.shape)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, problem: Problem, plans: Plans) -> Tensor:
+    """`_attend` for other runtimes, where transposes of many dimensions are slow, and a softmax over more than five is
+    not fused: tiles are gathered from maps [B, N, H*W, C], and the output from the tiles."""
+    working, count = tiling.working_dtype(q.dtype), math.prod(problem.size)
+    maps = [t.flatten(1, 2).transpose(1, 2) for t in (q.to(working), k.to(working), v)]
+    if zero := problem.boundary == "zero":  # what the keys outside read
+        maps[1:] = (F.pad(t, (0, 0, 0, 1)) for t in maps[1:])
+    table = None if table is None else table.to(working)
+    outs, slots, total = [], np.empty((1, math.prod(problem.query_size)), dtype=np.int64), 0
+    for a, b in plans:
+        rows, columns = (_positions(axis, d, count) for axis, d in zip((a, b), problem.dilation, strict=True))
+        queries = _on_map(rows[0], columns[0], problem.query_size[1])
+        keys = _on_map(rows[1], columns[1], problem.size[1]).clip(max=count - (not zero))
+        (groups, each, _), span = queries.shape, keys.shape[2]
+        slots[0, queries.ravel()] = total + np.arange(queries.size)
+        total += queries.size
+        places = (queries.reshape(groups * each, -1), *2 * (keys.reshape(-1, span),))
+        tiles = [_select(t, at) for t, at in zip(maps, places, strict=True)]  # B N G*G2*R*Q T*T2 C
+        logits = (tiles[0] * problem.scale) @ tiles[1].transpose(-1, -2)
+        added = _tile_bias(table, problem, a, b, working, q.device)
+        if added is not None:
+            added = added.flatten(1, 2)  # N or 1, R*Q, T*T2, S*S2
+            if groups > 1 and each > 1:
+                added = added[:, None].expand(-1, groups, -1, -1, -1).flatten(1, 2)
+            logits = logits + added
+        out = F.dropout(logits.softmax(-1).to(v.dtype), problem.dropout_p) @ tiles[2]
+        outs.append(out.flatten(2, 3))
+    out = _select(torch.cat(outs, 2) if len(outs) > 1 else outs[0], slots)[:, :, 0]
+    return out.transpose(1, 2).unflatten(1, problem.query_size)
 
 
 def _decomposed_bias(

@@ -1,15 +1,20 @@
 """The harness of foveal bench: comparison before timing, tables, arguments; and the sections on a CPU."""
 
 import csv
+import functools
+import itertools
 import re
+import sys
+from contextlib import nullcontext
 
 import pytest
+import timm
 import torch
 
 from foveal.backbones.profile import profile
-from foveal.benchmarks import cases, data, export, measure, models, operations, peers, run
+from foveal.benchmarks import cases, data, measure, models, operations, peers, run, served
 from foveal.benchmarks.measure import Bench, difference
-from foveal.kernels import neighborhood_aggregate
+from foveal.kernels import Call, neighborhood_aggregate, recording
 
 
 def read(path) -> list[dict[str, str]]:
@@ -174,6 +179,46 @@ def test_shares_of_the_matrix_product(name, monkeypatch):
     assert branches > 1.05 if name == "test_foveal_overlock" else branches == pytest.approx(1, rel=0.01)
 
 
+def test_transnext_by_unfolding():
+    """Of the same outputs and gradients; on a map whose sides differ, and without our kernels."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_foveal_transnext").double().eval()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    found = []
+    for context in (nullcontext, peers.by_unfolding):
+        calls: list[Call] = []
+        with context(), recording(calls.append):
+            out = model(x)
+        found.append((bool(calls), out.detach(), torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    (kernels, out, grads), (others, unfolded, unfolded_grads) = found
+    assert kernels and not others
+    assert difference(unfolded, out) < 1e-7
+    scale = max(grad.abs().max() for grad in grads)
+    assert max((a - b).abs().max() for a, b in zip(grads, unfolded_grads, strict=True)) < 1e-7 * scale
+
+
+def test_a_replaced_model_beside_its_own(monkeypatch):
+    case = cases.ModelCase("test_maxvit", "test_maxvit", 1, 160, same=True, way="replace")
+    monkeypatch.setattr(models, "resident_mib", lambda *arguments: float(len(arguments)))
+    own, peer = models.model_rows(case, Bench(rounds=1))
+    assert own["model"] != peer["model"] == "test_maxvit"
+    assert own["forward_ms"] > 0 and own["forward_over_peer"] > 0 and not own.get("note")
+    assert own["forward_backward_resident_over_peer"] == 1.0
+
+
+@pytest.mark.slow  # another process
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_growth_of_a_process():
+    assert 60 < measure.resident_mib(functools.partial, bytearray, 64 * 2**20) < 80
+
+
+def test_windows_beside_pytorch():
+    for case in cases.TINY_WINDOWS:
+        rows = {row["by"]: row for row in operations.window_rows(case, Bench(rounds=1))}
+        assert len(rows) == 3 and not any(row.get("note") for row in rows.values())
+        assert all(row["forward_backward_ms"] > 0 for row in rows.values())
+
+
 def test_an_earlier_table(tmp_path, capsys, monkeypatch):
     earlier = [{"map": "7x7", "by": "foveal", "forward_ms": "2.0", "date": "then"}]
     same = {"map": "7x7", "by": "foveal", "forward_ms": 2.2, "forward_extra_mib": 3.0}
@@ -220,21 +265,39 @@ def test_both_loaders_read_the_same():
 
 
 @pytest.mark.slow  # compiles
-def test_exported_models_are_timed_beside_eager(tmp_path):
-    path = tmp_path / "table.csv"
-    assert run.main(["export", "--tiny", "--csv", str(path)]) == 0
+def test_served_models_are_timed_beside_eager(tmp_path, monkeypatch):
+    path, exports = tmp_path / "table.csv", tmp_path / "exports"
+    arguments = ["served", "--tiny", "--csv", str(path), "--exports", str(exports)]
+    assert run.main(arguments) == 0
     table = read(path)
-    runtimes = ["eager", "torch.compile", "onnxruntime", "openvino"]
-    assert [row["by"] for row in table] == 2 * runtimes
-    assert [row["input"].partition("x")[0] for row in table] == ["1"] * 4 + ["2"] * 4
-    assert all(float(row["forward_ms"]) > 0 and row["onnxruntime"] for row in table)
-    (shipped,) = run.plots.RESULTS.glob("export-cpu-*.csv")
+    ((name,), peer) = served.TINY[0].models, served.TINY[0].peer
+    kinds = [("eager", "float32"), ("AOTInductor", "float32"), ("onnxruntime", "float32"), ("onnxruntime", "int8")]
+    kinds += [("openvino", dtype) for dtype in served.LIMITS]
+    assert {(row["model"], row["by"], row["dtype"]) for row in table} == {
+        (model, *kind) for model, kind in itertools.product((name, peer), kinds)
+    }
+    assert all(float(row["forward_ms"]) > 0 and float(row["forward_over_peer"]) > 0 for row in table)
+    (shipped,) = run.plots.RESULTS.glob("served-cpu-*.csv")
     assert set(read(shipped)[0]) <= set(table[0])
+    made = sorted(exports.rglob("*.*"))
+    assert len(made) > 8 and run.main(arguments) == 0
+    assert sorted(exports.rglob("*.*")) == made and all(a.stat().st_mtime < path.stat().st_mtime for a in made)
 
 
-def test_a_wrong_output_of_an_export_is_not_timed(monkeypatch):
-    monkeypatch.setattr(export, "exported", lambda model, folder: (model, {"wrong": lambda x: (1.01 * model(x),)}))
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    rows = {row["by"]: row for row in export.export_rows(export.ExportCase("test_foveal_care"), Bench(rounds=1))}
-    assert rows["wrong"]["forward_ms"] == "" and "1.0e-02" in rows["wrong"]["note"]
-    assert rows["eager"]["forward_ms"] > 0
+def test_a_wrong_output_and_a_missing_runtime_leave_a_gap(monkeypatch):
+    def missing():
+        raise ImportError("openvino")
+
+    def forms(model, folder, images):
+        wrong = lambda x: 1.01 * model(x)  # noqa: E731
+        return {("eager", "float32"): lambda: model, ("a", "float32"): lambda: wrong, ("b", "int8"): missing}
+
+    monkeypatch.setattr(served, "forms", forms)
+    monkeypatch.setattr(served, "SETTLE", 0)
+    threads = torch.get_num_threads()
+    case = served.ServedCase(("test_foveal_care",), "test_convnext", threads=1)
+    rows = {row["by"]: row for row in served.served_rows(case, Bench(rounds=1)) if row["model"] in case.models}
+    assert rows["a"]["forward_ms"] == rows["b"]["forward_ms"] == rows["b"]["forward_over_peer"] == ""
+    assert "1.0e-02" in rows["a"]["note"] and "openvino" in rows["b"]["note"]
+    assert rows["eager"]["forward_ms"] > 0 and rows["eager"]["forward_over_peer"] > 0
+    assert rows["eager"]["runtime_threads"] == 1 and torch.get_num_threads() == threads

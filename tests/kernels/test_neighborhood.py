@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from foveal.kernels import (
 from foveal.kernels.cache import CONSTANTS
 from foveal.kernels.neighborhood import natten as natten_backend
 from foveal.kernels.neighborhood import tiled
+from foveal.kernels.tracing import for_other_runtimes
 
 from . import naive
 
@@ -1097,8 +1099,9 @@ EXPORTS = [
     {"kernel_size": 6, "stride": 2, "boundary": "mask"},
     {"kernel_size": 6, "stride": 4, "query_stride": 2, "boundary": "mask"},
     {"kernel_size": (5, 4), "stride": (5, 4), "offset": (2, 3), "boundary": "mask"},
+    {"kernel_size": (4, 3), "dilation": (2, 1), "boundary": "zero"},
 ]
-EXPORT_IDS = ["k3-d2", "k5x4-d2x3", "k6-s2-mask", "k6-s4-q2-mask", "k5x4-shifted"]
+EXPORT_IDS = ["k3-d2", "k5x4-d2x3", "k6-s2-mask", "k6-s4-q2-mask", "k5x4-shifted", "k4x3-d2x1-zero"]
 
 
 def export_inputs(count, options):
@@ -1107,16 +1110,22 @@ def export_inputs(count, options):
     return q[:, ::step, ::step].contiguous(), k, v
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["pytorch", "elsewhere"])
 @pytest.mark.parametrize("options", EXPORTS, ids=EXPORT_IDS)
-def test_export_with_a_free_batch(options):
+def test_export_with_a_free_batch(options, elsewhere):
     module = Attention(**options).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(module, export_inputs(2, options), dynamic_shapes=({0: batch},) * 3)
+    with for_other_runtimes() if elsewhere else nullcontext():
+        program = torch.export.export(module, export_inputs(2, options), dynamic_shapes=({0: batch},) * 3)
     for count in (1, 5):
         x = export_inputs(count, options)
         torch.testing.assert_close(program.module()(*x), module(*x))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert all(name.startswith(("aten.", "<built-in")) or "sym" in name for name in names), names
+    if elsewhere:  # tiles are gathered in one step: q, k, v and the output
+        moving = [node for node in program.graph.nodes if str(node.target).startswith(("aten.permute", "aten.trans"))]
+        transposed = [node.meta["val"].ndim for node in moving]
+        assert max(transposed, default=0) <= 7, transposed
 
 
 @pytest.mark.parametrize("options", EXPORTS[1:], ids=EXPORT_IDS[1:])
@@ -1128,15 +1137,9 @@ def test_onnx_equals_eager(options, tmp_path):
     batch = torch.export.Dim("batch", min=1, max=64)
     path = tmp_path / "attention.onnx"
     # three tensors: the exporter takes one object given three times for one input
-    torch.onnx.export(
-        module,
-        export_inputs(2, options),
-        str(path),
-        dynamo=True,
-        dynamic_shapes=({0: batch},) * 3,
-        external_data=False,
-        verbose=False,
-    )
+    with for_other_runtimes():
+        program = torch.export.export(module, export_inputs(2, options), dynamic_shapes=({0: batch},) * 3)
+    torch.onnx.export(program, (), str(path), dynamo=True, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 4):
         x, y, z = export_inputs(count, options)
