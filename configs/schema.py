@@ -236,6 +236,8 @@ class DenseModelConfig:
     checkpoint: PathText | None = None  # weights of the backbone: a file, a timm folder or a classifier's run folder
     frozen_stages: int = Field(default=-1, ge=-1)  # freeze the stem and so many stages; -1: nothing
     norm_eval: bool = False  # freeze the statistics of the backbone's batch norms
+    # makes finer maps than the backbone's: bilinear, naf, uplift_dinov2_s14, uplift_dinov3_splus16, a run or folder
+    upsample: str | None = None
     sync_bn: bool = False  # synchronize batch norms over all processes
     drop_path_rate: Rate | None = None  # null: the backbone's default
     grad_checkpointing: bool = False

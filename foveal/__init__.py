@@ -77,7 +77,7 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
         source: a model name with published weights (``"dinat_tiny"``, ``"dinat_large.in22k_ft_in1k"``); a run folder of
             ``foveal train`` (its ``best/`` is loaded); a model folder written by timm (``config.json`` and
             ``model.safetensors``), ``foveal convert`` or ``foveal export --to safetensors``; or a ``.safetensors`` file
-            in such a folder.
+            in such a folder; or an upsampler's name or folder (``"naf"``, see `foveal.heads.upsamplers`).
         kwargs: for classifiers, passed to `timm.create_model`: ``num_classes``, ``in_chans``, ``features_only`` ...
 
     Raises:
@@ -107,4 +107,9 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
                 raise ValueError(f"{source} takes no arguments, got {', '.join(kwargs)}")
             loading.refuse_exported(dense[0])
             return load_dense(folder, file)
+    elif not loading.is_model(str(source)):
+        from .heads.upsamplers.published import is_published, load_upsampler
+
+        if is_published(str(source)):
+            return load_upsampler(source, **kwargs)
     return loading.load(source, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class ShapeSpec:
         return len(self.channels)
 
 
+def power_of_two(stride: int) -> int:
+    """The nearest power of two: the stride of a body of this stride on images that are resized by their ratio."""
+    return 2 ** round(math.log2(stride))
+
+
 class GroupNorm(nn.GroupNorm):
     """PyTorch's, also for groups of one value (a map of one pixel with as many groups as channels), which it refuses
     for a single image, in evaluation too. Such a value is its own mean: the output is the bias."""
@@ -68,8 +74,10 @@ class Backbone(nn.Module):
             of some feature networks; the published names, `group_matcher` and `no_weight_decay` are read from it.
         frozen_stages: -1: train everything. n: freeze the stem and the first n stages and keep them in evaluation mode
             (statistics of norms, dropout). A stage ends with a map of stride 4 or more; norms that a feature network
-            adds per map are not part of it.
+            adds per map are not part of it. In a transformer of one stride, each block is a stage; the final norm is
+            part of the last one.
         norm_eval: keep every BatchNorm of the body in evaluation mode; its weights are trained unless frozen.
+        pyramid: makes maps of strides that the body lacks, see `upsamplers.Pyramid`.
 
     Attributes:
         spec: channels and strides of the output maps.
@@ -98,11 +106,14 @@ class Backbone(nn.Module):
         classifier: Any,
         frozen_stages: int = -1,
         norm_eval: bool = False,
+        pyramid: Any = None,
     ) -> None:
         super().__init__()
-        self.body, self.neck = body, neck
+        self.body, self.pyramid, self.neck = body, pyramid, neck
         self.body_spec = body_spec(body)
-        self.spec: ShapeSpec = self.body_spec if neck is None else neck.spec
+        self.spec: ShapeSpec = self.body_spec if pyramid is None else pyramid.spec
+        if neck is not None:
+            self.spec = neck.spec
         self.out_channels = self.spec.channels[0]
         cfg: Any = body.pretrained_cfg
         self.mean, self.std = (tuple(cfg[key]) for key in ("mean", "std"))
@@ -117,6 +128,9 @@ class Backbone(nn.Module):
 
         own = {name: published for name, published in self._published.items() if name not in self._added}
         self._frozen = names_of_stages(frozen_stages, classifier, own, {name for name, _ in body.named_modules()})
+        learning = {name for name, _ in body.named_parameters()} & own.keys() - self._frozen
+        if learning and all(own[name].startswith("norm.") for name in learning):
+            self._frozen |= {name for name, published in own.items() if f"{published}.".startswith("norm.")}
         for name, parameter in body.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(False)
@@ -134,9 +148,13 @@ class Backbone(nn.Module):
 
         The keys are ``"0"``, ``"1"``, ..., the finest map first.
         """
+        if self.pyramid is not None:
+            images = self.pyramid.resized(images)
         maps = list(self.body(images))
         if self._channels_last:
             maps = [x.permute(0, 3, 1, 2) for x in maps]
+        if self.pyramid is not None:
+            maps = self.pyramid(images, maps)
         if self.neck is not None:
             maps = self.neck(maps)
         return OrderedDict((str(level), x) for level, x in enumerate(maps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,17 @@ from typing import Any, TypeVar
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.models import PretrainedCfg
+from timm.models._features import FeatureGetterNet
 from timm.models.resnet import Bottleneck
 from torch import distributed, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..backbones import loading
+from ..backbones import download, loading
 from ..backbones.layers import check_foldable as check_foldable  # for necks and heads
+from ..backbones.loading import local_path as local_path
 from ..backbones.loading import without_wrappers as without_wrappers
-from .backbone import feature_info, published_names
+from .backbone import feature_info, power_of_two, published_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,9 +41,15 @@ def build_body(
     drop_path_rate: float | None = None,
     grad_checkpointing: bool = False,
     stride_in_1x1: bool = False,
+    upsampled: bool = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, nn.Module]:
-    """The feature network of a foveal or timm model, and the classifier on the meta device; see `build_backbone`."""
+    """The feature network of a foveal or timm model, and the classifier on the meta device; see `build_backbone`.
+
+    Args:
+        upsampled: strides that the model lacks are left out, but there is a map to make the finest one from. A plain
+            transformer's map has the final norm, as upsamplers are trained on it.
+    """
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r} exclude each other")
     architecture = loading.resolve(name).architecture
@@ -49,9 +59,11 @@ def build_body(
     with torch.device("meta"):
         plain = {**kwargs, "out_norm": False} if "out_norm" in kwargs else kwargs
         classifier = timm.create_model(architecture, **plain)
-    known = inspect.signature(type(classifier).__init__).parameters
+    known = set(inspect.signature(type(classifier).__init__).parameters)
     if out_indices is None:
-        out_indices = _indices(architecture, classifier, strides)
+        out_indices = _indices(architecture, classifier, strides, upsampled)
+    if upsampled and not known & {"out_norm"} and _is_plain(classifier):
+        kwargs = {"feature_cls": functools.partial(FeatureGetterNet, norm=True)} | kwargs
     kwargs = {key: value for key, value in _DENSE_DEFAULTS.items() if key in known} | kwargs
     kwargs |= {"features_only": True, "out_indices": tuple(out_indices)}
 
@@ -89,15 +101,30 @@ def _stride_in_1x1(body: nn.Module, architecture: str) -> None:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
-def _indices(architecture: str, classifier: Any, strides: Sequence[int]) -> list[int]:
+def _is_plain(classifier: Any) -> bool:
+    """Whether all maps have one stride, and timm can apply the final norm to them."""
+    one_stride = len({info["reduction"] for info in feature_info(classifier)}) == 1
+    return one_stride and hasattr(classifier, "forward_intermediates")
+
+
+def _indices(architecture: str, classifier: Any, strides: Sequence[int], upsampled: bool) -> list[int]:
     """timm's indices of the last map of each stride."""
     last = {info["reduction"]: i for i, info in enumerate(feature_info(classifier))}
+    if upsampled:
+        last = {power_of_two(stride): i for stride, i in last.items()}
+        source = min((stride for stride in last if stride >= min(strides)), default=max(last))
+        return [last[stride] for stride in sorted({source, *(last.keys() & set(strides))}) if stride >= source]
     if not set(strides) <= set(last):
         raise ValueError(
             f"{architecture} has maps at strides {', '.join(map(str, last))}, not at {', '.join(map(str, strides))}; "
-            "choose among them with out_indices"
+            "choose among them with out_indices, or set upsample to make others"
         )
     return [last[stride] for stride in strides]
+
+
+def fetched(name: str, cfg: PretrainedCfg) -> dict[str, Any]:
+    """The tensors of a published file, from a cache or the network; errors as `download.fetch`."""
+    return loading.read_weights(download.fetch(name, download.addresses(cfg)))
 
 
 def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path, kwargs: dict[str, Any]) -> nn.Module:

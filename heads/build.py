@@ -16,8 +16,10 @@ from .legacy import moved, old_arguments
 from .necks import NECKS, build_neck
 from .registry import HeadSpec, head_spec
 from .segmentation.segmenter import SegmentationModel
+from .upsamplers import Pyramid, Upsampler, create_upsampler, load_upsampler
 
 Model = TypeVar("Model", bound=DenseModel)
+Upsampling = str | Path | Upsampler | Mapping[str, Any]
 
 
 def build_backbone(
@@ -27,6 +29,7 @@ def build_backbone(
     neck_kwargs: Mapping[str, Any] | None = None,
     frozen_stages: int = -1,
     norm_eval: bool = False,
+    upsample: Upsampling | None = None,
     **kwargs: Any,
 ) -> Backbone:
     """The feature maps of any foveal or timm model.
@@ -37,6 +40,10 @@ def build_backbone(
         neck_kwargs: see `necks`.
         frozen_stages: see `Backbone`.
         norm_eval: see `Backbone`.
+        upsample: makes the ``strides`` that the model lacks, for plain transformers, too: finer ones by an upsampler,
+            which is not trained, coarser ones by pooling; see `upsamplers.Pyramid`. ``"bilinear"``, a published name or
+            a folder, as `upsamplers.load_upsampler` takes them; an `Upsampler`; or its ``name`` and arguments, for
+            random weights.
         kwargs: ``pretrained``: start from the published weights.
             ``checkpoint``: start from a folder that ``foveal train classify`` wrote, a model folder as timm writes it,
             or a file in any key format of the model's family (classification or dense).
@@ -62,10 +69,27 @@ def build_backbone(
         ShapeSpec(channels=(32, 64, 128), strides=(8, 16, 32))
         >>> [tuple(each.shape) for each in backbone(torch.randn(1, 3, 64, 96)).values()]
         [(1, 32, 8, 12), (1, 64, 4, 6), (1, 128, 2, 3)]
+        >>> plain = build_backbone("vit_tiny_patch16_224", upsample="bilinear")
+        >>> [tuple(each.shape) for each in plain(torch.randn(1, 3, 64, 96)).values()]
+        [(1, 192, 16, 24), (1, 192, 8, 12), (1, 192, 4, 6), (1, 192, 2, 3)]
     """
-    body, classifier = build_body(name, **kwargs)
-    made = None if neck is None else build_neck(neck, body_spec(body), **(neck_kwargs or {}))
-    return Backbone(body, made, classifier=classifier, frozen_stages=frozen_stages, norm_eval=norm_eval)
+    strides = kwargs.pop("strides", (4, 8, 16, 32))
+    body, classifier = build_body(name, strides=strides, upsampled=upsample is not None, **kwargs)
+    pyramid = None
+    if upsample is not None:
+        cfg: Any = body.pretrained_cfg
+        image = [_per_channel(cfg[key], kwargs.get("in_chans", 3)) for key in ("mean", "std")]
+        pyramid = Pyramid(_upsampler(upsample), body_spec(body), strides, *image)
+    spec = body_spec(body) if pyramid is None else pyramid.spec
+    made = None if neck is None else build_neck(neck, spec, **(neck_kwargs or {}))
+    options: dict[str, Any] = dict(frozen_stages=frozen_stages, norm_eval=norm_eval, pyramid=pyramid)
+    return Backbone(body, made, classifier=classifier, **options)
+
+
+def _upsampler(upsample: Upsampling) -> Upsampler:
+    if isinstance(upsample, Upsampler):
+        return upsample
+    return create_upsampler(**upsample) if isinstance(upsample, Mapping) else load_upsampler(upsample)
 
 
 @old_arguments(backbone="name")
@@ -102,7 +126,7 @@ def build_detector(
         head_kwargs: see `detection.heads`.
         sync_bn: of the whole detector.
         kwargs: of the model, passed to `build_backbone`.
-        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ...
+        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ``upsample``, ...
 
     Raises:
         ValueError: if a name or an argument does not fit.
@@ -168,7 +192,7 @@ def build_segmenter(
         segmenter: if a file, the backbone's checkpoint; the heads are loaded later, see `published.load_heads`.
         sync_bn: of the whole segmenter.
         kwargs: of the model, passed to `build_backbone`.
-        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ...
+        options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ``upsample``, ...
 
     Raises:
         ValueError: if a name or an argument does not fit.
@@ -253,6 +277,11 @@ def _finished(model: Model, sync_bn: bool, arguments: dict[str, Any]) -> Model:
         if type(module) is nn.GroupNorm:  # torchvision's and transformers', too
             module.__class__ = GroupNorm
     model.arguments = {key: value for key, value in arguments.items() if key not in ("pretrained", "checkpoint")}
+    if (pyramid := model.backbone.pyramid) is not None:  # its weights are the model's from now on
+        pyramid.statistics(arguments["mean"], arguments["std"])
+        model.arguments["upsample"] = pyramid.upsampler.arguments
+    else:
+        model.arguments.pop("upsample", None)
     return model
 
 
@@ -263,20 +292,27 @@ def _statistics(
     the three channels, as timm sums the filters of the first convolution."""
     found = {}
     for name, given in (("mean", mean), ("std", std)):
-        values = list(getattr(backbone, name) if given is None else given)
-        if given is None and len(values) != channels:
-            values = [sum(values) / len(values)] * channels
+        values = _per_channel(getattr(backbone, name), channels) if given is None else list(given)
         if len(values) != channels:
             raise ValueError(f"{name} has {len(values)} values for images of {channels} channels: {values}")
         found[name] = values
     return found
 
 
-_BUILDERS: dict[str, Callable[..., DenseModel]] = {"detect": build_detector, "segment": build_segmenter}
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """The values, or for another number of channels their mean."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-def build_dense(task: str, arguments: Mapping[str, Any]) -> DenseModel:
-    """The model of ``"detect"`` or ``"segment"`` with these arguments of its builder.
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "detect": build_detector,
+    "segment": build_segmenter,
+    "upsample": create_upsampler,
+}
+
+
+def build_dense(task: str, arguments: Mapping[str, Any]) -> Any:
+    """The model of ``"detect"``, ``"segment"`` or ``"upsample"`` with these arguments of its builder.
 
     Examples:
         >>> from foveal.heads.build import build_dense, build_segmenter
@@ -284,7 +320,7 @@ def build_dense(task: str, arguments: Mapping[str, Any]) -> DenseModel:
         >>> type(build_dense("segment", model.arguments)).__name__
         'Segmenter'
     """
-    return _BUILDERS[task](**arguments)
+    return BUILDERS[task](**arguments)
 
 
 _MOVED = ("load_dense", "read_dense_config", "reparameterize", "save_dense")

@@ -13,13 +13,12 @@ from torch import nn
 
 from ..files import atomic
 from .body import without_wrappers
-from .build import build_dense
-from .dense import DenseModel
-from .legacy import migrate_config, migrate_state_dict
-from .registry import HEADS
+from .build import BUILDERS, build_dense
+from .dense import FORMAT, WEIGHTS, DenseModel
+from .dense import read_dense_config as read_dense_config
+from .legacy import migrate_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
-FORMAT, WEIGHTS = "foveal-dense", "model.safetensors"
 
 
 def _foldable(model: nn.Module) -> list[tuple[str, Any]]:
@@ -79,7 +78,7 @@ def save_dense(
     """
     if not model.arguments:
         raise ValueError(f"{type(model).__name__} has no arguments: build it by build_detector or build_segmenter")
-    if len(classes) != model.arguments["num_classes"]:
+    if len(classes) != model.arguments.get("num_classes", 0):
         raise ValueError(f"{len(classes)} class names for num_classes={model.arguments['num_classes']}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,35 +96,6 @@ def save_dense(
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with atomic(folder / "config.json") as file:
         file.write_text(text, encoding="utf-8")
-
-
-def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of the model (for a run: its ``best/``) and its config.json; None if it is not a dense model's.
-
-    Raises:
-        ValueError: if config.json is not JSON.
-
-    Examples:
-        >>> from foveal.heads.build import build_segmenter
-        >>> from foveal.heads.checkpoint import read_dense_config, save_dense
-        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
-        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
-        >>> found = read_dense_config("folder")
-        >>> found is not None and found[1]["task"]
-        'segment'
-    """
-    folder = Path(folder)
-    # a run replaces best/ by two renames; if killed between them, it leaves the previous one as best.old/
-    for candidate in (folder / "best", folder / "best.old", folder):
-        file = candidate / "config.json"
-        if file.is_file():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is not JSON: {error}") from None
-            is_dense = isinstance(config, dict) and config.get("format") == FORMAT
-            return (candidate, migrate_config(config)) if is_dense else None
-    return None
 
 
 def load_dense(folder: str | Path, file: Path | None = None) -> Any:
@@ -152,8 +122,8 @@ def load_dense(folder: str | Path, file: Path | None = None) -> Any:
     if found is None:
         raise ValueError(f"{folder} holds no detector or segmenter: no config.json with format {FORMAT!r}")
     folder, config = found
-    if config.get("task") not in HEADS:
-        raise ValueError(f"{folder}/config.json: task is {config.get('task')!r}, must be one of {', '.join(HEADS)}")
+    if config.get("task") not in BUILDERS:
+        raise ValueError(f"{folder}/config.json: task is {config.get('task')!r}, must be one of {', '.join(BUILDERS)}")
     missing = {"arguments", "classes", "preprocessing"} - set(config)
     if missing:
         raise ValueError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from .backbone import Backbone, decays, grouped
-from .legacy import migrate_in_place
+from .legacy import migrate_config, migrate_in_place
+
+FORMAT, WEIGHTS = "foveal-dense", "model.safetensors"
 
 
 @contextmanager
@@ -61,3 +65,32 @@ class DenseModel(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         migrate_in_place(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def read_dense_config(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of the model (for a run: its ``best/``) and its config.json; None if it is not a dense model's.
+
+    Raises:
+        ValueError: if config.json is not JSON.
+
+    Examples:
+        >>> from foveal.heads.build import build_segmenter
+        >>> from foveal.heads.checkpoint import read_dense_config, save_dense
+        >>> model = build_segmenter("test_foveal_dinat", "semantic_fpn", num_classes=2)
+        >>> save_dense("folder", model, ["cat", "dog"], {"in_chans": 3})
+        >>> found = read_dense_config("folder")
+        >>> found is not None and found[1]["task"]
+        'segment'
+    """
+    folder = Path(folder)
+    # a run replaces best/ by two renames; if killed between them, it leaves the previous one as best.old/
+    for candidate in (folder / "best", folder / "best.old", folder):
+        file = candidate / "config.json"
+        if file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is not JSON: {error}") from None
+            is_dense = isinstance(config, dict) and config.get("format") == FORMAT
+            return (candidate, migrate_config(config)) if is_dense else None
+    return None

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from .base import Bilinear, Upsampler
 from .naf import NAF
+from .published import PUBLISHED, UPSAMPLERS, create_upsampler, load_upsampler
+from .pyramid import Pyramid
 from .uplift import UPLiFT
 
-UPSAMPLERS: dict[str, type[Upsampler]] = {each.kind: each for each in (UPLiFT, NAF, Bilinear)}
-
-__all__ = ["NAF", "UPSAMPLERS", "Bilinear", "UPLiFT", "Upsampler"]
+__all__ = [
+    "NAF",
+    "PUBLISHED",
+    "UPSAMPLERS",
+    "Bilinear",
+    "Pyramid",
+    "UPLiFT",
+    "Upsampler",
+    "create_upsampler",
+    "load_upsampler",
+]

@@ -16,7 +16,7 @@ class Upsampler(nn.Module):
 
     Attributes:
         kind: its name in `UPSAMPLERS`.
-        arguments: of its constructor, to build it again.
+        arguments: ``name`` and arguments of `create_upsampler`, to build it again.
         statistics: mean and standard deviation per channel of the images that it takes; None: the backbone's.
         channels: of the maps that it takes; None: any number.
 
@@ -29,13 +29,14 @@ class Upsampler(nn.Module):
         [(1, 32, 20, 20), (1, 32, 40, 40)]
     """
 
+    task = "upsample"
     kind: ClassVar[str]
     statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
     channels: int | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.arguments = arguments
+        self.arguments: dict[str, Any] = {"name": self.kind, **arguments}
 
     def forward(self, image: Tensor, features: Tensor, size: Sequence[int]) -> Tensor:
         """Enlarge a map.

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import neighborhood_aggregate
+from ...kernels.tracing import tracing
 from .base import Size, Upsampler
 
 _RADIUS = 2
+_BAND = 32  # rows of a map that are averaged at once
 # Rows and columns of the offsets, in the order of the published weights: a 5x5 window's inner 3x3 window, and every
 # second position of its border.
 OFFSETS = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) < 2 or (y % 2 == 0 and x % 2 == 0)]
@@ -93,8 +95,12 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        x = self.block_0(torch.cat([x, F.interpolate(coarse, (h, w), mode="nearest")], 1))
-        return self.block_1(torch.cat([self.up_1(x), F.interpolate(fine, (2 * h, 2 * w), mode="nearest")], 1))
+        x = self.block_0(torch.cat([x, _nearest(coarse, (h, w))], 1))
+        return self.block_1(torch.cat([self.up_1(x), _nearest(fine, (2 * h, 2 * w))], 1))
+
+
+def _nearest(x: Tensor, size: Size) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="nearest")
 
 
 class Attender(nn.Module):
@@ -121,16 +127,18 @@ class Attender(nn.Module):
         return weights.view(batch, height // 2 + border, 2, width // 2 + border, 2, -1)
 
     def forward(self, weights: Tensor, values: Tensor) -> Tensor:
-        """``[B, C, 2h, 2w]``, channels last. The cells of a row are heads of the aggregation."""
+        """``[B, C, 2h, 2w]``, channels last, cell by cell; in inference in bands of rows, to bound the memory."""
         batch, channels, h, w = values.shape
         # windows are moved inside the map at its border: there it is wide enough that no query of the map is concerned
         v = F.pad(values, [_RADIUS] * 4, mode="replicate").permute(0, 2, 3, 1).unsqueeze(3)
-        inner = slice(_RADIUS, -_RADIUS)
-        out = values.new_empty(batch, h, 2, w, 2, channels)
-        for row in (0, 1):
-            for column in (0, 1):
-                cell = weights[:, :, row, :, column].unsqueeze(3)
-                out[:, :, row, :, column] = neighborhood_aggregate(cell, v, kernel_size=5)[:, inner, inner, 0]
+        out, inner = values.new_empty(batch, h, 2, w, 2, channels), slice(_RADIUS, -_RADIUS)
+        band = h if tracing() or torch.is_grad_enabled() else _BAND
+        for start in range(0, h, band):
+            rows, border = slice(start, start + band), slice(start, start + band + 2 * _RADIUS)
+            for cell in (0, 0), (0, 1), (1, 0), (1, 1):
+                own = weights[:, border, cell[0], :, cell[1]].unsqueeze(3)
+                found = neighborhood_aggregate(own, v[:, border], kernel_size=5)
+                out[:, rows, cell[0], :, cell[1]] = found[:, inner, inner, 0]
         return out.view(batch, 2 * h, 2 * w, channels).permute(0, 3, 1, 2)
 
 
