@@ -345,7 +345,9 @@ class ClassifyConfig(RunConfig):
 class DetectModelConfig(DenseModelConfig):
     """Arguments of ``heads.build.build_detector``."""
 
-    head: Literal["mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former"] = "mask_rcnn"
+    head: Literal[
+        "mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "retinanet", "fcos", "mask2former", "conditional_detr"
+    ] = "mask_rcnn"
 
 
 @dataclass(config=SCHEMA, kw_only=True)

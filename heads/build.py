@@ -115,7 +115,7 @@ def build_detector(
     Args:
         name: of the backbone.
         head: a name in `registry.HEADS`; ``"mask2former"`` needs transformers.
-        neck: ``"fpn"`` or ``"a3fpn"``; for Mask2Former, inside its pixel decoder.
+        neck: ``"fpn"`` or ``"a3fpn"``; for Mask2Former, inside its pixel decoder; Conditional DETR has none.
         num_classes: without the background; labels start at 0.
         min_size: short side of resized images in evaluation.
         max_size: limit of the long side, which takes precedence.
@@ -123,7 +123,7 @@ def build_detector(
         std: as ``mean``.
         strides: of the maps that the neck reads; None: the head's.
         neck_kwargs: see `necks`.
-        head_kwargs: see `detection.heads`.
+        head_kwargs: see `detection.heads`, `detection.mask2former` and `detection.conditional_detr`.
         sync_bn: of the whole detector.
         kwargs: of the model, passed to `build_backbone`.
         options: of `build_backbone`: ``pretrained``, ``checkpoint``, ``frozen_stages``, ``upsample``, ...
@@ -151,7 +151,7 @@ def build_detector(
     image = _statistics(backbone, mean, std, options.get("in_chans", 3))
     transform = {"min_size": min_size, "max_size": max_size, **{f"image_{key}": each for key, each in image.items()}}
     transform |= dict(size_divisible=32, _skip_resize=True)  # no resize in training
-    own = _pixel_decoder(neck, head_kwargs, neck_kwargs) if spec.own_neck else {}
+    own = _pixel_decoder(neck, head_kwargs, neck_kwargs) if spec.neck == "inside" else {}
     detector = _build_head(spec, backbone, num_classes, transform, head_kwargs | own)
     return _finished(Detector(detector, spec, num_classes), sync_bn, arguments | image)
 
@@ -214,7 +214,8 @@ def build_segmenter(
     backbone = build_backbone(name, **options | _started_from(segmenter, options))
     image = _statistics(backbone, mean, std, options.get("in_chans", 3))
     own = parts.pop("head_kwargs")
-    more = _pixel_decoder(neck, own, **parts) if spec.own_neck else dict(neck=neck, auxiliary=auxiliary, **parts)
+    inside = spec.neck == "inside"
+    more = _pixel_decoder(neck, own, **parts) if inside else dict(neck=neck, auxiliary=auxiliary, **parts)
     model = _build_head(spec, backbone, num_classes, image | dict(size_divisor=size_divisor), own | more)
     return _finished(model, sync_bn, arguments | image)
 
@@ -232,7 +233,9 @@ def _body_and_neck(
     spec: HeadSpec, neck: str, neck_kwargs: dict[str, Any], strides: Sequence[int] | None
 ) -> dict[str, Any]:
     """The arguments of `build_backbone` for a detector."""
-    if spec.own_neck:
+    if spec.neck == "none" and (neck != "fpn" or neck_kwargs):  # "fpn" is the default of every head
+        raise ValueError(f"{spec.name} has no neck, got neck={neck!r} with {neck_kwargs}")
+    if spec.neck != "before":
         return dict(strides=strides or spec.strides)
     defaults: dict[str, Any] = dict(extra_levels=spec.extra_levels)
     if strides is None and neck == "a3fpn" and spec.strides[0] > 4:  # it reads the finest map, too, without output

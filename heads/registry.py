@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .detection import heads
+from .detection.conditional_detr import ConditionalDETR
 from .detection.mask2former import InstanceMask2Former
 from .segmentation import segmenter
 from .segmentation.mask2former import Mask2Former
@@ -31,11 +32,15 @@ class HeadSpec:
         build: of a detector, ``(backbone, num_classes, transform, **head_kwargs)`` to a module with the interface of
             torchvision's detectors, ``transform`` being arguments of its ``GeneralizedRCNNTransform``; of a segmenter,
             ``(backbone, num_classes, image, **head_kwargs)`` to a `SegmentationModel`, ``image`` being arguments of it.
+        kind: how it finds objects or classes: ``"two_stage"`` and ``"one_stage"`` are torchvision's detectors, with
+            anchors or points and non-maximum suppression; ``"box_queries"``, ``"mask_queries"``: the queries of a
+            transformer, without both; ``"pixels"``: the logits of a segmenter.
         masks: it predicts object masks and needs them in training.
         first_class: 1 if its classes start at 1, with the background as 0.
         strides: of the body's maps that the neck reads.
         extra_levels: coarser maps that the neck adds, see `FPN`.
-        own_neck: its pixel decoder replaces the neck; A3-FPN goes into it.
+        neck: its place: ``"before"`` the head; ``"inside"``: the head's pixel decoder replaces it, and A3-FPN goes into
+            that; ``"none"``: the head reads the last of the body's maps and takes no neck.
         not_exported: reasons why it is not exported, by format.
 
     Examples:
@@ -47,16 +52,19 @@ class HeadSpec:
     name: str
     task: str
     build: Callable[..., nn.Module]
+    kind: str = "pixels"
     masks: bool = False
     first_class: int = 0
     strides: tuple[int, ...] = (4, 8, 16, 32)
     extra_levels: str | None = None
-    own_neck: bool = False
+    neck: str = "before"
     not_exported: Mapping[str, str] = field(default_factory=dict)
 
 
-_RCNN: dict[str, Any] = dict(first_class=1, extra_levels="pool", not_exported=_NO_OPENVINO)
-_SINGLE_STAGE: dict[str, Any] = dict(strides=(8, 16, 32), extra_levels="p6p7", not_exported=_NO_OPENVINO)
+_RCNN: dict[str, Any] = dict(kind="two_stage", first_class=1, extra_levels="pool", not_exported=_NO_OPENVINO)
+_SINGLE_STAGE: dict[str, Any] = dict(kind="one_stage", strides=(8, 16, 32), extra_levels="p6p7")
+_SINGLE_STAGE |= dict(not_exported=_NO_OPENVINO)
+_MASK2FORMER: dict[str, Any] = dict(kind="mask_queries", neck="inside")
 _SPECS = (
     HeadSpec("mask_rcnn", "detect", heads.mask_rcnn, masks=True, **_RCNN),
     HeadSpec("cascade_mask_rcnn", "detect", heads.cascade_mask_rcnn, masks=True, **_RCNN),
@@ -68,12 +76,21 @@ _SPECS = (
         "detect",
         InstanceMask2Former,
         masks=True,
-        own_neck=True,
         not_exported=dict.fromkeys(("onnx", "pt2", "openvino"), _STEPS),
+        **_MASK2FORMER,
+    ),
+    HeadSpec(
+        "conditional_detr",
+        "detect",
+        ConditionalDETR,
+        kind="box_queries",
+        strides=(32,),
+        neck="none",
+        not_exported=_NO_OPENVINO,
     ),
     HeadSpec("upernet", "segment", segmenter.upernet),
     HeadSpec("semantic_fpn", "segment", segmenter.semantic_fpn),
-    HeadSpec("mask2former", "segment", Mask2Former, own_neck=True, not_exported=_NO_OPENVINO),
+    HeadSpec("mask2former", "segment", Mask2Former, not_exported=_NO_OPENVINO, **_MASK2FORMER),
 )
 HEADS: dict[str, dict[str, HeadSpec]] = {
     task: {spec.name: spec for spec in _SPECS if spec.task == task} for task in ("detect", "segment")

@@ -89,6 +89,11 @@ class Task(task.Task):
         )
         return cls(config, model, data)
 
+    @property
+    def parts(self) -> dict[str, str]:
+        neck = HEADS["detect"][self.config.model.head].neck
+        return {key: name for key, name in super().parts.items() if (key, neck) != ("neck", "none")}
+
     def train_step(self, model: nn.Module, batch: DetectionBatch, epoch: int) -> Tensor:
         return torch.stack([loss.float() for loss in model(batch.images, batch.targets).values()])
 
@@ -223,7 +228,7 @@ def build_model(config: DetectConfig, num_classes: int) -> Detector:
     """The recipe's detector; raises `ConfigError`."""
     sizes = {"min_size": config.data.min_size, "max_size": config.data.max_size}
     if config.eval.max_detections is not None:
-        regions = HEADS["detect"][config.model.head].first_class  # torchvision's R-CNN heads have a background class
+        regions = HEADS["detect"][config.model.head].kind == "two_stage"
         key = "box_detections_per_img" if regions else "detections_per_img"
         config.model.head_kwargs = {key: config.eval.max_detections} | config.model.head_kwargs
     return build_dense(build_detector, config, num_classes, **sizes)

@@ -21,6 +21,7 @@ from ..backbones import download, list_models
 from ..backbones.images import MODES
 from ..backbones.profile import profile
 from ..heads.detection import Detector
+from ..heads.registry import head_spec
 from .folder import CHECKPOINT, RECORD
 from .formats import LEAST_SIZE, ExportSpec, output_names
 from .images import metadata
@@ -44,6 +45,7 @@ DENSE_HEADS = {
     "upernet": "upernet",
     "semantic_fpn": "semantic_fpn",
     "mask2former": "mask2former",
+    "conditional_detr": "conditional_detr",
 }
 _UNKNOWN = "unknown: ask the author of the file"
 SEMANTIC_ONLY = "the class of each pixel; objects of a class are not separated"
@@ -261,13 +263,15 @@ def dense_card(model: Any, to: str, size: tuple[int, int], origin: Mapping[str, 
     channels = len(image_mean(model))
     inside, outputs = "normalization", f"`logits` [{batch}, {len(model.classes)}, {rows}, {columns}]"
     if detects:
-        transform, owner = model.detector.transform, getattr(model.detector, "roi_heads", model.detector)
+        transform, owner = model.detector.transform, model.selector
         seen = tuple(transform([torch.zeros(channels, *size)])[0].image_sizes[0])
-        inside += f", the resize to {seen[0]} x {seen[1]}" * (seen != size) + " and non-maximum suppression"
+        inside += f", the resize to {seen[0]} x {seen[1]}" * (seen != size)
+        inside += " and non-maximum suppression" * (model.kind != "box_queries")
         masks = f", `masks` [n, 1, {rows}, {columns}]" * model.masks
         outputs = f"`boxes` [n, 4] in pixels, `labels` int64 [n], `scores` [n], in descending order{masks}; scores "
         outputs += f"above {owner.score_thresh:g}, at most {owner.detections_per_img} detections"
-    neck = f", neck `{arguments['neck']}`" if arguments["head"] != "mask2former" else ""
+    before = head_spec(model.task, arguments["head"]).neck == "before"
+    neck = f", neck `{arguments['neck']}`" if before else ""
     parts = f"`{arguments['head']}` on `{arguments['name']}`{neck}"
     command, table = (
         f"SOURCE --to {to}",

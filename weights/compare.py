@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def relative_error(expected: Outputs, got: Outputs, images: Tensor | None = None
 
 def detection_error(model: Detector) -> Difference:
     """`detections_differ` with the score threshold and the number of detections of a model."""
-    owner: Any = getattr(model.detector, "roi_heads", model.detector)
+    owner = model.selector
 
     def difference(expected: Outputs, got: Outputs, images: Tensor) -> float:
         return detections_differ(expected, got, images.shape[-2:], owner.score_thresh, owner.detections_per_img)

@@ -29,6 +29,7 @@ from ..files import write_json
 from ..heads.build import build_dense
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.legacy import migrate_state_dict
+from ..heads.registry import head_spec
 from . import dense, names
 from .cards import SEMANTIC_ONLY, converted_card, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
@@ -38,6 +39,7 @@ from .names import bare
 
 _SOURCE = "source"  # field of the safetensors header: names, dtypes and shapes of the source file
 _COCO = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]  # the ids of its 80 categories
+_DETR = {"activation_function": "relu", "position_embedding_type": "sine"}  # what transformers may change
 _TIMMS = set(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs"}  # not arguments of a model
 
 
@@ -71,7 +73,7 @@ class _Source:
     checkpoint: Checkpoint | None
     arguments: dict[str, Any]
     config: dict[str, Any] | None  # of a timm folder
-    dilations: list[int] | None  # of every block, if a folder of transformers states them
+    transformers: Mapping[str, Any] = field(default_factory=dict)  # config.json of a folder of transformers
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def convert(
     A whole detector or segmenter is converted if this package has its heads with the same outputs: Faster and Mask
     R-CNN on an FPN or A3-FPN (mmdetection, detectron2), Cascade Mask R-CNN (mmdetection), RetinaNet on A3-FPN or on
     mmdetection's FPN, UPerNet (also with A3-FPN), mmsegmentation's semantic FPN, Mask2Former (the authors', on
-    detectron2). Others raise; ``backbone`` converts their backbone.
+    detectron2), Conditional DETR (the authors', transformers). Others raise; ``backbone`` converts their backbone.
 
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
@@ -119,7 +121,7 @@ def convert(
         arguments: model arguments that the file does not show: ``dilations``, ``in_chans`` ... For detectron2, unless
             the manifest has them, also ``stride_in_1x1`` of a ResNet, ``channel_order`` of the images (``"bgr"`` or
             ``"rgb"``; the converted model takes RGB), their ``mean`` and ``std`` (RGB, in [0, 1]), and for Mask2Former
-            ``task``, ``"segment"`` or ``"detect"``.
+            ``task``, ``"segment"`` or ``"detect"``. For a Conditional DETR of its authors, ``output_stride``.
         force: write into a folder that is not empty, replacing files of the same names and no others.
 
     Raises:
@@ -191,13 +193,14 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
 def _locate(source: str | Path, model: str | None) -> _Source:
     """Find the file, the model and its entry in the manifest."""
     path, known = loading.local_path(source), checkpoints()
-    config = dilations = stated = None
+    config = stated = None
+    theirs: dict[str, Any] = {}
     if path.is_file():
         file = path
     elif path.is_dir():
-        file, stated, config, dilations = _in_folder(path)
+        file, stated, config, theirs = _in_folder(path)
         if stated is None and model is None:
-            kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+            kind = theirs["model_type"]
             near = ", ".join(_family_of(kind)) or "none of this type"
             raise ValueError(f"{path / 'config.json'}, of type {kind}, describes no known model; pass --model: {near}")
     elif str(source) in known:
@@ -229,7 +232,9 @@ def _locate(source: str | Path, model: str | None) -> _Source:
     if path.is_file() and published is not None:
         _check_file(file, name, published, checkpoint)
     arguments = {**(checkpoint.arguments if checkpoint else {}), **((config or {}).get("model_args") or {})}
-    return _Source(file, architecture, checkpoint, arguments, config, dilations)
+    if theirs.get("model_type") == "conditional_detr":
+        arguments |= _of_detr(theirs)
+    return _Source(file, architecture, checkpoint, arguments, config, theirs)
 
 
 def _check_file(file: Path, name: str, published: Checkpoint, checkpoint: Checkpoint | None) -> None:
@@ -240,8 +245,8 @@ def _check_file(file: Path, name: str, published: Checkpoint, checkpoint: Checkp
         raise ConversionError(f"sha256 of {file} is {digest}, published for {published.name}: {published.sha256}")
 
 
-def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, list[int] | None]:
-    """File, model name and config.json of a timm folder; file and dilations of a folder of transformers."""
+def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, dict[str, Any]]:
+    """The weights file, the model's name, and the config.json of timm's, or of transformers."""
     config, content = folder / "config.json", None
     with contextlib.suppress(ValueError):
         content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
@@ -249,15 +254,12 @@ def _in_folder(folder: Path) -> tuple[Path, str | None, dict[str, Any] | None, l
         file = next((folder / name for name in loading.WEIGHT_FILES if (folder / name).is_file()), None)
         if file is None:
             raise OSError(f"{folder} has no weights: none of {', '.join(loading.WEIGHT_FILES)}")
-        dilations = content.get("dilations") or []
-        if content["model_type"] == "nat":
-            dilations = [[1] * depth for depth in content.get("depths") or []]
-        return file, _of_transformers(content, config), None, [each for level in dilations for each in level] or None
+        return file, _of_transformers(content, config), None, content
     found = read_folder(folder)
     if found.dense:
         raise ValueError(f"{folder} is already a detector or segmenter of this package: use foveal.load")
     # a converted folder keeps the name of its checkpoint
-    return found.weights, (found.record or {}).get("checkpoint") or found.config["architecture"], found.config, None
+    return found.weights, (found.record or {}).get("checkpoint") or found.config["architecture"], found.config, {}
 
 
 def _only(file: Path, candidates: list[str]) -> str:
@@ -272,6 +274,10 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
     Raises:
         ValueError: it describes several; the message has them.
     """
+    if content["model_type"] == "conditional_detr":  # on a backbone of timm
+        inner = content.get("backbone_config") or {}
+        name = inner.get("backbone") if inner.get("model_type") == "timm_backbone" else content.get("backbone")
+        return name if name is not None and is_model(name) else None
     found = []
     for name in _family_of(content["model_type"]):
         with torch.device("meta"):
@@ -279,6 +285,21 @@ def _of_transformers(content: Mapping[str, Any], config: Path) -> str | None:
         theirs = _for_transformers(model, content["model_type"])
         found += [name] * all(content.get(key) == value for key, value in theirs.items())
     return _only(config, found) if found else None
+
+
+def _of_detr(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that transformers' config.json of a Conditional DETR states and its tensors do not show.
+
+    Raises:
+        ValueError: a network that is not supported.
+    """
+    inner = content.get("backbone_config") or {}
+    stated = {key: content.get(key, 8) for key in ("encoder_attention_heads", "decoder_attention_heads")}
+    other = {key: content.get(key, value) for key, value in _DETR.items() if content.get(key, value) != value}
+    if other or len(set(stated.values())) > 1:
+        raise ValueError(f"a Conditional DETR with {other | stated}; supported are {_DETR} and equal numbers of heads")
+    stride = inner.get("output_stride") or (16 if content.get("dilation") else 32)
+    return {"output_stride": stride, "head_kwargs": {"num_heads": stated["encoder_attention_heads"]}}
 
 
 def _family_of(model_type: str) -> list[str]:
@@ -372,9 +393,13 @@ def _single(
     net = _create(source.architecture, arguments).eval()
     inner = names.without_getter(net)
     own = [m.dilation for m in inner.modules() if hasattr(m, "rpb") and hasattr(m, "dilation")]
-    if source.dilations not in (None, own):
+    dilations = source.transformers.get("dilations") or []
+    if source.transformers.get("model_type") == "nat":
+        dilations = [[1] * depth for depth in source.transformers.get("depths") or []]
+    stated = [each for level in dilations for each in level]
+    if stated and stated != own:
         raise ValueError(
-            f"config.json has the dilations {source.dilations}, {source.architecture} has {own}: choose another model, "
+            f"config.json has the dilations {stated}, {source.architecture} has {own}: choose another model, "
             "or --set dilations=..."
         )
     translate = names.of_family(inner, source.architecture)
@@ -413,15 +438,20 @@ def _dense(
     translate = names.of_dense(net, source.architecture, metadata.bgr)
     result, dropped = names.fitted(state, net, translate, names.may_be_unused)
     _load(net, result)
-    classes = dense.class_names(content, config.arguments["num_classes"])
-    coco = config.task == "detect" and known is not None and "_coco" in known.tag and len(classes) == len(_COCO)
-    more = {"category_ids": list(_COCO)} if coco else {}
+    classes = dense.class_names(content, config.arguments["num_classes"], source.transformers.get("id2label"))
+    coco = config.task == "detect" and known is not None and "_coco" in known.tag
+    more = {"category_ids": list(_COCO)} if coco and len(classes) == len(_COCO) else {}
+    if config.arguments["head"] == "conditional_detr":  # its classes are numbered by category id
+        more = {"category_ids": list(range(len(classes)))}
+        if coco and not source.transformers:
+            classes = dense.COCO_BY_ID
 
     def write(folder: Path) -> None:
         save_dense(folder, net, classes, dense.preprocessing(net, known), **more)
 
     head, neck = config.arguments["head"], config.arguments["neck"]
-    description = f"{head} on {source.architecture} with {neck}, {len(classes)} classes"
+    with_neck = f" with {neck}" * (head_spec(config.task, head).neck != "none")
+    description = f"{head} on {source.architecture}{with_neck}, {len(classes)} classes"
     if metadata.task == "panoptic":
         description += f"; of a panoptic model: {SEMANTIC_ONLY}"
     used = {name: value for name, value in state.items() if name not in dropped}

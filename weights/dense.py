@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..heads.build import build_dense
 from ..heads.detection import Detector
+from ..heads.detection.published import from_conditional_detr
 from .cards import head_of
 from .manifest import Checkpoint
-from .names import ANCHORS, STATISTICS, State
+from .names import ANCHORS, BACKBONE, STATISTICS, State
 
 # Dataset (and task) in the tags of published files, number of classes.
 _CLASSES = {
+    "conditional_detr": 91,  # of COCO, by id
     "coco_panoptic": 133,
     "coco": 80,
     "ade20k_instance": 100,
@@ -92,7 +95,7 @@ def source_metadata(state: State, arguments: Mapping[str, Any], known: Checkpoin
     for key, values in [*stored.items(), *((key, arguments[key]) for key in ("mean", "std") if key in arguments)]:
         _check_statistics(key, values, channels)
     if missing := _missing(state, arguments, order, () if known is not None else {"mean", "std"} - stored.keys()):
-        raise ValueError(f"only detectron2's configuration has these, pass them by --set: {missing}")
+        raise ValueError(f"the tensors do not show these, pass them by --set: {missing}")
     for key, values in stored.items():
         stated = arguments.get(key) or (known and getattr(known, key)) or values
         if not torch.allclose(torch.tensor(stated), torch.tensor(values), rtol=1e-5, atol=1e-6):
@@ -102,7 +105,13 @@ def source_metadata(state: State, arguments: Mapping[str, Any], known: Checkpoin
 
 
 def _missing(state: State, arguments: Mapping[str, Any], order: str | None, statistics: Collection[str]) -> str:
-    """The entries of detectron2's configuration that nobody has stated."""
+    """What nobody has stated: entries of detectron2's configuration, or the dilation of a DETR.
+
+    Args:
+        statistics: those that are unknown; none of a published file.
+    """
+    if any("decoder.ref_point_head." in name for name in state):
+        return "" if not statistics or "output_stride" in arguments else "output_stride=32, or 16 for DC5"
     resnet = any(name.startswith(("backbone.res2.", "backbone.bottom_up.res2.")) for name in state)
     if not resnet and not any(name.startswith("proposal_generator.") for name in state):
         return ""
@@ -137,6 +146,8 @@ class HeadConfig:
     def build(self, architecture: str, arguments: Mapping[str, Any], mean: Any = None, std: Any = None) -> nn.Module:
         """The model on a backbone with these arguments; those of neck and heads are merged into the config's."""
         merged = {**self.arguments, "mean": mean, "std": std}
+        if self.arguments["head"] == "conditional_detr" and "output_stride" in arguments:  # it reads the last map
+            merged["strides"] = [arguments["output_stride"]]
         for key, value in arguments.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
             merged[key] = {**merged[key], **value} if both else value
@@ -173,6 +184,8 @@ def head_config(state: State, task: str | None = None) -> HeadConfig:
     a3fpn = any("a3fpn_body." in name for name in state)
     if has("sem_seg_head.predictor.class_embed."):
         task, arguments = _mask2former(state, task)
+    elif any("decoder.ref_point_head." in name for name in state):
+        task, arguments = "detect", _conditional_detr(state)
     elif has("roi_head.bbox_head.0."):
         task, arguments = "detect", _cascade(state)
     elif has("proposal_generator.rpn_head.") and has("roi_heads.box_head.fc1."):
@@ -332,10 +345,23 @@ def _mask2former(state: State, task: str | None) -> tuple[str, dict[str, Any]]:
     return ("detect", arguments) if task == "detect" else ("segment", arguments | {"auxiliary": False})
 
 
+def _conditional_detr(state: State) -> dict[str, Any]:
+    head = from_conditional_detr({name: x for name, x in state.items() if not name.startswith(BACKBONE)}, "")
+    settings = dict(
+        width=_size(head, "class_embed.weight", 1),
+        ffn_width=_size(head, "transformer.decoder.layers.0.linear1.weight"),
+        encoder_layers=_count(head, "transformer.encoder.layers.#."),
+        decoder_layers=_count(head, "transformer.decoder.layers.#."),
+        num_queries=_size(head, "query_embed.weight"),
+        size_divisor=1,
+    )
+    return dict(head="conditional_detr", num_classes=_size(head, "class_embed.weight"), head_kwargs=settings)
+
+
 def check_anchors(state: State, model: Any) -> None:
     """Raise ValueError if the anchors in a file differ from the model's."""
-    rpn = getattr(getattr(model, "detector", None), "rpn", None)
-    own = rpn.anchor_generator.cell_anchors if rpn is not None else []
+    regions = isinstance(model, Detector) and model.kind == "two_stage"
+    own = model.detector.rpn.anchor_generator.cell_anchors if regions else []
     for name, match in ((name, ANCHORS.fullmatch(name)) for name in state):
         if match is None:
             continue
@@ -363,8 +389,19 @@ def preprocessing(model: Any, known: Checkpoint | None = None) -> dict[str, Any]
     return images | {"inference": {"scale": [4 * side, side], "antialias": known.keys == "detectron2"}}
 
 
-def class_names(checkpoint: Mapping[str, Any], count: int) -> list[str]:
-    """The ``count`` class names that mmcv or mmengine stored in a checkpoint; without them ``class 0`` ..."""
+# of the 91 ids, with names for those that have none
+COCO_BY_ID = [
+    f"class {i}" if name in ("N/A", "__background__") else name
+    for i, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+]
+
+
+def class_names(checkpoint: Mapping[str, Any], count: int, by_id: Mapping[str, str] | None = None) -> list[str]:
+    """The ``count`` class names that mmcv or mmengine stored in a checkpoint, or those of transformers' ``id2label``;
+    ``class 0`` ... for classes without a name."""
+    if by_id is not None:
+        names = [by_id.get(str(i), "N/A") for i in range(count)]
+        return [f"class {i}" if name == "N/A" else name for i, name in enumerate(names)]
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     nested = meta.get("dataset_meta")

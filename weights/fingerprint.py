@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..heads.detection import Detector
 from ..heads.mask2former import query_outputs
+from ..heads.registry import head_spec
 
 _VALUES = 64  # of every output, spread evenly over it
 
@@ -72,15 +73,18 @@ class RawOutputs(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """``[1, C, H, W]`` to the neck's maps, the logits and deltas on them, and for four fixed regions the class, box
-        and mask outputs; to a segmenter's logits; to the class and mask logits of Mask2Former."""
-        if self.model.arguments["head"] == "mask2former":
+        and mask outputs; to a segmenter's logits; to the class and mask logits of Mask2Former; to those of Conditional
+        DETR and its boxes."""
+        if head_spec(self.model.task, self.model.arguments["head"]).kind == "mask_queries":
             return self._queries(image)
         if not isinstance(self.model, Detector):
             return [self.model(image)]
         detector: Any = self.model.detector
         maps = self.model.backbone(image)
         levels = list(maps.values())
-        if not hasattr(detector, "rpn"):
+        if self.model.kind == "box_queries":
+            return [layers[-1] for layers in detector.head(levels[-1])]
+        if self.model.kind == "one_stage":
             found = detector.head(levels)
             return [*levels, *(found[key] for key in sorted(found))]
         logits, deltas = detector.rpn.head(levels)

@@ -21,7 +21,7 @@ from ..backbones import family, list_models
 from ..backbones.base import NamesError, unwrap
 from ..backbones.loading import without_wrappers
 from ..heads.detection import Detector
-from ..heads.detection.published import from_published
+from ..heads.detection.published import from_conditional_detr, from_published
 from ..heads.necks import A3FPN
 from ..heads.necks.published import published_state
 from ..heads.segmentation.published import from_mask2former, from_mmseg
@@ -32,6 +32,8 @@ State = Mapping[str, Tensor]
 Translate = Callable[[State], dict[str, Tensor]]
 
 BACKBONE = "backbone."
+# what stands between it and the names of the network: detectron2, Conditional DETR's authors, transformers
+_WITHIN = ("bottom_up.", "0.body.", "conv_encoder.model.", "model.")
 STATISTICS = ("pixel_mean", "pixel_std")  # buffers in files of old versions of detectron2
 ANCHORS = re.compile(r"proposal_generator\.anchor_generator\.cell_anchors\.(\d+)")  # likewise, by level
 _NECK = re.compile(  # A3-FPN's
@@ -51,10 +53,11 @@ def bare(name: str) -> str:
 
 
 def backbone_names(names: Iterable[str]) -> dict[str, str]:
-    """The names of the backbone's tensors in a dense model, and the same without detectron2's ``bottom_up``."""
+    """The names of the backbone's tensors in a dense model, and the same without detectron2's ``bottom_up`` and others
+    of its kind."""
     names = [name for name in names if name.startswith(BACKBONE)]
-    below = f"{BACKBONE}bottom_up."
-    prefix = below if any(name.startswith(below) for name in names) else BACKBONE
+    inner = (BACKBONE + part for part in _WITHIN)
+    prefix = next((each for each in inner if any(name.startswith(each) for name in names)), BACKBONE)
     return {name: BACKBONE + name[len(prefix) :] for name in names if name.startswith(prefix)}
 
 
@@ -77,6 +80,8 @@ def key_format(names: Iterable[str], architecture: str, own: Iterable[str]) -> s
     names, own = [bare(name) for name in names], {bare(name) for name in own}
     if any("patch_embeddings.projection" in name or name.startswith("van.encoder.") for name in names):
         return "transformers"
+    if any("decoder.ref_point_head." in name for name in names):  # of Conditional DETR
+        return "authors" if any(name.startswith("transformer.") for name in names) else "transformers"
     if any(name.startswith(("backbone.bottom_up.", "sem_seg_head.", "roi_heads.", "criterion.")) for name in names):
         return "detectron2"
     if any(name.startswith(BACKBONE) for name in names):
@@ -129,6 +134,8 @@ def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
         rest = {name: x for name, x in state.items() if not (name in own or may_be_unused(name))}
         if model.arguments["head"] == "mask2former":
             return result | from_mask2former(rest, "detector.head." if detects else "head.")
+        if model.arguments["head"] == "conditional_detr":
+            return result | from_conditional_detr(rest)
         return result | (from_published(rest) if detects else from_mmseg(rest))
 
     return translate
@@ -168,7 +175,7 @@ _RESNET_C = {r"(?<![^.])stem\.7\.": "bn1.", r"(?<![^.])stem\.([01346])\.": r"con
 
 
 def _resnet(state: State, network: Any) -> dict[str, Tensor]:
-    """timm's names for the ResNets of detectron2 and for ResNet-C; other files unchanged.
+    """timm's names for the ResNets of detectron2 and for ResNet-C; other files unchanged, but for frozen norms.
 
     Raises:
         ValueError: the file has the stem of ResNet-C and the network does not.
@@ -185,7 +192,7 @@ def _resnet(state: State, network: Any) -> dict[str, Tensor]:
         for theirs, ours in table.items():
             name = re.sub(theirs, ours, name, count=1)
         result[name] = tensor
-    if table is _DETECTRON2:  # its frozen norms do not count batches
+    if not any(name.endswith(".num_batches_tracked") for name in result):  # frozen norms do not count batches
         for name in [name for name in result if name.endswith(".running_mean")]:
             count = f"{name.removesuffix('running_mean')}num_batches_tracked"
             if count.removeprefix(BACKBONE) in own:

@@ -22,6 +22,7 @@ class Detector(DenseModel):
         num_classes: without the background.
 
     Attributes:
+        kind: of its head, see `HeadSpec`.
         masks: whether it predicts masks and needs them in training.
     """
 
@@ -32,21 +33,23 @@ class Detector(DenseModel):
         super().__init__()
         self.detector = detector
         self.num_classes = num_classes
+        self.kind: str = head.kind
         self.masks: bool = head.masks
         self.first_class: int = head.first_class
 
     @property
     def max_detections(self) -> int:
         """Of an image, in evaluation."""
-        return self._limited.detections_per_img
+        return self.selector.detections_per_img
 
     @max_detections.setter
     def max_detections(self, count: int) -> None:
-        self._limited.detections_per_img = count
+        self.selector.detections_per_img = count
 
     @property
-    def _limited(self) -> Any:
-        return getattr(self.detector, "roi_heads", self.detector)
+    def selector(self) -> Any:
+        """The part that selects the detections, with ``score_thresh`` and ``detections_per_img``."""
+        return self.detector.roi_heads if self.kind == "two_stage" else self.detector
 
     @property
     def backbone(self) -> Backbone:
@@ -87,7 +90,9 @@ class Detector(DenseModel):
         batch norms. Regions and points are sampled with a fixed seed."""
         assert not self.training
         # these return losses instead of detections; their submodules stay in evaluation mode
-        parts = [self.detector, *(m for name, m in self.detector.named_children() if name in ("rpn", "roi_heads"))]
+        parts = [self.detector]
+        if self.kind == "two_stage":
+            parts += [self.detector.rpn, self.detector.roi_heads]
         with same_draws(images[0].device):
             try:
                 for part in parts:

@@ -1,4 +1,5 @@
-"""Parameter names of mmdetection's and detectron2's detectors, and the position of the background class."""
+"""Parameter names of mmdetection's and detectron2's detectors, and the position of the background class; names of
+Conditional DETR."""
 
 from __future__ import annotations
 
@@ -94,4 +95,44 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif ".mask_fcn_logits." in own:
             tensor = torch.cat([tensor.new_zeros(1, *tensor.shape[1:]), tensor])
         result[own] = tensor
+    return result
+
+
+# transformers' names of Conditional DETR below ``model.`` (its version 5; before, and on the hub) to the authors'
+_TRANSFORMERS_DETR = (
+    (r"^(encoder|decoder)\.", r"transformer.\1."),
+    (r"^query_position_embeddings\.", "query_embed."),
+    (r"^input_projection\.", "input_proj."),
+    (r"^class_labels_classifier\.", "class_embed."),
+    (r"^bbox_predictor\.", "bbox_embed."),
+    (r"\.(mlp\.)?fc([12])\.", r".linear\2."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.encoder_attn_layer_norm\.", ".norm2."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+    (r"\.decoder\.layernorm\.", ".decoder.norm."),
+    (r"(decoder\.layers\.\d+)\.self_attn\.(?!out_proj)", r"\1.sa_"),
+    (r"(decoder\.layers\.\d+)\.encoder_attn\.(?!out_proj)", r"\1.ca_"),
+    (r"\.encoder_attn\.", ".cross_attn."),
+    (r"\.([sc]a_[qk])_(content|pos)", r".\1\2"),
+)
+
+
+def from_conditional_detr(state_dict: Mapping[str, Tensor], prefix: str = "detector.head.") -> dict[str, Tensor]:
+    """The head of Conditional DETR under the names of `conditional_detr.ConditionalDETRHead`.
+
+    Args:
+        state_dict: with the authors' names or transformers', without the tensors of the backbone.
+        prefix: before the new names.
+    """
+    result = {}
+    for name, tensor in state_dict.items():
+        for theirs, ours in _TRANSFORMERS_DETR:
+            name = re.sub(theirs, ours, name)
+        if (joint := ".self_attn.in_proj_") in name:  # queries, keys and values
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                result[prefix + name.replace(joint, f".self_attn.{letter}_proj.")] = part
+        else:
+            result[prefix + name] = tensor
     return result

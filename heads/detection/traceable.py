@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
 from .cascade import CascadeHeads
+from .conditional_detr import detections, valid_cells
 from .detector import Detector
 from .parts import AlignedPool
 
@@ -66,7 +67,8 @@ class OneImage(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    anchors: torch.Tensor
+    anchors: torch.Tensor | None
+    valid: torch.Tensor | None
 
     def __init__(self, model: Detector, size: tuple[int, int], suppress: Suppress = suppress) -> None:
         super().__init__()
@@ -78,17 +80,22 @@ class OneImage(nn.Module):
         with torch.no_grad():
             batch, _ = transform([parameter.new_zeros(channels, *size)])
             maps = list(model.backbone(batch.tensors).values())
-            regions = hasattr(model.detector, "rpn")
-            anchors = model.detector.rpn.anchor_generator if regions else model.detector.anchor_generator
-            found = anchors(batch, maps)[0]
         self.seen: tuple[int, int] = tuple(batch.image_sizes[0])  # size of the resized image
         self.padding = [p - s for p, s in zip(batch.tensors.shape[-2:], self.seen, strict=True)]  # padding
-        per_place = anchors.num_anchors_per_location()
-        self.counts = [n * x.shape[-2:].numel() for n, x in zip(per_place, maps, strict=True)]
-        self.detect = self._regions if regions else self._dense
+        self.detect = {"two_stage": self._regions, "one_stage": self._dense, "box_queries": self._queries}[model.kind]
+        anchors = valid = None
+        if model.kind == "box_queries":
+            valid = valid_cells([self.seen], batch.tensors.shape[-2:], maps[-1].shape[-2:], parameter.device)
+        else:
+            generator = model.detector.rpn if model.kind == "two_stage" else model.detector
+            generator = generator.anchor_generator
+            anchors = generator(batch, maps)[0]
+            per_place = generator.num_anchors_per_location()
+            self.counts = [n * x.shape[-2:].numel() for n, x in zip(per_place, maps, strict=True)]
         for name, value in (("mean", transform.image_mean), ("std", transform.image_std)):
             self.register_buffer(name, parameter.new_tensor(value).view(-1, 1, 1), persistent=False)
-        self.register_buffer("anchors", found, persistent=False)
+        self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("valid", valid, persistent=False)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[1, C, H, W]``, float in [0, 1], to ``boxes`` ``[n, 4]`` in the image's pixels, ``labels`` int64 ``[n]``,
@@ -138,12 +145,21 @@ class OneImage(nn.Module):
             start += count
         scores, at = torch.cat(best), torch.cat(chosen)
         place, labels = at // classes, at % classes
+        assert self.anchors is not None
         codes, anchors = outputs["bbox_regression"][0][place], self.anchors[place]
         decode = getattr(detector.box_coder, "decode_single", detector.box_coder.decode)
         boxes = clip_boxes_to_image(decode(codes, anchors), self.seen)
         limits = classes, detector.nms_thresh, detector.detections_per_img
         keep = self._best(boxes, scores, labels, scores > detector.score_thresh, *limits)
         return boxes[keep], labels[keep], scores[keep]
+
+    def _queries(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Conditional DETR: the top pairs of a query and a class."""
+        detector = self.model.detector
+        logits, boxes = detector.head(maps[-1], self.valid)
+        limits = detector.detections_per_img, detector.score_thresh
+        found = detections(logits[-1, 0], boxes[-1, 0], self.seen, *limits)
+        return found["boxes"], found["labels"], found["scores"]
 
     def _regions(self, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Faster, Mask and Cascade Mask R-CNN: classify the proposals, then NMS per class."""
@@ -168,6 +184,7 @@ class OneImage(nn.Module):
     def _proposals(self, maps: list[torch.Tensor]) -> torch.Tensor:
         """``[n, 4]``"""
         rpn = self.model.detector.rpn
+        assert self.anchors is not None
         objectness, deltas = rpn.head(maps)
         logits, codes, chosen, levels, start = [], [], [], [], 0
         for level, count in enumerate(self.counts):

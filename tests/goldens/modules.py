@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections
+from foveal.heads.detection.published import from_conditional_detr
 from foveal.heads.upsamplers import NAF, UPLiFT
 
 Tensors = dict[str, Tensor]
@@ -47,7 +49,48 @@ def _naf(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
     }
 
 
-RUNS: dict[str, Callable[[Any, Tensors, Tensors], Tensors]] = {"uplift_dinov2_s14": _uplift, "naf": _naf}
+def _conditional_detr(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
+    config = case["config"]
+    names = {"width": "d_model", "num_heads": "nhead", "ffn_width": "dim_feedforward", "num_queries": "num_queries"}
+    names |= {f"{part}_layers": f"num_{part}_layers" for part in ("encoder", "decoder")}
+    settings = {ours: config[theirs] for ours, theirs in names.items()}
+    head = ConditionalDETRHead(config["in_channels"], config["num_classes"], **settings).eval()
+    head.load_state_dict(from_conditional_detr(state_dict, ""))
+    x = inputs["map"]
+    valid = torch.zeros(len(x), *x.shape[-2:], dtype=torch.bool)
+    for own, (rows, columns) in zip(valid, config["valid"], strict=True):
+        own[:rows, :columns] = True
+    logits, boxes = head(x, valid)
+    labels, truth = ([torch.tensor(each[key]) for each in config["targets"]] for key in ("labels", "boxes"))
+    kinds = {"loss_ce": 0, "loss_bbox": 1, "loss_giou": 2}
+    losses, weights = criterion(logits, boxes, labels, truth), torch.tensor([config["weights"][kind] for kind in kinds])
+    total = (losses * weights).sum()
+    last = len(losses) - 1
+    places = [name.partition("_")[2].partition("_") for name in config["loss_names"]]
+    by_name = [losses[int(layer or last), kinds[f"loss_{kind}"]] for kind, _, layer in places]
+    gradients = torch.autograd.grad(total, [x, head.query_embed.weight])
+    found = [detections(*each, 100) for each in zip(logits[-1], boxes[-1], config["image_sizes"], strict=True)]
+    memory, places, cells = head.encode(x, valid)
+    _, reference = head.transformer.decoder(head.positions(memory), memory, places, cells)
+    return {
+        "pred_logits": logits,
+        "pred_boxes": boxes,
+        "memory": memory.transpose(1, 2).unflatten(2, x.shape[-2:])[:, :16],
+        "reference": reference.expand(len(x), -1, -1),
+        "losses": torch.stack(by_name),
+        "total": total[None],
+        "map_grad": gradients[0][:, :16],
+        "query_grad": gradients[1][:, :32],
+        **{key: torch.stack([each[key] for each in found]) for key in ("scores", "boxes")},
+        "labels": torch.stack([each["labels"] for each in found]).int(),
+    }
+
+
+RUNS: dict[str, Callable[[Any, Tensors, Tensors], Tensors]] = {
+    "uplift_dinov2_s14": _uplift,
+    "naf": _naf,
+    "conditional_detr": _conditional_detr,
+}
 
 
 def outputs(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:

@@ -78,8 +78,10 @@ def small(task: str, head: str, neck: str) -> nn.Module:
     if head == "mask2former":
         pytest.importorskip("transformers")
     own: dict = {"min_size": 64, "max_size": 96} if task == "detect" else {}
-    if head != "mask2former" and (task == "detect" or neck == "a3fpn"):
+    if HEADS[task][head].neck == "before" and (task == "detect" or neck == "a3fpn"):
         own["neck_kwargs"] = {"out_channels": 64}
+    if head == "conditional_detr":
+        own["head_kwargs"] = {"width": 32, "ffn_width": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 5}
     torch.manual_seed(0)
     return BUILDERS[task]("test_foveal_care", head, neck, num_classes=3, **own).eval()
 

@@ -19,6 +19,7 @@ ONE += ["schedule.epochs=1", "schedule.warmup_fraction=0", "train.steps_per_epoc
 ONE += ["data.workers=0", "log.trackers=[]", "model.drop_path_rate=0"]
 SMALL = "{num_queries: 12, feature_size: 32, mask_feature_size: 32, hidden_dim: 32, num_attention_heads: 2, "
 SMALL += "encoder_layers: 1, decoder_layers: 2, dim_feedforward: 64, encoder_feedforward_dim: 64, train_num_points: 64}"
+DETR = "{width: 32, num_heads: 2, ffn_width: 32, encoder_layers: 1, decoder_layers: 2, num_queries: 12, dropout: 0.0}"
 SEGMENT = """\
 model: {name: test_foveal_dinat, head: HEAD, head_kwargs: KWARGS, auxiliary: false}
 augment: {crop_size: [32, 64], ratio_range: [1, 1], cat_max_ratio: 1, photometric: false}
@@ -36,6 +37,7 @@ HEADS = [
     ("detect", "retinanet", "{}"),
     ("detect", "fcos", "{}"),
     ("detect", "mask2former", SMALL),
+    ("detect", "conditional_detr", DETR),
 ]
 
 

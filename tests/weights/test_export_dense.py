@@ -45,7 +45,7 @@ def shake(model: nn.Module) -> nn.Module:
                 nn.init.normal_(module.bias, std=0.5)
     for name, parameter in model.named_parameters():
         # else every box goes beyond the image, and all proposals are alike: their probabilities are 1
-        if name.endswith(("bbox_reg.weight", "bbox_pred.weight", "rpn.head.cls_logits.weight")):
+        if name.endswith(("bbox_reg.weight", "bbox_pred.weight", "rpn.head.cls_logits.weight", "class_embed.weight")):
             nn.init.normal_(parameter, std=0.02)
     return model.eval()
 
@@ -60,7 +60,10 @@ def detector(
             {"mask_width": 32} if head.endswith("mask_rcnn") else {"convention": "mmdet"}
         )
     sizes = {"min_size": min_size, "max_size": max(min_size, 96)}
+    if head == "conditional_detr":
+        settings = {"width": 32, "num_heads": 2, "ffn_width": 32, "encoder_layers": 1, "num_queries": 20} | head_kwargs
     neck_kwargs = {"out_channels": 64 if head == "fcos" else 32}  # whose norms have 32 groups
+    neck_kwargs = {} if head == "conditional_detr" else neck_kwargs
     torch.manual_seed(0)
     model = build_detector(backbone, head, neck, num_classes=3, head_kwargs=settings, neck_kwargs=neck_kwargs, **sizes)
     return shake(model)
@@ -168,6 +171,19 @@ def test_a_detector_in_onnx(tmp_path: Path) -> None:
 )
 def test_detectors(head: str, neck: str, to: str, tmp_path: Path) -> None:
     check(detector(head, neck), to, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["onnx", pytest.param("pt2", marks=SLOW)])
+def test_queries_for_boxes(to: str, tmp_path: Path) -> None:
+    """With padding, of which the backbone sees a mask, and resized inside."""
+    model = detector("conditional_detr", min_size=40, score_thresh=0.4)
+    folder = check(model, to, tmp_path, (64, 90))
+    assert "suppression" not in (folder / "README.md").read_text()
+    noise = torch.rand(1, 3, 64, 90)
+    with torch.no_grad():
+        scores = model(list(noise))[0]["scores"]
+    assert 3 < len(scores) < 60
+    assert scores.diff().abs().max() > 1e-2
 
 
 @SLOW

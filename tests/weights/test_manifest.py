@@ -48,6 +48,7 @@ def test_what_is_there() -> None:
         ("moh_vit", "classify"): 4,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
+        ("conditional_detr", "detect"): 4,
     }
 
 
@@ -97,7 +98,8 @@ def test_dense_checkpoints_are_of_models_that_exist(name: str) -> None:
     """With a list of dilations for each of their levels, one for each block."""
     checkpoint = ALL[name]
     assert is_model(checkpoint.model)
-    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1", "bias_size"}
+    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1", "bias_size", "output_stride"}
+    assert ("output_stride" in checkpoint.arguments) == ("_dc5_" in checkpoint.tag)
     # of a ResNet of detectron2 both are known
     assert ("stride_in_1x1" in checkpoint.arguments) == (
         checkpoint.keys == "detectron2" and "resnet" in checkpoint.model
@@ -122,9 +124,11 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://github.com/microsoft/SPACH/releases/download/v1.0/",
         "https://huggingface.co/DaiShiResearch/",
         "https://huggingface.co/Chat-UniVi/MoH-ViT-B-50/",
+        "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/ConditionalDETR_r",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
+        "hf://microsoft/conditional-detr-resnet-50",
     )
     by_hand = (
         "https://drive.google.com/drive/folders/1UGRHQKjBGY8EjUtsHLsy9VBXp7rfUqkf",
