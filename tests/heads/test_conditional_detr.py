@@ -11,6 +11,7 @@ from foveal.heads.build import build_detector
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections, match, valid_cells
 from foveal.heads.detection.published import from_conditional_detr
+from foveal.heads.detection.traceable import OneImage
 
 SMALL = dict(width=32, num_heads=2, ffn_width=48, encoder_layers=2, decoder_layers=3, num_queries=7)
 SIZES = {"min_size": 64, "max_size": 96}
@@ -144,6 +145,18 @@ def test_an_image_in_a_batch():
         torch.testing.assert_close(together[0][key], value, rtol=1e-4, atol=1e-4)
     middle = (alone["boxes"][:, :2] + alone["boxes"][:, 2:]) / 2
     assert middle[:, 0].max() > 64 > middle[:, 1].max()
+
+
+@torch.no_grad()
+def test_the_form_for_export():
+    """Of one size, which is resized and padded."""
+    model = shaken(detector(settings={"detections_per_img": 9}, min_size=40))
+    image = torch.rand(3, 64, 90)
+    (want,), graph = model([image]), OneImage(model, (64, 90))
+    assert graph.valid is not None
+    assert not graph.valid.all()
+    for key, got in zip(("boxes", "labels", "scores"), graph(image[None]), strict=True):
+        torch.testing.assert_close(got, want[key], rtol=1e-4, atol=1e-4)
 
 
 # ---- losses

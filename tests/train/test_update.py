@@ -37,7 +37,7 @@ HEADS = [
     ("detect", "retinanet", "{}"),
     ("detect", "fcos", "{}"),
     ("detect", "mask2former", SMALL),
-    ("detect", "conditional_detr", DETR),
+    pytest.param(("detect", "conditional_detr", DETR), id="detect-conditional_detr", marks=pytest.mark.slow),
 ]
 
 

@@ -173,7 +173,8 @@ def test_detectors(head: str, neck: str, to: str, tmp_path: Path) -> None:
     check(detector(head, neck), to, tmp_path)
 
 
-@pytest.mark.parametrize("to", ["onnx", pytest.param("pt2", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_queries_for_boxes(to: str, tmp_path: Path) -> None:
     """With padding, of which the backbone sees a mask, and resized inside."""
     model = detector("conditional_detr", min_size=40, score_thresh=0.4)
