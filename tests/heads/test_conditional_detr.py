@@ -150,7 +150,7 @@ def test_an_image_in_a_batch():
 @torch.no_grad()
 def test_the_form_for_export():
     """Of one size, which is resized and padded."""
-    model = shaken(detector(settings={"detections_per_img": 9}, min_size=40))
+    model = shaken(detector(settings={"detections_per_img": 9}, min_size=40, strides=(16,)))
     image = torch.rand(3, 64, 90)
     (want,), graph = model([image]), OneImage(model, (64, 90))
     assert graph.valid is not None
