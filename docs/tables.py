@@ -34,6 +34,7 @@ FAMILIES = {
     "transnext": "TransNeXt",
     "moh_vit": "MoH-ViT",
     "a3fpn": "A3-FPN",
+    "conditional_detr": "Conditional DETR",
 }
 
 
