@@ -16,11 +16,12 @@ from . import (
     shiftvit,
     stvit,
     transnext,
+    triplet,
     van,
 )
 
 _MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
-_MODULES += (moh_vit,)
+_MODULES += (moh_vit, triplet)
 
 
 def list_models() -> list[str]:

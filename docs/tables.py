@@ -33,6 +33,7 @@ FAMILIES = {
     "sgformer": "SG-Former",
     "transnext": "TransNeXt",
     "moh_vit": "MoH-ViT",
+    "triplet": "Triplet attention",
     "a3fpn": "A3-FPN",
     "conditional_detr": "Conditional DETR",
 }

@@ -33,6 +33,7 @@ FAMILIES = (
     "SG-Former",
     "TransNeXt",
     "MoH-ViT",
+    "Triplet",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

@@ -38,8 +38,10 @@ CASES: dict[str, dict] = {
     # timm's hybrids, narrow: one with each activation and attention
     **{name: dict(width_factor=0.25) for name in ("halo26t", "sehalo33ts", "eca_haloext26ts")},
     "lamhalobot50ts_256": dict(width_factor=0.25, img_size=64),
+    "triplet_resnet18": dict(channels=(16, 32, 48, 64)),
+    "triplet_mobilenetv2_100": dict(channel_multiplier=0.25),
 }
-SLOW = "eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_moh_vit"
+SLOW = "eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_moh_vit", "triplet_mobilenetv2_100"
 families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

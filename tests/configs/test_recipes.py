@@ -64,6 +64,7 @@ TINY = {
         "moh_vit",
     )
 }
+TINY |= {"triplet": "triplet_resnet18"}
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
 SMALL = {

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.backbones.triplet import ULSAM, TripletAttention, own_name
 from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections
 from foveal.heads.detection.published import from_conditional_detr
+from foveal.heads.probing import from_published
 from foveal.heads.upsamplers import NAF, UPLiFT
 
 Tensors = dict[str, Tensor]
@@ -86,10 +88,44 @@ def _conditional_detr(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensor
     }
 
 
+def _efficient_probing(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
+    probe, (tokens,) = from_published(state_dict), inputs.values()
+    assert len(probe[0].cls_token[0]) == case["config"]["num_queries"]
+    logits = probe(tokens)
+    grad = _gradients(logits.square().sum(), inputs)["tokens"]
+    return {
+        "logits": logits,
+        "pooled": probe[0](tokens),
+        "attention": probe[0].attention(tokens),
+        "tokens_grad": grad[..., :32],
+    }
+
+
+def _attention(module: torch.nn.Module, inputs: Tensors) -> Tensors:
+    out = module.eval()(inputs["map"])
+    return {"out": out, "map_grad": _gradients(out.square().sum(), inputs)["map"]}
+
+
+def _triplet(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
+    module = TripletAttention(inputs["map"].shape[1], **case["config"])
+    names = {f".{name}": name for name in state_dict}
+    module.load_state_dict({own_name(name)[1:]: state_dict[names[name]] for name in names})
+    return _attention(module, inputs)
+
+
+def _ulsam(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
+    module = ULSAM(**case["config"])
+    module.load_state_dict(state_dict)
+    return _attention(module, inputs)
+
+
 RUNS: dict[str, Callable[[Any, Tensors, Tensors], Tensors]] = {
     "uplift_dinov2_s14": _uplift,
     "naf": _naf,
     "conditional_detr": _conditional_detr,
+    "efficient_probing": _efficient_probing,
+    "triplet": _triplet,
+    "ulsam": _ulsam,
 }
 
 

@@ -36,6 +36,10 @@ MODELS = {
     "test_foveal_van": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_shiftvit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_stvit": ({}, ("model.patch_embed.", "model.layers.0.", "model.layers.1.")),
+    "triplet_resnet18": (
+        {"channels": (16, 32, 48, 64)},
+        ("model.conv1.", "model.bn1.", "model.layer1.", "model.layer2."),
+    ),
     "test_foveal_moh_vit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_transnext": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_raftmlp": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),

@@ -34,6 +34,7 @@ SMALL = {
     "sgformer": ("test_foveal_sgformer", {}),
     "transnext": ("test_foveal_transnext", {}),
     "moh_vit": ("test_foveal_moh_vit", {}),
+    "triplet": ("triplet_mobilenetv2_100", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 

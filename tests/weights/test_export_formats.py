@@ -142,6 +142,7 @@ SMALLEST = {
     "ShiftViT": "test_foveal_shiftvit",
     "TransNeXt": "test_foveal_transnext",
     "MoH-ViT": "test_foveal_moh_vit",
+    "Triplet": "triplet_mobilenetv2_100",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
     "SG-Former": "test_foveal_sgformer",

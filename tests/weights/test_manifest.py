@@ -46,6 +46,7 @@ def test_what_is_there() -> None:
         ("transnext", "detect"): 7,  # four of them DINO
         ("transnext", "segment"): 6,  # three of them Mask2Former
         ("moh_vit", "classify"): 4,
+        ("triplet", "classify"): 6,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
         ("conditional_detr", "detect"): 4,
@@ -135,6 +136,7 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://drive.google.com/drive/folders/1ZJDEwxDffqqqzBC2SzhOkpWpGRweDsE4",
         "https://drive.google.com/drive/folders/1uaT5OarQd9iPrnFufHocHpM3zhyTcetB",
         "https://cloud.tsinghua.edu.cn/d/0100f0cea37d41ba8d08/",
+        "https://drive.google.com/file/d/",
         "https://pan.baidu.com/s/",
         "https://huggingface.co/Chat-UniVi/",
     )
