@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     ascan,
     care,
+    fan,
     halonet,
     maxvit,
     moh_vit,
@@ -21,7 +22,7 @@ from . import (
 )
 
 _MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
-_MODULES += (moh_vit, triplet)
+_MODULES += (moh_vit, triplet, fan)
 
 
 def list_models() -> list[str]:

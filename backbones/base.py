@@ -313,7 +313,7 @@ ARGUMENTS = [
 
 def scored_raw(architecture: str) -> bool:
     """Whether the published score is of the raw weights, where a file has averaged (EMA) ones, too."""
-    return architecture == "rmt_t" or architecture.startswith(("shiftvit_", "stvit_"))
+    return architecture == "rmt_t" or architecture.startswith(("shiftvit_", "stvit_", "tap_fan_"))
 
 
 Model = TypeVar("Model", bound=Backbone)

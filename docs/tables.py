@@ -34,6 +34,8 @@ FAMILIES = {
     "transnext": "TransNeXt",
     "moh_vit": "MoH-ViT",
     "triplet": "Triplet attention",
+    "fan": "FAN",
+    "tap_fan": "TAP-FAN",
     "a3fpn": "A3-FPN",
     "conditional_detr": "Conditional DETR",
 }

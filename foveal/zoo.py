@@ -34,6 +34,8 @@ FAMILIES = (
     "TransNeXt",
     "MoH-ViT",
     "Triplet",
+    "FAN",
+    "TAP-FAN",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of

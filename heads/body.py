@@ -56,10 +56,12 @@ def build_body(
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate
     body: Any
-    with torch.device("meta"):
-        plain = {**kwargs, "out_norm": False} if "out_norm" in kwargs else kwargs
-        classifier = timm.create_model(architecture, **plain)
+    classifier = _without_values(architecture, kwargs)
     known = set(inspect.signature(type(classifier).__init__).parameters)
+    found = {info["reduction"] for info in feature_info(classifier)}
+    if out_indices is None and "learnable_downsample" in known and set(strides) == found | {32}:
+        kwargs = {"learnable_downsample": 768} | kwargs
+        classifier = _without_values(architecture, kwargs)
     if out_indices is None:
         out_indices = _indices(architecture, classifier, strides, upsampled)
     if upsampled and not known & {"out_norm"} and _is_plain(classifier):
@@ -78,6 +80,12 @@ def build_body(
     if grad_checkpointing:
         (body.model if hasattr(body, "model") else body).set_grad_checkpointing()
     return synchronized(body, sync_bn), classifier
+
+
+def _without_values(architecture: str, kwargs: dict[str, Any]) -> Any:
+    """The classifier on the meta device."""
+    with torch.device("meta"):
+        return timm.create_model(architecture, **kwargs | ({"out_norm": False} if "out_norm" in kwargs else {}))
 
 
 def synchronized(model: Model, sync_bn: bool) -> Model:

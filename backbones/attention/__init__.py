@@ -10,6 +10,12 @@ from .agent import AgentAttention2d as AgentAttention2d
 from .aggregated import AggregatedAttention2d as AggregatedAttention2d
 from .aggregated import LogPositionBias as LogPositionBias
 from .aggregated import without_autocast as without_autocast
+from .fan import ChannelMixing2d as ChannelMixing2d
+from .fan import ClassAttentionPool as ClassAttentionPool
+from .fan import FourierPosition as FourierPosition
+from .fan import TokenAwarePooling2d as TokenAwarePooling2d
+from .fan import TokenMixing2d as TokenMixing2d
+from .fan import attention_diversification_loss as attention_diversification_loss
 from .full import SoftmaxAttention2d as SoftmaxAttention2d
 from .full import TokenAttention2d as TokenAttention2d
 from .full import attend as attend

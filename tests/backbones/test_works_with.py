@@ -41,7 +41,7 @@ CASES: dict[str, dict] = {
     "triplet_resnet18": dict(channels=(16, 32, 48, 64)),
     "triplet_mobilenetv2_100": dict(channel_multiplier=0.25),
 }
-SLOW = "eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_moh_vit", "triplet_mobilenetv2_100"
+SLOW = "eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_moh_vit", "triplet_mobilenetv2_100", "test_foveal_fan"
 families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

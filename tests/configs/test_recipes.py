@@ -62,6 +62,8 @@ TINY = {
         "sgformer",
         "transnext",
         "moh_vit",
+        "tap_fan",
+        "fan",
     )
 }
 TINY |= {"triplet": "triplet_resnet18"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from foveal.backbones.fan import FANBlock, attention_diversification_loss
 from foveal.backbones.triplet import ULSAM, TripletAttention, own_name
 from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections
 from foveal.heads.detection.published import from_conditional_detr
@@ -15,6 +19,15 @@ from foveal.heads.probing import from_published
 from foveal.heads.upsamplers import NAF, UPLiFT
 
 Tensors = dict[str, Tensor]
+
+
+def normal(name: str, shape: list[int]) -> torch.Tensor:
+    """float32, roughly N(0, 1), depending on the name and the size alone: sums of four uniforms from PCG64."""
+    count = math.prod(shape)
+    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(4 * max(count, 1))
+    uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    values = (uniform.reshape(-1, 4).sum(1) - 2.0) * math.sqrt(3.0)
+    return torch.from_numpy(values[:count].astype(np.float32)).reshape(shape)
 
 
 def _gradients(loss: Tensor, inputs: Tensors) -> Tensors:
@@ -119,6 +132,31 @@ def _ulsam(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
     return _attention(module, inputs)
 
 
+def _fan_block(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensors:
+    config, tokens = case["config"], inputs["tokens"]
+    block = FANBlock(*(config[key] for key in ("dim", "num_heads", "mlp_ratio", "eta", "num_scales"))).eval()
+    block.load_state_dict({name.replace(".dwconv.", "."): x for name, x in state_dict.items()})
+    x = tokens.unflatten(1, config["size"])
+    out = block(x).flatten(1, 2)
+    found = {"out": out, "tokens_grad": _gradients(out.square().sum(), inputs)["tokens"]}
+    if block.dilation_predictor is None:
+        return found
+    name, (batch, count, _) = case["input_names"][0].partition(":")[0], tokens.shape
+    shape = [batch, config["num_heads"], count, count]
+    logits = [3 * normal(f"{name}:adl{i}", shape) + 4 * normal(f"{name}:column{i}", [count]) for i in range(2)]
+    maps = [each.softmax(-1).requires_grad_(True) for each in logits]
+    loss = attention_diversification_loss(maps)
+    queries, keys = block.attn.q, block.attn.kv
+    y = block.norm1(block.dilation_predictor(x))
+    return {
+        **found,
+        "attention": block.attn.weights(queries(y), keys(y).chunk(2, -1)[0]),
+        "scale_weights": block.dilation_predictor.weights(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
+        "adl": loss[None],
+        "adl_grad0": torch.autograd.grad(loss, maps[0])[0],
+    }
+
+
 RUNS: dict[str, Callable[[Any, Tensors, Tensors], Tensors]] = {
     "uplift_dinov2_s14": _uplift,
     "naf": _naf,
@@ -126,6 +164,8 @@ RUNS: dict[str, Callable[[Any, Tensors, Tensors], Tensors]] = {
     "efficient_probing": _efficient_probing,
     "triplet": _triplet,
     "ulsam": _ulsam,
+    "fan block": _fan_block,
+    "tap-fan block": _fan_block,
 }
 
 

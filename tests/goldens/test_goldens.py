@@ -2,10 +2,8 @@
 
 import json
 import math
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -15,25 +13,16 @@ import foveal.backbones
 import foveal.kernels
 
 from ..heads.published_names import from_published
-from .modules import outputs
+from .modules import normal, outputs
 
 HERE = Path(__file__).parent
 NECKS = sorted(path.stem for path in HERE.glob("a3fpn*.json"))
 PARTS = sorted({path.stem for path in HERE.glob("*.json") if "image" not in json.loads(path.read_text())} - set(NECKS))
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS) - set(PARTS))
 # every case with both backends of the operations, except where the family uses neither operation, or another does
-NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer", "moh_vit", "triplet")
+NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer", "moh_vit", "triplet", "fan", "tap_fan")
 RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
 LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
-
-
-def normal(name: str, shape: list[int]) -> torch.Tensor:
-    """float32, roughly N(0, 1), depending on the name and the size alone: sums of four uniforms from PCG64."""
-    count = math.prod(shape)
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(4 * max(count, 1))
-    uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    values = (uniform.reshape(-1, 4).sum(1) - 2.0) * math.sqrt(3.0)
-    return torch.from_numpy(values[:count].astype(np.float32)).reshape(shape)
 
 
 def parameter(name: str, shape: list[int]) -> torch.Tensor:

@@ -40,6 +40,7 @@ MODELS = {
         {"channels": (16, 32, 48, 64)},
         ("model.conv1.", "model.bn1.", "model.layer1.", "model.layer2."),
     ),
+    "test_foveal_fan": ({"learnable_downsample": 64}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_moh_vit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_transnext": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_raftmlp": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),

@@ -95,6 +95,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "rmt, token labels": ("test_foveal_rmt", {"aux_head": "features"}, tiny("test_foveal_rmt", aux_head="features")),
     "transnext": ("test_foveal_transnext", {}, tiny("test_foveal_transnext")),
     "moh_vit": ("test_foveal_moh_vit", {}, tiny("test_foveal_moh_vit")),
+    "fan": ("test_foveal_fan", {}, tiny("test_foveal_fan")),
+    "tap_fan": ("test_foveal_tap_fan", {}, tiny("test_foveal_tap_fan")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
     "sgformer": ("test_foveal_sgformer", {}, tiny("test_foveal_sgformer")),

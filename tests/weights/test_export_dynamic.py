@@ -35,6 +35,11 @@ SMALL = {
     "transnext": ("test_foveal_transnext", {}),
     "moh_vit": ("test_foveal_moh_vit", {}),
     "triplet": ("triplet_mobilenetv2_100", {}),
+    "tap_fan": ("test_foveal_tap_fan", {}),
+    "fan_vit": (
+        "fan_vit_tiny",
+        dict(embed_dim=32, depth=4, num_heads=2, map_blocks=(0, 1, 2)),
+    ),
     "overlock": ("test_foveal_overlock", {}),
 }
 

@@ -143,6 +143,8 @@ SMALLEST = {
     "TransNeXt": "test_foveal_transnext",
     "MoH-ViT": "test_foveal_moh_vit",
     "Triplet": "triplet_mobilenetv2_100",
+    "FAN": "test_foveal_fan",
+    "TAP-FAN": "test_foveal_tap_fan",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
     "SG-Former": "test_foveal_sgformer",

@@ -47,6 +47,9 @@ def test_what_is_there() -> None:
         ("transnext", "segment"): 6,  # three of them Mask2Former
         ("moh_vit", "classify"): 4,
         ("triplet", "classify"): 6,
+        ("fan", "classify"): 12,
+        ("tap_fan", "classify"): 1,
+        ("tap_fan", "segment"): 1,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
         ("conditional_detr", "detect"): 4,
@@ -62,7 +65,9 @@ def test_classifiers_are_as_their_cfgs_say(name: str) -> None:
         for key in ("num_classes", "input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     }
     if checkpoint.keys != "timm":  # timm states those of its networks
-        assert cfg.pool_size == tuple(size // (16 if "isotropic" in name else 32) for size in cfg.input_size[1:])
+        assert cfg.pool_size == tuple(
+            size // (16 if "isotropic" in name or "fan_" in name else 32) for size in cfg.input_size[1:]
+        )
     places = {cfg.url or "", f"hf://{cfg.hf_hub_id}" if cfg.hf_hub_id else ""} - {""}
     assert places == set(checkpoint.addresses)
     assert bool(cfg.has_weights) == bool(checkpoint.addresses) == (checkpoint.page is None)
@@ -126,6 +131,8 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://huggingface.co/DaiShiResearch/",
         "https://huggingface.co/Chat-UniVi/MoH-ViT-B-50/",
         "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/ConditionalDETR_r",
+        "https://github.com/zhoudaquan/fully_attentional_network_ckpt/releases/download/v1.0.0/",
+        "https://github.com/guoyongcs/TAPADL/releases/download/v1.0/",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
