@@ -19,10 +19,10 @@ Feature maps are channels-last inside, ``[B, H, W, C]``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -239,7 +239,7 @@ class FAN(Backbone):
         self.auxiliary_training = False
         self.head_init_scale = head_init_scale
         block = partial(FANBlock, embed_dim, num_heads, mlp_ratio, layer_scale, num_scales, drop_path_rate)
-        stages = [[block() for _ in range(start, end)] for start, end in pairwise([*ends, depth - 1])]
+        stages = [[block() for _ in range(start, end)] for start, end in itertools.pairwise([*ends, depth - 1])]
         down: nn.Module | None = None
         self.stem: nn.Module = ConvTokenEmbed(in_chans, embed_dim)
         if conv_depths:

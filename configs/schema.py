@@ -282,6 +282,7 @@ class DataConfig(ImagesConfig):
     crop_pct: float | None = None  # folder, wds: side of the centre crop over the resized short side
     workers: NonNegativeInt = 8  # folder, wds
     decode: Literal["timm", "fast", "draft"] = "fast"  # folder, wds: for training; see train/README.md
+    corruption: str | None = None  # of held-out images: NAME:SEVERITY, NAME (five severities) or all; null: none
 
 
 @dataclass(config=SCHEMA, kw_only=True)

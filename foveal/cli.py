@@ -24,7 +24,12 @@ from . import __version__
 from .errors import Interrupted, RunError
 
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's RuntimeError, on a CPU and on CUDA
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "faster_coco_eval": "faster-coco-eval"}
+_DISTRIBUTIONS = {
+    "imagecorruptions": "imagecorruptions-imaug",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "faster_coco_eval": "faster-coco-eval",
+}
 
 
 class _Commands(TyperGroup):

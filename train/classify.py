@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,8 @@ from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
 from ..heads.backbone import names_of_stages
 from . import checkpoint, deprecated, plots, task
-from .data import Data, build_classification_data, find_classes
+from .data import Data, build_classification_data, find_classes, workers_end
+from .data.corruption import parse
 from .losses import Teacher, build_losses, build_mix, check_mix, check_teacher, distillation_loss, prepare_heads
 from .scoring import ClassificationScorer, Losses, autocast, write_confusion
 from .task import RANDOM_WEIGHTS, Result, check_published, find_recipe, loop_problems, processes, use_kept_split
@@ -67,6 +69,9 @@ class Task(task.Task):
         problems, classes, cfg = loop_problems(config), [], {}
         with problems:
             check_mix(config)
+        with problems:
+            if len(parse(config.data.corruption)) > 1:
+                raise ConfigError(f"data.corruption={config.data.corruption} is for foveal evaluate; name a severity")
         with problems:
             cfg = model_cfg(config.model)
         if config.distill.teacher is not None:
@@ -159,6 +164,17 @@ class Task(task.Task):
             logits = model(images).float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return logits, torch.stack([loss, loss.new_tensor(len(targets))])[:, None]
+
+    def corrupted(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        corruptions, table = parse(self.config.data.corruption), {}
+        for each in corruptions if len(corruptions) > 1 else ():
+            data = replace(self.config.data, corruption=f"{each.name}:{each.severity}")
+            config, cfg = replace(self.config, data=data), self.data.preprocessing
+            images = build_classification_data(config, self.classes, cfg, train=False, **processes(accelerator)).val
+            with workers_end(images):
+                scorer = self.scorer().run(self.model, images.epoch(0), self.predict)
+            table.setdefault(each.name, []).append(100 - scorer.metrics["top1"])
+        return table
 
     def save_weights(self, folder: Path, model: Any) -> None:
         arguments = self.config.model.kwargs | {"in_chans": self.config.data.in_chans}

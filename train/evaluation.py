@@ -16,7 +16,7 @@ from ..files import write_json
 from .data import workers_end
 from .data.guard import printable
 from .distributed import join_processes
-from .scoring import Scorer
+from .scoring import Scorer, write_table
 from .task import Task
 from .tasks import find_task, import_remembered, task_of
 
@@ -34,7 +34,10 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         ``source``, ``model``, the metrics in percent, ``n`` (images), ``images_per_second``, ``unreadable`` (image ->
         reason). For detectors and segmenters also ``classes``, metrics by class, and for segmenters ``iou`` by class;
         None for classes that do not occur. The metrics of a detector are None if the images have no annotations; all
-        detections are then written to RUN/predictions.json, unless ``predictions`` names a file.
+        detections are then written to RUN/predictions.json, unless ``predictions`` names a file. With several
+        corruptions (``data.corruption=all``) also ``corruptions``, the top-1 errors in percent by corruption and
+        severity, and ``mean_corruption_error``, their mean, not relative to that of another network; the table is
+        written to RUN/corruptions.csv.
 
     Raises:
         ValueError: an invalid ``source`` or override, or missing data (`ConfigError`, `DataError`).
@@ -62,11 +65,13 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         scorer = task.score(task.model.to(accelerator.device))
     for names in gather_object([task.data.bad.names]):
         task.data.bad.merge(names)
+    errors = task.corrupted(accelerator)
     result = {
         "source": str(source),
         "model": task.config.model.name,
         **task.result(scorer),
         **_classes(task, scorer),
+        **_corruptions(errors),
         "n": scorer.n,
         "images_per_second": scorer.images_per_second,
         "unreadable": task.data.bad.names,
@@ -75,7 +80,32 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         if console is not None:
             _print(task, scorer, str(source), console)
         _write(task, scorer, result, files, console)
+        if errors:
+            _write_corruptions(errors, beside(source) / "corruptions.csv", console)
     return result
+
+
+def _corruptions(errors: dict[str, list[float]]) -> dict[str, Any]:
+    """Entries of the result: the errors, and their mean."""
+    if not errors:
+        return {}
+    means = [sum(each) / len(each) for each in errors.values()]
+    return {"corruptions": errors, "mean_corruption_error": sum(means) / len(means)}
+
+
+def _write_corruptions(errors: dict[str, list[float]], file: Path, console: Console | None) -> None:
+    """The table of top-1 errors in percent by corruption and severity, with means."""
+    columns = [*zip(*errors.values(), strict=True)]
+    rows = [*errors.items(), ("mean", [sum(each) / len(each) for each in columns])]
+    head = ["error in percent at severity", *map(str, range(1, 1 + len(columns))), "mean"]
+    table = [[name, *(round(each, 3) for each in row), round(sum(row) / len(row), 3)] for name, row in rows]
+    write_table(file, head, table)
+    if console is not None:
+        shown = Table(*head, box=None, pad_edge=False)
+        for name, *figures in table:
+            shown.add_row(name, *(f"{each:.4g}" for each in figures))
+        console.print(shown)
+        console.print(f"written to {file}", highlight=False, soft_wrap=True)
 
 
 def _write(
@@ -94,9 +124,14 @@ def _write(
 
 
 def unannotated_results(source: str | Path) -> Path:
-    """The default file for predictions without annotations: in the run, or beside the model folder."""
+    """The default file for predictions without annotations."""
+    return beside(source) / "predictions.json"
+
+
+def beside(source: str | Path) -> Path:
+    """Where files about a source are written: in the run, or beside the model folder."""
     folder = local_path(source)
-    return (folder if (folder / "config.yaml").is_file() else folder.resolve().parent) / "predictions.json"
+    return folder if (folder / "config.yaml").is_file() else folder.resolve().parent
 
 
 def _classes(task: Task, scorer: Scorer) -> dict[str, Any]:

@@ -119,6 +119,11 @@ class Task(ABC):
         no table."""
         return [], []
 
+    def corrupted(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """The error in percent by corruption and severity, if the recipe has several corruptions; every process must
+        call this."""
+        return {}
+
     # ---- logs and drawings
 
     @property

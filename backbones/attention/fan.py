@@ -127,6 +127,12 @@ class TokenAwarePooling2d(nn.Module):
     Args:
         dim: channels.
         num_scales: scales.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import TokenAwarePooling2d
+        >>> TokenAwarePooling2d(dim=64)(torch.randn(2, 14, 20, 64)).shape
+        torch.Size([2, 14, 20, 64])
     """
 
     def __init__(self, dim: int, num_scales: int = 4) -> None:

@@ -707,7 +707,8 @@ def test_timm_wrapper_of_a_run_of_0_1_0(write, tmp_path):
 def test_grad_cam(name):
     grad_cam = pytest.importorskip("pytorch_grad_cam")
     model = create(name)
-    layer = model.get_submodule(model.feature_info[-1]["module"])
+    # the logits of a class token do not depend on the last map
+    layer = model.get_submodule(model.feature_info[-2 if "fan" in name else -1]["module"])
     turn = (lambda y: y.permute(0, 3, 1, 2)) if getattr(model, "output_fmt", "NCHW") == "NHWC" else None
     with grad_cam.GradCAM(model, [layer], reshape_transform=turn) as cam:
         maps = cam(SQUARE, targets=None)

@@ -23,7 +23,7 @@ from ...configs.schema import (
     SegmentConfig,
     SegmentDataConfig,
 )
-from . import auto, folder, idx, masks, memory, wds
+from . import auto, corruption, folder, idx, masks, memory, wds
 from .class_names import DIGITS, FASHION_MNIST
 from .coco import read_coco
 from .composites import write_composites
@@ -307,8 +307,12 @@ def _memory_loader(
         arrays = idx.read_split(idx_root(config.data), split)
     images, targets = (array[: builder.limit(training)] for array in arrays)
     in_chans, size, _ = preprocessing["input_size"]
+    resized = memory.resize_images(images, size, in_chans)
+    change = None if training else corruption.only(config.data.corruption, preprocessing["input_size"])
+    if change is not None:
+        resized = torch.stack([change(image) for image in resized])
     return memory.MemoryLoader(
-        memory.resize_images(images, size, in_chans),
+        resized,
         targets,
         len(classes),
         builder.order(len(images), training, targets[:, None]),
@@ -333,7 +337,7 @@ def _file_loader(
         shape, mean = preprocessing["input_size"], tuple(preprocessing["mean"])
         transform = TrainTransform(config.augment, data.decode, shape, mean)
     else:
-        transform = EvalTransform(preprocessing)
+        transform = EvalTransform(preprocessing, corruption.only(data.corruption, preprocessing["input_size"]))
     kind: dict[str, Any] = {"train": training, "seed": config.seed}
     further = _normalize(config, preprocessing, training, device), builder.bad, data.workers
     if found is not None:

@@ -16,6 +16,7 @@ from torchvision.transforms import Compose
 
 from ...backbones.images import MODES, open_image, read_pixels, to_mode
 from ...configs.schema import AugmentConfig
+from .corruption import Corruption
 from .guard import DataError
 
 JPEG_STEP = 2  # libjpeg can decode at 1/2, 1/4 or 1/8 of the size
@@ -138,12 +139,15 @@ class EvalTransform:
 
     Args:
         preprocessing: timm's names (input_size, interpolation, crop_pct, crop_mode).
+        corruption: applied to the uint8 image.
     """
 
-    def __init__(self, preprocessing: dict):
+    def __init__(self, preprocessing: dict, corruption: Corruption | None = None):
         self.channels = preprocessing["input_size"][0]
         kept = ("input_size", "interpolation", "crop_pct", "crop_mode")
         self.augment = create_transform(use_prefetcher=True, **{key: preprocessing[key] for key in kept})
+        if corruption is not None:
+            self.augment = Compose([self.augment, corruption])
 
     def read(self, file: IO[bytes]) -> Image.Image | torch.Tensor:
         return read_pixels(file, self.channels)
