@@ -83,8 +83,8 @@ def _call(case: ModelCase, name: str, mode: int) -> Callable[[], Any]:
 
 
 def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterator[Row]:
-    """A model and its peer: milliseconds, images per second of inference, and memory: on a GPU what PyTorch allocates;
-    on a CPU, of two forms of one model, by how much a process of its own grows."""
+    """A model and its peer: milliseconds, images per second of inference, and the memory that PyTorch allocates; on a
+    CPU for two forms of one model, with what a process of its own grows by."""
     torch.compiler.reset()
     names = [case.own_name, *filter(None, [case.peer_name])]
     calls = {name: _network(case, name, bench, compiled) for name in names}
@@ -96,7 +96,7 @@ def model_rows(case: ModelCase, bench: Bench, compiled: bool = False) -> Iterato
             calls,
             reference=case.peer_name if case.same else None,
             tolerance=TOLERANCE,
-            memory=bench.cuda,
+            memory=bench.cuda or case.same,
             queued=False,
         )
     )

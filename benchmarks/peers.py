@@ -197,7 +197,7 @@ def windowed(layer: Layer, attend: Function = F.scaled_dot_product_attention) ->
         return t.flatten(3, 4).flatten(1, 2)
 
     def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
-        mask = None if table is None else expand_table(table, Window(p), Window(p2), (p, p2)).flatten(1, 2)
+        mask = None if table is None else expand_table(table, Window(p), Window(p2), (p, p2)).flatten(1, 2)[None]
         return joined(attend(*map(cut, (q, k, v)), attn_mask=mask), q.shape[0])
 
     return call

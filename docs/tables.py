@@ -143,9 +143,10 @@ def same() -> str:
     rows = []
     for row in measurements("models"):
         if row.get("forward_resident_mib"):
-            memory = [figure.replace("_ms", "_resident_mib") for figure in FIGURES]
+            memory = [each.replace("_ms", f"_{kind}_mib") for kind in ("extra", "resident") for each in FIGURES]
             rows.append((f"`{row['model']}`", row["input"], *(beside(row, each) for each in (*FIGURES, *memory))))
-    return filled_rows(("model", "input", "forward", "with backward", "memory", "with backward"), rows)
+    head = (f"{what}{backward}" for what in ("time", "memory", "process") for backward in ("", ", with backward"))
+    return filled_rows(("model", "input", *head), rows)
 
 
 TABLES = {

@@ -3,13 +3,14 @@
 The map is cut into tiles of queries with one span of keys each (``kernels/tiling.py``). A tile is one small dense
 attention with a mask: a few batched matrix products instead of a gather of K keys for each query.
 
-Three forms; the first two share the planning, the views and the bias:
+Four forms; the first two share the planning, the views and the bias:
 
 * ``_attend``: standard operators on all tiles at once, for ``torch.compile``, the exporters and dropout; ``_gathered``
   for graphs that leave PyTorch.
 * ``_Chunked``: eager mode on a CPU, forward and backward in chunks that stay in the CPU's cache. The backward pass
   keeps only q, k, v and the bias, and for small calls the probabilities.
-* ``_one_window``: eager mode on a CPU, for a small map that every query sees completely (HaloNet's last maps).
+* ``_one_window`` and ``_by_rows``: eager mode on a CPU, for a map that every query sees completely, a small one with
+  the decomposed bias (HaloNet's last maps) and a large one with a table.
 
 B batch, H W map, N heads, C channels, G G2 dilation groups of rows and columns, R Q tiles of rows and columns,
 T T2 queries of a tile, S S2 keys of its span, P P2 patterns: tiles with the same windows relative to the tile.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import tiling
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
@@ -573,6 +575,32 @@ def _one_window(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePositio
     return out.permute(0, 2, 3, 1, 4).contiguous()
 
 
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, table: Tensor, problem: Problem) -> Tensor:
+    """Attention of every position of a large map to every other, with a table, a few rows of queries at a time: their
+    bias is a part of the table expanded along columns alone, [N, 2Kh-1, w, W], and is not kept."""
+    working, (height, width) = tiling.working_dtype(q.dtype), problem.size
+    queries, keys, values = (t.to(working).permute(0, 3, 1, 2, 4) for t in (q, k, v))  # B N H W C
+    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+    column = problem.columns.table_row(torch.arange(width), torch.arange(width)[:, None])
+    expanded = table.to(working).index_select(2, column.flatten()).unflatten(2, column.shape)
+    step, outs = max(1, tiling.CHUNK // (q.shape[3] * width * height * width)), []
+    for first in range(0, height, step):
+        arguments = queries[:, :, first : first + step], keys, values, expanded, first, problem
+        outs.append(
+            checkpoint(_some_rows, *arguments, use_reentrant=False) if problem.needs_grad else _some_rows(*arguments)
+        )
+    return torch.cat(outs, 2).permute(0, 2, 3, 1, 4).to(v.dtype).contiguous()
+
+
+def _some_rows(q: Tensor, k: Tensor, v: Tensor, expanded: Tensor, first: int, problem: Problem) -> Tensor:
+    """The rows from ``first`` on of `_by_rows`: [B, N, T, W, V]."""
+    last, (height, width) = problem.rows.kernel_size - 1, problem.size
+    parts = [expanded.narrow(1, last - row, height) for row in range(first, first + q.shape[2])]
+    bias = torch.stack(parts, 1).transpose(2, 3).flatten(3).flatten(1, 2)[None]  # 1 N T*W H*W
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=problem.scale)
+    return out.unflatten(2, (-1, width))
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
     tensors = () if bias is None else bias.tensors
@@ -584,6 +612,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem
     large = a.tile * a.span * b.tile * b.span > tiling.CHUNK  # a single tile exceeds a chunk
     if not eager or (large and bias is None):  # large tiles without bias: SDPA, which does not store the logits
         return _attend(q, k, v, bias, problem, plans)
+    whole = a.span == a.length and b.span == b.length and max(*problem.dilation, *problem.query_stride) == 1
+    if large and isinstance(bias, RelativePositionBias) and whole and not (a.masked or b.masked):
+        return _by_rows(q, k, v, bias.table, problem)
     arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(q.dtype)
     if not isinstance(bias, RelativePositionBias):
         patterns = _patterns(None, *arguments)

@@ -1080,6 +1080,28 @@ def test_compile_with_the_default_compiler():
         assert relative_error(a, b) < 1e-4
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 5, 2, 4), (1, 9, 8, 3, 8)])
+def test_large_map_in_one_window(shape, monkeypatch):
+    """Its bias is expanded for some rows of queries at a time."""
+    monkeypatch.setattr(tiling, "CHUNK", 2 * shape[3] * shape[2] * shape[1] * shape[2] - 1)  # logits of two rows
+    calls = []
+    rows = tiled._some_rows
+    monkeypatch.setattr(tiled, "_some_rows", lambda *arguments: calls.append(1) or rows(*arguments))
+    size = shape[1:3]
+    leaves, _ = inputs(shape, None, size, "table")
+    grad = torch.randn_like(leaves[0])
+    for options in ({"boundary": "shift"}, {"boundary": "mask", "stride": size}):
+        found = []
+        for name in ("tiled", "reference"):
+            q, k, v, table = leaves
+            options |= {"kernel_size": size, "bias": RelativePositionBias(table), "backend": name}
+            out = neighborhood_attention(q, k, v, **options)
+            found.append((out, *torch.autograd.grad(out, leaves, grad)))
+        for got, want in zip(*found, strict=True):
+            assert relative_error(got, want) < 1e-5
+    assert len(calls) == 2 * 2 * shape[1]  # recomputed for the gradients
+
+
 class Attention(torch.nn.Module):
     def __init__(self, heads=2, **options):
         super().__init__()
