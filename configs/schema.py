@@ -237,7 +237,7 @@ class DenseModelConfig:
     frozen_stages: int = Field(default=-1, ge=-1)  # freeze the stem and so many stages; -1: nothing
     norm_eval: bool = False  # freeze the statistics of the backbone's batch norms
     # makes finer maps than the backbone's: bilinear, naf, uplift_dinov2_s14, uplift_dinov3_splus16, a run or folder
-    upsample: str | None = None
+    upsample: PathText | None = None
     sync_bn: bool = False  # synchronize batch norms over all processes
     drop_path_rate: Rate | None = None  # null: the backbone's default
     grad_checkpointing: bool = False
@@ -409,7 +409,7 @@ class DetectConfig(RunConfig):
 class SegmentModelConfig(DenseModelConfig):
     """Arguments of ``heads.build.build_segmenter``."""
 
-    head: Literal["upernet", "semantic_fpn", "mask2former"] = "upernet"
+    head: Literal["upernet", "semantic_fpn", "linear", "mask2former"] = "upernet"
     segmenter: PathText | None = None  # weights of the whole model: a run or model folder, or a file with mmseg's names
     auxiliary: bool = True  # upernet: an FCN head on the third feature map, in training only
     size_divisor: PositiveInt = 32  # pad images to multiples of this
@@ -492,7 +492,56 @@ class SegmentConfig(RunConfig):
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
 
 
-SCHEMAS = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+# ---- upsamplers
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class UpsampleModelConfig:
+    """A backbone that stays as it is, and the map of it for which UPLiFT is trained."""
+
+    name: str  # any timm model with features_only
+    pretrained: bool = False  # published weights, by the name's tag
+    checkpoint: PathText | None = None  # weights: a file, a timm folder or a run folder
+    stride: PositiveInt | None = None  # of the map; null: the coarsest up to 32
+    sync_bn: bool = False  # synchronize batch norms over all processes
+    kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the backbone
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class UpsampleDataConfig(ImagesConfig):
+    """Images without annotations: all below ``root/SPLIT``. ``digits`` are generated composites."""
+
+    kind: Literal["folder", "digits"] = "folder"
+    train_split: str = "train"
+    val_split: str = "val"
+    image_size: PositiveInt = 448  # images are resized to this side, whatever their aspect ratio
+    digits_train: PositiveInt = 400  # digits: number of composites
+    digits_val: PositiveInt = 100
+    digits_size: int = Field(default=128, ge=32)  # digits: side of the composites in pixels
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class UpsampleLossConfig:
+    levels: PositiveInt = 3  # how often images are halved
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class UpsampleConfig(RunConfig):
+    """A recipe for an upsampler."""
+
+    task: Literal["upsample"] = "upsample"
+    model: UpsampleModelConfig
+    data: UpsampleDataConfig = field(default_factory=UpsampleDataConfig)
+    loss: UpsampleLossConfig = field(default_factory=UpsampleLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+SCHEMAS = {
+    "classify": ClassifyConfig,
+    "detect": DetectConfig,
+    "segment": SegmentConfig,
+    "upsample": UpsampleConfig,
+}
 
 # ---- finding recipes
 

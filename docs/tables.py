@@ -155,7 +155,7 @@ TABLES = {
     "speed.md": {"served": served, "same": same, "windows": windows},
     "recipes.md": {
         "measured": measured,
-        **{task: lambda t=task: others(t) for task in ("classify", "detect", "segment")},
+        **{task: lambda t=task: others(t) for task in ("classify", "detect", "segment", "upsample")},
     },
     "weights.md": {"families": families},
 }

@@ -275,6 +275,7 @@ class Task(str, Enum):
     classify = "classify"
     detect = "detect"
     segment = "segment"
+    upsample = "upsample"
 
 
 Imports = Annotated[
@@ -510,10 +511,19 @@ def visualize(
     click: Annotated[bool, typer.Option("--click", help="Choose the point with the mouse (needs a display).")] = False,
     layers: Annotated[int, typer.Option(min=1, help="Maximum number of attention layers to draw.")] = 12,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random instead of published weights.")] = False,
+    upsample: Annotated[
+        str | None, typer.Option(help="Instead plot the last map and this upsampler's: naf, ..., a run or a folder.")
+    ] = None,
 ) -> None:
     """Plot what a model attends to at a point: windows, attention, receptive field, feature maps."""
     from .train.tasks import import_remembered
-    from .visualize import visualize_file
+    from .visualize import visualize_file, visualize_upsampled
+
+    if upsample is not None:
+        import_remembered(model)
+        maps = visualize_upsampled(image, model, output, upsample, pretrained=not untrained)
+        print(f"{output}: maps of {', '.join(f'{rows}x{columns}' for rows, columns in maps)} positions")
+        return
 
     try:
         x, y = (float(part) for part in point.split(","))

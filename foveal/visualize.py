@@ -114,17 +114,19 @@ def feature_maps(model: Any, image: Tensor) -> list[Tensor]:
     """
     with torch.no_grad():
         maps = model.forward_intermediates(image, intermediates_only=True)
-    pictures = []
-    for each in maps:
-        h, w = each.shape[2:]
-        values = each[0].flatten(1).t().double()  # positions x channels
-        values = values - values.mean(0)
-        _, _, basis = torch.linalg.svd(values, full_matrices=False)
-        parts = values @ basis[:3].t()
-        parts = F.pad(parts, (0, 3 - parts.shape[1]))
-        low, high = (torch.quantile(parts, q, dim=0) for q in (0.01, 0.99))
-        pictures.append(((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).reshape(h, w, 3).float())
-    return pictures
+    return [_colours([each])[0] for each in maps]
+
+
+def _colours(maps: list[Tensor]) -> list[Tensor]:
+    """Maps ``[1, C, h, w]`` as RGB images, all by the principal components and the range of the first."""
+    values = [each[0].flatten(1).t().double() for each in maps]  # positions x channels
+    mean = values[0].mean(0)
+    _, _, basis = torch.linalg.svd(values[0] - mean, full_matrices=False)
+    parts = [(each - mean) @ basis[:3].t() for each in values]
+    parts = [F.pad(each, (0, 3 - each.shape[1])) for each in parts]
+    low, high = (torch.quantile(parts[0], q, dim=0) for q in (0.01, 0.99))
+    scaled = [((each - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) for each in parts]
+    return [each.reshape(*own.shape[2:], 3).float() for each, own in zip(scaled, maps, strict=True)]
 
 
 def visualize(
@@ -433,3 +435,70 @@ def visualize_file(
     title = f"{name}{'' if pretrained else ', initial weights'}, {Path(file).name}, point {x:.2f}, {y:.2f}"
     found = visualize(model, pixels[None], shown, output, point=(x, y), title=title, layers=layers)
     return min(layers, len(found)), len(found)
+
+
+def visualize_upsampled(
+    file: str | Path, name: str, output: str | Path, upsample: str, *, pretrained: bool = True, side: int = 448
+) -> list[tuple[int, int]]:
+    """Draw a backbone's last map, its bilinear interpolation to stride 4, and the upsampled maps of strides 8 and 4,
+    all by the principal components of the first.
+
+    Args:
+        file: the image, whose short side is resized to about ``side``.
+        name: of the backbone, or a run or model folder.
+        upsample: as `foveal.heads.upsamplers.load_upsampler` takes it.
+        pretrained: False: a backbone with random weights and a fixed seed.
+
+    Returns:
+        Rows and columns of the maps.
+
+    Raises:
+        ValueError: backbone and upsampler do not fit each other.
+        OSError: a file cannot be read or written, or weights not be downloaded.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from foveal.visualize import visualize_upsampled
+        >>> Image.new("RGB", (80, 60)).save("image.png")
+        >>> visualize_upsampled("image.png", "vit_tiny_patch16_224", "look.png", "bilinear", pretrained=False, side=64)
+        [(4, 6), (16, 24), (8, 12), (16, 24)]
+    """
+    import timm
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from torchvision.transforms.v2 import functional
+
+    from .backbones.images import read_image
+    from .backbones.loading import resolve
+    from .heads.backbone import feature_info
+    from .heads.build import build_backbone
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        last = len(feature_info(timm.create_model(resolve(name).architecture))) - 1
+    options: dict[str, Any] = dict(pretrained=pretrained, out_indices=(last,), strides=(4, 8))
+    backbone = build_backbone(name, upsample=upsample, **options).eval()
+    image: Any = read_image(file, 3)
+    scale = side / min(image.size)
+    columns, rows = (max(round(each * scale / 32), 1) * 32 for each in image.size)
+    pixels = functional.pil_to_tensor(image.resize((columns, rows))).float() / 255
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (backbone.mean, backbone.std))
+    with torch.no_grad():
+        given = backbone.pyramid.resized(((pixels - mean) / std)[None])
+        own = backbone.body_maps(given)[0]
+        finest, finer = backbone.pyramid(given, [own])
+    maps = [own, F.interpolate(own, finest.shape[2:], mode="bilinear"), finer, finest]
+    titles = ["the backbone's", "bilinear", *[f"{backbone.pyramid.upsampler.kind}, stride {n}" for n in (8, 4)]]
+    figure = Figure(figsize=(2.7 * 5, 3.0 * rows / columns + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, title, picture in zip(
+        figure.subplots(1, 5), ["image", *titles], [pixels.permute(1, 2, 0), *_colours(maps)], strict=True
+    ):
+        axis.set_axis_off()
+        _backdrop(axis, picture.numpy(), (rows, columns))
+        axis.set_title(f"{title}\n{picture.shape[1]}x{picture.shape[0]}", fontsize=9)
+    figure.suptitle(f"{name}{'' if pretrained else ', initial weights'}, {Path(file).name}")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as new:
+        figure.savefig(new, dpi=110, format="png")
+    return [(int(each.shape[2]), int(each.shape[3])) for each in maps]

@@ -150,14 +150,17 @@ class Backbone(nn.Module):
         """
         if self.pyramid is not None:
             images = self.pyramid.resized(images)
-        maps = list(self.body(images))
-        if self._channels_last:
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        maps = self.body_maps(images)
         if self.pyramid is not None:
             maps = self.pyramid(images, maps)
         if self.neck is not None:
             maps = self.neck(maps)
         return OrderedDict((str(level), x) for level, x in enumerate(maps))
+
+    def body_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps of ``body_spec``."""
+        maps = list(self.body(images))
+        return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
 
     def parameter_groups(
         self, weight_decay: float, layer_decay: float | None = None, lr_ratio: float = 1.0, *, lr: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+from safetensors.torch import load_file as read_tensors
 from timm.layers import convert_sync_batchnorm
 from timm.models import PretrainedCfg
 from timm.models._features import FeatureGetterNet
@@ -23,6 +25,9 @@ from ..backbones.layers import check_foldable as check_foldable  # for necks and
 from ..backbones.loading import local_path as local_path
 from ..backbones.loading import without_wrappers as without_wrappers
 from .backbone import feature_info, power_of_two, published_names
+from .dense import WEIGHTS, read_dense_config
+from .legacy import migrate_state_dict
+from .names import check_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -137,6 +142,9 @@ def fetched(name: str, cfg: PretrainedCfg) -> dict[str, Any]:
 
 def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path, kwargs: dict[str, Any]) -> nn.Module:
     """The feature network with the weights of a checkpoint; only the norms that it adds may be missing."""
+    dense = read_dense_config(checkpoint)
+    if dense is not None:
+        return _from_dense(architecture, classifier, dense[0] / WEIGHTS, kwargs)
     beside_config = checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file()
     statistics = {}  # normalization of the images that a folder's model was trained on
     if checkpoint.is_file() and not beside_config:
@@ -160,6 +168,24 @@ def _from_checkpoint(architecture: str, classifier: nn.Module, checkpoint: Path,
     if unset := [name for name in body.state_dict() if published[name] in missing & own.keys()]:
         raise ValueError(f"{file} does not fit {architecture}: {len(unset)} tensors are missing, {', '.join(unset)}")
     body.pretrained_cfg |= {"state_dict": None, "file": str(file), **statistics}  # do not keep the tensors twice
+    return body
+
+
+def _from_dense(architecture: str, classifier: nn.Module, file: Path, kwargs: dict[str, Any]) -> nn.Module:
+    """The feature network of a detector or segmenter of this package; stages that it has no use for are left out."""
+    body: Any = timm.create_model(architecture, **kwargs)
+    own, published, known = body.state_dict(), published_names(body, classifier), classifier.state_dict()
+    prefix = re.compile(r"^(detector\.)?backbone\.body\.")
+    state = {
+        prefix.sub("", name): x for name, x in migrate_state_dict(read_tensors(file)).items() if prefix.match(name)
+    }
+    wanted = [name for name in own if published[name] in known or name in state]
+    try:
+        check_fit({name: own[name] for name in wanted}, {name: x for name, x in state.items() if name in own})
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit {architecture}: {error}") from None
+    body.load_state_dict(state, strict=False)
+    body.pretrained_cfg |= {"file": str(file)}
     return body
 
 

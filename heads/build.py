@@ -45,8 +45,8 @@ def build_backbone(
             a folder, as `upsamplers.load_upsampler` takes them; an `Upsampler`; or its ``name`` and arguments, for
             random weights.
         kwargs: ``pretrained``: start from the published weights.
-            ``checkpoint``: start from a folder that ``foveal train classify`` wrote, a model folder as timm writes it,
-            or a file in any key format of the model's family (classification or dense).
+            ``checkpoint``: start from a run folder of ``foveal train`` (of a detector or segmenter: its backbone), a
+            model folder as timm writes it, or a file in any key format of the model's family (classification or dense).
             ``strides``: of the body's maps, 4 to 32 by default; the last map of each stride is used.
             ``out_indices``: the maps by timm's indices instead, for models without those strides.
             ``sync_bn``: SyncBatchNorm if a process group is initialized.
@@ -210,6 +210,8 @@ def build_segmenter(
     parts = dict(neck_kwargs=neck_kwargs, head_kwargs=head_kwargs, auxiliary_kwargs=auxiliary_kwargs)
     parts = {key: dict(value or {}) for key, value in parts.items()}
     arguments = dict(name=name, head=head, neck=neck, num_classes=num_classes, auxiliary=auxiliary)
+    if spec.strides != (4, 8, 16, 32):
+        options = {"strides": spec.strides, **options}
     arguments |= dict(size_divisor=size_divisor, **parts, **options)
     backbone = build_backbone(name, **options | _started_from(segmenter, options))
     image = _statistics(backbone, mean, std, options.get("in_chans", 3))

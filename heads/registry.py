@@ -37,7 +37,7 @@ class HeadSpec:
             transformer, without both; ``"pixels"``: the logits of a segmenter.
         masks: it predicts object masks and needs them in training.
         first_class: 1 if its classes start at 1, with the background as 0.
-        strides: of the body's maps that the neck reads.
+        strides: of the backbone's maps that are read.
         extra_levels: coarser maps that the neck adds, see `FPN`.
         neck: its place: ``"before"`` the head; ``"inside"``: the head's pixel decoder replaces it, and A3-FPN goes into
             that; ``"none"``: the head reads the last of the body's maps and takes no neck.
@@ -90,6 +90,7 @@ _SPECS = (
     ),
     HeadSpec("upernet", "segment", segmenter.upernet),
     HeadSpec("semantic_fpn", "segment", segmenter.semantic_fpn),
+    HeadSpec("linear", "segment", segmenter.linear, strides=(4,)),
     HeadSpec("mask2former", "segment", Mask2Former, not_exported=_NO_OPENVINO, **_MASK2FORMER),
 )
 HEADS: dict[str, dict[str, HeadSpec]] = {

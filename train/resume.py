@@ -56,6 +56,7 @@ FIXED = {
         *("model.*", "data.kind", "data.classes", "data.reduce_zero_label", "data.values", "data.ignore_label"),
         *("data.antialias", "augment.*", "loss.*", "eval.*"),
     ),
+    "upsample": ("model.*", "data.image_size", "loss.*"),
 }
 ADJUSTABLE = ("model.pretrained", "model.checkpoint", "model.segmenter", "model.sync_bn")
 

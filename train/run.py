@@ -43,7 +43,7 @@ def train(
     Args:
         recipe: a YAML file, or the name of a shipped recipe.
         overrides: ``key=value`` pairs.
-        task: ``classify``, ``detect`` or ``segment``; None: the recipe's own.
+        task: ``classify``, ``detect``, ``segment`` or ``upsample``; None: the recipe's own.
         console: prints the progress; None: standard output of the main process.
 
     Returns:

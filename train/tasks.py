@@ -14,7 +14,7 @@ from ..backbones.loading import local_path
 from ..errors import ConfigError
 from ..heads.checkpoint import read_dense_config
 
-TASKS = ("classify", "detect", "segment")
+TASKS = ("classify", "detect", "segment", "upsample")
 
 
 def task_of(source: str | Path) -> str:

@@ -404,6 +404,8 @@ def _dense(source: str | Path, folder: Path, read: dict[str, Any], options: Opti
     asked |= {"--no-pretrained": not options.pretrained}
     if given := [name for name, value in asked.items() if value]:
         raise ValueError(f"{', '.join(given)}: for classifiers only; {source} is a detector or segmenter")
+    if read.get("task") == "upsample":
+        raise ValueError(f"{source} is an upsampler, which is exported as a part of a model: train one with upsample=")
     head = head_spec(str(read.get("task")), str((read.get("arguments") or {}).get("head")))
     known = [name for name in ("safetensors", "onnx", "pt2", "openvino") if name not in head.not_exported]
     if to not in known:

@@ -41,6 +41,20 @@ class Classifier(nn.Sequential):
         nn.init.zeros_(self.conv.bias)
 
 
+class Linear(nn.Module):
+    """Batch norm and a classifier on the finest map: a linear probe of the features (as DINOv2's, arXiv 2304.07193,
+    section 7.4)."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.classifier = Classifier(in_channels, num_classes, dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B, num_classes, h, w]`` at the map's stride."""
+        return self.classifier(self.norm(maps[0]))
+
+
 class FCN(nn.Module):
     """Fully convolutional head on one level (Long et al., arXiv 1411.4038): 3x3 convolutions and a classifier.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone
 from ..dense import DenseModel
 from ..necks import build_neck
-from .layers import FCN, resize
+from .layers import FCN, Linear, resize
 from .semantic_fpn import SemanticFPN
 from .upernet import UPerNet
 
@@ -123,3 +123,20 @@ def semantic_fpn(
     return Segmenter(
         backbone, SemanticFPN(build_neck(neck, backbone.spec, **neck_kwargs), num_classes, **kwargs), **image
     )
+
+
+def linear(
+    backbone: Backbone,
+    num_classes: int,
+    image: dict[str, Any],
+    *,
+    neck: str = "fpn",
+    neck_kwargs: dict[str, Any],
+    auxiliary: bool = False,
+    auxiliary_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Segmenter:
+    """A linear classifier of every position of the finest map, without a neck; ``kwargs``: of `Linear`."""
+    if neck != "fpn" or neck_kwargs:
+        raise ValueError(f"the linear head has no neck, got {neck!r} with {neck_kwargs}")
+    return Segmenter(backbone, Linear(backbone.spec.channels[0], num_classes, **kwargs), **image)

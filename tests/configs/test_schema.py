@@ -233,7 +233,8 @@ TEXTS += ["a: b", "[a", "{b}", "'q", "&a", "*a", "!t", "%d", "@x", "`x", "-", "a
 def test_every_text_key_takes_its_text(tmp_path, task, text):
     """On the command line as it is, in a file quoted or, where it is a plain scalar of YAML, as it is."""
     keys, schema = text_keys(SCHEMAS[task]), SCHEMAS[task]
-    assert {"output", "data.root", "data.classes" if task != "detect" else "data.val_images"} <= set(keys)
+    own = {"detect": "data.val_images", "upsample": "data.val_split"}.get(task, "data.classes")
+    assert {"output", "data.root", own} <= set(keys)
     quoted = "'" + text.replace("'", "''") + "'"
     plain = not re.search(r"(^[\[{'&*!%@`-])|[:#]", text)
     for shown in (quoted, text) if plain else (quoted,):

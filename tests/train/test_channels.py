@@ -190,7 +190,7 @@ def segmented(root: Path) -> None:
 WRITERS = {"classify": classified, "detect": detected, "segment": segmented}
 
 
-@pytest.mark.parametrize("task", SCHEMAS)
+@pytest.mark.parametrize("task", WRITERS)
 def test_training_evaluation_and_prediction(task, tmp_path):
     """The number of channels and their statistics are found, printed and kept; colours are not distorted."""
     root, run = tmp_path / "data", tmp_path / "run"
@@ -232,7 +232,7 @@ def test_training_evaluation_and_prediction(task, tmp_path):
     assert draw(checked.data, tmp_path / "sheet.png") > 0
 
 
-@pytest.mark.parametrize("task", SCHEMAS)
+@pytest.mark.parametrize("task", WRITERS)
 def test_images_of_other_channels_stop_with_their_names(task, tmp_path):
     root = tmp_path / "data"
     WRITERS[task](root)

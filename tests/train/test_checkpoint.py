@@ -521,7 +521,7 @@ def test_every_recipe_key_is_in_the_table_of_what_a_resumed_run_may_change(task)
         assert refused or row("may change", key) or row("the same update", key), key
 
 
-@pytest.mark.parametrize("task", SCHEMAS)
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
 def test_the_identity_of_earlier_checkpoints_is_of_keys_that_are_refused(task):
     run = Path(__file__).parents[1] / "data/runs_0.1.0" / task
     identity = torch.load(run / "last" / checkpoint.TRAINER, weights_only=True)["identity"]

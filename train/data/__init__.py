@@ -5,6 +5,7 @@ from .factory import (
     Data,
     build_classification_data,
     build_detection_data,
+    build_image_data,
     build_segmentation_data,
     find_classes,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "WorkerError",
     "build_classification_data",
     "build_detection_data",
+    "build_image_data",
     "build_segmentation_data",
     "find_classes",
     "workers_end",

@@ -88,6 +88,22 @@ class ClassificationDataset(ImageDataset):
         return torch.as_tensor(self.transform.augment(image)), label
 
 
+class SquashedImages(ImageDataset):
+    """Images alone, uint8 ``[3, size, size]``, bilinearly resized without regard to their aspect ratio."""
+
+    def __init__(self, index: Index, size: int, *, train: bool, seed: int):
+        super().__init__(index, train=train, seed=seed)
+        self.size = size
+
+    def read(self, number: int) -> torch.Tensor:
+        with self.index.open(number) as file:
+            image = v2.functional.pil_to_tensor(read_pixels(file, 3))
+        return v2.functional.resize(image, [self.size, self.size], antialias=True)
+
+    def augment(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample
+
+
 class DenseDataset(ImageDataset):
     """Images and targets, augmented together.
 

@@ -22,18 +22,20 @@ from ...configs.schema import (
     DetectDataConfig,
     SegmentConfig,
     SegmentDataConfig,
+    UpsampleConfig,
+    UpsampleDataConfig,
 )
 from . import auto, corruption, folder, idx, masks, memory, wds
 from .class_names import DIGITS, FASHION_MNIST
 from .coco import read_coco
 from .composites import write_composites
-from .dataset import ClassificationDataset, DetectionDataset, SegmentationDataset
+from .dataset import ClassificationDataset, DetectionDataset, SegmentationDataset, SquashedImages
 from .dense_transforms import detection_transform, segmentation_transform
-from .files import UNREADABLE
+from .files import UNREADABLE, Files
 from .formats import first_names
 from .guard import BadSamples, DataError, Excluded, check_classes
-from .index import DetectionIndex, Index
-from .loader import ClassificationLoader, DetectionLoader, Loader, SegmentationLoader, StreamLoader
+from .index import DetectionIndex, Index, encode_paths
+from .loader import ClassificationLoader, DetectionLoader, ImagesLoader, Loader, SegmentationLoader, StreamLoader
 from .order import EpochOrder, Normalize
 from .transforms import EvalTransform, TrainTransform
 from .voc import read_voc
@@ -58,14 +60,14 @@ class Data:
 class _Builder:
     """The parts that all tasks share: limits, order, exclusions and notes."""
 
-    def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig, rank: int, world: int):
+    def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig | UpsampleConfig, rank: int, world: int):
         self.config, self.rank, self.world = config, rank, world
         data = config.data
         if data.in_chans not in MODES and data.kind in ("idx", "digits"):
             raise DataError(f"data.in_chans is {data.in_chans}; images of data.kind={data.kind} have 1 or 3 channels")
         self.bad, self.excluded = BadSamples(data.max_bad_fraction), Excluded.read(data.exclude)
         self.notes: list[str] = []
-        if colours := colour_changes(config.augment) if data.in_chans not in MODES else []:
+        if colours := colour_changes(getattr(config, "augment", None)) if data.in_chans not in MODES else []:
             self.notes.append(f"{data.in_chans} channels are not colours, so {', '.join(colours)} is off")
 
     def check_channels(self, index: Index) -> None:
@@ -364,7 +366,7 @@ def _file_loader(
 # ---- detection and segmentation
 
 
-def _dense_root(config: DetectDataConfig | SegmentDataConfig) -> Path:
+def _dense_root(config: DetectDataConfig | SegmentDataConfig | UpsampleDataConfig) -> Path:
     """``data.root``; for ``data.kind=digits``, composites are written there if missing."""
     if not config.root:
         raise DataError(f"data.root is needed for data.kind={config.kind}")
@@ -525,3 +527,37 @@ def build_segmentation_data(
         return SegmentationLoader(dataset, order, device, builder.bad, data.workers)
 
     return replace(builder.build(loader, train), division=found and found.division)
+
+
+# ---- images alone
+
+
+def build_image_data(
+    config: UpsampleConfig,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    train: bool = True,
+    rank: int = 0,
+    world: int = 1,
+) -> Data:
+    """As :func:`build_classification_data`, for images without annotations, normalized with ``mean`` and ``std``."""
+    if config.data.in_chans != 3:
+        raise DataError(f"data.in_chans is {config.data.in_chans}; upsamplers take RGB images, 3")
+    builder, data = _Builder(config, rank, world), config.data
+    root = _dense_root(data)
+
+    def loader(training: bool) -> ImagesLoader:
+        folder = root / (data.train_split if training else data.val_split)
+        paths = [folder / path for path in Files(folder).images.all] if folder.is_dir() else []
+        if not paths:
+            raise DataError(f"there is no image in {folder} (data.root, data.train_split, data.val_split)")
+        index = Index(paths=encode_paths(paths))
+        index.exclude(builder.excluded, root)
+        index.select(np.arange(len(index))[: builder.limit(training)])
+        dataset = SquashedImages(index, data.image_size, train=training, seed=config.seed)
+        normalize = Normalize(mean, std, device, 0.0, "const")
+        return ImagesLoader(dataset, builder.order(len(index), training), normalize, builder.bad, data.workers)
+
+    return builder.build(loader, train)

@@ -157,6 +157,21 @@ class StreamLoader(ClassificationLoader):
             yield batch
 
 
+class ImagesLoader(Loader):
+    """Batches of images alone, normalized on the device."""
+
+    def __init__(self, dataset: Dataset, order: EpochOrder, normalize: Normalize, bad: BadSamples, workers: int):
+        super().__init__(dataset, order, normalize.device, bad, workers)
+        self.normalize = normalize
+
+    @staticmethod
+    def stack(samples: list[Tensor]) -> Tensor:
+        return torch.stack(samples)
+
+    def finish(self, samples: Tensor) -> Iterator[Tensor]:
+        yield self.normalize.bytes(samples)
+
+
 class DetectionLoader(Loader):
     """Batches of images with their objects."""
 

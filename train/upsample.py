@@ -1,0 +1,188 @@
+"""Training of UPLiFT for a frozen backbone, without labels (arXiv 2601.17950, section 3).
+
+An image is halved ``loss.levels`` times, and the backbone's map of each size computed. From each of the smaller sizes,
+the upsampler doubles the map until it has the side of the full image's; each step is compared with the backbone's own
+map of that size by the mean squared error.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from ..configs.schema import ConfigError, UpsampleConfig, load_config
+from ..heads.backbone import Backbone, power_of_two
+from ..heads.body import build_body
+from ..heads.checkpoint import load_dense, save_dense
+from ..heads.upsamplers import UPLiFT
+from . import task
+from .data import Data, build_image_data
+from .scoring import Losses, Metrics, Scorer
+from .task import RANDOM_WEIGHTS, check_backbone, find_recipe, loop_problems, processes
+
+Level = tuple[Tensor, Tensor, int]  # image, its map, steps
+
+
+class TrainedUPLiFT(UPLiFT):
+    """UPLiFT whose forward pass takes all levels, as one call of a DDP module must."""
+
+    def forward(self, levels: Sequence[Level]) -> list[list[Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return [self.steps(*level) for level in levels]
+
+
+class Task(task.Task):
+    """An upsampler, and the backbone whose maps it learns to enlarge."""
+
+    metrics: ClassVar = {
+        "val_loss": "loss",
+        "cosine": "cosine similarity, %",
+        "bilinear": "cosine similarity of bilinear interpolation, %",
+    }
+    shown = ("cosine", "bilinear")
+
+    def __init__(self, config: UpsampleConfig, model: Any, data: Data, backbone: Backbone, device: torch.device):
+        super().__init__(config, model, [], data)
+        self.backbone = backbone.requires_grad_(False).eval().to(device)
+        self.input = f"{config.data.image_size}x{config.data.image_size}, {config.loss.levels} levels"
+        self.identity = {
+            "model": json.dumps(model.arguments, sort_keys=True),
+            "backbone": f"{config.model.name} {json.dumps(config.model.kwargs, sort_keys=True)}",
+            "input": self.input,
+        }
+
+    @classmethod
+    def build(cls, config: UpsampleConfig, accelerator: Accelerator) -> "Task":
+        problems = loop_problems(config)
+        with problems:
+            check_backbone(config)
+        problems.raise_all()
+        backbone = build_frozen(config)
+        data = image_data(config, backbone, accelerator)
+        model = TrainedUPLiFT(backbone.spec.channels[0], backbone.spec.strides[0])
+        return cls(config, model, data, backbone, accelerator.device)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: list[str], accelerator: Accelerator) -> "Task":
+        recipe = find_recipe(source)
+        if recipe is None:
+            raise ConfigError(f"{source} is no run of foveal train upsample, whose recipe names backbone and data")
+        config = load_config(recipe, overrides, UpsampleConfig, {"output": "-"})
+        backbone = build_frozen(config)
+        data = image_data(config, backbone, accelerator, train=False)
+        return cls(config, load_dense(source), data, backbone, accelerator.device)
+
+    @torch.no_grad()
+    def pyramid(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Images and maps, halved 0, 1, ... ``loss.levels`` times."""
+        side, found = images.shape[-1], []
+        for level in range(self.config.loss.levels + 1):
+            size = [side // 2**level] * 2
+            image = images if level == 0 else F.interpolate(images, size, mode="bilinear", antialias=True)
+            found.append((image, self.backbone(image)["0"]))
+        return found
+
+    def train_step(self, model: nn.Module, batch: Tensor, epoch: int) -> Tensor:
+        pyramid = self.pyramid(batch)
+        levels = [(*pyramid[level], level) for level in range(1, len(pyramid))]
+        return self.loss(model(levels), pyramid)
+
+    @staticmethod
+    def loss(outputs: list[list[Tensor]], pyramid: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum over all steps of all levels; the last step of a level has the size of the full image's map."""
+        losses = [
+            F.mse_loss(x.float(), pyramid[left][1].float())
+            for steps in outputs
+            for left, x in enumerate(reversed(steps))
+        ]
+        return torch.stack(losses).sum()
+
+    def scorer(self) -> "UpsampleScorer":
+        return UpsampleScorer()
+
+    def predict(self, model: Any, batch: Tensor) -> tuple[Tensor, Losses]:
+        """Sums over images of the cosine similarity of the map from the smallest size, and of its interpolation, with
+        the full image's map."""
+        pyramid = self.pyramid(batch)
+        outputs = [model.steps(*pyramid[level], level) for level in range(1, len(pyramid))]
+        want, count = pyramid[0][1], batch.new_tensor(len(batch))
+        bilinear = F.interpolate(pyramid[-1][1], want.shape[-2:], mode="bilinear")
+        alike = [F.cosine_similarity(x, want).mean((1, 2)).sum() for x in (outputs[-1][-1], bilinear)]
+        return torch.stack(alike), torch.stack([self.loss(outputs, pyramid) * count, count])[:, None]
+
+    def save_weights(self, folder: Path, model: Any) -> None:
+        images = {"in_chans": 3, "mean": list(self.backbone.mean), "std": list(self.backbone.std)}
+        own = self.config.model
+        save_dense(folder, model, [], images, backbone={"name": own.name, "stride": model.patch, **own.kwargs})
+
+    def describe(self) -> str:
+        return f"UPLiFT on {self.config.model.name}'s map of stride {self.model.patch}, {self.input}"
+
+    def examine(self, run: Path, model: nn.Module, title: str, draw: bool) -> dict[str, Any]:
+        return {"n": self.score(model).n}
+
+
+class UpsampleScorer(Scorer):
+    """Cosine similarities in percent, means over positions and images."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, batch: Tensor, predictions: Tensor) -> int:
+        self._sums = self._sums.to(predictions.device) + predictions
+        return len(batch)
+
+    def compute(self) -> Metrics:
+        sums: Any = reduce(self._sums, "sum")
+        return dict(zip(("cosine", "bilinear"), (100 * sums / max(self.n, 1)).tolist(), strict=True))
+
+
+class Predictor(task.Predictor):
+    """There is none: an upsampler is a part of a model."""
+
+    def __init__(self, source: str | Path, *, top: int, threshold: float):
+        raise ValueError(
+            f"{source} is an upsampler, which predicts nothing by itself: train a head with model.upsample={source}, "
+            "or see its maps with foveal visualize --upsample"
+        )
+
+    def predict(self, image: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def build_frozen(config: UpsampleConfig) -> Backbone:
+    """The recipe's backbone, with one map.
+
+    Raises:
+        ConfigError: arguments or weights that do not fit, another stride, or an image that cannot be halved so often.
+    """
+    model, stride = config.model, config.model.stride
+    given: dict[str, Any] = dict(pretrained=model.pretrained, checkpoint=model.checkpoint, upsampled=True)
+    try:
+        body, classifier = build_body(model.name, strides=(stride or 32,), **given, **model.kwargs)
+        backbone = Backbone(body, classifier=classifier)
+    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
+        hint = RANDOM_WEIGHTS if model.pretrained and isinstance(error, OSError) else ""
+        raise ConfigError(f"model {model.name!r} with {model.kwargs}: {error}{hint}") from error
+    own, side = backbone.spec.strides[-1], config.data.image_size
+    if stride is not None and stride not in (own, power_of_two(own)):
+        raise ConfigError(f"model.stride: {model.name} has no map of stride {stride}")
+    if len(backbone.spec) > 1:
+        raise ConfigError(f"model.kwargs={model.kwargs} give maps of strides {backbone.spec.strides}, not one")
+    least = own * 2**config.loss.levels
+    if side % least:
+        raise ConfigError(
+            f"data.image_size={side} must be a multiple of {least}: stride {own}, loss.levels={config.loss.levels}"
+        )
+    return backbone
+
+
+def image_data(config: UpsampleConfig, backbone: Backbone, accelerator: Accelerator, train: bool = True) -> Data:
+    """The recipe's images, normalized as the backbone takes them."""
+    statistics = dict(mean=config.data.mean or backbone.mean, std=config.data.std or backbone.std)
+    return build_image_data(config, **statistics, train=train, **processes(accelerator))
