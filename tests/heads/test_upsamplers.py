@@ -200,7 +200,7 @@ def test_naf_gets_imagenet_s_normalization():
     assert model.backbone.pyramid._shift == pytest.approx([0, 0, 0], abs=1e-6)
 
 
-LARGE = ("mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "mask2former")
+LARGE = ("mask_rcnn", "cascade_mask_rcnn", "faster_rcnn", "mask2former", "conditional_detr")
 EVERY_HEAD = [
     pytest.param(task, head, marks=[pytest.mark.slow] if task == "detect" and head in LARGE else [])
     for task in HEADS
@@ -214,7 +214,8 @@ def test_every_head_on_a_plain_transformer(task, head, tmp_path):
     if head == "mask2former":
         pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"min_size": 64, "max_size": 64} if task == "detect" else {}
+    sizes: dict = {"min_size": 64, "max_size": 64} if task == "detect" else {}
+    sizes |= {"strides": (8,)} if HEADS[task][head].strides == (32,) else {}  # or it has no need of an upsampler
     model = BUILDERS[task]("vit_tiny_patch16_224", head, num_classes=2, upsample=OWN, **sizes, **SMALL).eval()
     assert model.arguments["upsample"] == OWN
     save_dense(tmp_path, model, ["a", "b"], {"in_chans": 3})
