@@ -30,7 +30,7 @@ def test_recipes_choose_among_them(task):
 
 
 def test_an_unknown_head_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"yolo.*segment.*upernet, semantic_fpn, mask2former"):
+    with pytest.raises(ValueError, match=r"yolo.*segment.*upernet, semantic_fpn, linear, mask2former"):
         head_spec("segment", "yolo")
 
 
