@@ -287,7 +287,9 @@ def half_linear(layer: nn.Linear, x: torch.Tensor, half: int) -> torch.Tensor:
 def _as_convolution(layer: nn.Module, x: torch.Tensor) -> bool:
     if not CONVOLVE or isinstance(x, torch.fx.Proxy) or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    return type(layer) is nn.Linear and is_plain(layer) and x.ndim > 2 and x.numel() > 0 and not _needs_products(layer)
+    if type(layer) is not nn.Linear or not is_plain(layer) or layer.weight.dtype != torch.float32:
+        return False
+    return x.ndim > 2 and x.numel() > 0 and not _needs_products()
 
 
 def _convolve(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
@@ -298,14 +300,13 @@ def _convolve(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-def _needs_products(layer: nn.Linear) -> bool:
+def _needs_products() -> bool:
     """Whether an exporter, a transform, a hook or autocast expects the layer itself."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return True
     if torch.compiler.is_compiling():
-        return layer.weight.dtype != torch.float32
-    hooked = _has_any_global_hook() or torch._C._are_functorch_transforms_active()
-    return hooked or layer.weight.dtype != torch.float32
+        return False
+    return _has_any_global_hook() or torch._C._are_functorch_transforms_active()
 
 
 class Mlp(timm_layers.Mlp):
