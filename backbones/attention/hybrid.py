@@ -128,7 +128,10 @@ def _weighed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of ``[..., heads, N, D]`` to ``[..., heads, M, D]``, and the mean of the weights of each key over heads
     and queries, ``[..., M]``. With padding, ``inside`` ``[..., 1, N, 1]`` is 0 there and 1 elsewhere, and N = M."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    k = k.transpose(-1, -2)
+    if is_dynamic(*k.shape):  # contiguous tensors, for others of which exporters guard on a single key
+        k, v = (t.clone(memory_format=torch.contiguous_format) for t in (k, v))
+    logits = (q * q.shape[-1] ** -0.5) @ k
     if inside is not None:
         logits = logits.masked_fill(inside.transpose(-1, -2) == 0, -torch.inf)
     weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

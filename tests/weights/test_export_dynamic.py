@@ -80,7 +80,13 @@ def test_onnx_for_any_size(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["van", "rmt", "stvit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("van", "rmt", "stvit", "sgformer", "shiftvit") else [pytest.mark.long])
+        for name in SMALL
+    ],
+)
 def test_a_program_for_any_size(name: str, tmp_path: Path) -> None:
     """Without guards on maps of one position, which the ONNX exporter drops."""
     model = build(name)
