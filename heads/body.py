@@ -64,7 +64,7 @@ def build_body(
     classifier = _without_values(architecture, kwargs)
     known = set(inspect.signature(type(classifier).__init__).parameters)
     found = {info["reduction"] for info in feature_info(classifier)}
-    if out_indices is None and "learnable_downsample" in known and set(strides) == found | {32}:
+    if out_indices is None and "learnable_downsample" in known and set(strides) - found == {32}:
         kwargs = {"learnable_downsample": 768} | kwargs
         classifier = _without_values(architecture, kwargs)
     if out_indices is None:

@@ -163,6 +163,7 @@ def test_map_of_stride_32_for_detectors():
     backbone = build_backbone("test_foveal_fan", neck="fpn", neck_kwargs={"out_channels": 32})
     assert backbone.body_spec.strides == (4, 8, 16, 32)
     assert backbone.body_spec.channels[-1] == 768
+    assert build_backbone("test_foveal_fan", strides=(8, 16, 32)).spec.strides == (8, 16, 32)  # FCOS's
     published = build_backbone("test_foveal_fan", out_indices=(0, 1, 2, 3))
     assert published.spec.strides == (4, 8, 16, 16)
     with pytest.raises(ValueError, match="16, not at 4, 8"):
