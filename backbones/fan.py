@@ -362,6 +362,9 @@ _NAMES = (  # of the authors, to ours
 )
 
 
+_CLASS_TOKEN = r"class_attention\.(cls_token$|blocks\.\d+\.(attn\.|mlp\.|gamma2$))"
+
+
 def _own_name(name: str, hybrid: bool, blocks: Sequence[str]) -> str:
     for theirs, ours in _NAMES:
         name = re.sub(theirs, ours, name)
@@ -379,7 +382,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: FAN) -> dict[str, to
     (``pos_embeder``, a common ``attn.qkv`` of the class token), and state dicts of these models, also wrapped by
     ``features_only`` or ``DistributedDataParallel``, or under ``state_dict`` or ``model``.
 
-    If the checkpoint has no ``learnable_downsample`` or no final norm, those of the model keep their values.
+    If the checkpoint has no ``learnable_downsample``, no final norm or no class token, those of the model keep their
+    values; a feature network leaves out the last two.
 
     Raises:
         ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
@@ -396,7 +400,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: FAN) -> dict[str, to
         if value.ndim == 4 and re.search(r"\.mlp\.fc[12]\.", name):  # 1x1 convolutions of the ConvNeXt stages
             value = value.flatten(1)
         found[name] = value
-    for pattern in (r"learnable_downsample\.", r"norm\."):
+    if "class_attention.cls_token" not in own:  # of a feature network
+        unread = rf"{_CLASS_TOKEN}|norm\."
+        found = {name: value for name, value in found.items() if name in own or not re.match(unread, name)}
+    for pattern in (r"learnable_downsample\.", r"norm\.", _CLASS_TOKEN):
         keep_new(found, own, pattern)
     check_names(found, own)
     return found

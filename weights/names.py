@@ -45,6 +45,9 @@ _UNREAD = re.compile(r"backbone\.(extra_norms\.|norm)\d\.(weight|bias)")  # of a
 _CONSTANT = re.compile(  # of RMT and STViT, which check them
     r"(backbone\.)?layers\.\d+\.(Relpos\.(angle|decay)|blocks\.\d+\.attn\.(un)?fold\.weights)"
 )
+_CLASS_TOKEN = re.compile(  # of FAN, and what follows it
+    r"(backbone\.)?((norm|head)\.(weight|bias)|cls_token|cls_attn_blocks\.\d+\.((attn|mlp)\.[\w.]+|gamma2))"
+)
 _ODD = 1103515245  # multiplication by it modulo 2^31 is a permutation
 
 
@@ -148,9 +151,9 @@ def without_getter(model: Any) -> Any:
 
 def unused_by_classifiers(name: str) -> bool:
     """Whether a tensor of a classifier is used nowhere, and so need not be used here: transformers' VAN has one norm
-    too many, the files of RMT and STViT have constants."""
+    too many, the files of RMT and STViT have constants, and a FAN backbone has no class token."""
     name = bare(name)
-    return name.startswith("van.layernorm.") or bool(_CONSTANT.fullmatch(name))
+    return name.startswith("van.layernorm.") or bool(_CONSTANT.fullmatch(name) or _CLASS_TOKEN.fullmatch(name))
 
 
 def may_be_unused(name: str) -> bool:

@@ -16,6 +16,7 @@ from foveal.backbones.attention import (
 )
 from foveal.backbones.fan import FANBlock, checkpoint_filter_fn
 from foveal.heads.build import build_backbone
+from foveal.weights.names import unused_by_classifiers
 
 PARAMETERS = {
     "fan_vit_tiny": 7_319_920,
@@ -225,6 +226,20 @@ def test_published_names(form):
     assert len({found[name].data_ptr() for name in kept}) == len(kept)
     assert "learnable_downsample.weight" in found or not more
     assert all(found[name].shape == x.shape for name, x in model.state_dict().items() if name in kept)
+
+
+def test_a_segmenters_file_for_a_feature_network():
+    """Its class token is left out, which `foveal convert --backbone` reports."""
+    state = {name: torch.zeros(shape) for name, shape in SPEC.items()}
+    with torch.device("meta"):
+        model = timm.create_model("tap_fan_hybrid_tiny", features_only=True).model
+    found = checkpoint_filter_fn({f"backbone.{name}": x for name, x in state.items()}, model)
+    assert found.keys() - {"head.weight", "head.bias"} == model.state_dict().keys()
+    unused = [name for name in state if unused_by_classifiers(f"backbone.{name}")]
+    assert len(state) - len(unused) == len(found) - 2
+    whole = timm.create_model("tap_fan_hybrid_tiny", features_only=False, num_classes=0)
+    again = checkpoint_filter_fn(found, whole)
+    assert torch.equal(again["class_attention.cls_token"], whole.class_attention.cls_token)
 
 
 def test_names_of_a_vit():
