@@ -5,12 +5,14 @@ from __future__ import annotations
 from . import (
     ascan,
     care,
+    deit,
     fan,
     halonet,
     maxvit,
     moh_vit,
     nat,
     overlock,
+    pvt,
     raftmlp,
     rmt,
     sgformer,
@@ -22,7 +24,7 @@ from . import (
 )
 
 _MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
-_MODULES += (moh_vit, triplet, fan)
+_MODULES += (moh_vit, triplet, fan, deit, pvt)
 
 
 def list_models() -> list[str]:

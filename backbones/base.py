@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -307,6 +308,7 @@ class Unread:
 # not read.
 ARGUMENTS = [
     argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),  # the only class with attributes that torch lets set items
     *((Unread, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 ]
 
@@ -452,6 +454,21 @@ def check_names(
         raise NamesError(
             f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}",
             sum(not state_dict[name].is_meta for name in needed & given),  # without those that a filter adds
+        )
+
+
+def check_agent_shapes(checkpoint: Mapping[str, Any], model: Any, tensors: int) -> None:
+    """Raise a NamesError for a detector's or segmenter's checkpoint if ``model.agent_shapes`` is None: its weights fit,
+    but the authors' dense models have more agents than their classifiers. ``tensors`` is the number that fits."""
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    names = [re.sub(r"^(module|model)\.", "", name) for name in checkpoint]
+    if model.agent_shapes is None and any(name.startswith("backbone.") for name in names):
+        raise NamesError(
+            "the checkpoint is of a dense model, which may have more agents: create the model with agent_shapes=... "
+            "(of the authors' models those that `foveal info` states)",
+            tensors,
         )
 
 

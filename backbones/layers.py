@@ -322,6 +322,23 @@ class Mlp(timm_layers.Mlp):
         return self.drop2(linear(self.fc2, x))
 
 
+class PreNormBlock(nn.Module):
+    """The block of ViT: attention and an MLP with GELU, each with a LayerNorm before it, a residual and DropPath. More
+    arguments of `forward` are the attention's."""
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = timm_layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), *args))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
 # ---- depthwise convolutions with faster gradients
 
 FFT_TAPS = 121  # of a kernel whose gradient is faster by FFT

@@ -36,6 +36,8 @@ FAMILIES = {
     "triplet": "Triplet attention",
     "fan": "FAN",
     "tap_fan": "TAP-FAN",
+    "agent": "Agent Attention",
+    "inline": "InLine",
     "a3fpn": "A3-FPN",
     "conditional_detr": "Conditional DETR",
 }

@@ -36,6 +36,8 @@ FAMILIES = (
     "Triplet",
     "FAN",
     "TAP-FAN",
+    "Agent Attention",
+    "InLine",
 )
 
 # timm's models that are compared with ours: name, and top-1 with training on ImageNet-1K only, from the READMEs of
@@ -305,7 +307,8 @@ def family_card(architecture: str) -> str:
     architecture = resolve(architecture).architecture
     if architecture not in figures():
         raise ValueError(f"{architecture} is timm's; this package has cards for its own models")
-    family = model_entrypoint(architecture).__module__.rpartition(".")[2]
+    module = model_entrypoint(architecture).__module__.rpartition(".")[2]
+    family = {"Agent Attention": "agent", "InLine": "inline"}.get(figures()[architecture].family, module)
     return (files("foveal.weights") / "model_cards" / f"{family}.md").read_text(encoding="utf-8")
 
 

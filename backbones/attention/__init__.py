@@ -7,6 +7,7 @@ from ...kernels.cache import TensorCache as TensorCache
 from ...kernels.tracing import is_dynamic as is_dynamic
 from ...kernels.tracing import leaves_pytorch as leaves_pytorch
 from .agent import AgentAttention2d as AgentAttention2d
+from .agent import resampled_positions as resampled_positions
 from .aggregated import AggregatedAttention2d as AggregatedAttention2d
 from .aggregated import LogPositionBias as LogPositionBias
 from .aggregated import without_autocast as without_autocast
@@ -36,6 +37,7 @@ from .maps import ConvFeedForward as ConvFeedForward
 from .maps import DepthwiseConv as DepthwiseConv
 from .maps import at_least as at_least
 from .maps import channels_last_on_cpu as channels_last_on_cpu
+from .maps import map_sizes as map_sizes
 from .maps import resized as resized
 from .maps import resized_nhwc as resized_nhwc
 from .maps import to_nchw as to_nchw

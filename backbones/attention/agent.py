@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ...kernels.tracing import is_dynamic
 from ..layers import average_pool, bilinear, positive_pair
 from .aggregated import without_autocast
 from .full import SoftmaxAttention2d, attend
-from .maps import DepthwiseConv, to_nchw
+from .maps import DepthwiseConv, resized_nhwc, to_nchw
 
 COARSE = 7  # rows and columns of the coarse position bias
 
@@ -123,7 +123,7 @@ def _position_biases(
             )
             bias = bilinear(rows, (size[0], 1)) + bilinear(columns, (1, size[1])) + bilinear(coarse, size)
             both.append(torch.cat([*(each.flatten(2) for each in token), bias.flatten(2)], -1))
-    return both[0], both[1].transpose(1, 2).contiguous()
+    return both[0], both[1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _of_agents(x: torch.Tensor, agents: tuple[int, int], agent_shape: tuple[int, int]) -> torch.Tensor:
@@ -132,3 +132,21 @@ def _of_agents(x: torch.Tensor, agents: tuple[int, int], agent_shape: tuple[int,
         return x
     y = bilinear(x.flatten(2).transpose(1, 2).unflatten(2, agents), agent_shape)
     return y.flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def resampled_positions(state: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state with its position embeddings (of a square, if they are tokens) by bicubic, and rows and columns of
+    `AgentAttention2d` by linear interpolation, of the sizes in the model's ``own`` state, as in the authors'
+    fine-tuning."""
+    result = dict(state)
+    for name, x in state.items():
+        like = own.get(name)
+        if like is None or x.shape == like.shape:
+            continue
+        if name.endswith("pos_embed"):
+            result[name] = resized_nhwc(x if x.ndim == 4 else x.unflatten(1, (math.isqrt(x.shape[1]), -1)), like, ())
+        elif name.endswith((".ah_bias", ".aw_bias")):
+            result[name] = bilinear(x[0], like.shape[3:])[None]
+        elif name.endswith((".ha_bias", ".wa_bias")):
+            result[name] = bilinear(x[0].permute(0, 3, 1, 2), like.shape[2:4]).permute(0, 2, 3, 1)[None]
+    return result

@@ -25,13 +25,19 @@ def attend(
     # exporters decompose SDPA with guards, and it has no forward-mode derivative and no batching rules
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed():
         working = torch.promote_types(q.dtype, torch.float32)
-        # contiguous tensors, for others of which exporters guard on a single position
-        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k.transpose(-1, -2), v))
+        q, k, v = contiguous(q, k.transpose(-1, -2), v)
         logits = (q.to(working) * factor) @ k.to(working)
         out = (logits if mask is None else logits + mask).softmax(-1).to(v.dtype) @ v
         return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     added = None if mask is None else mask.to(q.dtype)[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=factor).transpose(1, 2)
+
+
+def contiguous(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Contiguous copies in exports, as exporters guard on lengths of 1 of other tensors' products; else as they are."""
+    if not (torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed()):
+        return tensors
+    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
 def in_chunks(

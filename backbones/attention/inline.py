@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .full import SoftmaxAttention2d
+from .full import SoftmaxAttention2d, contiguous
 from .maps import DepthwiseConv
 
 
@@ -63,8 +63,8 @@ def _attend_linearly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     count: Any = k.shape[1]
     factor = (q.shape[-1] ** -0.5 / count) ** 0.5  # of both sides, for half precision
     centred = (k - k.mean(1, keepdim=True)) * factor
-    covariance = centred.permute(0, 2, 3, 1) @ (v * factor).transpose(1, 2)  # B heads D D
-    return (q.transpose(1, 2) @ covariance).transpose(1, 2) + v.mean(1, keepdim=True)
+    q, keys, values = contiguous(q.transpose(1, 2), centred.permute(0, 2, 3, 1), (v * factor).transpose(1, 2))
+    return (q @ (keys @ values)).transpose(1, 2) + v.mean(1, keepdim=True)
 
 
 def _convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:

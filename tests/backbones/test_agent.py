@@ -1,10 +1,16 @@
-"""Agent and InLine attention against their formulas, at any size, with a class token, and with other agents."""
+"""Agent and InLine attention against their formulas, and in DeiT and PVT: variants, sizes, checkpoints."""
+
+import copy
+import re
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
+import foveal
 from foveal.backbones.attention import AgentAttention2d, InlineAttention2d, SoftmaxAttention2d
+from foveal.backbones.profile import profile
 
 HOSTS = {"map": {}, "PVT's": dict(split_q=True), "class token": dict(class_token=True)}
 
@@ -128,3 +134,175 @@ def test_half_precision(kind, dtype):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         AgentAttention2d(*(arguments if len(arguments) == 4 else (*arguments, 7)))
+
+
+# -------------------------------------------------------------------------------------------------------- DeiT and PVT
+
+# Parameters of the authors' code, and GMACs next to those of their READMEs, which count no products of the attention in
+# part; of InLine they count the convolutions as a few.
+VARIANTS = {
+    "agent_deit_t": (6_015_640, 1.2),
+    "agent_deit_s": (22_647_112, 4.4),
+    "agent_deit_s_448": (23_070_472, 17.7),
+    "agent_deit_b": (87_204_904, 17.6),
+    "agent_pvt_t": (11_570_352, 2.0),
+    "agent_pvt_s": (20_635_066, 4.0),
+    "agent_pvt_m": (35_921_746, 7.0),
+    "agent_pvt_m_256": (36_083_682, 9.2),
+    "agent_pvt_l": (48_738_180, 10.4),
+    "inline_deit_t": (6_477_736, 1.1),
+    "inline_deit_s": (16_734_760, 5.0),
+    "inline_deit_b": (23_797_096, 17.2),
+    "inline_pvt_t": (12_032_232, 2.0),
+    "inline_pvt_s": (21_556_136, 3.9),
+    "inline_pvt_m": (37_618_856, 6.9),
+    "inline_pvt_l": (51_154_280, 10.2),
+}
+IMAGE = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def small(name: str = "test_foveal_agent_pvt", **kwargs) -> torch.nn.Module:
+    """With position biases that matter."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 10, **kwargs}).eval()
+    for name, p in model.named_parameters():
+        p.data.add_(torch.randn_like(p) * (1 if name.endswith("_bias") else 0.05))
+    return model
+
+
+def load(state: dict, name: str = "test_foveal_agent_pvt", **kwargs) -> torch.nn.Module:
+    """Create a model with a state dict as its pretrained weights, timm's way."""
+    overlay = dict(state_dict=state, num_classes=10)
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **{"num_classes": 10, **kwargs}
+    ).eval()
+
+
+def authors(name: str) -> str:
+    """The authors' name of a parameter of PVT."""
+    name = re.sub(r"^stem\.", "stages.0.downsample.", name).replace(".dwc.conv.", ".dwc.")
+    if match := re.match(r"stages\.(\d)\.(downsample\.pos_embed|downsample\.|blocks\.)", name):
+        part = {"downsample.pos_embed": "pos_embed{}", "downsample.": "patch_embed{}.", "blocks.": "block{}."}[match[2]]
+        name = part.format(int(match[1]) + 1) + name[match.end() :]
+    return name
+
+
+def published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a PVT under the names and with the shapes of the authors' files."""
+    state = {authors(name): value for name, value in model.state_dict().items()}
+    return {name: value.flatten(1, 2) if "pos_embed" in name else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("name", [n if n.endswith("_t") else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
+def test_size_and_cost(name):
+    found, (parameters, giga) = profile(name), VARIANTS[name]
+    assert found.parameters == parameters
+    assert found.macs / 1e9 == pytest.approx(giga, rel=0.06)
+
+
+def test_configuration():
+    with torch.device("meta"):
+        deit, pvt = timm.create_model("agent_deit_b"), timm.create_model("inline_pvt_l")
+    kinds = [type(block.attn) for block in deit.blocks]
+    assert kinds == [AgentAttention2d] * 4 + [SoftmaxAttention2d] * 8
+    assert (deit.blocks[0].attn.agents, deit.blocks[-1].drop_path.drop_prob) == ((9, 9), pytest.approx(0.3))
+    assert (pvt.stem.norm.eps, pvt.stages[0].blocks[0].norm1.eps) == (1e-5, 1e-6)
+    for model in (deit, pvt):
+        assert (model.default_cfg["license"], model.default_cfg["crop_mode"]) == ("none stated", "squash")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("agent_pvt", dict(depths=(1, 1, 1)), r"depths \(1, 1, 1\).*'embed_dims': 4"),
+        ("agent_pvt", dict(agent_shapes=(2, 2, 3)), r"'agent_shapes': 3"),
+        ("agent_pvt", dict(attention="linear"), "agent, inline, softmax.*'linear'"),
+        ("agent_deit", dict(attention="linear"), "agent, inline, softmax.*'linear'"),
+        ("agent_deit", dict(num_heads=5), "dim 64 .*num_heads 5"),
+    ],
+)
+def test_arguments_of_models(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small(f"test_foveal_{name}", **arguments)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (32, 128)])
+def test_position_embeddings_are_interpolated_in_every_stage(size):
+    """Also where the second map, or the first, has as many positions as one in training, of 64x64: 16 x 16."""
+    model = small("test_foveal_inline_pvt")
+    x = torch.randn(1, 3, *size)
+    embeddings = [model.stem, *(stage.downsample for stage in model.stages[1:])]
+    want = model(x)
+    for i, each in enumerate(embeddings):
+        own = each.pos_embed.permute(0, 3, 1, 2)
+        resized = interpolate(own, (size[0] // (4 * 2**i), size[1] // (4 * 2**i)))
+        each.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1))
+    torch.testing.assert_close(model(x), want)
+
+
+def test_class_token_and_other_pools():
+    model = small("test_foveal_agent_deit")
+    tokens = model.forward_features(IMAGE)
+    assert tokens.shape == (2, 1 + 4 * 6, 64)
+    torch.testing.assert_close(model(IMAGE), model.head(tokens[:, 0]))
+    weights = copy.deepcopy(model.head)
+    model.reset_classifier(10, "avg")
+    model.head = weights
+    torch.testing.assert_close(model(IMAGE), model.head(tokens[:, 1:].mean(1)))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_file_with_a_configuration_of_yacs(tmp_path):
+    """Read without running code of it, by timm and by this package; yacs itself is not needed."""
+    config = pytest.importorskip("yacs.config", reason="yacs is not installed").CfgNode
+    model = small()
+    settings = config({"MODEL": {"TYPE": "agent_pvt", "NAMES": ["x"]}, "LR": 1e-3})
+    file = tmp_path / "max_acc.pth"
+    torch.save({"model": published(model), "optimizer": {"state": {}}, "max_accuracy": 78.4, "config": settings}, file)
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(file), num_classes=10), num_classes=10)
+    for loaded in (
+        timm.create_model("test_foveal_agent_pvt", pretrained=True, **overlay).eval(),
+        foveal.load("test_foveal_agent_pvt", **overlay),
+    ):
+        torch.testing.assert_close(loaded(IMAGE), model(IMAGE))
+
+
+def test_a_dense_file_needs_its_agents():
+    """The same weights give other outputs with more agents; where these are not given, the file is refused."""
+    model = small()
+    state = {f"backbone.{name}": x for name, x in published(model).items() if not name.startswith("head.")}
+    state |= {"neck.fpn_convs.0.conv.weight": torch.ones(1)}
+    for wrapped in (state, {f"module.{name}": x for name, x in state.items()}, {"state_dict": state}):
+        with pytest.raises(ValueError, match="agent_shapes"):
+            load(wrapped, features_only=True)
+    same, more = (load(state, features_only=True, agent_shapes=shapes) for shapes in ((2, 2, 3, 3), (4, 4, 6, 6)))
+    want = model.forward_intermediates(IMAGE, intermediates_only=True)
+    torch.testing.assert_close(same(IMAGE), want)
+    assert not torch.allclose(more(IMAGE)[0], want[0], rtol=1e-3)
+    assert load(state, "test_foveal_agent_pvt", features_only=True, agent_shapes=((2, 4), 2, 3, 3))(IMAGE)
+
+
+@pytest.mark.parametrize("name", ["test_foveal_agent_pvt", "test_foveal_agent_deit"])
+def test_another_training_size(name):
+    """Rows and columns as at any size, position embeddings by bicubic interpolation."""
+    model, x = small(name), torch.randn(1, 3, 96, 128)
+    state = published(model) if "pvt" in name else model.state_dict()
+    other = load(state, name, img_size=(96, 128))
+    want = model(x)
+    if "pvt" in name:
+        assert other.stages[1].downsample.pos_embed.shape[1:3] == (12, 16)
+        for ours, theirs in zip(model.modules(), other.modules(), strict=True):
+            if hasattr(ours, "pos_embed"):
+                ours.pos_embed = theirs.pos_embed
+        want = model(x)
+    torch.testing.assert_close(other(x), want)
+
+
+def test_files_that_do_not_fit():
+    state = published(small())
+    with pytest.raises(ValueError, match=r"1 \(stages\.0\.blocks\.0\.attn\.dwc\.conv\.weight\).* none"):
+        load({k: v for k, v in state.items() if k != "block1.0.attn.dwc.weight"})
+    with pytest.raises(ValueError, match=r"none.* 1 \(stages\.0\.blocks\.7\.x\)"):
+        load({**state, "block1.7.x": torch.zeros(1)})

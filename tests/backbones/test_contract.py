@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from typing import NamedTuple
 
 import pytest
@@ -80,6 +81,14 @@ SMALL = {
     "tap_fan": Case("test_foveal_tap_fan", {}, **FAN),
     "fan_vit": Case(
         "fan_vit_tiny", dict(embed_dim=32, depth=4, num_heads=2, map_blocks=(0, 1, 2)), **FAN | dict(rounds_up=True)
+    "agent_deit": Case(
+        "test_foveal_agent_deit", {}, levels=False, attention_dropout=False, tables=("cls_token", "pos_embed")
+    ),
+    "agent_pvt": Case(
+        "test_foveal_agent_pvt", {}, rounds_up=False, level_norms=False, attention_dropout=False, tables=None
+    ),
+    "inline_pvt": Case(
+        "test_foveal_inline_pvt", {}, rounds_up=False, level_norms=False, attention_dropout=False, tables=None
     ),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
@@ -88,8 +97,14 @@ ANY_SIZE = [name for name, case in SMALL.items() if case.any_size]
 NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norms]
 # What traces or compiles a model for seconds runs for these by default; for the others it is slow.
 QUICK = "dinat-auto", "care", "raftmlp", "rmt", "van", "shiftvit", "isotropic", "vitrpb"
+# Of the same attention in another network, and of the same network with another attention.
+TWICE = "agent_deit", "inline_pvt"
 traced = pytest.mark.parametrize(
-    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+    "case",
+    [
+        name if name in QUICK else pytest.param(name, marks=[pytest.mark.slow, *[pytest.mark.long] * (name in TWICE)])
+        for name in SMALL
+    ],
 )
 NAT_LIKE = [name for name in SMALL if name in ("nat", "dinat", "dinat-auto", "dinat_s", "isotropic", "vitrpb")]
 
@@ -105,6 +120,9 @@ def channels(model: torch.nn.Module, x: torch.Tensor) -> int:
 
 
 def to_nchw(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A map as `forward_features` gives it; of tokens, of a square image, without the class token."""
+    if x.ndim == 3:
+        x = x[:, 1:].unflatten(1, (math.isqrt(x.shape[1] - 1), -1))
     return x.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else x
 
 
@@ -400,7 +418,14 @@ def test_compile(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in SMALL if name not in NAT_LIKE or name == "dinat-auto"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in (*TWICE, "agent_pvt") else [])
+        for name in SMALL
+        if name not in NAT_LIKE or name == "dinat-auto"
+    ],
+)
 def test_compile_to_code(case):
     model = create(case).eval()
     if hasattr(model, "reparameterize"):  # what is deployed

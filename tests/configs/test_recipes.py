@@ -64,9 +64,13 @@ TINY = {
         "moh_vit",
         "tap_fan",
         "fan",
+        "agent_deit",
+        "agent_pvt",
+        "inline_pvt",
     )
 }
 TINY |= {"triplet": "triplet_resnet18"}
+TINY |= {"inline_deit": "test_foveal_agent_deit"}
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
 SMALL = {
@@ -96,6 +100,7 @@ ONE_OF_EACH = (
         *("rmt_t", "rmt_t_retinanet_1x", "rmt_t_semantic_fpn_ade20k"),
         *("shiftvit_tiny_light", "stvit_s", "sgformer_s"),
         *("transnext_micro", "transnext_tiny_upernet_ade20k"),
+        *("agent_deit_t", "agent_pvt_t_retinanet_1x"),
         "digits",
     ),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
@@ -476,6 +481,8 @@ PUBLISHED = [
     *(f"segment/rmt_{size}_upernet_ade20k" for size in "sbl"),
     *(f"detect/transnext_{size}_mask_rcnn_1x" for size in SIZES[1:4]),
     *(f"segment/transnext_{size}_{head}_ade20k" for size in SIZES[1:4] for head in ("upernet", "mask2former")),
+    *(f"detect/agent_pvt_{size}_{head}_1x" for size in "tsml" for head in ("mask_rcnn", "retinanet")),
+    *(f"segment/agent_pvt_{size}_semantic_fpn_ade20k" for size in "tsml"),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),
     *(f"segment/resnet50_a3fpn_{head}_cityscapes" for head in ("upernet", "mask2former")),
 ]

@@ -44,6 +44,7 @@ MODELS = {
     "test_foveal_moh_vit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_transnext": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_raftmlp": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
+    "test_foveal_agent_pvt": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_sgformer": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
 }
 EACH = pytest.mark.parametrize("name", MODELS)
@@ -366,3 +367,16 @@ def test_heads_refuse_maps_of_one_stride():
     assert timm.create_model("convit_tiny", **small)(images(1, 3, 224, 224)).shape == (1, 1000)
     with pytest.raises(ValueError, match=r"convit_tiny .* 16, .* 4, 8, 16, 32"):
         build_segmenter("convit_tiny", num_classes=3, **small)
+
+
+def test_a_plain_transformer_of_ours():
+    """DeiT has maps of one stride, without the class token; the others are made of the last, which has the norm."""
+    backbone = build_backbone("test_foveal_agent_deit", upsample="bilinear").eval()
+    assert backbone.spec.strides == (4, 8, 16, 32)
+    x = images(1, 3, 64, 96)
+    maps = list(backbone(x).values())
+    assert [y.shape for y in maps] == [(1, 64, 64 // s, 96 // s) for s in backbone.spec.strides]
+    last = backbone.body.model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(maps[2], last[0])
+    with pytest.raises(ValueError, match="upsample"):
+        build_backbone("test_foveal_agent_deit")

@@ -97,6 +97,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "moh_vit": ("test_foveal_moh_vit", {}, tiny("test_foveal_moh_vit")),
     "fan": ("test_foveal_fan", {}, tiny("test_foveal_fan")),
     "tap_fan": ("test_foveal_tap_fan", {}, tiny("test_foveal_tap_fan")),
+    "agent_deit": ("test_foveal_agent_deit", {}, tiny("test_foveal_agent_deit")),
+    "agent_pvt": ("test_foveal_agent_pvt", {}, tiny("test_foveal_agent_pvt")),
+    "inline_pvt": ("test_foveal_inline_pvt", {}, tiny("test_foveal_inline_pvt")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
     "sgformer": ("test_foveal_sgformer", {}, tiny("test_foveal_sgformer")),
@@ -220,12 +223,16 @@ RENAMED = {
     "stvit": ("stvit_s", "authors", stvit_with_constants),
     "sgformer": ("sgformer_s", "authors", lambda: filler.published("sgformer_s")),
     "transnext": ("transnext_micro", "authors", lambda: filler.published("transnext_micro")),
+    "agent_pvt": ("agent_pvt_t", "authors", lambda: filler.published("agent_pvt_t")),
+    "inline_deit": ("inline_deit_t", "authors", lambda: filler.published("inline_deit_t")),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }
 
 
-@pytest.mark.parametrize("form", RENAMED)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] if form == "inline_deit" else []) for form in RENAMED]
+)
 def test_formats_with_other_names(form: str, tmp_path: Path) -> None:
     name, keys, make = RENAMED[form]
     state = make()

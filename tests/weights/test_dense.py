@@ -24,6 +24,7 @@ from foveal.weights.convert import ConversionError, convert, restore
 from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
+from ..backbones.test_agent import published as pvt_published
 from ..backbones.test_transnext import authors as transnext_authors
 from ..backbones.test_van import authors as van_authors
 from ..heads.published_names import to_mmseg
@@ -31,6 +32,7 @@ from . import filler
 
 REASON = "needs mmdet 3.3 with mmengine and mmcv"
 NAMES = ("square", "disc", "star")
+AGENTS = {"test_foveal_agent_pvt": {"agent_shapes": [2, 2, 3, 3]}}  # which a file does not show
 
 
 def theirs(config: str, name: str, neck: dict[str, Any] | None = None) -> nn.Module:
@@ -52,7 +54,8 @@ def published(model: nn.Module) -> dict[str, torch.Tensor]:
 def converted(original: nn.Module, what: str, tmp_path: Path, name: str) -> Path:
     """The folder that its file becomes: every tensor used, the file given back bit for bit, verified."""
     state = published(original)
-    done = convert(write(tmp_path / "x", state, CLASSES=NAMES), tmp_path / "ours", model=name)
+    file = write(tmp_path / "x", state, CLASSES=NAMES)
+    done = convert(file, tmp_path / "ours", model=name, arguments=AGENTS.get(name))
     unread = [key for key in state if key.startswith("backbone.norm0.")] if what.startswith("retinanet") else []
     assert done.record["dropped"] == unread
     state = {key: x for key, x in state.items() if key not in unread}
@@ -335,16 +338,45 @@ def test_the_published_cascade_of_rmt(tmp_path: Path) -> None:
         close(got, want)
 
 
+@pytest.mark.parametrize("name", ["test_foveal_rmt", pytest.param("test_foveal_agent_pvt", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_retinanet_on_fpn(tmp_path: Path) -> None:
+def test_retinanet_on_fpn(name: str, tmp_path: Path) -> None:
     """P6 from the backbone's last map and P7 without a ReLU; P6 from the pyramid looks the same in one width alone."""
-    name = "test_foveal_rmt"
     neck = dict(type="FPN", in_channels=[16, 32, 48, 64], out_channels=16, start_level=1, num_outs=5)
     original = theirs("retinanet", name, neck=neck | dict(add_extra_convs="on_input"))
     same_detections(converted(original, f"retinanet on {name} with fpn, 3 classes", tmp_path, name), original)
     state = published(theirs("retinanet", name, neck=neck | dict(add_extra_convs="on_output")))
     with pytest.raises(ConversionError, match=r"fpn_convs\.3\.conv\.weight .*16 .*on_input"):
-        convert(write(tmp_path / "y", state), tmp_path / "other", model=name)
+        convert(write(tmp_path / "y", state), tmp_path / "other", model=name, arguments=AGENTS.get(name))
+
+
+@torch.no_grad()
+def test_agents_of_a_published_detector(tmp_path: Path) -> None:
+    """Their number is known from the manifest; a file of unknown origin is refused without it."""
+    small = dict(embed_dims=[16, 32, 48, 64], depths=[1, 1, 1, 1], num_heads=[1, 2, 3, 4], mlp_ratios=[2, 2, 2, 2])
+    sizes = {"box_width": 32, "mask_width": 16, "convention": "mmdet"}
+    kwargs: dict[str, Any] = dict(num_classes=80, neck_kwargs={"out_channels": 16}, head_kwargs=sizes)
+    known = checkpoints()["agent_pvt_t.maskrcnn_1x_coco"]
+    model = build_detector("agent_pvt_t", "mask_rcnn", **kwargs, **small, **known.arguments).eval()
+    model.load_state_dict(filler.of(model))
+    state = {f"backbone.{key}": x for key, x in pvt_published(model.backbone.body.model).items()}
+    state |= to_mmdet(model.state_dict())
+    file = write(tmp_path / "x", state)
+    for backbone in (False, True):
+        with pytest.raises(ConversionError, match="agent_shapes"):
+            convert(file, tmp_path / "refused", model="agent_pvt_t", arguments=small, backbone=backbone)
+    done = convert(file, tmp_path / "ours", model=known.name, arguments=small)
+    assert done.model == "mask_rcnn on agent_pvt_t with fpn, 80 classes"
+    assert done.record["dropped"] == []
+    back = restore(done.folder)
+    assert list(back) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert all(check.passed for check in verify(done.folder))
+    image = torch.rand(1, 3, 75, 101, generator=torch.Generator().manual_seed(0))
+    for got, want in zip(
+        foveal.load(done.folder).backbone(image).values(), model.backbone(image).values(), strict=True
+    ):
+        close(got, want)
 
 
 def rmt_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -376,10 +408,10 @@ def mmsegs_fpn(state: dict[str, torch.Tensor], maps: list[torch.Tensor]) -> torc
     return conv(total, "decode_head.conv_seg")
 
 
+@pytest.mark.parametrize("name", ["test_foveal_rmt", "test_foveal_agent_pvt"])
 @torch.no_grad()
-def test_semantic_fpn(tmp_path: Path) -> None:
+def test_semantic_fpn(name: str, tmp_path: Path) -> None:
     """At an odd size, where mmsegmentation enlarges a level beyond the next one."""
-    name = "test_foveal_rmt"
     kwargs: dict[str, Any] = dict(neck_kwargs={"out_channels": 16}, head_kwargs={"channels": 8, "convention": "mmseg"})
     model = build_segmenter(name, "semantic_fpn", num_classes=5, auxiliary=False, **kwargs).eval()
     model.load_state_dict(filler.of(model))
@@ -387,8 +419,12 @@ def test_semantic_fpn(tmp_path: Path) -> None:
     heads = {translate(key.replace(".norm.", ".bn."), inverse): x for key, x in model.state_dict().items()}
     double = lambda m: f"{m[1]}.{2 * int(m[2])}."  # noqa: E731
     state = {re.sub(r"(scale_heads\.\d+)\.(\d+)\.", double, key): x for key, x in heads.items() if key}
-    state |= rmt_authors(model.backbone.body.model.state_dict())
-    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=name)
+    body: Any = model.backbone.body.model
+    if name == "test_foveal_rmt":
+        state |= rmt_authors(body.state_dict())
+    else:
+        state |= {f"backbone.{key}": x for key, x in pvt_published(body).items()}
+    done = convert(write(tmp_path / "x", state), tmp_path / "ours", model=name, arguments=AGENTS.get(name))
     assert done.model == f"semantic_fpn on {name} with fpn, 5 classes"
     assert done.record["dropped"] == [key for key in state if ".Relpos." in key]
     back = restore(done.folder)

@@ -40,6 +40,9 @@ SMALL = {
         "fan_vit_tiny",
         dict(embed_dim=32, depth=4, num_heads=2, map_blocks=(0, 1, 2)),
     ),
+    "agent_deit": ("test_foveal_agent_deit", {}),
+    "agent_pvt": ("test_foveal_agent_pvt", {}),
+    "inline_pvt": ("test_foveal_inline_pvt", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
 
@@ -58,7 +61,8 @@ def build(name: str) -> torch.nn.Module:
     return model
 
 
-LONG = ("nat", "dinat_s", "overlock")  # minutes each; nat is dinat without dilation
+# minutes each; nat is dinat without dilation; or the network or the attention of another case
+LONG = ("nat", "dinat_s", "overlock", "agent_deit", "inline_pvt")
 
 
 @pytest.mark.slow
@@ -83,7 +87,7 @@ def test_onnx_for_any_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("van", "rmt", "stvit", "sgformer", "shiftvit") else [pytest.mark.long])
+        pytest.param(name, marks=[] if name in ("van", "rmt", "stvit", "sgformer", "shiftvit", "agent_pvt") else [pytest.mark.long])
         for name in SMALL
     ],
 )

@@ -145,6 +145,8 @@ SMALLEST = {
     "Triplet": "triplet_mobilenetv2_100",
     "FAN": "test_foveal_fan",
     "TAP-FAN": "test_foveal_tap_fan",
+    "Agent Attention": "test_foveal_agent_pvt",
+    "InLine": "test_foveal_inline_pvt",
     "RaftMLP": "test_foveal_raftmlp",
     "STViT": "test_foveal_stvit",
     "SG-Former": "test_foveal_sgformer",

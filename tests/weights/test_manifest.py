@@ -50,6 +50,10 @@ def test_what_is_there() -> None:
         ("fan", "classify"): 12,
         ("tap_fan", "classify"): 1,
         ("tap_fan", "segment"): 1,
+        ("agent", "classify"): 9,
+        ("agent", "detect"): 8,
+        ("agent", "segment"): 3,
+        ("inline", "classify"): 7,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
         ("conditional_detr", "detect"): 4,
@@ -66,7 +70,8 @@ def test_classifiers_are_as_their_cfgs_say(name: str) -> None:
     }
     if checkpoint.keys != "timm":  # timm states those of its networks
         assert cfg.pool_size == tuple(
-            size // (16 if "isotropic" in name or "fan_" in name else 32) for size in cfg.input_size[1:]
+            size // (16 if "isotropic" in name or "fan_" in name or "deit" in name else 32)
+            for size in cfg.input_size[1:]
         )
     places = {cfg.url or "", f"hf://{cfg.hf_hub_id}" if cfg.hf_hub_id else ""} - {""}
     assert places == set(checkpoint.addresses)
@@ -104,7 +109,7 @@ def test_dense_checkpoints_are_of_models_that_exist(name: str) -> None:
     """With a list of dilations for each of their levels, one for each block."""
     checkpoint = ALL[name]
     assert is_model(checkpoint.model)
-    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1", "bias_size", "output_stride"}
+    assert set(checkpoint.arguments) <= {"dilations", "stride_in_1x1", "bias_size", "agent_shapes", "output_stride"}
     assert ("output_stride" in checkpoint.arguments) == ("_dc5_" in checkpoint.tag)
     # of a ResNet of detectron2 both are known
     assert ("stride_in_1x1" in checkpoint.arguments) == (

@@ -1,0 +1,329 @@
+"""DeiT, a plain vision transformer, with agent or InLine attention.
+
+Papers: Agent Attention (Han et al., ECCV 2024, arXiv:2312.08874); InLine attention: Bridging the Divide: Reconsidering
+Softmax and Linear Attention (Han et al., NeurIPS 2024, arXiv:2412.06590); DeiT (Touvron et al., ICML 2021,
+arXiv:2012.12877). The authors' repositories, https://github.com/LeapLabTHU/Agent-Attention and
+https://github.com/LeapLabTHU/InLine, state no licence for code or weights. This is an independent implementation;
+checkpoints in the authors' format load unchanged and give the published outputs.
+
+The network is timm's ViT of 12 blocks on patches of 16, with a class token and an absolute position embedding;
+parameters have the authors' names, except ``dwc``. `agent_deit_b` has agent attention in the first four blocks and
+softmax attention in the others. Other sizes than that of training interpolate the position embedding, by bicubic
+interpolation as in the authors' fine-tuning.
+
+Tokens are ``[B, 1 + H * W, C]`` inside, the class token first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from torch import nn
+
+from .attention import (
+    AgentAttention2d,
+    InlineAttention2d,
+    SoftmaxAttention2d,
+    map_sizes,
+    resampled_positions,
+    resized_nhwc,
+)
+from .base import Backbone, check_names, create, unwrap
+from .layers import Blocks, PreNormBlock, drop_path_rates, fx_leaf, init_weights, positive_pair
+
+__all__ = ["DeiT", "checkpoint_filter_fn", "family"]
+
+
+class TokenBlocks(Blocks):
+    """Blocks that also take the size of the map."""
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int], start: int = 0, stop: int | None = None) -> torch.Tensor:
+        for i in range(start, len(self) if stop is None else stop):
+            run = partial(checkpoint, self[i], use_reentrant=False) if self.grad_checkpointing else self[i]
+            x = run(x, size)
+        return x
+
+
+class TokenPool(nn.Module):
+    """Tokens to the class token, or to a pooling of the others: ``[B, 1 + N, C]`` to ``[B, C]``."""
+
+    def __init__(self, pool: Any = None) -> None:
+        super().__init__()
+        self.pool = pool
+        self.pool_type = "token" if pool is None else pool.pool_type
+
+    def feat_mult(self) -> int:
+        return 1 if self.pool is None else self.pool.feat_mult()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool is None:
+            return x[:, 0]
+        return self.pool(x[:, 1:, None]) if self.pool_type else x
+
+
+@fx_leaf
+def _size(x: torch.Tensor) -> tuple[int, int]:
+    """(H, W) of ``[B, H, W, C]``."""
+    return map_sizes(x)[1:3]
+
+
+@fx_leaf
+def _to_tokens(
+    x: torch.Tensor, token: torch.Tensor, embedding: torch.Tensor, map_size: tuple[int, int]
+) -> torch.Tensor:
+    """A map to tokens with the class token first, plus the position embedding of a map of ``map_size``."""
+    positions = resized_nhwc(embedding[:, 1:].unflatten(1, map_size), x, ())
+    x = (x + positions).flatten(1, 2)
+    return torch.cat([(token + embedding[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
+
+
+class DeiT(Backbone):
+    """DeiT. Takes images of any size; they are padded to whole patches.
+
+    `forward_features` returns tokens ``[B, 1 + H * W, C]``; the feature maps are of the others than the class token.
+
+    Args:
+        img_size: of training, an int or (height, width); position embedding and biases are interpolated for others.
+        patch_size: kernel size and stride of the patch embedding.
+        in_chans: image channels.
+        num_classes: classes, 0 for none.
+        global_pool: ``"token"``, the class token; ``"avg"``, ``"max"``, ``"avgmax"`` or ``"catavgmax"`` of the others;
+            or ``""`` for the logits of all tokens.
+        output_stride: only ``patch_size``.
+        embed_dim: channels.
+        depth: blocks.
+        num_heads: attention heads; must divide the channels.
+        mlp_ratio: hidden channels of the MLP, relative to ``embed_dim``.
+        attention: of the first blocks: ``"agent"``, ``"inline"`` or ``"softmax"``.
+        attention_depth: the number of these blocks, None for all; the others have softmax attention.
+        agents: of `AgentAttention2d`.
+        agent_shape: likewise.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import timm, torch
+        >>> from foveal.backbones.deit import DeiT
+        >>> model = timm.create_model("test_foveal_agent_deit", num_classes=10).eval()
+        >>> type(model).__name__, tuple(model(torch.randn(1, 3, 64, 96)).shape)
+        ('DeiT', (1, 10))
+    """
+
+    stem_name, levels_name = "patch_embed", "blocks"
+    uniform = True
+    out_indices = 3
+    tables = ("cls_token", "pos_embed")
+    num_prefix_tokens = 1
+    blocks: TokenBlocks
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        output_stride: int = 16,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        attention: str = "softmax",
+        attention_depth: int | None = None,
+        agents: int | Sequence[int] = 7,
+        agent_shape: int | Sequence[int] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(in_chans, output_stride, stride=patch_size)
+        rows, columns = positive_pair("img_size", img_size)
+        self.map_size = math.ceil(rows / patch_size), math.ceil(columns / patch_size)
+        kinds: dict[str, Any] = {
+            "agent": partial(AgentAttention2d, agents=agents, map_size=self.map_size, agent_shape=agent_shape),
+            "inline": InlineAttention2d,
+            "softmax": SoftmaxAttention2d,
+        }
+        if attention not in kinds:
+            raise ValueError(f"attention must be one of {', '.join(kinds)}, got {attention!r}")
+        options = dict(norm_layer=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+        self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim, **options)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.map_size), embed_dim))
+        for embedding in (self.cls_token, self.pos_embed):
+            trunc_normal_(embedding, std=0.02)
+        blocks = []
+        for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
+            kind = attention if attention_depth is None or i < attention_depth else "softmax"
+            blocks.append(PreNormBlock(embed_dim, kinds[kind](embed_dim, num_heads, class_token=True), mlp_ratio, rate))
+        self.blocks = TokenBlocks(*blocks)
+        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{j}") for j in range(depth)]
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        init_weights(self)
+        self._init_head(embed_dim, num_classes, global_pool, drop_rate)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        super()._set_head(num_classes, "avg" if global_pool == "token" else global_pool)
+        self.global_pool = TokenPool(None if global_pool == "token" else self.global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups, for layer-wise learning rates."""
+        stem = r"^(?:cls_token|pos_embed|patch_embed)"
+        return dict(stem=stem, blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    def _tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Images to the tokens of the first block and the size of the map."""
+        x = self.patch_embed(x)
+        return _to_tokens(x, self.cls_token, self.pos_embed, self.map_size), _size(x)
+
+    def _maps(
+        self, x: torch.Tensor, take: Sequence[int], stop: int, norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x, size = self._tokens(x)
+        maps = []
+        for i in range(stop + 1):
+            x = self.blocks(x, size, i, i + 1)
+            if i in take:
+                maps.append((self._norm(x) if norm else x)[:, 1:].unflatten(1, size))
+        return x, maps
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, in_chans, H, W]`` to the tokens after the final norm, ``[B, 1 + h * w, num_features]``."""
+        return self._norm(self.blocks(*self._tokens(x)))
+
+
+# ---- checkpoints
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint to a state dict of ``model``. Changes neither argument.
+
+    Supports the names of the authors and of these models, also wrapped by ``features_only`` or
+    ``DistributedDataParallel``, or under ``state_dict`` or ``model``. Position embedding (of a square) and biases for
+    another ``img_size`` are interpolated.
+
+    Raises:
+        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
+    """
+    own = model.state_dict()
+    given = unwrap(state_dict)
+    found = {re.sub(r"\.dwc\.(weight|bias)$", r".dwc.conv.\1", name): value for name, value in given.items()}
+    check_names(found, own)
+    embedding = found["pos_embed"]
+    if embedding.shape[1] != own["pos_embed"].shape[1]:
+        positions = embedding[:, 1:].unflatten(1, (math.isqrt(embedding.shape[1] - 1), -1))
+        positions = resized_nhwc(positions, None, model.map_size).flatten(1, 2)
+        found["pos_embed"] = torch.cat([embedding[:, :1], positions], 1)
+    return resampled_positions(found, own)
+
+
+# ---- registry
+
+_CODE = {"agent": "Agent-Attention", "inline": "InLine"}
+_PAPER = {"agent": "arXiv:2312.08874", "inline": "arXiv:2412.06590"}
+_FILES = {  # on Tsinghua's cloud, and the size of images
+    "agent_deit_t.in1k": ("57e0904221824ee7b7af", 224),
+    "agent_deit_s.in1k": ("fdd43304372541db8ea7", 224),
+    "agent_deit_s_448.in1k": ("a228f86241c445f1969b", 448),
+    "agent_deit_b.in1k": ("5115f15fdd7e4ab58fbc", 224),
+    "inline_deit_t.in1k": ("1d6b8191ad6d4114b291", 224),
+    "inline_deit_s.in1k": ("2f3898b07e9247f3beb3", 288),
+    "inline_deit_b.in1k": ("10bdd726d4b0435eb34e", 448),
+}
+
+
+def _cfg(kind: str, size: int = 224, **facts: Any) -> dict[str, Any]:
+    return {
+        "input_size": (3, size, size),
+        "pool_size": (size // 16, size // 16),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "crop_mode": "squash",
+        "license": "none stated",
+        "origin_url": f"https://github.com/LeapLabTHU/{_CODE[kind]}",
+        "paper_ids": [_PAPER[kind], "arXiv:2012.12877"],
+        "notes": ("The authors' repository has no licence for code or weights.",),
+        **facts,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{
+            name: _cfg(name.partition("_")[0], size, url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1")
+            for name, (file, size) in _FILES.items()
+        },
+        "test_foveal_agent_deit.untrained": _cfg("agent", 64, license="apache-2.0", origin_url=None, notes=None),
+    }
+)
+
+
+def family(name: str) -> str:
+    """The family of a model of this file: ``"Agent Attention"`` or ``"InLine"``."""
+    return "Agent Attention" if "agent_" in name else "InLine"
+
+
+_create = partial(create, checkpoint_filter_fn, DeiT)
+
+
+@register_model
+def agent_deit_t(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Agent-DeiT-T, 6.0 M parameters."""
+    return _create("agent_deit_t", pretrained, kwargs, attention="agent")
+
+
+@register_model
+def agent_deit_s(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Agent-DeiT-S, 22.6 M parameters."""
+    args = dict(attention="agent", embed_dim=384, num_heads=6, drop_path_rate=0.1)
+    return _create("agent_deit_s", pretrained, kwargs, **args)
+
+
+@register_model
+def agent_deit_s_448(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Agent-DeiT-S for 448 pixels, 23.1 M parameters."""
+    args = dict(attention="agent", embed_dim=384, num_heads=6, drop_path_rate=0.1)
+    return _create("agent_deit_s_448", pretrained, kwargs, **args, img_size=448)
+
+
+@register_model
+def agent_deit_b(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """Agent-DeiT-B, with agent attention in the first four blocks, 87.2 M parameters."""
+    args = dict(attention="agent", attention_depth=4, agents=9, embed_dim=768, num_heads=12, drop_path_rate=0.3)
+    return _create("agent_deit_b", pretrained, kwargs, **args)
+
+
+@register_model
+def inline_deit_t(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """InLine-DeiT-T, 6.5 M parameters."""
+    return _create("inline_deit_t", pretrained, kwargs, attention="inline", num_heads=6, drop_path_rate=0.1)
+
+
+@register_model
+def inline_deit_s(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """InLine-DeiT-S, of 320 channels and for 288 pixels, 16.7 M parameters."""
+    args = dict(attention="inline", embed_dim=320, num_heads=10, drop_path_rate=0.1)
+    return _create("inline_deit_s", pretrained, kwargs, **args, img_size=288)
+
+
+@register_model
+def inline_deit_b(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """InLine-DeiT-B, of 384 channels and for 448 pixels, 23.8 M parameters."""
+    args = dict(attention="inline", embed_dim=384, num_heads=12, drop_path_rate=0.1)
+    return _create("inline_deit_b", pretrained, kwargs, **args, img_size=448)
+
+
+@register_model
+def test_foveal_agent_deit(pretrained: bool = False, **kwargs: Any) -> DeiT:
+    """A very small Agent-DeiT whose last block has softmax attention, for tests and demonstrations."""
+    args = dict(img_size=64, embed_dim=64, depth=3, num_heads=2, agents=3, attention_depth=2)
+    return _create("test_foveal_agent_deit", pretrained, kwargs, **args, attention="agent")
