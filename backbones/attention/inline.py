@@ -64,7 +64,8 @@ def _attend_linearly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     factor = (q.shape[-1] ** -0.5 / count) ** 0.5  # of both sides, for half precision
     centred = (k - k.mean(1, keepdim=True)) * factor
     q, keys, values = contiguous(q.transpose(1, 2), centred.permute(0, 2, 3, 1), (v * factor).transpose(1, 2))
-    return (q @ (keys @ values)).transpose(1, 2) + v.mean(1, keepdim=True)
+    (y,) = contiguous((q @ (keys @ values)).transpose(1, 2))
+    return y + v.mean(1, keepdim=True)
 
 
 def _convolve(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ SMALL = {
     "tap_fan": Case("test_foveal_tap_fan", {}, **FAN),
     "fan_vit": Case(
         "fan_vit_tiny", dict(embed_dim=32, depth=4, num_heads=2, map_blocks=(0, 1, 2)), **FAN | dict(rounds_up=True)
+    ),
     "agent_deit": Case(
         "test_foveal_agent_deit", {}, levels=False, attention_dropout=False, tables=("cls_token", "pos_embed")
     ),
