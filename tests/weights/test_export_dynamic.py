@@ -83,13 +83,13 @@ def test_onnx_for_any_size(name: str, tmp_path: Path) -> None:
         assert (got - want).abs().max() < 1e-5 * want.abs().max(), size
 
 
+PROGRAMS = ("van", "rmt", "stvit", "sgformer", "shiftvit", "agent_pvt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("van", "rmt", "stvit", "sgformer", "shiftvit", "agent_pvt") else [pytest.mark.long])
-        for name in SMALL
-    ],
+    [pytest.param(name, marks=[] if name in PROGRAMS else [pytest.mark.long]) for name in SMALL],
 )
 def test_a_program_for_any_size(name: str, tmp_path: Path) -> None:
     """Without guards on maps of one position, which the ONNX exporter drops."""
