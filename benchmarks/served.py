@@ -114,7 +114,8 @@ def served_rows(case: ServedCase, bench: Bench) -> Iterator[Row]:
             model: Any = timm.create_model(name).eval()
             model = model.reparameterize() if hasattr(model, "reparameterize") else reparameterize_model(model)
             x, images = bench.normal(1, *size), bench.normal(*CALIBRATION, *size, seed=1)
-            want, folder = model(x), (bench.exports or Path(scratch)) / name
+            want = model(x)
+            folder = (bench.exports or Path(scratch)) / f"{name}-{threads}"  # AOTInductor's code has their number
             for (runtime, dtype), make in forms(model, folder, images).items():
                 label = f"{name} {dtype} {runtime}"
                 row: Row = {"model": name, "input": f"1x{'x'.join(map(str, size))}"}
