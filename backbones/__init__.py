@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     ascan,
     care,
+    cswin,
     deit,
     fan,
     halonet,
@@ -18,6 +19,7 @@ from . import (
     sgformer,
     shiftvit,
     stvit,
+    swin,
     transnext,
     triplet,
     van,
@@ -25,6 +27,7 @@ from . import (
 
 _MODULES = (nat, halonet, care, maxvit, overlock, ascan, van, shiftvit, rmt, raftmlp, stvit, sgformer, transnext)
 _MODULES += (moh_vit, triplet, fan, deit, pvt)
+_MODULES += (swin, cswin)
 
 
 def list_models() -> list[str]:

@@ -305,7 +305,7 @@ class Unread:
 
 
 # For torch.load, the arguments that training scripts store with their weights: a Namespace is harmless, paths in it are
-# not read.
+# not read, and a CfgNode becomes a dict.
 ARGUMENTS = [
     argparse.Namespace,
     (OrderedDict, "yacs.config.CfgNode"),  # the only class with attributes that torch lets set items

@@ -231,7 +231,7 @@ class DiNATs(NAT):
     levels_name = "layers"
 
     def _tokenizer(self, in_chans: int, dim: int) -> nn.Module:
-        return _patch_embed(in_chans, dim, patch_size=4)
+        return patch_embed(in_chans, dim, patch_size=4)
 
     def _downsampler(self, dim: int) -> nn.Module:
         return PatchMerging(dim)
@@ -304,7 +304,7 @@ class Isotropic(Backbone):
         options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale)
         options |= dict(proj_drop=proj_drop_rate, attn_drop=attn_drop_rate)
 
-        self.patch_embed = _patch_embed(in_chans, embed_dim, patch_size)
+        self.patch_embed = patch_embed(in_chans, embed_dim, patch_size)
         given: Dilations = dilations if dilations is None or isinstance(dilations, str) else [dilations]
         (dilated,) = _dilations(given, [depth])
         (rates,) = drop_path_rates(drop_path_rate, [depth])
@@ -341,7 +341,8 @@ def _of_size(x: torch.Tensor, img_size: tuple[int, int]) -> torch.Tensor:
     return x
 
 
-def _patch_embed(in_chans: int, dim: int, patch_size: int) -> PatchEmbed:
+def patch_embed(in_chans: int, dim: int, patch_size: int) -> PatchEmbed:
+    """Patches of images of any size, which are zero-padded to a multiple, as a channels-last map after LayerNorm."""
     return PatchEmbed(
         img_size=None,
         patch_size=patch_size,

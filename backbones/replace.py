@@ -20,16 +20,10 @@ from timm.layers.halo_attn import HaloAttn
 from timm.models import davit, maxxvit, swin_transformer, swin_transformer_v2, twins
 from torch import nn
 
-from .attention import HaloAttention2d, TensorCache, window_attention
+from .attention import HaloAttention2d, TensorCache, table_by_key, window_attention
 from .layers import fx_leaf, linear, refuse_scripting
 
 __all__ = ["replace_attention"]
-
-
-def _by_key(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A table ``[(2h - 1) * (2w - 1), heads]`` by query - key, as ``[heads, 2h - 1, 2w - 1]`` by key - query."""
-    rows, columns = (2 * length - 1 for length in size)
-    return table.view(rows, columns, -1).flip(0, 1).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +54,7 @@ class SwinAttention(_MapAttention, swin_transformer.WindowAttention):
     @fx_leaf
     def forward(self, x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        table = _by_key(self.relative_position_bias_table, self.window_size)
+        table = table_by_key(self.relative_position_bias_table, self.window_size)
         drop = self.attn_drop.p if self.training else 0.0
         x = window_attention(q, k, v, self.window_size, shift=shift, table=table, cache=self.cache, dropout_p=drop)
         return self.proj_drop(linear(self.proj, x))
@@ -80,7 +74,7 @@ class SwinV2Attention(_MapAttention, swin_transformer_v2.WindowAttention):
         q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp().squeeze(-1)
         k = F.normalize(k, dim=-1)
         table = 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table))
-        table = _by_key(table.flatten(0, 2), self.window_size)
+        table = table_by_key(table.flatten(0, 2), self.window_size)
         drop = self.attn_drop.p if self.training else 0.0
         x = window_attention(
             q, k, v, self.window_size, shift=shift, table=table, cache=self.cache, scale=1.0, dropout_p=drop
@@ -125,9 +119,9 @@ def _partition_attention(
         table = rel_pos.relative_position_bias_table
     elif isinstance(rel_pos, RelPosMlp):
         table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).flatten(0, -2))
-        table = _by_key(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table, size)
+        table = table_by_key(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table, size)
     elif rel_pos is not None:
-        table = _by_key(rel_pos.relative_position_bias_table, size)
+        table = table_by_key(rel_pos.relative_position_bias_table, size)
     drop = attn.attn_drop.p if attn.training else 0.0
     return window_attention(q, k, v, size, grid=grid, table=table, cache=cache, dropout_p=drop)
 

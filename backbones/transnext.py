@@ -65,12 +65,12 @@ class TransNeXtBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Convolution with overlapping windows, which rounds the size up, and LayerNorm: ``[B, C, H, W]`` to ``[B, h, w,
+    """Convolution with overlapping windows and LayerNorm: ``[B, C, H, W]`` to ``[B, h, w,
     dim_out]``."""
 
-    def __init__(self, dim: int, dim_out: int, kernel_size: int, stride: int) -> None:
+    def __init__(self, dim: int, dim_out: int, kernel_size: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim_out, kernel_size, stride, kernel_size // 2)
+        self.proj = nn.Conv2d(dim, dim_out, kernel_size, stride, padding)
         self.norm = nn.LayerNorm(dim_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Downsample(PatchEmbed):
     """3x3 convolution of stride 2 and LayerNorm of a channels-last map; an odd length is rounded up."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__(dim, dim_out, 3, 2)
+        super().__init__(dim, dim_out, 3, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(to_nchw(x))
@@ -144,7 +144,7 @@ class TransNeXt(Backbone):
             raise ValueError(
                 f"bias_size {bias_size} has no map at the last stage, of stride {4 * 2 ** (len(depths) - 1)}"
             )
-        self.stem = PatchEmbed(in_chans, embed_dims[0], 7, 4)
+        self.stem = PatchEmbed(in_chans, embed_dims[0], 7, 4, 3)
         rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for i, dim in enumerate(embed_dims):

@@ -40,10 +40,10 @@ _NECK = re.compile(  # A3-FPN's
     r"(neck|backbone\.a3fpn|decode_head\.a3fpn|sem_seg_head\.pixel_decoder\.a3fpn)"
     r"\.(a3fpn_body\.|conv[0-4]+\.|extra_convs\.)"
 )
-_INDEX = ".relative_position_index"  # a buffer of the authors' isotropic ViT that follows from the image size
+_INDEX = ".relative_position_index"  # a buffer of isotropic ViT and Swin that follows from the image or window size
 _UNREAD = re.compile(r"backbone\.(extra_norms\.|norm)\d\.(weight|bias)")  # of a map that no neck reads
-_CONSTANT = re.compile(  # of RMT and STViT, which check them
-    r"(backbone\.)?layers\.\d+\.(Relpos\.(angle|decay)|blocks\.\d+\.attn\.(un)?fold\.weights)"
+_CONSTANT = re.compile(  # of RMT and STViT, which check them, and the masks of Swin's shifted windows
+    r"(backbone\.)?layers\.\d+\.(Relpos\.(angle|decay)|blocks\.\d+\.(attn\.(un)?fold\.weights|attn_mask))"
 )
 _CLASS_TOKEN = re.compile(  # of FAN, and what follows it
     r"(backbone\.)?((norm|head)\.(weight|bias)|cls_token|cls_attn_blocks\.\d+\.((attn|mlp)\.[\w.]+|gamma2))"
@@ -207,10 +207,11 @@ def closest(state: State) -> list[str]:
     """The models that a file of unknown origin may be of, at most five, each with the number of tensors that it shares
     with the file: by name and shape, or by name if no model has all names. Empty if none has half of them."""
     total, names = len(state), [name for name in list_models() if not name.startswith("test_")]
-    first = {family(name): name for name in reversed(names)}
-    by_family = {kind: _shared(state, name)[0] for kind, name in first.items()}
-    near = [kind for kind, count in by_family.items() if count > 0.8 * max(by_family.values())]
-    models = [name for name in names if family(name) in near]
+    network = {name: (family(name), model_entrypoint(name).__module__) for name in names}
+    first = {network[name]: name for name in reversed(names)}
+    counts = {kind: _shared(state, name)[0] for kind, name in first.items()}
+    near = [kind for kind, count in counts.items() if count > 0.8 * max(counts.values())]
+    models = [name for name in names if network[name] in near]
     count = {name: _shared(state, name) for name in models}
     fitting = {name: alike for name, (_, alike) in count.items() if alike}
     whole = {name: alike for name, alike in fitting.items() if alike == total}
@@ -247,7 +248,7 @@ def fitted(
         ValueError: tensors of the file that are not used, of the model that are not set, or of another shape.
     """
     for name, value in state.items():
-        if name.endswith(_INDEX) and not torch.equal(value, _position_index(value)):
+        if name.endswith(_INDEX) and not torch.equal(value, _position_index(name, value)):
             raise ValueError(f"{name} orders the position bias differently from this model")
     try:
         origins, starts = _trace(state, translate)
@@ -278,7 +279,7 @@ def fitted(
 def restored(spec: Mapping[str, tuple[str, list[int]]], weights: State, translate: Translate) -> dict[str, Tensor]:
     """The tensors of a file, given their dtypes and shapes, from the weights that `translate` made of them."""
     state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in spec.items()}
-    state |= {name: _position_index(value) for name, value in state.items() if name.endswith(_INDEX)}
+    state |= {name: _position_index(name, value) for name, value in state.items() if name.endswith(_INDEX)}
     origins, starts = _trace(state, translate)
     names = list(state)
     bounds = torch.tensor([*starts.values(), 1 + sum(value.numel() for value in state.values())])
@@ -317,10 +318,11 @@ def _trace(state: State, translate: Translate) -> tuple[dict[str, Tensor], dict[
     return {name: value for name, value in result.items() if value.dtype == torch.int32}, starts
 
 
-def _position_index(like: Tensor) -> Tensor:
+def _position_index(name: str, like: Tensor) -> Tensor:
     """The row of the flattened position bias table for each pair of tokens of a square map, ``[side^2, side^2]``: the
-    offset of the key from the query, counted from ``1 - side``."""
+    offset of the key from the query, of Swin (with blocks in layers) the reverse, counted from ``1 - side``."""
     side = math.isqrt(len(like))
     y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
     rows, columns = y[None] - y[:, None] + side - 1, x[None] - x[:, None] + side - 1
-    return rows * (2 * side - 1) + columns
+    index = rows * (2 * side - 1) + columns
+    return index.T.contiguous() if ".blocks." in name else index

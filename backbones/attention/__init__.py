@@ -11,6 +11,7 @@ from .agent import resampled_positions as resampled_positions
 from .aggregated import AggregatedAttention2d as AggregatedAttention2d
 from .aggregated import LogPositionBias as LogPositionBias
 from .aggregated import without_autocast as without_autocast
+from .cross_shaped import CrossShapedAttention2d as CrossShapedAttention2d
 from .fan import ChannelMixing2d as ChannelMixing2d
 from .fan import ClassAttentionPool as ClassAttentionPool
 from .fan import FourierPosition as FourierPosition
@@ -40,6 +41,7 @@ from .maps import channels_last_on_cpu as channels_last_on_cpu
 from .maps import map_sizes as map_sizes
 from .maps import resized as resized
 from .maps import resized_nhwc as resized_nhwc
+from .maps import to_multiple as to_multiple
 from .maps import to_nchw as to_nchw
 from .maps import to_nhwc as to_nhwc
 from .mixing import context_mixing as context_mixing
@@ -49,5 +51,7 @@ from .super_token import associate as associate
 from .window import FullAttention2d as FullAttention2d
 from .window import PartitionAttention2d as PartitionAttention2d
 from .window import RelativePositionTable as RelativePositionTable
+from .window import ShiftedWindowAttention2d as ShiftedWindowAttention2d
 from .window import resample_table as resample_table
+from .window import table_by_key as table_by_key
 from .window import window_attention as window_attention

@@ -39,6 +39,15 @@ def at_least(x: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(x, (0, right, 0, bottom)) if free or bottom or right else x
 
 
+@fx_leaf
+def to_multiple(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Zero-pad ``x`` ``[B, C, H, W]`` at the bottom and the right to multiples of ``size``."""
+    H, W = x.shape[-2:]
+    # of positive numbers: ONNX rounds others to zero
+    bottom, right = ((length + size - 1) // size * size - length for length in (H, W))
+    return F.pad(x, (0, right, 0, bottom)) if is_dynamic(H, W) or bottom or right else x
+
+
 def resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """``x`` ``[B, C, H, W]`` by bicubic interpolation; of a dynamic shape also where it has the size already, which
     changes nothing."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...kernels import RelativePositionBias, TensorCache, neighborhood_attention
@@ -49,6 +51,12 @@ class RelativePositionTable(nn.Module):
         if window_size != self.window_size:
             return self.cache.get(resample_table, window_size, source=table)
         return table.clone()  # FSDP frees the parameter itself when this returns
+
+
+def table_by_key(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Swin's table ``[(2h - 1) * (2w - 1), heads]``, by query - key, as ``[heads, 2h - 1, 2w - 1]`` by key - query."""
+    rows, columns = (2 * length - 1 for length in size)
+    return table.view(rows, columns, -1).flip(0, 1).permute(2, 0, 1)
 
 
 def resample_table(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
@@ -236,6 +244,69 @@ class PartitionAttention2d(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(linear(self.proj, x.reshape(B, H, W, C)))
+
+
+class ShiftedWindowAttention2d(PartitionAttention2d):
+    """Multi-head attention inside windows that may be shifted, with relative position bias (Swin, arXiv:2103.14030,
+    section 3.2).
+
+    A map is zero-padded to whole windows at the right and the bottom before the qkv projection. Padding is not masked,
+    as in the authors' detectors. An axis that fits into one window is not shifted.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        window_size: rows and columns of a window.
+        shift: where the first whole window starts, on both axes; 0 for windows that are not shifted.
+
+    Raises:
+        ValueError: on arguments that do not fit together; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.attention import ShiftedWindowAttention2d
+        >>> attention = ShiftedWindowAttention2d(dim=64, num_heads=2, window_size=7, shift=3)
+        >>> attention(torch.randn(1, 16, 20, 64)).shape
+        torch.Size([1, 16, 20, 64])
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift: int = 0) -> None:
+        super().__init__(dim, num_heads, (window_size, window_size), "block")
+        if not 0 <= shift < window_size:
+            raise ValueError(f"shift must be from 0 to {window_size - 1} in windows of {window_size}, got {shift}")
+        self.window_size, self.shift = window_size, shift
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, shift={self.shift}, num_heads={self.num_heads}"
+
+    @fx_leaf
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, H, W, C]`` to the same shape, for any H and W."""
+        H, W = map_sizes(x)[1:3]
+        (top, bottom, down), (left, right, across) = (self._axis(length) for length in (H, W))
+        free = is_dynamic(H, W)
+        if free or bottom or right:
+            x = F.pad(x, (0, 0, left, right, top, bottom))
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        size = self.window_size, self.window_size
+        assert self.rel_pos is not None  # of windows of a fixed size
+        table, cache = self.rel_pos(size), self.rel_pos.cache
+        y = window_attention(q, k, v, size, shift=(down, across), table=table, cache=cache, scale=self.scale)
+        if free:  # exporters do not know a slice's length
+            rows, columns = (torch.arange(length, device=x.device) for length in (H, W))
+            y = y.index_select(1, rows + top).index_select(2, columns + left)
+        elif bottom or right:
+            y = y[:, :H, :W]
+        return linear(self.proj, y)
+
+    def _axis(self, length: int) -> tuple[int, int, int]:
+        """Padding before and after an axis, and its shift."""
+        count = (length + self.window_size - 1) // self.window_size
+        after = count * self.window_size - length
+        if is_dynamic(length):  # one graph for both cases: a map of one window is moved into the first whole one
+            missing: Any = 2 - torch.sym_min(count, 2)
+            return self.shift * missing, after, self.shift
+        return 0, after, self.shift if count > 1 else 0
 
 
 class FullAttention2d(PartitionAttention2d):

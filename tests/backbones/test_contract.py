@@ -91,6 +91,8 @@ SMALL = {
     "inline_pvt": Case(
         "test_foveal_inline_pvt", {}, rounds_up=False, level_norms=False, attention_dropout=False, tables=None
     ),
+    "agent_swin": Case("test_foveal_agent_swin", {}, attention_dropout=False, tables="relative_position_bias_table"),
+    "agent_cswin": Case("test_foveal_agent_cswin", {}, attention_dropout=False, tables=None),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels
@@ -99,7 +101,7 @@ NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norm
 # What traces or compiles a model for seconds runs for these by default; for the others it is slow.
 QUICK = "dinat-auto", "care", "raftmlp", "rmt", "van", "shiftvit", "isotropic", "vitrpb"
 # Of the same attention in another network, and of the same network with another attention.
-TWICE = "agent_deit", "inline_pvt"
+TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin"
 traced = pytest.mark.parametrize(
     "case",
     [

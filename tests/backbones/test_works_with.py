@@ -51,6 +51,7 @@ SLOW = (
     "test_foveal_agent_pvt",
     "test_foveal_inline_pvt",
 )
+SLOW += ("test_foveal_agent_swin", "test_foveal_agent_cswin")
 families = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

@@ -67,10 +67,12 @@ TINY = {
         "agent_deit",
         "agent_pvt",
         "inline_pvt",
+        "agent_swin",
+        "agent_cswin",
     )
 }
 TINY |= {"triplet": "triplet_resnet18"}
-TINY |= {"inline_deit": "test_foveal_agent_deit"}
+TINY |= {f"inline_{host}": f"test_foveal_agent_{host}" for host in ("deit", "swin", "cswin")}
 TINY |= {"halo": "test_foveal_halonet", "nat_": "test_foveal_nat", "vitrpb": "test_foveal_nat", "resnet": "test_resnet"}
 RCNN = {"box_width": 32, "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16}
 SMALL = {
@@ -101,6 +103,7 @@ ONE_OF_EACH = (
         *("shiftvit_tiny_light", "stvit_s", "sgformer_s"),
         *("transnext_micro", "transnext_tiny_upernet_ade20k"),
         *("agent_deit_t", "agent_pvt_t_retinanet_1x"),
+        *("agent_swin_t_mask_rcnn_1x", "agent_cswin_t"),
         "digits",
     ),
     *("nat_mini_upernet_ade20k", "nat_mini_mask_rcnn_3x"),
@@ -483,6 +486,10 @@ PUBLISHED = [
     *(f"segment/transnext_{size}_{head}_ade20k" for size in SIZES[1:4] for head in ("upernet", "mask2former")),
     *(f"detect/agent_pvt_{size}_{head}_1x" for size in "tsml" for head in ("mask_rcnn", "retinanet")),
     *(f"segment/agent_pvt_{size}_semantic_fpn_ade20k" for size in "tsml"),
+    *(f"detect/agent_swin_{size}_mask_rcnn_{length}" for size in "ts" for length in ("1x", "3x")),
+    *(f"detect/agent_swin_{size}_cascade_mask_rcnn_3x" for size in "tsb"),
+    "detect/agent_swin_t_cascade_mask_rcnn_1x",
+    *(f"segment/agent_swin_{size}_upernet_ade20k" for size in "tsb"),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),
     *(f"segment/resnet50_a3fpn_{head}_cityscapes" for head in ("upernet", "mask2former")),
 ]

@@ -21,10 +21,10 @@ PARTS = sorted({path.stem for path in HERE.glob("*.json") if "image" not in json
 CASES = sorted({path.stem for path in HERE.glob("*.json")} - set(NECKS) - set(PARTS))
 # every case with both backends of the operations, except where the family uses neither operation, or another does
 NEITHER = ("care", "van", "shiftvit", "rmt", "raftmlp", "stvit", "sgformer", "moh_vit", "triplet", "fan", "tap_fan")
-NEITHER += ("agent_deit", "agent_pvt", "inline_deit", "inline_pvt")
+NEITHER += ("agent_", "inline_")
 _RUNS = [(name, b) for name in CASES for b in (["tiled"] if name.startswith(NEITHER) else ["reference", "tiled"])]
 # the same networks are compared at another size, or with another attention
-TWICE = ("agent_pvt_t", "inline_pvt_t", "inline_deit_t")
+TWICE = ("agent_pvt_t", "inline_pvt_t", "inline_deit_t", "agent_swin_t", "inline_swin_t", "inline_cswin_t")
 RUNS = [pytest.param(*run, marks=[pytest.mark.slow] if run[0] in TWICE else []) for run in _RUNS]
 LIMIT = 1e-4  # largest difference, relative to the largest golden value, unless the case has its own
 

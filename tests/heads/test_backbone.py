@@ -42,6 +42,8 @@ MODELS = {
     ),
     "test_foveal_fan": ({"learnable_downsample": 64}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_moh_vit": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
+    "test_foveal_agent_swin": ({}, ("model.patch_embed.", "model.layers.0.", "model.layers.1.")),
+    "test_foveal_agent_cswin": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_transnext": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_raftmlp": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),
     "test_foveal_agent_pvt": ({}, ("model.stem.", "model.stages.0.", "model.stages.1.")),

@@ -32,6 +32,7 @@ from foveal.weights.manifest import Checkpoint, checkpoints
 from foveal.weights.names import closest
 from foveal.weights.verify import verify
 
+from ..backbones.test_swin import authors as swin_authors
 from . import filler
 
 NAME = "test_foveal_dinat"
@@ -99,6 +100,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tens
     "tap_fan": ("test_foveal_tap_fan", {}, tiny("test_foveal_tap_fan")),
     "agent_deit": ("test_foveal_agent_deit", {}, tiny("test_foveal_agent_deit")),
     "agent_pvt": ("test_foveal_agent_pvt", {}, tiny("test_foveal_agent_pvt")),
+    "agent_swin": ("test_foveal_agent_swin", {}, tiny("test_foveal_agent_swin")),
+    "agent_cswin": ("test_foveal_agent_cswin", {}, tiny("test_foveal_agent_cswin")),
     "inline_pvt": ("test_foveal_inline_pvt", {}, tiny("test_foveal_inline_pvt")),
     "raftmlp": ("test_foveal_raftmlp", {}, tiny("test_foveal_raftmlp")),
     "stvit": ("test_foveal_stvit", {}, tiny("test_foveal_stvit")),
@@ -224,22 +227,26 @@ RENAMED = {
     "sgformer": ("sgformer_s", "authors", lambda: filler.published("sgformer_s")),
     "transnext": ("transnext_micro", "authors", lambda: filler.published("transnext_micro")),
     "agent_pvt": ("agent_pvt_t", "authors", lambda: filler.published("agent_pvt_t")),
+    "agent_swin": ("agent_swin_t", "authors", lambda: swin_authors(filler.of(timm.create_model("agent_swin_t")))),
+    "inline_cswin": ("inline_cswin_t", "authors", lambda: filler.published("inline_cswin_t")),
     "inline_deit": ("inline_deit_t", "authors", lambda: filler.published("inline_deit_t")),
     "shiftvit": ("shiftvit_tiny", "authors", lambda: filler.published("shiftvit_tiny")),
     "van of mmpretrain": ("van_b0", "mmdet", lambda: mmpretrain(filler.published("van_b0"))),
 }
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] if form == "inline_deit" else []) for form in RENAMED]
-)
+LATER = "inline_deit", "agent_swin", "inline_cswin"
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=[pytest.mark.slow] if f in LATER else []) for f in RENAMED])
 def test_formats_with_other_names(form: str, tmp_path: Path) -> None:
     name, keys, make = RENAMED[form]
     state = make()
     file = write(tmp_path / "theirs", "checkpoint.pth", state)
     done = convert(file, tmp_path / "ours", model=name)
     assert done.record["keys"] == keys
-    unused = [key for key in state if re.match(r"van\.layernorm\.|.*\.(Relpos\..*|(un)?fold\.weights)$", key)]
+    constant = r"van\.layernorm\.|.*\.(Relpos\..*|(un)?fold\.weights|attn_mask)$"
+    unused = [key for key in state if re.match(constant, key)]
     assert done.record["dropped"] == unused
     same(restore(done.folder), {key: value for key, value in state.items() if key not in unused})
     assert foveal.load(done.folder).num_classes == 1000

@@ -25,6 +25,7 @@ from foveal.weights.manifest import checkpoints, of_model
 from foveal.weights.verify import verify
 
 from ..backbones.test_agent import published as pvt_published
+from ..backbones.test_swin import authors as swin_authors
 from ..backbones.test_transnext import authors as transnext_authors
 from ..backbones.test_van import authors as van_authors
 from ..heads.published_names import to_mmseg
@@ -335,6 +336,46 @@ def test_the_published_cascade_of_rmt(tmp_path: Path) -> None:
     loaded = foveal.load(done.folder)
     image = torch.rand(1, 3, 75, 101, generator=torch.Generator().manual_seed(0))
     for got, want in zip(loaded.backbone(image).values(), model.eval().backbone(image).values(), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "cascade_3x_coco",
+        pytest.param("maskrcnn_1x_coco", marks=pytest.mark.slow),
+        pytest.param("upernet_ade20k", marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_published_dense_models_of_agent_swin(tag: str, tmp_path: Path) -> None:
+    """With the agents of the manifest's entry, without which the file is refused."""
+    small = dict(embed_dim=16, depths=[1, 1, 2, 2], num_heads=[1, 2, 2, 4], global_depths=[1, 1, 1, 0], mlp_ratio=2.0)
+    if tag == "upernet_ade20k":
+        sizes: dict[str, Any] = dict(head_kwargs={"channels": 16}, auxiliary_kwargs={"channels": 8}, auxiliary=True)
+        build, head, classes = build_segmenter, "upernet", 150
+    else:
+        head = {"cascade_3x_coco": "cascade_mask_rcnn", "maskrcnn_1x_coco": "mask_rcnn"}[tag]
+        widths = {"box_width": 32, "mask_width": 16, "convention": "mmdet"}
+        sizes, build, classes = dict(neck_kwargs={"out_channels": 16}, head_kwargs=widths), build_detector, 80
+    name = "agent_swin_t"
+    model = build(name, head, num_classes=classes, **sizes, **small, agent_shapes=[9, 12, 14, 7]).eval()
+    model.load_state_dict(filler.of(model))
+    body = swin_authors(model.backbone.body.model.state_dict())
+    state = {f"backbone.{key}": x for key, x in body.items()}
+    state |= to_mmseg(model.state_dict()) if head == "upernet" else to_mmdet(model.state_dict())
+    file = write(tmp_path / "x", state)
+    with pytest.raises(ConversionError, match="agent_shapes"):
+        convert(file, tmp_path / "ours", model=name, arguments=small)
+    done = convert(file, tmp_path / "ours", model=f"{name}.{tag}", arguments=small)
+    assert done.model == f"{head} on {name} with fpn, {classes} classes"
+    assert done.record["dropped"] == [key for key in state if key.endswith("attn_mask")] != []
+    back = restore(done.folder)
+    assert list(back) == [key for key in state if not key.endswith("attn_mask")]
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert all(check.passed for check in verify(done.folder))
+    loaded, image = foveal.load(done.folder), torch.rand(1, 3, 75, 101, generator=torch.Generator().manual_seed(0))
+    for got, want in zip(loaded.backbone(image).values(), model.backbone(image).values(), strict=True):
         close(got, want)
 
 

@@ -42,6 +42,8 @@ SMALL = {
     ),
     "agent_deit": ("test_foveal_agent_deit", {}),
     "agent_pvt": ("test_foveal_agent_pvt", {}),
+    "agent_swin": ("test_foveal_agent_swin", {}),
+    "agent_cswin": ("test_foveal_agent_cswin", {}),
     "inline_pvt": ("test_foveal_inline_pvt", {}),
     "overlock": ("test_foveal_overlock", {}),
 }
@@ -62,7 +64,7 @@ def build(name: str) -> torch.nn.Module:
 
 
 # minutes each; nat is dinat without dilation; or the network or the attention of another case
-LONG = ("nat", "dinat_s", "overlock", "agent_deit", "inline_pvt")
+LONG = ("nat", "dinat_s", "overlock", "agent_deit", "agent_swin", "agent_cswin", "inline_pvt")
 
 
 @pytest.mark.slow
