@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -188,16 +189,21 @@ def _mix(layer: Layer, dtype: torch.dtype) -> list[Launch]:
     return launches(triton_kernels, call)
 
 
-def _trips(launch: Launch, layer: Layer) -> Sequence[int]:
-    """Iterations of the loops of a kernel, the outermost first, for a tile far from the border."""
+def _trips(launch: Launch, layer: Layer) -> Sequence[float]:
+    """Iterations of the loops of a kernel, the outermost first: of an aggregation their mean, else those of a tile far
+    from the border."""
     given, name = launch.named, launch.kernel.__name__
-    axes = [(layer.rows, layer.shape[1]), (layer.columns, layer.shape[2])]
     if name in ("_apply", "_dots", "_spread"):
-        spans = (
-            min(n, given[f"tile_{axis}"] + w.kernel_size - 1)
-            for axis, (w, n) in zip(("rows", "columns"), axes, strict=True)
-        )
-        return [-(-math.prod(spans) // given["BLOCK_Q" if name == "_spread" else "BLOCK_K"])]
+        from ..kernels.aggregate.triton_kernels import spans
+
+        trips = []
+        for w, n, tile, block in (
+            (layer.columns, layer.shape[2], given["TW"], given["EC"]),
+            (layer.rows, layer.shape[1], given["TH"], given["ER"]),
+        ):
+            seen = spans(w, w.group_length(n), tile, name == "_spread")
+            trips.append(statistics.mean(-(-span // block) for span in seen))
+        return trips
     if name in ("forward", "queries_backward", "keys_backward"):
         blocks = given["DOWN"] * given["CHUNKS"] if given.get("ALL_CHUNKS", True) else given["DOWN"]
         trips = [-(-layer.shape[0] // launch.grid[1]), *([] if given["UNROLL"] > 1 else [blocks])]

@@ -1,5 +1,6 @@
 """The Triton kernels of aggregation where there is no GPU: interpreted, and compiled for one."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from foveal.kernels import triton_support
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from foveal.kernels.aggregate import triton_kernels
+from foveal.kernels.window import Window
 
 SWEEP = Path(__file__).with_name("triton_aggregate.py")
 
@@ -81,11 +83,30 @@ def test_nothing_spills(depth, kernel_size, dtype):
         assert built.spilled == 0 and built.registers <= 255 and built.shared <= 227 * 1024, launch.kernel
 
 
-def test_tiles_cover_windows_in_the_fewest_steps():
-    tile_shape = triton_kernels.tile_shape
-    assert tile_shape((14, 14), (13, 13), 32, 32) == (2, 14)  # the windows of all rows are 14 x 14 keys: widest
-    assert tile_shape((7, 7), (7, 7), 64, 32) == (7, 7)
-    assert tile_shape((1, 100), (1, 5), 32, 32)[0] == 1
-    for length in ((5, 3), (56, 56), (2, 200)):
-        rows, columns = tile_shape(length, (5, 5), 32, 32)
-        assert 1 <= rows * columns <= 32 and rows <= length[0] and columns <= length[1]
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 4, 5])
+def test_spans_are_those_of_the_windows(kernel_size, keys):
+    """Keys between the first and the last that a tile of queries sees, or queries that see a tile of keys."""
+    for boundary, length, tile in (("shift", 5, 2), ("zero", 9, 4), ("mask", 3, 8)):
+        window = Window(kernel_size, boundary=boundary)
+        seen = [range(window.start(q, length), window.start(q, length) + kernel_size) for q in range(length)]
+        found = []
+        for first in range(0, length, tile):
+            inside = range(first, min(first + tile, length))
+            if keys:
+                found.append(sum(any(key in seen[q] for key in inside) for q in range(length)))
+            else:
+                found.append(seen[inside[-1]][-1] + 1 - seen[first][0])
+        assert triton_kernels.spans(window, length, tile, keys) == found
+
+
+def test_a_tile_fits_its_map():
+    def shape(size, kernel_size, block=64, keys=False):
+        return triton_kernels.tile_shape((Window(kernel_size),) * 2, size, 16, block, keys)
+
+    assert shape((14, 14), 13).tile == (1, 16)  # all see 14 columns
+    assert shape((7, 7), 7) == triton_kernels.TileShape((2, 8), (8, 8), (4, 1))
+    assert shape((3, 100), 3).tile == (4, 4)
+    assert shape((1, 100), 3).tile == (1, 16)
+    for keys in (False, True):
+        assert math.prod(shape((56, 3), 3, 16, keys).block) == 16
