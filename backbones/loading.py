@@ -123,7 +123,7 @@ def _build(name: str, architecture: str, file: Path, kwargs: dict[str, Any]) -> 
     try:
         model: Any = timm.create_model(name, pretrained=True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} does not fit {architecture}: {_first_lines(error)}") from error
+        raise ValueError(f"{file} does not fit {architecture}: {first_lines(error)}") from error
     model.pretrained_cfg |= {"state_dict": None, "file": str(file)}  # do not keep the tensors twice
     return model.eval()
 
@@ -171,7 +171,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             ) from error
         # torch's first line suggests unsafe loading
         detail = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = detail[1] if detail else _first_lines(error, 1) or type(error).__name__
+        reason = detail[1] if detail else first_lines(error, 1) or type(error).__name__
         raise ValueError(f"{file} is damaged, truncated, or not a weights file: {reason}") from error
     if broken is not None:
         raise ValueError(f"{file} is damaged: wrong checksum of {broken}")
@@ -313,6 +313,7 @@ def _nearest(name: str) -> str:
     return f"; nearest: {', '.join(near)}" if near else "; `foveal list` shows the names"
 
 
-def _first_lines(error: BaseException, count: int = 3) -> str:
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The first lines of an error's message, as one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count]) + (" ..." if len(lines) > count else "")

@@ -339,6 +339,78 @@ class ClassifyConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+# ---- probing
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeModelConfig:
+    """The frozen backbone: a source of ``foveal.load``, or a model of timm with random weights."""
+
+    name: str
+    pretrained: bool = True  # false: random weights
+    kwargs: dict[str, Any] = field(default_factory=dict)  # more arguments of the entry function
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeHeadConfig:
+    kind: Literal["ep", "linear", "knn"] = "ep"  # efficient probing, linear probing, nearest neighbours
+    num_queries: PositiveInt = 32  # ep
+    d_out: PositiveInt = 1  # ep: channels of the tokens over those of the output
+    tokens: Literal["patches", "all"] = "patches"  # ep; all: with a plain ViT's class and register tokens
+    k: list[PositiveInt] = _list(20)  # knn: numbers of neighbours
+    temperature: PositiveFloat = 0.07  # knn
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeAugmentConfig(AugmentConfig):
+    """With ``cache=null``: a random crop and a flip, as published."""
+
+    color_jitter: NonNegativeFloat = 0.0
+    interpolation: str = "bicubic"
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeOptimConfig(OptimConfig):
+    """LARS as published, without decay."""
+
+    name: str = "lars"
+    lr: PositiveFloat = 0.1
+    lr_batch: PositiveInt | None = 256
+    weight_decay: NonNegativeFloat = 0.0
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeScheduleConfig(ScheduleConfig):
+    epochs: PositiveInt = 90
+    warmup_fraction: Probability = 1 / 9  # 10 epochs
+    warmup_lr_ratio: Probability = 0.0
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeTrainConfig:
+    batch_size: PositiveInt | None = None  # null: the published 4096, or less for at least 8 updates per epoch
+    val_batch_size: PositiveInt = 64  # images at a time in the backbone
+    amp: Literal["no", "bf16", "fp16"] = "no"  # of the backbone, and the type of the cached features
+    patience: PositiveInt | None = None  # stop after so many epochs without a better one; null: never
+
+
+@dataclass(config=SCHEMA, kw_only=True)
+class ProbeConfig:
+    """A probe of a frozen backbone."""
+
+    task: Literal["probe"] = "probe"
+    output: PathText  # folder
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    cache: PathText | None = "runs/features"  # folder of features; null: read and augment the images in each epoch
+    model: ProbeModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: ProbeAugmentConfig = field(default_factory=ProbeAugmentConfig)
+    head: ProbeHeadConfig = field(default_factory=ProbeHeadConfig)
+    optim: ProbeOptimConfig = field(default_factory=ProbeOptimConfig)
+    schedule: ProbeScheduleConfig = field(default_factory=ProbeScheduleConfig)
+    train: ProbeTrainConfig = field(default_factory=ProbeTrainConfig)
+
+
 # ---- detection
 
 

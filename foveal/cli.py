@@ -536,6 +536,34 @@ def visualize(
     print(f"{output}: {drawn} of {layers_found} attention layers")
 
 
+class Head(str, Enum):
+    """Heads of `foveal probe`."""
+
+    ep = "ep"
+    linear = "linear"
+    knn = "knn"
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Model name, run folder or model folder.")],
+    data: Annotated[str, typer.Argument(help="digits, or a folder: IDX files, shards, images in classes.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    head: Annotated[Head, typer.Option(help="Efficient probing, linear probing or nearest neighbours.")] = Head.ep,
+    imports: Imports = None,
+) -> None:
+    """Score the features of a frozen backbone by a small classifier that is trained on them."""
+    from .train.probe import probe as run
+
+    _import(imports)
+    result = run(model, data, head.value, overrides or [], _console())
+    for key in ("top1", "top5", "best_epoch", "last_top1", "train_images", "n", "seconds"):
+        value = result.get(key)
+        for k, each in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
+            name = f"{key}, k={k}" if k else key
+            print(f"{name:14} {each:.2f}" if isinstance(each, float) else f"{name:14} {each:,}")
+
+
 # ---- data, reports
 
 

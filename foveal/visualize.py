@@ -195,6 +195,46 @@ def visualize(
     return seen
 
 
+def draw_attention(images: Any, weights: Tensor, output: str | Path, *, title: str = "", queries: int = 6) -> None:
+    """Draw one PNG: a row for each image, with the mean of the attention of all queries and that of the first ones.
+
+    Args:
+        images: without normalization, uint8 ``[B, H, W, 1 or 3]`` (of others, the first three channels).
+        weights: of the positions of a map, ``[B, num_queries, h, w]``.
+        output: the file to write.
+        queries: maximum number of queries to draw.
+
+    Examples:
+        >>> import numpy, torch
+        >>> from foveal.visualize import draw_attention
+        >>> draw_attention(numpy.zeros((2, 32, 48, 3), "uint8"), torch.rand(2, 8, 4, 6), "attention.png")
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from .backbones.images import to_rgb
+
+    shown = min(queries, weights.shape[1])
+    figure = Figure(figsize=(1.6 * (2 + shown), 1.7 * len(images) + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)  # needs no display
+    axes = figure.subplots(len(images), 2 + shown, squeeze=False)
+    for row, image, maps in zip(axes, images, weights.float(), strict=True):
+        size = image.shape[0], image.shape[1]
+        for axis, part in zip(row, [None, maps.mean(0), *maps[:shown]], strict=True):
+            axis.set_axis_off()
+            _backdrop(axis, to_rgb(image), size)
+            if part is not None:  # square root, to make small weights visible
+                axis.images[-1].set_alpha(0.35)
+                part = (part / part.max().clamp(min=1e-30)).sqrt()
+                axis.imshow(part, cmap="viridis", vmin=0, vmax=1, alpha=0.65, extent=(0, size[1], size[0], 0))
+    for axis, text in zip(axes[0], ["image", f"mean of {weights.shape[1]}", *range(1, 1 + shown)], strict=True):
+        axis.set_title(text if isinstance(text, str) else f"query {text}", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as new:
+        figure.savefig(new, dpi=110, format="png")
+
+
 def patterns(seen: list[Look]) -> list[Look]:
     """The first look of each rule and map size, in order."""
     found: dict[tuple[str, tuple[int, int]], Look] = {}

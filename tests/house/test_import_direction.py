@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "heads.body": {"backbones"},
     "heads.upsamplers": {"kernels"},
     "train": {"kernels", "backbones", "heads", "configs"},
+    "train.probe": {"backbones", "heads", "configs", "foveal"},  # drawings of foveal.visualize
     "weights": {"kernels", "backbones", "heads", "configs", "train"},  # the scoring, for `foveal verify`
     "benchmarks": {"kernels", "backbones", "heads", "configs", "train", "weights"},
     "benchmarks.plots": {"foveal"},  # published accuracies, of foveal.zoo

@@ -20,6 +20,7 @@ from ...configs.schema import (
     DataConfig,
     DetectConfig,
     DetectDataConfig,
+    ProbeConfig,
     SegmentConfig,
     SegmentDataConfig,
     UpsampleConfig,
@@ -60,7 +61,12 @@ class Data:
 class _Builder:
     """The parts that all tasks share: limits, order, exclusions and notes."""
 
-    def __init__(self, config: ClassifyConfig | DetectConfig | SegmentConfig | UpsampleConfig, rank: int, world: int):
+    def __init__(
+        self,
+        config: ClassifyConfig | DetectConfig | SegmentConfig | UpsampleConfig | ProbeConfig,
+        rank: int,
+        world: int,
+    ):
         self.config, self.rank, self.world = config, rank, world
         data = config.data
         if data.in_chans not in MODES and data.kind in ("idx", "digits"):
@@ -249,12 +255,13 @@ def _preprocessing(config: DataConfig, cfg: Mapping[str, Any]) -> dict[str, Any]
 
 
 def build_classification_data(
-    config: ClassifyConfig,
+    config: ClassifyConfig | ProbeConfig,
     classes: list[str],
     model_cfg: Mapping[str, Any],
     *,
     device: torch.device,
     train: bool = True,
+    augment: bool = True,
     rank: int = 0,
     world: int = 1,
 ) -> Data:
@@ -266,6 +273,7 @@ def build_classification_data(
         model_cfg: the model's ``pretrained_cfg``, for preprocessing that the recipe does not set.
         device: of the batches.
         train: False builds the evaluation loader alone.
+        augment: False: the training images as those of an evaluation, all of them and in order.
         rank, world: this process and the number of processes.
 
     Raises:
@@ -281,6 +289,7 @@ def build_classification_data(
         raise DataError(f"data.exclude={data.exclude}: the images of data.kind={data.kind} have no names")
     preprocessing = _preprocessing(data, model_cfg)
     loader = partial(_memory_loader if in_memory else _file_loader, builder, config, classes, preprocessing, device)
+    loader = partial(loader, augment=augment)
     if found is not None:
         loader = partial(loader, found=found)
     built = builder.build(loader, train)
@@ -288,7 +297,7 @@ def build_classification_data(
 
 
 def _normalize(
-    config: ClassifyConfig, preprocessing: dict[str, Any], training: bool, device: torch.device
+    config: ClassifyConfig | ProbeConfig, preprocessing: dict[str, Any], training: bool, device: torch.device
 ) -> Normalize:
     erase = config.augment.erase if training else 0.0
     return Normalize(preprocessing["mean"], preprocessing["std"], device, erase, config.augment.erase_mode)
@@ -296,13 +305,14 @@ def _normalize(
 
 def _memory_loader(
     builder: _Builder,
-    config: ClassifyConfig,
+    config: ClassifyConfig | ProbeConfig,
     classes: Sequence[str],
     preprocessing: dict[str, Any],
     device: torch.device,
     training: bool,
+    augment: bool,
 ) -> memory.MemoryLoader:
-    split = "train" if training else "val"
+    split, learns = "train" if training else "val", training and augment
     if config.data.kind == "digits":
         arrays = memory.load_digits(config.data.val_fraction)[split]
     else:
@@ -317,31 +327,34 @@ def _memory_loader(
         resized,
         targets,
         len(classes),
-        builder.order(len(images), training, targets[:, None]),
-        _normalize(config, preprocessing, training, device),
-        config.augment if training else None,
+        builder.order(len(images), learns, targets[:, None]),
+        _normalize(config, preprocessing, learns, device),
+        config.augment if learns else None,
     )
 
 
 def _file_loader(
     builder: _Builder,
-    config: ClassifyConfig,
+    config: ClassifyConfig | ProbeConfig,
     classes: Sequence[str],
     preprocessing: dict[str, Any],
     device: torch.device,
     training: bool,
+    augment: bool,
     found: auto.DataSet | None = None,
 ) -> ClassificationLoader:
     data = config.data
     name, root = data.train_split if training else data.val_split, _root(data)
     assert (found is None) == (data.kind != "auto")
-    if training:
+    learns = training and augment
+    if learns:
         shape, mean = preprocessing["input_size"], tuple(preprocessing["mean"])
         transform = TrainTransform(config.augment, data.decode, shape, mean)
     else:
-        transform = EvalTransform(preprocessing, corruption.only(data.corruption, preprocessing["input_size"]))
-    kind: dict[str, Any] = {"train": training, "seed": config.seed}
-    further = _normalize(config, preprocessing, training, device), builder.bad, data.workers
+        change = None if training else corruption.only(data.corruption, preprocessing["input_size"])
+        transform = EvalTransform(preprocessing, change)
+    kind: dict[str, Any] = {"train": learns, "seed": config.seed}
+    further = _normalize(config, preprocessing, learns, device), builder.bad, data.workers
     if found is not None:
         index: Any = found.train if training else found.val
     elif data.kind == "folder":
@@ -349,17 +362,17 @@ def _file_loader(
         builder.notes += filter(None, [str(index.report)])
         builder.bad.reports.append(index.report)
     else:
-        shards, lengths, samples = wds.find_shards(root, name, training)
+        shards, lengths, samples = wds.find_shards(root, name, learns)
         if any(map(wds.is_streamed, shards)):
             kind |= {"rank": builder.rank, "world": builder.world, "workers": data.workers}
             stream = wds.StreamedImages(shards, transform, excluded=builder.excluded, **kind)
-            return StreamLoader(stream, len(classes), builder.order(samples, training), *further)
+            return StreamLoader(stream, len(classes), builder.order(samples, learns), *further)
         index = wds.load_index(root, name, shards, lengths)
     index.exclude(builder.excluded, root)
     builder.check_channels(index)
     dataset = ClassificationDataset(index, transform, **kind)
     return ClassificationLoader(
-        dataset, len(classes), builder.order(len(index), training, index.label[:, None]), *further
+        dataset, len(classes), builder.order(len(index), learns, index.label[:, None]), *further
     )
 
 
