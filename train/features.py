@@ -107,8 +107,11 @@ def cached(computed: Computed, store: Path, key: Mapping[str, Any], name: str) -
         if first is None:
             raise DataError(f"there are no readable {name}")
         found = _read(folder, kind)
+        bad = getattr(loader, "bad", None)  # the list of unreadable images of all loaders
         if found is not None and _same(first, *found):
             batches.close()
+            if bad is not None:
+                bad.merge(json.loads((folder / "features.json").read_text(encoding="utf-8"))["unreadable"])
             return Cached(*found, device, note=f"features of {len(found[1]):,} {name}: read from {folder}")
         changed = ", anew as the first ones have changed" if found is not None else ""
         size = first.images[0].numel() * kind.itemsize * loader.samples
@@ -118,13 +121,18 @@ def cached(computed: Computed, store: Path, key: Mapping[str, Any], name: str) -
                 f"the features of {loader.samples:,} {name} take {size / 1e9:,.1f} GB; free in {folder}: "
                 f"{free / 1e9:,.1f} GB. cache=FOLDER keeps them elsewhere, cache=null nowhere"
             )
-        _write(folder, first, batches, kind)
+        known = set() if bad is None else set(bad.names)
+        shape = _write(folder, first, batches, kind)
+        unreadable = {} if bad is None else {name: why for name, why in bad.names.items() if name not in known}
+        # last: it marks a complete folder
+        write_json(folder / "features.json", {"shape": shape, "dtype": str(kind), "unreadable": unreadable})
     written = _read(folder, kind)
     assert written is not None, folder
     return Cached(*written, device, note=f"features of {len(written[1]):,} {name}: written to {folder}{changed}")
 
 
-def _write(folder: Path, batch: Batch | None, batches: Iterator[Batch], kind: torch.dtype) -> None:
+def _write(folder: Path, batch: Batch | None, batches: Iterator[Batch], kind: torch.dtype) -> list[int]:
+    """Writes features and labels; returns the shape of an image's features."""
     labels, shape = [], []
     with atomic(folder / "values.bin") as new, new.open("wb") as file:
         while batch is not None:
@@ -135,7 +143,7 @@ def _write(folder: Path, batch: Batch | None, batches: Iterator[Batch], kind: to
             batch = next(batches, None)
         with atomic(folder / "labels.npy") as table:
             np.save(table, torch.cat(labels).numpy())
-    write_json(folder / "features.json", {"shape": shape, "dtype": str(kind)})  # last: it marks a complete folder
+    return shape
 
 
 def _read(folder: Path, kind: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -201,8 +201,6 @@ def _predict(head: nn.Module, batch: Batch) -> tuple[Tensor, Losses]:
 def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, console: Console) -> dict[str, Any]:
     """Trains a head, and leaves it with the weights of the best epoch."""
     order = train.order if isinstance(train, Cached) else train.loader.order
-    if len(order) == 0:
-        raise ConfigError(f"train.batch_size={config.train.batch_size}: there are {len(train)} training images")
     assert config.train.batch_size is not None
     optimizer = create_optimizer(head, config.optim, config.train.batch_size)
     schedule, epochs = create_schedule(optimizer, config.schedule, len(order))

@@ -234,9 +234,9 @@ def read_set(
     Raises:
         DataError: an unknown format, or a class or split that does not exist.
     """
-    data = config.data
+    data, task = config.data, "classify" if config.task == "probe" else config.task
     files = Files(_root(data))
-    if config.task == "detect":
+    if task == "detect":
         found = _choose_categories(find_boxes(files) or _nothing(files), data, categories)
         if not found.names:
             raise DataError(f"{files.root}: no usable object; {found.report}")
@@ -245,7 +245,7 @@ def read_set(
         masks = not without if masks is None else masks
         if 0 < len(without) < len(found.annotations):
             found.notes.append(f"{len(without):,} of {len(found.annotations):,} objects have no mask, only a box")
-    elif config.task == "classify":
+    elif task == "classify":
         found = _choose_labels(find_labels(files), data.classes, train)
         keys = [entry["label"] for entry in found.images]
     else:
@@ -256,7 +256,7 @@ def read_set(
     found.notes += _ignored(found, files)
     names = [entry["file_name"] for entry in found.images]
     division = divide(names, [entry["split"] for entry in found.images], keys, data, config.seed, train)
-    index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[config.task]
+    index = {"detect": partial(index_boxes, masks=masks), "classify": index_labels, "segment": index_masks}[task]
     if not len(division.val) or (train and not len(division.train)):
         raise DataError(f"{files.root}: no image to {'train on or to ' * train}evaluate: {division.text}")
     held_out = index(found, division.val, train=False)
@@ -267,7 +267,7 @@ def read_set(
         learned.select(division.train)
     learned.report.rows[:0] = found.report.rows
     learned.report.source = learned.report.source or found.report.source
-    return DataSet(config.task, found, list(found.names.values()), division, learned, held_out)
+    return DataSet(task, found, list(found.names.values()), division, learned, held_out)
 
 
 def _ignored(found: Found, files: Files) -> list[str]:
