@@ -21,6 +21,7 @@ from ..files import atomic, write_json
 from ..heads.probing import FrozenBackbone, Probe, efficient_probe, knn, linear_probe
 from ..visualize import draw_attention
 from .data import Data, build_classification_data, find_classes
+from .data.corruption import parse
 from .data.order import Batch, EpochOrder
 from .distributed import join_processes
 from .features import Cached, Computed, cached, check_backbone
@@ -125,6 +126,8 @@ def _config(source: str | Path, data: str | Path, head: str, overrides: Sequence
     for key, on in (("mixup", augment.mixup), ("cutmix", augment.cutmix), ("sizes", augment.sizes)):
         if on:
             raise ConfigError(f"augment.{key}={on} is not for probes")
+    if len(parse(config.data.corruption)) > 1:
+        raise ConfigError(f"data.corruption={config.data.corruption}: a probe takes one, NAME:SEVERITY")
     if config.cache is not None and config.data.sampling != "uniform":
         raise ConfigError(f"data.sampling={config.data.sampling} needs cache=null")
     if config.cache is None and config.head.kind == "knn":
@@ -161,7 +164,7 @@ def _features(config: ProbeConfig, backbone: FrozenBackbone, loaders: Data) -> t
     train, val = (Computed(backbone, loader, config.train.amp) for loader in (loaders.train, loaders.val))
     if config.cache is None:
         return replace(train, note="images are read and augmented in each epoch (cache=null)"), val
-    store, key = Path(config.cache), {"preprocessing": loaders.preprocessing}
+    store, key = Path(config.cache), {"preprocessing": loaders.preprocessing, "corruption": config.data.corruption}
     train, val = cached(train, store, key, "training images"), cached(val, store, key, "held-out images")
     batch = config.train.batch_size or int(2 ** np.floor(np.log2(max(1, min(PUBLISHED_BATCH, len(train) // 8)))))
     config.train.batch_size = batch

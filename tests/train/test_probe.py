@@ -151,6 +151,7 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
         ("linear", "loss.name=bce", r"loss\.name|loss"),
         ("linear", "data.sampling=balanced", "balanced"),
         ("linear", "optim.name=larz", "larz"),
+        ("linear", "data.corruption=fog", "fog"),
     ],
 )
 def test_invalid_settings(head, override, words, tmp_path):
