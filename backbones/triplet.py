@@ -61,7 +61,8 @@ class TripletAttention(nn.Module):
         channels: of the map; the parameters do not depend on it.
         kernel_size: odd, of the gates' convolutions.
         no_spatial: without the gate of rows and columns.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: for an even kernel.
@@ -115,7 +116,14 @@ class Subspace(nn.Module):
 
 class ULSAM(nn.Module):
     """Ultra-lightweight subspace attention (arXiv:2006.15102): an attention map for each of ``num_splits`` groups of
-    the channels. Names of https://github.com/Nandan91/ULSAM, which states no licence; no weights are published."""
+    the channels. Names of https://github.com/Nandan91/ULSAM, which states no licence; no weights are published.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.backbones.triplet import ULSAM
+        >>> ULSAM(32, num_splits=4)(torch.randn(2, 32, 7, 9)).shape
+        torch.Size([2, 32, 7, 9])
+    """
 
     def __init__(self, channels: int, num_splits: int = 4) -> None:
         super().__init__()

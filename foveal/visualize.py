@@ -208,6 +208,8 @@ def draw_attention(images: Any, weights: Tensor, output: str | Path, *, title: s
         >>> import numpy, torch
         >>> from foveal.visualize import draw_attention
         >>> draw_attention(numpy.zeros((2, 32, 48, 3), "uint8"), torch.rand(2, 8, 4, 6), "attention.png")
+        >>> open("attention.png", "rb").read()[1:4]
+        b'PNG'
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -146,6 +146,12 @@ class Probe(nn.Sequential):
 def efficient_probe(dim: int, num_classes: int, num_queries: int = 32, d_out: int = 1) -> Probe:
     """`AttentivePooling`, BatchNorm without parameters, and a Linear: tokens ``[B, N, dim]`` to logits.
 
+    Args:
+        dim: channels of the tokens.
+        num_classes: number of classes.
+        num_queries: as of `AttentivePooling`.
+        d_out: as of `AttentivePooling`.
+
     Examples:
         >>> import torch
         >>> from foveal.heads.probing import efficient_probe
@@ -157,7 +163,14 @@ def efficient_probe(dim: int, num_classes: int, num_queries: int = 32, d_out: in
 
 
 def linear_probe(dim: int, num_classes: int) -> Probe:
-    """BatchNorm without parameters and a Linear: pooled features ``[B, dim]`` to logits."""
+    """BatchNorm without parameters and a Linear: pooled features ``[B, dim]`` to logits.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.probing import linear_probe
+        >>> linear_probe(64, 10)(torch.randn(2, 64)).shape
+        torch.Size([2, 10])
+    """
     return Probe(*_classifier(dim, num_classes))
 
 
@@ -171,6 +184,13 @@ def from_published(checkpoint: Mapping[str, Any]) -> Probe:
 
     Raises:
         ValueError: names or shapes of another head; the message has the first ones.
+
+    Examples:
+        >>> import torch
+        >>> from foveal.heads.probing import efficient_probe, from_published
+        >>> state = efficient_probe(64, 10, num_queries=8).state_dict()  # torch.load("ep_head.pth", weights_only=True)
+        >>> from_published({"model": state})(torch.randn(2, 49, 64)).shape
+        torch.Size([2, 10])
     """
     state = next((checkpoint[key] for key in ("model", "state_dict") if key in checkpoint), checkpoint)
     try:
