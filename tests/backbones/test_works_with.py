@@ -47,6 +47,7 @@ SLOW = (
     "test_foveal_moh_vit",
     "triplet_mobilenetv2_100",
     "test_foveal_fan",
+    "test_foveal_tap_fan",
     "test_foveal_agent_deit",
     "test_foveal_agent_pvt",
     "test_foveal_inline_pvt",
