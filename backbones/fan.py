@@ -388,7 +388,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: FAN) -> dict[str, to
     Raises:
         ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
     """
-    own, stages, found = model.state_dict(), model.stages, {}
+    own, found = model.state_dict(), {}
+    stages: Any = model.stages
     hybrid = isinstance(model.stem, PatchEmbed)
     first = 2 if hybrid else 0
     blocks = [f"stages.{i}.blocks.{j}" for i in range(first, len(stages)) for j in range(len(stages[i].blocks))]

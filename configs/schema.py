@@ -313,8 +313,8 @@ class AugmentConfig:
 class LossConfig:
     name: Literal["cross_entropy", "bce"] = "cross_entropy"
     smoothing: Rate = 0.0
-    # weight of the auxiliary head's loss, or of the loss that the model itself returns: the diversification of attention
-    # of FAN and TAP-FAN (ADL), the balance of heads of MoH-ViT; 0: none
+    # weight of the auxiliary head's loss, or of the loss that the model returns: the attention diversification loss
+    # (ADL) of FAN and TAP-FAN, the balance of heads of MoH-ViT; 0: none
     auxiliary: NonNegativeFloat = 0.0
 
 

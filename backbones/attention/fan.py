@@ -245,7 +245,8 @@ class ClassAttention(nn.Module):
 @fx_leaf
 @without_size_guards
 def _by_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return attend(*(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))).flatten(2)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
+    return attend(q, k, v).flatten(2)
 
 
 @fx_leaf

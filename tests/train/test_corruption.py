@@ -15,6 +15,7 @@ from foveal.train import evaluate
 from foveal.train.data.corruption import NAMES, Corruption, only, parse
 
 installed = pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="foveal[corruption] is not installed")
+QUICK = ("shot_noise", "impulse_noise", "glass_blur", "frost")  # of each kind of random numbers
 DIGITS = ["data.kind=digits", "data.image_size=32", "data.in_chans=1", "data.mean=[0.3]", "data.std=[0.37]"]
 
 
@@ -42,7 +43,9 @@ def test_what_is_refused(text, size, match):
 
 
 @installed
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_each_depends_on_the_image_alone(name):
     rng = np.random.default_rng(0)
     low = rng.integers(0, 255, (3, 6, 5), dtype=np.uint8)
