@@ -216,8 +216,11 @@ def build_segmenter(
     backbone = build_backbone(name, **options | _started_from(segmenter, options))
     image = _statistics(backbone, mean, std, options.get("in_chans", 3))
     own = parts.pop("head_kwargs")
-    inside = spec.neck == "inside"
-    more = _pixel_decoder(neck, own, **parts) if inside else dict(neck=neck, auxiliary=auxiliary, **parts)
+    if spec.neck == "inside":
+        more = _pixel_decoder(neck, own, **parts)
+    else:
+        _check_neck(spec, neck, parts["neck_kwargs"])
+        more = dict(neck=neck, auxiliary=auxiliary, **parts) if spec.neck == "before" else {}
     model = _build_head(spec, backbone, num_classes, image | dict(size_divisor=size_divisor), own | more)
     return _finished(model, sync_bn, arguments | image)
 
@@ -235,14 +238,18 @@ def _body_and_neck(
     spec: HeadSpec, neck: str, neck_kwargs: dict[str, Any], strides: Sequence[int] | None
 ) -> dict[str, Any]:
     """The arguments of `build_backbone` for a detector."""
-    if spec.neck == "none" and (neck != "fpn" or neck_kwargs):  # "fpn" is the default of every head
-        raise ValueError(f"{spec.name} has no neck, got neck={neck!r} with {neck_kwargs}")
+    _check_neck(spec, neck, neck_kwargs)
     if spec.neck != "before":
         return dict(strides=strides or spec.strides)
     defaults: dict[str, Any] = dict(extra_levels=spec.extra_levels)
     if strides is None and neck == "a3fpn" and spec.strides[0] > 4:  # it reads the finest map, too, without output
         strides, defaults["start_level"] = (4, *spec.strides), 1
     return dict(strides=strides or spec.strides, neck=neck, neck_kwargs={**defaults, **neck_kwargs})
+
+
+def _check_neck(spec: HeadSpec, neck: str, neck_kwargs: Mapping[str, Any]) -> None:
+    if spec.neck == "none" and (neck != "fpn" or neck_kwargs):  # "fpn" is the default of every head
+        raise ValueError(f"{spec.name} has no neck, got neck={neck!r} with {neck_kwargs}")
 
 
 def _pixel_decoder(

@@ -40,7 +40,7 @@ class HeadSpec:
         strides: of the backbone's maps that are read.
         extra_levels: coarser maps that the neck adds, see `FPN`.
         neck: its place: ``"before"`` the head; ``"inside"``: the head's pixel decoder replaces it, and A3-FPN goes into
-            that; ``"none"``: the head reads the last of the body's maps and takes no neck.
+            that; ``"none"``: the head reads one of the body's maps and takes no neck.
         not_exported: reasons why it is not exported, by format.
 
     Examples:

@@ -196,7 +196,8 @@ class ConditionalDETRHead(nn.Module):
         width: channels of the transformer.
         num_heads: of its attentions.
         ffn_width: channels of its feed-forward parts.
-        encoder_layers, decoder_layers: their numbers.
+        encoder_layers: their number; 0: the decoder reads the map itself.
+        decoder_layers: their number.
         num_queries: most objects of an image that can be found.
         dropout: in the transformer.
 
@@ -230,15 +231,16 @@ class ConditionalDETRHead(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        for name, parameter in self.transformer.named_parameters():
+        for parameter in self.transformer.parameters():
             if parameter.ndim > 1:
-                joint = ".self_attn." in name and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-                nn.init.xavier_uniform_(parameter, gain=0.5**0.5 if joint else 1.0)  # the authors' is one [3 D, D]
+                nn.init.xavier_uniform_(parameter)
         for module in self.transformer.modules():
             if isinstance(module, Attention):
-                for name, parameter in module.named_parameters():
-                    if name.endswith("bias"):
-                        nn.init.zeros_(parameter)
+                nn.init.zeros_(module.out_proj.bias)
+            if isinstance(module, SelfAttention):
+                for layer in (module.q_proj, module.k_proj, module.v_proj):
+                    nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)  # the authors' are one layer of 3 D outputs
+                    nn.init.zeros_(layer.bias)
         last: Any = self.bbox_embed.layers[-1]
         nn.init.constant_(self.class_embed.bias, -math.log((1 - _PRIOR) / _PRIOR))
         nn.init.zeros_(last.weight)
@@ -316,8 +318,10 @@ def match(logits: Tensor, boxes: Tensor, labels: Sequence[Tensor], truth: Sequen
     """The pairs of queries and objects with the least sum of costs, for every layer and image.
 
     Args:
-        logits, boxes: of `ConditionalDETRHead`.
-        labels, truth: of each image, int64 ``[N]`` and boxes ``[N, 4]`` of the same form.
+        logits: of `ConditionalDETRHead`.
+        boxes: likewise.
+        labels: of the objects of each image, int64 ``[N]``.
+        truth: their boxes in the form of ``boxes``, ``[N, 4]``.
 
     Returns:
         Layer, image, query, and object, counted over all images, of each pair: int64 ``[pairs]`` each, by layer.
@@ -370,7 +374,9 @@ class ConditionalDETR(nn.Module):
         backbone: whose last map is read, without a neck.
         transform: arguments of torchvision's ``GeneralizedRCNNTransform``.
         size_divisor: images are padded to multiples of it, which some backbones need; 1 in the authors' models.
-        class_weight, box_weight, giou_weight: of the losses.
+        class_weight: of the focal loss.
+        box_weight: of the L1 loss.
+        giou_weight: of the loss of the generalized IoU.
         detections_per_img: maximum number of detections, pairs of a query and a class.
         score_thresh: scores must be higher.
         settings: of `ConditionalDETRHead`, whose defaults are the published ones.

@@ -126,17 +126,11 @@ def semantic_fpn(
 
 
 def linear(
-    backbone: Backbone,
-    num_classes: int,
-    image: dict[str, Any],
-    *,
-    neck: str = "fpn",
-    neck_kwargs: dict[str, Any],
-    auxiliary: bool = False,
-    auxiliary_kwargs: dict[str, Any],
-    **kwargs: Any,
+    backbone: Backbone, num_classes: int, image: dict[str, Any], *, dropout: float = 0.0, **no: Any
 ) -> Segmenter:
-    """A linear classifier of every position of the finest map, without a neck; ``kwargs``: of `Linear`."""
-    if neck != "fpn" or neck_kwargs:
-        raise ValueError(f"the linear head has no neck, got {neck!r} with {neck_kwargs}")
-    return Segmenter(backbone, Linear(backbone.spec.channels[0], num_classes, **kwargs), **image)
+    """A linear classifier of every position of the finest map, without neck and auxiliary head; see `Linear`."""
+    if (no["neck"], no["neck_kwargs"]) != ("fpn", {}):  # the default of every head
+        raise ValueError(f"the linear head has no neck, got {no['neck']!r} with {no['neck_kwargs']}")
+    if unknown := no.keys() - {"neck", "neck_kwargs", "auxiliary", "auxiliary_kwargs"}:
+        raise TypeError(f"unknown {', '.join(sorted(unknown))}")
+    return Segmenter(backbone, Linear(backbone.spec.channels[0], num_classes, dropout=dropout), **image)

@@ -79,6 +79,7 @@ SMALL = {
     "mask_rcnn": RCNN | {"mask_width": 32},
     "cascade_mask_rcnn": RCNN | {"mask_width": 32},
     "faster_rcnn": RCNN,
+    "conditional_detr": {"width": 32, "ffn_width": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10},
     "mask2former": {"num_queries": 10, "encoder_layers": 1, "decoder_layers": 4, "encoder_feedforward_dim": 32}
     | {"feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "dim_feedforward": 64, "train_num_points": 64},
 }
@@ -268,6 +269,7 @@ def test_detector_steps(name):
 ONE_OF_EACH_HEAD = (
     *("dinat_mini_cascade_mask_rcnn_3x", "dinat_large_mask2former_coco", "dinat_large_mask2former_cityscapes_instance"),
     *("resnet50_a3fpn_mask2former_coco", "resnet50_a3fpn_faster_rcnn_voc", "resnet50_a3fpn_retinanet_visdrone"),
+    "resnet101_conditional_detr_dc5_coco",
 )
 
 
@@ -305,7 +307,8 @@ def test_small_detector_steps(name, tmp_path):
         assert ("masks" in target) == (HEADS["detect"][head].masks)
         assert set(target["labels"].tolist()) <= {0}
     model.name, model.kwargs = tiny(config), {}
-    model.neck_kwargs = model.neck_kwargs | ({} if head == "mask2former" else {"out_channels": 32})
+    with_neck = HEADS["detect"][head].neck == "before"
+    model.neck_kwargs = model.neck_kwargs | ({"out_channels": 32} if with_neck else {})
     model.head_kwargs = model.head_kwargs | SMALL.get(head, {})
     detector_step(config)
 
@@ -318,7 +321,7 @@ def test_detector_builds(name):
         model = detect.build_model(config, 80)
     assert (model.num_classes, model.masks) == (80, HEADS["detect"][config.model.head].masks)
     necks = [module for module in model.modules() if isinstance(module, tuple(NECKS.values()))]
-    if config.model.head != "mask2former" or config.model.neck != "fpn":  # which has one of its own
+    if HEADS["detect"][config.model.head].neck == "before" or config.model.neck != "fpn":
         assert isinstance(necks[0], NECKS[config.model.neck])
     for part in config.schedule.milestones:
         length = part * config.schedule.epochs * (config.train.steps_per_epoch or 1)
@@ -364,14 +367,21 @@ def test_published_detection_schedules():
         assert config.train.batch_size * 8 == 16
         assert (config.optim.lr, config.optim.backbone_lr_ratio, config.optim.clip_grad) == (1e-4, 0.1, 0.01)
         assert (config.model.head_kwargs["num_queries"], config.train.amp) == (queries, "no")
-    detr = load_config("detect/dinat_mini_mask_rcnn_3x", [], DetectConfig).augment
-    assert detr.min_size == list(range(480, 801, 32))
-    assert (detr.max_size, detr.crop_prob, detr.crop_min_size, detr.crop_size) == (
-        1333,
-        0.5,
-        [400, 500, 600],
-        [384, 600],
-    )
+    for name in ("dinat_mini_mask_rcnn_3x", "resnet50_conditional_detr_coco"):
+        detr = load_config(f"detect/{name}", [], DetectConfig).augment
+        assert detr.min_size == list(range(480, 801, 32))
+        assert (detr.max_size, detr.crop_prob) == (1333, 0.5)
+        assert (detr.crop_min_size, detr.crop_size) == ([400, 500, 600], [384, 600])
+    for kind, images in (("", 2), ("_dc5", 1)):
+        config = load_config(f"detect/resnet101_conditional_detr{kind}_coco", ["model.pretrained=false"], DetectConfig)
+        assert config.optim.lr * config.optim.backbone_lr_ratio == pytest.approx(1e-5)
+        assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (1e-4, 1e-4, 0.1)
+        assert (config.schedule.epochs, config.schedule.milestones, config.schedule.decay_rate) == (50, [0.8], 0.1)
+        assert (config.train.batch_size, config.data.keep_empty, config.model.frozen_stages) == (images, True, 1)
+        with torch.device("meta"):
+            model = detect.build_model(config, 91)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(63, abs=0.6)
+        assert model.backbone.spec.strides == ((16,) if kind else (32,))
 
 
 @pytest.mark.parametrize("name", of("segment"))
@@ -385,7 +395,8 @@ def test_segmenter_builds(name):
         return
     assert model.head.classifier.conv.out_channels == classes
     assert (model.auxiliary is not None) == (config.model.head == "upernet")
-    assert isinstance(model.head.neck, NECKS["a3fpn"]) == (config.model.neck == "a3fpn")
+    neck = getattr(model.head, "neck", None)  # a linear head has none
+    assert isinstance(neck, NECKS["a3fpn"]) == (config.model.neck == "a3fpn")
 
 
 @pytest.mark.parametrize(
@@ -469,6 +480,7 @@ PUBLISHED = [
     *(f"detect/resnet50_a3fpn_mask_rcnn_{length}" for length in ("3x", "270k")),
     *(f"detect/resnet50_a3fpn_faster_rcnn_{data}" for data in ("90k", "voc")),
     *("detect/resnet50_a3fpn_retinanet_visdrone", "detect/resnet50_a3fpn_mask2former_coco"),
+    *(f"detect/resnet{depth}_conditional_detr{kind}_coco" for depth in (50, 101) for kind in ("", "_dc5")),
     *(f"segment/nat_{size}_upernet_ade20k" for size in SIZES[:4]),
     *(f"segment/dinat_{size}_upernet_ade20k" for size in SIZES),
     *(f"segment/dinat_s_{size}_upernet_ade20k" for size in SIZES[1:]),
@@ -483,6 +495,7 @@ PUBLISHED = [
     *(f"segment/rmt_{size}_semantic_fpn_ade20k" for size in "tsbl"),
     *(f"segment/rmt_{size}_upernet_ade20k" for size in "sbl"),
     *(f"detect/transnext_{size}_mask_rcnn_1x" for size in SIZES[1:4]),
+    *(f"detect/fan_hybrid_{size}_cascade_mask_rcnn_3x" for size in SIZES[1:]),
     *(f"segment/transnext_{size}_{head}_ade20k" for size in SIZES[1:4] for head in ("upernet", "mask2former")),
     *(f"detect/agent_pvt_{size}_{head}_1x" for size in "tsml" for head in ("mask_rcnn", "retinanet")),
     *(f"segment/agent_pvt_{size}_semantic_fpn_ade20k" for size in "tsml"),
@@ -497,7 +510,14 @@ PUBLISHED = [
 
 def test_every_published_set_has_its_recipe():
     assert [name for name in PUBLISHED if name not in recipe_names()] == []
-    ours = ("digits", "tuxpaint", "finetune", "small", "raccoon")  # and what the authors trained three times as long
+    ours = (
+        "digits",
+        "digits_linear",
+        "tuxpaint",
+        "finetune",
+        "small",
+        "raccoon",
+    )  # and what the authors trained three times as long
     further = [name for name in of("detect") + of("segment") if name not in PUBLISHED]
     assert all(name.endswith(ours) or re.search(r"/dinat_\w+_mask_rcnn_1x$", name) for name in further)
 

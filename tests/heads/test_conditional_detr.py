@@ -12,6 +12,9 @@ from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections, match, valid_cells
 from foveal.heads.detection.published import from_conditional_detr
 from foveal.heads.detection.traceable import OneImage
+from foveal.train.data import DetectionBatch
+from foveal.train.data.coco import read_coco
+from foveal.train.detection_metrics import CocoScorer
 
 SMALL = dict(width=32, num_heads=2, ffn_width=48, encoder_layers=2, decoder_layers=3, num_queries=7)
 SIZES = {"min_size": 64, "max_size": 96}
@@ -298,3 +301,23 @@ def test_every_backbone(backbone):
     sum(model(images, targets).values()).backward()
     assert all(p.grad is not None for p in model.detector.head.parameters())
     assert len(model.eval()(images)) == 2
+
+
+@pytest.mark.slow
+def test_learns_two_images(tmp_path):
+    from .test_mask2former_detector import write_data
+
+    images, targets = write_data(tmp_path, "train", 2)
+    settings = {"width": 64, "ffn_width": 128, "num_queries": 12, "dropout": 0.0}
+    model = detector(settings=settings, num_classes=2, drop_path_rate=0.0, strides=(8,))
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-4), lr=1e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        sum(model(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    with torch.no_grad():
+        found = model.eval()(images)
+    scorer = CocoScorer(read_coco(tmp_path / "annotations" / "instances_train.json", tmp_path / "train"), False)
+    scorer.add(DetectionBatch([], [], [0, 1]), found)
+    assert scorer.compute()["box_ap"] > 50

@@ -67,6 +67,15 @@ def test_one_image_whose_coarsest_map_is_one_pixel(task, head):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("task", "head"), [(task, name) for task in HEADS for name, spec in HEADS[task].items() if spec.neck == "none"]
+)
+def test_a_head_without_a_neck_refuses_one(task, head):
+    for wrong, named in (({"neck": "a3fpn"}, "a3fpn"), ({"neck_kwargs": {"out_channels": 8}}, "out_channels")):
+        with pytest.raises(ValueError, match=f"{head}.*{named}"):
+            BUILDERS[task]("test_foveal_care", head, num_classes=3, **wrong)
+
+
 # ---- every head with what wraps and watches modules, as tests/backbones/test_works_with.py for the backbones
 
 CASES = [(task, name, "fpn") for task in HEADS for name in HEADS[task]]
