@@ -39,6 +39,8 @@ FAMILIES = {
     "agent": "Agent Attention",
     "inline": "InLine",
     "a3fpn": "A3-FPN",
+    "uplift": "UPLiFT",
+    "naf": "NAF",
     "conditional_detr": "Conditional DETR",
 }
 

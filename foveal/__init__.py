@@ -108,8 +108,8 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
             loading.refuse_exported(dense[0])
             return load_dense(folder, file)
     elif not loading.is_model(str(source)):
-        from .heads.upsamplers.published import is_published, load_upsampler
+        from .heads.upsamplers import PUBLISHED, load_upsampler
 
-        if is_published(str(source)):
+        if str(source) in PUBLISHED:
             return load_upsampler(source, **kwargs)
     return loading.load(source, **kwargs)

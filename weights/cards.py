@@ -110,6 +110,8 @@ def _published(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _convertible(checkpoint: Checkpoint) -> str:
     """How much of a dense model `convert` supports."""
+    if checkpoint.task == "upsample":
+        return "the upsampler"
     if head_of(checkpoint) is None:
         return "the backbone, with --backbone; this package does not have the heads"
     outputs = f"; its output is {SEMANTIC_ONLY}" if checkpoint.task == "panoptic" else ""
@@ -140,11 +142,15 @@ def converted_card(config: Mapping[str, Any], measured: str | None = None) -> st
     features = bool((config.get("model_args") or {}).get("features_only"))
     if dense:
         args = config["arguments"]
-        architecture, kind = args["name"], f"{args['head']}, neck {args['neck']}, {len(config['classes'])} classes"
+        architecture = args["name"]
+        kind = f"{args.get('head')}, neck {args.get('neck')}, {len(config['classes'])} classes"
         build, images = 'foveal.load("PATH_OF_THIS_FOLDER")', "float [B, 3, H, W] in [0, 1]"
         use = f"logits = model(images)  # {images}"
         if config["task"] == "detect":
             use = "found = model([image])  # float [3, H, W] in [0, 1]"
+        if config["task"] == "upsample":
+            kind, images = "upsampler", "a normalized image [B, 3, H, W] and a backbone's map [B, C, h, w]"
+            use = f"larger = model(image, features, (rows, columns))  # {images}"
     else:
         architecture = config["architecture"]
         kind = "backbone, returns feature maps" if features else f"{config['num_classes']:,} classes"

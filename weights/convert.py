@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from ..heads.build import build_dense
 from ..heads.checkpoint import load_dense, read_dense_config, save_dense
 from ..heads.legacy import migrate_state_dict
 from ..heads.registry import head_spec
+from ..heads.upsamplers import PUBLISHED, create_upsampler
 from . import dense, names
 from .cards import SEMANTIC_ONLY, converted_card, listed, record_lines
 from .fingerprint import RawOutputs, difference, fingerprint
@@ -112,7 +114,8 @@ def convert(
 
     Args:
         source: a ``.pth``, ``.pth.tar``, ``.bin`` or ``.safetensors`` file; a folder of transformers, timm or a
-            training run of this package; or a name in the manifest (``dinat_mini.in1k``), which is downloaded.
+            training run of this package; or a name in the manifest (``dinat_mini.in1k``), which is downloaded. An
+            upsampler's is also ``"naf"``, ``"uplift_dinov2_s14"`` or ``"uplift_dinov3_splus16"``; so is ``model``.
         model: the model's name (a dense model's backbone), preferably with the tag of the manifest, which states
             licence and preprocessing. Required unless ``source`` names it.
         ema: take averaged weights (True) or raw ones (False); None: those of the published score, averaged ones if
@@ -146,7 +149,9 @@ def convert(
         converted = _converted(state, content, found, {**found.arguments, **(arguments or {})}, backbone)
         with staged(output) as folder:
             converted.write(folder)
-            keys = names.key_format(state, found.architecture, converted.model.state_dict())
+            keys = "authors"
+            if not is_upsampler(found.checkpoint):
+                keys = names.key_format(state, found.architecture, converted.model.state_dict())
             record = _complete(folder, converted, found, keys, averaged)
             files = sorted(path.name for path in folder.iterdir())
     except ValueError as error:
@@ -178,7 +183,8 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
         if found.dense:
             arguments = found.config["arguments"]
             net = build_dense(found.config["task"], arguments)
-            translate = names.of_dense(net, arguments["name"], (found.record or {}).get("bgr", False))
+            bgr, dense_model = (found.record or {}).get("bgr", False), found.config["task"] != "upsample"
+            translate = names.of_dense(net, arguments["name"], bgr) if dense_model else names.of_upsampler
         else:
             architecture, arguments = found.config["architecture"], dict(found.config.get("model_args") or {})
             if not arguments.get("features_only"):
@@ -192,6 +198,8 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
 
 def _locate(source: str | Path, model: str | None) -> _Source:
     """Find the file, the model and its entry in the manifest."""
+    short = {name: each.checkpoint for name, each in PUBLISHED.items()}
+    source, model = short.get(str(source), source), short.get(model or "", model)
     path, known = loading.local_path(source), checkpoints()
     config = stated = None
     theirs: dict[str, Any] = {}
@@ -352,7 +360,9 @@ def _tensors(content: dict[str, Any], file: Path, ema: bool | None) -> tuple[dic
 def _converted(
     state: dict[str, Tensor], content: dict[str, Any], source: _Source, arguments: dict[str, Any], backbone: bool
 ) -> ConvertedModel:
-    """A classifier, a dense model, or the backbone of one."""
+    """A classifier, a dense model, the backbone of one, or an upsampler."""
+    if is_upsampler(source.checkpoint):
+        return _upsampler(state, arguments)
     plain = {bare(name): value for name, value in state.items()}
     inside = names.backbone_names(plain)
     body = {name: value for name, value in state.items() if bare(name) in inside}
@@ -416,6 +426,22 @@ def _single(
     description = f"{source.architecture}, a {'backbone' if features else 'classifier'}"
     used = {name: value for name, value in state.items() if name not in dropped}
     return ConvertedModel(inner, net, arguments, used, description, write, heads or {}, dropped)
+
+
+def is_upsampler(checkpoint: Checkpoint | None) -> bool:
+    return checkpoint is not None and checkpoint.task == "upsample"
+
+
+def _upsampler(state: dict[str, Tensor], arguments: dict[str, Any]) -> ConvertedModel:
+    net = create_upsampler(**arguments).eval()
+    result, dropped = names.fitted(state, net, names.of_upsampler, lambda name: name.endswith(".rope.periods"))
+    _load(net, result)
+
+    def write(folder: Path) -> None:
+        save_dense(folder, net, [], {"in_chans": 3, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD})
+
+    used = {name: value for name, value in state.items() if name not in dropped}
+    return ConvertedModel(net, RawOutputs(net), arguments, used, f"upsampler {net.kind}", write, dropped=dropped)
 
 
 def _dense(
@@ -590,6 +616,8 @@ def _config(net: Any, source: _Source, arguments: dict[str, Any]) -> dict[str, A
 
 def _fingerprint_size(source: _Source, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     """The input size of the classifier: the image size of a dense checkpoint would take minutes."""
+    if is_upsampler(source.checkpoint):
+        return 3, 144, 176
     cfg: Any = get_pretrained_cfg(source.architecture)
     size = arguments.get("img_size", cfg.input_size[1:])
     rows, columns = (size, size) if isinstance(size, int) else size

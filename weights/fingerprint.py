@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..heads.detection import Detector
@@ -75,6 +76,8 @@ class RawOutputs(nn.Module):
         """``[1, C, H, W]`` to the neck's maps, the logits and deltas on them, and for four fixed regions the class, box
         and mask outputs; to a segmenter's logits; to the class and mask logits of Mask2Former; to those of Conditional
         DETR and its boxes."""
+        if self.model.task == "upsample":
+            return self._upsampled(image)
         if head_spec(self.model.task, self.model.arguments["head"]).kind == "mask_queries":
             return self._queries(image)
         if not isinstance(self.model, Detector):
@@ -100,6 +103,12 @@ class RawOutputs(nn.Module):
             stages = zip(_stages(heads.mask_head), _stages(heads.mask_predictor), strict=True)
             masks = [predictor(head(pooled)) for head, predictor in stages]
         return [*levels, *logits, *deltas, *boxes, *masks]
+
+    def _upsampled(self, image: Tensor) -> list[Tensor]:
+        """A map of means of the image, at two and three times its size."""
+        features = F.avg_pool2d(image, 16).repeat(1, 128, 1, 1)[:, : self.model.channels or 32]
+        h, w = features.shape[-2:]
+        return self.model.maps(image, features, [(2 * h, 2 * w), (3 * h, 3 * w)])
 
     def _queries(self, image: Tensor) -> list[Tensor]:
         """Outputs without masked attention, whose masks change discontinuously with the sign of a logit."""

@@ -14,9 +14,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 
 from ..backbones import download
+from ..heads.upsamplers import PUBLISHED
 
 FILE = Path(__file__).with_name("manifest.yaml")
-TASKS = ("classify", "detect", "segment", "panoptic")
+TASKS = ("classify", "detect", "segment", "panoptic", "upsample")
 KEY_FORMATS = ("authors", "timm", "mmdet", "detectron2")
 SCORES = {
     "top1": "top-1",
@@ -164,7 +165,7 @@ def _checkpoint(own: dict[str, Any], row: dict[str, Any]) -> Checkpoint:
     if not is_model(str(row.get("model"))):
         raise ManifestError(f"{name}: timm has no such model")
     row = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    if row.get("task", "classify") == "classify":
+    if row.get("task", "classify") in ("classify", "upsample"):
         row |= _from_cfg(name, row)
     own["code"] = own["code"] or getattr(get_pretrained_cfg(row["model"]), "origin_url", None)
     try:
@@ -177,12 +178,15 @@ def _checkpoint(own: dict[str, Any], row: dict[str, Any]) -> Checkpoint:
 
 
 def _from_cfg(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    cfg = get_arch_pretrained_cfgs(row["model"]).get(name)
+    upsamplers = {each.checkpoint: each for each in PUBLISHED.values()}
+    cfg = upsamplers[name].cfg if name in upsamplers else get_arch_pretrained_cfgs(row["model"]).get(name)
     if cfg is None:
         raise ManifestError(f"{name}: no such tag in the default_cfgs of {row['model']}")
     address, *mirrors = [*download.addresses(cfg), None]
     stated = {"address": address, "mirrors": tuple(mirrors[:-1]), "sha256": download.hash_in_name(address or "")}
     stated |= {ours: getattr(cfg, theirs) for ours, theirs in _CFG_FIELDS.items()}
+    if name in upsamplers:  # their classes are timm's default
+        stated |= {"classes": None, "arguments": upsamplers[name].arguments}
     if repeated := sorted(set(row) & set(stated)):
         raise ManifestError(f"{name}: {', '.join(repeated)} belong in the default_cfgs of a classifier")
     return stated
@@ -190,7 +194,9 @@ def _from_cfg(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _problems(each: Checkpoint) -> dict[str, Any]:
     """Checks of an entry: (problem, whether it occurs)."""
-    places = [place for place in each.addresses if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+", place)]
+    places = [
+        place for place in each.addresses if not re.fullmatch(r"https://\S+/\S+|hf://[^/\s]+/[^/\s]+(/[^/\s]+)?", place)
+    ]
     choices = {"task": TASKS, "keys": KEY_FORMATS, "channel_order": (None, "rgb", "bgr")}
     return {
         f"tag {each.tag!r} must be text": not isinstance(each.tag, str) or not each.tag,

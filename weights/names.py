@@ -25,6 +25,7 @@ from ..heads.detection.published import from_conditional_detr, from_published
 from ..heads.necks import A3FPN
 from ..heads.necks.published import published_state
 from ..heads.segmentation.published import from_mask2former, from_mmseg
+from ..heads.upsamplers.published import checkpoint_filter_fn as upsampler_filter
 from .cards import listed
 from .manifest import checkpoints
 
@@ -142,6 +143,11 @@ def of_dense(model: Any, architecture: str, bgr: bool) -> Translate:
         return result | (from_published(rest) if detects else from_mmseg(rest))
 
     return translate
+
+
+def of_upsampler(state: State) -> dict[str, Tensor]:
+    """The translation for an upsampler: names without wrappers, and without constants."""
+    return upsampler_filter({bare(name): value for name, value in state.items()})
 
 
 def without_getter(model: Any) -> Any:

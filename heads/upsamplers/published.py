@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +20,44 @@ from .uplift import UPLiFT
 
 UPSAMPLERS: dict[str, type[Upsampler]] = {each.kind: each for each in (UPLiFT, NAF, Bilinear)}
 
-_IMAGES: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), num_classes=None)
-_UPLIFT: dict[str, Any] = dict(
-    architecture="uplift",
-    input_size=(3, 448, 448),
-    license="unknown",
-    origin_url="https://github.com/mwalmer-umd/UPLiFT",
-    paper_ids="arXiv:2601.17950",
-    **_IMAGES,
-)
-TAG = "in1k"  # all were trained on ImageNet-1K, without labels
-PUBLISHED: dict[str, tuple[dict[str, int], PretrainedCfg]] = {  # arguments and weights
-    "uplift_dinov2_s14": (
-        dict(channels=384, patch=14),
-        PretrainedCfg(
-            hf_hub_id="UPLiFT-upsampler/uplift_dinov2-s14",
-            hf_hub_filename="uplift_dinov2-s14.safetensors",
-            **_UPLIFT,
-        ),
-    ),
-    "uplift_dinov3_splus16": (
-        dict(channels=384, patch=16),
-        PretrainedCfg(
-            hf_hub_id="UPLiFT-upsampler/uplift_dinov3-splus16",
-            hf_hub_filename="uplift_dinov3-splus16.safetensors",
-            **_UPLIFT,
-        ),
-    ),
-    "naf": (
-        {},
+
+@dataclass(frozen=True)
+class Published:
+    """Published weights.
+
+    Attributes:
+        checkpoint: their name in the manifest: the backbone on whose maps they were trained, and a tag.
+        arguments: of `create_upsampler`.
+        cfg: address, licence and origin.
+    """
+
+    checkpoint: str
+    arguments: dict[str, Any]
+    cfg: PretrainedCfg
+
+
+def _uplift(checkpoint: str, patch: int, name: str) -> Published:
+    cfg = PretrainedCfg(
+        hf_hub_id=f"UPLiFT-upsampler/{name}",
+        hf_hub_filename=f"{name}.safetensors",
+        input_size=(3, 448, 448),
+        license="unknown",
+        origin_url="https://github.com/mwalmer-umd/UPLiFT",
+    )
+    return Published(checkpoint, {"name": "uplift", "channels": 384, "patch": patch}, cfg)
+
+
+PUBLISHED = {
+    "uplift_dinov2_s14": _uplift("vit_small_patch14_dinov2.uplift", 14, "uplift_dinov2-s14"),
+    "uplift_dinov3_splus16": _uplift("vit_small_plus_patch16_dinov3.uplift", 16, "uplift_dinov3-splus16"),
+    "naf": Published(
+        "vit_base_patch16_dinov3.naf",
+        {"name": "naf"},
         PretrainedCfg(
             url="https://github.com/valeoai/NAF/releases/download/model/naf_release.pth",
-            architecture="naf",
             input_size=(3, 512, 512),
             license="unknown",
             origin_url="https://github.com/valeoai/NAF",
-            paper_ids="arXiv:2511.18452",
-            **_IMAGES,
         ),
     ),
 }
@@ -64,11 +66,6 @@ PUBLISHED: dict[str, tuple[dict[str, int], PretrainedCfg]] = {  # arguments and 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: Any = None) -> dict[str, Tensor]:
     """The tensors of a published file that are parameters: not the frequencies of the rotary embedding."""
     return {name: x for name, x in state.items() if name != "image_encoder.rope.periods"}
-
-
-def is_published(name: str) -> bool:
-    """Whether it names published weights, with or without their tag."""
-    return name.removesuffix(f".{TAG}") in PUBLISHED
 
 
 def create_upsampler(name: str, **arguments: Any) -> Upsampler:
@@ -87,8 +84,8 @@ def create_upsampler(name: str, **arguments: Any) -> Upsampler:
         {'name': 'uplift', 'channels': 192, 'patch': 16}
     """
     if name in PUBLISHED:
-        published, cfg = PUBLISHED[name]
-        name, arguments = str(cfg.architecture), published | arguments
+        arguments = PUBLISHED[name].arguments | arguments
+        name = arguments.pop("name")
     if name not in UPSAMPLERS:
         raise ValueError(f"unknown upsampler {name!r}; choose from {', '.join({**UPSAMPLERS, **PUBLISHED})}")
     try:
@@ -113,9 +110,9 @@ def load_upsampler(source: str | Path) -> Upsampler:
         >>> load_upsampler("bilinear").kind
         'bilinear'
     """
-    name = str(source).removesuffix(f".{TAG}")
-    if is_published(name):
-        upsampler, state = create_upsampler(name), fetched(name, PUBLISHED[name][1])
+    name = str(source)
+    if name in PUBLISHED:
+        upsampler, state = create_upsampler(name), fetched(name, PUBLISHED[name].cfg)
     elif name == "bilinear":
         return Bilinear().eval()
     else:

@@ -54,6 +54,8 @@ def test_what_is_there() -> None:
         ("agent", "detect"): 16,
         ("agent", "segment"): 4,
         ("inline", "classify"): 13,
+        ("uplift", "upsample"): 2,
+        ("naf", "upsample"): 1,
         ("a3fpn", "detect"): 4,
         ("a3fpn", "segment"): 2,
         ("conditional_detr", "detect"): 4,
@@ -104,7 +106,7 @@ def test_timms_own_weights(name: str) -> None:
         assert getattr(theirs, key) == getattr(ours, key), key
 
 
-@pytest.mark.parametrize("name", [name for name, each in ALL.items() if each.task != "classify"])
+@pytest.mark.parametrize("name", [name for name, each in ALL.items() if each.task not in ("classify", "upsample")])
 def test_dense_checkpoints_are_of_models_that_exist(name: str) -> None:
     """With a list of dilations for each of their levels, one for each block."""
     checkpoint = ALL[name]
@@ -138,6 +140,8 @@ def test_every_address_has_a_form_that_is_known() -> None:
         "https://github.com/DeppMeng/ConditionalDETR/releases/download/v1.0/ConditionalDETR_r",
         "https://github.com/zhoudaquan/fully_attentional_network_ckpt/releases/download/v1.0.0/",
         "https://github.com/guoyongcs/TAPADL/releases/download/v1.0/",
+        "https://github.com/valeoai/NAF/releases/download/model/",
+        "hf://UPLiFT-upsampler/",
         "hf://timm/",
         "hf://shi-labs/",
         "hf://Visual-Attention-Network/van-",
