@@ -45,5 +45,5 @@ def test_convert(name, tmp_path):
 
 def test_files_that_do_not_fit(tmp_path):
     save_file(published("naf"), tmp_path / "naf.safetensors")
-    with pytest.raises(ConversionError, match=r"not set.*attender"):
+    with pytest.raises(ConversionError, match=r"not used.*image_encoder"):
         convert(tmp_path / "naf.safetensors", tmp_path / "folder", model="uplift_dinov2_s14")
