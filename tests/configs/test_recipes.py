@@ -503,6 +503,7 @@ PUBLISHED = [
     *(f"detect/agent_swin_{size}_cascade_mask_rcnn_3x" for size in "tsb"),
     "detect/agent_swin_t_cascade_mask_rcnn_1x",
     *(f"segment/agent_swin_{size}_upernet_ade20k" for size in "tsb"),
+    *(f"detect/fan_hybrid_{size}_cascade_mask_rcnn_3x" for size in SIZES[1:]),
     *(f"segment/dinat_large_mask2former_{data}" for data in ("ade20k", "cityscapes")),
     *(f"segment/resnet50_a3fpn_{head}_cityscapes" for head in ("upernet", "mask2former")),
 ]
