@@ -143,7 +143,8 @@ class TripletBasicBlock(BasicBlock):
     """timm's block, with a sum that overwrites no tensor that a hook may hold."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        aa: Any = self.aa
+        y = aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
         return self.act2(_residual(self, self.bn2(self.conv2(y)), x))
 
 
@@ -152,7 +153,8 @@ class TripletBottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(self.conv1(x)))
-        y = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(y)))))
+        aa: Any = self.aa
+        y = aa(self.act2(self.drop_block(self.bn2(self.conv2(y)))))
         return self.act3(_residual(self, self.bn3(self.conv3(y)), x))
 
 

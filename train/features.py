@@ -102,7 +102,7 @@ def cached(computed: Computed, store: Path, key: Mapping[str, Any], name: str) -
     folder = store / hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
     device, kind = loader.normalize.device, TYPES[computed.amp]
     with workers_end(loader):
-        batches = computed.epoch(0)
+        batches: Any = computed.epoch(0)
         first = next(batches, None)
         if first is None:
             raise DataError(f"there are no readable {name}")

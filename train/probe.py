@@ -150,7 +150,7 @@ def _data(data: str) -> dict[str, Any]:
 
 
 def _load(config: ProbeConfig) -> Any:
-    arguments = config.model.kwargs | {"in_chans": config.data.in_chans}
+    arguments: dict[str, Any] = config.model.kwargs | {"in_chans": config.data.in_chans}
     if config.model.pretrained:
         return load(config.model.name, **arguments)
     try:

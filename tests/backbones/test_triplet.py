@@ -68,7 +68,7 @@ def test_the_gates_are_those_of_a_rotated_map():
     ("block", "gate"),
     [("triplet_attention", "spatial"), ("triplet_attention", "conv"), ("triplet", "conv"), ("pcam", "spatial")],
 )
-@pytest.mark.parametrize("name", ["triplet_resnet18", "triplet_resnet50"])
+@pytest.mark.parametrize("name", ["triplet_resnet18", pytest.param("triplet_resnet50", marks=pytest.mark.slow)])
 def test_all_names_of_the_published_files_load(name, block, gate, kernel_size, tmp_path):
     model = create(name, kernel_size=kernel_size)
     state = {f"module.{theirs(key, block, gate)}": value for key, value in model.state_dict().items()}

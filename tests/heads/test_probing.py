@@ -93,7 +93,10 @@ ARGUMENTS = {
 ARGUMENTS["test_vit"] = dict(img_size=(64, 96))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+QUICK = "test_foveal_dinat", "test_resnet", "test_vit", "swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BACKBONES])
 def test_features_of_every_layout(name):
     """On an image that is not square: the tokens in row-major order, as `forward_intermediates` has the last map."""
     torch.manual_seed(0)
@@ -171,6 +174,7 @@ def test_nearest_neighbours(monkeypatch):
         knn(train, labels, queries, 4, k=1, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_a_probe_is_exported():
     probe = efficient_probe(32, 5, num_queries=4).eval()
     assert isinstance(probe, Probe)

@@ -47,6 +47,7 @@ def run(tmp_path, source, head="linear", *overrides: str, data="digits"):
     return result, [line for line in lines if line.startswith("features of")]
 
 
+@pytest.mark.slow
 def test_each_head(folder, tmp_path):
     learned = ["schedule.epochs=8", "optim.name=adamw", "optim.lr=0.01", "optim.lr_batch=null"]
     result, _ = run(tmp_path, folder, "ep", "head.num_queries=8", *learned)
@@ -71,6 +72,7 @@ def test_each_head(folder, tmp_path):
     assert min(neighbours["top1"].values()) > 50
 
 
+@pytest.mark.slow
 def test_features_are_read_again_only_if_nothing_changed(folder, tmp_path):
     def written(*overrides, source=folder, head="knn"):
         _, lines = run(tmp_path, source, head, *overrides)
