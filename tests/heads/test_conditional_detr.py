@@ -318,6 +318,7 @@ def test_learns_two_images(tmp_path):
         optimizer.step()
     with torch.no_grad():
         found = model.eval()(images)
-    scorer = CocoScorer(read_coco(tmp_path / "annotations" / "instances_train.json", tmp_path / "train"), False)
+    file = tmp_path / "annotations" / "instances_train.json"
+    scorer = CocoScorer(read_coco(file, tmp_path / "train", masks=False), False)
     scorer.add(DetectionBatch([], [], [0, 1]), found)
     assert scorer.compute()["box_ap"] > 50
