@@ -203,7 +203,7 @@ def _predict(head: nn.Module, batch: Batch) -> tuple[Tensor, Losses]:
 
 def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, console: Console) -> dict[str, Any]:
     """Trains a head, and leaves it with the weights of the best epoch."""
-    order = train.order if isinstance(train, Cached) else train.loader.order
+    order: Any = train.order if isinstance(train, Cached) else train.loader.order
     assert config.train.batch_size is not None
     optimizer = create_optimizer(head, config.optim, config.train.batch_size)
     schedule, epochs = create_schedule(optimizer, config.schedule, len(order))
@@ -262,5 +262,6 @@ def _draw(backbone: FrozenBackbone, head: Probe, loaders: Data, path: Path, titl
     weights = attention.attention(backbone(pixels))
     skipped = getattr(backbone.model, "num_prefix_tokens", 0) if backbone.kind == "all" else 0
     size = backbone.map_size(weights.shape[2] - skipped, *pixels.shape[2:])
-    images = loaders.val.normalize.undo(pixels).permute(0, 2, 3, 1).numpy()
+    loader: Any = loaders.val
+    images = loader.normalize.undo(pixels).permute(0, 2, 3, 1).numpy()
     draw_attention(images, weights[:, :, skipped:].unflatten(2, size).cpu(), path, title=title)
