@@ -155,7 +155,7 @@ class DeiT(Backbone):
         }
         if attention not in kinds:
             raise ValueError(f"attention must be one of {', '.join(kinds)}, got {attention!r}")
-        options = dict(norm_layer=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+        options: dict[str, Any] = dict(norm_layer=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim, **options)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.map_size), embed_dim))

@@ -47,6 +47,15 @@ class AgentAttention2d(SoftmaxAttention2d):
         torch.Size([1, 16, 20, 64])
     """
 
+    an_bias: nn.Parameter
+    na_bias: nn.Parameter
+    ah_bias: nn.Parameter
+    aw_bias: nn.Parameter
+    ha_bias: nn.Parameter
+    wa_bias: nn.Parameter
+    ac_bias: nn.Parameter
+    ca_bias: nn.Parameter
+
     def __init__(
         self,
         dim: int,

@@ -140,7 +140,8 @@ class SoftmaxAttention2d(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: tuple[int, int], source: torch.Tensor
     ) -> torch.Tensor:
         """All ``[B, N, dim]``, as the output."""
-        return attend(*(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))).flatten(2)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        return attend(q, k, v).flatten(2)
 
     def _to_map(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Tokens without the class token as a map ``[B, H, W, dim]``."""
