@@ -433,7 +433,7 @@ def is_upsampler(checkpoint: Checkpoint | None) -> bool:
 
 
 def _upsampler(state: dict[str, Tensor], arguments: dict[str, Any]) -> ConvertedModel:
-    net = create_upsampler(**arguments).eval()
+    net: Any = create_upsampler(**arguments).eval()
     result, dropped = names.fitted(state, net, names.of_upsampler, lambda name: name.endswith(".rope.periods"))
     _load(net, result)
 
