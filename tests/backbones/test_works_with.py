@@ -41,21 +41,22 @@ CASES: dict[str, dict] = {
     "triplet_resnet18": dict(channels=(16, 32, 48, 64)),
     "triplet_mobilenetv2_100": dict(channel_multiplier=0.25),
 }
-SLOW = (
-    "eca_haloext26ts",
-    "lamhalobot50ts_256",
-    "test_foveal_moh_vit",
-    "triplet_mobilenetv2_100",
-    "test_foveal_fan",
-    "test_foveal_tap_fan",
+SLOW = ("eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_agent_pvt", "test_foveal_fan", "test_foveal_agent_swin")
+LONG = (
+    "test_foveal_agent_cswin",
     "test_foveal_agent_deit",
-    "test_foveal_agent_pvt",
     "test_foveal_inline_pvt",
+    "test_foveal_moh_vit",
+    "test_foveal_tap_fan",
+    "triplet_mobilenetv2_100",
 )
-SLOW += ("test_foveal_agent_swin", "test_foveal_agent_cswin")
-families = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name in SLOW + LONG) + [pytest.mark.long] * (name in LONG)
+
+
+families = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 
 
 NO_PLAIN_HEAD = [case.name for case in SMALL.values() if not case.plain_head]

@@ -293,7 +293,12 @@ def test_targets_are_needed_in_training():
 
 @pytest.mark.parametrize(
     "backbone",
-    [pytest.param(n, marks=pytest.mark.slow) for n in foveal.list_models() if n.startswith("test_")] + ["test_resnet"],
+    ["test_resnet"]
+    + [
+        pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long])
+        for n in foveal.list_models()
+        if n.startswith("test_")
+    ],
 )
 def test_every_backbone(backbone):
     model = detector(backbone)
