@@ -27,7 +27,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .base import check_names, unwrap
-from .layers import guard_activations, plain_numbers
+from .layers import guard_activations, plain_numbers, refuse_scripting
 
 __all__ = ["ULSAM", "TripletAttention", "checkpoint_filter_fn", "family"]
 
@@ -74,6 +74,8 @@ class TripletAttention(nn.Module):
         >>> model(torch.randn(1, 3, 64, 96)).shape
         torch.Size([1, 1000])
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self, channels: int, kernel_size: int = 7, no_spatial: bool = False, device: Any = None, dtype: Any = None

@@ -625,6 +625,9 @@ def test_a_head_in_place_of_the_own(name):
     classifier = model.get_classifier()
     if name == "test_foveal_care":
         model.head = model.dist_head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.num_features, 7))
+    elif model.default_cfg["classifier"] in ("fc", "classifier"):  # timm's ResNets and EfficientNets
+        head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.head_hidden_size, 7))
+        setattr(model, model.default_cfg["classifier"], head)
     elif classifier is model.head:
         model.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(model.head_hidden_size, 7))
     else:

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import foveal
 from foveal.heads.build import build_detector
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection.conditional_detr import ConditionalDETRHead, criterion, detections, match, valid_cells
@@ -15,6 +14,8 @@ from foveal.heads.detection.traceable import OneImage
 from foveal.train.data import DetectionBatch
 from foveal.train.data.coco import read_coco
 from foveal.train.detection_metrics import CocoScorer
+
+from ..variants import HIERARCHICAL
 
 SMALL = dict(width=32, num_heads=2, ffn_width=48, encoder_layers=2, decoder_layers=3, num_queries=7)
 SIZES = {"min_size": 64, "max_size": 96}
@@ -293,12 +294,7 @@ def test_targets_are_needed_in_training():
 
 @pytest.mark.parametrize(
     "backbone",
-    ["test_resnet"]
-    + [
-        pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long])
-        for n in foveal.list_models()
-        if n.startswith("test_")
-    ],
+    ["test_resnet", *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long]) for n in HIERARCHICAL)],
 )
 def test_every_backbone(backbone):
     model = detector(backbone)

@@ -9,13 +9,13 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import roi_align
 
-import foveal
 from foveal.heads.build import build_detector
 from foveal.heads.checkpoint import load_dense, save_dense
 from foveal.heads.detection.parts import Anchors
 from foveal.heads.registry import HEADS
 
-FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
+from ..variants import HIERARCHICAL
+
 SMALL = {"min_size": 64, "max_size": 96, "neck_kwargs": {"out_channels": 32}}
 SLOW = pytest.mark.slow
 PYRAMIDS = [
@@ -93,7 +93,7 @@ def test_a_batch_without_objects_still_trains_every_part(head):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HIERARCHICAL)
 def test_every_family(family):
     model = small(family, "faster_rcnn", drop_path_rate=0.1)
     assert model.backbone.spec.strides == (4, 8, 16, 32, 64)

@@ -35,8 +35,9 @@ from mmengine.structures import InstanceData  # noqa: E402
 
 import foveal.heads.mmdet  # noqa: E402
 
+from ..variants import PYRAMIDS  # noqa: E402
+
 CONFIGS = Path(foveal.configs.__path__[0]) / "mmdet"
-SMALL = [name for name in foveal.backbones.list_models() if name.startswith("test_foveal_")]
 NAMES = ("square", "disc", "star")
 CLASSES = len(NAMES)
 WIDTHS = {"in_channels": 16, "out_channels": 16, "feat_channels": 16, "conv_out_channels": 16, "fc_out_channels": 32}
@@ -122,8 +123,8 @@ def check(detector):
     ("config", "name"),
     [
         ("mask_rcnn", "test_foveal_overlock"),
-        *(("retinanet", name) for name in SMALL),
-        *(pytest.param("mask_rcnn", n, marks=pytest.mark.slow) for n in SMALL if n != "test_foveal_overlock"),
+        *(("retinanet", name) for name in PYRAMIDS),
+        *(pytest.param("mask_rcnn", n, marks=pytest.mark.slow) for n in PYRAMIDS if n != "test_foveal_overlock"),
     ],
 )
 def test_trains_and_predicts(config, name):

@@ -32,6 +32,7 @@ from foveal.heads.segmentation import (
 from foveal.heads.segmentation.inference import bounded
 from foveal.heads.segmentation.published import from_mmseg, load_heads
 
+from ..variants import HIERARCHICAL
 from .published_names import from_published, to_mmseg
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -39,7 +40,6 @@ SPEC = ShapeSpec((8, 12, 16, 20), (4, 8, 16, 32))
 SMALL = {"head_kwargs": {"channels": 32}}
 QUERIES = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
 QUERIES |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=20)
-FAMILIES = [name for name in foveal.list_models() if name.startswith("test_foveal_")]
 
 
 def maps(rows: int = 19, columns: int = 26, spec: ShapeSpec = SPEC) -> list[torch.Tensor]:
@@ -228,7 +228,7 @@ def test_published_a3fpn_in_the_head():
 # ---- whole models
 
 
-@pytest.mark.parametrize("backbone", [*FAMILIES, "resnet10t", "test_convnext"])
+@pytest.mark.parametrize("backbone", [*HIERARCHICAL, "resnet10t", "test_convnext"])
 def test_every_family_trains_a_step_at_an_odd_size(backbone):
     torch.manual_seed(0)
     model = build_segmenter(backbone, num_classes=4, **SMALL, auxiliary_kwargs={"channels": 16})
