@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -19,3 +20,8 @@ def strides(name: str) -> list[int]:
 HIERARCHICAL = [name for name in SMALL if len(set(strides(name))) > 1]
 # what other libraries' dense heads expect
 PYRAMIDS = [name for name in SMALL if strides(name) == [4, 8, 16, 32]]
+# the same with most of them slow
+SOME_PYRAMIDS = [
+    name if name in ("test_foveal_dinat", "test_foveal_care") else pytest.param(name, marks=pytest.mark.slow)
+    for name in PYRAMIDS
+]

@@ -123,7 +123,8 @@ def check(detector):
     ("config", "name"),
     [
         ("mask_rcnn", "test_foveal_overlock"),
-        *(("retinanet", name) for name in PYRAMIDS),
+        ("retinanet", "test_foveal_dinat"),
+        *(pytest.param("retinanet", n, marks=pytest.mark.slow) for n in PYRAMIDS if n != "test_foveal_dinat"),
         *(pytest.param("mask_rcnn", n, marks=pytest.mark.slow) for n in PYRAMIDS if n != "test_foveal_overlock"),
     ],
 )

@@ -17,7 +17,7 @@ WRITE = {"classify": class_folders, "detect": voc, "segment": lambda root: write
 SMALL = ["model.name=test_foveal_dinat", "model.pretrained=false", "schedule.epochs=1", "log.trackers=[]"]
 
 
-@pytest.mark.parametrize("task", WRITE)
+@pytest.mark.parametrize("task", ["classify", "segment", pytest.param("detect", marks=pytest.mark.slow)])
 def test_the_short_command_trains(task, tmp_path):
     """Everything but the model and the number of epochs is the recipe's own choice; the run repeats them."""
     WRITE[task](tmp_path / "data")

@@ -262,6 +262,7 @@ def test_odd_batches_cannot_be_mixed(quick, tmp_path):
         train(quick, [f"output={tmp_path / 'run'}", "augment.mixup=0.5", "train.batch_size=33"])
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_sample_once(quick, tmp_path):
     """Through accelerate and gloo, on the CPU: 359 held-out samples, whatever divides them."""
     run = tmp_path / "run"
