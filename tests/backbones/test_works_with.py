@@ -34,21 +34,24 @@ from .test_contract import SMALL
 # The small variant of every family, and more where the registry holds other structures.
 CASES: dict[str, dict] = {
     **{name: {} for name in foveal.backbones.list_models() if name.startswith("test_foveal_")},
-    **{SMALL[case].name: SMALL[case].arguments for case in ("dinat_s", "isotropic", "vitrpb")},
+    **{SMALL[case].name: SMALL[case].arguments for case in ("dinat_s", "isotropic", "vitrpb", "fan_vit")},
     # timm's hybrids, narrow: one with each activation and attention
     **{name: dict(width_factor=0.25) for name in ("halo26t", "sehalo33ts", "eca_haloext26ts")},
     "lamhalobot50ts_256": dict(width_factor=0.25, img_size=64),
     "triplet_resnet18": dict(channels=(16, 32, 48, 64)),
+    "triplet_resnet50": dict(channels=(8, 8, 16, 16)),
     "triplet_mobilenetv2_100": dict(channel_multiplier=0.25),
 }
 SLOW = ("eca_haloext26ts", "lamhalobot50ts_256", "test_foveal_agent_pvt", "test_foveal_fan", "test_foveal_agent_swin")
 LONG = (
+    SMALL["fan_vit"].name,
     "test_foveal_agent_cswin",
     "test_foveal_agent_deit",
     "test_foveal_inline_pvt",
     "test_foveal_moh_vit",
     "test_foveal_tap_fan",
     "triplet_mobilenetv2_100",
+    "triplet_resnet50",
 )
 
 
