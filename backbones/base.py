@@ -463,11 +463,11 @@ def check_agent_shapes(checkpoint: Mapping[str, Any], model: Any, tensors: int) 
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    names = [re.sub(r"^(module|model)\.", "", name) for name in checkpoint]
+    names = [re.sub(r"^(?:module\.)?(?:model\.)?", "", name) for name in checkpoint]
     if model.agent_shapes is None and any(name.startswith("backbone.") for name in names):
         raise NamesError(
             "the checkpoint is of a dense model, which may have more agents: create the model with agent_shapes=... "
-            "(of the authors' models those that `foveal info` states)",
+            "(of the authors' models those that `foveal info` states for the dense checkpoint)",
             tensors,
         )
 

@@ -155,6 +155,10 @@ class DeiT(Backbone):
         }
         if attention not in kinds:
             raise ValueError(f"attention must be one of {', '.join(kinds)}, got {attention!r}")
+        if attention != "agent" and agent_shape is not None:
+            raise ValueError(f"agent_shape {agent_shape} is of attention agent, not {attention}")
+        if attention_depth is not None and not 0 <= attention_depth <= depth:
+            raise ValueError(f"attention_depth must be 0 to depth {depth}, got {attention_depth}")
         options: dict[str, Any] = dict(norm_layer=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim, **options)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -208,22 +212,39 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, t
     """Convert a checkpoint to a state dict of ``model``. Changes neither argument.
 
     Supports the names of the authors and of these models, also wrapped by ``features_only`` or
-    ``DistributedDataParallel``, or under ``state_dict`` or ``model``. Position embedding (of a square) and biases for
-    another ``img_size`` are interpolated.
+    ``DistributedDataParallel``, or under ``state_dict`` or ``model``. Position embedding and biases for another
+    ``img_size`` are interpolated; without agents, whose biases tell rows and columns, an embedding of as many positions
+    as the model's is taken to be of its map, and any other of a square.
 
     Raises:
-        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model.
+        ValueError: the parameter names (except the classifier's, which timm handles) do not fit the model, or the
+            embedding is of no square and without agents.
     """
     own = model.state_dict()
     given = unwrap(state_dict)
     found = {re.sub(r"\.dwc\.(weight|bias)$", r".dwc.conv.\1", name): value for name, value in given.items()}
     check_names(found, own)
     embedding = found["pos_embed"]
-    if embedding.shape[1] != own["pos_embed"].shape[1]:
-        positions = embedding[:, 1:].unflatten(1, (math.isqrt(embedding.shape[1] - 1), -1))
+    rows, columns = _map_size(found, model)
+    if (rows, columns) != model.map_size:
+        positions = embedding[:, 1:].unflatten(1, (rows, columns))
         positions = resized_nhwc(positions, None, model.map_size).flatten(1, 2)
         found["pos_embed"] = torch.cat([embedding[:, :1], positions], 1)
     return resampled_positions(found, own)
+
+
+def _map_size(state: dict[str, torch.Tensor], model: DeiT) -> tuple[int, int]:
+    """Rows and columns of the position embedding of a checkpoint."""
+    for name, rows in state.items():
+        if name.endswith(".ah_bias"):
+            return rows.shape[3], state[name.replace(".ah_bias", ".aw_bias")].shape[4]
+    count = state["pos_embed"].shape[1] - 1
+    side = math.isqrt(count)
+    if count == math.prod(model.map_size):
+        return model.map_size
+    if side**2 != count:
+        raise ValueError(f"pos_embed has {count} positions, no square: their rows and columns are unknown")
+    return side, side
 
 
 # ---- registry

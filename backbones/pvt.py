@@ -121,6 +121,8 @@ class PVT(Backbone):
         lengths = {name: len(each) for name, each in dict(per_stage, agent_shapes=agent_shapes or agents).items()}
         if set(lengths.values()) != {len(depths)}:
             raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
+        if attention != "agent" and agent_shapes is not None:
+            raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {attention}")
         rows, columns = positive_pair("img_size", img_size)
         self.agent_shapes = agents if attention != "agent" else agent_shapes  # None: may be wrong for a dense file
         rates, stages = drop_path_rates(drop_path_rate, depths), []

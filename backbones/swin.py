@@ -59,13 +59,15 @@ def global_attention(
     lengths = {name: len(each) for name, each in {**per_stage, "agent_shapes": shapes}.items()}
     if set(lengths.values()) != {len(depths)}:
         raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
+    if any(not 0 <= some <= depth for some, depth in zip(per_stage.get("global_depths", ()), depths)):
+        raise ValueError(f"global_depths {per_stage['global_depths']} exceed depths {tuple(depths)}")
     if kind not in ("agent", "inline", "softmax"):
         raise ValueError(f"attention must be one of agent, inline, softmax, got {kind!r}")
     if kind != "agent" and agent_shapes is not None:
         raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {kind}")
     made: list[Callable[[int], nn.Module]] = []
     for i, (heads, agents, shape) in enumerate(zip(per_stage["num_heads"], per_stage["agents"], shapes, strict=True)):
-        size = tuple(max(1, length // (4 * 2**i)) for length in positive_pair("img_size", img_size))
+        size = tuple(-(-length // (4 * 2**i)) for length in positive_pair("img_size", img_size))
         if kind == "agent":
             grid = dict(agents=agents, map_size=size, agent_shape=shape)
             made.append(partial(AgentAttention2d, num_heads=heads, **grid))
@@ -183,6 +185,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Swin) -> dict[str, t
         if name.endswith(".attn.relative_position_bias_table"):
             name = name.replace(".attn.", ".attn.rel_pos.")
             value = _own_table(value, own.get(name))
+        elif name.endswith(".attn.rel_pos.relative_position_bias_table"):
+            value = _resampled(value, own.get(name))
         if not name.endswith(_BUFFERS):
             found[name] = value
     keep_new(found, own)
@@ -194,7 +198,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Swin) -> dict[str, t
 def _own_table(table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """Swin's table as that of `RelativePositionTable`, resampled to windows of the size of ``own``."""
     side = math.isqrt(table.shape[0]) // 2 + 1
-    table = table_by_key(table, (side, side))
+    return _resampled(table_by_key(table, (side, side)), own)
+
+
+def _resampled(table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     if own is None or table.shape[1:] == own.shape[1:]:
         return table
     return F.interpolate(table[None].float(), own.shape[1:], mode="bicubic")[0].to(table.dtype)

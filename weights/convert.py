@@ -199,7 +199,9 @@ def restore(folder: str | Path) -> dict[str, Tensor]:
 def _locate(source: str | Path, model: str | None) -> _Source:
     """Find the file, the model and its entry in the manifest."""
     short = {name: each.checkpoint for name, each in PUBLISHED.items()}
-    source, model = short.get(str(source), source), short.get(model or "", model)
+    model = short.get(model or "", model)
+    if not loading.local_path(source).exists():
+        source = short.get(str(source), source)
     path, known = loading.local_path(source), checkpoints()
     config = stated = None
     theirs: dict[str, Any] = {}
@@ -306,7 +308,8 @@ def _of_detr(content: Mapping[str, Any]) -> dict[str, Any]:
     other = {key: content.get(key, value) for key, value in _DETR.items() if content.get(key, value) != value}
     if other or len(set(stated.values())) > 1:
         raise ValueError(f"a Conditional DETR with {other | stated}; supported are {_DETR} and equal numbers of heads")
-    stride = inner.get("output_stride") or (16 if content.get("dilation") else 32)
+    built = content.get("backbone_kwargs") or {}
+    stride = inner.get("output_stride") or built.get("output_stride") or (16 if content.get("dilation") else 32)
     return {"output_stride": stride, "head_kwargs": {"num_heads": stated["encoder_attention_heads"]}}
 
 

@@ -41,7 +41,9 @@ class CrossShapedAttention2d(SoftmaxAttention2d):
 
     def __init__(self, dim: int, num_heads: int, stripe_width: int | None) -> None:
         super().__init__(dim, num_heads)
-        if stripe_width is not None and (stripe_width < 1 or num_heads % 2):
+        if stripe_width is not None and stripe_width < 1:
+            raise ValueError(f"stripe_width must be at least 1, got {stripe_width}")
+        if stripe_width is not None and num_heads % 2:
             raise ValueError(f"stripes of {stripe_width} need an even number of heads, got num_heads {num_heads}")
         self.stripe_width = stripe_width
         parts = 1 if stripe_width is None else 2

@@ -23,7 +23,8 @@ class InlineAttention2d(SoftmaxAttention2d):
         dim: channels.
         num_heads: heads; must divide ``dim``.
         lepe: add a 3x3 depthwise convolution with a learned kernel, too, as in CSWin.
-        class_token: as in `SoftmaxAttention2d`. The token takes no part in the convolutions.
+        class_token: as in `SoftmaxAttention2d`. The token is not convolved; the mean that makes the kernels
+            includes it.
         split_q: likewise.
 
     Raises:
