@@ -59,7 +59,7 @@ def global_attention(
     lengths = {name: len(each) for name, each in {**per_stage, "agent_shapes": shapes}.items()}
     if set(lengths.values()) != {len(depths)}:
         raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
-    if any(not 0 <= some <= depth for some, depth in zip(per_stage.get("global_depths", ()), depths)):
+    if any(not 0 <= some <= depth for some, depth in zip(per_stage.get("global_depths", ()), depths, strict=False)):
         raise ValueError(f"global_depths {per_stage['global_depths']} exceed depths {tuple(depths)}")
     if kind not in ("agent", "inline", "softmax"):
         raise ValueError(f"attention must be one of agent, inline, softmax, got {kind!r}")
