@@ -12,6 +12,8 @@ from .problem import Problem
 # False excludes the Triton kernels from the automatic choice; by name they still run.
 AUTOMATIC = True
 
+LARGEST = 2**15  # keys of a window of aggregation, whose multiples by the window's length fit 32 bits
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _installed = find_spec("triton") is not None

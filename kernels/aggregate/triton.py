@@ -34,6 +34,9 @@ DEEPEST = 256  # channels of a head
 def unsupported_reason(problem: Problem) -> str | None:
     if problem.value_depth > DEEPEST:
         return f"the Triton kernels of aggregation take heads of at most {DEEPEST} channels (got {problem.value_depth})"
+    if math.prod(problem.kernel_size) >= triton_support.LARGEST:
+        most = triton_support.LARGEST - 1
+        return f"the Triton kernels of aggregation take windows of at most {most} keys (got {problem.kernel_size})"
     if not problem.tracing and transformed():
         return "the transforms of torch.func and forward mode need standard operators"
     return triton_support.unsupported_reason(problem)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import triton_support
 from ..triton_common import (
     first_query,
     group_length,
@@ -34,8 +35,8 @@ from ..triton_common import (
 from ..window import Window
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(2**24)  # more than any index in a window; a multiple of it by a window's length fits 32 bits
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+FAR = tl.constexpr(triton_support.LARGEST)  # a multiple of it by a window's length fits 32 bits
+LOWEST = tl.constexpr(-1e30)  # below every logit; its multiple by LOG2E is finite
 
 # --------------------------------------------------------------------------------------------------- helpers
 

@@ -56,6 +56,7 @@ CASES = {
     "h5w5-k5": ((5, 5), (5, 5), (1, 1), 16, 1),
     "h7w4-k2x1-d3x1": ((7, 4), (2, 1), (3, 1), 20, 1),
     "h7w9-k3": ((7, 9), (3, 3), (1, 1), 1, 1),
+    "h12w12-k5": ((12, 12), (5, 5), (1, 1), 8, 1),  # queries without a key in the first block
 }
 ODD = list(CASES)[:2]
 
@@ -122,8 +123,10 @@ def test_aggregate(case, boundary):
     compare(case, torch.float32, boundary, mix=False)
 
 
-@pytest.mark.parametrize("boundary", ["shift", "zero", "mask"])
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize(
+    ("case", "boundary"),
+    [*((case, boundary) for case in ODD for boundary in ("shift", "zero", "mask")), ("h12w12-k5", "shift")],
+)
 def test_mix(case, boundary):
     compare(case, torch.float32, boundary, mix=True)
 
