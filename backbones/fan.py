@@ -4,7 +4,8 @@ Papers: Understanding The Robustness in Vision Transformers (Zhou et al., ICML 2
 https://github.com/NVlabs/FAN; Robustifying Token Attention for Vision Transformers (Guo et al., ICCV 2023,
 arXiv:2303.11126), code https://github.com/guoyongcs/TAPADL. NVIDIA's code and weights are under the NVIDIA Source Code
 License, for non-commercial use alone; TAPADL's are MIT by its authors, who built on NVIDIA's code. This is an
-independent implementation; the published weights load and give the published outputs.
+independent implementation; the published weights load and give the published outputs, of the hybrids with the usual
+layer norm over channels (the authors' divides by C - 1 there).
 
 Blocks at stride 16 are attention among the tokens, and a gate for each channel times an MLP with convolutions
 (`ChannelMixing2d`), both pre-norm. In TAP-FAN the attention reads means of the tokens' neighborhoods

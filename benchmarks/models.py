@@ -61,7 +61,7 @@ def _network(case: ModelCase, name: str, bench: Bench, compiled: bool = False) -
     """The calls of a model of a case, by its name there."""
     own = name == case.own_name
     net = _created(case.model if own else case.peer)
-    if own and case.same:
+    if case.same:  # for both, as what a process has freed counts in its resident set
         net.load_state_dict(_created(case.peer).state_dict())
     if own and case.way == "replace":
         replace_attention(net)

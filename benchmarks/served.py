@@ -7,6 +7,7 @@ runtime is timed only if its outputs are the model's in eager mode; a missing or
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .models import TOLERANCE
 
 SETTLE = 0.2  # seconds until the threads of the previous runtime sleep
 # of outputs, relative to the largest value; the last two are export's own
-LIMITS = {"float32": TOLERANCE, "float16": 1e-2, "int8": 1.0}
+LIMITS = {"float32": TOLERANCE, "float16": 1e-2, "int8": 0.5}
 CALIBRATION = 2, 4  # batches and images of each
 
 
@@ -101,6 +102,12 @@ def forms(model: Any, folder: Path, images: Tensor) -> Forms:
     }
 
 
+def _versions() -> str:
+    """Of what writes and runs the files, for the name of a folder of them; AOTInductor's code has the threads', too."""
+    parts = [installed(name) for name in ("foveal", "torch", "timm", "onnxruntime", "openvino")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+
+
 @torch.no_grad()
 def served_rows(case: ServedCase, bench: Bench) -> Iterator[Row]:
     """A row for each model, dtype and runtime, all timed in turn, with ratios to eager mode and to the peer served by
@@ -115,7 +122,7 @@ def served_rows(case: ServedCase, bench: Bench) -> Iterator[Row]:
             model = model.reparameterize() if hasattr(model, "reparameterize") else reparameterize_model(model)
             x, images = bench.normal(1, *size), bench.normal(*CALIBRATION, *size, seed=1)
             want = model(x)
-            folder = (bench.exports or Path(scratch)) / f"{name}-{threads}"  # AOTInductor's code has their number
+            folder = (bench.exports or Path(scratch)) / f"{name}-{threads}-{_versions()}"
             for (runtime, dtype), make in forms(model, folder, images).items():
                 label = f"{name} {dtype} {runtime}"
                 row: Row = {"model": name, "input": f"1x{'x'.join(map(str, size))}"}

@@ -22,6 +22,7 @@ from ..backbones.base import registered_cfg
 from ..backbones.images import class_labels, preprocessing
 from ..backbones.loading import load, local_path, resolve
 from ..configs.schema import ClassifyConfig, ConfigError, ModelConfig, load_config
+from ..errors import RunError
 from ..heads.backbone import names_of_stages
 from . import checkpoint, deprecated, plots, task
 from .data import Data, build_classification_data, find_classes, workers_end
@@ -166,13 +167,16 @@ class Task(task.Task):
         return logits, torch.stack([loss, loss.new_tensor(len(targets))])[:, None]
 
     def corrupted(self, accelerator: Accelerator) -> dict[str, list[float]]:
-        corruptions, table = parse(self.config.data.corruption), {}
+        corruptions, table, counted = parse(self.config.data.corruption), {}, 0
         for each in corruptions if len(corruptions) > 1 else ():
             data = replace(self.config.data, corruption=f"{each.name}:{each.severity}")
             config, cfg = replace(self.config, data=data), self.data.preprocessing
             images = build_classification_data(config, self.classes, cfg, train=False, **processes(accelerator)).val
             with workers_end(images):
                 scorer = self.scorer().run(self.model, images.epoch(0), self.predict)
+            if counted not in (0, scorer.n):
+                raise RunError(f"{counted} held-out images could be read, then with corruption {each.name} {scorer.n}")
+            counted = scorer.n
             table.setdefault(each.name, []).append(100 - scorer.metrics["top1"])
         return table
 

@@ -37,7 +37,7 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         detections are then written to RUN/predictions.json, unless ``predictions`` names a file. With several
         corruptions (``data.corruption=all``) also ``corruptions``, the top-1 errors in percent by corruption and
         severity, and ``mean_corruption_error``, their mean, not relative to that of another network; the table is
-        written to RUN/corruptions.csv.
+        written to RUN/corruptions.csv, of one to RUN/corruptions-NAME.csv.
 
     Raises:
         ValueError: an invalid ``source`` or override, or missing data (`ConfigError`, `DataError`).
@@ -81,7 +81,8 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
             _print(task, scorer, str(source), console)
         _write(task, scorer, result, files, console)
         if errors:
-            _write_corruptions(errors, beside(source) / "corruptions.csv", console)
+            name = "corruptions" if len(errors) > 1 else f"corruptions-{next(iter(errors))}"
+            _write_corruptions(errors, beside(source) / f"{name}.csv", console)
     return result
 
 

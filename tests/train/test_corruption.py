@@ -81,7 +81,7 @@ def test_table(tmp_path, monkeypatch):
     clean = evaluate(tmp_path / "x", [*DIGITS, *more])
     assert (clean["loss"], clean["n"]) == (result["loss"], 40)
     assert alone["loss"] != pytest.approx(clean["loss"])
-    with (tmp_path / "corruptions.csv").open() as file:
+    with (tmp_path / "corruptions-contrast.csv").open() as file:
         _, row, mean = list(csv.reader(file))
     assert [float(x) for x in row[1:6]] == pytest.approx(result["corruptions"]["contrast"], abs=1e-3)
     assert float(row[6]) == float(mean[6]) == pytest.approx(result["mean_corruption_error"], abs=1e-3)
