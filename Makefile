@@ -67,8 +67,8 @@ pictures: .venv/ready  # redraw the README images, after a change of the tables 
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation 'natten>=0.21'
 	$(BIN)/python -m pip install $(PIP_FLAGS) addict==2.4.0 termcolor==3.3.0 yapf==0.43.0 six==1.17.0 terminaltables==3.1.10 \
-	  shapely opencv-python-headless
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0
+	  shapely opencv-python-headless numba
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps mmengine==0.10.7 mmcv-lite==2.1.0 mmdet==3.3.0 imagecorruptions-imaug==1.1.5
 	@touch $@
 
 # Debian's package dataset-fashion-mnist (MIT licence), unpacked without installing it.
