@@ -93,6 +93,7 @@ def probe(
     result |= {"classes": len(classes), "train_images": len(train), "n": len(val)}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    learned = None
     if config.head.kind == "knn":
         result |= _neighbours(config, train, val, len(classes))
     else:
@@ -100,12 +101,12 @@ def probe(
         result |= _fit(config, learned, train, val, len(classes), console)
         with atomic(folder / "head.safetensors") as new:
             save_file(learned.state_dict(), new)
-        if config.head.kind == "ep":
-            _draw(backbone, learned, loaders, folder / "attention.png", f"{source}, {data}")
     result["seconds"] = time.perf_counter() - start
     result["unreadable"] = loaders.bad.names
     save_config(config, folder / "config.yaml")
     write_json(folder / "result.json", result)
+    if learned is not None and config.head.kind == "ep":  # last: the result is kept if the figure fails
+        _draw(backbone, learned, loaders, folder / "attention.png", f"{source}, {data}")
     return result
 
 
@@ -260,8 +261,7 @@ def _draw(backbone: FrozenBackbone, head: Probe, loaders: Data, path: Path, titl
     pixels = next(iter(loaders.val.epoch(0))).images[:DRAWN]
     attention: Any = head[0]
     weights = attention.attention(backbone(pixels))
-    skipped = getattr(backbone.model, "num_prefix_tokens", 0) if backbone.kind == "all" else 0
-    size = backbone.map_size(weights.shape[2] - skipped, *pixels.shape[2:])
+    size = backbone.map_size(weights.shape[2] - backbone.skipped, *pixels.shape[2:])
     loader: Any = loaders.val
     images = loader.normalize.undo(pixels).permute(0, 2, 3, 1).numpy()
-    draw_attention(images, weights[:, :, skipped:].unflatten(2, size).cpu(), path, title=title)
+    draw_attention(images, weights[:, :, backbone.skipped :].unflatten(2, size).cpu(), path, title=title)

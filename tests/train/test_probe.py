@@ -173,6 +173,23 @@ def test_sizes_and_folders(tmp_path, folder):
         probe(folder, "digits", "knn", [f"output={tmp_path / 'out0'}", *QUICK])
 
 
+def test_tokens_that_are_no_map_are_refused_before_training(tmp_path):
+    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM]
+    with pytest.raises(ConfigError, match=r"CoaT .*3x32x32.*\b2 tokens.*32"):  # its class token is not declared
+        probe("coat_lite_tiny", "digits", "ep", [*options, "model.kwargs={img_size: 32}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_result_is_kept_if_the_figure_fails(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("foveal.train.probe._draw", fail)
+    with pytest.raises(OSError, match="no space"):
+        run(tmp_path, folder, "ep", "head.num_queries=8", "schedule.epochs=1")
+    assert {"result.json", "config.yaml", "head.safetensors"} <= {path.name for path in (tmp_path / "out0").iterdir()}
+
+
 def test_the_command(folder, tmp_path):
     arguments = ["probe", str(folder), "digits", "--head", "knn", f"output={tmp_path / 'x'}", f"cache={tmp_path / 'c'}"]
     shown = CliRunner().invoke(app, [*arguments, *QUICK])
