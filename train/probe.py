@@ -20,9 +20,9 @@ from ..configs.schema import ConfigError, ProbeConfig, load_config, save_config
 from ..files import atomic, write_json
 from ..heads.probing import FrozenBackbone, Probe, efficient_probe, knn, linear_probe
 from ..visualize import draw_attention
-from .data import Data, build_classification_data, find_classes
+from .data import Data, DataError, build_classification_data, find_classes
 from .data.corruption import parse
-from .data.order import Batch, EpochOrder
+from .data.order import Batch, EpochOrder, probe_batch
 from .distributed import join_processes
 from .features import Cached, Computed, cached, check_backbone
 from .logging import write_csv
@@ -83,6 +83,11 @@ def probe(
     check_backbone(backbone, loaders.preprocessing["input_size"], accelerator.device)
     if config.head.kind == "knn" and max(config.head.k) > loaders.train.samples:  # type: ignore[union-attr]
         raise ConfigError(f"head.k={config.head.k}: there are {loaders.train.samples} training images")  # type: ignore
+    learned = None
+    if config.head.kind != "knn":
+        _check_count(config, loaders.train.samples)  # type: ignore[union-attr]
+        learned = _build_head(config, backbone.width, len(classes)).to(accelerator.device)
+        create_optimizer(learned, config.optim, global_batch=1)  # raises for invalid settings
     for note in loaders.notes:
         console.print(note, highlight=False, soft_wrap=True)
     train, val = _features(config, backbone, loaders)
@@ -93,11 +98,9 @@ def probe(
     result |= {"classes": len(classes), "train_images": len(train), "n": len(val)}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    learned = None
-    if config.head.kind == "knn":
+    if learned is None:
         result |= _neighbours(config, train, val, len(classes))
     else:
-        learned = _build_head(config, backbone.width, len(classes)).to(accelerator.device)
         result |= _fit(config, learned, train, val, len(classes), console)
         with atomic(folder / "head.safetensors") as new:
             save_file(learned.state_dict(), new)
@@ -133,8 +136,8 @@ def _config(source: str | Path, data: str | Path, head: str, overrides: Sequence
         raise ConfigError(f"data.sampling={config.data.sampling} needs cache=null")
     if config.cache is None and config.head.kind == "knn":
         raise ConfigError("head.kind=knn needs a cache, but cache=null")
-    if config.cache is None and config.train.batch_size is None:
-        config.train.batch_size = config.optim.lr_batch or 256
+    if config.head.kind != "knn" and config.train.batch_size == 1:
+        raise ConfigError(f"train.batch_size=1: the BatchNorm of head.kind={config.head.kind} needs 2 images")
     if (Path(config.output) / "result.json").exists():
         raise ConfigError(f"{config.output} already holds a probe: output=FOLDER writes elsewhere")
     return config
@@ -167,10 +170,17 @@ def _features(config: ProbeConfig, backbone: FrozenBackbone, loaders: Data) -> t
         return replace(train, note="images are read and augmented in each epoch (cache=null)"), val
     store, key = Path(config.cache), {"preprocessing": loaders.preprocessing, "corruption": config.data.corruption}
     train, val = cached(train, store, key, "training images"), cached(val, store, key, "held-out images")
-    batch = config.train.batch_size or int(2 ** np.floor(np.log2(max(1, min(PUBLISHED_BATCH, len(train) // 8)))))
-    config.train.batch_size = batch
-    train.order = EpochOrder(len(train), batch, train=True, seed=config.seed, rank=0, world=1)
+    if config.head.kind != "knn":
+        _check_count(config, len(train))  # without unreadable images
+        config.train.batch_size = config.train.batch_size or probe_batch(len(train), PUBLISHED_BATCH)
+        train.order = EpochOrder(len(train), config.train.batch_size, train=True, seed=config.seed)
     return train, val
+
+
+def _check_count(config: ProbeConfig, images: int) -> None:
+    if images < max(2, config.train.batch_size or 2):
+        wanted = f"train.batch_size={config.train.batch_size}" if images > 1 else "a head's BatchNorm needs 2"
+        raise DataError(f"{images} training images in {config.data.root or config.data.kind}: {wanted}")
 
 
 def _build_head(config: ProbeConfig, width: int, classes: int) -> Probe:

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from foveal.backbones.loading import load
 from foveal.cli import app
-from foveal.configs.schema import ConfigError
+from foveal.configs.schema import ConfigError, ProbeConfig, load_config
 from foveal.heads.probing import FrozenBackbone, from_published
 from foveal.train.data import DataError
+from foveal.train.data.order import probe_batch
 from foveal.train.probe import probe
 
 QUICK = ["data.image_size=32", "data.limit=120", "data.val_limit=40", "train.val_batch_size=40"]
@@ -148,6 +149,8 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
         ("knn", "head.k=[5,201]", "201.* 120 "),
         ("ep", "head.num_queries=48", "128 .*48"),
         ("linear", "train.batch_size=201", "120 .*201"),
+        ("linear", "train.batch_size=1", r"batch_size=1\b"),
+        ("ep", "data.limit=1", "1 training images in digits.* 2"),
         ("linear", "optim.layer_decay=0.5", "layer_decay"),
         ("linear", "augment.mixup=0.2", r"augment\.mixup=0\.2"),
         ("linear", "loss.name=bce", r"loss\.name|loss"),
@@ -160,6 +163,21 @@ def test_invalid_settings(head, override, words, tmp_path):
     options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM, "schedule.epochs=1", override]
     with pytest.raises((ConfigError, DataError), match=words):
         probe("test_foveal_dinat", "digits", head, options)
+    assert not list(tmp_path.iterdir())  # at once, before the features
+
+
+def test_the_batch_follows_the_data():
+    batches = {n: probe_batch(n, 4096) for n in (1, 2, 15, 16, 47, 48, 120, 32_768, 1_281_167)}
+    assert batches == {1: 1, 2: 2, 15: 2, 16: 2, 47: 4, 48: 4, 120: 8, 32_768: 4096, 1_281_167: 4096}
+    assert [probe_batch(n, 256) for n in (120, 5000)] == [8, 256]
+
+
+@pytest.mark.parametrize("cache", ["null", "here"])
+def test_few_images(cache, folder, tmp_path):
+    options = [*QUICK, "data.limit=3", "schedule.epochs=1", f"output={tmp_path / 'out'}"]
+    options += [f"cache={'null' if cache == 'null' else tmp_path / cache}"]
+    assert probe(folder, "digits", "linear", options)["train_images"] == 3
+    assert load_config(tmp_path / "out" / "config.yaml", (), ProbeConfig).train.batch_size == 2
 
 
 def test_sizes_and_folders(tmp_path, folder):
