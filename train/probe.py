@@ -102,8 +102,6 @@ def probe(
         result |= _neighbours(config, train, val, len(classes))
     else:
         result |= _fit(config, learned, train, val, len(classes), console)
-        with atomic(folder / "head.safetensors") as new:
-            save_file(learned.state_dict(), new)
     result["seconds"] = time.perf_counter() - start
     result["unreadable"] = loaders.bad.names
     save_config(config, folder / "config.yaml")
@@ -213,7 +211,9 @@ def _predict(head: nn.Module, batch: Batch) -> tuple[Tensor, Losses]:
 
 
 def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, console: Console) -> dict[str, Any]:
-    """Trains a head, and leaves it with the weights of the best epoch."""
+    """Trains a head, writes its weights at each new best epoch, and leaves it with those."""
+    file = Path(config.output) / "head.safetensors"
+    file.unlink(missing_ok=True)  # of a run that was stopped
     order: Any = train.order if isinstance(train, Cached) else train.loader.order
     assert config.train.batch_size is not None
     optimizer = create_optimizer(head, config.optim, config.train.batch_size)
@@ -235,6 +235,8 @@ def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, c
         write_csv(Path(config.output) / "metrics.csv", rows)
         if not best or rows[-1]["top1"] > best["top1"]:
             best, weights = rows[-1], deepcopy(head.state_dict())
+            with atomic(file) as new:
+                save_file(weights, new)
         elif config.train.patience is not None and rows[-1]["epoch"] - best["epoch"] >= config.train.patience:
             break
     head.load_state_dict(weights)

@@ -208,6 +208,25 @@ def test_the_result_is_kept_if_the_figure_fails(folder, tmp_path, monkeypatch):
     assert {"result.json", "config.yaml", "head.safetensors"} <= {path.name for path in (tmp_path / "out0").iterdir()}
 
 
+def test_the_best_head_is_kept_if_the_training_stops(folder, tmp_path, monkeypatch):
+    epochs = []
+
+    def train_epoch(head, *_):
+        if len(epochs) == 1:
+            raise KeyboardInterrupt
+        epochs.append(head[1].weight.detach().clone())
+        return 1.0
+
+    monkeypatch.setattr("foveal.train.probe._train_epoch", train_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, folder)
+    file = tmp_path / "out0" / "head.safetensors"
+    assert torch.equal(load_file(file)["1.weight"], epochs[0])
+    with pytest.raises(KeyboardInterrupt):  # in the first epoch: the old head is not taken for its own
+        run(tmp_path, folder, "linear", f"output={tmp_path / 'out0'}")
+    assert not file.exists()
+
+
 def test_the_command(folder, tmp_path):
     arguments = ["probe", str(folder), "digits", "--head", "knn", f"output={tmp_path / 'x'}", f"cache={tmp_path / 'c'}"]
     shown = CliRunner().invoke(app, [*arguments, *QUICK])
