@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .tasks import import_remembered
 from .trainer import NonFiniteLoss
 
 PUBLISHED_BATCH = 4096
+READ: dict[str, tuple[str, ...]] = {"ep": ("num_queries", "d_out", "tokens"), "linear": (), "knn": ("k", "temperature")}
 DRAWN = 6  # images with their attention
 
 
@@ -128,6 +129,7 @@ def _config(source: str | Path, data: str | Path, head: str, overrides: Sequence
     for key, on in (("mixup", augment.mixup), ("cutmix", augment.cutmix), ("sizes", augment.sizes)):
         if on:
             raise ConfigError(f"augment.{key}={on} is not for probes")
+    _check_unread(config)
     if len(parse(config.data.corruption)) > 1:
         raise ConfigError(f"data.corruption={config.data.corruption}: a probe takes one, NAME:SEVERITY")
     if config.cache is not None and config.data.sampling != "uniform":
@@ -139,6 +141,25 @@ def _config(source: str | Path, data: str | Path, head: str, overrides: Sequence
     if (Path(config.output) / "result.json").exists():
         raise ConfigError(f"{config.output} already holds a probe: output=FOLDER writes elsewhere")
     return config
+
+
+def _check_unread(config: ProbeConfig) -> None:
+    """Raises:
+    ConfigError: a key is set that this probe does not read.
+    """
+    kind, cached = f"head.kind={config.head.kind}", f"cache={config.cache}"
+    unread = {f"head.{name}": kind for name in asdict(config.head) if name not in ("kind", *READ[config.head.kind])}
+    if config.head.kind == "knn":
+        unread |= {f"{part}.{name}": kind for part in ("optim", "schedule") for name in asdict(getattr(config, part))}
+        unread |= {"train.batch_size": kind, "train.patience": kind}
+    if config.cache is not None:
+        unread |= {f"augment.{name}": f"{cached}, only with cache=null" for name in asdict(config.augment)}
+        unread["data.decode"] = f"{cached}, only with cache=null"
+    for key, why in unread.items():
+        part, name = key.split(".")
+        section = getattr(config, part)
+        if (value := getattr(section, name)) != getattr(type(section)(), name):
+            raise ConfigError(f"{key}={value} has no effect with {why}")
 
 
 def _data(data: str) -> dict[str, Any]:

@@ -136,7 +136,14 @@ def test_files_that_changed_are_read_again(tmp_path):
 
 
 def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
-    options = [f"output={tmp_path / 'out'}", *RANDOM, "cache=null", "schedule.epochs=2", "train.batch_size=50"]
+    options = [
+        f"output={tmp_path / 'out'}",
+        *RANDOM,
+        "cache=null",
+        "schedule.epochs=2",
+        "train.batch_size=50",
+        "augment.hflip=0",
+    ]
     result = probe("test_foveal_dinat", "digits", "linear", options)
     assert (result["epochs"], result["train_images"], result["n"]) == (2, 120, 40)
     with pytest.raises(ConfigError, match=r"cache=null"):
@@ -153,6 +160,15 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
         ("ep", "data.limit=1", "1 training images in digits.* 2"),
         ("linear", "optim.layer_decay=0.5", "layer_decay"),
         ("linear", "augment.mixup=0.2", r"augment\.mixup=0\.2"),
+        ("linear", "augment.hflip=0", r"augment\.hflip=0.*cache"),
+        ("ep", "augment={scale: [0.5, 1]}", r"augment\.scale=\[0\.5, 1.*cache"),
+        ("linear", "data.decode=timm", r"data\.decode=timm.*cache"),
+        ("linear", "head.num_queries=8", r"head\.num_queries=8.*linear"),
+        ("linear", "head.tokens=all", r"head\.tokens=all.*linear"),
+        ("ep", "head.k=[5]", r"head\.k=\[5\].*ep"),
+        ("knn", "optim.lr=1", r"optim\.lr=1.*knn"),
+        ("knn", "schedule.epochs=1", r"schedule\.epochs=1.*knn"),
+        ("knn", "train.batch_size=8", r"train\.batch_size=8.*knn"),
         ("linear", "loss.name=bce", r"loss\.name|loss"),
         ("linear", "data.sampling=balanced", "balanced"),
         ("linear", "optim.name=larz", "larz"),
@@ -160,7 +176,7 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
     ],
 )
 def test_invalid_settings(head, override, words, tmp_path):
-    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM, "schedule.epochs=1", override]
+    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM, override]
     with pytest.raises((ConfigError, DataError), match=words):
         probe("test_foveal_dinat", "digits", head, options)
     assert not list(tmp_path.iterdir())  # at once, before the features
