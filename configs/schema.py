@@ -390,7 +390,8 @@ class ProbeScheduleConfig(ScheduleConfig):
 
 @dataclass(config=SCHEMA, kw_only=True)
 class ProbeTrainConfig:
-    batch_size: PositiveInt | None = None  # null: the published 4096, or less for at least 8 updates per epoch
+    # images per update; null: the published 4096, with cache=null `optim.lr_batch`, or less for 8 updates per epoch
+    batch_size: PositiveInt | None = None
     val_batch_size: PositiveInt = 64  # images at a time in the backbone
     amp: Literal["no", "bf16", "fp16"] = "no"  # of the backbone, and the type of the cached features
     patience: PositiveInt | None = None  # stop after so many epochs without a better one; null: never

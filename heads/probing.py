@@ -47,6 +47,11 @@ class FrozenBackbone(nn.Module):
         """Channels of the features."""
         return self.model.head_hidden_size if self.kind == "pooled" else self.model.num_features
 
+    @property
+    def skipped(self) -> int:
+        """Class and register tokens, which are before those of the map."""
+        return getattr(self.model, "num_prefix_tokens", 0) if self.kind == "all" else 0
+
     def train(self, mode: bool = True) -> FrozenBackbone:
         return super().train(False)
 
@@ -82,9 +87,12 @@ class FrozenBackbone(nn.Module):
         """Rows and columns of the map of ``count`` tokens of an image.
 
         Raises:
-            ValueError: they are no map of the model's stride.
+            ValueError: they are no map of the model's stride, or the model declares none.
         """
-        stride = self.model.feature_info[-1]["reduction"]
+        found = getattr(self.model, "feature_info", None)
+        if not found:
+            raise ValueError(f"{type(self.model).__name__} has no feature_info for the map of its {count} tokens")
+        stride = found[-1]["reduction"]
         for rows, columns in ((height // stride, width // stride), (-(-height // stride), -(-width // stride))):
             if rows * columns == count:
                 return rows, columns

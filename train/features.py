@@ -74,10 +74,12 @@ class Computed:
 
 def check_backbone(backbone: FrozenBackbone, shape: tuple[int, int, int], device: torch.device) -> None:
     """Raises:
-    ConfigError: the model does not take images of this shape, or has no such features.
+    ConfigError: the model does not take images of this shape, or has no such features; of tokens, they are no map.
     """
     try:
-        backbone(torch.zeros(1, *shape, device=device))
+        values = backbone(torch.zeros(1, *shape, device=device))
+        if backbone.kind != "pooled":
+            backbone.map_size(values.shape[1] - backbone.skipped, *shape[1:])
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{type(backbone.model).__name__} on images {'x'.join(map(str, shape))} (data.image_size, data.in_chans): "

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from ..configs.schema import ConfigError, ProbeConfig, load_config, save_config
 from ..files import atomic, write_json
 from ..heads.probing import FrozenBackbone, Probe, efficient_probe, knn, linear_probe
 from ..visualize import draw_attention
-from .data import Data, build_classification_data, find_classes
+from .data import Data, DataError, build_classification_data, find_classes
 from .data.corruption import parse
-from .data.order import Batch, EpochOrder
+from .data.order import Batch, EpochOrder, probe_batch
 from .distributed import join_processes
 from .features import Cached, Computed, cached, check_backbone
 from .logging import write_csv
@@ -32,6 +32,7 @@ from .tasks import import_remembered
 from .trainer import NonFiniteLoss
 
 PUBLISHED_BATCH = 4096
+READ: dict[str, tuple[str, ...]] = {"ep": ("num_queries", "d_out", "tokens"), "linear": (), "knn": ("k", "temperature")}
 DRAWN = 6  # images with their attention
 
 
@@ -83,6 +84,11 @@ def probe(
     check_backbone(backbone, loaders.preprocessing["input_size"], accelerator.device)
     if config.head.kind == "knn" and max(config.head.k) > loaders.train.samples:  # type: ignore[union-attr]
         raise ConfigError(f"head.k={config.head.k}: there are {loaders.train.samples} training images")  # type: ignore
+    learned = None
+    if config.head.kind != "knn":
+        _check_count(config, loaders.train.samples)  # type: ignore[union-attr]
+        learned = _build_head(config, backbone.width, len(classes)).to(accelerator.device)
+        create_optimizer(learned, config.optim, global_batch=1)  # raises for invalid settings
     for note in loaders.notes:
         console.print(note, highlight=False, soft_wrap=True)
     train, val = _features(config, backbone, loaders)
@@ -93,19 +99,16 @@ def probe(
     result |= {"classes": len(classes), "train_images": len(train), "n": len(val)}
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.head.kind == "knn":
+    if learned is None:
         result |= _neighbours(config, train, val, len(classes))
     else:
-        learned = _build_head(config, backbone.width, len(classes)).to(accelerator.device)
         result |= _fit(config, learned, train, val, len(classes), console)
-        with atomic(folder / "head.safetensors") as new:
-            save_file(learned.state_dict(), new)
-        if config.head.kind == "ep":
-            _draw(backbone, learned, loaders, folder / "attention.png", f"{source}, {data}")
     result["seconds"] = time.perf_counter() - start
     result["unreadable"] = loaders.bad.names
     save_config(config, folder / "config.yaml")
     write_json(folder / "result.json", result)
+    if learned is not None and config.head.kind == "ep":  # last: the result is kept if the figure fails
+        _draw(backbone, learned, loaders, folder / "attention.png", f"{source}, {data}")
     return result
 
 
@@ -126,17 +129,37 @@ def _config(source: str | Path, data: str | Path, head: str, overrides: Sequence
     for key, on in (("mixup", augment.mixup), ("cutmix", augment.cutmix), ("sizes", augment.sizes)):
         if on:
             raise ConfigError(f"augment.{key}={on} is not for probes")
+    _check_unread(config)
     if len(parse(config.data.corruption)) > 1:
         raise ConfigError(f"data.corruption={config.data.corruption}: a probe takes one, NAME:SEVERITY")
     if config.cache is not None and config.data.sampling != "uniform":
         raise ConfigError(f"data.sampling={config.data.sampling} needs cache=null")
     if config.cache is None and config.head.kind == "knn":
         raise ConfigError("head.kind=knn needs a cache, but cache=null")
-    if config.cache is None and config.train.batch_size is None:
-        config.train.batch_size = config.optim.lr_batch or 256
+    if config.head.kind != "knn" and config.train.batch_size == 1:
+        raise ConfigError(f"train.batch_size=1: the BatchNorm of head.kind={config.head.kind} needs 2 images")
     if (Path(config.output) / "result.json").exists():
         raise ConfigError(f"{config.output} already holds a probe: output=FOLDER writes elsewhere")
     return config
+
+
+def _check_unread(config: ProbeConfig) -> None:
+    """Raises:
+    ConfigError: a key is set that this probe does not read.
+    """
+    kind, cached = f"head.kind={config.head.kind}", f"cache={config.cache}"
+    unread = {f"head.{name}": kind for name in asdict(config.head) if name not in ("kind", *READ[config.head.kind])}
+    if config.head.kind == "knn":
+        unread |= {f"{part}.{name}": kind for part in ("optim", "schedule") for name in asdict(getattr(config, part))}
+        unread |= {"train.batch_size": kind, "train.patience": kind}
+    if config.cache is not None:
+        unread |= {f"augment.{name}": f"{cached}, only with cache=null" for name in asdict(config.augment)}
+        unread["data.decode"] = f"{cached}, only with cache=null"
+    for key, why in unread.items():
+        part, name = key.split(".")
+        section = getattr(config, part)
+        if (value := getattr(section, name)) != getattr(type(section)(), name):
+            raise ConfigError(f"{key}={value} has no effect with {why}")
 
 
 def _data(data: str) -> dict[str, Any]:
@@ -166,10 +189,17 @@ def _features(config: ProbeConfig, backbone: FrozenBackbone, loaders: Data) -> t
         return replace(train, note="images are read and augmented in each epoch (cache=null)"), val
     store, key = Path(config.cache), {"preprocessing": loaders.preprocessing, "corruption": config.data.corruption}
     train, val = cached(train, store, key, "training images"), cached(val, store, key, "held-out images")
-    batch = config.train.batch_size or int(2 ** np.floor(np.log2(max(1, min(PUBLISHED_BATCH, len(train) // 8)))))
-    config.train.batch_size = batch
-    train.order = EpochOrder(len(train), batch, train=True, seed=config.seed, rank=0, world=1)
+    if config.head.kind != "knn":
+        _check_count(config, len(train))  # without unreadable images
+        config.train.batch_size = config.train.batch_size or probe_batch(len(train), PUBLISHED_BATCH)
+        train.order = EpochOrder(len(train), config.train.batch_size, train=True, seed=config.seed)
     return train, val
+
+
+def _check_count(config: ProbeConfig, images: int) -> None:
+    if images < max(2, config.train.batch_size or 2):
+        wanted = f"train.batch_size={config.train.batch_size}" if images > 1 else "a head's BatchNorm needs 2"
+        raise DataError(f"{images} training images in {config.data.root or config.data.kind}: {wanted}")
 
 
 def _build_head(config: ProbeConfig, width: int, classes: int) -> Probe:
@@ -202,7 +232,9 @@ def _predict(head: nn.Module, batch: Batch) -> tuple[Tensor, Losses]:
 
 
 def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, console: Console) -> dict[str, Any]:
-    """Trains a head, and leaves it with the weights of the best epoch."""
+    """Trains a head, writes its weights at each new best epoch, and leaves it with those."""
+    file = Path(config.output) / "head.safetensors"
+    file.unlink(missing_ok=True)  # of a run that was stopped
     order: Any = train.order if isinstance(train, Cached) else train.loader.order
     assert config.train.batch_size is not None
     optimizer = create_optimizer(head, config.optim, config.train.batch_size)
@@ -224,6 +256,8 @@ def _fit(config: ProbeConfig, head: Probe, train: Any, val: Any, classes: int, c
         write_csv(Path(config.output) / "metrics.csv", rows)
         if not best or rows[-1]["top1"] > best["top1"]:
             best, weights = rows[-1], deepcopy(head.state_dict())
+            with atomic(file) as new:
+                save_file(weights, new)
         elif config.train.patience is not None and rows[-1]["epoch"] - best["epoch"] >= config.train.patience:
             break
     head.load_state_dict(weights)
@@ -260,8 +294,7 @@ def _draw(backbone: FrozenBackbone, head: Probe, loaders: Data, path: Path, titl
     pixels = next(iter(loaders.val.epoch(0))).images[:DRAWN]
     attention: Any = head[0]
     weights = attention.attention(backbone(pixels))
-    skipped = getattr(backbone.model, "num_prefix_tokens", 0) if backbone.kind == "all" else 0
-    size = backbone.map_size(weights.shape[2] - skipped, *pixels.shape[2:])
+    size = backbone.map_size(weights.shape[2] - backbone.skipped, *pixels.shape[2:])
     loader: Any = loaders.val
     images = loader.normalize.undo(pixels).permute(0, 2, 3, 1).numpy()
-    draw_attention(images, weights[:, :, skipped:].unflatten(2, size).cpu(), path, title=title)
+    draw_attention(images, weights[:, :, backbone.skipped :].unflatten(2, size).cpu(), path, title=title)

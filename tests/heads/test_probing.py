@@ -133,6 +133,9 @@ def test_what_is_no_map():
     backbone = FrozenBackbone(timm.create_model("test_foveal_dinat"))
     with pytest.raises(ValueError, match=r"7 .*64x96.* 32"):
         backbone.map_size(7, 64, 96)
+    backbone.model.feature_info = []
+    with pytest.raises(ValueError, match=r"feature_info.* 6 "):
+        backbone.map_size(6, 64, 96)
 
     class Pooled(nn.Module):
         num_features = 8

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from foveal.backbones.loading import load
 from foveal.cli import app
-from foveal.configs.schema import ConfigError
+from foveal.configs.schema import ConfigError, ProbeConfig, load_config
 from foveal.heads.probing import FrozenBackbone, from_published
 from foveal.train.data import DataError
+from foveal.train.data.order import probe_batch
 from foveal.train.probe import probe
 
 QUICK = ["data.image_size=32", "data.limit=120", "data.val_limit=40", "train.val_batch_size=40"]
@@ -135,7 +136,14 @@ def test_files_that_changed_are_read_again(tmp_path):
 
 
 def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
-    options = [f"output={tmp_path / 'out'}", *RANDOM, "cache=null", "schedule.epochs=2", "train.batch_size=50"]
+    options = [
+        f"output={tmp_path / 'out'}",
+        *RANDOM,
+        "cache=null",
+        "schedule.epochs=2",
+        "train.batch_size=50",
+        "augment.hflip=0",
+    ]
     result = probe("test_foveal_dinat", "digits", "linear", options)
     assert (result["epochs"], result["train_images"], result["n"]) == (2, 120, 40)
     with pytest.raises(ConfigError, match=r"cache=null"):
@@ -148,8 +156,19 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
         ("knn", "head.k=[5,201]", "201.* 120 "),
         ("ep", "head.num_queries=48", "128 .*48"),
         ("linear", "train.batch_size=201", "120 .*201"),
+        ("linear", "train.batch_size=1", r"batch_size=1\b"),
+        ("ep", "data.limit=1", "1 training images in digits.* 2"),
         ("linear", "optim.layer_decay=0.5", "layer_decay"),
         ("linear", "augment.mixup=0.2", r"augment\.mixup=0\.2"),
+        ("linear", "augment.hflip=0", r"augment\.hflip=0.*cache"),
+        ("ep", "augment={scale: [0.5, 1]}", r"augment\.scale=\[0\.5, 1.*cache"),
+        ("linear", "data.decode=timm", r"data\.decode=timm.*cache"),
+        ("linear", "head.num_queries=8", r"head\.num_queries=8.*linear"),
+        ("linear", "head.tokens=all", r"head\.tokens=all.*linear"),
+        ("ep", "head.k=[5]", r"head\.k=\[5\].*ep"),
+        ("knn", "optim.lr=1", r"optim\.lr=1.*knn"),
+        ("knn", "schedule.epochs=1", r"schedule\.epochs=1.*knn"),
+        ("knn", "train.batch_size=8", r"train\.batch_size=8.*knn"),
         ("linear", "loss.name=bce", r"loss\.name|loss"),
         ("linear", "data.sampling=balanced", "balanced"),
         ("linear", "optim.name=larz", "larz"),
@@ -157,9 +176,24 @@ def test_without_a_cache_images_are_augmented_in_each_epoch(tmp_path):
     ],
 )
 def test_invalid_settings(head, override, words, tmp_path):
-    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM, "schedule.epochs=1", override]
+    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM, override]
     with pytest.raises((ConfigError, DataError), match=words):
         probe("test_foveal_dinat", "digits", head, options)
+    assert not list(tmp_path.iterdir())  # at once, before the features
+
+
+def test_the_batch_follows_the_data():
+    batches = {n: probe_batch(n, 4096) for n in (1, 2, 15, 16, 47, 48, 120, 32_768, 1_281_167)}
+    assert batches == {1: 1, 2: 2, 15: 2, 16: 2, 47: 4, 48: 4, 120: 8, 32_768: 4096, 1_281_167: 4096}
+    assert [probe_batch(n, 256) for n in (120, 5000)] == [8, 256]
+
+
+@pytest.mark.parametrize("cache", ["null", "here"])
+def test_few_images(cache, folder, tmp_path):
+    options = [*QUICK, "data.limit=3", "schedule.epochs=1", f"output={tmp_path / 'out'}"]
+    options += [f"cache={'null' if cache == 'null' else tmp_path / cache}"]
+    assert probe(folder, "digits", "linear", options)["train_images"] == 3
+    assert load_config(tmp_path / "out" / "config.yaml", (), ProbeConfig).train.batch_size == 2
 
 
 def test_sizes_and_folders(tmp_path, folder):
@@ -171,6 +205,42 @@ def test_sizes_and_folders(tmp_path, folder):
     run(tmp_path, folder, "knn")
     with pytest.raises(ConfigError, match="out0"):
         probe(folder, "digits", "knn", [f"output={tmp_path / 'out0'}", *QUICK])
+
+
+def test_tokens_that_are_no_map_are_refused_before_training(tmp_path):
+    options = [f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", *RANDOM]
+    with pytest.raises(ConfigError, match=r"CoaT .*3x32x32.*\b2 tokens.*32"):  # its class token is not declared
+        probe("coat_lite_tiny", "digits", "ep", [*options, "model.kwargs={img_size: 32}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_result_is_kept_if_the_figure_fails(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("foveal.train.probe._draw", fail)
+    with pytest.raises(OSError, match="no space"):
+        run(tmp_path, folder, "ep", "head.num_queries=8", "schedule.epochs=1")
+    assert {"result.json", "config.yaml", "head.safetensors"} <= {path.name for path in (tmp_path / "out0").iterdir()}
+
+
+def test_the_best_head_is_kept_if_the_training_stops(folder, tmp_path, monkeypatch):
+    epochs = []
+
+    def train_epoch(head, *_):
+        if len(epochs) == 1:
+            raise KeyboardInterrupt
+        epochs.append(head[1].weight.detach().clone())
+        return 1.0
+
+    monkeypatch.setattr("foveal.train.probe._train_epoch", train_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, folder)
+    file = tmp_path / "out0" / "head.safetensors"
+    assert torch.equal(load_file(file)["1.weight"], epochs[0])
+    with pytest.raises(KeyboardInterrupt):  # in the first epoch: the old head is not taken for its own
+        run(tmp_path, folder, "linear", f"output={tmp_path / 'out0'}")
+    assert not file.exists()
 
 
 def test_the_command(folder, tmp_path):

@@ -37,7 +37,7 @@ from .formats import first_names
 from .guard import BadSamples, DataError, Excluded, check_classes
 from .index import DetectionIndex, Index, encode_paths
 from .loader import ClassificationLoader, DetectionLoader, ImagesLoader, Loader, SegmentationLoader, StreamLoader
-from .order import EpochOrder, Normalize
+from .order import EpochOrder, Normalize, probe_batch
 from .transforms import EvalTransform, TrainTransform
 from .voc import read_voc
 
@@ -102,6 +102,8 @@ class _Builder:
         if not samples:
             raise DataError(f"no image to {'train' if training else 'evaluate'} on in {self.config.data.root}")
         train = self.config.train
+        if training and train.batch_size is None:  # of a probe
+            train.batch_size = probe_batch(samples, self.config.optim.lr_batch or 256)
         batch_size = train.batch_size if training else train.val_batch_size or train.batch_size
         kind = {"train": training, "seed": self.config.seed, "rank": self.rank, "world": self.world}
         balanced = training and self.config.data.sampling == "balanced"

@@ -16,6 +16,11 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
 
+def probe_batch(samples: int, largest: int) -> int:
+    """Images per update of a probe: ``largest``, or the power of two for at least eight updates per epoch, or 2."""
+    return min(samples, max(2, min(largest, 1 << max(samples // 8, 1).bit_length() - 1)))
+
+
 class EpochOrder:
     """Batches of indices: a batch sampler whose order depends only on seed and epoch, so that it can be resumed.
 
