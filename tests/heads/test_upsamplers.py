@@ -123,6 +123,8 @@ def test_a_map_smaller_than_the_window():
     [
         ("vit_tiny_patch16_224", {"upsample": None}, r"\b16\b.*upsample"),
         ("vit_tiny_patch16_224", {"upsample": {"name": "uplift"}}, "384.*192"),
+        ("vit_tiny_patch16_224", {"upsample": OWN | {"channels": 192, "patch": 14}}, r"stride 14\b.*stride 16\b"),
+        ("test_foveal_dinat", {"upsample": OWN | {"channels": 128}, "out_indices": (3,)}, r"stride 16\b.*stride 32\b"),
         ("vit_tiny_patch16_224", {"upsample": "naf", "in_chans": 4}, "4 channels"),
         ("vit_tiny_patch16_224", {"upsample": OWN | {"size": 3}}, "size"),
         ("vit_tiny_patch16_224", {"upsample": {"name": "jafar"}}, "jafar.*uplift, naf, bilinear"),
