@@ -26,8 +26,8 @@ class Pyramid(nn.Module):
         spec: of the output maps.
 
     Raises:
-        ValueError: an upsampler for other channels or another stride, strides that the body has already or that lie between its own, or
-            images of other than three channels.
+        ValueError: an upsampler for other channels or another stride, strides that the body has already or that lie
+            between its own, or images of other than three channels.
     """
 
     def __init__(

@@ -252,6 +252,11 @@ def test_published_weights_load_by_name(name, tmp_path, monkeypatch):
     assert counted == {"uplift": 789_521, "naf": 662_528}[loaded.kind]
 
 
+def test_published_upsamplers_take_no_arguments():
+    with pytest.raises(ValueError, match=r"naf.*\bpatch\b"):
+        foveal.load("naf", patch=14)
+
+
 def test_other_weights_are_refused(tmp_path):
     torch.manual_seed(0)
     save_dense(tmp_path, create_upsampler(**OWN), [], {})

@@ -94,7 +94,8 @@ def test_a_probe_on_the_upsampled_map(made):
         "head.norm.bias",
         "head.classifier.conv.weight",
         "head.classifier.conv.bias",
-    } | {"backbone.body.model.norm2.weight", "backbone.body.model.norm2.bias"}  # of the map, not of the stages
+    }
+    assert not model.backbone.body.model.norm2.training
     model(torch.rand(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n in learning)
 
