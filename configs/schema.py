@@ -575,7 +575,7 @@ class UpsampleModelConfig:
     """A backbone that stays as it is, and the map of it for which UPLiFT is trained."""
 
     name: str  # any timm model with features_only
-    pretrained: bool = False  # published weights, by the name's tag
+    pretrained: bool = False  # published weights, by the name's tag; this or checkpoint is needed
     checkpoint: PathText | None = None  # weights: a file, a timm folder or a run folder
     stride: PositiveInt | None = None  # of the map; null: the coarsest up to 32
     sync_bn: bool = False  # synchronize batch norms over all processes

@@ -111,5 +111,7 @@ def load(source: str | _Path, **kwargs: _Any) -> _Module:
         from .heads.upsamplers import PUBLISHED, load_upsampler
 
         if str(source) in PUBLISHED:
-            return load_upsampler(source, **kwargs)
+            if kwargs:
+                raise ValueError(f"{source} takes no arguments, got {', '.join(kwargs)}")
+            return load_upsampler(source)
     return loading.load(source, **kwargs)

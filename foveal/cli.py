@@ -520,6 +520,9 @@ def visualize(
     from .visualize import visualize_file, visualize_upsampled
 
     if upsample is not None:
+        given = {"--point": point != "0.5,0.5", "--click": click, "--layers": layers != 12}
+        if any(given.values()):
+            raise ValueError(f"--upsample={upsample} excludes {', '.join(key for key in given if given[key])}")
         import_remembered(model)
         maps = visualize_upsampled(image, model, output, upsample, pretrained=not untrained)
         print(f"{output}: maps of {', '.join(f'{rows}x{columns}' for rows, columns in maps)} positions")

@@ -479,11 +479,41 @@ def visualize_file(
     return min(layers, len(found)), len(found)
 
 
+def _chosen_map(name: str, upsample: str) -> dict[str, Any]:
+    """Arguments of `build_backbone`: those of the model's folder and of the upsampler's run, the index of the map that
+    it is for, and two finer strides, the finer one first."""
+    import timm
+
+    from .backbones.loading import local_path, resolve
+    from .heads.backbone import feature_info, power_of_two
+    from .heads.dense import read_dense_config
+    from .heads.upsamplers import PUBLISHED
+
+    model, found = resolve(name), None if upsample in PUBLISHED else read_dense_config(local_path(upsample))
+    trained = {} if found is None else found[1].get("backbone", {})  # of a run
+    if trained and trained["name"].partition(".")[0] != model.architecture:
+        raise ValueError(f"{upsample} was trained for {trained['name']}, {name} is a {model.architecture}")
+    options: dict[str, Any] = (model.config or {}).get("model_args", {}) | trained.get("kwargs", {})
+    indices = options.pop("out_indices", None)
+    with torch.device("meta"):
+        own_strides = [each["reduction"] for each in feature_info(timm.create_model(model.architecture, **options))]
+    if indices is None:
+        stride = trained.get("stride", own_strides[-1])
+        if stride not in own_strides:
+            raise ValueError(f"{upsample} was trained for a map of stride {stride}, {name}'s have {own_strides}")
+        indices = (len(own_strides) - 1 - own_strides[::-1].index(stride),)
+    least = min(power_of_two(own_strides[indices[0]]) // 4, 4)
+    if least < 1:
+        raise ValueError(f"a map of stride {own_strides[indices[0]]} can't be enlarged four times")
+    return options | dict(out_indices=tuple(indices), strides=(least, 2 * least))
+
+
 def visualize_upsampled(
     file: str | Path, name: str, output: str | Path, upsample: str, *, pretrained: bool = True, side: int = 448
 ) -> list[tuple[int, int]]:
     """Draw a backbone's last map, its bilinear interpolation to stride 4, and the upsampled maps of strides 8 and 4,
-    all by the principal components of the first.
+    all by the principal components of the first. Of a folder of ``foveal train upsample`` it is the map for which the
+    upsampler was trained; of a map of stride 8 or less, the others have a half and a quarter of its stride.
 
     Args:
         file: the image, whose short side is resized to about ``side``.
@@ -505,21 +535,17 @@ def visualize_upsampled(
         >>> visualize_upsampled("image.png", "vit_tiny_patch16_224", "look.png", "bilinear", pretrained=False, side=64)
         [(4, 6), (16, 24), (8, 12), (16, 24)]
     """
-    import timm
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from torchvision.transforms.v2 import functional
 
     from .backbones.images import read_image
-    from .backbones.loading import resolve
-    from .heads.backbone import feature_info
     from .heads.build import build_backbone
 
     torch.manual_seed(0)
-    with torch.device("meta"):
-        last = len(feature_info(timm.create_model(resolve(name).architecture))) - 1
-    options: dict[str, Any] = dict(pretrained=pretrained, out_indices=(last,), strides=(4, 8))
-    backbone = build_backbone(name, upsample=upsample, **options).eval()
+    options = _chosen_map(name, upsample)
+    least = options["strides"][0]
+    backbone = build_backbone(name, pretrained=pretrained, upsample=upsample, **options).eval()
     image: Any = read_image(file, 3)
     scale = side / min(image.size)
     columns, rows = (max(round(each * scale / 32), 1) * 32 for each in image.size)
@@ -530,7 +556,11 @@ def visualize_upsampled(
         own = backbone.body_maps(given)[0]
         finest, finer = backbone.pyramid(given, [own])
     maps = [own, F.interpolate(own, finest.shape[2:], mode="bilinear"), finer, finest]
-    titles = ["the backbone's", "bilinear", *[f"{backbone.pyramid.upsampler.kind}, stride {n}" for n in (8, 4)]]
+    titles = [
+        "the backbone's",
+        "bilinear",
+        *[f"{backbone.pyramid.upsampler.kind}, stride {n}" for n in (2 * least, least)],
+    ]
     figure = Figure(figsize=(2.7 * 5, 3.0 * rows / columns + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, title, picture in zip(

@@ -74,8 +74,8 @@ class Backbone(nn.Module):
             of some feature networks; the published names, `group_matcher` and `no_weight_decay` are read from it.
         frozen_stages: -1: train everything. n: freeze the stem and the first n stages and keep them in evaluation mode
             (statistics of norms, dropout). A stage ends with a map of stride 4 or more; norms that a feature network
-            adds per map are not part of it. In a transformer of one stride, each block is a stage; the final norm is
-            part of the last one.
+            adds per map are not part of it, but freeze with all stages if a map is upsampled. In a transformer of
+            one stride, each block is a stage; the final norm is part of the last one.
         norm_eval: keep every BatchNorm of the body in evaluation mode; its weights are trained unless frozen.
         pyramid: makes maps of strides that the body lacks, see `upsamplers.Pyramid`.
 
@@ -131,6 +131,9 @@ class Backbone(nn.Module):
         learning = {name for name, _ in body.named_parameters()} & own.keys() - self._frozen
         if learning and all(own[name].startswith("norm.") for name in learning):
             self._frozen |= {name for name, published in own.items() if f"{published}.".startswith("norm.")}
+            learning = set()
+        if pyramid is not None and frozen_stages >= 0 and not learning:
+            self._frozen |= self._added  # an upsampler is trained for the map as it is
         for name, parameter in body.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(False)

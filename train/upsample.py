@@ -5,6 +5,7 @@ the upsampler doubles the map until it has the side of the full image's; each st
 map of that size by the mean squared error.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from ..heads.upsamplers import UPLiFT
 from . import task
 from .data import Data, build_image_data
 from .scoring import Losses, Metrics, Scorer
-from .task import RANDOM_WEIGHTS, check_backbone, find_recipe, loop_problems, processes
+from .task import check_backbone, find_recipe, loop_problems, processes
 
+OTHER_WEIGHTS = "; model.pretrained=false model.checkpoint=FILE takes other weights"
 Level = tuple[Tensor, Tensor, int]  # image, its map, steps
 
 
@@ -48,11 +50,13 @@ class Task(task.Task):
 
     def __init__(self, config: UpsampleConfig, model: Any, data: Data, backbone: Backbone, device: torch.device):
         super().__init__(config, model, [], data)
+        self.weights = weights_sha256(backbone)
         self.backbone = backbone.requires_grad_(False).eval().to(device)
         self.input = f"{config.data.image_size}x{config.data.image_size}, {config.loss.levels} levels"
         self.identity = {
             "model": json.dumps(model.arguments, sort_keys=True),
             "backbone": f"{config.model.name} {json.dumps(config.model.kwargs, sort_keys=True)}",
+            "weights of the backbone": self.weights,
             "input": self.input,
         }
 
@@ -61,6 +65,12 @@ class Task(task.Task):
         problems = loop_problems(config)
         with problems:
             check_backbone(config)
+        with problems:
+            if not config.model.pretrained and config.model.checkpoint is None:
+                raise ConfigError(
+                    f"model.pretrained=false and model.checkpoint=null give {config.model.name} random weights: "
+                    "an upsampler is trained for trained ones"
+                )
         problems.raise_all()
         backbone = build_frozen(config)
         data = image_data(config, backbone, accelerator)
@@ -74,8 +84,16 @@ class Task(task.Task):
             raise ConfigError(f"{source} is no run of foveal train upsample, whose recipe names backbone and data")
         config = load_config(recipe, overrides, UpsampleConfig, {"output": "-"})
         backbone = build_frozen(config)
-        data = image_data(config, backbone, accelerator, train=False)
-        return cls(config, load_dense(source), data, backbone, accelerator.device)
+        data, model = image_data(config, backbone, accelerator, train=False), load_dense(source)
+        own = cls(config, model, data, backbone, accelerator.device)
+        trained = model.config.get("backbone", {}).get("weights_sha256")
+        if trained != own.weights:
+            raise ConfigError(
+                f"{source} was trained for a backbone whose weights have the SHA-256 {trained}, those of "
+                f"model.pretrained={config.model.pretrained}, model.checkpoint={config.model.checkpoint} "
+                f"have {own.weights}"
+            )
+        return own
 
     @torch.no_grad()
     def pyramid(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -118,7 +136,8 @@ class Task(task.Task):
     def save_weights(self, folder: Path, model: Any) -> None:
         images = {"in_chans": 3, "mean": list(self.backbone.mean), "std": list(self.backbone.std)}
         own = self.config.model
-        save_dense(folder, model, [], images, backbone={"name": own.name, "stride": model.patch, **own.kwargs})
+        backbone = {"name": own.name, "kwargs": own.kwargs, "stride": model.patch, "weights_sha256": self.weights}
+        save_dense(folder, model, [], images, backbone=backbone)
 
     def describe(self) -> str:
         return f"UPLiFT on {self.config.model.name}'s map of stride {self.model.patch}, {self.input}"
@@ -167,7 +186,7 @@ def build_frozen(config: UpsampleConfig) -> Backbone:
         body, classifier = build_body(model.name, strides=(stride or 32,), **given, **model.kwargs)
         backbone = Backbone(body, classifier=classifier)
     except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
-        hint = RANDOM_WEIGHTS if model.pretrained and isinstance(error, OSError) else ""
+        hint = OTHER_WEIGHTS if model.pretrained and isinstance(error, OSError) else ""
         raise ConfigError(f"model {model.name!r} with {model.kwargs}: {error}{hint}") from error
     own, side = backbone.spec.strides[-1], config.data.image_size
     if stride is not None and stride not in (own, power_of_two(own)):
@@ -180,6 +199,15 @@ def build_frozen(config: UpsampleConfig) -> Backbone:
             f"data.image_size={side} must be a multiple of {least}: stride {own}, loss.levels={config.loss.levels}"
         )
     return backbone
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of the names and values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def image_data(config: UpsampleConfig, backbone: Backbone, accelerator: Accelerator, train: bool = True) -> Data:

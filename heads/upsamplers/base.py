@@ -19,6 +19,7 @@ class Upsampler(nn.Module):
         arguments: ``name`` and arguments of `create_upsampler`, to build it again.
         statistics: mean and standard deviation per channel of the images that it takes; None: the backbone's.
         channels: of the maps that it takes; None: any number.
+        patch: the stride of the maps that it takes; None: any.
 
     Examples:
         >>> import torch
@@ -33,6 +34,7 @@ class Upsampler(nn.Module):
     kind: ClassVar[str]
     statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]] | None] = None
     channels: int | None = None
+    patch: int | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ class Pyramid(nn.Module):
         spec: of the output maps.
 
     Raises:
-        ValueError: an upsampler for other channels, strides that the body has already or that lie between its own, or
-            images of other than three channels.
+        ValueError: an upsampler for other channels or another stride, strides that the body has already or that lie
+            between its own, or images of other than three channels.
     """
 
     def __init__(
@@ -57,7 +57,12 @@ class Pyramid(nn.Module):
         if upsampler.channels not in (None, spec.channels[0]):
             raise ValueError(
                 f"this {upsampler.kind} takes maps of {upsampler.channels} channels, the backbone's have "
-                f"{spec.channels[0]}: foveal train upsample trains one"
+                f"{spec.channels[0]}: it is for another backbone, or for another map (out_indices)"
+            )
+        if upsampler.patch not in (None, spec.strides[0]):
+            raise ValueError(
+                f"this {upsampler.kind} takes maps of stride {upsampler.patch}, the backbone's has stride "
+                f"{spec.strides[0]}: it is for another backbone, or for another map (out_indices)"
             )
         if len(mean) != 3 and upsampler.kind != "bilinear":
             raise ValueError(f"{upsampler.kind} needs RGB images, not images of {len(mean)} channels")

@@ -159,6 +159,7 @@ class UPLiFT(Upsampler):
     """
 
     kind = "uplift"
+    patch: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, channels: int = 384, patch: int = 16) -> None:
         super().__init__(channels=channels, patch=patch)

@@ -123,6 +123,8 @@ def test_a_map_smaller_than_the_window():
     [
         ("vit_tiny_patch16_224", {"upsample": None}, r"\b16\b.*upsample"),
         ("vit_tiny_patch16_224", {"upsample": {"name": "uplift"}}, "384.*192"),
+        ("vit_tiny_patch16_224", {"upsample": OWN | {"channels": 192, "patch": 14}}, r"stride 14\b.*stride 16\b"),
+        ("test_foveal_dinat", {"upsample": OWN | {"channels": 128}, "out_indices": (3,)}, r"stride 16\b.*stride 32\b"),
         ("vit_tiny_patch16_224", {"upsample": "naf", "in_chans": 4}, "4 channels"),
         ("vit_tiny_patch16_224", {"upsample": OWN | {"size": 3}}, "size"),
         ("vit_tiny_patch16_224", {"upsample": {"name": "jafar"}}, "jafar.*uplift, naf, bilinear"),
@@ -248,6 +250,11 @@ def test_published_weights_load_by_name(name, tmp_path, monkeypatch):
     assert type(foveal.load(name)) is type(source)
     counted = sum(p.numel() for p in loaded.parameters())
     assert counted == {"uplift": 789_521, "naf": 662_528}[loaded.kind]
+
+
+def test_published_upsamplers_take_no_arguments():
+    with pytest.raises(ValueError, match=r"naf.*\bpatch\b"):
+        foveal.load("naf", patch=14)
 
 
 def test_other_weights_are_refused(tmp_path):

@@ -16,6 +16,8 @@ import foveal
 from foveal import visualize
 from foveal.backbones import attention
 from foveal.cli import app
+from foveal.heads.checkpoint import save_dense
+from foveal.heads.upsamplers import create_upsampler
 
 MODELS = {
     "test_foveal_dinat": (96, 160),  # a table, dilations
@@ -106,6 +108,8 @@ def test_the_command(tmp_path, photograph):
         (["--point", "1,0.2"], "got 1, 0.2"),
         (["--point", "nan,0.2"], "got nan, 0.2"),
         (["--model", "resnet18"], "ResNet"),
+        (["--upsample", "bilinear", "--point", "0.2,0.9"], "--point"),
+        (["--upsample", "bilinear", "--click", "--layers", "5"], "--click, --layers"),
     ],
 )
 def test_bad_input(tmp_path, photograph, options, said):
@@ -114,6 +118,24 @@ def test_bad_input(tmp_path, photograph, options, said):
     assert result.exit_code == 2
     assert said in result.output
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_map_of_a_trained_upsampler(tmp_path, photograph):
+    """Its stride and the backbone's arguments are in the folder; the wrong backbone is named."""
+    upsampler, output = create_upsampler("uplift", channels=32, patch=8), tmp_path / "look.png"
+    backbone = {"name": "test_foveal_dinat", "kwargs": {"embed_dim": 16}, "stride": 8}
+    save_dense(tmp_path / "own", upsampler, [], {}, backbone=backbone)
+    given: dict = dict(pretrained=False, side=64)
+    maps = visualize.visualize_upsampled(photograph, "test_foveal_dinat", output, str(tmp_path / "own"), **given)
+    assert maps == [(8, 12), (32, 48), (16, 24), (32, 48)]
+    assert output.is_file()
+    with pytest.raises(ValueError, match=r"own was trained for test_foveal_dinat.*vit_tiny_patch16_224"):
+        visualize.visualize_upsampled(photograph, "vit_tiny_patch16_224", output, str(tmp_path / "own"), **given)
+
+    net = timm.create_model("test_foveal_dinat", embed_dim=24, num_classes=3)
+    timm.models.save_for_hf(net, tmp_path / "run", model_args={"embed_dim": 24}, safe_serialization=True)
+    maps = visualize.visualize_upsampled(photograph, str(tmp_path / "run"), output, "bilinear", side=64)
+    assert maps == [(2, 3), (16, 24), (8, 12), (16, 24)]
 
 
 def test_models_of_timm_with_our_attention():

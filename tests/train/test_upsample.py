@@ -1,6 +1,8 @@
 """Training of an upsampler for a frozen backbone, and a linear probe on its maps."""
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from foveal.configs.schema import ConfigError
 from foveal.heads.build import build_backbone, build_segmenter
 from foveal.heads.checkpoint import save_dense
 from foveal.train import evaluate, predict, train
+from foveal.train.checkpoint import CheckpointError
 from foveal.train.data import DataError
 from foveal.train.upsample import Task
 from foveal.weights.export import export
@@ -91,7 +94,8 @@ def test_a_probe_on_the_upsampled_map(made):
         "head.norm.bias",
         "head.classifier.conv.weight",
         "head.classifier.conv.bias",
-    } | {"backbone.body.model.norm2.weight", "backbone.body.model.norm2.bias"}  # of the map, not of the stages
+    }
+    assert not model.backbone.body.model.norm2.training
     model(torch.rand(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n in learning)
 
@@ -103,6 +107,7 @@ def test_a_probe_on_the_upsampled_map(made):
         (["model.stride=2"], r"model\.stride.*\b2\b"),
         (["model.name=no_such_model"], "no_such_model"),
         (["model.kwargs={embed_dim: 16}"], "segmenter.*of another shape"),
+        (["model.checkpoint=null"], r"model\.pretrained=false.*model\.checkpoint=null"),
         (["data.in_chans=1"], r"data\.in_chans.*\b1\b"),
         (["data.val_split=test"], "test"),
     ],
@@ -112,6 +117,32 @@ def test_wrong_recipes(made, options, match):
     other = [*given, *OPTIONS, f"output={root / 'other'}", *options]
     with pytest.raises((ConfigError, DataError), match=match):
         train("upsample/digits", other, console=QUIET)
+
+
+def test_a_run_belongs_to_the_weights_of_its_backbone(made, tmp_path):
+    """Under another path they may stay; other weights of the same structure are refused, under the same path too."""
+    root, given, _ = made
+    run = shutil.copytree(root / "run", tmp_path / "run")
+    copy = shutil.copytree(root / "segmenter", tmp_path / "copy")
+    options = [*given, *OPTIONS, f"output={run}", f"model.checkpoint={copy}", "resume=auto", "schedule.epochs=3"]
+    own = json.loads((run / "best/config.json").read_text())["backbone"]
+    assert own == {"name": "test_foveal_dinat", "kwargs": {"embed_dim": 32}, "stride": 16} | {
+        "weights_sha256": own["weights_sha256"]
+    }
+    assert evaluate(run, [f"model.checkpoint={copy}"])["n"] == 3
+
+    torch.manual_seed(1)
+    other = build_segmenter("test_foveal_dinat", "linear", num_classes=2, strides=(16,), embed_dim=32)
+    save_dense(tmp_path / "other", other, ["a", "b"], {"in_chans": 3})
+    with pytest.raises(ConfigError, match=f"{own['weights_sha256']}.*{tmp_path / 'other'}"):
+        evaluate(run, [f"model.checkpoint={tmp_path / 'other'}"])
+    with pytest.raises(CheckpointError, match=own["weights_sha256"]):
+        train("upsample/digits", [*options, f"model.checkpoint={tmp_path / 'other'}"], console=QUIET)
+    assert train("upsample/digits", options, console=QUIET)["n"] == 3
+    assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 3
+    (copy / "model.safetensors").write_bytes((tmp_path / "other/model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=own["weights_sha256"]):
+        train("upsample/digits", [*options, "schedule.epochs=4"], console=QUIET)
 
 
 def test_an_upsampler_is_no_model_of_its_own(made):
