@@ -128,7 +128,7 @@ def test_a_case_that_fails_is_counted_and_the_rest_measured(tmp_path, bench, mon
     err = capsys.readouterr().err
     assert cases.TINY_HALO[0].id in err and "RuntimeError: no such luck" in err
     assert len(read_csv(tmp_path / "gpu-halo.csv")) == 1
-    assert len(read_csv(tmp_path / "gpu-models.csv")) == 4 * len(cases.TINY_MODELS)
+    assert len(read_csv(tmp_path / "gpu-models.csv")) == 4 * len(cases.TINY_PAIRS)
 
 
 def test_a_missing_extra_ends_the_run(bench, monkeypatch):
