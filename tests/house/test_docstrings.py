@@ -81,7 +81,7 @@ def test_it_is_explained_and_its_example_runs(name: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     said: list[str] = []
-    doctest.DocTestRunner().run(test, out=said.append)
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     assert not said, "".join(said)
 
 
