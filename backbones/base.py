@@ -389,6 +389,18 @@ def registered_cfg(name: str) -> PretrainedCfg:
     return cfg
 
 
+def bare_names(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's tensors, out of a ``state_dict`` or ``model``, without the prefixes of ``DistributedDataParallel``
+    and ``features_only``."""
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    for prefix in ("module.", "model."):
+        if checkpoint and all(name.startswith(prefix) for name in checkpoint):
+            checkpoint = {name[len(prefix) :]: value for name, value in checkpoint.items()}
+    return dict(checkpoint)
+
+
 def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, as a new dict with the names of a bare model.
 
@@ -396,16 +408,11 @@ def unwrap(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     ``features_only``. For a detector or segmenter, keeps only the ``backbone.``; of an MMPretrain classifier also its
     ``head.fc``, as ``head``.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    for prefix in ("module.", "model."):
-        if checkpoint and all(name.startswith(prefix) for name in checkpoint):
-            checkpoint = {name[len(prefix) :]: value for name, value in checkpoint.items()}
+    checkpoint = bare_names(checkpoint)
     backbone = {name[9:]: value for name, value in checkpoint.items() if name.startswith("backbone.")}
     if backbone:
         backbone |= {f"head.{name[8:]}": value for name, value in checkpoint.items() if name.startswith("head.fc.")}
-    return backbone or dict(checkpoint)
+    return backbone or checkpoint
 
 
 def keep_new(state_dict: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor], pattern: str = r"norm\d") -> None:
@@ -454,21 +461,6 @@ def check_names(
         raise NamesError(
             f"the checkpoint does not fit the model: missing {_some(missing)}, unexpected {_some(unexpected)}",
             sum(not state_dict[name].is_meta for name in needed & given),  # without those that a filter adds
-        )
-
-
-def check_agent_shapes(checkpoint: Mapping[str, Any], model: Any, tensors: int) -> None:
-    """Raise a NamesError for a detector's or segmenter's checkpoint if ``model.agent_shapes`` is None: its weights fit,
-    but the authors' dense models have more agents than their classifiers. ``tensors`` is the number that fits."""
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    names = [re.sub(r"^(?:module\.)?(?:model\.)?", "", name) for name in checkpoint]
-    if model.agent_shapes is None and any(name.startswith("backbone.") for name in names):
-        raise NamesError(
-            "the checkpoint is of a dense model, which may have more agents: create the model with agent_shapes=... "
-            "(of the authors' models those that `foveal info` states for the dense checkpoint)",
-            tensors,
         )
 
 

@@ -26,8 +26,9 @@ from torch import nn
 
 from .attention import CrossShapedAttention2d, resampled_positions, to_multiple
 from .base import Backbone, check_names, create, keep_new, unwrap
+from .hosts import UNPUBLISHED, family, published_cfg
 from .layers import PreNormBlock, Stage, drop_path_rates, init_weights
-from .swin import TEST, family, global_attention, published_cfg
+from .swin import global_attention
 from .transnext import Downsample, PatchEmbed
 
 __all__ = ["CSWin", "checkpoint_filter_fn", "family"]
@@ -177,7 +178,7 @@ default_cfgs = generate_default_cfgs(
         "inline_cswin_t.in1k": _cswin("inline", "49fa2ecc543647c4b970"),
         "inline_cswin_s.in1k": _cswin("inline", "59f4e65f776f4052b93c"),
         "inline_cswin_b.in1k": _cswin("inline", "91e17121df284ae38521"),
-        "test_foveal_agent_cswin.untrained": _cswin("agent", "", **TEST),
+        "test_foveal_agent_cswin.untrained": _cswin("agent", "", 64, **UNPUBLISHED),
     }
 )
 

@@ -17,7 +17,6 @@ Tokens are ``[B, 1 + H * W, C]`` inside, the class token first.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +35,7 @@ from .attention import (
     resized_nhwc,
 )
 from .base import Backbone, check_names, create, unwrap
+from .hosts import UNPUBLISHED, family, own_convolution, published_cfg
 from .layers import Blocks, PreNormBlock, drop_path_rates, fx_leaf, init_weights, positive_pair
 
 __all__ = ["DeiT", "checkpoint_filter_fn", "family"]
@@ -222,7 +222,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: DeiT) -> dict[str, t
     """
     own = model.state_dict()
     given = unwrap(state_dict)
-    found = {re.sub(r"\.dwc\.(weight|bias)$", r".dwc.conv.\1", name): value for name, value in given.items()}
+    found = {own_convolution(name): value for name, value in given.items()}
     check_names(found, own)
     embedding = found["pos_embed"]
     rows, columns = _map_size(found, model)
@@ -249,8 +249,6 @@ def _map_size(state: dict[str, torch.Tensor], model: DeiT) -> tuple[int, int]:
 
 # ---- registry
 
-_CODE = {"agent": "Agent-Attention", "inline": "InLine"}
-_PAPER = {"agent": "arXiv:2312.08874", "inline": "arXiv:2412.06590"}
 _FILES = {  # on Tsinghua's cloud, and the size of images
     "agent_deit_t.in1k": ("57e0904221824ee7b7af", 224),
     "agent_deit_s.in1k": ("fdd43304372541db8ea7", 224),
@@ -262,36 +260,13 @@ _FILES = {  # on Tsinghua's cloud, and the size of images
 }
 
 
-def _cfg(kind: str, size: int = 224, **facts: Any) -> dict[str, Any]:
-    return {
-        "input_size": (3, size, size),
-        "pool_size": (size // 16, size // 16),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "crop_mode": "squash",
-        "license": "none stated",
-        "origin_url": f"https://github.com/LeapLabTHU/{_CODE[kind]}",
-        "paper_ids": [_PAPER[kind], "arXiv:2012.12877"],
-        "notes": ("The authors' repository has no licence for code or weights.",),
-        **facts,
-    }
-
-
+_deit = partial(published_cfg, first_conv="patch_embed.proj", paper="arXiv:2012.12877", stride=16)
 default_cfgs = generate_default_cfgs(
     {
-        **{
-            name: _cfg(name.partition("_")[0], size, url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1")
-            for name, (file, size) in _FILES.items()
-        },
-        "test_foveal_agent_deit.untrained": _cfg("agent", 64, license="apache-2.0", origin_url=None, notes=None),
+        **{name: _deit(name.partition("_")[0], file, size) for name, (file, size) in _FILES.items()},
+        "test_foveal_agent_deit.untrained": _deit("agent", "", 64, **UNPUBLISHED),
     }
 )
-
-
-def family(name: str) -> str:
-    """The family of a model of this file: ``"Agent Attention"`` or ``"InLine"``."""
-    return "Agent Attention" if "agent_" in name else "InLine"
-
 
 _create = partial(create, checkpoint_filter_fn, DeiT)
 

@@ -28,7 +28,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import AgentAttention2d, InlineAttention2d, SoftmaxAttention2d, at_least, resampled_positions, to_nchw
-from .base import Backbone, check_agent_shapes, check_names, create, unwrap
+from .base import Backbone, check_names, create, unwrap
+from .hosts import CODE, UNPUBLISHED, check_agent_shapes, family, own_convolution, published_cfg
 from .layers import PreNormBlock, Stage, bilinear, drop_path_rates, fx_leaf, init_weights, positive_pair
 
 __all__ = ["PVT", "checkpoint_filter_fn", "family"]
@@ -156,8 +157,7 @@ def _own_name(name: str) -> str:
     name = re.sub(r"^block([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}.blocks.", name)
     name = re.sub(r"^patch_embed([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.", name)
     name = re.sub(r"^pos_embed([1-4])$", lambda match: f"stages.{int(match[1]) - 1}.downsample.pos_embed", name)
-    name = re.sub(r"\.dwc\.(weight|bias)$", r".dwc.conv.\1", name)
-    return re.sub(r"^stages\.0\.downsample\.", "stem.", name)
+    return own_convolution(re.sub(r"^stages\.0\.downsample\.", "stem.", name))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: PVT) -> dict[str, torch.Tensor]:
@@ -180,8 +180,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PVT) -> dict[str, to
 
 # ---- registry
 
-_CODE = {"agent": "Agent-Attention", "inline": "InLine"}
-_PAPER = {"agent": "arXiv:2312.08874", "inline": "arXiv:2412.06590"}
 _FILES = {  # on Tsinghua's cloud
     "agent_pvt_t.in1k": "13fdf0e0a7c5498c934f",
     "agent_pvt_s.in1k": "36b8be9a8863456685a3",
@@ -195,41 +193,13 @@ _FILES = {  # on Tsinghua's cloud
 }
 
 
-def _cfg(kind: str, **facts: Any) -> dict[str, Any]:
-    return {
-        "pool_size": (7, 7),
-        "first_conv": "stem.proj",
-        "classifier": "head",
-        "crop_mode": "squash",
-        "license": "none stated",
-        "origin_url": f"https://github.com/LeapLabTHU/{_CODE[kind]}",
-        "paper_ids": [_PAPER[kind], "arXiv:2102.12122"],
-        "notes": ("The authors' repository has no licence for code or weights.",),
-        **facts,
-    }
-
-
-_M_256 = dict(input_size=(3, 256, 256), pool_size=(8, 8))
-_TEST = dict(input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None, notes=None)
+_pvt = partial(published_cfg, first_conv="stem.proj", paper="arXiv:2102.12122")
 default_cfgs = generate_default_cfgs(
     {
-        **{
-            name: _cfg(
-                name.partition("_")[0],
-                url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1",
-                **(_M_256 if "_256" in name else {}),
-            )
-            for name, file in _FILES.items()
-        },
-        **{f"test_foveal_{kind}_pvt.untrained": _cfg(kind, **_TEST) for kind in _CODE},
+        **{name: _pvt(name.partition("_")[0], file, 256 if "_256" in name else 224) for name, file in _FILES.items()},
+        **{f"test_foveal_{kind}_pvt.untrained": _pvt(kind, "", 64, **UNPUBLISHED) for kind in CODE},
     }
 )
-
-
-def family(name: str) -> str:
-    """The family of a model of this file: ``"Agent Attention"`` or ``"InLine"``."""
-    return "Agent Attention" if "agent_" in name else "InLine"
-
 
 _create = partial(create, checkpoint_filter_fn, PVT)
 _S = dict(depths=(3, 4, 6, 3))

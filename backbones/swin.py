@@ -17,7 +17,6 @@ Feature maps are channels-last inside, ``[B, H, W, C]``.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +33,8 @@ from .attention import (
     resampled_positions,
     table_by_key,
 )
-from .base import Backbone, check_agent_shapes, check_names, create, keep_new, unwrap
+from .base import Backbone, check_names, create, keep_new, unwrap
+from .hosts import UNPUBLISHED, check_agent_shapes, family, own_convolution, published_cfg
 from .layers import Level, PreNormBlock, drop_path_rates, init_weights, positive_pair
 from .nat import PatchMerging, patch_embed
 
@@ -181,7 +181,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Swin) -> dict[str, t
     own = model.state_dict()
     found = {}
     for name, value in unwrap(state_dict).items():
-        name = re.sub(r"\.dwc\.(weight|bias)$", r".dwc.conv.\1", name)
+        name = own_convolution(name)
         if name.endswith(".attn.relative_position_bias_table"):
             name = name.replace(".attn.", ".attn.rel_pos.")
             value = _own_table(value, own.get(name))
@@ -209,28 +209,6 @@ def _resampled(table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
 
 # ---- registry
 
-_CODE = {"agent": "Agent-Attention", "inline": "InLine"}
-_PAPER = {"agent": "arXiv:2312.08874", "inline": "arXiv:2412.06590"}
-TEST: dict[str, Any] = dict(input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0", origin_url=None, notes=None)
-
-
-def published_cfg(kind: str, file: str, size: int = 224, *, paper: str, **facts: Any) -> dict[str, Any]:
-    """The cfg of a model with the authors' ``file`` and the host's ``paper``; images are squashed to the square."""
-    return {
-        "url": f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1" if file else "",
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "classifier": "head",
-        "license": "none stated",
-        "origin_url": f"https://github.com/LeapLabTHU/{_CODE[kind]}",
-        "paper_ids": [_PAPER[kind], paper],
-        "notes": ("The authors' repository has no licence for code or weights.",),
-        **facts,
-    }
-
-
 _swin = partial(published_cfg, first_conv="patch_embed.proj", paper="arXiv:2103.14030")
 
 default_cfgs = generate_default_cfgs(
@@ -243,15 +221,9 @@ default_cfgs = generate_default_cfgs(
         "inline_swin_t.in1k": _swin("inline", "32810869fcc34410966b"),
         "inline_swin_s.in1k": _swin("inline", "e9657fd247c04c7cb1a1"),
         "inline_swin_b.in1k": _swin("inline", "bf23564bb64c420aafe1"),
-        "test_foveal_agent_swin.untrained": _swin("agent", "", **TEST),
+        "test_foveal_agent_swin.untrained": _swin("agent", "", 64, **UNPUBLISHED),
     }
 )
-
-
-def family(name: str) -> str:
-    """The family of a model of this file: ``"Agent Attention"`` or ``"InLine"``."""
-    return "InLine" if name.startswith("inline_") else "Agent Attention"
-
 
 _create = partial(create, checkpoint_filter_fn, Swin)
 _SMALL: dict[str, Any] = dict(depths=(2, 2, 18, 2), global_depths=(2, 2, 0, 0), drop_path_rate=0.3)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -169,8 +169,13 @@ def _same(batch: Batch, values: Tensor, labels: Tensor) -> bool:
 
 def model_key(model: nn.Module) -> str:
     """A hash of the structure of a model, its parameters and buffers."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    return tensors_sha256([*model.named_parameters(), *model.named_buffers()], repr(model))
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """A hash of a text and of the names and values of tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ the upsampler doubles the map until it has the side of the full image's; each st
 map of that size by the mean squared error.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..heads.checkpoint import load_dense, save_dense
 from ..heads.upsamplers import UPLiFT
 from . import task
 from .data import Data, build_image_data
+from .features import tensors_sha256
 from .scoring import Losses, Metrics, Scorer
 from .task import check_backbone, find_recipe, loop_problems, processes
 
@@ -50,7 +50,7 @@ class Task(task.Task):
 
     def __init__(self, config: UpsampleConfig, model: Any, data: Data, backbone: Backbone, device: torch.device):
         super().__init__(config, model, [], data)
-        self.weights = weights_sha256(backbone)
+        self.weights = tensors_sha256(sorted(backbone.state_dict().items()))
         self.backbone = backbone.requires_grad_(False).eval().to(device)
         self.input = f"{config.data.image_size}x{config.data.image_size}, {config.loss.levels} levels"
         self.identity = {
@@ -199,15 +199,6 @@ def build_frozen(config: UpsampleConfig) -> Backbone:
             f"data.image_size={side} must be a multiple of {least}: stride {own}, loss.levels={config.loss.levels}"
         )
     return backbone
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """A hash of the names and values of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def image_data(config: UpsampleConfig, backbone: Backbone, accelerator: Accelerator, train: bool = True) -> Data:

@@ -325,7 +325,7 @@ def test_transformers_names(layer_scale, prefix):
 
 def test_names_are_those_of_transformers(monkeypatch):
     """A state dict of the library's own class is understood completely, shapes included."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     import natten.functional
 
     # the library imports these from a NATTEN that had them; only names and shapes are of interest here

@@ -692,7 +692,7 @@ def test_test_time_pooling(name):
 def test_timm_wrapper(name, written, tmp_path):
     """transformers' wrappers take a folder of `foveal train`; of one whose ``model_args`` have ``num_classes``, as
     timm's `save_for_hf` writes them and `foveal train` did, they take what `foveal convert` makes of it."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     model, folder, classes = create(name), tmp_path / "model", list("abcde")
     wrapper = transformers.TimmWrapperForImageClassification
     if written == "by foveal train":
@@ -716,7 +716,7 @@ def test_timm_wrapper(name, written, tmp_path):
 
 @pytest.mark.parametrize("write", [convert, lambda run, folder: export(run, "safetensors", folder)], ids=["c", "e"])
 def test_timm_wrapper_of_a_run_of_0_1_0(write, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     run = Path(__file__).parents[1] / "data/runs_0.1.0/classify/best"
     write(run, tmp_path / "new")
     wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "new").eval()

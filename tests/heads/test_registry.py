@@ -55,7 +55,7 @@ NARROW = {  # norms of 32 groups of one channel
 def test_one_image_whose_coarsest_map_is_one_pixel(task, head):
     """PyTorch's group norm refuses a batch of one, not of two."""
     if head == "mask2former":
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
     sides = {"min_size": 32, "max_size": 32} if task == "detect" else {}
     model = BUILDERS[task]("test_foveal_care", head, num_classes=3, **NARROW[head] | sides).eval()
@@ -85,7 +85,7 @@ every_head = pytest.mark.parametrize(("task", "head", "neck"), CASES)
 
 def small(task: str, head: str, neck: str) -> nn.Module:
     if head == "mask2former":
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="needs transformers")
     own: dict = {"min_size": 64, "max_size": 96} if task == "detect" else {}
     if HEADS[task][head].neck == "before" and (task == "detect" or neck == "a3fpn"):
         own["neck_kwargs"] = {"out_channels": 64}

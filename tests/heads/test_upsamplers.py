@@ -214,7 +214,7 @@ EVERY_HEAD = [
 def test_every_head_on_a_plain_transformer(task, head, tmp_path):
     """Forward, and the same outputs after saving and loading."""
     if head == "mask2former":
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
     sizes: dict = {"min_size": 64, "max_size": 64} if task == "detect" else {}
     sizes |= {"strides": (8,)} if HEADS[task][head].strides == (32,) else {}  # or it has no need of an upsampler
