@@ -5,7 +5,7 @@ BIN := .venv/bin
 FASHION := data/fashion-mnist
 # Tests run in parallel with one thread each: two processes with two threads each on two cores are many times slower.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo demo-detect demo-segment test test-slow test-long bench docs pictures fashion-mnist tuxpaint-coco clean
 

@@ -300,6 +300,7 @@ MODELS = (
     ModelCase("maxvit_tiny_224", "maxvit_tiny_tf_224", 4, 224, same=True),
     _unfolded("overlock_xt", 4, 224),
     ModelCase("halo26t", "halonet26t", 4, 256, same=True),
+    ModelCase("halo50ts", "halonet50ts", 4, 512),
     ModelCase("agent_swin_t", "swin_tiny_patch4_window7_224", 8, 224),
     _unfolded("transnext_micro", 8, 224),
     _unfolded("transnext_micro", 1, 640),

@@ -237,12 +237,16 @@ class Point:
 
 
 SIZES = (("parameters", 1e6), ("macs", 1e9))
+_FAMILIES = (  # the colour tells them
+    "dinat_s|dinat|nat|maxvit|overlock|care|swin|convnext|davit|van|shiftvit|rmt|raftmlp|stvit|sgformer|transnext|moh_vit"
+    "|triplet|fan|tap_fan|agent|inline"
+)
 _SHORT = {"mini": "M", "tiny": "T", "small": "S", "base": "B", "large": "L", "xlarge": "XL"}
 
 
 def short(name: str) -> str:
     """Short name of a model within its family: ``dinat_large_384`` is ``L 384``."""
-    name = re.sub(r"^(dinat_s|dinat|nat|maxvit|overlock|care|swin|convnext|davit)_(?!isotropic)", "", name)
+    name = re.sub(rf"^({_FAMILIES})_(?!isotropic)", "", name)
     name = re.sub(r"^(\w+)_isotropic", r"\1", name).replace("vitrpb", "vit").replace("halonet", "").replace("halo", "")
     words = [word for word in name.split("_") if word not in ("patch4", "window7", "tf", "224", "256")]
     return " ".join(_SHORT.get(word, word.upper() if len(word) < 3 else word) for word in words)
@@ -263,7 +267,7 @@ def points(known: Mapping[str, Mapping[str, Any]], x: Mapping[str, float]) -> li
 
 def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> Figure:
     """Accuracy over cost, a marker and colour for each family, hollow for pre-training on larger datasets."""
-    figure = new_figure(8, 5.6)
+    figure = new_figure(9, 6.4)
     axis = figure.subplots()
     families = dict.fromkeys(point.family for point in models if point.ours)
     peers = dict.fromkeys(point.family for point in models if not point.ours)  # grey, to save colours
@@ -291,7 +295,7 @@ def scatter(title: str, note: str, axis_label: str, models: Sequence[Point]) -> 
 
 
 def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str]) -> None:
-    """Place each label as near to its marker as possible without overlap.
+    """Label timm's models, and ours that no cheaper one surpasses, near to their markers and without overlap.
 
     Raises:
         ValueError: there is no room for a label.
@@ -310,6 +314,8 @@ def _place_labels(axis: Axes, models: Sequence[Point], colours: Mapping[str, str
     _, line, _ = renderer.get_text_width_height_descent("lp", font, False)  # ascender and descender
     taken = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in places]
     for point, (x, y) in zip(models, places, strict=True):
+        if point.ours and any(other.x <= point.x and other.y > point.y for other in models):
+            continue
         width, _, _ = renderer.get_text_width_height_descent(point.label, font, False)
         width, height = width + 2 * pixel, line + pixel
         box = None

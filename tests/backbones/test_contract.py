@@ -99,7 +99,7 @@ LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of se
 ANY_SIZE = [name for name, case in SMALL.items() if case.any_size]
 NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norms]
 # What traces or compiles a model for seconds runs for these by default; for the others it is slow.
-QUICK = "care", "van", "shiftvit", "isotropic"
+QUICK = "care", "van", "shiftvit"
 # Of the same attention in another network, and of the same network with another attention.
 TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin"
 traced = pytest.mark.parametrize(

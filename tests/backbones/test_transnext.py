@@ -30,7 +30,9 @@ def small(**kwargs) -> TransNeXt:
     return timm.create_model("test_foveal_transnext", **{"num_classes": 10, **kwargs}).eval()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * ("small" in n or "base" in n)) for n in VARIANTS]
+)
 def test_size_and_cost(name):
     found, (parameters, giga) = profile(name), VARIANTS[name]
     assert found.parameters == parameters

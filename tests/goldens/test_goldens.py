@@ -137,7 +137,7 @@ def test_published_neck(name):
         assert error(got[:, : x.shape[1], ::step, ::step], x) < LIMIT
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [pytest.param(part, marks=[pytest.mark.slow] * (part == "naf")) for part in PARTS])
 def test_published_module(name):
     meta, want = json.loads((HERE / f"{name}.json").read_text()), load_file(HERE / f"{name}.safetensors")
     shapes = zip(meta["input_names"], meta["inputs"].items(), strict=True)

@@ -80,7 +80,10 @@ def test_a_head_without_a_neck_refuses_one(task, head):
 
 CASES = [(task, name, "fpn") for task in HEADS for name in HEADS[task]]
 CASES += [("detect", "retinanet", "a3fpn"), ("segment", "upernet", "a3fpn"), ("segment", "mask2former", "a3fpn")]
-every_head = pytest.mark.parametrize(("task", "head", "neck"), CASES)
+every_head = pytest.mark.parametrize(  # a cascade has the parts of a Mask R-CNN three times
+    ("task", "head", "neck"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == "cascade_mask_rcnn")) for case in CASES],
+)
 
 
 def small(task: str, head: str, neck: str) -> nn.Module:

@@ -126,19 +126,28 @@ def test_every_family_runs_without_extras(bare_python: Path, tmp_path: Path) -> 
     assert int(models) == len(figures())
 
 
-def test_a_command_names_the_extra_that_it_misses(bare_python: Path, tmp_path: Path) -> None:
-    command = bare_python.with_name("foveal")
-    assert "dinat_tiny" in call(command, "info", "dinat_tiny", cwd=tmp_path)
-    for arguments, extra in (
-        (("train", "classify", "digits"), "train"),
-        (("evaluate", "runs/x"), "train"),
-        (("predict", "x.png", "--model", "runs/x"), "train"),
-        (("export", "test_foveal_nat", "--to", "onnx", "--output", "x"), "export"),
-        (("demo",), "train"),
-    ):
-        run = subprocess.run([command, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert (run.returncode, run.stdout) == (1, ""), (arguments, run.stderr)
-        assert f"foveal[{extra}]" in run.stderr, (arguments, run.stderr)
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        ("train classify digits", "train"),
+        pytest.param("evaluate runs/x", "train", marks=pytest.mark.slow),
+        pytest.param("predict x.png --model runs/x", "train", marks=pytest.mark.slow),
+        ("export test_foveal_nat --to onnx --output x", "export"),
+        pytest.param("demo", "train", marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_names_the_extra_that_it_misses(
+    bare_python: Path, tmp_path: Path, arguments: str, extra: str
+) -> None:
+    command = [bare_python.with_name("foveal"), *arguments.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, ""), run.stderr
+    assert f"foveal[{extra}]" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_model_is_described_without_extras(bare_python: Path, tmp_path: Path) -> None:
+    assert "dinat_tiny" in call(bare_python.with_name("foveal"), "info", "dinat_tiny", cwd=tmp_path)
 
 
 def test_at_most_eight_packages_are_required() -> None:
