@@ -28,9 +28,20 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import at_least, is_dynamic
+from .attention import at_least, channels_last_on_cpu, is_dynamic
 from .base import Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Classifiers, Stage, drop_path_rates, fx_leaf, init_weights, scale_channels
+from .layers import (
+    Classifiers,
+    Stage,
+    add_scaled,
+    drop_path_rates,
+    fx_leaf,
+    gelu_of,
+    init_weights,
+    scale_channels,
+    sum_of,
+    unwatched,
+)
 
 __all__ = ["CARE", "checkpoint_filter_fn", "family"]
 
@@ -128,10 +139,10 @@ class Interaction(nn.Module):
         self.inter2_fc2 = nn.Conv2d(hidden, dim, 1) if project else None
 
     def forward(self, memory: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.inter1_fc2(self.inter1_conv(F.gelu(self.inter1_fc1(self.inter1_norm(x)))))
+        x = sum_of(x, self.inter1_fc2, self.inter1_conv(gelu_of(self.inter1_fc1, self.inter1_norm(x))))
         x = torch.cat([memory, x], dim=1)
-        y = self.inter2_conv(F.gelu(self.inter2_fc1(self.inter2_norm(x))))
-        return y if self.inter2_fc2 is None else x + self.inter2_fc2(y)
+        y = self.inter2_conv(gelu_of(self.inter2_fc1, self.inter2_norm(x)))
+        return y if self.inter2_fc2 is None else sum_of(x, self.inter2_fc2, y)
 
 
 class CAREBlock(nn.Module):
@@ -160,7 +171,11 @@ class CAREBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         memory, features = self.token_mixer(x)
         y = self.inter_layer(memory, features)
-        return y if self.gamma is None else x + self.drop_path(scale_channels(y, self.gamma))
+        if self.gamma is None:
+            return y
+        if type(self.drop_path) is nn.Identity and unwatched(self.drop_path):
+            return add_scaled(x, y, self.gamma)
+        return x + self.drop_path(scale_channels(y, self.gamma))
 
 
 class Downsample(nn.Sequential):
@@ -197,7 +212,8 @@ class CARE(Backbone):
     The stem and the downsamplers do not pad: a remainder at the bottom and the right is dropped, as in the authors'
     code. A map that would become empty is zero-padded.
 
-    The memory format follows the input; ``torch.channels_last`` is faster on a CPU.
+    Feature maps are in the channels_last memory format on a CPU, where it is faster; elsewhere the format follows the
+    input.
 
     Args:
         in_chans: image channels.
@@ -297,7 +313,7 @@ class CARE(Backbone):
         self.distilled_training = enable
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(at_least(x, 4))
+        return self.stem(at_least(channels_last_on_cpu(x), 4))
 
     def forward_head(
         self, x: torch.Tensor, pre_logits: bool = False

@@ -41,10 +41,13 @@ from .layers import (
     check_foldable,
     depthwise_conv,
     drop_path_rates,
+    for_convolution,
+    for_operators,
     fx_leaf,
     is_fixed,
     is_plain,
     may_overwrite,
+    unwatched,
 )
 
 __all__ = ["OverLoCK", "checkpoint_filter_fn", "family"]
@@ -157,17 +160,27 @@ class LayerScale(nn.Module):
 
 
 class GRN(nn.Module):
-    """Global response normalization (ConvNeXt V2, arXiv:2301.00808)."""
+    """Global response normalization (ConvNeXt V2, arXiv:2301.00808).
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: channels.
+        after: (parent, name) of the child that makes its input, which inference overwrites unless a hook may hold it.
+    """
+
+    def __init__(self, dim: int, after: tuple[nn.Module, str]) -> None:
         super().__init__()
+        self.after = after
         self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1))
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         response = _norm_of_channels(x)
-        response = response / (response.mean(1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta, x, self.gamma * response + 1)
+        factor = self.gamma * (response / (response.mean(1, keepdim=True) + 1e-6)) + 1
+        maker = getattr(*self.after)
+        held = not isinstance(maker, nn.Conv2d) or not unwatched(maker) or not unwatched(self)
+        if not held and all(may_overwrite(each) for each in (x, factor, self.beta)):
+            return torch.addcmul(self.beta, x, factor, out=x)
+        return torch.addcmul(self.beta, x, factor)
 
 
 @fx_leaf
@@ -177,6 +190,9 @@ def _norm_of_channels(x: torch.Tensor) -> torch.Tensor:
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if x.device.type != "cpu" or x.dtype == torch.float16 or exporting:  # squares exceed float16
         return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    if may_overwrite(x) and not for_operators(x) and x.numel() > 0:
+        square = torch.empty_like(x[0])  # one image at a time, in memory that stays in the cache
+        return torch.stack([torch.mul(each, each, out=square).sum((1, 2), keepdim=True) for each in x]).sqrt()
     # a gradient of 0 for a channel of zeros, as that of vector_norm
     return x.square().sum((2, 3), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
@@ -215,11 +231,11 @@ class RepConvBlock(nn.Module):
             nn.Conv2d(dim, hidden, 1),
             nn.GELU(),
             ResDWConv(hidden),
-            GRN(hidden),
+            nn.Identity(),
             nn.Conv2d(hidden, dim, 1),
             DropPath(drop_path) if drop_path > 0 else nn.Identity(),
         )
-        self.proj[5] = GELU((self.proj, "4"))
+        self.proj[5], self.proj[7] = GELU((self.proj, "4")), GRN(hidden, (self.proj, "6"))
         self.ls = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -279,7 +295,8 @@ class ContMix(nn.Module):
         q = self.weight_query(features).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         k = self.weight_key(context).flatten(2).transpose(1, 2).unflatten(-1, (self.num_heads, -1))
         v = x.permute(0, 2, 3, 1)
-        x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale).permute(0, 3, 1, 2)
+        x = context_mixing(q, k, v, self.weight_proj, (self.rpb1, self.rpb2), self.scale)
+        x = for_convolution(x.permute(0, 3, 1, 2))
         if small:
             x = _pool(x, (H, W))
         return self.dyconv_proj(x)
@@ -324,8 +341,9 @@ class ContMixBlock(ContMix):
             nn.BatchNorm2d(both),
             nn.GELU(),
             nn.Conv2d(both, dim, 1),
-            GRN(dim),
+            nn.Identity(),
         )
+        self.fusion[4] = GRN(dim, (self.fusion, "3"))
         self._init_mixer(dim, context_dim, kernel_sizes, num_heads)
         self.lepe = nn.Sequential(DilatedReparam(dim, self.kernel_size), nn.BatchNorm2d(dim))
         self.se_layer = SqueezeExcite(dim)
@@ -335,9 +353,9 @@ class ContMixBlock(ContMix):
         self.dwconv2 = ResDWConv(both)
         self.norm2 = ChannelNorm(both)
         self.mlp = nn.Sequential(
-            nn.Conv2d(both, hidden, 1), nn.GELU(), ResDWConv(hidden), GRN(hidden), nn.Conv2d(hidden, both, 1)
+            nn.Conv2d(both, hidden, 1), nn.GELU(), ResDWConv(hidden), nn.Identity(), nn.Conv2d(hidden, both, 1)
         )
-        self.mlp[1] = GELU((self.mlp, "0"))
+        self.mlp[1], self.mlp[3] = GELU((self.mlp, "0")), GRN(hidden, (self.mlp, "2"))
         self.ls1 = LayerScale(both, layer_scale)
         self.ls2 = LayerScale(both, layer_scale)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -1,5 +1,5 @@
-"""Whole models against their peers, one image through every model of the zoo, and models against a matrix product:
-`foveal bench models|zoo|roofline`."""
+"""Whole models against their peers, one image through every model of the zoo, a model of each family by torch.compile,
+and models against a matrix product: `foveal bench models|zoo|compiled|roofline`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..backbones import list_models
 from ..backbones.profile import of_model
 from ..backbones.replace import replace_attention
+from ..figures import Figures, figures
 from .cases import ZOO_PEERS, ModelCase
-from .measure import Bench, Modes, Row, beside_peer, resident_mib
+from .measure import Bench, Modes, Row, beside_peer, difference, resident_mib
 from .peers import by_unfolding
 
 TOLERANCE = 1e-4  # float32, relative to the largest value
@@ -125,6 +126,33 @@ def zoo_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
         times = bench.median_ms({name: partial(net, x) for name, net in nets.items()})
     row = {"model": case.model, "input": f"{case.batch}x3x{case.size}x{case.size}"}
     yield row | {f"{name}_ms": round(times[name], 1) if name in times else "" for name in ("forward", "deployed")}
+
+
+def compiled_cases() -> tuple[ModelCase, ...]:
+    """The smallest model of each family, one image and eight."""
+    least: dict[str, Figures] = {}
+    for model in sorted(figures().values(), key=lambda model: model.macs):
+        if not model.name.startswith("test_"):
+            least.setdefault(model.family, model)
+    return tuple(ModelCase(model.name, "", batch, model.input_size[1]) for model in least.values() for batch in (1, 8))
+
+
+@torch.no_grad()
+def compiled_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:
+    """A model by torch.compile over eager mode, inference in its deployed form: the shortest times. It is timed only if
+    the outputs are equal."""
+    torch.compiler.reset()
+    net: Any = _created(case.model).eval()
+    net = net.reparameterize() if hasattr(net, "reparameterize") else net
+    x = bench.normal(case.batch, 3, case.size, case.size)
+    compiled = torch.compile(net, fullgraph=True)
+    apart = difference(compiled(x), net(x))
+    if not apart <= TOLERANCE:  # NaN differs
+        raise ArithmeticError(f"{case.id} compiled differs from eager mode by {apart:.1e}")
+    times = bench.median_ms({"eager": partial(net, x), "compiled": partial(compiled, x)}, of=min)
+    row: Row = {"model": case.model, "input": f"{case.batch}x3x{case.size}x{case.size}"}
+    row |= {f"{name}_ms": round(taken, 2) for name, taken in times.items()}
+    yield row | {"compiled_over_eager": round(times["compiled"] / times["eager"], 3)}
 
 
 def roofline_rows(case: ModelCase, bench: Bench) -> Iterator[Row]:

@@ -53,6 +53,7 @@ SECTIONS = {
     "layers": Section(operations.layer_rows, (), cases.GPU_LAYERS, cases.TINY_LAYERS, compiles=True, share=10),
     "models": Section(models.model_rows, cases.MODELS, cases.GPU_MODELS, cases.TINY_PAIRS, compiles=True, share=10),
     "zoo": Section(models.zoo_rows, models.zoo_cases(), tiny=cases.TINY_MODELS),
+    "compiled": Section(models.compiled_rows, models.compiled_cases(), tiny=cases.TINY_MODELS),
     "roofline": Section(models.roofline_rows, cases.ROOFLINE, tiny=cases.TINY_MODELS),
     "data": Section(data.data_rows, data.CASES, tiny=data.TINY),
     "engine": Section(engine.engine_rows, engine.CASES, tiny=engine.TINY),

@@ -152,11 +152,18 @@ def plan_of(problem: Problem, cost: Cost) -> Plans:
 def chunkable(problem: Problem, *tensors: Tensor) -> bool:
     """Whether a call may run in chunks: eager mode on a CPU, plain tensors. Everything else uses standard operators,
     which tracers, the transforms of ``torch.func`` and tensor subclasses support."""
+    return not problem.tracing and _plain(problem, *tensors)
+
+
+def one_node(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether a call in chunks is one node of a graph that torch.compile makes. Exporters get standard operators."""
+    exporting = torch.compiler.is_exporting() or not torch.compiler.is_compiling()
+    return problem.tracing and not exporting and _plain(problem, *tensors)
+
+
+def _plain(problem: Problem, *tensors: Tensor) -> bool:
     return (
-        not problem.tracing
-        and not transformed()
-        and problem.device == "cpu"
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        not transformed() and problem.device == "cpu" and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 

@@ -28,6 +28,7 @@ with a halo and strided queries; ``counted`` is timm's ``HaloAttn``; Swin (arXiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -126,3 +127,20 @@ class Window:
         inside = (key >= 0) & (key < in_group[:, None])
         last = torch.sym_max(length - 1, 0) if isinstance(length, torch.SymInt) else max(length - 1, 0)
         return position.clamp(0, last), inside, self.table_row(key, query[:, None])
+
+
+def window_list(rows: Window, columns: Window) -> list[int]:
+    """The windows as a list of ints, for the schemas of operators."""
+    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted), w.offset) for w in (rows, columns))
+    return [BOUNDARIES.index(rows.boundary), *(x for pair in pairs for x in pair)]
+
+
+@lru_cache(maxsize=1024)
+def windows_of(numbers: tuple[int, ...]) -> tuple[Window, Window]:
+    """The inverse of `window_list`."""
+    boundary = BOUNDARIES[numbers[0]]
+    rows, columns = (
+        Window(size, stride, dilation, boundary, apart, bool(counted), offset)
+        for size, stride, dilation, apart, counted, offset in (numbers[1:7], numbers[7:])
+    )
+    return rows, columns

@@ -11,7 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from ...kernels.tracing import is_dynamic
-from ..layers import bicubic, channels_last, fx_leaf, linear, may_overwrite, shortfall
+from ..layers import bicubic, channels_last, for_convolution, fx_leaf, linear, may_overwrite, shortfall
 
 
 def map_sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -73,7 +73,7 @@ class ChannelNorm(LayerNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
         # it permutes to channels-last; exporters guard on a single row to decide the memory format
-        return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else x
+        return x.clone(memory_format=torch.contiguous_format) if is_dynamic(*x.shape[2:]) else for_convolution(x)
 
 
 def to_nchw(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def to_nchw(x: torch.Tensor) -> torch.Tensor:
     of 1 to decide the memory format of a convolution's input."""
     x = x.permute(0, 3, 1, 2)
     # by index: a node of torch.fx cannot be unpacked
-    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(x.shape[2], x.shape[3]) else x
+    return x.clone(memory_format=torch.contiguous_format) if is_dynamic(x.shape[2], x.shape[3]) else for_convolution(x)
 
 
 def to_nhwc(x: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,18 @@ def expand_table(table: Tensor, rows: Window, columns: Window, size: Sequence[in
     return table.transpose(2, 3).flatten(3)
 
 
+def fold_table(grad: Tensor, table: Tensor, problem: Problem) -> Tensor:
+    """The gradient of a table from that of its expansion, ``[H, W, N, Kh*Kw]``, the transpose of `expand_table`."""
+    row, column = (
+        CONSTANTS.get(_rows_and_inside, window, length, grad.device)[0]
+        for window, length in zip(problem.windows, problem.size, strict=True)
+    )
+    grad = grad.permute(2, 0, 1, 3).unflatten(3, problem.kernel_size).transpose(2, 3)  # N H Kh W Kw
+    heads, rows, columns = table.shape
+    folded = grad.new_zeros(heads, row.numel(), columns).index_add_(2, column.flatten(), grad.flatten(3).flatten(1, 2))
+    return grad.new_zeros(heads, rows, columns).index_add_(1, row.flatten(), folded).to(table.dtype)
+
+
 def _rows_and_inside(window: Window, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For every position of an axis and every key of its window, both ``[length, K]``: the row of the table, and
     whether the key is inside the map."""

@@ -10,8 +10,8 @@ products, and the gradients of each are the other two:
 
 A tile may be a whole row or the whole map; the planner chooses the cheapest.
 
-There are two forms: standard operators on all tiles at once, for compilers and exporters, and chunks that stay in the
-CPU's cache, for eager mode on a CPU. Only the two inputs are kept for the backward pass.
+There are two forms: standard operators on all tiles at once, for exporters and other devices, and chunks that stay in
+the CPU's cache; torch.compile calls these as one node. Only the two inputs are kept for the backward pass.
 
 B batch, H W map, N heads, C channels, K = Kh * Kw keys of a window, G G2 dilation groups of rows and columns,
 R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
@@ -20,18 +20,20 @@ R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import tiling
+from .. import flops, tiling
 from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans
-from ..window import Window
-from .softmax import mix_by
+from ..window import Window, window_list, windows_of
+from .softmax import fold_table, mix_by, weights
 
 # What copying one key and value into a span costs, in units of one query-key pair; fitted on a 2-core CPU.
 COPY_COST = 32.0
@@ -179,6 +181,15 @@ class _Chunked:
         return self.cropped(out)
 
 
+def _derivatives(name: str, x: Tensor, y: Tensor, grad: Tensor) -> tuple[tuple[str, Tensor, Tensor], ...]:
+    """The products that are the gradients of ``x`` and ``y``."""
+    return {
+        "apply": (("dots", grad, y), ("spread", x, grad)),  # x weights, y values
+        "dots": (("apply", grad, y), ("spread", grad, x)),  # x queries, y keys
+        "spread": (("dots", y, grad), ("apply", x, grad)),  # x weights, y queries
+    }[name]
+
+
 class _Product(torch.autograd.Function):
     """One of the products, by name. Its gradients are the other two, so derivatives of every order exist."""
 
@@ -191,22 +202,123 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         name, problem, plans = ctx.call
-        x, y = ctx.saved_tensors
-        of_x, of_y = {
-            "apply": (("dots", grad, y), ("spread", x, grad)),  # x weights, y values
-            "dots": (("apply", grad, y), ("spread", grad, x)),  # x queries, y keys
-            "spread": (("dots", y, grad), ("apply", x, grad)),  # x weights, y queries
-        }[name]
-        return (
-            None,
-            _Product.apply(*of_x, problem, plans) if ctx.needs_input_grad[1] else None,
-            _Product.apply(*of_y, problem, plans) if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
+        wanted = zip(_derivatives(name, *ctx.saved_tensors, grad), ctx.needs_input_grad[1:3], strict=True)
+        return None, *(_Product.apply(*of, problem, plans) if needed else None for of, needed in wanted), None, None
+
+
+# ------------------------------------------------------------------------------------ nodes of compiled graphs
+
+
+def _problem(y: Tensor, window: list[int]) -> Problem:
+    rows, columns = windows_of(tuple(window))
+    return Problem(tuple(y.shape), y.shape[4], rows, columns, y.dtype, y.device.type, False, False)
+
+
+@torch.library.custom_op("foveal::tiled_product", mutates_args=())
+def _node(name: str, x: Tensor, y: Tensor, window: list[int]) -> Tensor:
+    """`_Product` for torch.compile, whose code for all tiles at once takes longer than the chunks."""
+    problem = _problem(y, window)
+    with torch.no_grad():
+        return getattr(_Chunked(y, problem, tiling.plan_of(problem, _cost)), name)(x, y)
+
+
+@_node.register_fake
+def _(name, x, y, window):
+    return y.new_empty(*y.shape[:4], window[1] * window[7] if name == "dots" else y.shape[4])
+
+
+def _node_setup_context(ctx, inputs, output) -> None:
+    ctx.name, x, y, ctx.window = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _node_backward(ctx, grad):
+    wanted = zip(_derivatives(ctx.name, *ctx.saved_tensors, grad), ctx.needs_input_grad[1:3], strict=True)
+    return None, *(_node(*of, ctx.window) if needed else None for of, needed in wanted), None
+
+
+_node.register_autograd(_node_backward, setup_context=_node_setup_context)
+
+
+@torch.library.custom_op("foveal::tiled_mix", mutates_args=())
+def _mix_node(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, window: list[int]) -> Tensor:
+    """`mix` of eager mode for torch.compile, which would look up the table again in every pass of the softmax."""
+    with torch.no_grad():
+        return _mix(logits, v, table, kernel_bias, _problem(v, window)).contiguous()
+
+
+@_mix_node.register_fake
+def _(logits, v, table, kernel_bias, window):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("foveal::tiled_mix_backward", mutates_args=())
+def _mix_node_backward(
+    grad: Tensor, logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, window: list[int]
+) -> list[Tensor]:
+    """Gradients of the logits, the values and those biases that are given."""
+    problem, inside = _problem(v, window), window
+    if problem.boundary == "mask":  # the weights of keys outside are zero
+        inside = window_list(*(replace(each, boundary="zero") for each in problem.windows))
+    with torch.no_grad():
+        made, wide = weights(logits, table, kernel_bias, problem), tiling.working_dtype(v.dtype)
+        dots = _node("dots", grad, v, inside).to(wide)
+        dz = torch.ops.aten._softmax_backward_data(dots, made.to(wide), -1, wide)
+        grads = [dz.to(logits.dtype), _node("spread", made, grad, inside)]
+        together = dz.sum(0)  # H W N K
+        if table is not None:
+            grads.append(fold_table(together, table, problem))
+        if kernel_bias is not None:
+            grads.append(together.sum((0, 1, 2)).to(kernel_bias.dtype))
+    return [g.contiguous() for g in grads]
+
+
+@_mix_node_backward.register_fake
+def _(grad, logits, v, table, kernel_bias, window):
+    return [t.new_empty(t.shape) for t in (logits, v, table, kernel_bias) if t is not None]
+
+
+def _mix_setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mix_gradient(ctx, grad):
+    tensors = ctx.saved_tensors
+    grads = iter(_mix_node_backward(grad, *tensors, ctx.window))
+    found = [None if t is None else next(grads) for t in tensors]
+    return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), None
+
+
+_mix_node.register_autograd(_mix_gradient, setup_context=_mix_setup_context)
+
+
+def _pairs(maps: Sequence[int], window: list[int]) -> int:
+    """Pairs of a query and a key."""
+    return math.prod(maps[:4]) * window[1] * window[7]
+
+
+@register_flop_formula(torch.ops.foveal.tiled_product)
+def _(name, x, y, window, *_, **__) -> int:
+    return flops.aggregation(_pairs(y, window), y[4])
+
+
+@register_flop_formula(torch.ops.foveal.tiled_mix)
+def _(logits, v, table, kernel_bias, window, *_, **__) -> int:
+    return flops.aggregation(_pairs(v, window), v[4])
+
+
+@register_flop_formula(torch.ops.foveal.tiled_mix_backward)
+def _(grad, logits, v, table, kernel_bias, window, *_, **__) -> int:
+    return flops.aggregation(_pairs(v, window), v[4], backward=True)
+
+
+# ----------------------------------------------------------------------------------------------- the backend
 
 
 def _run(name: str, x: Tensor, y: Tensor, problem: Problem) -> Tensor:
+    if tiling.one_node(problem, x, y):
+        return _node(name, x, y, window_list(*problem.windows))
     plans = tiling.plan_of(problem, _cost)
     if tiling.chunkable(problem, x, y):
         return _Product.apply(name, x, y, problem, plans)
@@ -218,7 +330,15 @@ def forward(weights: Tensor, v: Tensor, problem: Problem) -> Tensor:
     return _run("apply", weights, v, problem)
 
 
-mix = mix_by(forward)
+_mix = mix_by(forward)
+
+
+def mix(logits: Tensor, v: Tensor, table: Tensor | None, kernel_bias: Tensor | None, problem: Problem) -> Tensor:
+    """[B, H, W, N, K] x [B, H, W, N, D] -> [B, H, W, N, D]: ``forward`` with a softmax over logits plus biases."""
+    tensors = [t for t in (logits, v, table, kernel_bias) if t is not None]
+    if tiling.one_node(problem, *tensors):
+        return _mix_node(logits, v, table, kernel_bias, window_list(*problem.windows))
+    return _mix(logits, v, table, kernel_bias, problem)
 
 
 def logits(q: Tensor, k: Tensor, problem: Problem) -> Tensor:

@@ -5,10 +5,10 @@ attention with a mask: a few batched matrix products instead of a gather of K ke
 
 Four forms; the first two share the planning, the views and the bias:
 
-* ``_attend``: standard operators on all tiles at once, for ``torch.compile``, the exporters and dropout; ``_gathered``
-  for graphs that leave PyTorch.
+* ``_attend``: standard operators on all tiles at once, for other devices, the exporters and dropout; ``_gathered`` for
+  graphs that leave PyTorch.
 * ``_Chunked``: eager mode on a CPU, forward and backward in chunks that stay in the CPU's cache. The backward pass
-  keeps only q, k, v and the bias, and for small calls the probabilities.
+  keeps only q, k, v and the bias, and for small calls the probabilities. ``torch.compile`` calls it as one node.
 * ``_one_window`` and ``_by_rows``: eager mode on a CPU, for a map that every query sees completely, a small one with
   the decomposed bias (HaloNet's last maps) and a large one with a table.
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import tiling
+from .. import flops, tiling
 from ..bias import Bias, DecomposedRelativePositionBias, RelativePositionBias
-from ..cache import CONSTANTS
+from ..cache import CONSTANTS, TensorCache
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans, Scratch
 from ..tracing import leaves_pytorch, transformed
-from ..window import Window
+from ..window import Window, window_list, windows_of
 
 # What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair; fitted
 # on a 2-core CPU.
@@ -389,41 +391,86 @@ def _mixing_dtype(dtype: torch.dtype) -> torch.dtype:
     return tiling.working_dtype(dtype)
 
 
-class _Chunked(torch.autograd.Function):
-    """Attention of all tiles, chunk by chunk; ``patterns`` are the ``_pattern_bias`` of the plans.
+def _in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    problem: Problem,
+    plans: Plans,
+    patterns: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention of all tiles, chunk by chunk, and the probabilities that are kept for the backward pass; ``patterns``
+    are the ``_pattern_bias`` of the plans. The output is that of the map padded to a multiple of the dilation."""
+    # a single chunk keeps its probabilities: saves a fifth of the backward for at most 4 bytes x CHUNK
+    logits = sum(_logits(problem, a, b) for a, b in plans)
+    keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.CHUNK
+    kept = []
+    scratch = Scratch(q, tiling.working_dtype(q.dtype))
+    mixing = _mixing_dtype(v.dtype)
+    qs, ks, vs = (tiling.split_groups(t, problem.dilation) for t in (q, k, v))
+    out = _map_of_groups(v, (*qs.shape[:6], v.shape[-1]), problem.dilation)
+    outs = tiling.split_groups(out, problem.dilation)
+    for (a, b), pattern in zip(plans, patterns, strict=True):
+        bias = _ChunkBias(problem, a, b, pattern, tensors)
+        for index, heads, tile_rows in tiling.chunks(qs.shape, a, b, _chunk_size(problem, a, b)):
+            tiles = tiling.query_tiles(tiling.take(qs, *index), a, b)
+            keys = scratch.spans("all k", tiling.take(ks, *index), a, b)
+            values = scratch.spans("all v", tiling.take(vs, *index), a, b, mixing)
+            for rows in tile_rows:
+                q_, k_ = (scratch.flat(name, t, rows) for name, t in (("q", tiles), ("k", keys)))
+                v_ = scratch.flat("v", values, rows, mixing)
+                weights = factors = bias.probabilities(scratch, q_, k_, heads, rows)
+                if weights.dtype != mixing:
+                    factors = scratch("factors", *weights.shape, dtype=mixing).copy_(weights)
+                target = tiling.take(outs, *index)
+                tiling.store(target, scratch.bmm("out", factors, v_), rows, (a.tile, b.tile), (a.ahead, b.ahead))
+                if keep:
+                    kept.append(weights)
+                    del scratch.held["weights"]
+    return out, kept
 
-    The output is that of the map padded to a multiple of the dilation.
-    """
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    wanted: Sequence[bool],
+    problem: Problem,
+    plans: Plans,
+    patterns: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v and of those tensors of the bias that are ``wanted``; arguments as of `_in_chunks`."""
+    probabilities = iter(kept)
+    working = tiling.working_dtype(q.dtype)
+    scratch = Scratch(q, working)
+    maps = [tiling.split_groups(t, problem.dilation) for t in (q, k, v, grad)]
+    grads = [_map_of_groups(q, t.shape, problem.dilation) for t in maps[:3]]
+    targets = [tiling.split_groups(t, problem.dilation) for t in grads]
+    bias_grads = [
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, working)) if needed else None
+        for t, needed in zip(tensors, wanted, strict=True)
+    ]
+    for (a, b), pattern in zip(plans, patterns, strict=True):
+        bias = _ChunkBias(problem, a, b, pattern, tensors)
+        for index, heads, tile_rows in tiling.chunks(maps[0].shape, a, b, _chunk_size(problem, a, b)):
+            chunk, into = ([tiling.take(t, *index) for t in each] for each in (maps, targets))
+            _chunk_backward(chunk, into, heads, tile_rows, bias, probabilities, scratch)
+        bias.add_to(bias_grads)
+    dq, dk, dv = (t[:, : x.shape[1], : x.shape[2]] for t, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, *(None if g is None else g.to(t.dtype) for g, t in zip(bias_grads, tensors, strict=True))
+
+
+class _Chunked(torch.autograd.Function):
+    """`_in_chunks` with `_gradients`."""
 
     @staticmethod
     def forward(ctx, q, k, v, problem, plans, patterns, *tensors):
-        ctx.problem, ctx.plans, ctx.patterns = problem, plans, patterns
-        # a single chunk keeps its probabilities: saves a fifth of the backward for at most 4 bytes x CHUNK
-        logits = sum(_logits(problem, a, b) for a, b in plans)
-        keep = problem.needs_grad and problem.bias is not DecomposedRelativePositionBias and logits <= tiling.CHUNK
-        kept = []
-        scratch = Scratch(q, tiling.working_dtype(q.dtype))
-        mixing = _mixing_dtype(v.dtype)
-        qs, ks, vs = (tiling.split_groups(t, problem.dilation) for t in (q, k, v))
-        out = _map_of_groups(v, (*qs.shape[:6], v.shape[-1]), problem.dilation)
-        outs = tiling.split_groups(out, problem.dilation)
-        for (a, b), pattern in zip(plans, patterns, strict=True):
-            bias = _ChunkBias(problem, a, b, pattern, tensors)
-            for index, heads, tile_rows in tiling.chunks(qs.shape, a, b, _chunk_size(problem, a, b)):
-                tiles = tiling.query_tiles(tiling.take(qs, *index), a, b)
-                keys = scratch.spans("all k", tiling.take(ks, *index), a, b)
-                values = scratch.spans("all v", tiling.take(vs, *index), a, b, mixing)
-                for rows in tile_rows:
-                    q_, k_ = (scratch.flat(name, t, rows) for name, t in (("q", tiles), ("k", keys)))
-                    v_ = scratch.flat("v", values, rows, mixing)
-                    weights = factors = bias.probabilities(scratch, q_, k_, heads, rows)
-                    if weights.dtype != mixing:
-                        factors = scratch("factors", *weights.shape, dtype=mixing).copy_(weights)
-                    target = tiling.take(outs, *index)
-                    tiling.store(target, scratch.bmm("out", factors, v_), rows, (a.tile, b.tile), (a.ahead, b.ahead))
-                    if keep:
-                        kept.append(weights)
-                        del scratch.held["weights"]
+        ctx.call = problem, plans, patterns
+        out, kept = _in_chunks(q, k, v, tensors, *ctx.call)
         ctx.save_for_backward(q, k, v, *kept, *tensors)
         return out
 
@@ -433,28 +480,12 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(
                 "backend 'tiled' has no second derivatives on a CPU; for create_graph=True use backend='reference'"
             )
-        problem, wanted = ctx.problem, ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[6:]
         q, k, v, *saved = ctx.saved_tensors
         first = len(saved) - len(wanted)
-        kept, tensors = iter(saved[:first]), saved[first:]
-        working = tiling.working_dtype(q.dtype)
-        scratch = Scratch(q, working)
-        maps = [tiling.split_groups(t, problem.dilation) for t in (q, k, v, grad)]
-        grads = [_map_of_groups(q, t.shape, problem.dilation) for t in maps[:3]]
-        targets = [tiling.split_groups(t, problem.dilation) for t in grads]
-        bias_grads = [
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, working)) if needed else None
-            for t, needed in zip(tensors, wanted, strict=True)
-        ]
-        for (a, b), pattern in zip(ctx.plans, ctx.patterns, strict=True):
-            bias = _ChunkBias(problem, a, b, pattern, tensors)
-            for index, heads, tile_rows in tiling.chunks(maps[0].shape, a, b, _chunk_size(problem, a, b)):
-                chunk, into = ([tiling.take(t, *index) for t in each] for each in (maps, targets))
-                _chunk_backward(chunk, into, heads, tile_rows, bias, kept, scratch)
-            bias.add_to(bias_grads)
-        dq, dk, dv = (t[:, : x.shape[1], : x.shape[2]] for t, x in zip(grads, (q, k, v), strict=True))
-        bias_grads = (None if g is None else g.to(t.dtype) for g, t in zip(bias_grads, tensors, strict=True))
-        return dq, dk, dv, None, None, None, *bias_grads
+        kept, tensors = saved[:first], saved[first:]
+        dq, dk, dv, *grads = _gradients(grad, q, k, v, tensors, kept, wanted, *ctx.call)
+        return dq, dk, dv, None, None, None, *grads
 
 
 def _map_of_groups(like: Tensor, groups: tuple[int, ...], dilation: tuple[int, int]) -> Tensor:
@@ -601,26 +632,129 @@ def _some_rows(q: Tensor, k: Tensor, v: Tensor, expanded: Tensor, first: int, pr
     return out.unflatten(2, (-1, width))
 
 
+# ------------------------------------------------------------------------------------- one node of a compiled graph
+
+
+@lru_cache(maxsize=256)
+def _cache_at(address: int) -> TensorCache:
+    """The expansions of the table at an address; the cache compares its values."""
+    return TensorCache()
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int], scale: float
+) -> tuple[Bias | None, Problem]:
+    rows, columns = windows_of(tuple(window))
+    bias: Bias | None = None
+    if second is not None:
+        bias = DecomposedRelativePositionBias(first, second, columns.counted)
+    elif first is not None:
+        bias = RelativePositionBias(first, _cache_at(first.data_ptr()))
+    shape, kind = tuple(k.shape), None if bias is None else type(bias)
+    return bias, Problem(shape, v.shape[4], rows, columns, q.dtype, q.device.type, False, False, bias=kind, scale=scale)
+
+
+@torch.library.custom_op("foveal::tiled_attention", mutates_args=())
+def _node(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int], scale: float
+) -> Tensor:
+    """`forward` of eager mode for torch.compile, whose code for all tiles at once takes longer than the chunks."""
+    bias, problem = _call(q, k, v, first, second, window, scale)
+    with torch.no_grad():
+        return forward(q, k, v, bias, problem).contiguous()
+
+
+@_node.register_fake
+def _(q, k, v, first, second, window, scale):
+    return v.new_empty(*q.shape[:4], v.shape[4])
+
+
+@torch.library.custom_op("foveal::tiled_attention_backward", mutates_args=())
+def _node_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    window: list[int],
+    scale: float,
+    wanted: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, v and, if ``wanted``, of the tensors of the bias."""
+    bias, problem = _call(q, k, v, first, second, window, scale)
+    tensors = () if bias is None else bias.tensors
+    with torch.no_grad():
+        plans = tiling.plan_of(problem, _cost)
+        grads = _gradients(
+            grad, q, k, v, tensors, (), [wanted] * len(tensors), problem, plans, _patterns_of(bias, problem)
+        )
+    return [g.contiguous() for g in grads if g is not None]
+
+
+@_node_backward.register_fake
+def _(grad, q, k, v, first, second, window, scale, wanted):
+    biases = (first, second) if wanted else ()
+    return [t.new_empty(t.shape) for t in (q, k, v, *biases) if t is not None]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    needed = ctx.needs_input_grad[3:5]
+    dq, dk, dv, *biases = _node_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale, any(needed))
+    biases = [*biases, None, None][:2]
+    return dq, dk, dv, *(g if n else None for g, n in zip(biases, needed, strict=True)), None, None
+
+
+_node.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.foveal.tiled_attention)
+def _(q, k, v, first, second, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4])
+
+
+@register_flop_formula(torch.ops.foveal.tiled_attention_backward)
+def _(grad, q, k, v, first, second, window, *_, **__) -> int:
+    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4], backward=True)
+
+
+# ----------------------------------------------------------------------------------------------- the backend
+
+
+def _patterns_of(bias: Bias | None, problem: Problem) -> tuple[Tensor | None, ...]:
+    """`_patterns` of a call."""
+    arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(problem.dtype)
+    if not isinstance(bias, RelativePositionBias):
+        return _patterns(None, *arguments)
+    if bias.cache is None:
+        return _patterns(bias.table, *arguments)
+    return bias.cache.get(_patterns, *arguments, source=bias.table)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
     """[B, h, w, N, D] x [B, H, W, N, D] x [B, H, W, N, V] -> [B, h, w, N, V]."""
     tensors = () if bias is None else bias.tensors
     eager = tiling.chunkable(problem, q, k, v, *tensors) and problem.dropout_p == 0
     if eager and isinstance(bias, DecomposedRelativePositionBias) and _in_one_window(problem):
         return _one_window(q, k, v, bias, problem)
+    compiled = tiling.one_node(problem, q, k, v, *tensors) and problem.dropout_p == 0
     plans = tiling.plan_of(problem, _cost)
     a, b = plans[0]
     large = a.tile * a.span * b.tile * b.span > tiling.CHUNK  # a single tile exceeds a chunk
-    if not eager or (large and bias is None):  # large tiles without bias: SDPA, which does not store the logits
-        return _attend(q, k, v, bias, problem, plans)
+    if not (eager or compiled) or (large and bias is None):
+        return _attend(q, k, v, bias, problem, plans)  # SDPA does not store the logits of a large tile without bias
     whole = a.span == a.length and b.span == b.length and max(*problem.dilation, *problem.query_stride) == 1
     if large and isinstance(bias, RelativePositionBias) and whole and not (a.masked or b.masked):
+        if compiled:
+            return _attend(q, k, v, bias, problem, plans)
         return _by_rows(q, k, v, bias.table, problem)
-    arguments = problem.rows, problem.columns, problem.size, tiling.working_dtype(q.dtype)
-    if not isinstance(bias, RelativePositionBias):
-        patterns = _patterns(None, *arguments)
-    elif bias.cache is None:
-        patterns = _patterns(bias.table, *arguments)
-    else:
-        patterns = bias.cache.get(_patterns, *arguments, source=bias.table)
-    out = _Chunked.apply(q, k, v, problem, plans, patterns, *tensors)
+    if compiled:
+        first, second = (*tensors, None, None)[:2]
+        return _node(q, k, v, first, second, window_list(*problem.windows), problem.scale)
+    out = _Chunked.apply(q, k, v, problem, plans, _patterns_of(bias, problem), *tensors)
     return tiling.crop(out, *problem.query_size)

@@ -26,7 +26,7 @@ from .. import flops, triton_support
 from ..bias import Bias
 from ..problem import Problem
 from ..tracing import transformed
-from ..window import BOUNDARIES, Window
+from ..window import BOUNDARIES, Window, window_list, windows_of
 
 Choice = tuple[int, ...]
 LOG2E = math.log2(math.e)
@@ -234,26 +234,10 @@ def candidates(kernel: str, call: LaunchShape) -> tuple[tuple[int, ...], ...]:
 # ---------------------------------------------------------------------------------------------------- launching
 
 
-def window_list(rows: Window, columns: Window) -> list[int]:
-    """The windows as a list of ints, for the operator's schema."""
-    pairs = ((w.kernel_size, w.stride, w.dilation, w.query_stride, int(w.counted), w.offset) for w in (rows, columns))
-    return [BOUNDARIES.index(rows.boundary), *(x for pair in pairs for x in pair)]
-
-
-@lru_cache(maxsize=1024)
-def _windows(numbers: tuple[int, ...]) -> tuple[Window, Window]:
-    boundary = BOUNDARIES[numbers[0]]
-    rows, columns = (
-        Window(size, stride, dilation, boundary, apart, bool(counted), offset)
-        for size, stride, dilation, apart, counted, offset in (numbers[1:7], numbers[7:])
-    )
-    return rows, columns
-
-
 def _launch_shape(k: Tensor, v: Tensor, first: Tensor | None, second: Tensor | None, window: list[int]) -> LaunchShape:
     batch, height, width, heads, depth = k.shape
     bias = 0 if first is None else 1 if second is None else 2
-    return LaunchShape(batch, heads, height, width, depth, v.shape[4], *_windows(tuple(window)), bias, k.dtype)
+    return LaunchShape(batch, heads, height, width, depth, v.shape[4], *windows_of(tuple(window)), bias, k.dtype)
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -362,6 +362,19 @@ def test_compile_in_one_graph_with_gradients(options):
             assert relative_error(a, b) < 1e-5
 
 
+def test_the_compiled_products_keep_their_promises():
+    """Schemas, fakes and gradients, as compilers rely on them."""
+    weights, v = inputs((1, 6, 7, 2, 4), (3, 3))
+    window = tiled.window_list(Window(3), Window(3, dilation=2))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for name, x in (("apply", weights), ("spread", weights), ("dots", v)):
+        torch.library.opcheck(tiled._node, (name, x, v, window), test_utils=checks)
+    biases = torch.randn(2, 5, 5, requires_grad=True), torch.randn(9, requires_grad=True)
+    window = tiled.window_list(Window(3, boundary="mask"), Window(3, boundary="mask"))
+    for tensors in ((weights, v, *biases), (weights, v, None, None)):
+        torch.library.opcheck(tiled._mix_node, (*tensors, window), test_utils=checks)
+
+
 @pytest.mark.slow
 def test_compile_with_the_default_compiler():
     torch._dynamo.reset()

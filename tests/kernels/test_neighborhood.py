@@ -706,20 +706,64 @@ def test_against_natten(name, size, kernel_size, stride, dilation):
     assert relative_error(neighborhood_attention(q, k, v, scale=0.7, backend=name, **options), want) > 1e-3
 
 
+# --------------------------------------------------------------------------------- tiled under torch.compile
+
+
+def nodes_of(call, *leaves):
+    """The output of the compiled ``call``, and the operators in its one graph."""
+    nodes = []
+
+    def keep(graph, example_inputs):
+        nodes.extend(node for node in graph.graph.nodes if str(node.target).startswith(("aten.", "foveal.")))
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, backend=keep)(*leaves), nodes
+
+
+@pytest.mark.parametrize(
+    ("bias", "options"),
+    [
+        (None, {"kernel_size": (3, 3), "dilation": (2, 3)}),
+        ("table", {"kernel_size": (4, 3), "stride": (2, 1), "boundary": "mask"}),
+        ("factored-per-head", {"kernel_size": (5, 5), "stride": 3, "boundary": "zero"}),
+        ("counted", {"kernel_size": (6, 6), "stride": 4, "query_stride": (2, 2), "boundary": "mask"}),
+    ],
+    ids=["plain", "table", "decomposed", "counted"],
+)
+def test_compilers_see_tiled_as_one_node(bias, options):
+    leaves, _ = inputs((2, 9, 10, 2, 4), 3, bias=bias, **options)
+
+    def call(q, k, v, *tensors):
+        rule = None
+        if bias is not None:
+            rule = RelativePositionBias(*tensors) if bias == "table" else DecomposedRelativePositionBias(*tensors)
+        if bias == "counted":
+            rule = DecomposedRelativePositionBias(*tensors, counted=True)
+        return neighborhood_attention(q, k, v, bias=rule, scale=0.4, **options)
+
+    got, (node,) = nodes_of(call, *leaves)
+    assert str(node.target) in ("foveal.tiled_attention.default", "foveal.tiled_attention")
+    want = call(*leaves)
+    like = output_gradient(got.shape, got.dtype)
+    assert relative_error(got, want) == 0
+    pairs = zip(*(torch.autograd.grad(out, leaves, like) for out in (got, want)), strict=True)
+    assert max(relative_error(a, b) for a, b in pairs) < 1e-6
+    constants = node.args[-2:]  # window and scale
+    tensors = (*leaves, None, None)[:5]
+    torch.library.opcheck(tiled._node, (*tensors, *constants), test_utils=("test_schema", "test_faketensor"))
+    tensors = (like, *(None if t is None else t.detach() for t in tensors))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(tiled._node_backward, (*tensors, *constants, bias is not None), test_utils=checks)
+
+
 @needs_natten
 def test_compilers_see_natten_as_one_node():
     q, k, v = (t.detach() for t in inputs((1, 8, 9, 2, 8))[0])
     options = {"kernel_size": 3, "dilation": 2, "scale": 0.5, "backend": "natten"}
-    graphs = []
-
-    def keep(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lambda q, k, v: neighborhood_attention(q, k, v, **options), fullgraph=True, backend=keep)
-    torch.testing.assert_close(compiled(q, k, v), neighborhood_attention(q, k, v, **options))
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert called == ["foveal.natten_na2d.default"] or called == ["foveal.natten_na2d"], called
+    got, (node,) = nodes_of(lambda q, k, v: neighborhood_attention(q, k, v, **options), q, k, v)
+    torch.testing.assert_close(got, neighborhood_attention(q, k, v, **options))
+    assert str(node.target) in ("foveal.natten_na2d.default", "foveal.natten_na2d")
 
 
 def test_natten_operators_are_proper_and_have_a_gradient(monkeypatch):
