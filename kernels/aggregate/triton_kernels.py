@@ -131,20 +131,22 @@ def _on_map(key, length):
 
 
 @triton.jit
-def _axis(
-    query, key, length, group, dilation, stride, step, K: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """Along one axis: (index of the key in the query's window, ``FAR`` if it is not there, offset of its weight).
-    CLIP: no window has keys outside the map."""
+def _number(query, key, length, K: tl.constexpr, SHIFT: tl.constexpr, CLIP: tl.constexpr):
+    """Index of a key in a query's window along one axis, ``FAR`` if it is not there. CLIP: no window has keys outside
+    the map."""
     number = key - window_start(query, length, K, 1, 1, SHIFT)
     seen = (number.to(tl.uint32) < K) & (query < length)
     if CLIP:
         seen &= _on_map(key, length)
-    position, far = query * dilation + group, number
+    return tl.where(seen, number, FAR)
+
+
+@triton.jit
+def _offset(index, stride, WIDE: tl.constexpr):
+    """Offset of a weight from the first of its query."""
     if WIDE:
-        position, far = position.to(tl.int64), far.to(tl.int64)
-    return tl.where(seen, number, FAR), position * stride + far * step
+        index = index.to(tl.int64)
+    return index * stride
 
 
 @triton.jit
@@ -191,6 +193,9 @@ def _apply(
     m, e = _pairs(M, E)
     number = tl.arange(0, E)
     query_row, query_column = first_row + m // TW, first_column + m % TW
+    weights_at = weights + _at(
+        query_row, query_column, group_row, group_column, dilation_rows, dilation_columns, weights_h, weights_w, WIDE
+    )
     low, down = _keys_seen(first_row, TH, rows, KH, SHIFT)
     left, across = _keys_seen(first_column, TW, columns, KW, SHIFT)
 
@@ -201,18 +206,12 @@ def _apply(
     mass = tl.zeros([M], dtype=tl.float32)
     for side in range(0, across, EC):
         key_column = left + side + e % EC
-        column_number, column_at = _axis(
-            query_column, key_column, columns, group_column, dilation_columns, weights_w, weights_k, KW, SHIFT, CLIP,
-            WIDE,
-        )  # fmt: skip
+        column_number = _number(query_column, key_column, columns, KW, SHIFT, CLIP)
         for step in range(0, down, ER):
             key_row = low + step + e // EC
-            row_number, row_at = _axis(
-                query_row, key_row, rows, group_row, dilation_rows, weights_h, KW * weights_k, KH, SHIFT, CLIP, WIDE
-            )
-            index = row_number * KW + column_number
+            index = _number(query_row, key_row, rows, KH, SHIFT, CLIP) * KW + column_number
             seen = index < KH * KW
-            x = tl.load(weights + row_at + column_at, mask=seen, other=UNSEEN)
+            x = tl.load(weights_at + _offset(index, weights_k, WIDE), mask=seen, other=UNSEEN)
             row, column = low + step + number // EC, left + side + number % EC
             at = _at(row, column, group_row, group_column, dilation_rows, dilation_columns, v_h, v_w, WIDE)
             ok = _on_map(row, tl.minimum(low + down, rows)) & _on_map(column, tl.minimum(left + across, columns))
@@ -257,11 +256,10 @@ def _dots(
     KH: tl.constexpr, KW: tl.constexpr, SHIFT: tl.constexpr, ZEROS: tl.constexpr,
     SOFTMAX: tl.constexpr, TABLE: tl.constexpr, KERNEL_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ER: tl.constexpr, EC: tl.constexpr,
-    BLOCK_D: tl.constexpr, DEPTH: tl.constexpr, ALIKE: tl.constexpr,
+    BLOCK_D: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``queries @ keys^T`` inside the windows of a tile of queries. With ``SOFTMAX`` the queries are the gradient of
-    ``output``, the keys are the values, and the result is the gradient of the logits ``weights``; ALIKE if
-    their strides are equal."""
+    ``output``, the keys are the values, and the result is the gradient of the logits ``weights``."""
     M: tl.constexpr = TH * TW
     E: tl.constexpr = ER * EC
     image, head, group_row, group_column, rows, columns, first_row, first_column = _program(
@@ -300,53 +298,47 @@ def _dots(
     m, e = _pairs(M, E)
     number = tl.arange(0, E)
     query_row, query_column = first_row + m // TW, first_column + m % TW
+    out_at = out + _at(
+        query_row, query_column, group_row, group_column, dilation_rows, dilation_columns, width * heads * (KH * KW),
+        heads * (KH * KW), WIDE,
+    )  # fmt: skip
+    if SOFTMAX:
+        weights_at = weights + _at(
+            query_row, query_column, group_row, group_column, dilation_rows, dilation_columns, weights_h, weights_w,
+            WIDE,
+        )  # fmt: skip
     low, down = _keys_seen(first_row, TH, rows, KH, SHIFT)
     left, across = _keys_seen(first_column, TW, columns, KW, SHIFT)
     for side in range(0, across, EC):
         key_column = left + side + e % EC
-        column_number, out_column = _axis(
-            query_column, key_column, columns, group_column, dilation_columns, heads * (KH * KW), 1, KW, SHIFT, False,
-            WIDE,
-        )  # fmt: skip
+        column_number = _number(query_column, key_column, columns, KW, SHIFT, False)
         for step in range(0, down, ER):
             key_row = low + step + e // EC
-            row_number, out_row = _axis(
-                query_row, key_row, rows, group_row, dilation_rows, width * heads * (KH * KW), KW, KH, SHIFT, False,
-                WIDE,
-            )  # fmt: skip
-            index = row_number * KW + column_number
+            index = _number(query_row, key_row, rows, KH, SHIFT, False) * KW + column_number
             seen = index < KH * KW
             row, column = low + step + number // EC, left + side + number % EC
             keys_at = _at(row, column, group_row, group_column, dilation_rows, dilation_columns, keys_h, keys_w, WIDE)
             ok = _on_map(row, tl.minimum(low + down, rows)) & _on_map(column, tl.minimum(left + across, columns))
             products = tl.zeros([M, E], dtype=tl.float32)
+            if SOFTMAX:
+                products -= mean[:, None]
             for d in tl.static_range(0, DEPTH, BLOCK_D):
                 if DEPTH > BLOCK_D:
                     x = _load_map(queries + d * queries_d, queries_at, query_ok, queries_d, depth - d, BLOCK_D)
                 values = _load_map(keys + d * keys_d, keys_at, ok, keys_d, depth - d, BLOCK_D)
                 products = tl.dot(x, tl.trans(values), products, input_precision=PRECISION)
             if SOFTMAX:
-                row_at, column_at = out_row, out_column
-                if not ALIKE:
-                    _, row_at = _axis(
-                        query_row, key_row, rows, group_row, dilation_rows, weights_h, KW * weights_k, KH, SHIFT, False,
-                        WIDE,
-                    )  # fmt: skip
-                    _, column_at = _axis(
-                        query_column, key_column, columns, group_column, dilation_columns, weights_w, weights_k, KW,
-                        SHIFT, False, WIDE,
-                    )  # fmt: skip
                 z = _logits(
-                    tl.load(weights + row_at + column_at, mask=seen, other=float("-inf")), seen, index,
+                    tl.load(weights_at + _offset(index, weights_k, WIDE), mask=seen, other=float("-inf")), seen, index,
                     key_row - query_row + (KH - 1), key_column - query_column + (KW - 1), table, kernel_bias,
                     KW, TABLE, KERNEL_BIAS,
                 )  # fmt: skip
                 if not (SHIFT or ZEROS):
                     z = tl.where(_on_map(key_row, rows) & _on_map(key_column, columns), z, float("-inf"))
-                p = tl.exp2(_matrix(z, M, E) * LOG2E - mass[:, None])
-                products = p * (products - mean[:, None])
+                products *= tl.exp2(_matrix(z, M, E) * LOG2E - mass[:, None])
             # keys outside the map are written too
-            tl.store(out + out_row + out_column, _list(products.to(out.dtype.element_ty), M, E), mask=seen)
+            products = _list(products.to(out.dtype.element_ty), M, E)
+            tl.store(out_at + _offset(index, 1, WIDE), products, mask=seen)
 
 
 @triton.jit
@@ -382,18 +374,16 @@ def _spread(
     total = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     for side in range(0, across, EC):
         query_column = left + side + e % EC
-        column_number, column_at = _axis(
-            query_column, key_column, columns, group_column, dilation_columns, weights_w, weights_k, KW, SHIFT, True,
-            WIDE,
-        )  # fmt: skip
+        column_number = _number(query_column, key_column, columns, KW, SHIFT, True)
         for step in range(0, down, ER):
             query_row = low + step + e // EC
-            row_number, row_at = _axis(
-                query_row, key_row, rows, group_row, dilation_rows, weights_h, KW * weights_k, KH, SHIFT, True, WIDE
-            )
-            index = row_number * KW + column_number
+            index = _number(query_row, key_row, rows, KH, SHIFT, True) * KW + column_number
             seen = index < KH * KW
-            p = tl.load(weights + row_at + column_at, mask=seen, other=UNSEEN)
+            weights_at = weights + _at(
+                query_row, query_column, group_row, group_column, dilation_rows, dilation_columns, weights_h,
+                weights_w, WIDE,
+            )  # fmt: skip
+            p = tl.load(weights_at + _offset(index, weights_k, WIDE), mask=seen, other=UNSEEN)
             row, column = low + step + number // EC, left + side + number % EC
             ok = (row < low + down) & (column < left + across)
             at = _at(row, column, group_row, group_column, dilation_rows, dilation_columns, queries_h, queries_w, WIDE)
@@ -533,7 +523,6 @@ def _launch(
     padded = power_of_2(depth, 16)
     if name == "dots":  # float32 loops over the depth: there are no tensor cores for it
         arguments |= {"DEPTH": padded, "BLOCK_D": min(padded, 32) if out.dtype == torch.float32 else padded}
-        arguments["ALIKE"] = softmax and strided["weights"].stride()[1:] == out.stride()[1:]
     else:
         arguments |= {"BLOCK_D": padded}
 

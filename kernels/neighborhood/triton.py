@@ -328,10 +328,11 @@ def expand_bias(
 
 
 def _images(call: LaunchShape, programs: int, device: torch.device) -> int:
-    """Programs that share the images of a tile: about eight in all per multiprocessor."""
+    """Programs that share the images of a tile, about equally: about eight in all per multiprocessor."""
     from .. import triton_common
 
-    return min(call.batch, max(1, -(-8 * triton_common.processors(device) // programs)))
+    shares = min(call.batch, max(1, -(-8 * triton_common.processors(device) // programs)))
+    return -(-call.batch // -(-call.batch // shares))
 
 
 def _unrolled(kernel: str, call: LaunchShape, blocks: int, keys: int, stages: int) -> int:
