@@ -190,7 +190,7 @@ def _mix(layer: Layer, dtype: torch.dtype) -> list[Launch]:
 
 
 def _trips(launch: Launch, layer: Layer) -> Sequence[float]:
-    """Iterations of the loops of a kernel, the outermost first: of an aggregation their mean, else those of a tile far
+    """Iterations of the loops of a kernel, the outermost first: their mean where tiles differ, else those of a tile far
     from the border."""
     given, name = launch.named, launch.kernel.__name__
     if name in ("_apply", "_dots", "_spread"):
@@ -205,7 +205,15 @@ def _trips(launch: Launch, layer: Layer) -> Sequence[float]:
             trips.append(statistics.mean(-(-span // block) for span in seen))
         return trips
     if name in ("forward", "queries_backward", "keys_backward"):
-        blocks = given["DOWN"] * given["CHUNKS"] if given.get("ALL_CHUNKS", True) else given["DOWN"]
+        blocks: float = given["DOWN"] * given["CHUNKS"] if given.get("ALL_CHUNKS", True) else given["DOWN"]
+        if given.get("VARIES"):
+            from ..kernels.neighborhood.triton import key_tiling
+
+            a, b = (
+                key_tiling(layer.rows, layer.shape[1], given["TH"]),
+                key_tiling(layer.columns, layer.shape[2], given["TW"]),
+            )
+            blocks = a.blocks(given["QR"]) * b.blocks(given["QC"]) / (a.tiles * b.tiles)
         trips = [-(-layer.shape[0] // launch.grid[1]), *([] if given["UNROLL"] > 1 else [blocks])]
         return [-(-given["count"] // given["programs"]), *trips] if name == "queries_backward" else trips
     return []

@@ -99,17 +99,43 @@ def launch_tiling(window: Window, length: int, tile: int) -> LaunchTiling:
     return LaunchTiling(step, tiles, before, before + after)
 
 
+@dataclass(frozen=True)
+class KeyTiling:
+    """Tiles of keys along one axis: ``step`` keys each, the first without ``lead`` of them. ``spans``: queries that see
+    a key of each tile of the longest group; at most ``span`` in any group."""
+
+    step: int
+    lead: int
+    spans: tuple[int, ...]
+    span: int
+
+    @property
+    def tiles(self) -> int:
+        return len(self.spans)
+
+    def blocks(self, size: int) -> int:
+        """Blocks of ``size`` queries that the tiles need in all."""
+        return sum(-(-span // size) for span in self.spans)
+
+
 @lru_cache(maxsize=4096)
-def query_span(window: Window, length: int, tile: int) -> int:
-    """Maximum number of queries along an axis that see a key of one tile of ``tile`` keys."""
-    longest = 0
-    for group in _lengths(window, length):
-        starts = [window.start(query, group) for query in range(window.queries(group))]
-        for first in range(0, group, tile):
-            low = bisect_right(starts, first - window.kernel_size)
-            high = bisect_left(starts, min(first + tile, group))
-            longest = max(longest, high - low)
-    return longest
+def key_tiling(window: Window, length: int, tile: int) -> KeyTiling:
+    """Tiles of at most ``tile`` keys that the fewest queries see: with a stride, they begin at a window's end."""
+    groups = {n: [window.start(q, n) for q in range(window.queries(n))] for n in _lengths(window, length)}
+
+    def tiling(step: int, lead: int) -> KeyTiling:
+        spans = {}
+        for group, starts in groups.items():
+            spans[group] = tuple(
+                bisect_left(starts, min(first + step, group)) - bisect_right(starts, max(first, 0) - window.kernel_size)
+                for first in range(-lead, group, step)
+            )
+        return KeyTiling(step, lead, spans[max(spans)], max(map(max, spans.values())))
+
+    together = window.stride if window.stride <= tile else tile
+    steps = {tile, tile // together * together}
+    tilings = [tiling(step, lead) for step in steps for lead in (range(step) if window.stride > 1 else (0,))]
+    return min(tilings, key=lambda t: (t.tiles * t.span, t.lead, -t.step))
 
 
 @dataclass(frozen=True)
@@ -184,13 +210,11 @@ def _key_tile(call: LaunchShape, keys: int, queries: int) -> tuple[int, int, int
     """The cheapest (TH, TW, QR, QC)."""
     choices = []
     for th, tw in _shapes(keys):
-        tiles = math.prod(
-            -(-w.group_length(length) // t)
-            for w, length, t in zip(call.windows, (call.height, call.width), (th, tw), strict=True)
-        )
-        span = query_span(call.rows, call.height, th), query_span(call.columns, call.width, tw)
-        cost, height, width = _block(*span, queries)
-        choices.append((tiles * cost * (keys + LOAD_COST), abs(th - tw), (th, tw, height, width)))
+        a, b = key_tiling(call.rows, call.height, th), key_tiling(call.columns, call.width, tw)
+        for size, qc in itertools.product((queries, queries // 2), (8, 16, 32, 64)):
+            if qc <= size >= 16:
+                cost = a.blocks(size // qc) * b.blocks(qc) * (size + BLOCK_COST) * (keys + LOAD_COST)
+                choices.append((cost, abs(th - tw), (th, tw, size // qc, qc)))
     return min(choices)[2]
 
 
@@ -217,9 +241,10 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
             return [(32, 32, 8, 2), (16, 32, 8, 1)]
         return [(32, 32, 4, 2) if keys else (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if decomposed and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
-        return [(32, 32, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
+        return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if kernel == "forward":
-        return [(64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 2, 2), (128, 128, 8, 2)]
+        whole = [(64, 256, 4, 2)] if decomposed and depth <= 32 else []
+        return [*whole, (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 2, 2), (128, 128, 8, 2)]
     unrolled = [(64, 64 if keys else 32, 4, 2)] if depth <= 32 else []
     return [*unrolled, (64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3), (32, 32, 2, 3), (16, 64, 2, 3)]
 
@@ -306,11 +331,12 @@ def expand_bias(
         return Expansion(None, 0, {"SLABS": 1, "ABOVE": 0, "ROWS": 0})
     rows, columns = call.windows
     if keys:
-        before, step, tiles = 0, tile[1], -(-columns.group_length(call.width) // tile[1])
-        span, above, other = query_span(columns, call.width, tile[1]), tile[0], rows.kernel_size + tile[0]
+        keys_across = key_tiling(columns, call.width, tile[1])
+        before, lead, step, tiles = 0, keys_across.lead, keys_across.step, keys_across.tiles
+        span, above, other = keys_across.span, tile[0], rows.kernel_size + tile[0]
     else:
         a, b = launch_tiling(rows, call.height, tile[0]), launch_tiling(columns, call.width, tile[1])
-        before, step, tiles = b.before, b.step, b.tiles
+        before, lead, step, tiles = b.before, 0, b.step, b.tiles
         span, above, other = b.span, max(1, a.span - rows.kernel_size), -(-a.span // block[0]) * block[0]
     span = -(-span // block[1]) * block[1]
     nearest, farthest = _offsets(rows, call.height) if table is not None else (0, 0)
@@ -319,7 +345,7 @@ def expand_bias(
     size = math.prod((constants["SLABS"], constants["ROWS"], tile[1], span))
     expanded = torch.empty(heads, groups * tiles, size, dtype=torch.float32, device=device)
     triton_kernels.expand[(heads, groups * tiles, -(-size // 1024))](
-        table, expanded, _head_stride(table), 1 / scale, call.width, groups, step, tiles, before, nearest,
+        table, expanded, _head_stride(table), 1 / scale, call.width, groups, step, tiles, lead, before, nearest,
         KH=rows.kernel_size, KW=columns.kernel_size, STRIDE=columns.stride, APART=columns.query_stride,
         COUNTED=columns.counted, AHEAD=columns.ahead, BOUNDARY=BOUNDARIES.index(columns.boundary),
         BIAS=int(table is not None), T=tile[1], S=span, **constants, KEYS=keys, BLOCK=1024, num_warps=4,
@@ -372,6 +398,7 @@ def launch_queries_backward(
     q, k, v, first, second, out, grad, lse, delta, dq, call: LaunchShape, scale: float, wanted: bool, choice, wide: bool
 ) -> list[Tensor]:
     """Compute dq and delta; return the float32 gradients of the bias if ``wanted``."""
+    from ..triton_common import power_of_2
     from . import triton_kernels
 
     th, tw, kr, kc, warps, stages = choice
@@ -392,7 +419,8 @@ def launch_queries_backward(
             *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
             bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E, call.batch, *_sizes_of(call),
             a.step, b.step, a.tiles, b.tiles, b.before, bias.nearest, count, programs, chunk or 0,
-            **constants, **bias.constants, TH=th, TW=tw, KR=kr, KC=kc, DOWN=down, CHUNKS=chunks,
+            **constants, **bias.constants, SPAN_H=power_of_2(down * kr, 16), SPAN_W=power_of_2(chunks * kc, 16),
+            TH=th, TW=tw, KR=kr, KC=kc, DOWN=down, CHUNKS=chunks,
             ALIKE=k.stride() == v.stride(), UNROLL=_unrolled("queries_backward", call, blocks, kr * kc, stages),
             DQ=dq, DBIAS=dbias, ALL_CHUNKS=chunk is None, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -428,20 +456,18 @@ def launch_keys_backward(
     from . import triton_kernels
 
     th, tw, qr, qc, warps, stages = choice
-    tiles = [
-        -(-w.group_length(length) // t)
-        for w, length, t in zip(call.windows, (call.height, call.width), (th, tw), strict=True)
-    ]
-    programs = call.rows.dilation * call.columns.dilation * math.prod(tiles) * call.heads
+    a, b = key_tiling(call.rows, call.height, th), key_tiling(call.columns, call.width, tw)
+    programs = call.rows.dilation * call.columns.dilation * a.tiles * b.tiles * call.heads
     bias = expand_bias(first, call, scale, (th, tw), (qr, qc), True, q.device)
-    down, across = -(-query_span(call.rows, call.height, th) // qr), -(-query_span(call.columns, call.width, tw) // qc)
+    down, across = -(-a.span // qr), -(-b.span // qc)
+    unrolled = _unrolled("keys_backward", call, down * across, qr * qc, stages)
     triton_kernels.keys_backward[(programs, _images(call, programs, q.device))](
         q, k, v, bias.table, first, second, grad, lse, delta, dk, dv,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
         bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E, call.batch, *_sizes_of(call),
-        *tiles, bias.nearest, **_constants(call, wide), **bias.constants, TH=th, TW=tw, QR=qr, QC=qc,
-        DOWN=down, CHUNKS=across, ALIKE=q.stride() == grad.stride(),
-        UNROLL=_unrolled("keys_backward", call, down * across, qr * qc, stages),
+        a.step, b.step, a.tiles, b.tiles, a.lead, b.lead, bias.nearest,
+        **_constants(call, wide), **bias.constants, TH=th, TW=tw, QR=qr, QC=qc, DOWN=down, CHUNKS=across,
+        ALIKE=q.stride() == grad.stride(), UNROLL=unrolled, VARIES=unrolled == 1 < down * across,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 

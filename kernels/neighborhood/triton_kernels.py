@@ -6,7 +6,7 @@ of queries and keys:
 
 * table or no bias: expanded by ``expand`` for each column of tiles, loaded by ``_bias``;
 * decomposed: the sum of a row part and a column part, which are products of the query with a row of an embedding, or
-  -inf.
+  ``UNSEEN``.
 
 The key columns of every tile start ``before`` keys left of its first query. The gradient of a table can thus be summed
 by position in the tile over many tiles, and by offset only at the end.
@@ -30,6 +30,7 @@ SHIFT = tl.constexpr(0)
 MASK = tl.constexpr(2)
 TABLE = tl.constexpr(1)
 DECOMPOSED = tl.constexpr(2)
+UNSEEN = tl.constexpr(-1e30)  # a part of a decomposed bias: below every logit; sums and products with 0 are finite
 
 
 # ----------------------------------------------------------------------------------------------------- helpers
@@ -95,9 +96,16 @@ def _store(base, at, inside, x, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_embedding(base, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BD: tl.constexpr):
-    row = tl.arange(0, P)
-    return _load(base, row * D, row < ROWS, D, BD)
+def _load_both(
+    x, y, row, column, inside, x_row, x_column, y_row, y_column, x_image, y_image,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values, or queries and gradients, of positions in an image; ALIKE if their strides are equal."""
+    x_at = _at(row, column, x_row, x_column, WIDE) + x_image
+    y_at = x_at
+    if not ALIKE:
+        y_at = _at(row, column, y_row, y_column, WIDE) + y_image
+    return _load(x, x_at, inside, D, BD), _load(y, y_at, inside, DV, BDV)
 
 
 @triton.jit
@@ -106,29 +114,65 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dots(q, embedding, inverse_scale, PRECISION: tl.constexpr):
-    """q . embedding over the scale, [queries, P]; in float32 if their dtypes differ, to keep the embedding's
-    precision."""
-    if q.dtype != embedding.dtype:
-        q, embedding = q.to(tl.float32), embedding.to(tl.float32)
-    return tl.dot(q, tl.trans(embedding), input_precision=PRECISION) * inverse_scale
+def _halves(x, dtype: tl.constexpr):
+    """Two numbers of ``dtype`` with the sum x, of twice the precision."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def _seen(key, start, valid, length, K: tl.constexpr, BOUNDARY: tl.constexpr):
+def _load_embedding(base, dtype: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BD: tl.constexpr):
+    """An embedding in the dtype of the queries, and what that cuts off."""
+    row = tl.arange(0, P)
+    return _halves(_load(base, row * D, row < ROWS, D, BD).to(tl.float32), dtype)
+
+
+@triton.jit
+def _dots(q, embedding, rest, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """q . embedding, [queries, P]; EXACT: the embedding has no ``rest``."""
+    dots = _dot(q, tl.trans(embedding), PRECISION)
+    if not EXACT:
+        dots = tl.dot(q, tl.trans(rest), dots, input_precision=PRECISION)
+    return dots
+
+
+@triton.jit
+def _seen(key, start, length, K: tl.constexpr, BOUNDARY: tl.constexpr):
     """Whether a query sees a key along one axis; the arguments broadcast."""
-    seen = valid & (key >= start) & (key < start + K)
+    seen = (key >= start) & (key < start + K)
     if BOUNDARY == MASK:
         seen = seen & (key >= 0) & (key < length)
     return seen
 
 
 @triton.jit
-def _part(key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constexpr, BOUNDARY: tl.constexpr):
-    """Row or column part of a decomposed bias and of the mask, [queries, keys]."""
-    seen = _seen(key[None, :], start[:, None], valid[:, None], length, K, BOUNDARY)
-    row = key[None, :] - index[:, None] + (K - 1)
-    return tl.where(seen, tl.gather(dots, tl.minimum(tl.maximum(row, 0), P - 1), 1), float("-inf"))
+def _part(
+    first, start, index, length, dots, inverse_scale,
+    K: tl.constexpr, P: tl.constexpr, BOUNDARY: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Row or column part of a decomposed bias and of the mask, [queries, SPAN], for the keys from ``first`` on."""
+    key = first + tl.arange(0, SPAN)[None, :]
+    picked = tl.gather(dots, tl.minimum(tl.maximum(key - index[:, None] + (K - 1), 0), P - 1), 1)
+    return tl.where(_seen(key, start[:, None], length, K, BOUNDARY), picked * inverse_scale, UNSEEN)
+
+
+@triton.jit
+def _places(number, SPAN: tl.constexpr, dtype: tl.constexpr):
+    """0/1 matrix [SPAN, keys]: the column of a key has its 1 in row ``number``."""
+    return tl.where(tl.arange(0, SPAN)[:, None] == number[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def _add_part(bias, part, number, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """``bias`` [queries, keys] plus, for each key, the column ``number`` of ``part``; for 16-bit ``dtype`` in two
+    halves of bfloat16, which has the range of float32."""
+    if dtype == tl.float32:
+        bias = tl.dot(part, _places(number, part.shape[1], tl.float32), bias, input_precision=PRECISION)
+    else:
+        places = _places(number, part.shape[1], tl.bfloat16)
+        high, low = _halves(part, tl.bfloat16)
+        bias = tl.dot(high, places, tl.dot(low, places, bias))
+    return bias
 
 
 # ------------------------------------------------------------------------------------------- masks and bias tables
@@ -136,7 +180,7 @@ def _part(key, start, index, valid, length, dots, K: tl.constexpr, P: tl.constex
 
 @triton.jit
 def expand(
-    table, expanded, table_head, inverse_scale, width, dilation, step, tiles, before, nearest,
+    table, expanded, table_head, inverse_scale, width, dilation, step, tiles, lead, before, nearest,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
     AHEAD: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,8 +199,9 @@ def expand(
     number = x // 8 % T
     other = x // (8 * T) % (S // 8) * 8 + x % 8
     if KEYS:
-        key = tile * step + number
-        query = first_query(tile * step, length, KW, STRIDE, APART, BOUNDARY == SHIFT, AHEAD) + other
+        key = tile * step - lead
+        query = first_query(tl.maximum(key, 0), length, KW, STRIDE, APART, BOUNDARY == SHIFT, AHEAD) + other
+        key += number
     else:
         query = tile * step - AHEAD
         key = query * APART - before + other
@@ -165,7 +210,7 @@ def expand(
     seen = (number < step) & (query < query_count(length, APART)) & (row >= 0) & (row < KH)
     if AHEAD:
         seen = seen & (query >= 0)
-    seen = _seen(key, start, seen, length, KW, BOUNDARY)
+    seen = seen & _seen(key, start, length, KW, BOUNDARY)
     value = tl.zeros((BLOCK,), tl.float32)
     if BIAS == TABLE:
         entry_row = row - (nearest + x // (T * S * ROWS)) + (KH - 1)
@@ -217,31 +262,6 @@ def _bias(
     return tl.reshape(tl.permute(loaded, (3, 2, 4, 0, 1, 5)), (M, KR * KC))
 
 
-@triton.jit
-def _block_bias(
-    expanded, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index, column_valid,
-    first, last, low, left, row, column, length_rows, length_columns, nearest,
-    M: tl.constexpr, T: tl.constexpr, S: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, APART: tl.constexpr, COUNTED: tl.constexpr,
-    AHEAD: tl.constexpr, BOUNDARY: tl.constexpr, BIAS: tl.constexpr, SLABS: tl.constexpr, ABOVE: tl.constexpr,
-    ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Bias and mask of a tile of queries and a block of keys, [M, KR * KC]: of ``_bias``, or decomposed."""
-    if BIAS == DECOMPOSED:
-        keys_down, keys_across = low + row + tl.arange(0, KR), left + column + tl.arange(0, KC)
-        row_part = _part(keys_down, row_start, row_index, row_valid, length_rows, row_dots, KH, R, BOUNDARY)
-        column_part = _part(
-            keys_across, column_start, column_index, column_valid, length_columns, column_dots, KW, C, BOUNDARY
-        )
-        bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (M, KR * KC))
-    else:
-        bias = _bias(
-            expanded, first, last, low, row, column, length_rows, nearest,
-            M, T, S, KR, KC, KH, STRIDE, APART, COUNTED, AHEAD, BOUNDARY, SLABS, ABOVE, ROWS, False,
-        )  # fmt: skip
-    return bias
-
-
 # ----------------------------------------------------------------------------------------------------- forward
 
 
@@ -290,13 +310,15 @@ def forward(
     q += wide_head * q_head
     k += wide_head * k_head
     v += wide_head * v_head
-    row_embedding, column_embedding = 0.0, 0.0
+    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
+    row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS != DECOMPOSED:
         expanded += wide_head * expanded_head
         expanded += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * KC * CHUNKS)
     else:
-        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+        dtype: tl.constexpr = q.dtype.element_ty
+        row_embedding, row_rest = _load_embedding(bias_rows + head * rows_head, dtype, 2 * KH - 1, D, R, BD)
+        column_embedding, column_rest = _load_embedding(bias_columns + head * columns_head, dtype, 2 * KW - 1, D, C, BD)
     low = window_start(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
     left = first_column * NW - before
     e = tl.arange(0, BK)
@@ -306,30 +328,39 @@ def forward(
         queries = _load(q, q_at + far_image * q_image, valid, D, BD)
         row_dots, column_dots = 0.0, 0.0
         if BIAS == DECOMPOSED:
-            row_dots = _dots(queries, row_embedding, LOG2E / scale, PRECISION)
-            column_dots = _dots(queries, column_embedding, LOG2E / scale, PRECISION)
+            row_dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
+            column_dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
         largest = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BDV), tl.float32)
         for block in tl.range(0, DOWN * CHUNKS, loop_unroll_factor=UNROLL):
-            top, side = low + block // CHUNKS * KR, block % CHUNKS * KC
-            key_row, key_column = top + e // KC, left + side + e % KC
+            down, side = block // CHUNKS * KR, block % CHUNKS * KC
+            key_row, key_column = low + down + e // KC, left + side + e % KC
             inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
             position_r, position_c = key_row * dilation_rows + group_row, key_column * dilation_columns + group_column
-            k_at = _at(position_r, position_c, k_row, k_column, WIDE) + far_image * k_image
-            v_at = k_at
-            if not ALIKE:
-                v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
-            keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
-            bias = _block_bias(
-                expanded, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
-                column_valid, first_row, last_row, low, left, block // CHUNKS * KR, side, length_rows,
-                length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, AHEAD_H,
-                BOUNDARY, BIAS, SLABS, ABOVE, ROWS, R, C,
+            keys, values = _load_both(
+                k, v, position_r, position_c, inside, k_row, k_column, v_row, v_column, far_image * k_image,
+                far_image * v_image, D, BD, DV, BDV, WIDE, ALIKE,
             )  # fmt: skip
+            if BIAS == DECOMPOSED:
+                row_part = _part(
+                    low + down, row_start, row_index, length_rows, row_dots, LOG2E / scale, KH, R, BOUNDARY, KR
+                )
+                column_part = _part(
+                    left + side, column_start, column_index, length_columns, column_dots, LOG2E / scale, KW, C,
+                    BOUNDARY, KC,
+                )  # fmt: skip
+                bias = tl.reshape(row_part[:, :, None] + column_part[:, None, :], (BM, BK))
+            else:
+                bias = _bias(
+                    expanded, first_row, last_row, low, down, side, length_rows, nearest,
+                    BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, AHEAD_H, BOUNDARY, SLABS, ABOVE, ROWS, False,
+                )  # fmt: skip
             logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
             larger = tl.maximum(largest, tl.max(logits, 1))
-            offset = tl.where(larger == float("-inf"), 0.0, larger * scale)  # no key seen so far: avoid inf - inf
+            offset = larger * scale
+            if BIAS != DECOMPOSED and DOWN * CHUNKS > 1:
+                offset = tl.where(larger == float("-inf"), 0.0, offset)  # no key seen so far: avoid inf - inf
             weights = tl.exp2(logits * scale - offset[:, None])
             if block > 0:
                 shrink = tl.exp2(largest * scale - offset)
@@ -361,8 +392,9 @@ def queries_backward(
     BOUNDARY: tl.constexpr, BIAS: tl.constexpr,
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, KR: tl.constexpr, KC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
-    UNROLL: tl.constexpr, DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, SPAN_H: tl.constexpr, SPAN_W: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, UNROLL: tl.constexpr,
+    DQ: tl.constexpr, DBIAS: tl.constexpr, ALL_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """``count`` tiles of queries of a head, distributed over ``programs`` programs for each of several sets of images.
 
@@ -379,10 +411,12 @@ def queries_backward(
     k += wide_head * k_head
     v += wide_head * v_head
     grad += wide_head * g_head
-    row_embedding, column_embedding = 0.0, 0.0
+    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
+    row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS == DECOMPOSED:
-        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+        dtype: tl.constexpr = q.dtype.element_ty
+        row_embedding, row_rest = _load_embedding(bias_rows + head * rows_head, dtype, 2 * KH - 1, D, R, BD)
+        column_embedding, column_rest = _load_embedding(bias_columns + head * columns_head, dtype, 2 * KW - 1, D, C, BD)
     table_sum, row_sum, column_sum = 0.0, 0.0, 0.0
     if DBIAS and BIAS == TABLE:
         table_sum = tl.zeros((R, TW * KC), tl.float32)
@@ -431,55 +465,69 @@ def queries_backward(
             outs = _load(out + first_image * DV, at * DV, valid, DV, BDV)
             deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
             offset = tl.load(lse + first_image + at, mask=valid, other=float("inf"))  # weights of 0
-            row_dots, column_dots, drow, dcolumn = 0.0, 0.0, 0.0, 0.0
+            drow, dcolumn = 0.0, 0.0
+            row_part, column_part = 0.0, 0.0
             if BIAS == DECOMPOSED:
-                row_dots = _dots(queries, row_embedding, LOG2E / scale, PRECISION)
-                column_dots = _dots(queries, column_embedding, LOG2E / scale, PRECISION)
-                drow, dcolumn = tl.zeros((BM, R), tl.float32), tl.zeros((BM, C), tl.float32)
+                dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
+                row_part = _part(low, row_start, row_index, length_rows, dots, LOG2E / scale, KH, R, BOUNDARY, SPAN_H)
+                dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
+                column_part = _part(
+                    left, column_start, column_index, length_columns, dots, LOG2E / scale, KW, C, BOUNDARY, SPAN_W
+                )
+                drow, dcolumn = tl.zeros((BM, SPAN_H), tl.float32), tl.zeros((BM, SPAN_W), tl.float32)
             acc = tl.zeros((BM, BD), tl.float32)
             for block in tl.range(0, DOWN * across, loop_unroll_factor=UNROLL):
-                top, side = low + block // across * KR, (first_chunk + block % across) * KC
-                key_row, key_column = top + e // KC, left + side + e % KC
+                down, side = block // across * KR, (first_chunk + block % across) * KC
+                key_row, key_column = low + down + e // KC, left + side + e % KC
                 inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-                position_r = key_row * dilation_rows + group_row
-                position_c = key_column * dilation_columns + group_column
-                k_at = _at(position_r, position_c, k_row, k_column, WIDE) + far_image * k_image
-                v_at = k_at
-                if not ALIKE:
-                    v_at = _at(position_r, position_c, v_row, v_column, WIDE) + far_image * v_image
-                keys, values = _load(k, k_at, inside, D, BD), _load(v, v_at, inside, DV, BDV)
-                bias = _block_bias(
-                    tile_bias, row_dots, column_dots, row_start, row_index, row_valid, column_start, column_index,
-                    column_valid, first_row, last_row, low, left, block // across * KR, side, length_rows,
-                    length_columns, nearest, BM, TW, KC * CHUNKS, KR, KC, KH, KW, SH, NH, COUNTED_H, AHEAD_H,
-                    BOUNDARY, BIAS, SLABS, ABOVE, ROWS, R, C,
+                position_r, position_c = (
+                    key_row * dilation_rows + group_row,
+                    key_column * dilation_columns + group_column,
+                )
+                keys, values = _load_both(
+                    k, v, position_r, position_c, inside, k_row, k_column, v_row, v_column, far_image * k_image,
+                    far_image * v_image, D, BD, DV, BDV, WIDE, ALIKE,
                 )  # fmt: skip
+                if BIAS == DECOMPOSED:
+                    bias = tl.zeros((BM, BK), tl.float32)
+                    bias = _add_part(bias, row_part, down + e // KC, queries.dtype, PRECISION)
+                    bias = _add_part(bias, column_part, side + e % KC, queries.dtype, PRECISION)
+                else:
+                    bias = _bias(
+                        tile_bias, first_row, last_row, low, down, side, length_rows, nearest,
+                        BM, TW, KC * CHUNKS, KR, KC, KH, SH, NH, COUNTED_H, AHEAD_H, BOUNDARY, SLABS, ABOVE, ROWS,
+                        False,
+                    )  # fmt: skip
                 logits = tl.dot(queries, tl.trans(keys), bias, input_precision=PRECISION)
                 weights = tl.exp2(logits * scale - offset[:, None])
                 dlogits = weights * (_dot(grads, tl.trans(values), PRECISION) - deltas[:, None])
+                narrow = dlogits.to(keys.dtype)
                 if DQ:
-                    acc = tl.dot(dlogits.to(keys.dtype), keys, acc, input_precision=PRECISION)
+                    acc = tl.dot(narrow, keys, acc, input_precision=PRECISION)
                 if BIAS == DECOMPOSED:
-                    shaped = tl.reshape(dlogits, (BM, KR, KC))
-                    drow += _by_offset(tl.sum(shaped, 2), row_index, top, KH, KR, R)
-                    dcolumn += _by_offset(tl.sum(shaped, 1), column_index, left + side, KW, KC, C)
+                    places = tl.trans(_places(down + e // KC, SPAN_H, keys.dtype))
+                    drow = tl.dot(narrow, places, drow, input_precision=PRECISION)
+                    places = tl.trans(_places(side + e % KC, SPAN_W, keys.dtype))
+                    dcolumn = tl.dot(narrow, places, dcolumn, input_precision=PRECISION)
                 if DBIAS and BIAS == TABLE:
                     # sum over rows of the tile and block by offset, as a product with a 0/1 matrix
                     shaped = tl.permute(tl.reshape(dlogits, (TH, TW, KR, KC)), (0, 2, 1, 3))
                     pair = tl.arange(0, TH * KR)
                     index = table_index(first_row + pair // KR, SH, NH, COUNTED_H)
-                    same = (top + pair % KR - index + (KH - 1))[None, :] == tl.arange(0, R)[:, None]
+                    same = (low + down + pair % KR - index + (KH - 1))[None, :] == tl.arange(0, R)[:, None]
                     ones = tl.where(same, 1.0, 0.0).to(keys.dtype)
                     shaped = tl.reshape(shaped, (TH * KR, TW * KC)).to(keys.dtype)
                     table_sum = tl.dot(ones, shaped, table_sum, input_precision=PRECISION)
             acc *= scale / LOG2E
             if BIAS == DECOMPOSED:
+                drow = _by_offset(drow, row_index, low, KH, SPAN_H, R).to(queries.dtype)
+                dcolumn = _by_offset(dcolumn, column_index, left, KW, SPAN_W, C).to(queries.dtype)
                 if DQ:
-                    acc += _dot(drow.to(row_embedding.dtype), row_embedding, PRECISION)
-                    acc += _dot(dcolumn.to(column_embedding.dtype), column_embedding, PRECISION)
+                    acc = tl.dot(drow, row_embedding, acc, input_precision=PRECISION)
+                    acc = tl.dot(dcolumn, column_embedding, acc, input_precision=PRECISION)
                 if DBIAS:
-                    row_sum += _dot(tl.trans(drow).to(queries.dtype), queries, PRECISION)
-                    column_sum += _dot(tl.trans(dcolumn).to(queries.dtype), queries, PRECISION)
+                    row_sum = tl.dot(tl.trans(drow), queries, row_sum, input_precision=PRECISION)
+                    column_sum = tl.dot(tl.trans(dcolumn), queries, column_sum, input_precision=PRECISION)
             if DQ:
                 _store(dq + first_image * D, at * D, valid, acc, D, BD)
                 tl.store(delta + first_image + at, deltas, mask=valid)
@@ -496,16 +544,11 @@ def queries_backward(
 
 
 @triton.jit
-def _by_offset(sums, index, first, K: tl.constexpr, KEYS: tl.constexpr, P: tl.constexpr):
-    """Scatter [queries, KEYS], keys from ``first`` on, to [queries, P], rows of the embedding."""
+def _by_offset(sums, index, first, K: tl.constexpr, SPAN: tl.constexpr, P: tl.constexpr):
+    """Scatter [queries, SPAN], keys from ``first`` on, to [queries, P], rows of the embedding."""
     key = tl.arange(0, P)[None, :] + index[:, None] - (K - 1) - first
-    if KEYS < 16:  # Triton up to 3.8 has no warp-local gather from fewer than 16
-        same = key[:, :, None] == tl.arange(0, KEYS)[None, None, :]
-        picked = tl.sum(tl.where(same, sums[:, None, :], 0.0), 2)
-    else:
-        picked = tl.gather(sums, tl.minimum(tl.maximum(key, 0), KEYS - 1), 1)
-        picked = tl.where((key >= 0) & (key < KEYS), picked, 0.0)
-    return picked
+    picked = tl.gather(sums, tl.minimum(tl.maximum(key, 0), SPAN - 1), 1)
+    return tl.where((key >= 0) & (key < SPAN), picked, 0.0)
 
 
 @triton.jit
@@ -536,7 +579,7 @@ def keys_backward(
     g_image, g_row, g_column, g_head,
     expanded_head, rows_head, columns_head,
     scale, batch, heads, height, width, dilation_rows, dilation_columns,
-    tiles_rows, tiles_columns, nearest,
+    step_rows, step_columns, tiles_rows, tiles_columns, lead_rows, lead_columns, nearest,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr,
     COUNTED_H: tl.constexpr, COUNTED_W: tl.constexpr, AHEAD_H: tl.constexpr, AHEAD_W: tl.constexpr,
@@ -544,23 +587,25 @@ def keys_backward(
     SLABS: tl.constexpr, ABOVE: tl.constexpr, ROWS: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, QR: tl.constexpr, QC: tl.constexpr, DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, VARIES: tl.constexpr,
 ):  # fmt: skip
     """A tile of TH x TW keys of one head in every image, over blocks of QR x QC queries: dk [B, H, W, N, D] and
-    dv [B, H, W, N, DV]."""
+    dv [B, H, W, N, DV]. VARIES: only over as many blocks as the queries of the tile need."""
     BN: tl.constexpr = TH * TW
     BQ: tl.constexpr = QR * QC
     head = tl.program_id(0) % heads
     group_row, group_column, length_rows, length_columns, tile_row, tile_column = _place(
         tl.program_id(0) // heads, height, width, dilation_rows, dilation_columns, tiles_rows, tiles_columns
     )
-    first_row, first_column = tile_row * TH, tile_column * TW
+    first_row, first_column = tile_row * step_rows - lead_rows, tile_column * step_columns - lead_columns
     if (first_row >= length_rows) | (first_column >= length_columns):
         return  # this group is shorter than others
 
     n = tl.arange(0, BN)
     row, column = first_row + n // TW, first_column + n % TW
-    valid = (row < length_rows) & (column < length_columns)
+    last_row = tl.minimum(first_row + step_rows, length_rows) - 1
+    last_column = tl.minimum(first_column + step_columns, length_columns) - 1
+    valid = (row >= 0) & (row <= last_row) & (column >= 0) & (column <= last_column)
     position_row, position_column = row * dilation_rows + group_row, column * dilation_columns + group_column
     k_at = _at(position_row, position_column, k_row, k_column, WIDE)
     v_at = _at(position_row, position_column, v_row, v_column, WIDE)
@@ -571,20 +616,24 @@ def keys_backward(
     k += wide_head * k_head
     v += wide_head * v_head
     grad += wide_head * g_head
-    row_embedding, column_embedding = 0.0, 0.0
+    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
+    row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS != DECOMPOSED:
         expanded += wide_head * expanded_head
         expanded += (group_column * tiles_columns + tile_column) * (SLABS * ROWS * TW * QC * CHUNKS)
     else:
-        row_embedding = _load_embedding(bias_rows + head * rows_head, 2 * KH - 1, D, R, BD)
-        column_embedding = _load_embedding(bias_columns + head * columns_head, 2 * KW - 1, D, C, BD)
+        dtype: tl.constexpr = q.dtype.element_ty
+        row_embedding, row_rest = _load_embedding(bias_rows + head * rows_head, dtype, 2 * KH - 1, D, R, BD)
+        column_embedding, column_rest = _load_embedding(bias_columns + head * columns_head, dtype, 2 * KW - 1, D, C, BD)
 
-    low = first_query(first_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
-    last_row = tl.minimum(first_row + TH, length_rows) - 1
+    low = first_query(tl.maximum(first_row, 0), length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
     high = last_query(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H) + 1
-    left = first_query(first_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
-    last_column = tl.minimum(first_column + TW, length_columns) - 1
+    left = first_query(tl.maximum(first_column, 0), length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
     right = last_query(last_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W) + 1
+    blocks_down, blocks_across = DOWN, CHUNKS
+    if VARIES:
+        blocks_down, blocks_across = tl.cdiv(tl.maximum(high - low, 0), QR), tl.cdiv(tl.maximum(right - left, 0), QC)
+    reciprocal = 65536 // tl.maximum(blocks_across, 1) + 1  # a product instead of a division in the loop
     e = tl.arange(0, BQ)
     for image in range(tl.program_id(1), batch, tl.num_programs(1)):
         far_image = tl.cast(image, tl.int64) if WIDE else image
@@ -593,31 +642,32 @@ def keys_backward(
         values = _load(v, v_at + far_image * v_image, valid, DV, BDV)
         dkeys = tl.zeros((BN, BD), tl.float32)
         dvalues = tl.zeros((BN, BDV), tl.float32)
-        for block in tl.range(0, DOWN * CHUNKS, loop_unroll_factor=UNROLL):
-            down, side = block // CHUNKS * QR, block % CHUNKS * QC
+        for block in tl.range(0, blocks_down * blocks_across, loop_unroll_factor=UNROLL):
+            block_row = block * reciprocal >> 16
+            down, side = block_row * QR, (block - block_row * blocks_across) * QC
             query_row, query_column = low + down + e // QC, left + side + e % QC
             inside = (query_row < high) & (query_column < right)
             position_r = query_row * dilation_rows + group_row
             position_c = query_column * dilation_columns + group_column
-            q_at = _at(position_r, position_c, q_row, q_column, WIDE) + far_image * q_image
-            g_at = q_at
-            if not ALIKE:
-                g_at = _at(position_r, position_c, g_row, g_column, WIDE) + far_image * g_image
-            queries, grads = _load(q, q_at, inside, D, BD), _load(grad, g_at, inside, DV, BDV)
+            queries, grads = _load_both(
+                q, grad, position_r, position_c, inside, q_row, q_column, g_row, g_column, far_image * q_image,
+                far_image * g_image, D, BD, DV, BDV, WIDE, ALIKE,
+            )  # fmt: skip
             lse_at = _at(position_r, position_c, query_width * heads, heads, WIDE)
             offset = tl.load(lse + first_image + lse_at, mask=inside, other=float("inf"))  # weights of 0
             deltas = tl.load(delta + first_image + lse_at, mask=inside, other=0.0)
             if BIAS == DECOMPOSED:
-                row_start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)[None, :]
-                column_start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
-                column_start = column_start[None, :]
-                seen = _seen(row[:, None], row_start, inside[None, :], length_rows, KH, BOUNDARY)
-                seen = seen & _seen(column[:, None], column_start, valid[:, None], length_columns, KW, BOUNDARY)
-                entry = row[:, None] - table_index(query_row, SH, NH, COUNTED_H)[None, :] + (KH - 1)
-                bias = _pick(_dots(row_embedding, queries, LOG2E / scale, PRECISION), entry, R)
-                entry = column[:, None] - table_index(query_column, SW, NW, COUNTED_W)[None, :] + (KW - 1)
-                bias += _pick(_dots(column_embedding, queries, LOG2E / scale, PRECISION), entry, C)
-                bias = tl.where(seen, bias, float("-inf"))
+                dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
+                start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
+                index = table_index(query_row, SH, NH, COUNTED_H)
+                row_part = _part(first_row, start, index, length_rows, dots, LOG2E / scale, KH, R, BOUNDARY, TH)
+                dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
+                start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
+                index = table_index(query_column, SW, NW, COUNTED_W)
+                column_part = _part(
+                    first_column, start, index, length_columns, dots, LOG2E / scale, KW, C, BOUNDARY, TW
+                )
+                bias = tl.reshape(tl.trans(row_part)[:, None, :] + tl.trans(column_part)[None, :, :], (BN, BQ))
             else:
                 bias = _bias(
                     expanded, first_row, query_count(length_rows, NH) - 1, low, down, side, length_rows, nearest,
@@ -632,9 +682,3 @@ def keys_backward(
         first_image = tl.cast(image, tl.int64) * height * width * heads + wide_head
         _store(dk + first_image * D, at * D, valid, dkeys * (scale / LOG2E), D, BD)
         _store(dv + first_image * DV, at * DV, valid, dvalues, DV, BDV)
-
-
-@triton.jit
-def _pick(dots, entry, P: tl.constexpr):
-    """Gather from [P, queries] at the rows ``entry`` [keys, queries]."""
-    return tl.gather(dots, tl.minimum(tl.maximum(entry, 0), P - 1), 0)

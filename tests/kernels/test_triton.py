@@ -124,19 +124,27 @@ def test_tiles_hold_every_query_and_its_keys(tile):
 
 
 @pytest.mark.parametrize("tile", [4, 8])
-def test_the_span_of_queries_around_a_tile_of_keys(tile):
+def test_tiles_hold_every_key_and_its_queries(tile):
     for window, length in WINDOWS:
-        longest = 0
+        side = backend.key_tiling(window, length, tile)
+        assert 1 <= side.step <= tile and 0 <= side.lead < side.step
         for group in {window.group_length(length, g) for g in range(min(window.dilation, length))}:
-            for first in range(0, group, tile):
-                tile_keys = range(first, min(first + tile, group))
+            assert side.tiles * side.step >= side.lead + group
+            for first in range(-side.lead, group, side.step):
+                tile_keys = range(max(first, 0), min(first + side.step, group))
                 seeing = [
                     q
                     for q in range(window.queries(group))
                     if any(0 <= key - window.start(q, group) < window.kernel_size for key in tile_keys)
                 ]
-                longest = max(longest, seeing[-1] - seeing[0] + 1 if seeing else 0)
-        assert backend.query_span(window, length, tile) >= longest
+                assert not seeing or seeing[-1] - seeing[0] < side.span
+
+
+def test_tiles_of_keys_begin_where_windows_end():
+    """Of HaloNet's blocks of 8 with a halo of 3, two see a tile of 8 keys; of MaxViT's windows, one."""
+    assert backend.key_tiling(Window(14, 8, boundary="zero"), 32, 8) == backend.KeyTiling(8, 3, (8, 16, 16, 16, 8), 16)
+    assert backend.key_tiling(Window(7, 7, boundary="mask"), 56, 8) == backend.KeyTiling(7, 0, (7,) * 8, 7)
+    assert backend.key_tiling(Window(7), 56, 8) == backend.KeyTiling(8, 0, (11, *[14] * 5, 11), 14)
 
 
 def call_of(size, kernel_size, bias, dtype, depth=32, batch=2, heads=2, stride=1, boundary="shift", offset=0):
