@@ -6,7 +6,8 @@ of queries and keys:
 
 * table or no bias: expanded by ``expand`` for each column of tiles, loaded by ``_bias``;
 * decomposed: the sum of a row part and a column part, which are products of the query with a row of an embedding, or
-  ``UNSEEN``.
+  ``UNSEEN``. In ``queries_backward`` both parts are computed once for all blocks; a product with a 0/1 matrix takes
+  them to the keys of a block.
 
 The key columns of every tile start ``before`` keys left of its first query. The gradient of a table can thus be summed
 by position in the tile over many tiles, and by offset only at the end.
@@ -30,7 +31,7 @@ SHIFT = tl.constexpr(0)
 MASK = tl.constexpr(2)
 TABLE = tl.constexpr(1)
 DECOMPOSED = tl.constexpr(2)
-UNSEEN = tl.constexpr(-1e30)  # a part of a decomposed bias: below every logit; sums and products with 0 are finite
+UNSEEN = tl.constexpr(-1e30)  # below every logit; finite, as its product with 0 is summed
 
 
 # ----------------------------------------------------------------------------------------------------- helpers
@@ -128,10 +129,10 @@ def _load_embedding(base, dtype: tl.constexpr, ROWS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _dots(q, embedding, rest, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """q . embedding, [queries, P]; EXACT: the embedding has no ``rest``."""
+def _dots(q, embedding, rest, PRECISION: tl.constexpr):
+    """q . embedding, [queries, P]."""
     dots = _dot(q, tl.trans(embedding), PRECISION)
-    if not EXACT:
+    if q.dtype != tl.float32:
         dots = tl.dot(q, tl.trans(rest), dots, input_precision=PRECISION)
     return dots
 
@@ -310,7 +311,6 @@ def forward(
     q += wide_head * q_head
     k += wide_head * k_head
     v += wide_head * v_head
-    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
     row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS != DECOMPOSED:
         expanded += wide_head * expanded_head
@@ -328,8 +328,8 @@ def forward(
         queries = _load(q, q_at + far_image * q_image, valid, D, BD)
         row_dots, column_dots = 0.0, 0.0
         if BIAS == DECOMPOSED:
-            row_dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
-            column_dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
+            row_dots = _dots(queries, row_embedding, row_rest, PRECISION)
+            column_dots = _dots(queries, column_embedding, column_rest, PRECISION)
         largest = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BDV), tl.float32)
@@ -411,7 +411,6 @@ def queries_backward(
     k += wide_head * k_head
     v += wide_head * v_head
     grad += wide_head * g_head
-    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
     row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS == DECOMPOSED:
         dtype: tl.constexpr = q.dtype.element_ty
@@ -468,9 +467,9 @@ def queries_backward(
             drow, dcolumn = 0.0, 0.0
             row_part, column_part = 0.0, 0.0
             if BIAS == DECOMPOSED:
-                dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
+                dots = _dots(queries, row_embedding, row_rest, PRECISION)
                 row_part = _part(low, row_start, row_index, length_rows, dots, LOG2E / scale, KH, R, BOUNDARY, SPAN_H)
-                dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
+                dots = _dots(queries, column_embedding, column_rest, PRECISION)
                 column_part = _part(
                     left, column_start, column_index, length_columns, dots, LOG2E / scale, KW, C, BOUNDARY, SPAN_W
                 )
@@ -480,10 +479,8 @@ def queries_backward(
                 down, side = block // across * KR, (first_chunk + block % across) * KC
                 key_row, key_column = low + down + e // KC, left + side + e % KC
                 inside = (key_row >= 0) & (key_row < length_rows) & (key_column >= 0) & (key_column < length_columns)
-                position_r, position_c = (
-                    key_row * dilation_rows + group_row,
-                    key_column * dilation_columns + group_column,
-                )
+                position_r = key_row * dilation_rows + group_row
+                position_c = key_column * dilation_columns + group_column
                 keys, values = _load_both(
                     k, v, position_r, position_c, inside, k_row, k_column, v_row, v_column, far_image * k_image,
                     far_image * v_image, D, BD, DV, BDV, WIDE, ALIKE,
@@ -616,7 +613,6 @@ def keys_backward(
     k += wide_head * k_head
     v += wide_head * v_head
     grad += wide_head * g_head
-    EXACT: tl.constexpr = BIAS != DECOMPOSED or bias_rows.dtype == q.dtype
     row_embedding, row_rest, column_embedding, column_rest = 0.0, 0.0, 0.0, 0.0
     if BIAS != DECOMPOSED:
         expanded += wide_head * expanded_head
@@ -657,11 +653,11 @@ def keys_backward(
             offset = tl.load(lse + first_image + lse_at, mask=inside, other=float("inf"))  # weights of 0
             deltas = tl.load(delta + first_image + lse_at, mask=inside, other=0.0)
             if BIAS == DECOMPOSED:
-                dots = _dots(queries, row_embedding, row_rest, EXACT, PRECISION)
+                dots = _dots(queries, row_embedding, row_rest, PRECISION)
                 start = window_start(query_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H)
                 index = table_index(query_row, SH, NH, COUNTED_H)
                 row_part = _part(first_row, start, index, length_rows, dots, LOG2E / scale, KH, R, BOUNDARY, TH)
-                dots = _dots(queries, column_embedding, column_rest, EXACT, PRECISION)
+                dots = _dots(queries, column_embedding, column_rest, PRECISION)
                 start = window_start(query_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
                 index = table_index(query_column, SW, NW, COUNTED_W)
                 column_part = _part(

@@ -176,9 +176,18 @@ def test_depths(depth):
     check((1, 6, 6, 1, depth), max(8, depth // 2), "table", {"kernel_size": (3, 3)}, FLOAT if depth % 3 else BRAIN)
 
 
-@pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "table", "factored"])
-def test_other_tiles_and_wide_offsets(bias):
-    """Several columns of blocks, several tiles and images for each program, 64-bit offsets."""
+@pytest.mark.parametrize(
+    ("bias", "dtype"),
+    [
+        pytest.param(None, FLOAT, marks=pytest.mark.slow),
+        ("table", FLOAT),
+        ("factored", FLOAT),
+        pytest.param("factored", BRAIN, marks=pytest.mark.slow),
+    ],
+)
+def test_other_tiles_and_wide_offsets(bias, dtype):
+    """Several rows and columns of blocks, with queries that see no key of the first; several tiles and images for each
+    program, 64-bit offsets."""
     choice = (4, 4, 2, 8, 4, 2)
     with (
         mock.patch.object(backend, "candidates", lambda kernel, call: (choice,)),
@@ -186,7 +195,7 @@ def test_other_tiles_and_wide_offsets(bias):
         mock.patch.object(backend, "_programs", lambda *sizes: 2),
         mock.patch.object(backend, "_images", lambda *sizes: 1),
     ):
-        check((2, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, FLOAT)
+        check((2, 5, 11, 1, 8), 8, bias, {"kernel_size": (3, 5), "dilation": (1, 2)}, dtype)
 
 
 @pytest.mark.slow
