@@ -460,14 +460,14 @@ def launch_keys_backward(
     programs = call.rows.dilation * call.columns.dilation * a.tiles * b.tiles * call.heads
     bias = expand_bias(first, call, scale, (th, tw), (qr, qc), True, q.device)
     down, across = -(-a.span // qr), -(-b.span // qc)
-    unrolled = _unrolled("keys_backward", call, down * across, qr * qc, stages)
     triton_kernels.keys_backward[(programs, _images(call, programs, q.device))](
         q, k, v, bias.table, first, second, grad, lse, delta, dk, dv,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
         bias.head_stride, _head_stride(first), _head_stride(second), scale * LOG2E, call.batch, *_sizes_of(call),
         a.step, b.step, a.tiles, b.tiles, a.lead, b.lead, bias.nearest,
         **_constants(call, wide), **bias.constants, TH=th, TW=tw, QR=qr, QC=qc, DOWN=down, CHUNKS=across,
-        ALIKE=q.stride() == grad.stride(), UNROLL=unrolled, VARIES=unrolled == 1 < down * across,
+        ALIKE=q.stride() == grad.stride(), VARIES=call.bias == 2 and down * across > 1,
+        UNROLL=_unrolled("keys_backward", call, down * across, qr * qc, stages),
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -626,10 +626,10 @@ def keys_backward(
     high = last_query(last_row, length_rows, KH, SH, NH, BOUNDARY == SHIFT, AHEAD_H) + 1
     left = first_query(tl.maximum(first_column, 0), length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W)
     right = last_query(last_column, length_columns, KW, SW, NW, BOUNDARY == SHIFT, AHEAD_W) + 1
-    blocks_down, blocks_across = DOWN, CHUNKS
+    blocks_down, blocks_across, reciprocal = DOWN, CHUNKS, 0
     if VARIES:
         blocks_down, blocks_across = tl.cdiv(tl.maximum(high - low, 0), QR), tl.cdiv(tl.maximum(right - left, 0), QC)
-    reciprocal = 65536 // tl.maximum(blocks_across, 1) + 1  # a product instead of a division in the loop
+        reciprocal = 65536 // tl.maximum(blocks_across, 1) + 1
     e = tl.arange(0, BQ)
     for image in range(tl.program_id(1), batch, tl.num_programs(1)):
         far_image = tl.cast(image, tl.int64) if WIDE else image
@@ -639,7 +639,8 @@ def keys_backward(
         dkeys = tl.zeros((BN, BD), tl.float32)
         dvalues = tl.zeros((BN, BDV), tl.float32)
         for block in tl.range(0, blocks_down * blocks_across, loop_unroll_factor=UNROLL):
-            block_row = block * reciprocal >> 16
+            # a division, which is exact for the few blocks of a window with a bias
+            block_row = block * reciprocal >> 16 if VARIES else block // CHUNKS
             down, side = block_row * QR, (block - block_row * blocks_across) * QC
             query_row, query_column = low + down + e // QC, left + side + e % QC
             inside = (query_row < high) & (query_column < right)
