@@ -268,6 +268,39 @@ class ProjectedBackbone(Backbone):
         return super().forward_head(self._project(x), pre_logits)
 
 
+class CollectingBackbone(Backbone):
+    """A `Backbone` that has a loss of its own in training, of what the modules `_collectors` append to ``collected``,
+    an attribute that is a list in a forward pass with the loss, else None."""
+
+    auxiliary_training = False
+
+    def _collectors(self) -> list[Any]:
+        raise NotImplementedError
+
+    def _auxiliary_loss(self, collected: list[tuple[Any, Any]]) -> torch.Tensor:
+        """The loss of pairs of a module and what it appended."""
+        raise NotImplementedError
+
+    def set_auxiliary_training(self, enable: bool = True) -> None:
+        """Let `forward` return the pair (logits, auxiliary loss) in training mode."""
+        self.auxiliary_training = enable
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``; see also `set_auxiliary_training`."""
+        if not (self.training and self.auxiliary_training):
+            return super().forward(x)
+        modules = self._collectors()
+        try:  # a block that is recomputed in the backward pass collects nothing
+            for each in modules:
+                each.collected = []
+            logits = super().forward(x)
+            collected = [(each, given) for each in modules for given in each.collected]
+        finally:
+            for each in modules:
+                each.collected = None
+        return logits, self._auxiliary_loss(collected)
+
+
 def check_head(num_classes: int, global_pool: str, pools: Sequence[str] = POOLS) -> None:
     """Raise a ValueError for a pooling that is not one of ``pools``, or a negative number of classes."""
     if global_pool not in pools:

@@ -34,7 +34,9 @@ from torch import nn
 from .attention import (
     ChannelMixing2d,
     ClassAttentionPool,
-    DepthwiseConv,
+    ConvNeXtBlock,
+    ConvNeXtDownsample,
+    ConvNeXtStem,
     FourierPosition,
     TokenAwarePooling2d,
     TokenMixing2d,
@@ -43,8 +45,8 @@ from .attention import (
     to_nchw,
     to_nhwc,
 )
-from .base import POOLS, Backbone, check_head, check_names, create, keep_new, unwrap
-from .layers import Mlp, Stage, init_weights
+from .base import POOLS, CollectingBackbone, check_head, check_names, create, keep_new, unwrap
+from .layers import Stage, init_weights
 
 __all__ = ["FAN", "checkpoint_filter_fn", "family"]
 
@@ -80,46 +82,6 @@ class FANBlock(nn.Module):
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
 
 
-class ConvNeXtBlock(nn.Module):
-    """7x7 depthwise convolution, LayerNorm and MLP, with LayerScale and a residual."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv_dw = DepthwiseConv(dim, 7)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.gamma * self.mlp(self.norm(self.conv_dw(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Convolution of patches that do not overlap, without the incomplete ones at the borders, and LayerNorm: images
-    ``[B, C, H, W]`` to ``[B, h, w, dim]``. Images smaller than a patch are zero-padded."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(to_nhwc(self.proj(at_least(x, self.patch_size))))
-
-
-class Downsample(nn.Module):
-    """LayerNorm and 2x2 convolution of stride 2 of a channels-last map; an odd length is rounded down, 1 stays."""
-
-    def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.reduction = nn.Conv2d(dim, dim_out, 2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return to_nhwc(self.reduction(at_least(to_nchw(self.norm(x)), 2)))
-
-
 class TokenEmbed(nn.Module):
     """A channels-last map to tokens of half its resolution, with their position."""
 
@@ -149,32 +111,15 @@ class ConvTokenEmbed(nn.Module):
         return to_nhwc(self.pos_embed(self.proj(x)))
 
 
-class _ClassToken(nn.Identity):
-    """Marks the pooling by the class token, with the attributes of timm's pooling layers."""
-
-    pool_type = "token"
-
-    def feat_mult(self) -> int:
-        return 1
-
-
 MAPS = 4  # of every network, the last of them after the class token's blocks
 
 
-class _NoClassToken(nn.Module):
-    """Takes the place of a pruned `ClassAttentionPool`."""
-
-    cls_token = None
-
-    def forward(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, x
-
-
-class FAN(Backbone):
+class FAN(CollectingBackbone):
     """FAN and TAP-FAN. Take images of any size.
 
     The features (`forward_features`) are the map after the last block; the blocks of the class token are part of
-    `forward_head`. The last of the four feature maps has the patch tokens after these blocks.
+    `forward_head`. The last of the four feature maps has the patch tokens after these blocks. The auxiliary loss is the
+    attention diversification loss of all blocks, which the authors of TAP-FAN add with a weight of 1.
 
     Args:
         in_chans: image channels.
@@ -237,25 +182,24 @@ class FAN(Backbone):
             raise ValueError(f"{map_blocks=} must be 1 (hybrid) or 3 (ViT) increasing numbers of blocks below {depth=}")
         if len(conv_depths) not in (0, len(conv_dims)):
             raise ValueError(f"{conv_depths=} and {conv_dims=} differ in length")
-        self.auxiliary_training = False
         self.head_init_scale = head_init_scale
         block = partial(FANBlock, embed_dim, num_heads, mlp_ratio, layer_scale, num_scales, drop_path_rate)
         stages = [[block() for _ in range(start, end)] for start, end in itertools.pairwise([*ends, depth - 1])]
         down: nn.Module | None = None
         self.stem: nn.Module = ConvTokenEmbed(in_chans, embed_dim)
         if conv_depths:
-            self.stem = PatchEmbed(in_chans, conv_dims[0], 4)
+            self.stem = ConvNeXtStem(in_chans, conv_dims[0])
             down = TokenEmbed(conv_dims[-1], embed_dim)
         self.stages = nn.Sequential()
         for i, (dim, count) in enumerate(zip(conv_dims, conv_depths, strict=False)):
-            narrow = Downsample(conv_dims[i - 1], dim) if i else None
+            narrow = ConvNeXtDownsample(conv_dims[i - 1], dim) if i else None
             self.stages.append(Stage([ConvNeXtBlock(dim) for _ in range(count)], narrow))
             self._add_map(dim, f"stages.{i}")
         for i, blocks in enumerate(stages, len(self.stages)):
             self.stages.append(Stage(blocks, down if i == len(conv_depths) else None))
             self.feature_info.append(dict(num_chs=embed_dim, reduction=16, module=f"stages.{i}"))
         self.feature_info[-1] |= dict(module="class_attention.map")
-        self.class_attention: nn.Module = ClassAttentionPool(embed_dim, num_heads, mlp_ratio, layer_scale)
+        self.class_attention = ClassAttentionPool(embed_dim, num_heads, mlp_ratio, layer_scale)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.learnable_downsample = None
         if learnable_downsample is not None:
@@ -268,20 +212,18 @@ class FAN(Backbone):
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         check_head(num_classes, global_pool, ("token", *POOLS))
-        pool: Any = self.class_attention
-        if global_pool == "token" and pool.cls_token is None:
+        if global_pool == "token" and self.class_attention.cls_token is None:
             raise ValueError('global_pool="token": the class token was pruned with the head')
         super()._set_head(num_classes, "" if global_pool == "token" else global_pool)
         if global_pool == "token":
-            self.global_pool = _ClassToken()
+            self.global_pool.pool_type = "token"  # it passes through
         if isinstance(self.head, nn.Linear) and not self.head.weight.is_meta:
             with torch.no_grad():
                 self.head.weight.mul_(self.head_init_scale)
 
     def _remove_head(self) -> None:
         super()._remove_head()
-        if isinstance(self.class_attention, ClassAttentionPool):
-            self.class_attention.drop_class_token()
+        self.class_attention.drop_class_token()
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The map ``[B, h, w, embed_dim]`` of `forward_features` to logits, or with ``pre_logits`` to ``[B,
@@ -317,34 +259,16 @@ class FAN(Backbone):
     def _prune(self, take: Sequence[int], last: int) -> None:
         super()._prune(take, last)
         if last < MAPS - 1:
-            self.class_attention, self.learnable_downsample = _NoClassToken(), None
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images ``[B, in_chans, H, W]`` to the map after the last block, ``[B, h, w, num_features]``."""
-        return super().forward_features(x)
+            self.class_attention.drop_class_token(whole=True)
+            self.learnable_downsample = None
 
     # ---- training
 
-    def set_auxiliary_training(self, enable: bool = True) -> None:
-        """Let `forward` return the pair (logits, attention diversification loss of all blocks) in training mode. The
-        authors of TAP-FAN add the loss with a weight of 1."""
-        self.auxiliary_training = enable
+    def _collectors(self) -> list[Any]:
+        return [m for m in self.modules() if isinstance(m, TokenMixing2d)]
 
-    def forward(self, x: torch.Tensor) -> Any:
-        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``; see also `set_auxiliary_training`."""
-        if not (self.training and self.auxiliary_training):
-            return super().forward(x)
-        layers = [m for m in self.modules() if isinstance(m, TokenMixing2d)]
-        pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in layers]
-        try:  # a block that is recomputed in the backward pass collects nothing
-            for layer, collected in zip(layers, pairs, strict=True):
-                layer.collected = collected
-            logits = super().forward(x)
-        finally:
-            for layer in layers:
-                layer.collected = None
-        maps = [layer.weights(*pair) for layer, given in zip(layers, pairs, strict=True) for pair in given]
-        return logits, attention_diversification_loss(maps)
+    def _auxiliary_loss(self, collected: list[tuple[Any, Any]]) -> torch.Tensor:
+        return attention_diversification_loss([attention.weights(*pair) for attention, pair in collected])
 
 
 # ---- checkpoints
@@ -391,7 +315,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: FAN) -> dict[str, to
     """
     own, found = model.state_dict(), {}
     stages: Any = model.stages
-    hybrid = isinstance(model.stem, PatchEmbed)
+    hybrid = isinstance(model.stem, ConvNeXtStem)
     first = 2 if hybrid else 0
     blocks = [f"stages.{i}.blocks.{j}" for i in range(first, len(stages)) for j in range(len(stages[i].blocks))]
     for name, value in unwrap(state_dict).items():

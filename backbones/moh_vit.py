@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .attention import without_autocast
-from .base import create
+from .base import CollectingBackbone, create
 from .layers import init_weights, is_plain
 from .transnext import BASE, SMALL, TransNeXt, checkpoint_filter_fn
 
@@ -33,7 +33,8 @@ class HeadGates(nn.Module):
 
     Scores are float32 or wider in any precision, as rounding would choose other heads."""
 
-    inputs: list[torch.Tensor] | None = None  # a list collects what the module is called with
+    # inputs, not scores: a block that is recomputed in the backward pass must compute the same again
+    collected: list[torch.Tensor] | None = None
 
     def __init__(self, dim: int, num_heads: int, shared: int, routed: int) -> None:
         super().__init__()
@@ -52,8 +53,8 @@ class HeadGates(nn.Module):
         shared = shared * shared.shape[-1]
         if not self.routed:
             return shared
-        if self.inputs is not None:
-            self.inputs.append(x)
+        if self.collected is not None:
+            self.collected.append(x)
         scores, chosen = self._choose(x)
         scores = scores * chosen
         scores = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).eps) * self.routed
@@ -82,8 +83,10 @@ def _scores(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight.to(x.dtype)).softmax(-1)
 
 
-class MoHViT(TransNeXt):
+class MoHViT(CollectingBackbone, TransNeXt):
     """MoH-ViT. Takes images of any size.
+
+    The auxiliary loss is the load-balancing loss of the routed heads, which the authors add with a weight of 0.01.
 
     Args:
         shared_heads: per stage, heads that take part at every position, at least 2.
@@ -103,7 +106,6 @@ class MoHViT(TransNeXt):
 
     def __init__(self, shared_heads: Sequence[int], routed_heads: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.auxiliary_training = False
         if not len(shared_heads) == len(routed_heads) == len(self.stages):
             raise ValueError(f"{shared_heads=} and {routed_heads=} are not of {len(self.stages)} stages")
         stages: Any = self.stages
@@ -113,26 +115,11 @@ class MoHViT(TransNeXt):
                 block.attn.gates = HeadGates(dim, heads, shared, routed)
                 init_weights(block.attn.gates)
 
-    def set_auxiliary_training(self, enable: bool = True) -> None:
-        """Let `forward` return the pair (logits, load-balancing loss of the routed heads) in training mode. The authors
-        add the loss with a weight of 0.01."""
-        self.auxiliary_training = enable
+    def _collectors(self) -> list[Any]:
+        return [m for m in self.modules() if isinstance(m, HeadGates) and m.routed]
 
-    def forward(self, x: torch.Tensor) -> Any:
-        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``; see also `set_auxiliary_training`."""
-        if not (self.training and self.auxiliary_training):
-            return super().forward(x)
-        gates = [m for m in self.modules() if isinstance(m, HeadGates) and m.routed]
-        inputs: list[list[torch.Tensor]] = [[] for _ in gates]
-        try:  # the inputs alone, as a block that is recomputed in the backward pass must compute the same again
-            for each, given in zip(gates, inputs, strict=True):
-                each.inputs = given
-            logits = super().forward(x)
-        finally:
-            for each in gates:
-                each.inputs = None
-        losses = [each.balance(y) for each, given in zip(gates, inputs, strict=True) for y in given]
-        return logits, torch.stack(losses).mean()
+    def _auxiliary_loss(self, collected: list[tuple[Any, torch.Tensor]]) -> torch.Tensor:
+        return torch.stack([gates.balance(x) for gates, x in collected]).mean()
 
 
 # ---- registry

@@ -35,6 +35,9 @@ from .manhattan import rotate_by_index as rotate_by_index
 from .maps import ChannelNorm as ChannelNorm
 from .maps import ConvDownsample as ConvDownsample
 from .maps import ConvFeedForward as ConvFeedForward
+from .maps import ConvNeXtBlock as ConvNeXtBlock
+from .maps import ConvNeXtDownsample as ConvNeXtDownsample
+from .maps import ConvNeXtStem as ConvNeXtStem
 from .maps import DepthwiseConv as DepthwiseConv
 from .maps import at_least as at_least
 from .maps import channels_last_on_cpu as channels_last_on_cpu

@@ -185,12 +185,14 @@ class ClassAttentionPool(nn.Module):
         self.blocks = nn.ModuleList(ClassAttentionBlock(dim, num_heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.map = nn.Identity()  # a module that has the map as its output
 
-    def drop_class_token(self) -> None:
-        """Keep the norms of the patch tokens alone."""
+    def drop_class_token(self, whole: bool = False) -> None:
+        """Keep the norms of the patch tokens alone, or with ``whole`` nothing."""
         blocks: Any = self.blocks
         self.cls_token = None
         for block in blocks:
             block.attn = block.mlp = block.gamma2 = None
+        if whole:
+            del blocks[:]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """A map ``[B, H, W, dim]`` to the class token ``[B, 1, dim]``, unless it was dropped, and a map."""

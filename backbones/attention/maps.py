@@ -11,7 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from ...kernels.tracing import is_dynamic
-from ..layers import bicubic, channels_last, for_convolution, fx_leaf, linear, may_overwrite, shortfall
+from ..layers import Mlp, bicubic, channels_last, for_convolution, fx_leaf, linear, may_overwrite, shortfall
 
 
 def map_sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -116,6 +116,46 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(self.fc2, self.dwconv(F.gelu(linear(self.fc1, x))))
+
+
+class ConvNeXtBlock(nn.Module):
+    """7x7 depthwise convolution, LayerNorm and MLP, with LayerScale and a residual (arXiv:2201.03545)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv_dw = DepthwiseConv(dim, 7)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gamma * self.mlp(self.norm(self.conv_dw(x)))
+
+
+class ConvNeXtStem(nn.Module):
+    """Convolution of patches that do not overlap, without the incomplete ones at the borders, and LayerNorm: images
+    ``[B, C, H, W]`` to ``[B, h, w, dim]``. Images smaller than a patch are zero-padded."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(to_nhwc(self.proj(at_least(x, self.patch_size))))
+
+
+class ConvNeXtDownsample(nn.Module):
+    """LayerNorm and 2x2 convolution of stride 2 of a channels-last map; an odd length is rounded down, 1 stays."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.reduction = nn.Conv2d(dim, dim_out, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return to_nhwc(self.reduction(at_least(to_nchw(self.norm(x)), 2)))
 
 
 class ConvDownsample(nn.Module):

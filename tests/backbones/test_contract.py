@@ -95,18 +95,28 @@ SMALL = {
     "agent_cswin": Case("test_foveal_agent_cswin", {}, attention_dropout=False, tables=None),
     "maxvit": Case("test_foveal_maxvit", {}, plain_head=False, tables="relative_position_bias_table"),
 }
+# timm's networks with an attention of ours, in the tests that call no method of ours
+TIMMS = {
+    "triplet_resnet18": Case("triplet_resnet18", dict(channels=(8, 16, 16, 24))),
+    "triplet_mobilenetv2": Case("triplet_mobilenetv2_100", dict(channel_multiplier=0.25)),
+    "triplet_resnet50": Case("triplet_resnet50", dict(channels=(8, 8, 8, 8))),
+}
+ALL = SMALL | TIMMS
+every = pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name == "triplet_resnet50")) for name in ALL]
+)
 LEVELS = [name for name, case in SMALL.items() if case.levels]  # networks of several levels
 ANY_SIZE = [name for name, case in SMALL.items() if case.any_size]
 NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norms]
 # What traces or compiles a model for seconds runs for these by default; for the others it is slow.
 QUICK = "care", "van", "shiftvit"
 # Of the same attention in another network, and of the same network with another attention.
-TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin"
+TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin", "triplet_resnet50"
 traced = pytest.mark.parametrize(
     "case",
     [
         name if name in QUICK else pytest.param(name, marks=[pytest.mark.slow, *[pytest.mark.long] * (name in TWICE)])
-        for name in SMALL
+        for name in ALL
     ],
 )
 NAT_LIKE = [name for name in SMALL if name in ("nat", "dinat", "dinat-auto", "dinat_s", "isotropic", "vitrpb")]
@@ -114,7 +124,7 @@ NAT_LIKE = [name for name in SMALL if name in ("nat", "dinat", "dinat-auto", "di
 
 def create(case: str, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(SMALL[case].name, **{"num_classes": 10, **SMALL[case].arguments, **kwargs})
+    return timm.create_model(ALL[case].name, **{"num_classes": 10, **ALL[case].arguments, **kwargs})
 
 
 def channels(model: torch.nn.Module, x: torch.Tensor) -> int:
@@ -201,7 +211,7 @@ def test_training_reaches_every_parameter(case):
     assert [n for n, p in model.named_parameters() if p.grad.abs().max() == 0] == []
 
 
-@pytest.mark.parametrize("case", SMALL)
+@every
 def test_grad_checkpointing_changes_nothing(case):
     model = create(case, drop_path_rate=0.0).train()
     other = copy.deepcopy(model)
@@ -392,14 +402,14 @@ def test_config(case):
         assert [model.get_submodule(each) for each in name] == list(classifier)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@every
 def test_autocast(case):
     model = create(case).eval()
     x = images(2, 3, 64, 64)
     want = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x)
-        small = create(case).eval()(images(1, 3, 28, 28)) if SMALL[case].any_size else None
+        small = create(case).eval()(images(1, 3, 28, 28)) if ALL[case].any_size else None
     assert got.dtype == torch.bfloat16
     assert (got - want).abs().max() < 0.05 * want.abs().max()
     assert small is None or small.dtype == torch.bfloat16
@@ -425,7 +435,7 @@ def test_compile(case):
     "case",
     [
         pytest.param(name, marks=[pytest.mark.long] if name in (*TWICE, "agent_pvt") else [])
-        for name in SMALL
+        for name in ALL
         if name not in NAT_LIKE or name == "dinat-auto"
     ],
 )
@@ -439,7 +449,7 @@ def test_compile_to_code(case):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@every
 @pytest.mark.filterwarnings("ignore")
 def test_jit_trace(case):
     model = create(case).eval()
@@ -475,7 +485,7 @@ def test_onnx(case):
         torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", SMALL)
+@every
 def test_state_dict_round_trip(case, tmp_path):
     model = create(case).eval()
     path = tmp_path / "weights.pth"

@@ -91,7 +91,7 @@ def test_load_balancing_loss(checkpointing):
     (weight,) = torch.autograd.grad(loss, layers[0].wg.weight, retain_graph=True)
     assert weight.abs().max() > 0
     (logits.sum() + loss).backward()
-    assert all(m.inputs is None for m in layers)
+    assert all(m.collected is None for m in layers)
     assert model.eval()(IMAGE).shape == logits.shape
     x = torch.zeros(1, 2, 2, 8)
     module = gates()

@@ -1,5 +1,7 @@
-"""Triplet attention: its definition, the three kinds of names in the authors' files, sizes, timm's networks with it."""
+"""Triplet attention: its definition, the three kinds of names in the authors' files, sizes, timm's networks with it;
+compilation, exports and precisions are in test_contract.py."""
 
+import copy
 import re
 
 import pytest
@@ -8,11 +10,9 @@ import torch
 
 from foveal.backbones.triplet import ULSAM, TripletAttention, checkpoint_filter_fn, own_name
 
-NARROW = {
-    "triplet_resnet18": dict(channels=(8, 16, 16, 24), num_classes=5),
-    "triplet_resnet50": dict(channels=(8, 8, 8, 8), num_classes=5),
-    "triplet_mobilenetv2_100": dict(channel_multiplier=0.25, num_classes=5),
-}
+from .test_contract import TIMMS
+
+NARROW = {case.name: case.arguments | {"num_classes": 5} for case in TIMMS.values()}
 
 
 def create(name: str, **kwargs) -> torch.nn.Module:
@@ -125,6 +125,26 @@ def test_any_size(name, size):
     for y, stride in zip(maps, [2, 4, 8, 16, 32], strict=True):
         assert y.shape[2:] == (-(-size[0] // stride), -(-size[1] // stride))
         assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_channels_classes_and_half(name):
+    x = torch.rand(2, 3, 64, 96)
+    model = create(name)
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model(x), model.forward_head(features))
+    model.reset_classifier(7)
+    assert (model(x).shape, model.num_classes) == ((2, 7), 7)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_head(features, pre_logits=True))
+    assert create(name, num_classes=0, in_chans=1)(x[:, :1]).shape == (2, model.head_hidden_size)
+    whole = timm.create_model(name, **NARROW[name]).eval()
+    want = whole(x)
+    for dtype, limit in ((torch.float16, 0.01), (torch.bfloat16, 0.06)):
+        got = copy.deepcopy(whole).to(dtype)(x.to(dtype))
+        assert got.dtype == dtype
+        assert (got - want).abs().max() < limit * want.abs().max()
 
 
 @pytest.mark.parametrize("name", NARROW)
