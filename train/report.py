@@ -28,6 +28,7 @@ CHARTS = (
     ("Mask AP", {"mask_ap": "AP", "mask_ap50": "AP50", "mask_ap75": "AP75"}),
     ("Segmentation, %", {"miou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}),
     ("Cosine similarity, %", {"cosine": "upsampler", "bilinear": "bilinear interpolation"}),
+    ("Loss, % of that of bilinear interpolation", {"loss_ratio": "upsampler"}),
     ("Learning rate", {"lr": "largest"}),
     ("Norm of the gradient", {"grad_norm": "before clipping, mean"}),
     ("Images per second", {"images_per_second": "training"}),

@@ -45,8 +45,9 @@ class Task(task.Task):
         "val_loss": "loss",
         "cosine": "cosine similarity, %",
         "bilinear": "cosine similarity of bilinear interpolation, %",
+        "loss_ratio": "loss, % of that of bilinear interpolation",
     }
-    shown = ("cosine", "bilinear")
+    shown = ("cosine", "bilinear", "loss_ratio")
 
     def __init__(self, config: UpsampleConfig, model: Any, data: Data, backbone: Backbone, device: torch.device):
         super().__init__(config, model, [], data)
@@ -124,14 +125,20 @@ class Task(task.Task):
         return UpsampleScorer()
 
     def predict(self, model: Any, batch: Tensor) -> tuple[Tensor, Losses]:
-        """Sums over images of the cosine similarity of the map from the smallest size, and of its interpolation, with
-        the full image's map."""
+        """Sums over images: of the cosine similarity of the map from the smallest size, and of its interpolation, with
+        the full image's map; of the loss, and of that of interpolation."""
         pyramid = self.pyramid(batch)
+        maps, count = [x for _, x in pyramid], batch.new_tensor(len(batch))
         outputs = [model.steps(*pyramid[level], level) for level in range(1, len(pyramid))]
-        want, count = pyramid[0][1], batch.new_tensor(len(batch))
-        bilinear = F.interpolate(pyramid[-1][1], want.shape[-2:], mode="bilinear")
-        alike = [F.cosine_similarity(x, want).mean((1, 2)).sum() for x in (outputs[-1][-1], bilinear)]
-        return torch.stack(alike), torch.stack([self.loss(outputs, pyramid) * count, count])[:, None]
+        bilinear = [
+            [F.interpolate(x, larger.shape[-2:], mode="bilinear") for larger in reversed(maps[:level])]
+            for level, x in enumerate(maps)
+            if level
+        ]
+        alike = [F.cosine_similarity(x[-1][-1].float(), maps[0].float()) for x in (outputs, bilinear)]
+        losses = [self.loss(x, pyramid) * count for x in (outputs, bilinear)]
+        sums = [each.mean((1, 2)).sum() for each in alike]
+        return torch.stack([*sums, *losses]), torch.stack([losses[0], count])[:, None]
 
     def save_weights(self, folder: Path, model: Any) -> None:
         images = {"in_chans": 3, "mean": list(self.backbone.mean), "std": list(self.backbone.std)}
@@ -147,18 +154,19 @@ class Task(task.Task):
 
 
 class UpsampleScorer(Scorer):
-    """Cosine similarities in percent, means over positions and images."""
+    """Cosine similarities in percent, means over positions and images, and the ratio of the losses."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(4, dtype=torch.float64)
 
     def add(self, batch: Tensor, predictions: Tensor) -> int:
         self._sums = self._sums.to(predictions.device) + predictions
         return len(batch)
 
     def compute(self) -> Metrics:
-        sums: Any = reduce(self._sums, "sum")
-        return dict(zip(("cosine", "bilinear"), (100 * sums / max(self.n, 1)).tolist(), strict=True))
+        reduced: Any = reduce(self._sums, "sum")
+        cosine, bilinear, loss, interpolated = (100 * reduced / max(self.n, 1)).tolist()
+        return {"cosine": cosine, "bilinear": bilinear, "loss_ratio": 100 * loss / max(interpolated, 1e-12)}
 
 
 class Predictor(task.Predictor):

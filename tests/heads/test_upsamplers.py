@@ -1,5 +1,6 @@
 """Upsamplers, and backbones that lack the strides of a head. The published outputs are in tests/goldens."""
 
+import io
 import subprocess
 import sys
 
@@ -116,6 +117,10 @@ def test_wrong_input(kind):
 def test_a_map_smaller_than_the_window():
     with pytest.raises(ValueError, match=r"9 x 9.*8 x 9"):
         made("naf")(images(1, 3, 128, 144), images(1, 32, 8, 9), (16, 18))
+    naf = {"name": "naf", "dim": 64}
+    model = build_segmenter("vit_tiny_patch16_224", "linear", num_classes=2, upsample=naf, **SMALL).eval()
+    with pytest.raises(ValueError, match=r"9 x 9.*8 x 10"):  # padded to multiples of 32
+        model(torch.rand(1, 3, 128, 144))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +233,33 @@ def test_every_head_on_a_plain_transformer(task, head, tmp_path):
     with torch.no_grad():
         got, want = (m([image])[0]["boxes"] if task == "detect" else m(image[None]) for m in (again, model))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["uplift", pytest.param("naf", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_exports(kind):
+    """Of a transformer with an upsampled map; those of every head are in tests/weights/test_export_dense.py."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra foveal[export] is not installed")
+
+    class Finest(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            upsample = OWN if kind == "uplift" else {"name": "naf", "dim": 64}
+            torch.manual_seed(0)
+            self.backbone = build_backbone("vit_tiny_patch16_224", upsample=upsample, strides=(8,), **SMALL).eval()
+
+        def forward(self, x):
+            return self.backbone(x)["0"]
+
+    model, x = Finest(), images(2, 3, *((32, 48) if kind == "uplift" else (144, 160)))
+    program = torch.export.export(model, (x,))
+    want = model(x)
+    torch.testing.assert_close(program.module()(x), want, rtol=1e-4, atol=1e-5)
+    file = io.BytesIO()
+    torch.onnx.export(program, (x,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
 
 
 # ---- weights

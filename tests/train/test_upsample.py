@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.nn.functional import interpolate
 
 import foveal
 from foveal.configs.schema import ConfigError
@@ -51,6 +52,7 @@ def test_it_learns_and_is_evaluated_alike(made):
     result = evaluate(root / "run")
     assert result["cosine"] == pytest.approx(summary["cosine"], abs=1e-3)
     assert result["bilinear"] == pytest.approx(summary["bilinear"], abs=1e-3)
+    assert result["loss_ratio"] == pytest.approx(summary["loss_ratio"], rel=1e-3)
     upsampler = foveal.load(root / "run")
     assert upsampler.arguments == {"name": "uplift", "channels": 128, "patch": 16}
     assert not upsampler.training
@@ -80,6 +82,32 @@ def test_the_loss_is_the_published_one():
     one, first, second = (torch.randn_like(x) for x in (maps[0], maps[1], maps[0]))
     want = ((one - maps[0]) ** 2).mean() + ((first - maps[1]) ** 2).mean() + ((second - maps[0]) ** 2).mean()
     torch.testing.assert_close(Task.loss([[one], [first, second]], pyramid), want)
+
+
+def test_the_loss_beside_that_of_bilinear_interpolation():
+    """Interpolation itself has 100 % of it, the backbone's own maps 0."""
+
+    class Halved(Task):
+        def __init__(self):
+            pass
+
+        def pyramid(self, images):
+            return [(images, interpolate(images, (side, side), mode="area")) for side in (8, 4, 2)]
+
+    class Interpolation:
+        def steps(self, image, x, count):
+            return [interpolate(x, scale_factor=2.0**step, mode="bilinear") for step in range(1, count + 1)]
+
+    class Perfect:
+        def steps(self, image, x, count):
+            return [interpolate(image, (2 * side, 2 * side), mode="area") for side in (2, 4)[2 - count :]]
+
+    task, images = Halved(), torch.rand(2, 3, 16, 16)
+    for model, cosine, ratio in ((Interpolation(), None, 100), (Perfect(), 100, 0)):
+        scorer = task.scorer().run(torch.nn.Identity(), [images], lambda _, batch, m=model: task.predict(m, batch))
+        assert scorer.metrics["loss_ratio"] == pytest.approx(ratio, abs=1e-3)
+        assert scorer.metrics["cosine"] == pytest.approx(cosine or scorer.metrics["bilinear"], abs=1e-3)
+        assert scorer.metrics["bilinear"] < 99
 
 
 def test_a_probe_on_the_upsampled_map(made):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import foveal.weights.compare as comparing
 from foveal.backbones.images import read_image
 from foveal.heads.build import build_detector, build_segmenter
 from foveal.heads.checkpoint import load_dense, reparameterize, save_dense
+from foveal.heads.registry import HEADS
 from foveal.weights.cards import dense_card, dense_example
 from foveal.weights.compare import detection_error, detections_differ
 from foveal.weights.export import default_size, export
@@ -51,7 +53,12 @@ def shake(model: nn.Module) -> nn.Module:
 
 
 def detector(
-    head: str, neck: str = "fpn", backbone: str = "test_resnet", min_size: int = 64, **head_kwargs
+    head: str,
+    neck: str = "fpn",
+    backbone: str = "test_resnet",
+    min_size: int = 64,
+    options: dict[str, Any] | None = None,
+    **head_kwargs,
 ) -> nn.Module:
     settings = {"detections_per_img": 20, "topk_candidates": 100} | head_kwargs
     if head.endswith("rcnn"):
@@ -59,7 +66,7 @@ def detector(
         settings |= {"box_detections_per_img": 20} | (
             {"mask_width": 32} if head.endswith("mask_rcnn") else {"convention": "mmdet"}
         )
-    sizes = {"min_size": min_size, "max_size": max(min_size, 96)}
+    sizes = {"min_size": min_size, "max_size": max(min_size, 96), **(options or {})}
     if head == "conditional_detr":
         settings = {"width": 32, "num_heads": 2, "ffn_width": 32, "encoder_layers": 1, "num_queries": 20} | head_kwargs
     neck_kwargs = {"out_channels": 64 if head == "fcos" else 32}  # whose norms have 32 groups
@@ -69,15 +76,15 @@ def detector(
     return shake(model)
 
 
-def segmenter(head: str, neck: str = "fpn", backbone: str = "test_resnet") -> nn.Module:
-    settings: dict[str, object] = {"channels": 32}
+def segmenter(head: str, neck: str = "fpn", backbone: str = "test_resnet", **options) -> nn.Module:
+    settings: dict[str, object] = {} if head == "linear" else {"channels": 32}
     if head == "mask2former":
         settings = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, encoder_layers=1)
         settings |= dict(encoder_feedforward_dim=32, decoder_layers=2, dim_feedforward=32, num_queries=5)
-    own = head == "mask2former" or (head == "upernet" and neck == "fpn")
-    neck_kwargs = {} if own else {"out_channels": 32}
+    own = head in ("mask2former", "linear") or (head == "upernet" and neck == "fpn")
+    parts = dict(head_kwargs=settings, neck_kwargs={} if own else {"out_channels": 32})
     torch.manual_seed(0)
-    model = build_segmenter(backbone, head, neck, num_classes=4, head_kwargs=settings, neck_kwargs=neck_kwargs)
+    model = build_segmenter(backbone, head, neck, num_classes=4, **parts, **options)
     if head == "mask2former" or (head, neck) == ("upernet", "a3fpn"):
         return model.eval()  # the hard gates of that neck, shaken, turn with the last bit of a number
     return shake(model)
@@ -218,6 +225,37 @@ def test_segmenters(head: str, neck: str, to: str, tmp_path: Path) -> None:
         x = torch.rand(batch, 3, *SIZE)
         with torch.no_grad():
             torch.testing.assert_close(run(x)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+UPLIFT = {"name": "uplift", "channels": 32, "patch": 16}
+NAF = {"name": "naf", "dim": 64}  # whose windows take 9 x 9 positions
+UPSAMPLED = ("linear", "onnx"), ("semantic_fpn", "pt2")  # the others take as long, with the same upsamplers
+EVERY_HEAD = [
+    pytest.param(task, head, upsampler, to, marks=[SLOW] + [pytest.mark.long] * ((head, to) not in UPSAMPLED))
+    for task in HEADS
+    for head, spec in HEADS[task].items()
+    for to, upsampler in (("onnx", UPLIFT), ("pt2", NAF))
+    if to not in spec.not_exported
+]
+
+
+@pytest.mark.parametrize(("task", "head", "upsampler", "to"), EVERY_HEAD)
+def test_heads_on_an_upsampled_transformer(
+    task: str, head: str, upsampler: dict[str, Any], to: str, tmp_path: Path
+) -> None:
+    if head == "mask2former":
+        pytest.importorskip("transformers", reason="mask2former needs transformers")
+    size = (160, 160) if upsampler is NAF else (64, 96)
+    options = dict(upsample=upsampler, depth=2, embed_dim=32, num_heads=2)
+    options |= {"strides": (8,)} if HEADS[task][head].strides == (32,) else {}  # or there is nothing to upsample
+    if task == "detect":
+        check(detector(head, backbone="vit_tiny_patch16_224", min_size=min(size), options=options), to, tmp_path, size)
+        return
+    model = segmenter(head, backbone="vit_tiny_patch16_224", **options)
+    run = FORMATS[to].open(check(model, to, tmp_path, size))
+    x = torch.rand(3, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x)[0], model(x), rtol=1e-4, atol=1e-4)
 
 
 @SLOW
