@@ -326,6 +326,8 @@ def environment(bench: Bench) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
     }
+    if chosen := os.environ.get("FOVEAL_NATIVE"):
+        found["native"] = chosen
     if bench.cuda:
         bandwidth, rate = bench.ceilings
         found |= {

@@ -93,14 +93,12 @@ def ours(layer: Layer, backend: str | None = None) -> Function:
 
 
 def kernel_rows(layer: Layer, bench: Bench) -> Iterator[Row]:
-    """Neighborhood attention: ours, a plain gather, and NATTEN if it supports the call."""
+    """Neighborhood attention: ours in PyTorch and in C++, a plain gather, and NATTEN if it supports the call."""
     for bias in ("none", "table"):
         layer = dataclasses.replace(layer, bias=bias)
         tensors, grad = inputs_of(layer, bench)
-        calls = {
-            "tiled": modes(ours(layer, "tiled"), tensors, grad),
-            "gather": modes(ours(layer, "reference"), tensors, grad),
-        }
+        names = {"tiled": "tiled", "native": "native", "gather": "reference"}
+        calls = {name: modes(ours(layer, backend), tensors, grad) for name, backend in names.items()}
         if bias == "none" and (peer := peers.natten(layer)) is not None:
             calls["natten"] = (modes(peer, tensors, grad)[0], None)  # it has no gradient on a CPU
         labels = {"layer": layer.name, "map": layer.id, "heads": layer.shape[3], "bias": bias}

@@ -99,7 +99,7 @@ class Table:
 
     def series_of(self, row: Row) -> str:
         name = row.get(self.series) or "eager"  # of earlier tables of models
-        return {"tiled": "foveal", "natten": f"NATTEN {row.get('natten')}"}.get(name, name)
+        return {"tiled": "foveal", "native": "foveal, native", "natten": f"NATTEN {row.get('natten')}"}.get(name, name)
 
     def is_hollow(self, row: Row) -> bool:
         return self.hollow is not None and row[self.hollow[0]] == self.hollow[1]

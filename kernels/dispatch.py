@@ -23,8 +23,8 @@ from . import flops, triton_support
 from .problem import Problem
 
 ENVIRONMENT = "FOVEAL_BACKEND"
-NAMES = ("reference", "tiled", "dynamic", "triton", "natten")
-OPERATORS = ("triton", "natten")  # registered with torch.library; the others are plain PyTorch operations
+NAMES = ("reference", "tiled", "dynamic", "native", "triton", "natten")
+OPERATORS = ("native", "triton", "natten")  # registered with torch.library; the others are plain PyTorch operations
 
 _log = logging.getLogger(__name__)
 _announced: set[tuple[str, str, str]] = set()
@@ -42,10 +42,10 @@ class BackendError(RunError):
         >>> from foveal.kernels import BackendError, neighborhood_attention
         >>> q = torch.randn(1, 6, 6, 1, 8)
         >>> try:
-        ...     neighborhood_attention(q, q, q, kernel_size=3, backend="fast")
+        ...     neighborhood_attention(q, q, q, kernel_size=3, backend="gpu")
         ... except BackendError as error:
         ...     print(error)
-        unknown backend 'fast' (from the argument backend), choose from reference, tiled, dynamic, triton, natten
+        unknown backend 'gpu' (from the argument backend), choose from reference, tiled, dynamic, native, triton, natten
     """
 
 
@@ -205,16 +205,20 @@ def _announce(problem: Problem, name: str, why: str) -> None:
 
 
 def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Problem) -> str:
-    """``triton`` where it runs, else ``tiled``, which runs everything; ``natten`` and ``reference`` only by name.
+    """``triton`` where it runs, else ``tiled``, which runs everything; ``natten`` and ``reference`` only by name, and
+    ``native`` where it runs if ``FOVEAL_NATIVE=1`` is set.
 
     Non-overlapping windows are dense attention: ``tiled`` runs ``scaled_dot_product_attention``. Exporters get standard
-    operators, from ``dynamic`` if the shape is dynamic. ``torch.compile`` sees a Triton kernel as one node.
+    operators, from ``dynamic`` if the shape is dynamic. ``torch.compile`` sees a Triton or native kernel as one node.
     """
     exporting = problem.tracing and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
     name, reason = "dynamic" if problem.tracing and problem.dynamic_shape else "tiled", None
     if problem.device == "cuda" and triton_support.AUTOMATIC and not exporting:
         dense = operation == "neighborhood_attention" and problem.plain_windows  # which an exporter would guard
         reason = "dense windows" if dense else backends["triton"].unsupported_reason(problem)
-        name = name if reason else "triton"
-    _announce(problem, name, f"not triton: {reason}" if reason else "")
+        name, reason = ("tiled", f"not triton: {reason}") if reason else ("triton", None)
+    elif "native" in backends and backends["native"].AUTOMATIC and not exporting:
+        reason = backends["native"].unsupported_reason(problem)
+        name, reason = ("tiled", f"not native: {reason}") if reason else ("native", None)
+    _announce(problem, name, reason or "")
     return name

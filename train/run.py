@@ -162,8 +162,8 @@ def describe(trainer: Trainer, resumed: bool) -> None:
         f"{task.data.train.samples:,} training and {task.data.val.samples:,} held-out images; "
         f"{accelerator.device.type} x {accelerator.num_processes}, {torch.get_num_threads()} threads"
     )
-    forced = os.environ.get("FOVEAL_BACKEND")
-    notes = [*task.notes, f"FOVEAL_BACKEND={forced}" if forced else None]
+    forced = [f"{name}={os.environ[name]}" for name in ("FOVEAL_BACKEND", "FOVEAL_NATIVE") if os.environ.get(name)]
+    notes = [*task.notes, *forced]
     for note in filter(None, [*notes, shared_store(os.environ, accelerator.num_processes)]):
         trainer.logger.print(note)
     if not resumed:
@@ -289,5 +289,6 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "process": {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()},
         "backend": os.environ.get("FOVEAL_BACKEND"),
+        "native": os.environ.get("FOVEAL_NATIVE"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

@@ -25,9 +25,16 @@ from ..dispatch import run
 from ..problem import Problem, of_tensors
 from ..tracing import is_dynamic
 from ..window import Window
-from . import dynamic, natten, reference, tiled, triton
+from . import dynamic, native, natten, reference, tiled, triton
 
-BACKENDS = {"reference": reference, "tiled": tiled, "dynamic": dynamic, "triton": triton, "natten": natten}
+BACKENDS = {
+    "reference": reference,
+    "tiled": tiled,
+    "dynamic": dynamic,
+    "native": native,
+    "triton": triton,
+    "natten": natten,
+}
 BIASES = RelativePositionBias, DecomposedRelativePositionBias
 
 

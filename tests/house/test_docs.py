@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -150,7 +151,10 @@ def test_what_each_backend_takes(monkeypatch) -> None:
     assert [row[0] for row in rows] == list(ROWS)
     for name, *cells in rows:
         for backend, cell in zip(head[1:], cells, strict=True):
-            answers = {api.BACKENDS[backend].unsupported_reason(problem) for problem in ROWS[name]}
+            problems = ROWS[name]
+            if backend == "native" and {p.device for p in problems} == {"cuda"} and "GPU" not in name:
+                problems = [dataclasses.replace(p, device="cpu") for p in problems]
+            answers = {api.BACKENDS[backend].unsupported_reason(problem) for problem in problems}
             assert ("yes" if answers == {None} else "no") == cell, (name, backend, answers)
             assert cell == "yes" or None not in answers, (name, backend, answers)  # the same for all that the row names
 

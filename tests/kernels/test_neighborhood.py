@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,14 +31,17 @@ from foveal.kernels import (
     tiling,
 )
 from foveal.kernels.cache import CONSTANTS
+from foveal.kernels.neighborhood import native, tiled
 from foveal.kernels.neighborhood import natten as natten_backend
-from foveal.kernels.neighborhood import tiled
 from foveal.kernels.tracing import for_other_runtimes
 
 from . import naive
 
 NATTEN = natten_backend.installed_version()
 needs_natten = pytest.mark.skipif(NATTEN is None, reason="natten is not installed (make test installs it)")
+CXX = shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler: neither CXX nor g++")
+FUSED = pytest.param("native", marks=needs_compiler)
 
 
 def inputs(
@@ -255,11 +259,22 @@ def calls(draw):
 @given(calls(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([tiling.CHUNK, 64, 3000]))
 @settings(max_examples=400)
 def test_tiled_equals_reference(call, dtype, chunk):
-    shape, value_depth, bias, options = call
-    leaves, rule = inputs(shape, value_depth, bias=bias, dtype=dtype, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "CHUNK", chunk)  # small chunks: several slices of batch, groups and tile rows
-        got = with_gradients(leaves, rule, "tiled", **options)
+        equals_reference(call, dtype, "tiled")
+
+
+@needs_compiler
+@given(calls())
+@settings(max_examples=200)
+def test_native_equals_reference(call):
+    equals_reference(call, torch.float32, "native")
+
+
+def equals_reference(call, dtype, name):
+    shape, value_depth, bias, options = call
+    leaves, rule = inputs(shape, value_depth, bias=bias, dtype=dtype, **options)
+    got = with_gradients(leaves, rule, name, **options)
     exact = [t.detach().double().requires_grad_(True) for t in leaves]
     if bias is not None:
         rule = (
@@ -319,10 +334,11 @@ def test_all_at_once_equals_chunk_by_chunk(call):
 DINAT_LAYERS = [(56, 2, 1), (56, 2, 8), (28, 4, 4), (14, 8, 2), (7, 16, 1)]
 
 
+@pytest.mark.parametrize("name", ["tiled", FUSED])
 @pytest.mark.parametrize(("size", "heads", "dilation"), DINAT_LAYERS, ids=lambda x: str(x))
-def test_layers_of_dinat(size, heads, dilation):
+def test_layers_of_dinat(size, heads, dilation, name):
     leaves, rule = inputs((1, size, size, heads, 32), None, (7, 7), "table")
-    got = with_gradients(leaves, rule, "tiled", kernel_size=7, dilation=dilation)
+    got = with_gradients(leaves, rule, name, kernel_size=7, dilation=dilation)
     want = with_gradients(leaves, rule, "reference", kernel_size=7, dilation=dilation)
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
@@ -367,11 +383,14 @@ HALO = {"kernel_size": (14, 14), "stride": 8}
         "grid-small",
     ],
 )
-@pytest.mark.parametrize("chunk", [tiling.CHUNK, 20000])
-def test_layers_of_halonet_and_maxvit(shape, bias, options, chunk, monkeypatch):
-    monkeypatch.setattr(tiling, "CHUNK", chunk)
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("tiled", tiling.CHUNK), ("tiled", 20000), pytest.param("native", None, marks=needs_compiler)]
+)
+def test_layers_of_halonet_and_maxvit(shape, bias, options, name, chunk, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr(tiling, "CHUNK", chunk)
     leaves, rule = inputs(shape, 12, bias=bias, **options)
-    got = with_gradients(leaves, rule, "tiled", **options)
+    got = with_gradients(leaves, rule, name, **options)
     want = with_gradients(leaves, rule, "reference", **options)
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
@@ -616,9 +635,10 @@ def test_second_derivative_belongs_to_the_reference():
 # --------------------------------------------------------------------------------------------- low precision
 
 
+@pytest.mark.parametrize("name", ["tiled", FUSED])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [None, "table", "factored"])
-def test_low_precision_is_as_good_as_eager(dtype, bias):
+def test_low_precision_is_as_good_as_eager(dtype, bias, name):
     """Error against float64 at most twice (gradients: three times) that of eager PyTorch in the same dtype."""
     options = {"kernel_size": 5, "dilation": 2}
     exact, _ = inputs((2, 14, 15, 2, 16), None, (5, 5), bias, torch.float64)
@@ -635,7 +655,7 @@ def test_low_precision_is_as_good_as_eager(dtype, bias):
         )
 
     want = with_gradients(exact, rule_of(exact), "reference", **options)
-    got = with_gradients(low, rule_of(low), "tiled", **options)
+    got = with_gradients(low, rule_of(low), name, **options)
     eager = eager_gather(low, bias, **options)
     for index, (a, e, w) in enumerate(zip(got, eager, want, strict=True)):
         assert a.dtype == dtype
@@ -643,12 +663,14 @@ def test_low_precision_is_as_good_as_eager(dtype, bias):
 
 
 @pytest.mark.parametrize("bias", [None, "table", "factored"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.001])
-def test_float16_logits_do_not_overflow(bias, dropout_p):
+@pytest.mark.parametrize(
+    ("name", "dropout_p"), [("tiled", 0.0), ("tiled", 0.001), pytest.param("native", 0.0, marks=needs_compiler)]
+)
+def test_float16_logits_do_not_overflow(bias, name, dropout_p):
     """200 * 200 * 32 * 32 ** -0.5 = 226,274 is beyond float16; the weights and the output are not."""
     q = torch.full((1, 9, 9, 1, 32), 200.0, dtype=torch.float16)
     _, rule = inputs((1, 9, 9, 1, 32), None, (3, 3), bias, torch.float16)
-    got = neighborhood_attention(q, q, q, kernel_size=3, dropout_p=dropout_p, bias=rule, backend="tiled")
+    got = neighborhood_attention(q, q, q, kernel_size=3, dropout_p=dropout_p, bias=rule, backend=name)
     assert torch.isfinite(got).all()
     assert float((got.detach() - q).abs().median()) < 1
 
@@ -680,7 +702,7 @@ def eager_gather(leaves, bias, kernel_size, dilation):
 
 
 @needs_natten
-@pytest.mark.parametrize("name", ["reference", "tiled", "natten"])
+@pytest.mark.parametrize("name", ["reference", "tiled", FUSED, "natten"])
 @pytest.mark.parametrize(
     ("size", "kernel_size", "stride", "dilation"),
     [
@@ -847,7 +869,7 @@ def test_dropout_of_strided_queries(name):
     assert abs(float(counts.var()) - 25 * 0.4 * 0.6) < 0.6
 
 
-@pytest.mark.parametrize("name", ["reference", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled", FUSED])
 def test_batch_of_none(name):
     leaves, rule = inputs((0, 7, 7, 2, 4), 3, (3, 3), "table")
     out, *grads = with_gradients(leaves, rule, name, kernel_size=3, dilation=2)
@@ -855,7 +877,7 @@ def test_batch_of_none(name):
     assert not grads[3].any()
 
 
-@pytest.mark.parametrize("name", ["reference", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled", FUSED])
 def test_strides_of_the_inputs_do_not_matter(name):
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(2, 9, 8, 3, 2, 4, generator=generator)
@@ -871,52 +893,57 @@ def test_strides_of_the_inputs_do_not_matter(name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["tiled", FUSED])
 @pytest.mark.parametrize("size", [(8, 8), (9, 11)])
-def test_output_is_contiguous_and_may_be_changed_in_place(size):
+def test_output_is_contiguous_and_may_be_changed_in_place(size, name):
     leaves, rule = inputs((2, *size, 2, 4), None, (3, 3), "table")
-    out = neighborhood_attention(*leaves[:3], kernel_size=3, dilation=2, bias=rule, backend="tiled")
+    out = neighborhood_attention(*leaves[:3], kernel_size=3, dilation=2, bias=rule, backend=name)
     assert out.is_contiguous()
     want = torch.autograd.grad(out.sum() * 2, leaves, retain_graph=True)
     for a, b in zip(torch.autograd.grad(out.mul_(2).sum(), leaves), want, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_default_device_does_not_leak_in():
+@pytest.mark.parametrize("name", ["tiled", FUSED])
+def test_default_device_does_not_leak_in(name):
     leaves, rule = inputs((1, 9, 11, 2, 4), None, (3, 3), "table")
     want = with_gradients(leaves, rule, "tiled", kernel_size=3, dilation=2)
     CONSTANTS.clear()
+    native._axis.cache_clear()
     with torch.device("meta"):
-        out = neighborhood_attention(*leaves[:3], bias=rule, kernel_size=3, dilation=2, backend="tiled")
+        out = neighborhood_attention(*leaves[:3], bias=rule, kernel_size=3, dilation=2, backend=name)
         grads = torch.autograd.grad(out, leaves, torch.ones(out.shape, device="cpu"))
     torch.testing.assert_close(out, want[0])
     assert all(g.device.type == "cpu" and torch.isfinite(g).all() for g in grads)
 
 
-def test_part_of_the_inputs_wants_gradients():
+@pytest.mark.parametrize("name", ["tiled", FUSED])
+def test_part_of_the_inputs_wants_gradients(name):
     leaves, _ = inputs((1, 9, 8, 2, 4), None, (3, 3), "table")
     for chosen in ([0], [1], [2], [3], [0, 3], [1, 2]):
         picked = [t if i in chosen else t.detach() for i, t in enumerate(leaves)]
         got, want = (
             torch.autograd.grad(
                 neighborhood_attention(
-                    *picked[:3], bias=RelativePositionBias(picked[3]), kernel_size=3, backend=name
+                    *picked[:3], bias=RelativePositionBias(picked[3]), kernel_size=3, backend=each
                 ).sum(),
                 [picked[i] for i in chosen],
             )
-            for name in ("tiled", "reference")
+            for each in (name, "reference")
         )
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tiled", FUSED])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant):
+def test_activation_checkpointing(reentrant, name):
     from torch.utils.checkpoint import checkpoint
 
     leaves, rule = inputs((1, 9, 8, 2, 4), None, (3, 3), "table")
 
     def call(q, k, v):
-        return neighborhood_attention(q, k, v, bias=rule, kernel_size=3, backend="tiled")
+        return neighborhood_attention(q, k, v, bias=rule, kernel_size=3, backend=name)
 
     got = torch.autograd.grad(checkpoint(call, *leaves[:3], use_reentrant=False).sum(), leaves)
     want = torch.autograd.grad(call(*leaves[:3]).sum(), leaves)
@@ -939,10 +966,11 @@ def test_transforms_of_torch_func():
     torch.testing.assert_close(torch.vmap(call)(batch), torch.stack([call(q), call(2 * q)]))
 
 
-def test_inputs_are_not_changed():
+@pytest.mark.parametrize("name", ["tiled", FUSED])
+def test_inputs_are_not_changed(name):
     leaves, rule = inputs((1, 9, 9, 2, 4), None, (3, 3), "table")
     before = [t.detach().clone() for t in leaves]
-    with_gradients(leaves, rule, "tiled", kernel_size=3)
+    with_gradients(leaves, rule, name, kernel_size=3)
     for a, b in zip(leaves, before, strict=True):
         assert torch.equal(a, b)
 
@@ -964,11 +992,12 @@ def test_autocast_casts_like_the_functional_operators():
             neighborhood_attention(leaves[0], *double[1:], kernel_size=3)
 
 
+@pytest.mark.parametrize("name", ["tiled", FUSED])
 @pytest.mark.parametrize("bias", [None, "table", "factored", "factored-per-head"])
-def test_autocast_around_the_backward_changes_nothing(bias):
+def test_autocast_around_the_backward_changes_nothing(bias, name):
     """A common habit: `loss.backward()` inside the autocast block."""
     leaves, rule = inputs((1, 9, 8, 2, 4), None, (3, 3), bias)
-    out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, backend="tiled")
+    out = neighborhood_attention(*leaves[:3], kernel_size=3, bias=rule, backend=name)
     want = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(out.sum(), leaves)
@@ -1477,7 +1506,7 @@ def test_threads_share_the_plans():
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled", "dynamic"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "dynamic", FUSED])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_scale_that_is_no_number_shows(backend, scale):
     q = torch.randn(1, 9, 9, 2, 8)

@@ -172,7 +172,7 @@ def _leaves(out: torch.Tensor) -> set:
 
 
 def test_the_operators_have_the_same_formulas():
-    """With their shapes alone: the fakes of the operators that `triton`, `natten` and compiled code call."""
+    """With their shapes alone: the fakes of the operators that `native`, `triton`, `natten` and compiled code call."""
     q, logits, table = (t.to("meta") for t in (Q, LOGITS, TABLE))
     lse, window, ops = q[..., 0], triton.window_list(Window(3), Window(3)), torch.ops.foveal
     attention, mix = (q, q, q, table, None), (logits, q, None, None)
@@ -182,6 +182,8 @@ def test_the_operators_have_the_same_formulas():
         (ops.tiled_attention, (*attention, window, 1.0), MACS[1][0]),
         (ops.tiled_attention_backward, (q, *attention, window, 1.0, True), MACS[1][1]),
         (ops.tiled_product, ("dots", q, q, window), MACS[5][0]),
+        (ops.native_attention, (*attention, window, 1.0), MACS[1][0]),
+        (ops.native_attention_backward, (q, *attention, window, 1.0, True), MACS[1][1]),
         (ops.natten_na2d, (q, q, q, [3] * 2 + [1] * 4, 1.0), MACS[1][0]),
         (ops.natten_na2d_backward, (q, q, q, q, [3] * 2 + [1] * 4, 1.0), MACS[1][1]),
         (ops.aggregate_apply, (logits, q, [3, 5, 1, 1], "zero"), MACS[3][0]),
