@@ -164,9 +164,10 @@ def test_it_shares_the_threads_of_pytorch():
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """Replaces the compiler by a shell script; returns the folder of the cache."""
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
     def set_to(body):
+        cpp_builder.cpp_compiler_search.cache_clear()
         script = tmp_path / "c++"
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(0o755)
@@ -174,7 +175,8 @@ def compiler(monkeypatch, tmp_path):
         return tmp_path / "cache" / "foveal"
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    return set_to
+    yield set_to
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 VERSION = 'case "$*" in --version) echo a compiler; exit;; esac\n'
