@@ -1,6 +1,7 @@
 """The backend `native`: its library, its choice and its tilings; the sweeps are those of test_neighborhood.py."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -171,11 +172,12 @@ def compiler(monkeypatch, tmp_path):
         script = tmp_path / "c++"
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(0o755)
-        monkeypatch.setattr(config.cpp, "cxx", (str(script),))
+        stack.enter_context(config.patch({"cpp.cxx": (str(script),)}))
         return tmp_path / "cache" / "foveal"
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    yield set_to
+    with ExitStack() as stack:
+        yield set_to
     cpp_builder.cpp_compiler_search.cache_clear()
 
 
