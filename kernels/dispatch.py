@@ -216,9 +216,9 @@ def _automatic(operation: str, backends: Mapping[str, ModuleType], problem: Prob
     if problem.device == "cuda" and triton_support.AUTOMATIC and not exporting:
         dense = operation == "neighborhood_attention" and problem.plain_windows  # which an exporter would guard
         reason = "dense windows" if dense else backends["triton"].unsupported_reason(problem)
-        name, reason = ("tiled", f"not triton: {reason}") if reason else ("triton", None)
+        name, reason = (name, f"not triton: {reason}") if reason else ("triton", None)
     elif "native" in backends and backends["native"].AUTOMATIC and not exporting:
         reason = backends["native"].unsupported_reason(problem)
-        name, reason = ("tiled", f"not native: {reason}") if reason else ("native", None)
+        name, reason = (name, f"not native: {reason}") if reason else ("native", None)
     _announce(problem, name, reason or "")
     return name
