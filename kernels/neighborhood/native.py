@@ -32,8 +32,7 @@ from ..bias import Bias
 from ..dispatch import BackendError
 from ..problem import Problem
 from ..tracing import transformed
-from ..window import Window
-from .triton import _dense, _head_stride, _windows, window_list
+from ..window import Window, window_list, windows_of
 
 ENVIRONMENT = "FOVEAL_NATIVE"
 LARGEST_BIASED = 64  # keys along an axis; each thread expands the bias of a tile
@@ -163,7 +162,7 @@ def _axis(window: Window, length: int) -> np.ndarray:
 
 def _call(tensors: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, window: list[int], scale: float) -> Call:
     """The arguments of the library: sizes, and addresses and strides of all ``tensors``, by name."""
-    windows = _windows(tuple(window))
+    windows = windows_of(tuple(window))
     batch, height, width, heads, depth = k.shape
     call = Call(
         batch, heads, depth, v.shape[4], height, width, *q.shape[1:3],
@@ -176,7 +175,8 @@ def _call(tensors: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, window: l
         if t.ndim == 5:
             setattr(call, f"at_{name}", _Strides(*t.stride()[:4]))
     for name in ("first", "second"):
-        setattr(call, f"{name}_by_head", _head_stride(tensors.get(name)))
+        t = tensors.get(name)
+        setattr(call, f"{name}_by_head", t.stride(0) if t is not None and t.ndim == 3 else 0)
     axes = [_axis(w, length) for w, length in zip(windows, (height, width), strict=True)]
     call.held = tensors, axes
     for name, (start, base) in zip(("row", "column"), axes, strict=True):
@@ -190,7 +190,8 @@ def _call(tensors: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, window: l
 
 def _plain(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Inputs as the library takes them: float32 or bfloat16, with contiguous channels."""
-    return tuple(_dense(t.float() if t.dtype == torch.float16 else t) for t in tensors)
+    plain = (t.float() if t.dtype == torch.float16 else t for t in tensors)
+    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in plain)
 
 
 @torch.library.custom_op("foveal::native_attention", mutates_args=())

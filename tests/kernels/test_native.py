@@ -9,8 +9,7 @@ import torch
 
 from foveal.kernels import BackendError, RelativePositionBias, neighborhood_attention, recording
 from foveal.kernels.neighborhood import native
-from foveal.kernels.neighborhood.triton import window_list
-from foveal.kernels.window import Window
+from foveal.kernels.window import Window, window_list
 
 from .test_neighborhood import inputs, needs_compiler, relative_error, with_gradients
 
