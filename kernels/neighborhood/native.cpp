@@ -7,7 +7,7 @@
 // of log 2. Two ways to tile:
 //
 //   by rows     queries next to each other in a row, against the rows of their windows, of which a ring is packed
-//   by windows  queries that share a window (blocks, or a dilation group as large as the kernel), whose keys form one row
+//   by windows  queries that share a window (blocks, or dilation groups as large as the kernel), whose keys form a row
 //
 // Two loops do the work: `dots` (queries times transposed keys) and `mix` (coefficients times rows).
 
@@ -59,7 +59,6 @@ inline void store(uint16_t* p, Vec x) {  // to the nearest, ties to even; NaN st
   *reinterpret_cast<ShortAt*>(p) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Short);
 }
 
-
 // Keeps x in a register: GCC would load it anew for each product, and loads are the bottleneck
 inline Vec in_register(Vec x) {
 #if defined(__AVX__)
@@ -75,29 +74,24 @@ inline float number(uint16_t x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-template <int N>
-struct Of {
-  typedef float type __attribute__((vector_size(4 * N)));
-};
-template <int N, class F>
-float reduce(typename Of<N>::type x, F f) {
-  if constexpr (N == 4) {
-    typename Of<4>::type y = {x[2], x[3], x[0], x[1]};
-    y = f(x, y);
-    typename Of<4>::type z = {y[1], y[0], y[3], y[2]};
-    return f(y, z)[0];
-  } else {
-    typename Of<N / 2>::type a, b;
-    std::memcpy(&a, &x, sizeof a);
-    std::memcpy(&b, reinterpret_cast<const char*>(&x) + sizeof a, sizeof b);
-    return reduce<N / 2>(f(a, b), f);
-  }
+using Lanes = std::make_integer_sequence<int, LANES>;
+template <int W, int... I>
+inline Vec swapped(Vec x, std::integer_sequence<int, I...>) {  // lane i holds lane i ^ W
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(x, x, (I ^ W)...);
+#else
+  return Vec{x[I ^ W]...};
+#endif
 }
-inline float largest(Vec x) {
-  return reduce<LANES>(x, [](auto a, auto b) { return a > b ? a : b; });
+template <int W = LANES / 2, class F>
+inline Vec reduce(Vec x, F f) {  // in all lanes
+  x = f(x, swapped<W>(x, Lanes{}));
+  if constexpr (W > 1) x = reduce<W / 2>(x, f);
+  return x;
 }
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline float total(Vec x) {
-  return reduce<LANES>(x, [](auto a, auto b) { return a + b; });
+  return reduce(x, [](Vec a, Vec b) { return a + b; })[0];
 }
 
 // 2^x for x <= 0, to 1e-7; exactly 0 below -127; NaN stays NaN
@@ -206,7 +200,7 @@ template <int W>
 inline void transpose_by(Vec* x) {
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i)
-    if (!(i & W)) swap_halves<W>(x[i], x[i | W], std::make_integer_sequence<int, LANES>{});
+    if (!(i & W)) swap_halves<W>(x[i], x[i | W], Lanes{});
 }
 inline void transpose(Vec* x) {
   transpose_by<1>(x);
@@ -318,7 +312,7 @@ struct Columns {  // the tiles of one dilation group, and the keys that they rea
   std::vector<Tile> tiles;
   int from = 0, width = 0;
 };
-struct Pattern {  // by query of the tile: keys of its window, and the table's column of key 0, from the tile's first key
+struct Pattern {  // by query of the tile: keys of its window, and the table's column of the tile's first key
   int vectors;
   std::vector<int> low, high, base;
   int64_t at = 0;  // in the expanded bias of a head: [rows of the table][count][vectors]
@@ -441,7 +435,8 @@ struct Plan {
       Run run{j, 0, a.low(group, j), a.high(group, j) - a.low(group, j), 0};
       if (!found.empty() && found.back().key + found.back().keys > run.key) return false;
       Relative relation{run.keys, {}};
-      for (; j < a.queries(group) && a.low(group, j) == run.key && a.high(group, j) == run.key + run.keys; ++j, ++run.count)
+      const int end = run.key + run.keys;
+      for (; j < a.queries(group) && a.low(group, j) == run.key && a.high(group, j) == end; ++j, ++run.count)
         relation.index.push_back(a.base(group, j) + run.key);
       auto& known = relative[side];
       for (run.pattern = 0; run.pattern < int(known.size()); ++run.pattern)
@@ -519,6 +514,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
   int64_t image = 0, head = 0;
 
   int count = 0, rows = 0, vectors = 0, widest = 4;  // queries, rows of keys, vectors of a row; rows of a `mix`
+  int last_packed = 0;
   int y[TILE], x[TILE], low[TILE], high[TILE], base[TILE], table_row = 0;
   int64_t stride = 0, start_apart = 0;                                         // of transposed keys; of starts by query
   std::vector<const float*> keys, values, starts, key_rows, value_columns;  // by row; null outside of the map
@@ -580,11 +576,8 @@ struct Worker {  // one thread's memory, and the tile that it is at
     for (int t = 0; t < count; ++t) {
       float* row = p + t * apart();
       Vec top = load(row);
-      for (int i = 1; i < n; ++i) {
-        const Vec z = load(row + i * LANES);
-        top = z > top ? z : top;
-      }
-      const Vec most = Vec{} + largest(top);
+      for (int i = 1; i < n; ++i) top = larger(load(row + i * LANES), top);
+      const Vec most = reduce(top, larger);
       Vec sum = {};
       for (int i = 0; i < n; ++i) {
         const Vec z = exp2(load(row + i * LANES) - most);
@@ -601,7 +594,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
     const int parts = (count + widest - 1) / widest;
     for (int part = 0; part < parts; ++part) {
       const int a = count * part / parts, n = count * (part + 1) / parts - a;
-      const int first = *std::min_element(low + a, low + a + n), last = *std::max_element(high + a, high + a + n);
+      const int first = low[a], last = high[a + n - 1];  // windows begin and end in the order of the queries
       for (int64_t d = 0; d < width; d += ACROSS * LANES)
         mixes[n - 1][width - d > LANES](of.data(), rows, first * width + d, width, last - first,
                                         coefficient + a * apart() + first, vectors * LANES, apart(), 1, false,
@@ -611,7 +604,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
 
   // to[row][key] += sum of coefficient[t][row][key] q[t] over the queries that see the key
   void mix_queries(const float* coefficient, const float* q, int64_t width, const std::vector<float*>& to) {
-    const int first = *std::min_element(low, low + count), last = *std::max_element(high, high + count);
+    const int first = low[0], last = high[count - 1];
     for (int r = 0; r < rows; ++r) {
       if (!to[r]) continue;
       for (int key = first; key < last; key += widest) {
@@ -694,7 +687,8 @@ struct Worker {  // one thread's memory, and the tile that it is at
     const float* q = pack_queries(raw, c.q, c.at_q, depth, 1.0f);
     const int64_t across = padded(rows), width = int64_t(vectors) * LANES;
     float *r = by_row.get(count * across), *k = by_column.get(count * width);
-    const float *e = sides[0].columns.get(0) + sides[0].margin + table_row, *f = sides[1].columns.get(0) + sides[1].margin;
+    const float* e = sides[0].columns.get(0) + sides[0].margin + table_row;
+    const float* f = sides[1].columns.get(0) + sides[1].margin;
     for (int64_t i = 0; i < across; i += LANES)
       dots[count - 1](q, int(depth), e + i, sides[0].rows, nullptr, 0, nullptr, 0, r + i, across);
     for (int t = 0; t < count; ++t)
@@ -744,13 +738,20 @@ struct Worker {  // one thread's memory, and the tile that it is at
 
   // ------------------------------------------------------------------------------------- by rows and by windows
 
+  // Brings a query, or the values or keys at a place of the map, into the cache: their lines are far apart
+  template <class P>
+  void prefetch(const P* first, const Strides& at, int row, int column, int64_t channels) const {
+    const P* p = first + image * at.image + row * at.row + column * at.column + head * at.head;
+    for (int64_t d = 0; d < channels; d += 64 / int64_t(sizeof(P))) __builtin_prefetch(p + d);
+  }
+
   // Where keys of a row of the map are, null outside; `first` is k, v or a gradient
   template <class P>
   void locate(P* first, const Strides& at, int gr, int gc, int row, int key, int n, std::vector<P*>& found) const {
     const int length = plan.axes[0].keys(gr), across = plan.axes[1].keys(gc);
     P* line = first + image * at.image + (row * c.dilation[0] + gr) * at.row + gc * at.column + head * at.head;
     for (int i = key; i < key + n; ++i)
-      found.push_back(row >= 0 && row < length && i >= 0 && i < across ? line + i * c.dilation[1] * at.column : nullptr);
+      found.push_back(row >= 0 && row < length && i >= 0 && i < across ? line + i * c.dilation[1] * at.column : 0);
   }
 
   // Packs the keys and values at `find`, as one row
@@ -821,6 +822,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
       for (; backward && done < std::min(first, next); ++done) write_gradients(done, keys_of(done));
       done = std::max(done, first);
       for (next = std::max(next, first); next < last; ++next) pack(next, keys_of(next));
+      last_packed = next;
       for (const Tile& tile : columns.tiles)
         for (int row = i; row < stop; ++row) take(gr, gc, row, tile, columns);
     }
@@ -843,6 +845,16 @@ struct Worker {  // one thread's memory, and the tile that it is at
     for (int r = 0; r < rows; ++r) {
       set_row(r, first + r >= 0 && first + r < a.keys(gr), first + r, tile.key - columns.from);
       starts[r] = head_bias() + p.at + (c.bias == 1 ? (table_row + r) * count * start_apart : 0);
+    }
+    const int later = last_packed + row % BLOCK;  // keys to be packed with the next block of rows
+    for (int t = 0; t < count; ++t) {
+      if (later < a.keys(gr) && tile.first + t < plan.axes[1].keys(gc)) {
+        prefetch(static_cast<const E*>(c.k), c.at_k, later * c.dilation[0] + gr, x[t], depth);
+        prefetch(static_cast<const E*>(c.v), c.at_v, later * c.dilation[0] + gr, x[t], value_depth);
+      }
+      if (row + 1 >= a.queries(gr)) continue;
+      prefetch(static_cast<const E*>(c.q), c.at_q, y[t] + c.dilation[0], x[t], depth);
+      if (backward) prefetch(static_cast<const E*>(c.grad), c.at_grad, y[t] + c.dilation[0], x[t], value_depth);
     }
     backward ? backward_tile() : forward();
   }
