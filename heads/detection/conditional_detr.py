@@ -4,7 +4,9 @@ non-maximum suppression. Each query attends to the map by its content and, separ
 Source: https://github.com/Atten4Vis/ConditionalDETR (Apache-2.0). The parameters have its names, except that the
 encoder's self-attention has separate projections. Differences: linear layers of the outputs run in float32 under
 autocast. transformers' implementation has the same outputs in evaluation, but with ``auxiliary_loss`` its decoder feeds
-the normalized states on, and so trains another network than it evaluates.
+the normalized states on, and so trains another network than it evaluates. Options that are not in it: groups of queries
+in training (Group DETR, arXiv 2207.13085), the temperature of the positions (20 in DAB-DETR, arXiv 2201.12329), and a
+start at which queries attend around their reference points.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ class DecoderLayer(Layer):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, position: Tensor, sine: Tensor, memory: Tensor, places: Tensor, valid: Tensor | None
+        self, x: Tensor, position: Tensor, sine: Tensor, memory: Tensor, places: Tensor, valid: Tensor | None, size: int
     ) -> Tensor:
         """
         Args:
@@ -131,10 +133,12 @@ class DecoderLayer(Layer):
             memory: of the encoder, ``[B, S, D]``.
             places: positions of its cells, ``[1 or B, S, D]``.
             valid: which cells are no padding, bool ``[B, S]``; None: all.
+            size: of the groups of queries, which attend among themselves.
         """
         q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(position)
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(position)
-        x = self.norm1(x + self.dropout(self.self_attn(q, k, self.sa_v_proj(x))))
+        groups = [each.unflatten(1, (-1, size)).flatten(0, 1) for each in (q, k, self.sa_v_proj(x))]
+        x = self.norm1(x + self.dropout(self.self_attn(*groups).view_as(x)))
         q, k, place = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory), self.ca_kpos_proj(places)
         if self.ca_qpos_proj is not None:
             q, k = q + self.ca_qpos_proj(position), k + place
@@ -161,30 +165,33 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, count: int, width: int, *settings: Any) -> None:
+    def __init__(self, temperature: float, count: int, width: int, *settings: Any) -> None:
         super().__init__()
+        self.temperature = temperature
         self.layers = nn.ModuleList(DecoderLayer(width, *settings, first=i == 0) for i in range(count))
         self.norm = nn.LayerNorm(width)
         self.query_scale, self.ref_point_head = MLP(width, width, width), MLP(width, width, 2)
 
-    def forward(self, position: Tensor, memory: Tensor, places: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, position: Tensor, memory: Tensor, places: Tensor, valid: Tensor | None, size: int
+    ) -> tuple[Tensor, Tensor]:
         """The arguments of `DecoderLayer` to the normalized output of every layer, ``[layers, B, Q, D]``, and the
         reference points (x, y) in [0, 1], ``[1, Q, 2]``."""
         reference = in_full(self.ref_point_head, position).sigmoid()
         x_axis, y_axis = (2 * math.pi * reference).unbind(-1)
-        around = sine_embedding(y_axis, x_axis, position.shape[-1]).to(memory.dtype)
+        around = sine_embedding(y_axis, x_axis, position.shape[-1], self.temperature).to(memory.dtype)
         x, outputs = memory.new_zeros(len(memory), *position.shape[1:]), []
         for i, layer in enumerate(self.layers):
             sine = around if i == 0 else around * self.query_scale(x)
-            x = layer(x, position, sine, memory, places, valid)
+            x = layer(x, position, sine, memory, places, valid, size)
             outputs.append(self.norm(x))  # for the outputs alone: the next layer takes x
         return torch.stack(outputs), reference
 
 
 class Transformer(nn.Module):
-    def __init__(self, encoder_layers: int, decoder_layers: int, *settings: Any) -> None:
+    def __init__(self, encoder_layers: int, decoder_layers: int, temperature: float, *settings: Any) -> None:
         super().__init__()
-        self.encoder, self.decoder = Encoder(encoder_layers, *settings), Decoder(decoder_layers, *settings)
+        self.encoder, self.decoder = Encoder(encoder_layers, *settings), Decoder(temperature, decoder_layers, *settings)
 
 
 class ConditionalDETRHead(nn.Module):
@@ -199,10 +206,14 @@ class ConditionalDETRHead(nn.Module):
         encoder_layers: their number; 0: the decoder reads the map itself.
         decoder_layers: their number.
         num_queries: most objects of an image that can be found.
+        num_groups: groups of so many queries in training, of which evaluation takes the first (Group DETR).
+        temperature: of the positions' sines; the lower, the shorter their wavelengths.
+        focus: how strongly queries attend around their reference points at the start, for maps that are trained from
+            random weights; 0: not at all, as published.
         dropout: in the transformer.
 
     Raises:
-        ValueError: no layer of the decoder or no query, or a width that heads, axes and sines do not divide.
+        ValueError: no layer of the decoder, no query or no group, or a width that heads, axes and sines do not divide.
     """
 
     def __init__(
@@ -216,19 +227,29 @@ class ConditionalDETRHead(nn.Module):
         encoder_layers: int = 6,
         decoder_layers: int = 6,
         num_queries: int = 300,
+        num_groups: int = 1,
+        temperature: float = 10000.0,
+        focus: float = 0.0,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if min(width, num_heads, ffn_width, decoder_layers, num_queries) < 1 or width % math.lcm(num_heads, 4):
+        least = min(width, num_heads, ffn_width, decoder_layers, num_queries, num_groups)
+        if temperature <= 1 or focus < 0:
+            raise ValueError(f"temperature={temperature} must be above 1, and focus={focus} not negative")
+        if least < 1 or width % math.lcm(num_heads, 4):
             raise ValueError(
                 f"width={width} must be a multiple of num_heads={num_heads} and of 4, and ffn_width={ffn_width}, "
-                f"decoder_layers={decoder_layers} and num_queries={num_queries} at least 1"
+                f"decoder_layers={decoder_layers}, num_queries={num_queries} and num_groups={num_groups} at least 1"
             )
+        self.num_queries, self.temperature = num_queries, temperature
         self.input_proj = nn.Conv2d(channels, width, 1)
-        self.transformer = Transformer(encoder_layers, decoder_layers, width, num_heads, ffn_width, dropout)
-        self.query_embed = nn.Embedding(num_queries, width)
+        layers = encoder_layers, decoder_layers
+        self.transformer = Transformer(*layers, temperature, width, num_heads, ffn_width, dropout)
+        self.query_embed = nn.Embedding(num_groups * num_queries, width)
         self.class_embed, self.bbox_embed = nn.Linear(width, num_classes), MLP(width, width, width, 4)
         self._initialize()
+        if focus:
+            self._look_around_references(focus)
 
     def _initialize(self) -> None:
         for parameter in self.transformer.parameters():
@@ -246,6 +267,20 @@ class ConditionalDETRHead(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
+    @torch.no_grad()
+    def _look_around_references(self, gain: float) -> None:
+        """Equal projections of the positions of queries and cells, whose product falls with their distance, and nothing
+        that hides it: a content of queries without their position, and scales of 1."""
+        decoder = self.transformer.decoder
+        for layer in decoder.layers:
+            nn.init.orthogonal_(layer.ca_kpos_proj.weight, gain)
+            layer.ca_qpos_sine_proj.weight.copy_(layer.ca_kpos_proj.weight)
+            if layer.ca_qpos_proj is not None:
+                nn.init.zeros_(layer.ca_qpos_proj.weight)
+        scale: Any = decoder.query_scale.layers[-1]
+        nn.init.zeros_(scale.weight)
+        nn.init.ones_(scale.bias)
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -254,10 +289,11 @@ class ConditionalDETRHead(nn.Module):
 
         Returns:
             Logits ``[layers, B, Q, num_classes]`` and boxes ``[layers, B, Q, 4]``: centre (x, y), width and height as
-            fractions of the image without its padding. In float32 also under autocast.
+            fractions of the image without its padding; in training, of the queries of all groups. In float32 also
+            under autocast.
         """
         memory, places, cells = self.encode(x, valid)
-        states, reference = self.transformer.decoder(self.positions(memory), memory, places, cells)
+        states, reference = self.transformer.decoder(self.positions(memory), memory, places, cells, self.num_queries)
         logits, boxes = in_full(self.class_embed, states), in_full(self.bbox_embed, states)
         centre = torch.log(reference.clamp(min=_EPS) / (1 - reference).clamp(min=_EPS))
         return logits, (boxes + F.pad(centre, (0, 2))).sigmoid()
@@ -270,20 +306,22 @@ class ConditionalDETRHead(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, columns = given.to(dtype).cumsum(1), given.to(dtype).cumsum(2)  # of the image, up to each cell
         axes = rows / (rows[:, -1:] + 1e-6), columns / (columns[..., -1:] + 1e-6)
-        places = sine_embedding(*(2 * math.pi * axis for axis in axes), x.shape[1]).flatten(1, 2).to(x.dtype)
+        angles = [2 * math.pi * axis for axis in axes]
+        places = sine_embedding(*angles, x.shape[1], self.temperature).flatten(1, 2).to(x.dtype)
         cells = None if valid is None else valid.flatten(1)
         return self.transformer.encoder(x.flatten(2).transpose(1, 2), places, cells), places, cells
 
     def positions(self, memory: Tensor) -> Tensor:
         """Those of the queries, ``[1, Q, D]``."""
-        numbers = torch.arange(self.query_embed.num_embeddings, device=memory.device)
+        count = self.query_embed.num_embeddings if self.training else self.num_queries
+        numbers = torch.arange(count, device=memory.device)
         return self.query_embed(numbers)[None]
 
 
-def sine_embedding(y: Tensor, x: Tensor, width: int) -> Tensor:
+def sine_embedding(y: Tensor, x: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
     """Coordinates in radians, of one shape, to ``[*shape, width]``: one half of y, the other of x, each sines and
-    cosines in turn of wavelengths from 2 pi to 20,000 pi."""
-    rates = 10000 ** -(torch.arange(width // 4, dtype=y.dtype, device=y.device) / (width // 4))
+    cosines in turn of wavelengths from 2 pi to 2 pi times ``temperature``."""
+    rates = temperature ** -(torch.arange(width // 4, dtype=y.dtype, device=y.device) / (width // 4))
     angles = torch.stack([y, x], -1)[..., None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
@@ -422,7 +460,9 @@ class ConditionalDETR(nn.Module):
             return [detections(*each, *limits) for each in zip(logits[-1], boxes[-1], sizes, strict=True)]
         labels = [target["labels"] for target in targets]
         truth = [relative(each["boxes"], size) for each, size in zip(targets, batch.image_sizes, strict=True)]
-        found = criterion(logits, boxes, labels, truth).sum(0)
+        # each group is matched on its own, as each layer is
+        groups = [x.unflatten(2, (-1, self.head.num_queries)).transpose(1, 2) for x in (logits, boxes)]
+        found = criterion(*(x.flatten(0, 1) for x in groups), labels, truth).sum(0) / groups[0].shape[1]
         return {name: weight * loss for name, weight, loss in zip(LOSSES, self.weights, found, strict=True)}
 
     def normalizers(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:

@@ -86,7 +86,7 @@ def _conditional_detr(case: Any, inputs: Tensors, state_dict: Tensors) -> Tensor
     gradients = torch.autograd.grad(total, [x, head.query_embed.weight])
     found = [detections(*each, 100) for each in zip(logits[-1], boxes[-1], config["image_sizes"], strict=True)]
     memory, places, cells = head.encode(x, valid)
-    _, reference = head.transformer.decoder(head.positions(memory), memory, places, cells)
+    _, reference = head.transformer.decoder(head.positions(memory), memory, places, cells, head.num_queries)
     return {
         "pred_logits": logits,
         "pred_boxes": boxes,

@@ -208,6 +208,46 @@ def test_numbers_that_are_not_finite_reach_the_loss():
     assert criterion(logits, boxes, [torch.tensor([1])], [torch.rand(1, 4) + 0.1]).isnan().any()
 
 
+def test_groups_of_queries():
+    """Their losses are the mean of those of models that have one group each; evaluation sees the first alone."""
+    images, targets = batch()
+    model = detector(settings={"num_groups": 3, "dropout": 0.0}, drop_path_rate=0.0)
+    losses, held_out, state = model(images, targets), model.eval().held_out_losses(images, targets), model.state_dict()
+    groups = []
+    for queries in state["detector.head.query_embed.weight"].split(7):
+        alone = detector(settings={"dropout": 0.0}, drop_path_rate=0.0)
+        alone.load_state_dict(state | {"detector.head.query_embed.weight": queries})
+        groups.append((alone(images, targets), alone.eval()))
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, sum(each[name] for each, _ in groups) / 3)
+    assert groups[0][0]["loss_box"] != groups[1][0]["loss_box"]
+    first = groups[0][1]
+    assert all(torch.equal(x, held_out[name]) for name, x in first.held_out_losses(images, targets).items())
+    with torch.no_grad():
+        for got, want in zip(model(images), first(images), strict=True):
+            assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("focus", [0.0, 8.0])
+def test_queries_begin_with_the_cells_around_their_reference_points(focus):
+    """In every layer, the mean distance to where they attend is less than that to all cells."""
+    torch.manual_seed(0)
+    head = ConditionalDETRHead(8, 3, **SMALL | {"width": 64}, temperature=20.0, focus=focus).eval()
+    seen = []
+    for layer in head.transformer.decoder.layers:
+        layer.cross_attn.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
+    memory, places, cells = head.encode(torch.randn(1, 8, 12, 12))
+    _, reference = head.transformer.decoder(head.positions(memory), memory, places, cells, 7)
+    grid = (torch.cartesian_prod(torch.arange(12), torch.arange(12)).flip(1) + 1) / 12
+    distance = torch.cdist(reference, grid)  # [1, 7, 144]
+    for q, k in seen:
+        q, k = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k))
+        share = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        near = ((share * distance[:, None]).sum(-1) / distance.mean(-1)[:, None]).mean()
+        assert (near < 0.6) == bool(focus), near
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_trains_and_finds(dtype):
     """All parameters have gradients, with an image without objects in the batch, too."""
@@ -243,7 +283,8 @@ def test_published_defaults():
     assert sum(p.numel() for p in head.parameters()) == 19_963_489
     with torch.no_grad():
         logits, boxes = head(torch.randn(1, 2048, 2, 3))
-        *_, reference = head.transformer.decoder(head.positions(boxes), *head.encode(torch.zeros(1, 2048, 2, 3)))
+        memory = head.encode(torch.zeros(1, 2048, 2, 3))
+        *_, reference = head.transformer.decoder(head.positions(boxes), *memory, 300)
     assert logits.shape[:3] == (6, 1, 300)
     assert logits.sigmoid().median() == pytest.approx(0.01, abs=0.005)
     torch.testing.assert_close(boxes[..., :2], reference.expand(6, 1, 300, 2))
@@ -276,6 +317,9 @@ def test_round_trip_and_groups(tmp_path):
         ({"strides": (64,)}, "test_foveal_dinat.*4, 8, 16, 32.* 64"),
         ({"settings": {"width": 30}}, "width=30.*num_heads=2"),
         ({"settings": {"num_queries": 0}}, "num_queries=0"),
+        ({"settings": {"num_groups": 0}}, "num_groups=0"),
+        ({"settings": {"temperature": 1.0}}, "temperature=1.0"),
+        ({"settings": {"focus": -1.0}}, "focus=-1.0"),
         ({"settings": {"decoder_layers": 0}}, "decoder_layers=0"),
         ({"settings": {"detections_per_img": 0}}, "detections_per_img=0"),
         ({"settings": {"size_divisor": 0}}, "size_divisor=0"),
