@@ -33,7 +33,7 @@ from torch import nn
 
 from .attention import FullAttention2d, RelativePositionTable, resample_table
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .layers import Mlp, Stage, drop_path_rates, fold_batch_norm, init_weights, positive_pair
+from .layers import Mlp, Stage, drop_path_rates, fold_batch_norm, for_convolution, init_weights, positive_pair
 
 __all__ = ["AsCAN", "checkpoint_filter_fn", "family"]
 
@@ -70,7 +70,7 @@ class Downsample(ConvNormAct):
         super().__init__(in_chs, out_chs, 3, 2, norm_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return super().forward(for_convolution(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class ConvBlock(nn.Module):
@@ -98,7 +98,7 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
+        x = for_convolution(x.permute(0, 3, 1, 2))
         y = self.project(self.se(self.expand(x)))
         return (self.shortcut(x) + self.drop_path(y)).permute(0, 2, 3, 1)
 

@@ -18,7 +18,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding, trunc_norm
 from timm.models import checkpoint_seq
 from torch import nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -81,12 +81,15 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 @fx_leaf
 def for_convolution(x: torch.Tensor) -> torch.Tensor:
-    """A view ``[B, C, H, W]`` of a channels-last map, as it is, but with strides of its own in compiled code: Inductor
-    gives the batch of a view of one image the stride 0, with which PyTorch takes the map for NCHW; a depthwise
-    convolution then takes four times as long."""
+    """A view ``[B, C, H, W]`` of a channels-last map, as it is, but `with_strides` of its own in compiled code for one
+    image on a CPU."""
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if not compiled or x.device.type != "cpu" or x.shape[0] != 1:
-        return x
+    return with_strides(x) if compiled and x.device.type == "cpu" and x.shape[0] == 1 else x
+
+
+def with_strides(x: torch.Tensor) -> torch.Tensor:
+    """A view as a tensor of its own, for compiled convolutions. Inductor gives lengths of 1 in a view the stride 0,
+    with which PyTorch takes a channels-last map for NCHW: a depthwise convolution then takes four times as long."""
     return x.clamp(min=-math.inf)  # fused with what computes the map; a clone would be removed
 
 
@@ -326,11 +329,28 @@ def _as_convolution(layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _convolve(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
-    # PyTorch convolves fewer than 16 images by MKL's products if it has one thread
-    rows = x.numel() // x.shape[-1]
-    images = 16 if not torch.compiler.is_compiling() and rows % 16 == 0 else rows // x.shape[-2]
-    y = F.conv2d(x.reshape(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    compiling, inner = torch.compiler.is_compiling(), x.shape[1:-1]
+    if compiling and all(has_static_value(length) for length in inner):
+        images, height, width = _images(math.prod(inner), 2 if x.shape[0] == 1 else 1)
+        maps = x.reshape(x.shape[0] * images, height, width, x.shape[-1]).permute(0, 3, 1, 2)
+        if height == 1 or maps.shape[0] == 1:
+            maps = with_strides(maps)
+    else:  # PyTorch convolves fewer than 16 images by MKL's products if it has one thread
+        rows = x.numel() // x.shape[-1]
+        images = 16 if not compiling and rows % 16 == 0 else rows // x.shape[-2]
+        maps = x.reshape(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(maps, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+@torch.compiler.assume_constant_result
+def _images(count: int, fewest: int) -> tuple[int, int, int]:
+    """``count`` pixels as images of some rows and columns, not of one (see `with_strides`), if possible: of 49 pixels
+    and more, and at least ``fewest``, at best 16 or more."""
+    sizes = ((images, count // images) for images in range(1, count + 1) if count % images == 0)
+    found = [(n, h, area // h) for n, area in sizes for h in range(2, math.isqrt(area) + 1) if area % h == 0]
+    default = (1, 1, count)
+    return max(found, key=lambda s: (s[1] * s[2] >= 49, s[0] >= fewest, min(s[0], 16)), default=default)
 
 
 def _needs_products() -> bool:

@@ -25,7 +25,7 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .attention import resized, resized_nhwc
+from .attention import resized, resized_nhwc, to_nchw
 from .base import Backbone, check_names, create, keep_new, unwrap
 from .layers import Mlp, Stage, fx_leaf, init_weights, positive_pair
 
@@ -60,7 +60,7 @@ class Downsample(PatchEmbed):
     """`PatchEmbed` for ``[B, H, W, C]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2))
+        return super().forward(to_nchw(x))
 
 
 class RaftMixing(nn.Module):

@@ -26,7 +26,7 @@ from torch import nn
 
 from .attention import ChannelNorm, channels_last_on_cpu, is_dynamic, leaves_pytorch
 from .base import Backbone, check_names, create, unwrap
-from .layers import Stage, drop_path_rates, fx_leaf, init_convs, init_weights, scale_channels
+from .layers import Stage, drop_path_rates, for_convolution, fx_leaf, init_convs, init_weights, scale_channels
 
 __all__ = ["VAN", "checkpoint_filter_fn", "family"]
 
@@ -53,7 +53,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
         x = x.reshape(B, C, h, d, w, d).permute(0, 3, 5, 2, 4, 1).reshape(B * d * d, h, w, C).permute(0, 3, 1, 2)
         x = F.conv2d(x, self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=C)
         x = x.permute(0, 2, 3, 1).reshape(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5).reshape(B, h * d, w * d, C)
-        return x[:, :H, :W].permute(0, 3, 1, 2)
+        return for_convolution(x[:, :H, :W].permute(0, 3, 1, 2))
 
 
 class LargeKernelAttention(nn.Module):

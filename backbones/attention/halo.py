@@ -9,7 +9,7 @@ from timm.layers.halo_attn import HaloAttn
 from torch import nn
 
 from ...kernels import DecomposedRelativePositionBias, neighborhood_attention
-from ..layers import fx_leaf, refuse_scripting
+from ..layers import for_convolution, fx_leaf, refuse_scripting
 
 
 class RelativeEmbedding(nn.Module):
@@ -176,7 +176,7 @@ class HaloAttention2d(nn.Module):
             boundary=self.boundary,
             scale=self.scale,
         )
-        x = x.flatten(3).permute(0, 3, 1, 2)
+        x = for_convolution(x.flatten(3).permute(0, 3, 1, 2))
         if self.avg_pool:
             up = height % self.block_size > 0 or width % self.block_size > 0
             x = F.avg_pool2d(x, 2, ceil_mode=up, count_include_pad=False)
