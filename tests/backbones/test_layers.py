@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 
 from foveal.backbones import layers
@@ -74,6 +75,52 @@ def test_the_parts_of_an_mlp_are_called():
     torch.testing.assert_close(mlp(x), want)
     torch.testing.assert_close(torch.compile(mlp, backend="eager", fullgraph=True)(x), want)
     assert (mlp.train()(x) == 0).any()
+
+
+@pytest.mark.parametrize("size", [(2, 14, 14), (1, 14, 14), (1, 7, 7), (3, 13), (1, 1, 1)], ids=str)
+def test_compiled_convolutions_have_no_length_of_one(size):
+    """Where that is possible; otherwise they convolve a tensor with strides of its own. Any other batch fits, too."""
+    layer, nodes = nn.Linear(8, 12), []
+
+    def keep(graph, example_inputs):
+        nodes.extend(graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layers.linear(layer, x), backend=keep, fullgraph=True)
+    for batch in (size[0], 5):
+        x = torch.randn(batch, *size[1:], 8)
+        torch.testing.assert_close(compiled(x), layer(x))
+    (conv, *_) = [node for node in nodes if node.target is torch.conv2d]
+    images, _, *area = conv.args[0].meta["example_value"].shape
+    assert min(images, *area) > 1 or "clamp" in str(conv.args[0].target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gelu_in_pieces(dtype, monkeypatch):
+    monkeypatch.setattr(layers.TanhGELU, "PIECE", 7)
+    layer, x = layers.TanhGELU(), 4 * torch.randn(2, 3, 5, 4, dtype=dtype)
+    for y in (x, x.contiguous(memory_format=torch.channels_last), x[..., 1:]):
+        want, given = F.gelu(y.double(), approximate="tanh").to(dtype), y.clone()
+        torch.testing.assert_close(layer(given), want)
+        torch.testing.assert_close(given, want)
+    leaf = x.clone().requires_grad_(True)
+    torch.testing.assert_close(layer(leaf), F.gelu(leaf, approximate="tanh"))
+    assert torch.equal(leaf, x)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 12), (2, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (2, 2, 1), (5, 3, 1), (3, 2, 2)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_padding_is_tensorflow_s(size, kernel, stride, dilation, groups):
+    timms = Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=groups).double()
+    own, x = copy.deepcopy(timms), torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    own.__class__ = layers.ConvSame
+    (got, want), tensors = (each(x) for each in (own, timms)), [(x, *each.parameters()) for each in (own, timms)]
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    got, want = (torch.autograd.grad(y, each, grad) for y, each in zip((got, want), tensors, strict=True))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 4), (7, 2), (11, 1), (13, 2)])
