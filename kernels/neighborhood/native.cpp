@@ -924,9 +924,9 @@ void run(const Call& c, bool backward) {
   {
     Worker<E> worker(plan, bias, backward);
     auto work = [&](int64_t item) {
-      const int64_t unit = item / pieces, piece = item % pieces, group = unit % groups;
+      const int64_t unit = item / pieces, piece = item % pieces, group = unit / c.heads % groups;
       const int gr = int(group / c.dilation[1]), gc = int(group % c.dilation[1]);
-      worker.head = unit / groups % c.heads, worker.image = unit / groups / c.heads;
+      worker.head = unit % c.heads, worker.image = unit / c.heads / groups;
       const int64_t n = plan.windows ? int64_t(plan.runs[0][gr].size()) : plan.axes[0].queries(gr);
       const int begin = int(n * piece / pieces), end = int(n * (piece + 1) / pieces);
       plan.windows ? worker.by_windows(gr, gc, begin, end) : worker.by_rows(gr, gc, begin, end);

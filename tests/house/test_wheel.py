@@ -96,6 +96,7 @@ def test_foveal_comes_from_the_wheel(python: Path, tmp_path: Path) -> None:
     for each in file.split():
         assert Path(each).is_relative_to(python.parents[1])
         assert not Path(each).is_relative_to(ROOT)
+    assert (Path(file.split()[1]).parent / "neighborhood" / "native.cpp").is_file()
 
 
 def test_create_a_model_by_name(python: Path, tmp_path: Path) -> None:
