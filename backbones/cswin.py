@@ -26,9 +26,8 @@ from torch import nn
 
 from .attention import CrossShapedAttention2d, resampled_positions, to_multiple
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .hosts import UNPUBLISHED, family, published_cfg
+from .hosts import UNPUBLISHED, attention_of_stages, family, published_cfg, stage_sizes
 from .layers import PreNormBlock, Stage, drop_path_rates, init_weights
-from .swin import global_attention
 from .transnext import Downsample, PatchEmbed
 
 __all__ = ["CSWin", "checkpoint_filter_fn", "family"]
@@ -105,15 +104,17 @@ class CSWin(Backbone):
         out_norm: bool = False,
     ) -> None:
         super().__init__(in_chans, output_stride, out_norm=out_norm)
-        per_stage: dict[str, Sequence[Any]] = dict(num_heads=num_heads, agents=agents, stripe_widths=stripe_widths)
-        attend = global_attention(attention, depths, per_stage, agent_shapes, img_size, lepe=True)[:2]
+        per_stage = dict(depths=depths, num_heads=num_heads, agents=agents, stripe_widths=stripe_widths)
+        sizes, options = stage_sizes(img_size, len(depths)), dict(lepe=True) if attention == "inline" else None
+        attend = attention_of_stages(attention, sizes, agent_shapes, options, **per_stage)
+        whole = 0 if attention == "softmax" else 2
         self.stem = Stem(in_chans, embed_dim)
         rates = drop_path_rates(drop_path_rate, depths)
         stages = []
         for i, heads in enumerate(num_heads):
             dim = embed_dim * 2**i
             stripes = partial(CrossShapedAttention2d, num_heads=heads, stripe_width=stripe_widths[i])
-            layers = ((attend[i] if i < len(attend) else stripes)(dim) for _ in rates[i])
+            layers = ((attend[i] if i < whole else stripes)(dim) for _ in rates[i])
             blocks = [
                 CSWinBlock(dim, layer, mlp_ratio, rate, eps=1e-5) for layer, rate in zip(layers, rates[i], strict=True)
             ]

@@ -26,19 +26,34 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import (
-    AgentAttention2d,
-    InlineAttention2d,
-    SoftmaxAttention2d,
-    map_sizes,
-    resampled_positions,
-    resized_nhwc,
-)
-from .base import Backbone, check_names, create, unwrap
-from .hosts import UNPUBLISHED, family, own_convolution, published_cfg
+from .attention import SoftmaxAttention2d, map_sizes, resampled_positions, resized_nhwc, without_size_guards
+from .base import POOLS, Backbone, check_head, check_names, create, unwrap
+from .hosts import UNPUBLISHED, family, host_attention, own_convolution, published_cfg
 from .layers import Blocks, PreNormBlock, drop_path_rates, fx_leaf, init_weights, positive_pair
 
 __all__ = ["DeiT", "checkpoint_filter_fn", "family"]
+
+
+class TokenMap(nn.Module):
+    """Tokens to the map of the positions, ``[B, 1 + H * W, C]`` to ``[B, H, W, C]``, a view."""
+
+    @fx_leaf
+    @without_size_guards
+    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return x[:, 1:].unflatten(1, size)
+
+
+class TokenBlock(PreNormBlock):
+    """A block of tokens, whose map a module of its own gives, for what takes features from modules (hooks, fx)."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.map = TokenMap()
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        x = super().forward(x, *args)
+        self.map(x, *args)
+        return x
 
 
 class TokenBlocks(Blocks):
@@ -148,15 +163,8 @@ class DeiT(Backbone):
         super().__init__(in_chans, output_stride, stride=patch_size)
         rows, columns = positive_pair("img_size", img_size)
         self.map_size = math.ceil(rows / patch_size), math.ceil(columns / patch_size)
-        kinds: dict[str, Any] = {
-            "agent": partial(AgentAttention2d, agents=agents, map_size=self.map_size, agent_shape=agent_shape),
-            "inline": InlineAttention2d,
-            "softmax": SoftmaxAttention2d,
-        }
-        if attention not in kinds:
-            raise ValueError(f"attention must be one of {', '.join(kinds)}, got {attention!r}")
-        if attention != "agent" and agent_shape is not None:
-            raise ValueError(f"agent_shape {agent_shape} is of attention agent, not {attention}")
+        attend = host_attention(attention, num_heads, agents, self.map_size, agent_shape, class_token=True)
+        plain = partial(SoftmaxAttention2d, num_heads=num_heads, class_token=True)
         if attention_depth is not None and not 0 <= attention_depth <= depth:
             raise ValueError(f"attention_depth must be 0 to depth {depth}, got {attention_depth}")
         options: dict[str, Any] = dict(norm_layer=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
@@ -167,15 +175,17 @@ class DeiT(Backbone):
             trunc_normal_(embedding, std=0.02)
         blocks = []
         for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
-            kind = attention if attention_depth is None or i < attention_depth else "softmax"
-            blocks.append(PreNormBlock(embed_dim, kinds[kind](embed_dim, num_heads, class_token=True), mlp_ratio, rate))
+            own = attention_depth is None or i < attention_depth
+            blocks.append(TokenBlock(embed_dim, attend(embed_dim) if own else plain(embed_dim), mlp_ratio, rate))
         self.blocks = TokenBlocks(*blocks)
-        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{j}") for j in range(depth)]
+        facts = dict(num_chs=embed_dim, reduction=patch_size)
+        self.feature_info = [facts | dict(module=f"blocks.{j}.map") for j in range(depth)]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_weights(self)
         self._init_head(embed_dim, num_classes, global_pool, drop_rate)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
+        check_head(num_classes, global_pool, ("token", *POOLS))
         super()._set_head(num_classes, "avg" if global_pool == "token" else global_pool)
         self.global_pool = TokenPool(None if global_pool == "token" else self.global_pool)
 
@@ -197,7 +207,8 @@ class DeiT(Backbone):
         for i in range(stop + 1):
             x = self.blocks(x, size, i, i + 1)
             if i in take:
-                maps.append((self._norm(x) if norm else x)[:, 1:].unflatten(1, size))
+                block: Any = self.blocks[i]
+                maps.append(block.map(self._norm(x) if norm else x, size))
         return x, maps
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

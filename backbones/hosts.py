@@ -1,12 +1,18 @@
-"""What the hosts of agent and InLine attention (DeiT, PVT, Swin, CSWin) share: facts of the published files, names."""
+"""What the hosts of agent and InLine attention (DeiT, PVT, Swin, CSWin) share: the attention to the whole map, facts of
+the published files, names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from torch import nn
+
+from .attention import AgentAttention2d, InlineAttention2d, SoftmaxAttention2d
 from .base import NamesError, bare_names
+from .layers import positive_pair
 
 CODE = {"agent": "Agent-Attention", "inline": "InLine"}
 PAPER = {"agent": "arXiv:2312.08874", "inline": "arXiv:2412.06590"}
@@ -16,6 +22,59 @@ UNPUBLISHED: dict[str, Any] = dict(license="apache-2.0", origin_url=None, notes=
 def family(name: str) -> str:
     """The family of a model with a host: ``"Agent Attention"`` or ``"InLine"``."""
     return "InLine" if "inline_" in name else "Agent Attention"
+
+
+def host_attention(
+    kind: str, num_heads: int, agents: Any, map_size: tuple[int, int], agent_shape: Any = None, **options: Any
+) -> Callable[[int], nn.Module]:
+    """What makes an attention to the whole map from its channels: ``"agent"``, ``"inline"`` or ``"softmax"``, with
+    ``options`` of its class. Other arguments are of `AgentAttention2d`.
+
+    Raises:
+        ValueError: another ``kind``, or a shape of agents for one without them.
+    """
+    kinds: dict[str, Any] = {
+        "agent": partial(AgentAttention2d, agents=agents, map_size=map_size, agent_shape=agent_shape),
+        "inline": InlineAttention2d,
+        "softmax": SoftmaxAttention2d,
+    }
+    if kind not in kinds:
+        raise ValueError(f"attention must be one of {', '.join(kinds)}, got {kind!r}")
+    if kind != "agent" and agent_shape is not None:
+        raise ValueError(f"agent_shape {agent_shape} is of attention agent, not {kind}")
+    return partial(kinds[kind], num_heads=num_heads, **options)
+
+
+def attention_of_stages(
+    kind: str,
+    sizes: Sequence[tuple[int, int]],
+    agent_shapes: Sequence[int | Sequence[int]] | None,
+    options: Mapping[str, Any] | None = None,
+    **per_stage: Sequence[Any],
+) -> list[Callable[[int], nn.Module]]:
+    """`host_attention` of each stage, given the ``sizes`` of its map in training, and ``depths``, ``num_heads``,
+    ``agents`` and whatever else is ``per_stage``.
+
+    Raises:
+        ValueError: on arguments that do not fit together.
+    """
+    shapes = [None] * len(sizes) if agent_shapes is None else agent_shapes
+    lengths = {name: len(each) for name, each in dict(per_stage, agent_shapes=shapes).items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"depths {tuple(per_stage['depths'])} differ in length from others, which have {lengths}")
+    if kind != "agent" and agent_shapes is not None:
+        raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {kind}")
+    each = zip(per_stage["num_heads"], per_stage["agents"], sizes, shapes, strict=True)
+    return [host_attention(kind, *arguments, **(options or {})) for arguments in each]
+
+
+def stage_sizes(img_size: int | Sequence[int], stages: int, rounds_up: bool = True) -> list[tuple[int, int]]:
+    """(H, W) of the map of each stage, at strides 4, 8 and so on; at least 1."""
+    rows, columns = positive_pair("img_size", img_size)
+    strides = [4 * 2**i for i in range(stages)]
+    if rounds_up:
+        return [(-(-rows // stride), -(-columns // stride)) for stride in strides]
+    return [(max(1, rows // stride), max(1, columns // stride)) for stride in strides]
 
 
 def published_cfg(

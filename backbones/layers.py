@@ -486,6 +486,16 @@ def sum_of(x: torch.Tensor, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     return y.add_(x) if may_overwrite(y, layer) else x + y
 
 
+def in_inference(x: torch.Tensor, *children: nn.Module) -> bool:
+    """Whether a parent may compute its output in parts and in place, by the parameters of its children, from ``x`` on:
+    in eager mode, where no gradient is needed and no hook or replaced child expects the whole."""
+    if not may_overwrite(x) or _for_operators(x):
+        return False
+    modules = [m for child in children for m in child.modules()]
+    wanted = torch.is_grad_enabled() and any(p.requires_grad for child in children for p in child.parameters())
+    return not wanted and all(is_plain(m) or (m._modules and unwatched(m)) for m in modules)
+
+
 class _InPlace:
     """An activation that overwrites its input in inference, unless a hook may hold it.
 

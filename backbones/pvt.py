@@ -27,10 +27,19 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import AgentAttention2d, InlineAttention2d, SoftmaxAttention2d, at_least, resampled_positions, to_nchw
+from .attention import at_least, resampled_positions, to_nchw
 from .base import Backbone, check_names, create, unwrap
-from .hosts import CODE, UNPUBLISHED, check_agent_shapes, family, own_convolution, published_cfg
-from .layers import PreNormBlock, Stage, bilinear, drop_path_rates, fx_leaf, init_weights, positive_pair
+from .hosts import (
+    CODE,
+    UNPUBLISHED,
+    attention_of_stages,
+    check_agent_shapes,
+    family,
+    own_convolution,
+    published_cfg,
+    stage_sizes,
+)
+from .layers import PreNormBlock, Stage, bilinear, drop_path_rates, fx_leaf, init_weights
 
 __all__ = ["PVT", "checkpoint_filter_fn", "family"]
 
@@ -118,28 +127,13 @@ class PVT(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(in_chans, output_stride)
+        sizes = stage_sizes(img_size, len(depths), rounds_up=False)
         per_stage = dict(embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, agents=agents)
-        lengths = {name: len(each) for name, each in dict(per_stage, agent_shapes=agent_shapes or agents).items()}
-        if set(lengths.values()) != {len(depths)}:
-            raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
-        if attention != "agent" and agent_shapes is not None:
-            raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {attention}")
-        rows, columns = positive_pair("img_size", img_size)
+        attend = attention_of_stages(attention, sizes, agent_shapes, dict(split_q=True), depths=depths, **per_stage)
         self.agent_shapes = agents if attention != "agent" else agent_shapes  # None: may be wrong for a dense file
         rates, stages = drop_path_rates(drop_path_rate, depths), []
-        for i, dim in enumerate(embed_dims):
-            size = max(1, rows // (4 * 2**i)), max(1, columns // (4 * 2**i))
-            attend: dict[str, Any] = {
-                "agent": partial(
-                    AgentAttention2d, agents=agents[i], map_size=size, agent_shape=(agent_shapes or agents)[i]
-                ),
-                "inline": InlineAttention2d,
-                "softmax": SoftmaxAttention2d,
-            }
-            if attention not in attend:
-                raise ValueError(f"attention must be one of {', '.join(attend)}, got {attention!r}")
-            layers = (attend[attention](dim, num_heads[i], split_q=True) for _ in rates[i])
-            blocks = [PreNormBlock(dim, each, mlp_ratios[i], rate) for each, rate in zip(layers, rates[i], strict=True)]
+        for i, (dim, size) in enumerate(zip(embed_dims, sizes, strict=True)):
+            blocks = [PreNormBlock(dim, attend[i](dim), mlp_ratios[i], rate) for rate in rates[i]]
             if i == 0:
                 self.stem = PatchEmbed(in_chans, dim, 4, size)
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, size) if i else None))

@@ -17,7 +17,7 @@ Feature maps are channels-last inside, ``[B, H, W, C]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,54 +26,21 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .attention import (
-    AgentAttention2d,
-    InlineAttention2d,
-    ShiftedWindowAttention2d,
-    resampled_positions,
-    table_by_key,
-)
+from .attention import ShiftedWindowAttention2d, resampled_positions, table_by_key
 from .base import Backbone, check_names, create, keep_new, unwrap
-from .hosts import UNPUBLISHED, check_agent_shapes, family, own_convolution, published_cfg
-from .layers import Level, PreNormBlock, drop_path_rates, init_weights, positive_pair
+from .hosts import (
+    UNPUBLISHED,
+    attention_of_stages,
+    check_agent_shapes,
+    family,
+    own_convolution,
+    published_cfg,
+    stage_sizes,
+)
+from .layers import Level, PreNormBlock, drop_path_rates, init_weights
 from .nat import PatchMerging, patch_embed
 
 __all__ = ["Swin", "checkpoint_filter_fn", "family"]
-
-
-def global_attention(
-    kind: str,
-    depths: Sequence[int],
-    per_stage: dict[str, Sequence[Any]],
-    agent_shapes: Sequence[int | Sequence[int]] | None,
-    img_size: int | tuple[int, int],
-    **options: Any,
-) -> list[Callable[[int], nn.Module]]:
-    """For each stage, what makes its attention to the whole map, given the channels; empty for ``"softmax"``. Arguments
-    as for `Swin`, with ``num_heads`` and ``agents`` in ``per_stage``, and ``options`` of `InlineAttention2d`.
-
-    Raises:
-        ValueError: on arguments that do not fit together.
-    """
-    shapes = per_stage["agents"] if agent_shapes is None else agent_shapes
-    lengths = {name: len(each) for name, each in {**per_stage, "agent_shapes": shapes}.items()}
-    if set(lengths.values()) != {len(depths)}:
-        raise ValueError(f"depths {tuple(depths)} differ in length from others, which have {lengths}")
-    if any(not 0 <= some <= depth for some, depth in zip(per_stage.get("global_depths", ()), depths, strict=False)):
-        raise ValueError(f"global_depths {per_stage['global_depths']} exceed depths {tuple(depths)}")
-    if kind not in ("agent", "inline", "softmax"):
-        raise ValueError(f"attention must be one of agent, inline, softmax, got {kind!r}")
-    if kind != "agent" and agent_shapes is not None:
-        raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {kind}")
-    made: list[Callable[[int], nn.Module]] = []
-    for i, (heads, agents, shape) in enumerate(zip(per_stage["num_heads"], per_stage["agents"], shapes, strict=True)):
-        size = tuple(-(-length // (4 * 2**i)) for length in positive_pair("img_size", img_size))
-        if kind == "agent":
-            grid = dict(agents=agents, map_size=size, agent_shape=shape)
-            made.append(partial(AgentAttention2d, num_heads=heads, **grid))
-        elif kind == "inline":
-            made.append(partial(InlineAttention2d, num_heads=heads, **options))
-    return made
 
 
 class Swin(Backbone):
@@ -136,9 +103,14 @@ class Swin(Backbone):
         out_norm: bool = False,
     ) -> None:
         super().__init__(in_chans, output_stride, out_norm=out_norm)
-        per_stage: dict[str, Sequence[Any]] = dict(num_heads=num_heads, global_depths=global_depths, agents=agents)
-        attend = global_attention(attention, depths, per_stage, agent_shapes, img_size)
+        per_stage = dict(depths=depths, num_heads=num_heads, global_depths=global_depths, agents=agents)
+        attend = attention_of_stages(attention, stage_sizes(img_size, len(depths)), agent_shapes, **per_stage)
+        if any(not 0 <= some <= depth for some, depth in zip(global_depths, depths, strict=True)):
+            raise ValueError(f"global_depths {global_depths} exceed depths {tuple(depths)}")
+        whole = (0,) * len(depths) if attention == "softmax" else global_depths
         self.agent_shapes = agents if attention != "agent" else agent_shapes  # None: wrong for a dense checkpoint
+        if agent_shapes is not None:  # of detectors and segmenters, in whose recipes the biases of agents do not decay
+            self.tables = (*self.tables, *(f".{name}_bias" for name in ("an", "na", "ah", "aw", "ha", "wa")))
         self.patch_embed = patch_embed(in_chans, embed_dim, patch_size=4)
         rates = drop_path_rates(drop_path_rate, depths)
         levels = []
@@ -146,7 +118,7 @@ class Swin(Backbone):
             dim = embed_dim * 2**i
             blocks = []
             for j, rate in enumerate(rates[i]):
-                if attend and j < global_depths[i]:
+                if j < whole[i]:
                     layer = attend[i](dim)
                 else:
                     layer = ShiftedWindowAttention2d(dim, heads, window_size, window_size // 2 if j % 2 else 0)

@@ -25,9 +25,12 @@ from torch import nn
 
 from .attention import AggregatedAttention2d, DepthwiseConv, to_nchw
 from .base import Backbone, check_names, create, unwrap
-from .layers import Stage, drop_path_rates, half_linear, init_convs, init_weights, linear, may_overwrite
+from .layers import Stage, drop_path_rates, half_linear, in_inference, init_convs, init_weights, linear
 
 __all__ = ["TransNeXt", "checkpoint_filter_fn", "family"]
+
+
+HIDDEN = 2**20  # hidden values of the MLP that are computed at once in inference, 4 MB in float32
 
 
 class ConvGLU(nn.Module):
@@ -40,12 +43,31 @@ class ConvGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if may_overwrite(x, self.fc1):  # in inference, one half after the other
-            gate = nn.functional.gelu(self.dwconv(half_linear(self.fc1, x, 0)))
-            x = half_linear(self.fc1, x, 1)
-            return linear(self.fc2, gate.mul_(x) if may_overwrite(gate) else gate * x)
+        if in_inference(x, self.fc1, self.dwconv, self.fc2):
+            return self._in_parts(x)
         gate, x = linear(self.fc1, x).chunk(2, -1)
         return linear(self.fc2, nn.functional.gelu(self.dwconv(gate)) * x)
+
+    def _in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Some images, or rows of one, after the other, and of these one half of the channels after the other."""
+        B, H, W, _ = x.shape
+        rows = max(1, HIDDEN // (W * self.fc2.in_features)) if x.device.type == "cpu" else B * H
+        if rows >= B * H:
+            return self._rows(x, 0, H)
+        images, rows = max(1, rows // H), -(-H // -(-H // rows))  # parts of about one size
+        y = torch.empty_like(x)
+        for i in range(0, B, images):
+            for first in range(0, H, rows):
+                last = min(first + rows, H)
+                y[i : i + images, first:last] = self._rows(x[i : i + images], first, last)
+        return y
+
+    def _rows(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """The output for the rows from ``first`` to ``last``; the convolution reads one more at each side."""
+        start, stop = max(0, first - 1), min(x.shape[1], last + 1)
+        gate = self.dwconv(half_linear(self.fc1, x[:, start:stop], 0))[:, first - start : last - start]
+        gate = torch.ops.aten.gelu_(gate).mul_(half_linear(self.fc1, x[:, first:last], 1))
+        return linear(self.fc2, gate)
 
 
 class TransNeXtBlock(nn.Module):

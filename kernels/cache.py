@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from .tracing import tracing, transformed
 
 BUDGET = 128 << 20  # bytes of all caches together; a DiNAT needs less than one MiB
+SHARE = 16  # a result above this part of the budget is not kept: those of a few layers would clear all caches each time
 
 _caches: WeakSet[TensorCache] = WeakSet()
 _lock = threading.Lock()
 
 
 class TensorCache:
-    """Cached function results. When the caches of the process together exceed `BUDGET`, all of them are cleared.
+    """Cached function results. When the caches of the process together exceed `BUDGET`, all of them are cleared. A
+    result above a sixteenth of it is not kept.
 
     A module passes its cache along with its bias table (``RelativePositionBias(table, cache)``), so cached tensors
     are freed with the module. A copied or pickled cache is empty.
@@ -77,7 +79,7 @@ class TensorCache:
     def _keep(self, key: Any, entry: tuple[tuple, Any, Any]) -> None:
         size = _nbytes(entry[1:])
         # plain tensors only: no FakeTensor or other mode's output
-        if size > BUDGET or any(type(t) is not Tensor or t.device.type == "meta" for t in _tensors(entry[1:])):
+        if size > BUDGET // SHARE or any(type(t) is not Tensor or t.device.type == "meta" for t in _tensors(entry[1:])):
             return
         with _lock:
             if size + sum(cache.nbytes for cache in _caches) > BUDGET:

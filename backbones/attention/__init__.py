@@ -6,6 +6,7 @@ Layout: x is ``[B, H, W, C]``; q, k and v are ``[B, H, W, heads, D]`` with ``C =
 from ...kernels.cache import TensorCache as TensorCache
 from ...kernels.tracing import is_dynamic as is_dynamic
 from ...kernels.tracing import leaves_pytorch as leaves_pytorch
+from ...kernels.tracing import without_size_guards as without_size_guards
 from .agent import AgentAttention2d as AgentAttention2d
 from .agent import resampled_positions as resampled_positions
 from .aggregated import AggregatedAttention2d as AggregatedAttention2d

@@ -18,7 +18,6 @@ from .full import SoftmaxAttention2d, attend
 from .maps import DepthwiseConv, resized_nhwc, to_nchw
 
 COARSE = 7  # rows and columns of the coarse position bias
-CACHED_BIASES = 2**20  # values of a position bias that is kept, 4 MB
 
 
 class AgentAttention2d(SoftmaxAttention2d):
@@ -110,8 +109,6 @@ class AgentAttention2d(SoftmaxAttention2d):
             biases[1].append(self.ca_bias[0].transpose(1, 2)[..., None])
         source = torch.cat([each.flatten() for part in biases for each in part])
         shapes = tuple(tuple(each.shape) for each in biases[0])
-        if self.num_heads * math.prod((*self.agent_shape, *size)) > CACHED_BIASES:
-            return _position_biases(source, shapes, self.agents, self.agent_shape, size)
         return self.cache.get(_position_biases, shapes, self.agents, self.agent_shape, size, source=source)
 
 

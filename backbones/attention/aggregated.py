@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,12 +16,12 @@ from ...kernels import TensorCache, neighborhood_aggregate
 from ...kernels.aggregate.api import neighborhood_logits
 from ...kernels.cache import CONSTANTS
 from ...kernels.checks import autocast_enabled
-from ...kernels.tracing import is_dynamic, without_size_guards
+from ...kernels.tracing import is_dynamic, tracing, transformed, without_size_guards
 from ..layers import average_pool, fx_leaf, is_plain, linear, refuse_scripting
 from .full import attend, in_chunks
 from .maps import map_sizes, to_nchw
 
-BIASES = 2**21  # position biases that are expanded at once, 8 MB in float32
+BIASES = 2**19  # position biases that are expanded at once, 2 MB in float32
 
 
 class AggregatedAttention2d(nn.Module):
@@ -297,7 +298,7 @@ def _attend_pooled(
     ``extra`` are the logits ``[B, H, W, heads]`` of one more key with value 0, whose weight is an additional channel of
     the output (the others are padding). It is a dot product, too: of two channels for half precision, whose sum it is.
     """
-    _, H, W, heads, depth = q.shape
+    _, H, W, _, depth = q.shape
     if is_dynamic(H, W):  # flattening a part of a tensor leaves guards on lengths of 1
         q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     k, v = k.flatten(1, 2), v.flatten(1, 2)
@@ -311,6 +312,21 @@ def _attend_pooled(
             torch.cat([F.pad(x, (0, more)), zeros + ((channel >= 0) & (channel < ones))], 1)
             for x, ones in ((k, 2), (v, 1))
         )
+    if _chunkable(q, k, v, columns):
+        return _PooledAttention.apply(q, k, v, columns, index, weight)
+    return _in_operators(q, k, v, columns, index, weight)
+
+
+def _in_operators(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    columns: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Queries ``[B, H, W, heads, D]`` on all keys ``[B, h * w (+ 1), heads, D]``."""
+    _, H, W, heads, _ = q.shape
     step = None if is_dynamic(H, W) else BIASES // (heads * W * k.shape[1])
     return in_chunks(_attend_pooled_chunk, step, (q, index, weight), k, v, columns)
 
@@ -323,11 +339,92 @@ def _attend_pooled_chunk(
     v: torch.Tensor,
     columns: torch.Tensor,
 ) -> torch.Tensor:
-    """Some rows of queries ``[B, r, W, heads, D]`` on all keys ``[B, h * w (+ 1), heads, D]``."""
-    bias = _take_biases(columns, 1, index, weight)  # heads r*h W*w
-    bias = bias.unflatten(1, index.shape[1:]).unflatten(3, (q.shape[2], -1)).permute(0, 1, 3, 2, 4)
-    if is_dynamic(*q.shape[1:3]):  # as above
-        bias = bias.clone(memory_format=torch.contiguous_format)
-    bias = bias.flatten(3).flatten(1, 2)  # heads r*W h*w
-    bias = F.pad(bias, (0, k.shape[1] - bias.shape[2]))
+    """Some rows of queries ``[B, r, W, heads, D]``."""
+    bias = _chunk_bias(columns, index, weight, q.shape[2], k.shape[1])
     return attend(q.flatten(1, 2), k, v, bias, scale=1.0).unflatten(1, q.shape[1:3])
+
+
+def _chunk_bias(
+    columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int, keys: int
+) -> torch.Tensor:
+    """The bias of some rows of queries, ``[heads, r * W, keys]``, 0 for the last key if it is an additional one."""
+    bias = _take_biases(columns, 1, index, weight)  # heads r*h W*w
+    bias = bias.unflatten(1, index.shape[1:]).unflatten(3, (width, -1)).permute(0, 1, 3, 2, 4)
+    if is_dynamic(index.shape[1], width):  # as above
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    bias = bias.flatten(3).flatten(1, 2)
+    return F.pad(bias, (0, keys - bias.shape[2]))
+
+
+def _chunkable(*tensors: torch.Tensor) -> bool:
+    """Whether `_PooledAttention` takes them: in eager mode on a CPU, in float32 or float64."""
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    exact = all(t.dtype in (torch.float32, torch.float64) for t in tensors) and not autocast_enabled(tensors[0])
+    return plain and exact and not tracing() and not transformed()
+
+
+class _PooledAttention(torch.autograd.Function):
+    """`_in_operators` in chunks that stay in the cache of a CPU, where PyTorch's fused attention has no gradient of the
+    bias. The probabilities are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, columns, index, weight):
+        ctx.save_for_backward(q, k, v, columns, index, weight)
+        y = torch.empty_like(q)
+        keys, values = _heads_first(k), _heads_first(v)
+        for rows, images, bias in _chunks(q, k, columns, index, weight):
+            part = _weights(_heads_first(q[images, rows]), keys[images], bias) @ values[images]
+            y[images, rows] = part.transpose(1, 2).unflatten(1, (-1, q.shape[2]))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, columns, index, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for derivatives of higher order
+            wanted = [t for t, needed in zip((q, k, v, columns), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(_in_operators(*ctx.saved_tensors), wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+        keys, values = _heads_first(k), _heads_first(v)
+        dq, dk, dv, dcolumns = torch.empty_like(q), *map(torch.zeros_like, (keys, values, columns))
+        for rows, images, bias in _chunks(q, k, columns, index, weight):
+            queries, outer = (_heads_first(t[images, rows]) for t in (q, grad))
+            weights = _weights(queries, keys[images], bias)
+            dv[images] += weights.transpose(-1, -2) @ outer
+            inner = torch._softmax_backward_data(outer @ values[images].transpose(-1, -2), weights, -1, weights.dtype)
+            dq[images, rows] = (inner @ keys[images]).transpose(1, 2).unflatten(1, (-1, q.shape[2]))
+            dk[images] += inner.transpose(-1, -2) @ queries
+            _add_bias_grad(dcolumns, inner.sum(0), index[:, rows], weight[:, rows])
+        return dq, *(t.transpose(1, 2) for t in (dk, dv)), dcolumns, None, None
+
+
+def _chunks(
+    q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(rows, images, bias) of chunks of about `BIASES` logits."""
+    batch, H, W, heads, _ = q.shape
+    step = max(1, BIASES // (heads * W * k.shape[1]))
+    for first in range(0, H, step):
+        rows = slice(first, min(first + step, H))
+        bias = _chunk_bias(columns, index[:, rows], weight[:, rows], W, k.shape[1])
+        for i in range(0, batch, max(1, step // H)):
+            yield rows, slice(i, min(i + max(1, step // H), batch)), bias
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """``[B, ..., heads, D]`` to ``[B, heads, N, D]``."""
+    return x.flatten(1, -3).transpose(1, 2).contiguous()
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)
+
+
+def _add_bias_grad(total: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add the gradient of `_chunk_bias`, ``[heads, r * W, keys]``, to that of its ``columns``."""
+    _, rows, h = index.shape
+    width = grad.shape[1] // rows
+    w = total.shape[2] // width
+    grad = grad[..., : h * w].unflatten(2, (h, w)).unflatten(1, (rows, width)).transpose(2, 3)
+    grad = grad.reshape(grad.shape[0], rows * h, width * w)
+    for at, factor in zip(index.flatten(1), weight.flatten(1), strict=True):
+        total.index_add_(1, at, grad * factor[:, None].to(grad.dtype) if len(index) > 1 else grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels.tracing import transformed, without_size_guards
+from ...kernels.tracing import is_dynamic, transformed, without_size_guards
 from ..layers import fx_leaf, linear, refuse_scripting
 from .maps import map_sizes
 
@@ -125,7 +126,8 @@ class SoftmaxAttention2d(nn.Module):
     ) -> torch.Tensor:
         """A map ``[B, H, W, dim]`` to the same shape, for any H and W; or with its ``size`` (H, W) tokens ``[B, N,
         dim]``, N = H * W and one more with ``class_token``. ``residual``, of the shape of ``x``, is for attentions that
-        read the input before its norm, too."""
+        read the input before its norm, too. ValueError for other shapes."""
+        self._check(x, size, residual)
         tokens = x if size else x.flatten(1, 2)
         if self.split_q:
             q, (k, v) = linear(self.q, tokens), linear(self.kv, tokens).chunk(2, -1)
@@ -135,6 +137,16 @@ class SoftmaxAttention2d(nn.Module):
         source = tokens if residual is None else residual.flatten(1, -2)
         y = linear(self.proj, self._mix(q, k, v, where, source))
         return y if size else y.unflatten(1, where)
+
+    def _check(self, x: torch.Tensor, size: tuple[int, int] | None, residual: torch.Tensor | None) -> None:
+        if torch.jit.is_tracing() or is_dynamic(*x.shape, *(size or ())):  # which would record or guard the sizes
+            return
+        if size is None and (x.ndim != 4 or self.prefix):
+            raise ValueError(f"expected a map [B, H, W, dim] without class token, or a size; got {tuple(x.shape)}")
+        if size is not None and (x.ndim != 3 or x.shape[1] != self.prefix + math.prod(size)):
+            raise ValueError(f"size {tuple(size)} has {self.prefix} + {math.prod(size)} tokens, got {tuple(x.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape {tuple(x.shape)}, got {tuple(residual.shape)}")
 
     def _mix(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: tuple[int, int], source: torch.Tensor

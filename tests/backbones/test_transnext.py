@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from foveal.backbones import transnext
 from foveal.backbones.attention import AggregatedAttention2d, aggregated
 from foveal.backbones.profile import profile
 from foveal.backbones.transnext import TransNeXt, checkpoint_filter_fn
@@ -112,9 +113,9 @@ def by_formula(module: AggregatedAttention2d, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("reduction", "size"), [(2, (6, 8)), (4, (7, 9)), (4, (3, 10)), (1, (5, 4)), (8, (1, 1))])
-@pytest.mark.parametrize("entries", [aggregated.BIASES, 40])
+@pytest.mark.parametrize("entries", [aggregated.BIASES, 2000, 40])
 def test_attention_is_its_formula(reduction, size, entries, monkeypatch):
-    """With all gradients, also in chunks of a row of queries, or of offsets."""
+    """With all gradients, also in chunks of an image or a row of queries, or of offsets."""
     monkeypatch.setattr(aggregated, "BIASES", entries)
     module = layer(reduction)
     x = torch.randn(2, *size, 12, dtype=torch.double, requires_grad=True)
@@ -124,6 +125,22 @@ def test_attention_is_its_formula(reduction, size, entries, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
     with torch.no_grad():
         torch.testing.assert_close([module(x), module(x)], [results[1][0]] * 2, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias_size", [None, 8])
+def test_chunks_and_operators_agree(bias_size, monkeypatch):
+    """With gradients of the first and the second order."""
+    module = layer(2, bias_size=bias_size)
+    x = torch.randn(2, 7, 10, 12, dtype=torch.double, requires_grad=True)
+    leaves, results = (x, *module.parameters()), []
+    for chunkable in (True, False):
+        if not chunkable:
+            monkeypatch.setattr(aggregated, "_chunkable", lambda *_: False)
+        out = module(x)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), leaves, allow_unused=True)
+        results.append([out, *first, *(t for t in second if t is not None)])
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("reduction", [1, 2])
@@ -140,6 +157,16 @@ def test_interpolated_bias(reduction):
     columns, index, weight = module.cpb((8, 8), (t, t), square)
     bias = aggregated._take_biases(columns, 1, index, weight).unflatten(1, (8, t)).unflatten(3, (8, t))
     torch.testing.assert_close(bias.transpose(2, 3).flatten(3).flatten(1, 2), square, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [1, 3000, 20000])
+def test_the_mlp_in_parts(values, monkeypatch):
+    """Of rows of an image, or of images, in inference."""
+    model = small()
+    want = model(IMAGE)
+    monkeypatch.setattr(transnext, "HIDDEN", values)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGE), want, rtol=1e-5, atol=1e-6)
 
 
 def test_models_with_interpolated_bias_differ_but_at_their_size():

@@ -481,25 +481,24 @@ def test_fx_trains(name):
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4 * max(1, grad.abs().max()))
 
 
-def to_nchw(model: nn.Module, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """What a block returns as a map; tokens without the class token."""
-    if x.ndim == 3:
-        x = x[:, 1:].unflatten(1, size)
+def to_nchw(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else x
 
 
 @families
 def test_fx_features(name):
-    """timm's and torchvision's extractors give the maps of `forward_intermediates`."""
+    """timm's and torchvision's extractors, and timm's by hooks, give the maps of `forward_intermediates`."""
     model = create(name)
-    by_timm = create(name, features_only=True, feature_cls="fx")
-    model.load_state_dict({n.partition(".")[2]: p for n, p in by_timm.state_dict().items()}, strict=False)
     nodes = [info["module"] for info in model.feature_info]
+    wanted = model.forward_intermediates(second(name), intermediates_only=True)
     maps = create_feature_extractor(model, nodes)(second(name))
-    for node, want in zip(nodes, model.forward_intermediates(second(name), intermediates_only=True), strict=True):
-        torch.testing.assert_close(to_nchw(model, maps[node], want.shape[2:]), want)
-    taken = len(by_timm.feature_info.channels())
-    torch.testing.assert_close(by_timm(second(name)), [maps[node] for node in nodes][-taken:])
+    for node, want in zip(nodes, wanted, strict=True):
+        torch.testing.assert_close(to_nchw(model, maps[node]), want)
+    for kind in ("fx", "hook"):
+        by_timm = create(name, features_only=True, feature_cls=kind)
+        by_timm.load_state_dict({n: model.state_dict()[n.partition(".")[2]] for n in by_timm.state_dict()})
+        taken = by_timm(second(name))
+        torch.testing.assert_close(taken, [maps[node] for node in nodes][-len(taken) :])
     some = create(name, features_only=True, feature_cls="fx", out_indices=(1, 2))
     assert some.feature_info.out_indices == (1, 2)
 

@@ -570,15 +570,18 @@ def test_all_caches_share_one_budget(monkeypatch):
     modules[0](*x)
     others = sum(other.nbytes for other in cache._caches) - size
     monkeypatch.setattr(cache, "BUDGET", others + 3 * size)
+    monkeypatch.setattr(cache, "SHARE", 1)
     for module in modules:
         module(*x)
         assert module.cache.nbytes == size
         assert sum(other.nbytes for other in cache._caches) <= cache.BUDGET
     assert 0 in {module.cache.nbytes for module in modules}
-    monkeypatch.setattr(cache, "BUDGET", size - 1)
+    monkeypatch.setattr(cache, "SHARE", 4)
+    monkeypatch.setattr(cache, "BUDGET", 4 * size - 1)
     modules[0].cache.clear()
-    modules[0](*x)  # too large on its own
-    assert modules[0].cache.nbytes == 0
+    held = sum(other.nbytes for other in cache._caches)
+    modules[0](*x)  # too large on its own: others stay
+    assert sum(other.nbytes for other in cache._caches) == held > modules[0].cache.nbytes == 0
 
 
 def test_a_cache_ends_with_its_owner():
