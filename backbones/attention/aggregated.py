@@ -22,6 +22,7 @@ from .full import attend, in_chunks
 from .maps import map_sizes, to_nchw
 
 BIASES = 2**19  # position biases that are expanded at once, 2 MB in float32
+KEPT = 2**23  # largest number of probabilities that are kept for the backward pass, 32 MB in float32
 
 
 class AggregatedAttention2d(nn.Module):
@@ -131,14 +132,14 @@ class AggregatedAttention2d(nn.Module):
         temperature = F.softplus(self.temperature[:, 0].to(q.dtype)) * count.log()
         q = (q + self.query_embedding[:, 0]) * temperature
         if neighbors is None:
-            return _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias), None
+            return _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias)
         with without_autocast(q):  # logits of half precision are too coarse
             logits = neighborhood_logits(q, _unit(neighbors), kernel_size=3, boundary="zero")
         logits = (logits + self.relative_pos_bias_local).masked_fill(~inside[:, :, None], -math.inf)
-        extra = logits.logsumexp(-1)
-        y = _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias, extra)
-        depth = v.shape[-1]
-        return y[..., :depth], logits.softmax(-1) * y[..., depth : depth + 1]
+        total = logits.logsumexp(-1)
+        y, share = _attend_pooled(q.to(v.dtype), _unit(k).to(v.dtype), v, *bias, total)
+        assert share is not None
+        return y, (logits - total[..., None]).exp() * share[..., None]  # softmax is slow for 9 numbers
 
 
 class LogPositionBias(nn.Module):
@@ -291,17 +292,32 @@ def _attend_pooled(
     index: torch.Tensor,
     weight: torch.Tensor,
     extra: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of ``[B, H, W, heads, D]`` to a pooled map ``[B, h, w, heads, D]``, without scaling, with a position
     bias from `LogPositionBias`.
 
-    ``extra`` are the logits ``[B, H, W, heads]`` of one more key with value 0, whose weight is an additional channel of
-    the output (the others are padding). It is a dot product, too: of two channels for half precision, whose sum it is.
+    ``extra`` are the logits ``[B, H, W, heads]`` of one more key with value 0, whose weight is the second output.
     """
-    _, H, W, _, depth = q.shape
-    if is_dynamic(H, W):  # flattening a part of a tensor leaves guards on lengths of 1
+    if is_dynamic(*q.shape[1:3]):  # flattening a part of a tensor leaves guards on lengths of 1
         q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
-    k, v = k.flatten(1, 2), v.flatten(1, 2)
+    inputs = q, k.flatten(1, 2), v.flatten(1, 2), columns, index, weight, extra
+    if _chunkable(q, k, v, columns, *([] if extra is None else [extra])):
+        return _PooledAttention.apply(*inputs)
+    return _in_operators(*inputs)
+
+
+def _in_operators(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    columns: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """On keys ``[B, h * w, heads, D]``. The additional logit is a dot product, too, and its weight a channel of the
+    output: of two channels for half precision, whose sum it is, and of others that are padding."""
+    _, H, W, heads, depth = q.shape
     if extra is not None:
         more = 2 + -(depth + 2) % 8
         high = extra.to(q.dtype)
@@ -312,23 +328,9 @@ def _attend_pooled(
             torch.cat([F.pad(x, (0, more)), zeros + ((channel >= 0) & (channel < ones))], 1)
             for x, ones in ((k, 2), (v, 1))
         )
-    if _chunkable(q, k, v, columns):
-        return _PooledAttention.apply(q, k, v, columns, index, weight)
-    return _in_operators(q, k, v, columns, index, weight)
-
-
-def _in_operators(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    columns: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
-    """Queries ``[B, H, W, heads, D]`` on all keys ``[B, h * w (+ 1), heads, D]``."""
-    _, H, W, heads, _ = q.shape
     step = None if is_dynamic(H, W) else BIASES // (heads * W * k.shape[1])
-    return in_chunks(_attend_pooled_chunk, step, (q, index, weight), k, v, columns)
+    y = in_chunks(_attend_pooled_chunk, step, (q, index, weight), k, v, columns)
+    return (y, None) if extra is None else (y[..., :depth], y[..., depth])
 
 
 def _attend_pooled_chunk(
@@ -340,74 +342,89 @@ def _attend_pooled_chunk(
     columns: torch.Tensor,
 ) -> torch.Tensor:
     """Some rows of queries ``[B, r, W, heads, D]``."""
-    bias = _chunk_bias(columns, index, weight, q.shape[2], k.shape[1])
+    bias = _chunk_bias(columns, index, weight, q.shape[2])
+    bias = F.pad(bias, (0, k.shape[1] - bias.shape[2]))
     return attend(q.flatten(1, 2), k, v, bias, scale=1.0).unflatten(1, q.shape[1:3])
 
 
-def _chunk_bias(
-    columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int, keys: int
-) -> torch.Tensor:
-    """The bias of some rows of queries, ``[heads, r * W, keys]``, 0 for the last key if it is an additional one."""
+def _chunk_bias(columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+    """The bias of some rows of queries, ``[heads, r * W, h * w]``."""
     bias = _take_biases(columns, 1, index, weight)  # heads r*h W*w
     bias = bias.unflatten(1, index.shape[1:]).unflatten(3, (width, -1)).permute(0, 1, 3, 2, 4)
     if is_dynamic(index.shape[1], width):  # as above
         bias = bias.clone(memory_format=torch.contiguous_format)
-    bias = bias.flatten(3).flatten(1, 2)
-    return F.pad(bias, (0, keys - bias.shape[2]))
+    return bias.flatten(3).flatten(1, 2)
 
 
 def _chunkable(*tensors: torch.Tensor) -> bool:
-    """Whether `_PooledAttention` takes them: in eager mode on a CPU, in float32 or float64."""
-    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    """Whether `_PooledAttention` takes them: in eager mode on a CPU, in float32 or float64; or to count its products,
+    without values."""
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type in ("cpu", "meta") for t in tensors)
     exact = all(t.dtype in (torch.float32, torch.float64) for t in tensors) and not autocast_enabled(tensors[0])
     return plain and exact and not tracing() and not transformed()
 
 
 class _PooledAttention(torch.autograd.Function):
     """`_in_operators` in chunks that stay in the cache of a CPU, where PyTorch's fused attention has no gradient of the
-    bias. The probabilities are computed again in the backward pass."""
+    bias. More than `KEPT` probabilities are computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, q, k, v, columns, index, weight):
-        ctx.save_for_backward(q, k, v, columns, index, weight)
-        y = torch.empty_like(q)
+    def forward(ctx, q, k, v, columns, index, weight, extra):
+        y, share = torch.empty_like(q), None if extra is None else torch.empty_like(extra)
         keys, values = _heads_first(k), _heads_first(v)
-        for rows, images, bias in _chunks(q, k, columns, index, weight):
-            part = _weights(_heads_first(q[images, rows]), keys[images], bias) @ values[images]
-            y[images, rows] = part.transpose(1, 2).unflatten(1, (-1, q.shape[2]))
-        return y
+        keep, kept = any(ctx.needs_input_grad) and q[..., 0].numel() * k.shape[1] <= KEPT, []
+        for rows, parts in _chunks(q, k.shape[1]):
+            bias = _chunk_bias(columns, index[:, rows], weight[:, rows], q.shape[2])
+            for images in parts:
+                weights = _weights(q, keys, bias, extra, images, rows)
+                y[images, rows] = _heads_last(weights[..., : k.shape[1]] @ values[images], q)
+                if share is not None:
+                    share[images, rows] = _heads_last(weights[..., -1:], q)[..., 0]
+                kept += [weights] * keep
+        ctx.save_for_backward(q, k, v, columns, index, weight, extra, y, *kept)
+        return y, share
 
     @staticmethod
-    def backward(ctx, grad):
-        q, k, v, columns, index, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for derivatives of higher order
-            wanted = [t for t, needed in zip((q, k, v, columns), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(_in_operators(*ctx.saved_tensors), wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+    def backward(ctx, grad, grad_share):
+        q, k, v, columns, index, weight, extra, y, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for derivatives of higher order; aliases, as one input may depend on another
+            inputs = [None if t is None else t.view_as(t) for t in (q, k, v, columns, index, weight, extra)]
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            pairs = zip(_in_operators(*inputs), (grad, grad_share), strict=True)
+            outputs, grads = zip(*((out, each) for out, each in pairs if out is not None), strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         keys, values = _heads_first(k), _heads_first(v)
+        known = iter(kept)
         dq, dk, dv, dcolumns = torch.empty_like(q), *map(torch.zeros_like, (keys, values, columns))
-        for rows, images, bias in _chunks(q, k, columns, index, weight):
-            queries, outer = (_heads_first(t[images, rows]) for t in (q, grad))
-            weights = _weights(queries, keys[images], bias)
-            dv[images] += weights.transpose(-1, -2) @ outer
-            inner = torch._softmax_backward_data(outer @ values[images].transpose(-1, -2), weights, -1, weights.dtype)
-            dq[images, rows] = (inner @ keys[images]).transpose(1, 2).unflatten(1, (-1, q.shape[2]))
-            dk[images] += inner.transpose(-1, -2) @ queries
-            _add_bias_grad(dcolumns, inner.sum(0), index[:, rows], weight[:, rows])
-        return dq, *(t.transpose(1, 2) for t in (dk, dv)), dcolumns, None, None
+        dextra = None if extra is None else torch.empty_like(extra)
+        for rows, parts in _chunks(q, k.shape[1]):
+            terms = index[:, rows], weight[:, rows]
+            bias = None if kept else _chunk_bias(columns, *terms, q.shape[2])
+            for images in parts:
+                every = next(known) if bias is None else _weights(q, keys, bias, extra, images, rows)
+                weights, outer = every[..., : k.shape[1]], _heads_first(grad[images, rows])
+                sums = (outer * _heads_first(y[images, rows])).sum(-1, keepdim=True)
+                if dextra is not None:
+                    last, upper = every[..., -1:], _heads_first(grad_share[images, rows][..., None])
+                    sums += last * upper
+                    dextra[images, rows] = _heads_last(last * (upper - sums), q)[..., 0]
+                dv[images] += weights.transpose(-1, -2) @ outer
+                inner = (outer @ values[images].transpose(-1, -2)).sub_(sums).mul_(weights)
+                dq[images, rows] = _heads_last(inner @ keys[images], q)
+                dk[images] += inner.transpose(-1, -2) @ _heads_first(q[images, rows])
+                _add_bias_grad(dcolumns, inner.sum(0) if len(inner) > 1 else inner[0], *terms)
+        return dq, *(t.transpose(1, 2) for t in (dk, dv)), dcolumns, None, None, dextra
 
 
-def _chunks(
-    q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """(rows, images, bias) of chunks of about `BIASES` logits."""
+def _chunks(q: torch.Tensor, keys: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and for each of them parts of the batch, of about `BIASES` logits together."""
     batch, H, W, heads, _ = q.shape
-    step = max(1, BIASES // (heads * W * k.shape[1]))
-    for first in range(0, H, step):
-        rows = slice(first, min(first + step, H))
-        bias = _chunk_bias(columns, index[:, rows], weight[:, rows], W, k.shape[1])
-        for i in range(0, batch, max(1, step // H)):
-            yield rows, slice(i, min(i + max(1, step // H), batch)), bias
+    step = max(1, BIASES // (heads * W * keys))
+    images = max(1, step // H)
+    for first in range(0, H if batch else 0, step):
+        parts = [slice(i, min(i + images, batch)) for i in range(0, batch, images)]
+        yield slice(first, min(first + step, H)), parts
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -415,8 +432,27 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1, -3).transpose(1, 2).contiguous()
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)
+def _heads_last(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``[b, heads, r * W, D]`` to ``[b, r, W, heads, D]``."""
+    return x.transpose(1, 2).unflatten(1, (-1, q.shape[2]))
+
+
+def _weights(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    extra: torch.Tensor | None,
+    images: slice,
+    rows: slice,
+) -> torch.Tensor:
+    """The probabilities of a chunk, ``[b, heads, r * W, h * w (+ 1)]``."""
+    logits = _heads_first(q[images, rows]) @ keys[images].transpose(-1, -2)
+    if extra is None:
+        return logits.add_(bias).softmax(-1)
+    every = logits.new_empty(*logits.shape[:3], logits.shape[3] + 1)
+    torch.add(logits, bias, out=every[..., :-1])
+    every[..., -1:] = _heads_first(extra[images, rows][..., None])
+    return every.softmax(-1)
 
 
 def _add_bias_grad(total: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
@@ -424,7 +460,7 @@ def _add_bias_grad(total: torch.Tensor, grad: torch.Tensor, index: torch.Tensor,
     _, rows, h = index.shape
     width = grad.shape[1] // rows
     w = total.shape[2] // width
-    grad = grad[..., : h * w].unflatten(2, (h, w)).unflatten(1, (rows, width)).transpose(2, 3)
+    grad = grad.unflatten(2, (h, w)).unflatten(1, (rows, width)).transpose(2, 3)
     grad = grad.reshape(grad.shape[0], rows * h, width * w)
     for at, factor in zip(index.flatten(1), weight.flatten(1), strict=True):
         total.index_add_(1, at, grad * factor[:, None].to(grad.dtype) if len(index) > 1 else grad)
