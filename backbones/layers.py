@@ -489,7 +489,7 @@ def sum_of(x: torch.Tensor, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
 def in_inference(x: torch.Tensor, *children: nn.Module) -> bool:
     """Whether a parent may compute its output in parts and in place, by the parameters of its children, from ``x`` on:
     in eager mode, where no gradient is needed and no hook or replaced child expects the whole."""
-    if not may_overwrite(x) or _for_operators(x):
+    if not may_overwrite(x) or for_operators(x):
         return False
     modules = [m for child in children for m in child.modules()]
     wanted = torch.is_grad_enabled() and any(p.requires_grad for child in children for p in child.parameters())

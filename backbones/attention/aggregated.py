@@ -16,8 +16,8 @@ from ...kernels import TensorCache, neighborhood_aggregate
 from ...kernels.aggregate.api import neighborhood_logits
 from ...kernels.cache import CONSTANTS
 from ...kernels.checks import autocast_enabled
-from ...kernels.tracing import is_dynamic, tracing, transformed, without_size_guards
-from ..layers import average_pool, fx_leaf, is_plain, linear, refuse_scripting
+from ...kernels.tracing import is_dynamic, without_size_guards
+from ..layers import average_pool, for_operators, fx_leaf, is_plain, linear, refuse_scripting
 from .full import attend, in_chunks
 from .maps import map_sizes, to_nchw
 
@@ -359,9 +359,8 @@ def _chunk_bias(columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
 def _chunkable(*tensors: torch.Tensor) -> bool:
     """Whether `_PooledAttention` takes them: in eager mode on a CPU, in float32 or float64; or to count its products,
     without values."""
-    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type in ("cpu", "meta") for t in tensors)
-    exact = all(t.dtype in (torch.float32, torch.float64) for t in tensors) and not autocast_enabled(tensors[0])
-    return plain and exact and not tracing() and not transformed()
+    exact = all(t.device.type in ("cpu", "meta") and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    return exact and not autocast_enabled(tensors[0]) and not for_operators(*tensors)
 
 
 class _PooledAttention(torch.autograd.Function):
