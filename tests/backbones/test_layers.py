@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from foveal.backbones import layers
+from foveal.backbones.attention import ChannelNorm
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,19 @@ def test_compiled_convolutions_have_no_length_of_one(size):
     (conv, *_) = [node for node in nodes if node.target is torch.conv2d]
     images, _, *area = conv.args[0].meta["example_value"].shape
     assert min(images, *area) > 1 or "clamp" in str(conv.args[0].target)
+
+
+@pytest.mark.slow
+def test_compiled_maps_of_one_image_have_strides():
+    """Not a stride of 0 for the batch, with which PyTorch takes channels-last maps for others."""
+    model = nn.Sequential(ChannelNorm(16), nn.Conv2d(16, 16, 7, padding=3, groups=16)).eval()
+    x = torch.randn(1, 16, 9, 8).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out, (code, *_) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+    calls = [line for line in code.splitlines() if "extern_kernels.convolution(" in line]
+    assert calls and not any("(0, 1," in call for call in calls), calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -72,6 +72,19 @@ def test_against_loops(name, case, boundary):
     assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("boundary", ["shift", "zero", "mask"])
+def test_compiled_with_the_gradients_of_eager_mode(boundary):
+    options = {"kernel_size": (4, 3), "dilation": (1, 2), "boundary": boundary}
+    leaves = leaves_of((6, 7), (4, 3))
+
+    def mix(logits, v, table, kernel_bias):
+        return neighborhood_mix(logits, v, bias=RelativePositionBias(table), kernel_bias=kernel_bias, **options)
+
+    torch._dynamo.reset()
+    got = with_gradients(torch.compile(mix, fullgraph=True, backend="aot_eager"), leaves)
+    assert max(relative_error(a, b) for a, b in zip(got, with_gradients(mix, leaves), strict=True)) < 1e-12
+
+
 def test_biases_are_added_to_the_logits():
     logits, v, table, kernel_bias = leaves_of((5, 5), (3, 3))
     expanded = expand_table(table, Window(3), Window(3), (5, 5)).permute(1, 2, 0, 3)
