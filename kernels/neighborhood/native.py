@@ -86,10 +86,9 @@ def _cpu() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: beside PyTorch's own extensions."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "foveal"
+    """Where compiled libraries are kept: beside PyTorch's extensions."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions").expanduser() / "foveal"
 
 
 def build() -> Path:
