@@ -246,7 +246,8 @@ def test_exports(kind):
             super().__init__()
             upsample = OWN if kind == "uplift" else {"name": "naf", "dim": 64}
             torch.manual_seed(0)
-            self.backbone = build_backbone("vit_tiny_patch16_224", upsample=upsample, strides=(8,), **SMALL).eval()
+            options = SMALL | {"depth": 1}
+            self.backbone = build_backbone("vit_tiny_patch16_224", upsample=upsample, strides=(8,), **options).eval()
 
         def forward(self, x):
             return self.backbone(x)["0"]

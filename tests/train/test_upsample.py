@@ -24,7 +24,7 @@ from foveal.weights.export import export
 
 QUIET = Console(quiet=True)
 OPTIONS = ["data.kind=folder", "data.image_size=128", "schedule.epochs=2", "train.batch_size=2", "log.trackers=[]"]
-OPTIONS += ["train.threads=1", "model.stride=16"]
+OPTIONS += ["train.threads=1", "model.stride=16", "loss.levels=2"]
 
 
 @pytest.fixture(scope="module")
