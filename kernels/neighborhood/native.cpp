@@ -34,10 +34,10 @@ constexpr int LANES = 4, TILE = 16;
 #else
 constexpr int LANES = 4, TILE = 12;
 #endif
-constexpr int CHUNK = 64;          // channels of a block of packed queries [TILE][CHUNK]
-constexpr int ACROSS = 2;          // vectors of a row that `mix` takes at a time
-constexpr int BLOCK = 4;            // rows of queries at a time, which share keys that are in the cache
-constexpr int LOGITS = 1 << 16;    // most logits of a tile
+constexpr int CHUNK = 64;             // channels of a block of packed queries [TILE][CHUNK]
+constexpr int ACROSS = 2;             // vectors of a row that `mix` takes at a time
+constexpr int BLOCK = 4;              // rows of queries at a time, which share keys that are in the cache
+constexpr int LOGITS = 1 << 16;       // most logits of a tile
 constexpr int64_t WINDOWS = 1 << 20;  // most entries of an expanded bias by windows
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -514,17 +514,17 @@ struct Worker {  // one thread's memory, and the tile that it is at
   int64_t image = 0, head = 0;
 
   int count = 0, rows = 0, vectors = 0, widest = 4;  // queries, rows of keys, vectors of a row; rows of a `mix`
-  int last_packed = 0;
+  int next_row = 0;                                  // of keys, to be packed
   int y[TILE], x[TILE], low[TILE], high[TILE], base[TILE], table_row = 0;
-  int64_t stride = 0, start_apart = 0;                                         // of transposed keys; of starts by query
+  int64_t stride = 0, start_apart = 0;                                      // of transposed keys; of starts by query
   std::vector<const float*> keys, values, starts, key_rows, value_columns;  // by row; null outside of the map
   std::vector<float*> dkeys, dvalues;
   float inverse[TILE];
 
   Buffer queries, raw, grad, logits, logit_grad, out, by_row, by_column;
-  Ring rings[6];         // of rows: transposed keys, values; backward: keys, transposed values, dk, dv
-  Side sides[2];         // of a decomposed bias
-  Buffer table_grad;     // expanded, of all heads
+  Ring rings[6];      // of rows: transposed keys, values; backward: keys, transposed values, dk, dv
+  Side sides[2];      // of a decomposed bias
+  Buffer table_grad;  // expanded, of all heads
   std::vector<const E*> from;
   std::vector<E*> to;
 
@@ -822,7 +822,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
       for (; backward && done < std::min(first, next); ++done) write_gradients(done, keys_of(done));
       done = std::max(done, first);
       for (next = std::max(next, first); next < last; ++next) pack(next, keys_of(next));
-      last_packed = next;
+      next_row = next;
       for (const Tile& tile : columns.tiles)
         for (int row = i; row < stop; ++row) take(gr, gc, row, tile, columns);
     }
@@ -846,7 +846,7 @@ struct Worker {  // one thread's memory, and the tile that it is at
       set_row(r, first + r >= 0 && first + r < a.keys(gr), first + r, tile.key - columns.from);
       starts[r] = head_bias() + p.at + (c.bias == 1 ? (table_row + r) * count * start_apart : 0);
     }
-    const int later = last_packed + row % BLOCK;  // keys to be packed with the next block of rows
+    const int later = next_row + row % BLOCK;  // keys that the next block of rows needs
     for (int t = 0; t < count; ++t) {
       if (later < a.keys(gr) && tile.first + t < plan.axes[1].keys(gc)) {
         prefetch(static_cast<const E*>(c.k), c.at_k, later * c.dilation[0] + gr, x[t], depth);
