@@ -221,8 +221,8 @@ def _key_tile(call: LaunchShape, keys: int, queries: int) -> tuple[int, int, int
 def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
     """(queries or keys of a tile, keys or queries of a block, warps, stages), the default first.
 
-    The largest that do not spill registers on sm_90; the backward pass with a decomposed bias always spills. Not tuned
-    for speed yet.
+    The largest that do not spill registers on sm_90; the gradient of the queries with a decomposed bias spills from 64
+    channels on. Not tuned for speed yet.
     """
     depth, decomposed, keys = max(call.blocks), call.bias == 2, kernel == "keys_backward"
     if call.dtype == torch.float32:
@@ -238,7 +238,7 @@ def _sizes(kernel: str, call: LaunchShape) -> list[tuple[int, int, int, int]]:
         return [(64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)]
     if depth > 64:
         if decomposed and kernel != "forward":
-            return [(32, 32, 8, 2), (16, 32, 8, 1)]
+            return [(32, 32, 8, 2) if keys else (64, 32, 8, 1), (16, 32, 8, 1)]
         return [(32, 32, 4, 2) if keys else (64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]
     if decomposed and kernel != "forward" and (depth > 32 or kernel == "queries_backward"):
         return [(64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)]

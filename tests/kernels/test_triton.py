@@ -415,9 +415,9 @@ def test_it_compiles_for_hopper(kernel, options):
     assert all(stack == 0 for _, stack in compiled(kernel, 1, 32, torch.bfloat16, **options))
 
 
-# Bytes a thread that the kernels of a factored bias may keep out of their registers: smaller tiles need as many. What
-# that costs has not been measured.
-STACK = 512
+# Bytes a thread that the queries' gradient with a factored bias may keep out of its registers, by depth: smaller tiles
+# need as many. What that costs has not been measured.
+STACK = {64: 128, 128: 768}
 
 
 @needs_compiler
@@ -436,4 +436,5 @@ STACK = 512
 def test_it_compiles(kernel, bias, dtype, depth, capability):
     for name, stack in compiled(kernel, bias, depth, dtype, capability):
         # the tiles are chosen for sm_90; elsewhere they compile and fit
-        assert capability != 90 or stack <= (STACK if bias == 2 else 16), (name, stack)
+        spills = bias == 2 and name == "queries_backward"
+        assert capability != 90 or stack <= (STACK.get(depth, 16) if spills else 16), (name, stack)
