@@ -5,8 +5,8 @@ Source: https://github.com/Atten4Vis/ConditionalDETR (Apache-2.0). The parameter
 encoder's self-attention has separate projections. Differences: linear layers of the outputs run in float32 under
 autocast. transformers' implementation has the same outputs in evaluation, but with ``auxiliary_loss`` its decoder feeds
 the normalized states on, and so trains another network than it evaluates. Options that are not in it: groups of queries
-in training (Group DETR, arXiv 2207.13085), the temperature of the positions (20 in DAB-DETR, arXiv 2201.12329), and a
-start at which queries attend around their reference points.
+in training (Group DETR, arXiv 2207.13085), the temperature of the positions (20 in DAB-DETR, arXiv 2201.12329), a start
+at which queries attend around their reference points, and a norm of the map.
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ class ConditionalDETRHead(nn.Module):
         num_queries: most objects of an image that can be found.
         num_groups: groups of so many queries in training, of which evaluation takes the first (Group DETR).
         temperature: of the positions' sines; the lower, the shorter their wavelengths.
+        input_norm: a batch norm of the projected map. Its cells may be nearly equal: those of a body that was trained
+            below a neck with norms differ by a seventh of their size.
         focus: how strongly queries attend around their reference points at the start, for maps that are trained from
             random weights; 0: not at all, as published.
         dropout: in the transformer.
@@ -229,6 +231,7 @@ class ConditionalDETRHead(nn.Module):
         num_queries: int = 300,
         num_groups: int = 1,
         temperature: float = 10000.0,
+        input_norm: bool = False,
         focus: float = 0.0,
         dropout: float = 0.1,
     ) -> None:
@@ -243,6 +246,7 @@ class ConditionalDETRHead(nn.Module):
             )
         self.num_queries, self.temperature = num_queries, temperature
         self.input_proj = nn.Conv2d(channels, width, 1)
+        self.input_norm = nn.BatchNorm2d(width) if input_norm else nn.Identity()
         layers = encoder_layers, decoder_layers
         self.transformer = Transformer(*layers, temperature, width, num_heads, ffn_width, dropout)
         self.query_embed = nn.Embedding(num_groups * num_queries, width)
@@ -301,7 +305,7 @@ class ConditionalDETRHead(nn.Module):
     def encode(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The memory of the encoder ``[B, S, D]``, the positions of its cells ``[1 or B, S, D]``, and ``valid``
         ``[B, S]``."""
-        x = self.input_proj(x)
+        x = self.input_norm(self.input_proj(x))
         given = torch.ones(1, *x.shape[-2:], dtype=torch.bool, device=x.device) if valid is None else valid
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, columns = given.to(dtype).cumsum(1), given.to(dtype).cumsum(2)  # of the image, up to each cell

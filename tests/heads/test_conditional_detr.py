@@ -154,7 +154,7 @@ def test_an_image_in_a_batch():
 @torch.no_grad()
 def test_the_form_for_export():
     """Of one size, which is resized and padded."""
-    model = shaken(detector(settings={"detections_per_img": 9}, min_size=40, strides=(16,)))
+    model = shaken(detector(settings={"detections_per_img": 9, "input_norm": True}, min_size=40, strides=(16,)))
     image = torch.rand(3, 64, 90)
     (want,), graph = model([image]), OneImage(model, (64, 90))
     assert graph.valid is not None
@@ -251,7 +251,7 @@ def test_queries_begin_with_the_cells_around_their_reference_points(focus):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_trains_and_finds(dtype):
     """All parameters have gradients, with an image without objects in the batch, too."""
-    model = detector()
+    model = detector(settings={"input_norm": True, "num_groups": 2, "focus": 4.0})
     images, targets = batch()
     if dtype is torch.float64:
         model, images = model.double(), [image.double() for image in images]
