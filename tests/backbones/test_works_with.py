@@ -5,6 +5,7 @@ computes with what it holds, and that no tensor that a hook has seen is overwrit
 """
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -732,9 +733,10 @@ def test_grad_cam(name):
     model = create(name)
     # the logits of a class token do not depend on the last map
     layer = model.get_submodule(model.feature_info[-2 if "fan" in name else -1]["module"])
-    if "deit" in name:  # no other token of the last block has a gradient
-        layer = layer.norm1
-    with grad_cam.GradCAM(model, [layer], reshape_transform=lambda y: to_nchw(model, y, (4, 4))) as cam:
+    transform = functools.partial(to_nchw, model)
+    if "deit" in name:  # the logits do not depend on maps; no other token of the last block has a gradient
+        layer, transform = model.blocks[-1].norm1, lambda y: to_nchw(model, y[:, 1:].unflatten(1, (4, 4)))
+    with grad_cam.GradCAM(model, [layer], reshape_transform=transform) as cam:
         maps = cam(SQUARE, targets=None)
     assert maps.shape == (2, 64, 64)
     assert np.isfinite(maps).all()
