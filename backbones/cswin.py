@@ -104,7 +104,7 @@ class CSWin(Backbone):
         out_norm: bool = False,
     ) -> None:
         super().__init__(in_chans, output_stride, out_norm=out_norm)
-        per_stage = dict(depths=depths, num_heads=num_heads, agents=agents, stripe_widths=stripe_widths)
+        per_stage: dict[str, Any] = dict(depths=depths, num_heads=num_heads, agents=agents, stripe_widths=stripe_widths)
         sizes, options = stage_sizes(img_size, len(depths)), dict(lepe=True) if attention == "inline" else None
         attend = attention_of_stages(attention, sizes, agent_shapes, options, **per_stage)
         whole = 0 if attention == "softmax" else 2

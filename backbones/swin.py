@@ -103,7 +103,7 @@ class Swin(Backbone):
         out_norm: bool = False,
     ) -> None:
         super().__init__(in_chans, output_stride, out_norm=out_norm)
-        per_stage = dict(depths=depths, num_heads=num_heads, global_depths=global_depths, agents=agents)
+        per_stage: dict[str, Any] = dict(depths=depths, num_heads=num_heads, global_depths=global_depths, agents=agents)
         attend = attention_of_stages(attention, stage_sizes(img_size, len(depths)), agent_shapes, **per_stage)
         if any(not 0 <= some <= depth for some, depth in zip(global_depths, depths, strict=True)):
             raise ValueError(f"global_depths {global_depths} exceed depths {tuple(depths)}")
