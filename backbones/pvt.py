@@ -128,7 +128,7 @@ class PVT(Backbone):
     ) -> None:
         super().__init__(in_chans, output_stride)
         sizes = stage_sizes(img_size, len(depths), rounds_up=False)
-        per_stage: dict[str, Any] = dict(embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, agents=agents)
+        per_stage = dict(embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, agents=agents)
         attend = attention_of_stages(attention, sizes, agent_shapes, dict(split_q=True), depths=depths, **per_stage)
         self.agent_shapes = agents if attention != "agent" else agent_shapes  # None: may be wrong for a dense file
         rates, stages = drop_path_rates(drop_path_rate, depths), []
