@@ -111,7 +111,7 @@ NORMS = [name for name, case in SMALL.items() if case.levels and case.level_norm
 # What traces or compiles a model for seconds runs for these by default; for the others it is slow.
 QUICK = "care", "van", "shiftvit"
 # Of the same attention in another network, and of the same network with another attention.
-TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin", "triplet_resnet50"
+TWICE = "agent_deit", "inline_pvt", "agent_swin", "agent_cswin", "triplet_resnet50", "triplet_mobilenetv2"
 traced = pytest.mark.parametrize(
     "case",
     [
@@ -434,7 +434,7 @@ def test_compile(case):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=[pytest.mark.long] if name in (*TWICE, "agent_pvt") else [])
+        pytest.param(name, marks=[pytest.mark.long] if name in (*TWICE, "agent_pvt", "triplet_resnet18") else [])
         for name in ALL
         if name not in NAT_LIKE or name == "dinat-auto"
     ],
