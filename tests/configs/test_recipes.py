@@ -316,7 +316,7 @@ def test_small_detector_steps(name, tmp_path):
 @pytest.mark.parametrize("name", of("detect"))
 def test_detector_builds(name):
     """With what the schedule takes from the data filled in: its milestones fall on whole epochs, or updates."""
-    config = load_config(name, ["model.pretrained=false"], DetectConfig)
+    config = load_config(name, ["model.pretrained=false", "model.checkpoint=null"], DetectConfig)
     with torch.device("meta"):
         model = detect.build_model(config, 80)
     assert (model.num_classes, model.masks) == (80, HEADS["detect"][config.model.head].masks)
