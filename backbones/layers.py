@@ -230,7 +230,9 @@ class ConvSame(Conv2dSame):
         padding = [operator.index(get_same_padding(*side)) for side in sides]
         odd, weight = [p % 2 for p in padding], self.weight
         if any(odd):
-            if x.device.type != "cpu" or self.groups == 1 or max(self.dilation) > 1:
+            # a mode may count FLOPs
+            watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+            if x.device.type != "cpu" or self.groups == 1 or max(self.dilation) > 1 or watched:
                 return super().forward(x)
             weight = F.pad(weight, (odd[1], 0, odd[0], 0))
         padding = [p // 2 + extra for p, extra in zip(padding, odd, strict=True)]
@@ -460,8 +462,9 @@ def _kernel_grad(
 
 
 def may_overwrite(x: torch.Tensor, computed_by: nn.Module | None = None) -> bool:
-    """Whether the output of a module (None: of no module) may be overwritten: no gradient, hook or graph needs it."""
-    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling():  # any node of a graph may be taken out of it
+    """Whether the output of a module (None: of no module) may be overwritten: no gradient, hook, graph or transform
+    needs it."""
+    if for_operators(x) or type(computed_by) is nn.Identity:  # any node of a graph may be taken out of it
         return False
     if (torch.is_grad_enabled() and x.requires_grad) or _has_any_global_hook():
         return False
@@ -483,13 +486,13 @@ def gelu_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def sum_of(x: torch.Tensor, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
     """``x + layer(y)``, in the memory of the layer's output where it may be."""
     y = layer(y)
-    return y.add_(x) if may_overwrite(y, layer) else x + y
+    return y.add_(x) if may_overwrite(y, layer) and x.dtype == y.dtype else x + y
 
 
 def in_inference(x: torch.Tensor, *children: nn.Module) -> bool:
     """Whether a parent may compute its output in parts and in place, by the parameters of its children, from ``x`` on:
     in eager mode, where no gradient is needed and no hook or replaced child expects the whole."""
-    if not may_overwrite(x) or for_operators(x):
+    if not may_overwrite(x):
         return False
     modules = [m for child in children for m in child.modules()]
     wanted = torch.is_grad_enabled() and any(p.requires_grad for child in children for p in child.parameters())
@@ -540,8 +543,9 @@ class TanhGELU(GELU):
         super().__init__(after, approximate="tanh")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if not (dense and x.device.type == "cpu" and self.overwrites(x)) or for_operators(x):
+        if not self.overwrites(x) or x.device.type != "cpu":
+            return super().forward(x)
+        if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
             return super().forward(x)
         factor = 2 * math.sqrt(2 / math.pi)
         gate, wide = x.new_empty(2, min(x.numel(), self.PIECE), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -42,7 +42,6 @@ from .layers import (
     depthwise_conv,
     drop_path_rates,
     for_convolution,
-    for_operators,
     fx_leaf,
     is_fixed,
     is_plain,
@@ -190,7 +189,7 @@ def _norm_of_channels(x: torch.Tensor) -> torch.Tensor:
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if x.device.type != "cpu" or x.dtype == torch.float16 or exporting:  # squares exceed float16
         return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-    if may_overwrite(x) and not for_operators(x) and x.numel() > 0:
+    if may_overwrite(x) and x.numel() > 0:
         square = torch.empty_like(x[0])  # one image at a time, in memory that stays in the cache
         return torch.stack([torch.mul(each, each, out=square).sum((1, 2), keepdim=True) for each in x]).sqrt()
     # a gradient of 0 for a channel of zeros, as that of vector_norm

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.backbones import layers
 from foveal.backbones.attention import ChannelNorm
@@ -166,3 +167,13 @@ def test_gradients_of_a_depthwise_convolution_under_autocast_and_transforms():
     torch.testing.assert_close(got, want, rtol=0, atol=0.02 * want.abs().max().item())
     loss = lambda w: layers.depthwise_conv(x, w).square().sum()  # noqa: E731
     torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), want, rtol=1e-4, atol=1e-3)
+
+
+def test_flops_of_a_convolution_with_an_odd_padding_are_its_own():
+    conv = layers.ConvSame(8, 8, 3, stride=2, groups=8).eval()
+    counts = []
+    for device in ("cpu", "meta"):
+        with FlopCounterMode(display=False) as counter:
+            conv.to(device)(torch.ones(1, 8, 10, 12, device=device))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 8 * 5 * 6 * 9

@@ -534,6 +534,8 @@ def test_forward_mode(name):
     model = create(name).double()
     x, direction = images(1, 3, 64, 64).double(), images(1, 3, 64, 64).double().flip(-1)
     out, tangent = torch.func.jvp(model, (x,), (direction,))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(model, (x,), (direction,)), (out, tangent))
     x.requires_grad_(True)
     cotangent = torch.randn_like(out)
     (grad,) = torch.autograd.grad(model(x), x, cotangent)
@@ -568,8 +570,11 @@ def test_an_ensemble(name):
         for p in models[1].parameters():
             p.mul_(1.05)
     state, x = torch.func.stack_module_state(models), second(name).double()
-    got = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(*state)
+    ensemble = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))
+    got = ensemble(*state)
     torch.testing.assert_close(got, torch.stack([model(x) for model in models]))
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble(*state), got)
     got.square().mean().backward()
     assert [n for n, p in state[0].items() if p.grad is None] == []
 
