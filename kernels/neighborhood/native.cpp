@@ -23,6 +23,10 @@
 
 #include <omp.h>
 
+#ifndef __has_builtin  // GCC 9
+#define __has_builtin(x) 0
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -92,6 +96,12 @@ inline Vec reduce(Vec x, F f) {  // in all lanes
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline float total(Vec x) {
   return reduce(x, [](Vec a, Vec b) { return a + b; })[0];
+}
+
+// A bias in units of log 2; a finite one stays finite
+inline float in_log2(float x) {
+  constexpr float most = std::numeric_limits<float>::max();
+  return std::isinf(x) ? x : std::max(-most, std::min(most, x * LOG2E));
 }
 
 // 2^x for x <= 0, to 1e-7; exactly 0 below -127; NaN stays NaN
@@ -470,7 +480,7 @@ struct Plan {
     const float* table = call.bias == 1 ? call.first + head * call.first_by_head : nullptr;
     std::fill(to, to + bias_size, LOWEST);
     visit([&](int64_t at, int count, int64_t entry) {
-      for (int i = 0; i < count; ++i) to[at + i] = table ? table[entry + i] * LOG2E : 0.0f;
+      for (int i = 0; i < count; ++i) to[at + i] = table ? in_log2(table[entry + i]) : 0.0f;
     });
   }
 

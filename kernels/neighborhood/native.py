@@ -46,7 +46,7 @@ _loaded: list[ctypes.CDLL] = []
 
 
 def _opted_in() -> bool:
-    value = os.environ.get(ENVIRONMENT, "0")
+    value = os.environ.get(ENVIRONMENT) or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {value!r}")
     return value == "1"
@@ -111,7 +111,12 @@ def build() -> Path:
     key = hashlib.sha256("\0".join([source.read_text(encoding="utf-8"), *command, version, _cpu()]).encode())
     target = cache_folder() / f"native-{key.hexdigest()[:24]}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendError(
+                f"backend 'native' has no folder for its library, set TORCH_EXTENSIONS_DIR: {error}"
+            ) from error
         with atomic(target) as new:
             done = subprocess.run([*command, str(source), "-o", str(new)], capture_output=True, text=True)
             if done.returncode:
@@ -125,7 +130,11 @@ def library() -> ctypes.CDLL:
     """The compiled library, loaded once per process."""
     with _lock:
         if not _loaded:
-            _loaded.append(ctypes.CDLL(str(build())))
+            path = build()
+            try:
+                _loaded.append(ctypes.CDLL(str(path)))
+            except OSError as error:  # a damaged file, or a folder from which nothing may be run
+                raise BackendError(f"backend 'native' cannot load {path}: {error}") from error
         return _loaded[0]
 
 
@@ -233,7 +242,7 @@ def attention_backward(
         tensors = {**bias, **sums, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
         library().foveal_attention(ctypes.byref(_call(tensors, q, k, v, window, scale)), 1)
     biases = (
-        q.new_empty(0) if t is None or not wanted else sums[name].to(t.dtype)
+        q.new_empty(0, dtype=dtype) if t is None or not wanted else sums[name].to(t.dtype)
         for name, t in (("dfirst", first), ("dsecond", second))
     )
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), *biases

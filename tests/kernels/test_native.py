@@ -121,6 +121,15 @@ def test_it_names_what_it_lacks(make, reason):
         neighborhood_attention(q, q, q, backend="native", **options)
 
 
+def test_a_table_of_the_lowest_value_is_finite():
+    q = torch.randn(1, 6, 6, 1, 8)
+    lowest = RelativePositionBias(torch.full((1, 5, 5), torch.finfo(torch.float32).min))
+    got, want = (
+        neighborhood_attention(q, q, q, kernel_size=3, bias=lowest, backend=name) for name in ("native", "tiled")
+    )
+    torch.testing.assert_close(got, want)
+
+
 # ------------------------------------------------------------------------------------------------ the operators
 
 
@@ -204,4 +213,11 @@ def test_errors_of_the_compiler_are_shown(compiler, monkeypatch):
     assert not [*folder.iterdir()]
     compiler("exit 1")
     with pytest.raises(BackendError, match=r"c\+\+.*CXX"):
+        native.build()
+
+
+def test_a_folder_that_cannot_be(compiler, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "inside"))
+    with pytest.raises(BackendError, match=r"TORCH_EXTENSIONS_DIR.*inside"):
         native.build()
