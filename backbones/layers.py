@@ -230,9 +230,7 @@ class ConvSame(Conv2dSame):
         padding = [operator.index(get_same_padding(*side)) for side in sides]
         odd, weight = [p % 2 for p in padding], self.weight
         if any(odd):
-            # a mode may count FLOPs
-            watched = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-            if x.device.type != "cpu" or self.groups == 1 or max(self.dilation) > 1 or watched:
+            if x.device.type != "cpu" or self.groups == 1 or max(self.dilation) > 1 or in_mode():
                 return super().forward(x)
             weight = F.pad(weight, (odd[1], 0, odd[0], 0))
         padding = [p // 2 + extra for p, extra in zip(padding, odd, strict=True)]
@@ -417,6 +415,11 @@ def depthwise_conv(
     return _DepthwiseConv.apply(dilation, *tensors)
 
 
+def in_mode() -> bool:
+    """Whether a mode, such as a counter of FLOPs, sees the operations: none may compute more than a module asks for."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def for_operators(*tensors: torch.Tensor) -> bool:
     """Whether a tracer, a transform or a tensor subclass expects standard operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
@@ -492,7 +495,7 @@ def sum_of(x: torch.Tensor, layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
 def in_inference(x: torch.Tensor, *children: nn.Module) -> bool:
     """Whether a parent may compute its output in parts and in place, by the parameters of its children, from ``x`` on:
     in eager mode, where no gradient is needed and no hook or replaced child expects the whole."""
-    if not may_overwrite(x):
+    if not may_overwrite(x) or in_mode():
         return False
     modules = [m for child in children for m in child.modules()]
     wanted = torch.is_grad_enabled() and any(p.requires_grad for child in children for p in child.parameters())

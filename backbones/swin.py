@@ -62,7 +62,8 @@ class Swin(Backbone):
         mlp_ratio: hidden channels of the MLP, relative to the stage's.
         agents: rows and columns of the grid of agents in training, per stage.
         agent_shapes: likewise, of the grid to compute with, to which position biases are interpolated. None:
-            ``agents``. The authors' detectors and segmenters have other shapes than their classifiers.
+            ``agents``. The authors' detectors and segmenters have other shapes than their classifiers. Given, the
+            biases do not decay.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0.
         out_norm: add a LayerNorm per stage, ``norm0`` ..., that `forward_intermediates` and ``features_only`` apply to

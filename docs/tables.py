@@ -131,6 +131,28 @@ def served() -> str:
 
 
 FIGURES = ("forward_ms", "forward_backward_ms")
+SHARES = ("forward", "forward_backward")
+DTYPES = ("float32", "bfloat16")
+
+
+def roofline() -> str:
+    """A row for each model: its shares of the product, and its times over those of the peer, whose row comes next."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    peers: dict[str, str] = {}
+    rows = measurements("roofline")
+    for row, after in zip(rows, [*rows[1:], {}], strict=True):
+        name = f"`{row['model']}`" + ", `native`" * (row.get("native") == "1")
+        found.setdefault(name, {}).setdefault(row["dtype"], row)
+        if row["forward_over_peer"] not in ("", "1.0"):
+            peers[name] = after["model"]
+    shown = []
+    for name, of in found.items():
+        shares = [of[dtype][f"{each}_share"] for dtype in DTYPES for each in SHARES]
+        ratios = [" / ".join(of[dtype][f"{each}_over_peer"] for each in SHARES) for dtype in DTYPES]
+        beside_whom = (f"`{peers[name]}`", ", ".join(ratios)) if name in peers else ("", "")
+        shown.append((name, of["float32"]["threads"], *shares, *beside_whom))
+    head = ("model", "threads", *(f"{dtype}: {what}" for dtype in DTYPES for what in ("forward", "with backward")))
+    return filled_rows((*head, "timm's model", "time over its: float32, bfloat16"), shown)
 
 
 def windows() -> str:
@@ -156,7 +178,7 @@ def same() -> str:
 
 
 TABLES = {
-    "speed.md": {"served": served, "same": same, "windows": windows},
+    "speed.md": {"roofline": roofline, "served": served, "same": same, "windows": windows},
     "recipes.md": {
         "measured": measured,
         **{task: lambda t=task: others(t) for task in ("classify", "detect", "segment", "upsample")},

@@ -150,7 +150,7 @@ class Task(ABC):
     def headline(self, row: Row) -> str:
         """The held-out loss and the `shown` metrics of a row, for the log."""
         loss = "" if row["val_loss"] is None else f"loss {row['val_loss']:.4f}  "
-        return loss + "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown)
+        return loss + "  ".join(f"{self.metrics[name]} {row[name]:.2f}" for name in self.shown if row[name] is not None)
 
     def on_epoch(self, run: Path, model: nn.Module, epoch: int) -> None:
         """Called after each evaluation on the main process; ``epoch`` counts from 1."""

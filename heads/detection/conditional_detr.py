@@ -208,10 +208,10 @@ class ConditionalDETRHead(nn.Module):
         num_queries: most objects of an image that can be found.
         num_groups: groups of so many queries in training, of which evaluation takes the first (Group DETR).
         temperature: of the positions' sines; the lower, the shorter their wavelengths.
-        input_norm: a batch norm of the projected map. Its cells may be nearly equal: those of a body that was trained
-            below a neck with norms differ by a seventh of their size.
-        focus: how strongly queries attend around their reference points at the start, for maps that are trained from
-            random weights; 0: not at all, as published.
+        input_norm: a batch norm of the projected map, padding included. Its cells may be nearly equal: those of a body
+            that was trained below a neck with norms differ by a seventh of their size.
+        focus: how strongly queries attend around their reference points at the start, which shortens the training on
+            few images; 0: not at all, as published.
         dropout: in the transformer.
 
     Raises:
@@ -237,8 +237,8 @@ class ConditionalDETRHead(nn.Module):
     ) -> None:
         super().__init__()
         least = min(width, num_heads, ffn_width, decoder_layers, num_queries, num_groups)
-        if temperature <= 1 or focus < 0:
-            raise ValueError(f"temperature={temperature} must be above 1, and focus={focus} not negative")
+        if not (1 < temperature < math.inf and 0 <= focus < math.inf):
+            raise ValueError(f"temperature={temperature} must be above 1, and focus={focus} not negative; both finite")
         if least < 1 or width % math.lcm(num_heads, 4):
             raise ValueError(
                 f"width={width} must be a multiple of num_heads={num_heads} and of 4, and ffn_width={ffn_width}, "

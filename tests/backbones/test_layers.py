@@ -10,7 +10,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveal.backbones import layers
+from foveal.backbones import layers, transnext
 from foveal.backbones.attention import ChannelNorm
 
 
@@ -177,3 +177,13 @@ def test_flops_of_a_convolution_with_an_odd_padding_are_its_own():
             conv.to(device)(torch.ones(1, 8, 10, 12, device=device))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 2 * 8 * 5 * 6 * 9
+
+
+def test_flops_do_not_depend_on_the_parts_that_are_computed(monkeypatch):
+    monkeypatch.setattr(transnext, "HIDDEN", 64)
+    mlp, counts = transnext.ConvGLU(4, 8), []
+    for device in ("cpu", "meta"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mlp.to(device)(torch.ones(1, 6, 8, 4, device=device))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 48 * (4 * 16 + 8 * 9 + 8 * 4)
