@@ -141,7 +141,7 @@ def roofline() -> str:
     peers: dict[str, str] = {}
     rows = measurements("roofline")
     for row, after in zip(rows, [*rows[1:], {}], strict=True):
-        name = f"`{row['model']}`" + ", `native`" * (row.get("native") == "1")
+        name = f"`{row['model']}`" + ", `native`" * (row.get("native") == "1" and row["forward_over_peer"] != "1.0")
         found.setdefault(name, {}).setdefault(row["dtype"], row)
         if row["forward_over_peer"] not in ("", "1.0"):
             peers[name] = after["model"]
