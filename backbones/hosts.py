@@ -62,6 +62,8 @@ def attention_of_stages(
     lengths = {name: len(each) for name, each in dict(per_stage, agent_shapes=shapes).items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"depths {tuple(per_stage['depths'])} differ in length from others, which have {lengths}")
+    if kind != "agent" and agent_shapes is not None:
+        raise ValueError(f"agent_shapes {agent_shapes} are of attention agent, not {kind}")
     each = zip(per_stage["num_heads"], per_stage["agents"], sizes, shapes, strict=True)
     return [host_attention(kind, *arguments, **(options or {})) for arguments in each]
 
