@@ -497,8 +497,9 @@ def test_fx_features(name):
         torch.testing.assert_close(to_nchw(model, maps[node]), want)
     for kind in ("fx", "hook"):
         by_timm = create(name, features_only=True, feature_cls=kind)
-        own = model.state_dict()  # some extractors hold the model, others its children
-        by_timm.load_state_dict({n: own[n if n in own else n.partition(".")[2]] for n in by_timm.state_dict()})
+        own = model.state_dict()  # some extractors hold the model, others its children, those of children as stem_conv1
+        known = {n: {n, n.partition(".")[2], n.replace("_", ".", 1)} & own.keys() for n in by_timm.state_dict()}
+        by_timm.load_state_dict({n: own[name] for n, (name,) in known.items()})
         taken = by_timm(second(name))
         torch.testing.assert_close(taken, [maps[node] for node in nodes][-len(taken) :])
     some = create(name, features_only=True, feature_cls="fx", out_indices=(1, 2))
