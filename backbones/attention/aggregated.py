@@ -372,10 +372,11 @@ class _PooledAttention(torch.autograd.Function):
         y, share = torch.empty_like(q), None if extra is None else torch.empty_like(extra)
         keys, values = _heads_first(k), _heads_first(v)
         keep, kept = any(ctx.needs_input_grad) and q[..., 0].numel() * k.shape[1] <= KEPT, []
+        rooms: dict[str, torch.Tensor] = {}
         for rows, parts in _chunks(q, k.shape[1]):
-            bias = _chunk_bias(columns, index[:, rows], weight[:, rows], q.shape[2])
+            bias = _bias_in(rooms, columns, index[:, rows], weight[:, rows], q.shape[2])
             for images in parts:
-                weights = _weights(q, keys, bias, extra, images, rows)
+                weights = _weights(q, keys, bias, extra, images, rows, rooms, keep)
                 y[images, rows] = _heads_last(weights[..., : k.shape[1]] @ values[images], q)
                 if share is not None:
                     share[images, rows] = _heads_last(weights[..., -1:], q)[..., 0]
@@ -394,14 +395,14 @@ class _PooledAttention(torch.autograd.Function):
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         keys, values = _heads_first(k), _heads_first(v)
-        known = iter(kept)
+        known, rooms = iter(kept), {}
         dq, dk, dv, dcolumns = torch.empty_like(q), *map(torch.zeros_like, (keys, values, columns))
         dextra = None if extra is None else torch.empty_like(extra)
         for rows, parts in _chunks(q, k.shape[1]):
             terms = index[:, rows], weight[:, rows]
-            bias = None if kept else _chunk_bias(columns, *terms, q.shape[2])
+            bias = None if kept else _bias_in(rooms, columns, *terms, q.shape[2])
             for images in parts:
-                every = next(known) if bias is None else _weights(q, keys, bias, extra, images, rows)
+                every = next(known) if bias is None else _weights(q, keys, bias, extra, images, rows, rooms)
                 weights, outer = every[..., : k.shape[1]], _heads_first(grad[images, rows])
                 sums = (outer * _heads_first(y[images, rows])).sum(-1, keepdim=True)
                 if dextra is not None:
@@ -409,7 +410,8 @@ class _PooledAttention(torch.autograd.Function):
                     sums += last * upper
                     dextra[images, rows] = _heads_last(last * (upper - sums), q)[..., 0]
                 dv[images] += weights.transpose(-1, -2) @ outer
-                inner = (outer @ values[images].transpose(-1, -2)).sub_(sums).mul_(weights)
+                inner = _room(rooms, "inner", q, *weights.shape)
+                torch.matmul(outer, values[images].transpose(-1, -2), out=inner).sub_(sums).mul_(weights)
                 dq[images, rows] = _heads_last(inner @ keys[images], q)
                 dk[images] += inner.transpose(-1, -2) @ _heads_first(q[images, rows])
                 _add_bias_grad(dcolumns, inner.sum(0) if len(inner) > 1 else inner[0], *terms)
@@ -443,15 +445,43 @@ def _weights(
     extra: torch.Tensor | None,
     images: slice,
     rows: slice,
+    rooms: dict[str, torch.Tensor],
+    keep: bool = False,
 ) -> torch.Tensor:
-    """The probabilities of a chunk, ``[b, heads, r * W, h * w (+ 1)]``."""
-    logits = _heads_first(q[images, rows]) @ keys[images].transpose(-1, -2)
+    """The probabilities of a chunk, ``[b, heads, r * W, h * w (+ 1)]``; those of the next one take their memory, unless
+    they are to ``keep``."""
+    queries, keys = _heads_first(q[images, rows]), keys[images]
+    shape = (*queries.shape[:3], keys.shape[2])
+    logits = torch.matmul(queries, keys.transpose(-1, -2), out=_room(rooms, "logits", q, *shape))
     if extra is None:
-        return logits.add_(bias).softmax(-1)
-    every = logits.new_empty(*logits.shape[:3], logits.shape[3] + 1)
-    torch.add(logits, bias, out=every[..., :-1])
-    every[..., -1:] = _heads_first(extra[images, rows][..., None])
-    return every.softmax(-1)
+        every = logits.add_(bias)
+    else:
+        every = _room(rooms, "every", q, *shape[:3], shape[3] + 1)
+        torch.add(logits, bias, out=every[..., :-1])
+        every[..., -1:] = _heads_first(extra[images, rows][..., None])
+    return every.softmax(-1) if keep else torch.softmax(every, -1, out=_room(rooms, "weights", q, *every.shape))
+
+
+def _bias_in(
+    rooms: dict[str, torch.Tensor], columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`_chunk_bias` in the memory of the chunk before."""
+    if len(index) > 1:
+        return _chunk_bias(columns, index, weight, width)
+    heads, (rows, h), w = columns.shape[0], index.shape[1:], columns.shape[2] // width
+    picked = _room(rooms, "picked", columns, heads, rows * h, columns.shape[2])
+    torch.index_select(columns, 1, index.flatten(), out=picked)
+    bias = _room(rooms, "bias", columns, heads, rows, width, h, w)
+    bias.copy_(picked.view(heads, rows, h, width, w).transpose(2, 3))
+    return bias.view(heads, rows * width, h * w)
+
+
+def _room(rooms: dict[str, torch.Tensor], name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Uninitialised memory that is taken again for each chunk: new memory costs several times the arithmetic on it."""
+    count = math.prod(shape)
+    if name not in rooms or rooms[name].numel() < count:
+        rooms[name] = like.new_empty(count)
+    return rooms[name][:count].view(shape)
 
 
 def _add_bias_grad(total: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
