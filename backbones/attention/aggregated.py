@@ -414,7 +414,7 @@ class _PooledAttention(torch.autograd.Function):
                 torch.matmul(outer, values[images].transpose(-1, -2), out=inner).sub_(sums).mul_(weights)
                 dq[images, rows] = _heads_last(inner @ keys[images], q)
                 dk[images] += inner.transpose(-1, -2) @ _heads_first(q[images, rows])
-                _add_bias_grad(dcolumns, inner.sum(0) if len(inner) > 1 else inner[0], *terms)
+                _add_bias_grad(dcolumns, inner.sum(0) if len(inner) > 1 else inner[0], *terms, rooms)
         return dq, *(t.transpose(1, 2) for t in (dk, dv)), dcolumns, None, None, dextra
 
 
@@ -484,12 +484,18 @@ def _room(rooms: dict[str, torch.Tensor], name: str, like: torch.Tensor, *shape:
     return rooms[name][:count].view(shape)
 
 
-def _add_bias_grad(total: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
+def _add_bias_grad(
+    total: torch.Tensor,
+    grad: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    rooms: dict[str, torch.Tensor],
+) -> None:
     """Add the gradient of `_chunk_bias`, ``[heads, r * W, keys]``, to that of its ``columns``."""
     _, rows, h = index.shape
     width = grad.shape[1] // rows
     w = total.shape[2] // width
     grad = grad.unflatten(2, (h, w)).unflatten(1, (rows, width)).transpose(2, 3)
-    grad = grad.reshape(grad.shape[0], rows * h, width * w)
+    grad = _room(rooms, "turned", grad, *grad.shape).copy_(grad).view(-1, rows * h, width * w)
     for at, factor in zip(index.flatten(1), weight.flatten(1), strict=True):
         total.index_add_(1, at, grad * factor[:, None].to(grad.dtype) if len(index) > 1 else grad)
