@@ -27,6 +27,8 @@ with a halo and strided queries; ``counted`` is timm's ``HaloAttn``; Swin (arXiv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -144,3 +146,8 @@ def windows_of(numbers: tuple[int, ...]) -> tuple[Window, Window]:
         for size, stride, dilation, apart, counted, offset in (numbers[1:7], numbers[7:])
     )
     return rows, columns
+
+
+def pairs_of(queries: Sequence[int], window: Sequence[int]) -> int:
+    """Pairs of a query and a key, of queries ``[B, h, w, heads, ...]`` and a `window_list`."""
+    return math.prod(queries[:4]) * window[1] * window[7]

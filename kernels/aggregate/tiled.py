@@ -20,7 +20,7 @@ R Q tiles of rows and columns, T T2 queries of a tile, S S2 keys of its span.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,7 @@ from .. import flops, tiling
 from ..cache import CONSTANTS
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans
-from ..window import Window, window_list, windows_of
+from ..window import Window, pairs_of, window_list, windows_of
 from .softmax import fold_table, mix_by, weights
 
 # What copying one key and value into a span costs, in units of one query-key pair; fitted on a 2-core CPU.
@@ -293,24 +293,19 @@ def _mix_gradient(ctx, grad):
 _mix_node.register_autograd(_mix_gradient, setup_context=_mix_setup_context)
 
 
-def _pairs(maps: Sequence[int], window: list[int]) -> int:
-    """Pairs of a query and a key."""
-    return math.prod(maps[:4]) * window[1] * window[7]
-
-
 @register_flop_formula(torch.ops.foveal.tiled_product)
 def _(name, x, y, window, *_, **__) -> int:
-    return flops.aggregation(_pairs(y, window), y[4])
+    return flops.aggregation(pairs_of(y, window), y[4])
 
 
 @register_flop_formula(torch.ops.foveal.tiled_mix)
 def _(logits, v, table, kernel_bias, window, *_, **__) -> int:
-    return flops.aggregation(_pairs(v, window), v[4])
+    return flops.aggregation(pairs_of(v, window), v[4])
 
 
 @register_flop_formula(torch.ops.foveal.tiled_mix_backward)
 def _(grad, logits, v, table, kernel_bias, window, *_, **__) -> int:
-    return flops.aggregation(_pairs(v, window), v[4], backward=True)
+    return flops.aggregation(pairs_of(v, window), v[4], backward=True)
 
 
 # ----------------------------------------------------------------------------------------------- the backend

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import platform
 import shlex
@@ -32,7 +31,8 @@ from ..bias import Bias
 from ..dispatch import BackendError
 from ..problem import Problem
 from ..tracing import transformed
-from ..window import Window, window_list, windows_of
+from ..window import Window, pairs_of, window_list, windows_of
+from .triton import _gradients
 
 ENVIRONMENT = "FOVEAL_NATIVE"
 LARGEST_BIASED = 64  # keys along an axis; each thread expands the bias of a tile
@@ -250,8 +250,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(grad, q, k, v, first, second, window, scale, wanted):
-    biases = (t.new_empty(t.shape) if wanted and t is not None else q.new_empty(0) for t in (first, second))
-    return *(t.new_empty(t.shape) for t in (q, k, v)), *biases
+    return _gradients(q, k, v, first, second, wanted)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -271,12 +270,12 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.foveal.native_attention)
 def _(q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4])
+    return flops.attention(pairs_of(q, window), q[4], v[4])
 
 
 @register_flop_formula(torch.ops.foveal.native_attention_backward)
 def _(grad, q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4], backward=True)
+    return flops.attention(pairs_of(q, window), q[4], v[4], backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:

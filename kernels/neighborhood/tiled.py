@@ -37,7 +37,7 @@ from ..cache import CONSTANTS, TensorCache
 from ..problem import Problem
 from ..tiling import AxisTiling, Plans, Scratch
 from ..tracing import leaves_pytorch, transformed
-from ..window import Window, window_list, windows_of
+from ..window import Window, pairs_of, window_list, windows_of
 
 # What copying one key and value into a span, and adding its gradient back, costs in units of one query-key pair; fitted
 # on a 2-core CPU.
@@ -715,12 +715,12 @@ _node.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.foveal.tiled_attention)
 def _(q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4])
+    return flops.attention(pairs_of(q, window), q[4], v[4])
 
 
 @register_flop_formula(torch.ops.foveal.tiled_attention_backward)
 def _(grad, q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4], backward=True)
+    return flops.attention(pairs_of(q, window), q[4], v[4], backward=True)
 
 
 # ----------------------------------------------------------------------------------------------- the backend

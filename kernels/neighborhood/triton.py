@@ -26,7 +26,7 @@ from .. import flops, triton_support
 from ..bias import Bias
 from ..problem import Problem
 from ..tracing import transformed
-from ..window import BOUNDARIES, Window, window_list, windows_of
+from ..window import BOUNDARIES, Window, pairs_of, window_list, windows_of
 
 Choice = tuple[int, ...]
 LOG2E = math.log2(math.e)
@@ -576,12 +576,12 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.foveal.neighborhood_attention)
 def _(q, k, v, first, second, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4])
+    return flops.attention(pairs_of(q, window), q[4], v[4])
 
 
 @register_flop_formula(torch.ops.foveal.neighborhood_attention_backward)
 def _(grad, q, k, v, first, second, out, lse, window, *_, **__) -> int:
-    return flops.attention(math.prod(q[:4]) * window[1] * window[7], q[4], v[4], backward=True)
+    return flops.attention(pairs_of(q, window), q[4], v[4], backward=True)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, problem: Problem) -> Tensor:
