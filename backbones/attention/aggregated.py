@@ -365,19 +365,23 @@ def _chunkable(*tensors: torch.Tensor) -> bool:
 
 class _PooledAttention(torch.autograd.Function):
     """`_in_operators` in chunks that stay in the cache of a CPU, where PyTorch's fused attention has no gradient of the
-    bias. More than `KEPT` probabilities are computed again in the backward pass."""
+    bias. More than `KEPT` probabilities are computed again in the backward pass.
+
+    Inside, the rows of keys are in reverse order, in which the row offset grows with both rows, and ``extra`` is the
+    logit of a last key of zeros, whose value is zeros, too."""
 
     @staticmethod
     def forward(ctx, q, k, v, columns, index, weight, extra):
         y, share = torch.empty_like(q), None if extra is None else torch.empty_like(extra)
-        keys, values = _heads_first(k), _heads_first(v)
+        keys, values = (_keys_first(x, index, extra) for x in (k, v))
         keep, kept = any(ctx.needs_input_grad) and q[..., 0].numel() * k.shape[1] <= KEPT, []
         rooms: dict[str, torch.Tensor] = {}
+        biases = _RowBiases(columns, index, weight, q.shape[2])
         for rows, parts in _chunks(q, k.shape[1]):
-            bias = _bias_in(rooms, columns, index[:, rows], weight[:, rows], q.shape[2])
+            bias = biases.of(rows)
             for images in parts:
                 weights = _weights(q, keys, bias, extra, images, rows, rooms, keep)
-                y[images, rows] = _heads_last(weights[..., : k.shape[1]] @ values[images], q)
+                y[images, rows] = _heads_last(weights @ values[images], q)
                 if share is not None:
                     share[images, rows] = _heads_last(weights[..., -1:], q)[..., 0]
                 kept += [weights] * keep
@@ -394,28 +398,33 @@ class _PooledAttention(torch.autograd.Function):
             outputs, grads = zip(*((out, each) for out, each in pairs if out is not None), strict=True)
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-        keys, values = _heads_first(k), _heads_first(v)
+        keys, values = (_keys_first(x, index, extra) for x in (k, v))
         known, rooms = iter(kept), {}
-        dq, dk, dv, dcolumns = torch.empty_like(q), *map(torch.zeros_like, (keys, values, columns))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+        biases = _RowBiases(columns, index, weight, q.shape[2])
+        biases.grad = torch.zeros_like(biases.table)
         dextra = None if extra is None else torch.empty_like(extra)
         for rows, parts in _chunks(q, k.shape[1]):
-            terms = index[:, rows], weight[:, rows]
-            bias = None if kept else _bias_in(rooms, columns, *terms, q.shape[2])
+            bias = None if kept else biases.of(rows)
             for images in parts:
-                every = next(known) if bias is None else _weights(q, keys, bias, extra, images, rows, rooms)
-                weights, outer = every[..., : k.shape[1]], _heads_first(grad[images, rows])
+                weights = next(known) if bias is None else _weights(q, keys, bias, extra, images, rows, rooms)
+                outer = _heads_first(grad[images, rows])
                 sums = (outer * _heads_first(y[images, rows])).sum(-1, keepdim=True)
-                if dextra is not None:
-                    last, upper = every[..., -1:], _heads_first(grad_share[images, rows][..., None])
-                    sums += last * upper
-                    dextra[images, rows] = _heads_last(last * (upper - sums), q)[..., 0]
-                dv[images] += weights.transpose(-1, -2) @ outer
                 inner = _room(rooms, "inner", q, *weights.shape)
-                torch.matmul(outer, values[images].transpose(-1, -2), out=inner).sub_(sums).mul_(weights)
+                torch.matmul(outer, values[images].transpose(-1, -2), out=inner)
+                if dextra is not None:
+                    upper = _heads_first(grad_share[images, rows][..., None])
+                    inner[..., -1:] = upper
+                    sums.addcmul_(weights[..., -1:], upper)
+                inner.sub_(sums).mul_(weights)
+                if dextra is not None:
+                    dextra[images, rows] = _heads_last(inner[..., -1:], q)[..., 0]
+                dv[images] += weights.transpose(-1, -2) @ outer
                 dq[images, rows] = _heads_last(inner @ keys[images], q)
                 dk[images] += inner.transpose(-1, -2) @ _heads_first(q[images, rows])
-                _add_bias_grad(dcolumns, inner.sum(0) if len(inner) > 1 else inner[0], *terms, rooms)
-        return dq, *(t.transpose(1, 2) for t in (dk, dv)), dcolumns, None, None, dextra
+                biases.add_grad(inner[..., : k.shape[1]].unflatten(2, (-1, q.shape[2])), rows)
+        dk, dv = (_reverse_rows(t[:, :, : k.shape[1]].transpose(1, 2), index) for t in (dk, dv))
+        return dq, dk, dv, biases.grad_of_columns(), None, None, dextra
 
 
 def _chunks(q: torch.Tensor, keys: int) -> Iterator[tuple[slice, list[slice]]]:
@@ -438,10 +447,21 @@ def _heads_last(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).unflatten(1, (-1, q.shape[2]))
 
 
+def _reverse_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Keys ``[B, h * w, heads, D]`` with the last row first."""
+    return x.unflatten(1, (index.shape[2], -1)).flip(1).flatten(1, 2)
+
+
+def _keys_first(x: torch.Tensor, index: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values ``[B, h * w, heads, D]`` as ``[B, heads, h * w (+ 1), D]``."""
+    x = _reverse_rows(x, index)
+    return _heads_first(x if extra is None else torch.cat([x, torch.zeros_like(x[:, :1])], 1))
+
+
 def _weights(
     q: torch.Tensor,
     keys: torch.Tensor,
-    bias: torch.Tensor,
+    bias: list[torch.Tensor],
     extra: torch.Tensor | None,
     images: slice,
     rows: slice,
@@ -451,29 +471,14 @@ def _weights(
     """The probabilities of a chunk, ``[b, heads, r * W, h * w (+ 1)]``; those of the next one take their memory, unless
     they are to ``keep``."""
     queries, keys = _heads_first(q[images, rows]), keys[images]
-    shape = (*queries.shape[:3], keys.shape[2])
-    logits = torch.matmul(queries, keys.transpose(-1, -2), out=_room(rooms, "logits", q, *shape))
-    if extra is None:
-        every = logits.add_(bias)
-    else:
-        every = _room(rooms, "every", q, *shape[:3], shape[3] + 1)
-        torch.add(logits, bias, out=every[..., :-1])
-        every[..., -1:] = _heads_first(extra[images, rows][..., None])
-    return every.softmax(-1) if keep else torch.softmax(every, -1, out=_room(rooms, "weights", q, *every.shape))
-
-
-def _bias_in(
-    rooms: dict[str, torch.Tensor], columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int
-) -> torch.Tensor:
-    """`_chunk_bias` in the memory of the chunk before."""
-    if len(index) > 1:
-        return _chunk_bias(columns, index, weight, width)
-    heads, (rows, h), w = columns.shape[0], index.shape[1:], columns.shape[2] // width
-    picked = _room(rooms, "picked", columns, heads, rows * h, columns.shape[2])
-    torch.index_select(columns, 1, index.flatten(), out=picked)
-    bias = _room(rooms, "bias", columns, heads, rows, width, h, w)
-    bias.copy_(picked.view(heads, rows, h, width, w).transpose(2, 3))
-    return bias.view(heads, rows * width, h * w)
+    logits = _room(rooms, "logits", q, *queries.shape[:3], keys.shape[2])
+    for each, target in zip(bias, logits.unflatten(2, (-1, q.shape[2])).unbind(2), strict=True):
+        target[..., : each.shape[2]] = each
+    if extra is not None:
+        logits[..., -1:] = _heads_first(extra[images, rows][..., None])
+    flat = logits.flatten(0, 1)
+    torch.baddbmm(flat, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=flat)
+    return logits.softmax(-1) if keep else torch.softmax(logits, -1, out=logits)
 
 
 def _room(rooms: dict[str, torch.Tensor], name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -484,18 +489,64 @@ def _room(rooms: dict[str, torch.Tensor], name: str, like: torch.Tensor, *shape:
     return rooms[name][:count].view(shape)
 
 
-def _add_bias_grad(
-    total: torch.Tensor,
-    grad: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    rooms: dict[str, torch.Tensor],
-) -> None:
-    """Add the gradient of `_chunk_bias`, ``[heads, r * W, keys]``, to that of its ``columns``."""
-    _, rows, h = index.shape
-    width = grad.shape[1] // rows
-    w = total.shape[2] // width
-    grad = grad.unflatten(2, (h, w)).unflatten(1, (rows, width)).transpose(2, 3)
-    grad = _room(rooms, "turned", grad, *grad.shape).copy_(grad).view(-1, rows * h, width * w)
-    for at, factor in zip(index.flatten(1), weight.flatten(1), strict=True):
-        total.index_add_(1, at, grad * factor[:, None].to(grad.dtype) if len(index) > 1 else grad)
+class _RowBiases:
+    """The bias of rows of queries, ``[heads, W, keys]`` each, from `LogPositionBias`, and its gradient.
+
+    Where each row of queries, and of keys, is one number of offsets after the row before, offsets are grouped by their
+    remainder of the latter: so the bias is a view of this table, with all keys of a query in a row."""
+
+    grad: torch.Tensor
+
+    def __init__(self, columns: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, width: int) -> None:
+        self.columns, self.width = columns, width
+        self.index, self.weight = index.flip(2), weight.flip(2)
+        self.steps = _steps(self.index)
+        self.table = columns
+        if self.steps is not None:
+            every = self.steps[2]
+            x = F.pad(columns, (0, 0, 0, -columns.shape[1] % every)).unflatten(2, (width, -1)).unflatten(1, (-1, every))
+            self.table = x.permute(0, 3, 2, 1, 4).contiguous()  # heads W every offsets w
+
+    def _row(self, table: torch.Tensor, row: int) -> torch.Tensor:
+        assert self.steps is not None
+        first, step, every = self.steps
+        start, group = divmod(first + row * step, every)
+        part = table[:, :, group, start : start + self.index.shape[2]]
+        return part.view(*part.shape[:2], -1)
+
+    def of(self, rows: slice) -> list[torch.Tensor]:
+        if self.steps is not None:
+            return [self._row(self.table, row) for row in range(rows.start, rows.stop)]
+        bias = _chunk_bias(self.columns, self.index[:, rows], self.weight[:, rows], self.width)
+        return list(bias.unflatten(1, (-1, self.width)).unbind(1))
+
+    def add_grad(self, grad: torch.Tensor, rows: slice) -> None:
+        """Add that of some images, ``[b, heads, r, W, keys]``."""
+        grad = grad.sum(0) if len(grad) > 1 else grad[0]
+        if self.steps is not None:
+            for row, each in zip(range(rows.start, rows.stop), grad.unbind(1), strict=True):
+                self._row(self.grad, row).add_(each)
+            return
+        index, weight = self.index[:, rows], self.weight[:, rows]
+        grad = grad.unflatten(3, (index.shape[2], -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+        for at, factor in zip(index.flatten(1), weight.flatten(1), strict=True):
+            self.grad.index_add_(1, at, grad * factor[:, None].to(grad.dtype) if len(index) > 1 else grad)
+
+    def grad_of_columns(self) -> torch.Tensor:
+        if self.steps is None:
+            return self.grad
+        x = self.grad.permute(0, 3, 2, 1, 4).flatten(3).flatten(1, 2)
+        return x[:, : self.columns.shape[1]]
+
+
+def _steps(index: torch.Tensor) -> tuple[int, int, int] | None:
+    """The first of the offsets ``[1, H, h]``, and the steps to those of the next row and of the next key, or None where
+    they differ or are interpolated."""
+    if len(index) > 1 or index.is_meta or not index.numel():
+        return None
+    numbers = index[0]
+    first = int(numbers[0, 0])
+    down, along = (int(each[1]) - first if len(each) > 1 else 1 for each in (numbers[:, 0], numbers[0]))
+    rows, keys = (torch.arange(length, device=index.device) for length in numbers.shape)
+    even = min(down, along) > 0 and torch.equal(numbers, first + rows[:, None] * down + keys * along)
+    return (first, down, along) if even else None
