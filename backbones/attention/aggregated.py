@@ -240,7 +240,7 @@ def _bias_table(
 
 def _bias_rows(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The second layer on sums of ``y`` ``[1, r, hidden]`` and ``x`` ``[columns, hidden]``, ``[heads, r, columns]``."""
-    return F.linear(F.relu(y[0, :, None] + x), weight, bias).permute(2, 0, 1)
+    return F.linear((y[0, :, None] + x).relu_(), weight, bias).permute(2, 0, 1)
 
 
 def _bias_terms(
