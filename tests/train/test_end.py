@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from foveal.train.data import WorkerError, workers_end
 from foveal.train.data.loader import leave_signals_to_the_trainer
+from foveal.train.data.workers import Reader
 
 TASKS = ("classify", "detect", "segment")
 LIMIT = 10  # seconds
@@ -38,7 +39,7 @@ class Stuck(Dataset):
 
 
 def test_stuck_workers_are_not_waited_for():
-    loader = DataLoader(Stuck(), num_workers=2, worker_init_fn=leave_signals_to_the_trainer)
+    loader = Reader(Stuck(), num_workers=2, worker_init_fn=leave_signals_to_the_trainer)
     batches = iter(loader)
     with workers_end(loader):
         next(batches)
@@ -48,7 +49,7 @@ def test_stuck_workers_are_not_waited_for():
 
 
 def test_a_dead_worker_is_an_error_of_the_run():
-    loader = DataLoader(Stuck(), num_workers=1, worker_init_fn=leave_signals_to_the_trainer)
+    loader = Reader(Stuck(), num_workers=1, worker_init_fn=leave_signals_to_the_trainer)
     batches = iter(loader)
     with pytest.raises(WorkerError, match=str(batches._workers[0].pid)), workers_end(loader):
         next(batches)

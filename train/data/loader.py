@@ -14,6 +14,7 @@ from .guard import BadSamples, DataError, check_labels, printable
 from .index import Target
 from .order import Batch, EpochOrder, Normalize, NumberedBatches, Ordered
 from .wds import StreamedImages
+from .workers import Reader
 
 
 class DetectionBatch(NamedTuple):
@@ -69,7 +70,7 @@ class Loader(Ordered):
 
     def _loader(self, **settings: Any) -> DataLoader:
         workers = settings["num_workers"]
-        return DataLoader(
+        return Reader(
             self.dataset, batch_sampler=NumberedBatches(self.order), persistent_workers=workers > 0, **settings
         )
 
@@ -134,7 +135,7 @@ class StreamLoader(ClassificationLoader):
     dataset: StreamedImages
 
     def _loader(self, **settings: Any) -> DataLoader:
-        return DataLoader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
+        return Reader(self.dataset, batch_size=self.order.batch_size, **settings)  # a new one reads a new epoch
 
     def _read(self, epoch: int, start: int) -> Iterator[tuple[Any, Found, DataError | None]]:
         """In training, the remaining number of batches of the epoch, newly drawn and all full.

@@ -1,19 +1,31 @@
 """Ends the worker processes of loaders, which ignore the signals that stop a run."""
 
 import atexit
-import gc
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
 from typing import Any
+from weakref import WeakSet
 
+from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ...errors import RunError
 
 GRACE = 2.0  # seconds for workers to exit by themselves
+_open: WeakSet[_MultiProcessingDataLoaderIter] = WeakSet()
+
+
+class Reader(DataLoader):
+    """A `DataLoader` whose workers `workers_end` ends, wherever its iterators are held."""
+
+    def _get_iterator(self) -> Any:
+        batches = super()._get_iterator()
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            _open.add(batches)
+        return batches
 
 
 class WorkerError(RunError):
@@ -42,9 +54,7 @@ def end_workers(*loaders: Any) -> None:
     """Ends the workers of ``loaders``, without arguments those of all open loaders. Tracebacks keep loaders alive, and
     garbage collection may close their queues before their workers end."""
     datasets = [getattr(loader, "dataset", None) for loader in loaders]
-    for each in gc.get_objects() if multiprocessing.active_children() else ():
-        if type(each) is not _MultiProcessingDataLoaderIter:
-            continue
+    for each in list(_open):
         if not loaders or any(each._dataset is dataset for dataset in datasets):
             if each._worker_pids_set:  # killing a worker here is not an error
                 signal_handling._remove_worker_pids(id(each))
