@@ -4,8 +4,9 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 FASHION := data/fashion-mnist
 # Tests run in parallel with one thread each: two processes with two threads each on two cores are many times slower.
+# A worker that dies ends the run: pytest-xdist starts another, but may give it no tests and wait for ever.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: help demo demo-detect demo-segment test test-slow test-long bench docs pictures fashion-mnist tuxpaint-coco clean
 
