@@ -261,14 +261,21 @@ def openvino_from(file: Path, folder: Path, shape: Sequence[int], half: bool = F
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=half)
 
 
-def _open_openvino(folder: Path) -> Run:
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the process, for ever: when several go, OpenVINO leaves the process's signal stack at freed memory, and
+    the next signal ends it (2026.4)."""
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _open_openvino(folder: Path) -> Run:
+    core = _openvino_core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
     @functools.cache
-    def compiled(shape: tuple[int, ...]) -> openvino.CompiledModel:
+    def compiled(shape: tuple[int, ...]) -> Any:
         model = core.read_model(folder / "model.xml")
         model.reshape(shape)
         return core.compile_model(model, "CPU", settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,28 @@ def test_every_family(family: str, to: str, tmp_path: Path) -> None:
     model = timm.create_model(SMALLEST[family], num_classes=5).eval()
     save_for_hf(model, str(tmp_path / "x"), safe_serialization=True)
     assert export(tmp_path / "x", to, tmp_path / "out").difference <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_signals_after_openvino(tmp_path: Path) -> None:
+    """Two plugins that go leave the process's signal stack at freed memory."""
+    pytest.importorskip("openvino", reason="the extra foveal[openvino] is not installed")
+    code = """
+import gc, signal, subprocess
+from pathlib import Path
+import openvino, openvino.opset13 as ops, torch
+from foveal.weights.formats import FORMATS
+x = ops.parameter([1, 4])
+openvino.save_model(openvino.Model([ops.relu(x)], [x], "relu"), "model.xml")
+runs = [FORMATS["openvino"].open(Path()) for _ in range(2)]
+assert all(run(torch.ones(1, 4))[0].sum() == 4 for run in runs)
+while runs:
+    del runs[0]
+    gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+subprocess.run(["true"], check=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_half_is_half_as_large(folder: Path, tmp_path: Path) -> None:
